@@ -1,0 +1,337 @@
+"""The whole configuration: strict, frozen, YAML in and out, `--set a.b=c`. A field no one knows is an error, never ignored.
+
+Sizes of what is built, not how a machine runs it, decide a run's result; what only says where and how fast (`compute`,
+`tracking`) is kept in branches of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qskd.errors import QskdError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of fields; unknown names and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ResizeConfig(Section):
+    """How a view becomes the pixels a model sees.
+
+    square: to height = width = `size`. shortest_edge: shorter side to `size`, longer at most `longest`, aspect ratio kept,
+    and the batch padded to its largest image (DETR's own way).
+    """
+
+    mode: Literal["square", "shortest_edge"] = "square"
+    size: Positive = 320
+    longest: Positive = 1333
+
+
+class ViewConfig(Section):
+    """The seeded views of each image that training cycles through: 1 costs least to cache, more augments more."""
+
+    count: Positive = 1
+    flip_probability: Fraction = 0.5
+    crop_probability: Fraction = 0.0
+    crop_min_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # smallest crop side over the image's side
+    min_visible: Fraction = 0.25  # a box that keeps less of its area than this in a crop is dropped
+
+
+class DataConfig(Section):
+    """Shard folders made by `qskd prepare`."""
+
+    train: str = ""
+    val: str = ""
+    views: ViewConfig = ViewConfig()
+    shuffle_window_images: Positive = 4096  # images mixed with one another; shards are mixed whole before that
+
+
+class BackboneConfig(Section):
+    """A ResNet as transformers builds it. Stride is 4 after the first stage and doubles with each further one."""
+
+    layer_type: Literal["basic", "bottleneck"] = "basic"
+    embedding_size: Positive = 64
+    hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)
+    depths: tuple[Positive, ...] = (2, 2, 2, 2)
+    init: str = ""  # Hub name or folder of a ResNet whose weights to start from; empty: random
+
+    @model_validator(mode="after")
+    def _same_length(self) -> BackboneConfig:
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ValueError(f"hidden_sizes has {len(self.hidden_sizes)} stages but depths has {len(self.depths)}")
+        return self
+
+
+class StudentConfig(Section):
+    """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone."""
+
+    init: str = ""  # Hub name or folder of a detector to start from (its head is re-made when the classes differ)
+    family: Literal["conditional_detr", "deformable_detr"] = "conditional_detr"
+    backbone: BackboneConfig = BackboneConfig()
+    width: Positive = 256  # d_model
+    encoder_layers: Positive = 6
+    decoder_layers: Positive = 6
+    heads: Positive = 8
+    ffn_width: Positive = 1024
+    queries: Positive = 300
+    dropout: Fraction = 0.0
+    feature_levels: Positive = 1  # deformable_detr only: the last this many backbone stages, further ones made by stride 2
+    box_refinement: bool = True  # deformable_detr only
+    backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
+    train_backbone: bool = True
+    resize: ResizeConfig = ResizeConfig()
+
+    @model_validator(mode="after")
+    def _buildable(self) -> StudentConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
+        if self.family == "deformable_detr" and self.width % 32:
+            raise ValueError(f"deformable_detr normalises in 32 groups: width {self.width} is not a multiple of 32")
+        return self
+
+
+class TeacherConfig(Section):
+    """The large detector: a Hub name or a folder that transformers can load."""
+
+    path: str = ""
+    resize: ResizeConfig | None = None  # None: what the checkpoint's own image processor says
+    class_map: dict[str, str] = {}  # dataset category name -> teacher label name, where the names differ
+
+
+class QuerySelectionConfig(Section):
+    """Group Query Selection (METHODS 1.3 GQS; our reconstruction, the paper's boundaries are not known).
+
+    Ascending GIoU `boundaries` cut queries into bands; `band_weights` has one weight more than there are boundaries, lowest
+    band first; 0 drops a band. Positives (bipartite matches) have their own weight, whatever their GIoU.
+    """
+
+    boundaries: tuple[Annotated[float, Field(gt=-1.0, le=1.0)], ...] = (0.5,)
+    band_weights: tuple[NonNegative, ...] = (0.0, 1.0)
+    positive_weight: NonNegative = 1.0
+    relative: bool = False  # boundaries are fractions of the best GIoU any query reaches with the object (Q-DETR)
+    max_per_object: Annotated[int, Field(ge=0)] = 10  # hard negatives kept per object, largest GIoU first; 0 = no limit
+
+    @model_validator(mode="after")
+    def _ordered(self) -> QuerySelectionConfig:
+        if any(low >= high for low, high in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ValueError(f"boundaries {list(self.boundaries)} must ascend strictly")
+        if len(self.band_weights) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"{len(self.boundaries)} boundaries make {len(self.boundaries) + 1} bands, "
+                f"but band_weights has {len(self.band_weights)} entries (lowest band first)"
+            )
+        return self
+
+    @property
+    def floor(self) -> float:
+        """The lowest absolute GIoU at which a query can be kept; -1 when that can't be bounded."""
+        if self.relative or self.band_weights[0] > 0:
+            return -1.0
+        kept = [low for low, weight in zip(self.boundaries, self.band_weights[1:], strict=True) if weight > 0]
+        return min(kept, default=1.0)
+
+
+class FeatureDistillationConfig(Section):
+    """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
+
+    weight: NonNegative = 2.0
+    mask: Literal["max", "mean"] = "max"  # the mask's largest value, or its mean, becomes 1
+    query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
+    quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
+    attention_layers: Literal["last", "mean"] = "last"
+    uniform_mask: bool = False  # plain mimicking, every position the same: the ablation
+
+
+class PredictionDistillationConfig(Section):
+    """Local Alignment Prediction Distillation (METHODS 1.3 LAPD; our reconstruction). Weight 0 turns it off."""
+
+    weight: NonNegative = 1.0
+    class_weight: NonNegative = 1.0
+    l1_weight: NonNegative = 5.0
+    giou_weight: NonNegative = 2.0
+    pairing: Literal["rank", "hungarian"] = "rank"
+    pair_weight: Literal["confidence", "uniform"] = "confidence"
+    student_layers: Literal["all", "last"] = "all"
+    teacher_layers: Literal["last", "same_index"] = "last"
+
+
+class DistillationConfig(Section):
+    method: Literal["none", "qskd"] = "qskd"
+    selection: QuerySelectionConfig = QuerySelectionConfig()
+    features: FeatureDistillationConfig = FeatureDistillationConfig()
+    predictions: PredictionDistillationConfig = PredictionDistillationConfig()
+
+
+class DetectionLossConfig(Section):
+    """Matching costs and loss weights of Conditional/Deformable DETR. class_weight 1 is transformers' value; the original
+    repositories use 2."""
+
+    class_cost: NonNegative = 2.0
+    l1_cost: NonNegative = 5.0
+    giou_cost: NonNegative = 2.0
+    class_weight: NonNegative = 1.0
+    l1_weight: NonNegative = 5.0
+    giou_weight: NonNegative = 2.0
+    focal_alpha: Fraction = 0.25
+    auxiliary: bool = True  # every decoder layer is supervised, not only the last
+    dense_weight: NonNegative = 0.0  # a training-only dense head on the encoder's input: lets a random backbone learn fast
+
+
+class TrainingConfig(Section):
+    epochs: Positive = 50
+    batch_size: Positive = 16  # over all workers
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    backbone_learning_rate_scale: NonNegative = 0.1
+    weight_decay: NonNegative = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["cosine", "step", "constant"] = "step"
+    step_at: Fraction = 0.8  # of the schedule, for "step": learning rate / 10
+    clip_norm: NonNegative = 0.1  # 0 = no clipping
+    evaluate_every_epochs: Positive = 1
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0  # besides the one at each epoch's end; 0 = none
+    ema_decay: Fraction = 0.0  # 0 = off
+
+
+class ComputeConfig(Section):
+    """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm excepted)."""
+
+    workers: Annotated[int, Field(ge=0)] = 1  # 0 = in the driver's process
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
+    threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
+    loader_workers: Positive = 1  # processes that read and decode, over the whole cluster
+    compile: bool = False
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+
+
+class TrackingConfig(Section):
+    experiment: str = "qskd"
+    uri: str = ""  # empty: MLFLOW_TRACKING_URI, else sqlite in the working folder
+    run_name: str = ""  # empty: the recipe's name
+
+
+class Config(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "qskd"
+    seed: int = 0
+    output: str = "runs"  # checkpoints and results go to OUTPUT/NAME; a path or a pyarrow filesystem URI
+    data: DataConfig = DataConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    detection: DetectionLossConfig = DetectionLossConfig()
+    training: TrainingConfig = TrainingConfig()
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def _known_fields(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    for part in path:
+        field = section.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        candidates = [inner, *getattr(inner, "__args__", ())]
+        nested = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if nested is None:
+            return []
+        section = nested
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, where: str) -> QskdError:
+    problems, remedies = [], []
+    for problem in error.errors():
+        path = [part for part in problem["loc"]]
+        name = ".".join(str(part) for part in path) or "the whole"
+        if problem["type"] == "extra_forbidden":
+            known = _known_fields(Config, path[:-1])
+            close = difflib.get_close_matches(str(path[-1]), known, n=1)
+            problems.append(f"unknown field {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+            remedies.append(f"fields there are: {', '.join(known)}")
+        else:
+            problems.append(f"{name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+    return QskdError(where, "; ".join(problems), remedy="; ".join(dict.fromkeys(remedies)) or "correct the field named")
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=c` -> (["a", "b"], c); the value is read as YAML, so that 1e-4, [0.5, 0.7] and true are what they look like."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise QskdError(f"--set {text}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value")
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str):
+        try:  # YAML 1.1 reads 1e-4 as text
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return name.strip().split("."), parsed
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the nested dict with each `a.b=c` set; whether the names exist is checked by `build`."""
+    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(tree)) or {}
+    for text in overrides:
+        path, value = parse_override(text)
+        node = result
+        for part in path[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise QskdError(f"--set {text}", f"{part} is not a group of fields", "a dotted path to a field")
+            node = child
+        node[path[-1]] = value
+    return result
+
+
+def build(tree: dict[str, Any], where: str = "config") -> Config:
+    """Nested dict -> Config. Errors name every field that is unknown or wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML recipe (or start from the defaults when `path` is None) and apply `a.b=c` overrides."""
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except FileNotFoundError:
+            raise QskdError(str(path), "no such recipe", "a YAML file", "see configs/ for examples") from None
+        except yaml.YAMLError as error:
+            raise QskdError(str(path), f"not YAML: {error}", "a YAML file") from None
+        if not isinstance(tree, dict):
+            raise QskdError(str(path), f"a {type(tree).__name__} at the top", "a mapping of config fields")
+    return build(apply_overrides(tree, overrides), str(path) if path else "--set")
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain nested dicts and lists, ready for YAML or JSON."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"a.b": leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,23 @@
+"""The one exception a user is meant to read: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class QskdError(Exception):
+    """A problem in the user's data, configuration or environment, told without a traceback by the command line.
+
+    The message names where (file, id, field), what was found, what was expected and the remedy.
+    """
+
+    def __init__(self, where: str, found: str, expected: str = "", remedy: str = "") -> None:
+        self.where, self.found, self.expected, self.remedy = where, found, expected, remedy
+        lines = [f"{where}: {found}"]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if remedy:
+            lines.append(f"  what to do: {remedy}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[QskdError], tuple[str, str, str, str]]:
+        # Exceptions cross process borders under Ray; the default would replay the joined message as `where`.
+        return type(self), (self.where, self.found, self.expected, self.remedy)

@@ -1,0 +1,120 @@
+"""The values that flow between the rooms: targets, a detector's output, what a teacher said, a loss term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def to_device(value: T, device: torch.device | str, non_blocking: bool = True) -> T:
+    """Move every tensor in a dataclass, tuple or tensor to `device`; leave all else as it is."""
+
+    def move(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.to(device, non_blocking=non_blocking)
+        if isinstance(item, tuple):
+            return tuple(move(part) for part in item)
+        if hasattr(item, "__dataclass_fields__"):
+            return replace(item, **{field.name: move(getattr(item, field.name)) for field in fields(item)})
+        return item
+
+    moved: T = move(value)
+    return moved
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of a batch, padded to the batch's largest number of objects M (which may be 0). Crowds are left out.
+
+    boxes_cxcywh: [B, M, 4] float32, relative to the view (0..1); zeros in the padding.
+    labels: [B, M] int64, contiguous class indices 0..K-1; 0 in the padding.
+    valid: [B, M] bool, False in the padding. Valid objects come first.
+    image_ids: the dataset's ids, on the host.
+    counts: objects per image, on the host, so that nothing has to wait for the device to know them.
+    """
+
+    boxes_cxcywh: Tensor
+    labels: Tensor
+    valid: Tensor
+    image_ids: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+# Query indices [B, S] (int64, -1 = nothing) -> one attention map per memory level, each [B, S, H, W], float32, mean over
+# heads. A query's weights sum to 1 over all its levels and positions; rows of -1 are zero.
+Attend = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class DetectorOutput:
+    """What any family's detector says about a batch of B images, with Q queries, K classes and L decoder layers.
+
+    logits: [L, B, Q, K], before the sigmoid, in the model's own class order; last layer last.
+    boxes_cxcywh: [L, B, Q, 4] in 0..1, relative to the image without its padding.
+    memory: encoder memory as maps [B, C, H, W], finest first; one for single-scale families.
+    memory_valid: [B, H, W] bool for each map, False on padding.
+    features: the projected backbone maps the encoder was given, [B, C, H, W], the same sizes as `memory`.
+    query_states: [B, Q, D], the last decoder layer's, after its norm.
+    attend: last-layer cross-attention of the queries asked for, recomputed from what the layer was given, so that the
+        fast attention kernel stays on. `attend_mean` is the same, averaged over the decoder's layers.
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    memory: tuple[Tensor, ...]
+    memory_valid: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+    query_states: Tensor
+    attend: Attend
+    attend_mean: Attend
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """What the teacher said about a batch, raw (no groups) and in the dataset's class order; from the cache or online.
+
+    logits: [L', B, Q, K]; L' is 1 (the last layer) unless a method asked for all layers.
+    boxes_cxcywh: [L', B, Q, 4].
+    memory: maps [B, C, H, W], finest first; empty when no method asked for them.
+    memory_valid: [B, H, W] bool for each.
+    attention_queries: [B, A] int64, the queries whose attention is known, -1 = none. Holds at least every query whose
+        GIoU with some object reaches the floor that was asked for.
+    attention: [B, A, H, W] for each memory map; a query sums to 1 over all maps.
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    memory: tuple[Tensor, ...] = ()
+    memory_valid: tuple[Tensor, ...] = ()
+    attention_queries: Tensor | None = None
+    attention: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What a distillation method wants of the teacher; the cache reader loads these columns only."""
+
+    memory: bool = False
+    attention: bool = False
+    attention_layers: str = "last"  # or "mean"
+    all_layers: bool = False
+    attention_giou_floor: float = 1.0  # attention for queries with GIoU >= this with some object (and matched ones)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A sum and what to divide it by, kept apart so that several workers can average the divisor before dividing.
+
+    total: scalar with gradient. count: scalar without one (numbers of boxes, pairs, images). The term's value is
+    total / max(mean of count over workers, floor).
+    """
+
+    total: Tensor
+    count: Tensor
+    floor: float = 1.0
