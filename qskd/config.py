@@ -6,6 +6,7 @@ Sizes of what is built, not how a machine runs it, decide a run's result; what o
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ class StudentConfig(Section):
     ffn_width: Positive = 1024
     queries: Positive = 300
     dropout: Fraction = 0.0
-    feature_levels: Positive = 1  # deformable_detr only: the last this many backbone stages, further ones made by stride 2
+    feature_levels: Positive = 1  # deformable_detr only: at most the last 3 backbone stages, further levels by stride 2
     box_refinement: bool = True  # deformable_detr only
     backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
     train_backbone: bool = True
@@ -109,7 +110,8 @@ class TeacherConfig(Section):
 
     path: str = ""
     resize: ResizeConfig | None = None  # None: what the checkpoint's own image processor says
-    class_map: dict[str, str] = {}  # dataset category name -> teacher label name, where the names differ
+    # Dataset category name -> the teacher's label (or its logit slot as text, "17"), where the names differ.
+    class_map: dict[str, str] = {}
 
 
 class QuerySelectionConfig(Section):
@@ -149,11 +151,10 @@ class FeatureDistillationConfig(Section):
     """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
 
     weight: NonNegative = 2.0
-    mask: Literal["max", "mean"] = "max"  # the mask's largest value, or its mean, becomes 1
     query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
     quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
     attention_layers: Literal["last", "mean"] = "last"
-    uniform_mask: bool = False  # plain mimicking, every position the same: the ablation
+    background: Fraction = 0.0  # least mask value in an image with objects, the largest being 1; 1 = plain mimicking
 
 
 class PredictionDistillationConfig(Section):
@@ -209,7 +210,7 @@ class TrainingConfig(Section):
 class ComputeConfig(Section):
     """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm excepted)."""
 
-    workers: Annotated[int, Field(ge=0)] = 1  # 0 = in the driver's process
+    workers: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
@@ -253,7 +254,7 @@ def _known_fields(section: type[BaseModel], path: Sequence[str | int]) -> list[s
 def _explain(error: ValidationError, where: str) -> QskdError:
     problems, remedies = [], []
     for problem in error.errors():
-        path = [part for part in problem["loc"]]
+        path = list(problem["loc"])
         name = ".".join(str(part) for part in path) or "the whole"
         if problem["type"] == "extra_forbidden":
             known = _known_fields(Config, path[:-1])
@@ -272,10 +273,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise QskdError(f"--set {text}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value")
     parsed = yaml.safe_load(value)
     if isinstance(parsed, str):
-        try:  # YAML 1.1 reads 1e-4 as text
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as text
             parsed = float(parsed)
-        except ValueError:
-            pass
     return name.strip().split("."), parsed
 
 

@@ -1,0 +1,20 @@
+"""transformers' DETR families behind one `DetectorOutput`: load, build, run, look into and save them."""
+
+from qskd.detectors.checkpoint import load_detector, save_detector
+from qskd.detectors.detector import Detector
+from qskd.detectors.families import FAMILIES
+from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
+from qskd.detectors.student import build_student
+
+__all__ = [
+    "FAMILIES",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Detector",
+    "Preprocessing",
+    "build_student",
+    "load_detector",
+    "read_preprocessing",
+    "save_detector",
+    "to_pixels",
+]

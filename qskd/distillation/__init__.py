@@ -1,0 +1,27 @@
+"""Distillation methods. Each declares what it needs of the teacher (`needs`), how its terms weigh (`weights`), and maps
+(student output, teacher record, targets, assignments) to named loss terms. A new one is a file here and a line in
+`METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from qskd.config import DistillationConfig
+from qskd.distillation.qskd import QSKD
+
+Build = Callable[[DistillationConfig, Sequence[int], Sequence[int]], QSKD]
+
+METHODS: Mapping[str, Build] = {"qskd": QSKD}
+
+
+def build_method(
+    config: DistillationConfig, student_channels: Sequence[int], teacher_channels: Sequence[int]
+) -> QSKD | None:
+    """The method that `config.method` names, or None for "none".
+
+    student_channels, teacher_channels: the width of each encoder memory map, finest first.
+    """
+    return None if config.method == "none" else METHODS[config.method](config, student_channels, teacher_channels)
+
+
+__all__ = ["METHODS", "QSKD", "build_method"]

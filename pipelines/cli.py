@@ -1,0 +1,214 @@
+"""The `qskd` command: one verb a program. Each is also `python -m pipelines.NAME`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from qskd import __version__
+from qskd.config import load, to_yaml
+from qskd.errors import QskdError
+
+app = typer.Typer(
+    help="Compress DETR object detectors by query-selection knowledge distillation, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipe = Annotated[
+    Path | None, typer.Argument(help="YAML recipe; without one, the defaults. See configs/.", show_default=False)
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field of the recipe; may be repeated.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved configuration and what would happen; do nothing.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
+SkipBroken = Annotated[
+    str, typer.Option(help="stop: name the first broken sample and stop. skip: leave it out, and record it.")
+]
+
+
+def _train(kind: str, recipe: Path | None, overrides: list[str] | None, dry_run: bool, restart: bool) -> None:
+    from pipelines import distill
+    from pipelines.tracking import how_to_look, tracking_uri
+
+    config = distill.prepare_config(load(recipe, overrides or ()), kind)
+    if dry_run:
+        plan = distill.make_plan(config, kind)
+        print(to_yaml(config), plan.describe(), sep="\n")
+        return
+    result = distill.run(config, kind, restart)
+    print(f"student: {result.student}")
+    print("  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+    print(f"look at the run: {how_to_look(tracking_uri(config))}")
+
+
+@app.command()
+def distill(recipe: Recipe = None, set: Set = None, dry_run: DryRun = False, restart: Restart = False) -> None:
+    """Distil a student from a teacher with QSKD. The same command again goes on where it was stopped."""
+    _train("distill", recipe, set, dry_run, restart)
+
+
+@app.command()
+def train(recipe: Recipe = None, set: Set = None, dry_run: DryRun = False, restart: Restart = False) -> None:
+    """Train a detector without a teacher: baselines, and teachers. The same command again goes on where it was stopped."""
+    _train("train", recipe, set, dry_run, restart)
+
+
+@app.command()
+def prepare(
+    annotations: Annotated[Path, typer.Argument(help="COCO JSON (instances).")],
+    images: Annotated[Path, typer.Argument(help="Folder that the JSON's file names are relative to.")],
+    destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
+    on_error: SkipBroken = "stop",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards made from another source.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn COCO JSON and a folder of images into Parquet shards."""
+    from pipelines import prepare as program
+    from qskd.coco import read_coco
+
+    if on_error not in ("stop", "skip"):
+        raise QskdError("--on-error", on_error, "stop or skip")
+    if dry_run:
+        dataset = read_coco(annotations, images, on_error)  # type: ignore[arg-type]
+        shards = -(-len(dataset) // rows_per_shard)
+        print(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
+        return
+    manifest = program.prepare(annotations, images, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
+    print(program.describe(manifest, destination))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of a detector.")],
+    data: Annotated[str, typer.Argument(help="Shard folder made by `qskd prepare`.")],
+    set: Annotated[
+        list[str] | None, typer.Option("--set", metavar="teacher.class_map.NAME=LABEL", help="As for distill.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Most detector processes, over the whole cluster.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
+    backend: Annotated[str, typer.Option(help="auto, hotcoco, faster_coco_eval or pycocotools.")] = "auto",
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print each class's AP.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """COCO AP of any detector, distilled or not."""
+    from pipelines import evaluate as program
+    from qskd.detectors import read_preprocessing
+    from qskd.manifest import load_manifest
+
+    config = load(None, set or ())
+    if dry_run:
+        manifest, seen_as = load_manifest(data), config.teacher.resize or read_preprocessing(model).resize
+        print(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
+        return
+    result = program.evaluate(
+        model,
+        data,
+        config.teacher.resize,
+        config.teacher.class_map,
+        batch_size,
+        workers,
+        threads,
+        backend,  # type: ignore[arg-type]
+    )
+    print("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
+    if per_class:
+        print("\n".join(f"{value:.4f}  {name}" for name, value in result.per_class.items()))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of a detector.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Picture to write, for one image. Otherwise IMAGE.boxes.png.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is drawn.")] = 0.5,
+) -> None:
+    """Draw a detector's boxes on images."""
+    from pipelines import predict as program
+
+    for path, found in program.predict(model, images, out, threshold):
+        print(f"{path}: {len(found.scores)} object(s)")
+
+
+@app.command()
+def doctor(
+    tracking_uri: Annotated[str, typer.Option(help="MLflow server to ask; otherwise MLFLOW_TRACKING_URI.")] = "",
+    storage: Annotated[str, typer.Option(help="Folder or URI to write to, read from and delete from.")] = "",
+) -> None:
+    """What this machine offers: devices, decoders, evaluators, versions; whether tracking and storage answer."""
+    from pipelines.doctor import doctor as program
+
+    raise typer.Exit(program(tracking_uri, storage))
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where data, runs and mlflow.db go.")] = Path("runs/quickstart"),
+    dry_run: DryRun = False,
+    restart: Restart = False,
+) -> None:
+    """Distil a small detector on built-in data beside its baseline, and compare: about five minutes on two cores."""
+    from pipelines import quickstart as program
+
+    program.quickstart(folder, dry_run, restart)
+
+
+@app.callback(invoke_without_command=True)
+def _about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line; a QskdError is told without a traceback, with exit code 1."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        app(arguments)
+    except QskdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _user_error(error: BaseException | None, depth: int = 0) -> QskdError | None:
+    """The QskdError that a worker raised, from inside whatever Ray wrapped it in."""
+    if error is None or depth > 8:
+        return None
+    if isinstance(error, QskdError):
+        return error
+    inner: list[Any] = [getattr(error, "cause", None), error.__cause__, error.__context__]
+    failures = getattr(error, "worker_failures", None)
+    inner += list(failures.values()) if isinstance(failures, dict) else []
+    for candidate in inner:
+        if isinstance(candidate, BaseException) and (found := _user_error(candidate, depth + 1)):
+            return found
+    return None
+
+
+def main_of(verb: str) -> None:
+    """`python -m pipelines.VERB ...` is `qskd VERB ...`."""
+    main([verb, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Starting or joining Ray: the one place that sets its environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Set before Ray is imported anywhere. Reports are polled for every 2 s by default, which a small detector's epoch notices.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
+
+
+def start_ray() -> None:
+    """Join the cluster this process belongs to (RAY_ADDRESS, or a job of it), else start Ray on this machine alone."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    verbose = bool(os.environ.get("QSKD_VERBOSE"))
+    quiet = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    forwarded = {
+        name: os.environ[name]
+        for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "OMP_NUM_THREADS")
+        if name in os.environ
+    }
+    runtime_env = {"env_vars": forwarded}
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        ray.init(runtime_env=runtime_env, **quiet)
+        return
+    cores = os.cpu_count() or 1
+    ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=verbose, runtime_env=runtime_env, **quiet)

@@ -1,0 +1,215 @@
+"""Train a student, with a teacher (`qskd distill`) or without (`qskd train`): one driver for both.
+
+python -m pipelines.distill configs/quickstart.yaml --set teacher.path=TEACHER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from pipelines.cluster import start_ray
+from pipelines.models import make_teacher, teacher_preprocessing
+from pipelines.storage import Folder, check_same_run
+from pipelines.streaming import StreamConfig
+from pipelines.tracking import Tracker, tracking_uri
+from qskd.config import Config, to_tree, to_yaml
+from qskd.errors import QskdError
+from qskd.manifest import Manifest, load_manifest
+from qskd.schedule import Schedule
+
+log = logging.getLogger("qskd")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """student: the plain Hugging Face folder. metrics: the last evaluation's. seconds: of this command."""
+
+    folder: str
+    student: str
+    metrics: dict[str, float]
+    run_id: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All a training needs to know before it starts."""
+
+    config: Config
+    train: Manifest
+    val: Manifest
+    stream: StreamConfig
+    kind: str
+
+    def describe(self) -> str:
+        """What `--dry-run` prints below the configuration."""
+        schedule, training, compute = self.stream.schedule, self.config.training, self.config.compute
+        lines = [
+            f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
+            f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
+            f"{schedule.total_steps} steps = {training.epochs} epochs of {schedule.steps_per_epoch} batches "
+            f"of {schedule.batch_size}",
+            f"{compute.workers or 'no'} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
+            f"output: {Folder(self.config).path}",
+            f"MLflow: {tracking_uri(self.config)}",
+        ]
+        if self.kind == "distill":
+            lines.insert(
+                0,
+                f"teacher: {self.config.teacher.path}, run in every step (no cache of its outputs yet: the slow path)",
+            )
+        return "\n".join(lines)
+
+
+def make_plan(config: Config, kind: str) -> Plan:
+    """Read the manifests and check what can be checked before anything is started. Raises QskdError."""
+    for field in ("train", "val"):
+        if not getattr(config.data, field):
+            raise QskdError(
+                f"data.{field}", "empty", "a shard folder made by `qskd prepare`", f"--set data.{field}=FOLDER"
+            )
+    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    if train.categories != val.categories:
+        raise QskdError(
+            config.data.val,
+            f"categories {[c.name for c in val.categories]}",
+            f"those of {config.data.train}: {[c.name for c in train.categories]}",
+            "prepare both splits from JSON files with the same categories",
+        )
+    workers = max(config.compute.workers, 1)
+    if config.training.batch_size < workers:
+        raise QskdError(
+            "training.batch_size", str(config.training.batch_size), f"at least one image a worker ({workers})"
+        )
+    schedule = Schedule(
+        train_shard_rows=train.shard_rows,
+        val_shard_rows=val.shard_rows,
+        seed=config.seed,
+        epochs=config.training.epochs,
+        batch_size=config.training.batch_size,
+        window_images=config.data.shuffle_window_images,
+        views=config.data.views.count,
+        evaluate_every_epochs=config.training.evaluate_every_epochs,
+    )
+    own = teacher_preprocessing(config).resize if kind == "distill" else config.student.resize
+    stream = StreamConfig(
+        train_uri=config.data.train,
+        val_uri=config.data.val,
+        schedule=schedule,
+        views=config.data.views,
+        student_resize=config.student.resize,
+        teacher_resize=own if own != config.student.resize else None,
+    )
+    return Plan(config, train, val, stream, kind)
+
+
+def prepare_config(config: Config, kind: str) -> Config:
+    """Resolve what the verb implies: `train` has no teacher; paths become absolute, since workers run elsewhere."""
+
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path else str(Path(path).resolve())
+
+    data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
+    update: dict[str, Any] = {"data": data}
+    teacher_path = config.teacher.path
+    if os.path.isdir(teacher_path):
+        update["teacher"] = config.teacher.model_copy(update={"path": absolute(teacher_path)})
+    if kind == "train":
+        update["distillation"] = config.distillation.model_copy(update={"method": "none"})
+    return config.model_copy(update=update)
+
+
+def run(config: Config, kind: str, restart: bool = False) -> RunResult:
+    """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
+    import time
+
+    config = prepare_config(config, kind)
+    plan = make_plan(config, kind)
+    folder = Folder(config)
+    if restart:
+        folder.delete()
+    check_same_run(folder, config)
+    if folder.exists("result.json"):
+        log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
+        return RunResult(**json.loads(folder.read("result.json")))
+    if kind == "distill":
+        log.warning("The teacher runs in every training step: the slow path.")
+        make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
+    folder.write("config.yaml", to_yaml(config))
+    run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
+    tracker = Tracker.open(config, kind, run_id)
+    folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
+    start_ray()
+    started = time.perf_counter()
+    try:
+        result = fit(plan, tracker, folder)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    seconds = time.perf_counter() - started
+    done = finish(plan, folder, tracker, result, seconds)
+    tracker.finish()
+    return done
+
+
+def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
+    """Ray Train. Goes on from the last checkpoint when OUTPUT/NAME/train has one."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.progress import ProgressPrinter, TrackingCallback
+    from pipelines.workers import train_worker
+
+    compute = plan.config.compute
+    gpu = compute.device == "cuda" or (
+        compute.device == "auto" and ray.cluster_resources().get("GPU", 0) >= max(compute.workers, 1)
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": to_tree(plan.config), "stream": plan.stream},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=folder.path,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            callbacks=[TrackingCallback(tracker, folder)],
+        ),
+    )
+    with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
+        return trainer.fit()
+
+
+def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:
+    """Copy the student out of the last checkpoint, log it, and write result.json: the mark of a finished run."""
+    from pipelines.progress import read_history
+    from pipelines.report import write_report
+
+    if result.error is not None or result.checkpoint is None:
+        raise result.error or QskdError(folder.path, "training ended without a checkpoint")
+    with tempfile.TemporaryDirectory(prefix="qskd-finish-") as scratch, result.checkpoint.as_directory() as checkpoint:
+        student = Path(scratch) / "student"
+        fs.copy_files(f"{checkpoint}/student", str(student))
+        metrics = json.loads((Path(checkpoint) / "state.json").read_text())["metrics"]
+        write_report(plan.config, plan.val, read_history(folder), student, tracker)
+        folder.upload(student, "student")
+    done = RunResult(folder.path, f"{folder.path}/student", metrics, tracker.run_id, round(seconds, 2))
+    folder.write("result.json", json.dumps(done.__dict__, indent=2))
+    return done
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("distill")

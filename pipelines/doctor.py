@@ -1,0 +1,394 @@
+"""What this machine has, and what would go wrong on it: `qskd doctor`. Starts no Ray and changes nothing that it leaves."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+_GIB = 2**30
+_SERVER_TIMEOUT_S = 3.0
+_STORAGE_TIMEOUT_S = 30.0  # object stores retry by themselves, some for minutes
+_FILES_WANTED = 4096
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. note: works, but knowing it helps. problem: something will fail until it is remedied."""
+
+    name: str
+    status: Literal["ok", "note", "problem"]
+    found: str
+    remedy: str = ""
+
+
+def checks(tracking_uri: str = "", storage: str = "") -> list[Check]:
+    """Everything that is checked, in order. Takes some seconds, with a hung server or store up to half a minute more.
+
+    tracking_uri: empty is MLFLOW_TRACKING_URI, else sqlite in the working folder, as in `tracking.uri`.
+    storage: a path or a pyarrow filesystem URI, as in `output`; empty is "runs".
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    storage = storage or "runs"
+    steps: list[tuple[str, Callable[[], Check]]] = [
+        ("python", lambda: Check("python", "ok", f"{platform.python_version()} at {sys.executable}")),
+        ("machine", _machine),
+        ("packages", _packages),
+        ("constraints.txt", _constraints),
+        ("torch", _torch),
+        ("torchvision, timm", _torchvision),
+        ("image decoders", _decoders),
+        ("COCO evaluation", _evaluators),
+        ("MLflow tracking", lambda: _tracking(uri)),
+        ("storage", lambda: _storage(storage)),
+        ("shared memory", _shared_memory),
+        ("open files", _open_files),
+        ("Ray authentication", _ray_authentication),
+    ]
+    return [_guarded(name, step) for name, step in steps]
+
+
+def _guarded(name: str, step: Callable[[], Check]) -> Check:
+    try:
+        return step()
+    except Exception as error:  # a doctor that falls ill helps nobody: the other checks go on
+        return Check(
+            name, "problem", _short(error), "read the message; if it makes no sense, report it with this table"
+        )
+
+
+def _short(error: BaseException) -> str:
+    text = _redacted(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"
+
+
+def _redacted(text: str) -> str:
+    """Without the user and password of a URI: tables are pasted into bug reports."""
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_bytes() -> int:
+    """What this process may use: the machine's memory or its container's limit; 0 where that can't be known."""
+    try:
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, OSError, ValueError):
+        return 0
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            sizes.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(sizes)
+
+
+def _machine() -> Check:
+    memory = _memory_bytes()
+    found = f"{platform.platform()}, {_cores()} cores, {memory / _GIB:.1f} GiB memory"
+    if 0 < memory < 6 * _GIB:
+        return Check("machine", "note", found, "Ray and two workers want about 6 GiB: use --set compute.workers=0")
+    return Check("machine", "ok", found)
+
+
+def _requirements(lines: Iterable[str]) -> list[Requirement]:
+    found = []
+    for line in lines:
+        try:
+            requirement = Requirement(re.split(r"\s#|^#", line, maxsplit=1)[0].strip())
+        except InvalidRequirement:  # blank lines, options of pip
+            continue
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            found.append(requirement)
+    return found
+
+
+def _packages() -> Check:
+    shown = ", ".join(f"{name} {_version(name) or 'missing'}" for name in ("qskd", "ray", "transformers", "mlflow"))
+    try:
+        wanted = _requirements(importlib.metadata.requires("qskd") or [])
+    except importlib.metadata.PackageNotFoundError:
+        return Check("packages", "problem", f"qskd itself is not installed; {shown}", "pip install -e .")
+    bad = [item for item in wanted if not item.specifier.contains(_version(item.name) or "0", prereleases=True)]
+    if bad:
+        found = ", ".join(f"{item.name} {_version(item.name) or 'missing'} (needs {item.specifier})" for item in bad)
+        install = " ".join(f"'{item.name}{item.specifier}'" for item in bad)
+        return Check("packages", "problem", found, f"pip install {install}")
+    return Check("packages", "ok", shown)
+
+
+def _constraints(folders: Iterable[Path] | None = None) -> Check:
+    name = "constraints.txt"
+    places = [folder / name for folder in folders or (Path.cwd(), Path(__file__).resolve().parents[1])]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        return Check(name, "ok", "not here: versions are not compared with the tested ones")
+    installed = [(item, _version(item.name)) for item in _requirements(path.read_text().splitlines())]
+    other = [
+        f"{item.name} {version} (tested: {item.specifier})"
+        for item, version in installed
+        if version and not item.specifier.contains(version, prereleases=True)
+    ]
+    if other:
+        return Check(name, "note", ", ".join(other), f"if something breaks: pip install -c {path} -e .")
+    return Check(name, "ok", f"installed versions are the tested ones of {path}")
+
+
+def _torch() -> Check:
+    import torch
+
+    build = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)}))
+        half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        return Check("torch", "ok", f"{build}, {count} CUDA devices ({names}), {half}")
+    if shutil.which("nvidia-smi"):
+        remedy = "install the CUDA build: https://pytorch.org/get-started/locally"
+        return Check(
+            "torch", "note", f"{build}, a GPU driver is here but torch can't use it: it will train on CPU", remedy
+        )
+    return Check("torch", "ok", f"{build}, CPU only (float32)")
+
+
+def _torchvision() -> Check:
+    name, parts = "torchvision, timm", []
+    for package in ("torchvision", "timm"):
+        if find_spec(package) is None:
+            parts.append(f"no {package} (not needed)")
+            continue
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # transformers would import it too, and fail
+            remedy = f"install the {package} made for this torch, or: pip uninstall {package}"
+            return Check(name, "problem", f"{package} is installed but broken: {_short(error)}", remedy)
+        parts.append(f"{package} {_version(package)}")
+    return Check(name, "ok", ", ".join(parts))
+
+
+def _decoders() -> Check:
+    from PIL import features
+
+    fast = features.check_feature("libjpeg_turbo")
+    parts = [f"Pillow {_version('pillow')} ({'libjpeg-turbo' if fast else 'plain libjpeg'})"]
+    parts.append(f"simplejpeg {_version('simplejpeg')}" if find_spec("simplejpeg") else "no simplejpeg")
+    opencv = [package for package in ("opencv-python-headless", "opencv-python") if _version(package)]
+    parts.append(f"OpenCV {_version(opencv[0])}" if opencv else "no OpenCV")
+    if not features.check("jpg"):
+        return Check(
+            "image decoders", "problem", "Pillow was built without JPEG", "pip install --force-reinstall pillow"
+        )
+    return Check("image decoders", "ok", ", ".join(parts))
+
+
+def _evaluators() -> Check:
+    from qskd.evaluation import FASTEST_FIRST, choose_backend
+
+    used = choose_backend()
+    installed = [f"{name} {_version(name.replace('_', '-'))}" for name in FASTEST_FIRST if find_spec(name)]
+    found = f"uses {used}; installed: {', '.join(installed) or 'none'}"
+    if used == "pycocotools":
+        return Check("COCO evaluation", "note", found, "pip install hotcoco: the same numbers, about 100 times faster")
+    return Check("COCO evaluation", "ok", found)
+
+
+def _tracking(uri: str) -> Check:
+    name, shown = "MLflow tracking", _redacted(uri)
+    if uri.startswith(("http://", "https://")):
+        return _tracking_server(uri)
+    if uri.startswith("sqlite:///"):
+        return _tracking_file(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
+    if uri.startswith("file:") or not re.match(r"^[a-z][a-z0-9+-]*:", uri):
+        remedy = "use sqlite:///FILE or http://HOST:PORT"
+        return Check(name, "problem", f"{shown} is a folder; runs are kept in a database or on a server", remedy)
+    return Check(name, "note", f"{shown}: this kind of store is not checked")
+
+
+def _tracking_server(uri: str) -> Check:
+    name, shown, parts = "MLflow tracking", _redacted(uri), urllib.parse.urlsplit(uri)
+    login, _, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health")
+    if login:
+        request.add_header("Authorization", f"Basic {base64.b64encode(urllib.parse.unquote(login).encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=_SERVER_TIMEOUT_S) as answer:
+            body = answer.read(64).decode(errors="replace").strip()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            return Check(name, "note", f"{shown} answers and wants a login (HTTP {error.code})", remedy)
+        return Check(name, "problem", f"{shown}/health answers HTTP {error.code}", "is this an MLflow server?")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        remedy = "start it (mlflow server --host 127.0.0.1 --port 5000), or correct tracking.uri / MLFLOW_TRACKING_URI"
+        return Check(name, "problem", f"{shown} does not answer: {_short(error)}", remedy)
+    if body != "OK":
+        return Check(name, "note", f"{shown}/health says {body!r}, not OK", "is this an MLflow server?")
+    return Check(name, "ok", f"{shown} answers")
+
+
+def _tracking_file(path: Path) -> Check:
+    name, path = "MLflow tracking", path.absolute()
+    remedy = "choose a file in a folder you can write to: tracking.uri=sqlite:///FILE"
+    try:
+        if not path.exists():
+            with tempfile.TemporaryFile(dir=path.parent):
+                return Check(name, "ok", f"sqlite, will be made at {path}")
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=1)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        finally:
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        return Check(name, "problem", f"{path} can't be written to: {_short(error)}", remedy)
+    return Check(name, "ok", f"sqlite at {path}")
+
+
+def _storage(storage: str) -> Check:
+    """A small file is written, read back and deleted, with a time limit: a store without network may never answer."""
+    answers: list[Check] = []
+    probe = threading.Thread(target=lambda: answers.append(_guarded("storage", lambda: _probe(storage))), daemon=True)
+    probe.start()
+    probe.join(_STORAGE_TIMEOUT_S)
+    remedy = "check the network, the bucket's name and the credentials (e.g. AWS_PROFILE)"
+    slow = Check("storage", "problem", f"{_redacted(storage)} does not answer in {_STORAGE_TIMEOUT_S:.0f} s", remedy)
+    return answers[0] if answers else slow
+
+
+def _filesystem(storage: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    found: tuple[Any, str] = fs.FileSystem.from_uri(storage if "://" in storage else str(Path(storage).absolute()))
+    return found
+
+
+def _probe(storage: str) -> Check:
+    shown, written = _redacted(storage), uuid.uuid4().bytes
+    remedy = "choose another output (a folder or URI that can be written to), or get the rights to this one"
+    try:
+        filesystem, root = _filesystem(storage)
+        folder = root
+        if filesystem.type_name == "local":
+            # nothing is left behind, so the folder is not made: the nearest one that exists has to take a file
+            folder = str(next(place for place in (Path(root), *Path(root).parents) if place.exists()))
+        probe = f"{folder.rstrip('/')}/.qskd-doctor-{written.hex()}"
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(written)
+        try:
+            with filesystem.open_input_stream(probe) as stream:
+                read = stream.read()
+        finally:
+            filesystem.delete_file(probe)
+    except Exception as error:  # each filesystem has its own
+        return Check("storage", "problem", f"{shown}: {_short(error)}", remedy)
+    if read != written:
+        return Check("storage", "problem", f"{shown} gave back other bytes than were written", remedy)
+    made = "" if folder == root.rstrip("/") else f" (will be made in {folder})"
+    return Check("storage", "ok", f"{shown}{made}: written, read back, deleted")
+
+
+def _shared_memory() -> Check:
+    name, folder = "shared memory", Path("/dev/shm")
+    place = folder if folder.is_dir() else Path(tempfile.gettempdir())
+    free = shutil.disk_usage(place).free
+    found = f"{free / _GIB:.1f} GiB free in {place}, where Ray keeps its objects"
+    if free < 2 * _GIB:
+        return Check(name, "note", found, "Ray will use the slower disk: start the container with --shm-size=8g")
+    return Check(name, "ok", found)
+
+
+def _open_files() -> Check:
+    if find_spec("resource") is None:  # Windows
+        return Check("open files", "ok", "no limit is known here")
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < _FILES_WANTED:
+        return Check("open files", "note", f"limit {soft} (could be {hard}), Ray wants more", "ulimit -n 65536")
+    return Check("open files", "ok", f"limit {soft if soft >= 0 else 'none'}")
+
+
+def _shell_environment() -> dict[str, str]:
+    """What this process was started with. `os.environ` won't do: `pipelines.cluster` sets Ray's variables in it, for qskd
+    alone, and the question is what the shell gives to Ray's own commands."""
+    try:
+        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return dict(os.environ)
+    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+
+
+def _ray_authentication() -> Check:
+    """Ray 2.60 turns tokens on by itself for `ray.init` but not for its commands, which then fail to join."""
+    name, shell = "Ray authentication", _shell_environment()
+    mode = shell.get("RAY_AUTH_MODE")
+    remedy = "export RAY_AUTH_MODE=token in every shell, before ray start, ray job submit and ray status"
+    token = Path.home() / ".ray" / "auth_token"
+    if mode is None:
+        state = f"a token is at {token}" if token.exists() else "the first ray.init() will make a token"
+        return Check(
+            name, "note", f"RAY_AUTH_MODE is not set in this shell; {state}, which Ray's commands won't send", remedy
+        )
+    if mode.lower() not in ("token", "disabled"):
+        return Check(name, "problem", f"RAY_AUTH_MODE is {mode!r}, which Ray does not know", remedy)
+    if mode.lower() == "disabled":
+        return Check(name, "note", "disabled: whoever reaches the cluster can run code on it", remedy)
+    given = token.exists() or shell.get("RAY_AUTH_TOKEN") or shell.get("RAY_AUTH_TOKEN_PATH")
+    return Check(name, "ok", "token" if given else "token; Ray will make one when it starts here")
+
+
+def doctor(tracking_uri: str = "", storage: str = "", console: Any = None) -> int:
+    """Print the table to `console` (a rich one; None: standard output). Returns 1 if there is a problem, else 0."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    found = checks(tracking_uri, storage)
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    table = Table("", "check", "found", box=None, padding=(0, 1))
+    for check in found:
+        text = Text(check.found)
+        if check.remedy:
+            text.append(f"\n→ {check.remedy}", style=colours[check.status])
+        table.add_row(Text(check.status, style=colours[check.status]), check.name, text)
+    console.print(table)
+    problems = sum(check.status == "problem" for check in found)
+    notes = sum(check.status == "note" for check in found)
+    console.print(f"\n{problems or 'no'} problem{'s' * (problems != 1)}, {notes or 'no'} note{'s' * (notes != 1)}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("doctor")

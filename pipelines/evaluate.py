@@ -1,0 +1,88 @@
+"""COCO AP of any detector on a shard folder (`qskd evaluate`), as a Ray Data job.
+
+python -m pipelines.evaluate runs/quickstart-qskd/student shards/val
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pipelines.cluster import start_ray
+from pipelines.models import ground_truth
+from qskd.classes import map_classes
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.detectors import Preprocessing, load_detector, read_preprocessing
+from qskd.evaluation import Backend, CocoResult, Detections, evaluate_coco
+from qskd.inference import predict_batch
+from qskd.loader import BatchLoader
+from qskd.manifest import load_manifest
+
+
+class DetectorActor:
+    """Holds the detector and a loader; turns row ranges into detections."""
+
+    def __init__(
+        self, model: str, data: str, preprocessing: Preprocessing, class_map: Mapping[str, str], threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        manifest = load_manifest(data)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.detector = load_detector(model).to(self.device).eval()
+        self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))
+        self.category_ids = tuple(category.id for category in manifest.categories)
+        self.preprocessing = preprocessing
+        self.loader = BatchLoader(data, data, ViewConfig(), 0, preprocessing.resize, None, keep_bytes=0)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = np.stack([batch["shard"], batch["row"], np.zeros_like(batch["row"])], 1).astype(np.int32)
+        arrays = self.loader.load("val", rows)
+        found = predict_batch(self.detector, arrays, self.preprocessing, self.category_ids, self.slots, self.device)
+        return dict(vars(found))
+
+
+def evaluate(
+    model: str,
+    data: str,
+    resize: ResizeConfig | None = None,
+    class_map: Mapping[str, str] | None = None,
+    batch_size: int = 16,
+    workers: int = 1,
+    threads: int = 1,
+    backend: Backend | Literal["auto"] = "auto",
+) -> CocoResult:
+    """COCO AP of a Hub name or folder. resize: None takes the checkpoint's own. workers: detector actors, over the cluster."""
+    manifest = load_manifest(data)
+    own = read_preprocessing(model)
+    preprocessing = own if resize is None else Preprocessing(resize, own.mean, own.std)
+    map_classes(manifest.labels, load_detector(model).labels, class_map or {})  # complain here, not in an actor's log
+    start_ray()
+    import ray
+
+    rows = [{"shard": s, "row": r} for s, count in enumerate(manifest.shard_rows) for r in range(count)]
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.from_items(
+        rows, override_num_blocks=max(1, min(len(rows) // batch_size, 8 * workers))
+    ).map_batches(
+        DetectorActor,
+        fn_constructor_args=(model, data, preprocessing, class_map or {}, threads),
+        batch_size=batch_size,
+        concurrency=(1, workers),
+        num_gpus=gpus,
+        num_cpus=1,
+    )
+    names = list(Detections.__dataclass_fields__)
+    parts = [
+        Detections(**{name: np.asarray(part[name]) for name in names}) for part in dataset.iter_batches(batch_size=None)
+    ]
+    return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("evaluate")

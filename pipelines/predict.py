@@ -1,0 +1,54 @@
+"""Draw a detector's boxes on images (`qskd predict`). Needs no Ray.
+
+python -m pipelines.predict runs/quickstart-qskd/student photo.jpg --out boxes.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qskd.detectors import load_detector, read_preprocessing
+from qskd.errors import QskdError
+from qskd.evaluation import Detections
+from qskd.inference import predict_image
+from qskd.plots import draw_boxes
+
+
+def read_image(path: Path) -> np.ndarray:
+    """RGB uint8 [H, W, 3]."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise QskdError(str(path), "no such image") from None
+    except OSError as error:
+        raise QskdError(str(path), f"not an image that Pillow can read: {error}") from None
+
+
+def predict(
+    model: str, images: Sequence[Path], out: Path | None = None, threshold: float = 0.5
+) -> list[tuple[Path, Detections]]:
+    """Write a picture with boxes beside each image (or to `out`, for one image); what was found, for each."""
+    if out is not None and len(images) > 1:
+        raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
+    detector, preprocessing = load_detector(model).eval(), read_preprocessing(model)
+    written = []
+    for path in images:
+        image = read_image(path)
+        found = predict_image(detector, image, preprocessing, range(len(detector.labels)), threshold)
+        target = out or path.with_name(f"{path.stem}.boxes.png")
+        Image.fromarray(draw_boxes(image, found.boxes_xyxy, found.category_ids, found.scores, detector.labels)).save(
+            target
+        )
+        written.append((target, found))
+    return written
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("predict")

@@ -1,0 +1,83 @@
+"""What the controller does with a report: MLflow, a progress file, and from that file lines on the driver's terminal."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import ray.train
+
+from pipelines.storage import Folder
+from pipelines.tracking import Tracker
+
+
+class TrackingCallback(ray.train.UserCallback):
+    """Runs in Ray Train's controller: the only writer of the MLflow run while training lasts."""
+
+    def __init__(self, tracker: Tracker, folder: Folder) -> None:
+        self.tracker, self.folder = tracker, folder
+        self.logged: int | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called when all workers have reported; metrics[0] is rank 0's (see `Worker.report`)."""
+        report = metrics[0]
+        if self.logged is None:  # after a restart some steps are reported a second time
+            self.logged = self.tracker.last_step("loss/total")
+        rows = [(step, row) for step, row in report["rows"] if step > self.logged]
+        self.logged = max([self.logged, *(step for step, _ in report["rows"])])
+        evaluation = {f"val/{name}": value for name, value in report.get("evaluation", {}).items() if value >= 0}
+        if evaluation:
+            rows.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
+        self.tracker.metrics(rows)
+        entry = {"step": report["step"], "epoch": report["epoch"] + 1, "evaluation": report.get("evaluation", {})}
+        if report["rows"]:
+            entry["training"] = report["rows"][-1][1]
+        history = [e for e in read_history(self.folder) if e["step"] < entry["step"]]
+        self.folder.write("history.json", json.dumps([*history, entry]))
+
+
+def read_history(folder: Folder) -> list[dict[str, Any]]:
+    """One entry a report: step, epoch, evaluation (metrics, possibly empty), training (the last means)."""
+    history: list[dict[str, Any]] = json.loads(folder.read("history.json")) if folder.exists("history.json") else []
+    return history
+
+
+def progress_line(name: str, entry: dict[str, Any], total_steps: int) -> str:
+    parts = [f"{name}  step {entry['step']:>{len(str(total_steps))}}/{total_steps}"]
+    training = entry.get("training", {})
+    if training:
+        parts.append(f"loss {training['loss/total']:7.3f}  {training['speed/images_per_s']:6.1f} images/s")
+    evaluation = entry["evaluation"]
+    if evaluation:
+        parts.append(f"AP {evaluation['AP']:.3f}  AP50 {evaluation['AP50']:.3f}")
+    return "  ".join(parts)
+
+
+class ProgressPrinter:
+    """A thread on the driver that prints each new entry of the progress file; a context manager."""
+
+    def __init__(self, folder: Folder, name: str, total_steps: int, every_s: float = 1.0) -> None:
+        self.folder, self.name, self.total_steps, self.every_s = folder, name, total_steps, every_s
+        self.printed = {entry["step"] for entry in read_history(folder)}
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _print_new(self) -> None:
+        for entry in read_history(self.folder):
+            if entry["step"] not in self.printed:
+                self.printed.add(entry["step"])
+                print(progress_line(self.name, entry, self.total_steps), flush=True)
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(self.every_s):
+            self._print_new()
+
+    def __enter__(self) -> ProgressPrinter:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+        self._print_new()

@@ -1,0 +1,153 @@
+"""The whole path on built-in data, in minutes on two cores (`qskd quickstart`).
+
+Makes a dataset, shards it, takes the small teacher that comes with the package, trains the same student twice at once -
+with QSKD and without a teacher, from the same initial weights, on the same batches - and puts the three in one table.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.cluster import start_ray
+from pipelines.distill import RunResult, make_plan, prepare_config, run
+from pipelines.evaluate import evaluate
+from pipelines.prepare import prepare
+from pipelines.tracking import how_to_look
+from qskd.config import Config, load
+from qskd.cost import gflops, latency_ms, parameters
+from qskd.detectors import load_detector, read_preprocessing
+from qskd.errors import QskdError
+from qskd.shapes import ShapesConfig, make_shapes
+
+ASSETS = Path(__file__).parent / "assets"
+TEACHER = ASSETS / "shapes_teacher"
+RECIPE = ASSETS / "quickstart.yaml"
+TRAIN = ShapesConfig(images=4000)
+VAL = ShapesConfig(images=500, first_image=1_000_000)
+KINDS = {"baseline": "train", "qskd": "distill"}
+
+
+def make_data(folder: Path) -> None:
+    """folder/data/{train,val}: the JPEG files and JSON, and the shards made of them. What is there is kept."""
+    for name, config in (("train", TRAIN), ("val", VAL)):
+        shards = folder / "data" / name
+        if not (shards / "manifest.json").exists():
+            annotations, images = make_shapes(config, folder / "data" / f"{name}-coco")
+            prepare(annotations, images, str(shards), quiet=True)
+
+
+def recipe(folder: Path, name: str) -> Config:
+    """The configuration of the student that is called `name` in KINDS."""
+    kind = KINDS[name]
+    overrides = [
+        f"name={name}",
+        f"output={folder}",
+        f"data.train={folder}/data/train",
+        f"data.val={folder}/data/val",
+        f"teacher.path={TEACHER}",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        "tracking.experiment=quickstart",
+    ]
+    return prepare_config(load(RECIPE, overrides), kind)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table. Costs: millions of parameters, GFLOPs and ms for one image."""
+
+    name: str
+    metrics: Mapping[str, float]
+    parameters_m: float
+    gflops: float
+    ms: float
+
+
+def measure(name: str, folder: str | Path, metrics: Mapping[str, float]) -> Row:
+    """The cost of a detector at its own resolution, batch 1, on this machine's CPU with one thread."""
+    torch.set_num_threads(1)
+    detector, size = load_detector(folder).eval(), read_preprocessing(folder).resize.size
+    pixels, mask = torch.zeros(1, 3, size, size), torch.ones(1, size, size, dtype=torch.bool)
+    with torch.inference_mode():
+        timing = latency_ms(lambda: detector.model(pixels, pixel_mask=mask), warmup=5, repeats=30)
+        return Row(name, metrics, parameters(detector) / 1e6, gflops(detector, pixels, mask), timing["median"])
+
+
+def show(rows: list[Row], console: Console) -> None:
+    table = Table(title=f"{VAL.images} held-out images")
+    for column in ("", "AP", "AP50", "AP75", "parameters", "GFLOPs", "ms/image"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        scores = [f"{row.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")]
+        table.add_row(row.name, *scores, f"{row.parameters_m:.2f} M", f"{row.gflops:.3f}", f"{row.ms:.1f}")
+    console.print(table)
+
+
+def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
+    """Both students at once, each in a process of its own, joined to one Ray."""
+    import ray
+
+    start_ray()
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    commands = {
+        name: [sys.executable, "-m", "pipelines.quickstart", str(folder), name, *(["--restart"] if restart else [])]
+        for name in KINDS
+    }
+    processes = {name: subprocess.Popen(command, env=environment) for name, command in commands.items()}
+    try:
+        failed = [name for name, process in processes.items() if process.wait()]
+    finally:
+        for process in processes.values():
+            process.terminate()
+    if failed:
+        raise QskdError("quickstart", f"training failed: {', '.join(failed)}", remedy="the messages above say why")
+    return {name: run(recipe(folder, name), kind) for name, kind in KINDS.items()}  # finished: reads their results
+
+
+def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> None:
+    """Everything; see the module's head."""
+    console, started, folder = Console(), time.perf_counter(), folder.resolve()
+    if dry_run:
+        console.print(
+            f"would make {TRAIN.images} + {VAL.images} images and shards in {folder}/data, then, both at once:"
+        )
+        for name in KINDS:
+            console.print(f"  {name}: {recipe(folder, name).training.epochs} epochs → {folder}/{name}")
+        return
+    console.print(f"[bold]1/4[/] {TRAIN.images} + {VAL.images} images of shapes, and their shards → {folder}/data")
+    make_data(folder)
+    console.print(f"[bold]2/4[/] two students, one taught by {TEACHER.name} (QSKD), one not (baseline), side by side")
+    plan = make_plan(recipe(folder, "qskd"), "distill")
+    console.print(f"    {plan.stream.schedule.total_steps} steps each; the first lines take about half a minute")
+    results = train_both(folder, restart)
+    console.print("[bold]3/4[/] the teacher on the held-out images")
+    teacher = evaluate(str(TEACHER), f"{folder}/data/val")
+    console.print("[bold]4/4[/] parameters, FLOPs and latency")
+    rows = [
+        measure("teacher", TEACHER, teacher.metrics),
+        measure("student, no teacher", results["baseline"].student, results["baseline"].metrics),
+        measure("student, QSKD", results["qskd"].student, results["qskd"].metrics),
+    ]
+    show(rows, console)
+    gap = teacher.metrics["AP"] - results["baseline"].metrics["AP"]
+    gain = results["qskd"].metrics["AP"] - results["baseline"].metrics["AP"]
+    console.print(
+        f"QSKD: {100 * gain:+.1f} AP over the same student without a teacher, {gain / gap:.0%} of the gap; one seed."
+    )
+    console.print(f"student: {results['qskd'].student} (a plain Hugging Face folder)")
+    console.print(f"runs, curves and pictures: {how_to_look(recipe(folder, 'qskd').tracking.uri)}", soft_wrap=True)
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    student_folder, student = Path(sys.argv[1]), sys.argv[2]
+    run(recipe(student_folder, student), KINDS[student], restart="--restart" in sys.argv)

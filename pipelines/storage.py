@@ -1,0 +1,63 @@
+"""The output folder of a run, OUTPUT/NAME, on any filesystem pyarrow knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pyarrow import fs
+
+from qskd.config import Config, flatten, to_tree
+from qskd.errors import QskdError
+
+# What may differ between a run and its continuation: where and how fast, not what.
+FREE_TO_CHANGE = ("compute.", "tracking.", "output")
+
+
+class Folder:
+    """Small files by name; a write is whole or not there. Picklable."""
+
+    def __init__(self, config: Config) -> None:
+        self.storage_path = config.output if "://" in config.output else str(Path(config.output).resolve())
+        self.path = f"{self.storage_path}/{config.name}"
+        self.filesystem, self.root = fs.FileSystem.from_uri(self.path)
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self.filesystem.get_file_info(f"{self.root}/{name}".rstrip("/")).type != fs.FileType.NotFound)
+
+    def read(self, name: str) -> str:
+        with self.filesystem.open_input_stream(f"{self.root}/{name}") as stream:
+            return bytes(stream.read()).decode()
+
+    def write(self, name: str, text: str) -> None:
+        self.filesystem.create_dir(self.root, recursive=True)
+        with self.filesystem.open_output_stream(f"{self.root}/{name}.part") as stream:
+            stream.write(text.encode())
+        self.filesystem.move(f"{self.root}/{name}.part", f"{self.root}/{name}")
+
+    def delete(self) -> None:
+        if self.exists():
+            self.filesystem.delete_dir(self.root)
+
+    def upload(self, local: str | Path, name: str) -> None:
+        self.filesystem.create_dir(f"{self.root}/{name}", recursive=True)
+        fs.copy_files(str(local), f"{self.root}/{name}", destination_filesystem=self.filesystem)
+
+
+def check_same_run(folder: Folder, config: Config) -> None:
+    """Refuse to continue a run with another configuration, naming the fields that differ."""
+    if not folder.exists("config.yaml"):
+        return
+    before, now = flatten(yaml.safe_load(folder.read("config.yaml"))), flatten(to_tree(config))
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise QskdError(
+            folder.path,
+            f"holds a run with another configuration: {'; '.join(changed)}",
+            "the same configuration, to go on with it",
+            "choose another name (--set name=...), or add --restart, which deletes that run",
+        )

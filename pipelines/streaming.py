@@ -1,0 +1,223 @@
+"""Ray Data: shards -> batches on the worker that trains. One execution is the whole schedule.
+
+The schedule is cut into runs of consecutive steps. A reader process takes a run, reads the rows it needs and emits one row
+for each worker: that worker's share of every step in it. Ray deals rows out in turn (`preserve_order`), every row says
+whose it is, and the worker checks it: sample order depends on (seed, epoch, world size) and on nothing else.
+
+Why runs: a Ray Data block costs about 90 ms of driver time on two cores, whatever its size; a step of a small detector
+takes as long. Blocks of tens of steps make that vanish.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.errors import QskdError
+from qskd.loader import BatchLoader
+from qskd.schedule import Batch, Kind, Schedule, evaluation_batches, split, training_batches
+
+RUN_BYTES = 24 * 2**20  # decoded pixels in one block, about
+MAX_RUN = 64
+Arrays = dict[str, np.ndarray]
+Run = dict[str, Any]  # kind, epoch, and the batches `first` to before `last` of it
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays of any shapes -> one buffer: header length, JSON header, the raw bytes, each at a multiple of 64."""
+    header: dict[str, tuple[str, list[int], int]] = {}
+    offset = 0
+    for name, array in arrays.items():
+        header[name] = (array.dtype.str, list(array.shape), offset)
+        offset += -(-array.nbytes // 64) * 64
+    text = json.dumps(header).encode()
+    start = -(-(8 + len(text)) // 64) * 64
+    buffer = bytearray(start + offset)
+    buffer[:8] = len(text).to_bytes(8, "little")
+    buffer[8 : 8 + len(text)] = text
+    for name, array in arrays.items():
+        at = start + header[name][2]
+        buffer[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return bytes(buffer)
+
+
+def unpack(buffer: np.ndarray) -> Arrays:
+    """The arrays of `pack`, as views into the buffer (uint8 [n])."""
+    length = int.from_bytes(buffer[:8].tobytes(), "little")
+    header = json.loads(buffer[8 : 8 + length].tobytes())
+    start = -(-(8 + length) // 64) * 64
+    arrays = {}
+    for name, (dtype, shape, offset) in header.items():
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        arrays[name] = buffer[start + offset : start + offset + size].view(dtype).reshape(shape)
+    return arrays
+
+
+@dataclass(frozen=True)
+class Share:
+    """One worker's part of one global batch. The fields are those of `qskd.schedule.Batch`; arrays are the loader's."""
+
+    kind: Kind
+    epoch: int
+    index: int
+    count: int
+    arrays: Arrays
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the epoch's training (or evaluation) ends with this batch."""
+        return self.index == self.count - 1
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What a reader process needs to know; small, and free of torch."""
+
+    train_uri: str
+    val_uri: str
+    schedule: Schedule
+    views: ViewConfig
+    student_resize: ResizeConfig
+    teacher_resize: ResizeConfig | None  # None: the teacher sees the student's pixels, or there is none
+    keep_bytes: int = 2**30
+
+    def run_length(self, world_size: int) -> int:
+        """Steps in a block, from the size of a decoded batch."""
+        resizes = [resize for resize in (self.student_resize, self.teacher_resize) if resize is not None]
+        pixels = sum(r.size * (r.size if r.mode == "square" else r.longest) for r in resizes)
+        share = -(-self.schedule.batch_size // world_size)
+        return max(1, min(MAX_RUN, RUN_BYTES // (3 * pixels * share)))
+
+    def batch_count(self, kind: Kind) -> int:
+        """Global batches in an epoch's training or evaluation."""
+        size = self.schedule.evaluation_batch_size or self.schedule.batch_size
+        return self.schedule.steps_per_epoch if kind == "train" else -(-sum(self.schedule.val_shard_rows) // size)
+
+    def runs(self, start_step: int, world_size: int) -> list[Run]:
+        """The schedule from a training step on, cut into runs; none crosses from training to evaluation or back."""
+        schedule, length = self.schedule, self.run_length(world_size)
+        first_epoch, first = divmod(start_step, schedule.steps_per_epoch)
+        parts: list[tuple[Kind, int, int]] = []
+        for epoch in range(first_epoch, schedule.epochs):
+            parts.append(("train", epoch, first if epoch == first_epoch else 0))
+            if schedule.evaluates_after(epoch):
+                parts.append(("val", epoch, 0))
+        return [
+            {"kind": kind, "epoch": epoch, "first": at, "last": min(at + length, self.batch_count(kind))}
+            for kind, epoch, begin in parts
+            for at in range(begin, self.batch_count(kind), length)
+        ]
+
+    def loader(self) -> BatchLoader:
+        return BatchLoader(
+            self.train_uri,
+            self.val_uri,
+            self.views,
+            self.schedule.seed,
+            self.student_resize,
+            self.teacher_resize,
+            self.keep_bytes,
+        )
+
+    def batches(self, run: Run) -> Iterator[Batch]:
+        """The global batches of a run."""
+        if run["kind"] == "train":
+            part = training_batches(self.schedule, run["epoch"], run["first"])
+        else:
+            part = itertools.islice(evaluation_batches(self.schedule, run["epoch"]), run["first"], None)
+        return itertools.islice(part, run["last"] - run["first"])
+
+
+class RunReader:
+    """A reader process: runs in, one packed row for each worker out."""
+
+    def __init__(self, config: StreamConfig, world_size: int) -> None:
+        self.config, self.world_size = config, world_size
+        self.loader = config.loader()
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for run in table.to_pylist():
+            shares: list[Arrays] = [{} for _ in range(self.world_size)]
+            for batch in self.config.batches(run):
+                for rank, share in enumerate(shares):
+                    arrays = self.loader.load(batch.kind, split(batch.rows, self.world_size, rank))
+                    share.update({f"{batch.index}/{name}": array for name, array in arrays.items()})
+            for rank, share in enumerate(shares):
+                columns = {name: [value] for name, value in run.items()} | {"rank": [rank]}
+                yield pa.table({**columns, "payload": pa.array([pack(share)], type=pa.large_binary())})
+
+
+def build_dataset(config: StreamConfig, start_step: int, world_size: int, loader_workers: int) -> Any:
+    """The Ray Dataset of the schedule from a training step on: one row for each run and worker, in order."""
+    import ray
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 1  # never merge rows into one block: a block is what a worker is dealt
+    runs = config.runs(start_step, world_size)
+    return ray.data.from_items(runs, override_num_blocks=len(runs)).map_batches(
+        RunReader,
+        fn_constructor_args=(config, world_size),
+        batch_size=1,
+        batch_format="pyarrow",
+        concurrency=(1, loader_workers),
+        num_cpus=1,
+        zero_copy_batch=True,
+    )
+
+
+def read_stream(iterator: Any, config: StreamConfig, start_step: int, world_size: int, rank: int) -> Iterator[Share]:
+    """What a worker sees, each run checked to be the next one and this worker's."""
+    rows = iterator.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow")
+    for run in config.runs(start_step, world_size):
+        table = next(rows, None)
+        found = "the end" if table is None else table.drop_columns("payload").to_pylist()
+        if found != [{**run, "rank": rank}] or table is None:
+            raise QskdError(
+                "data stream",
+                str(found),
+                str([{**run, "rank": rank}]),
+                "this is a fault of qskd or of this Ray version: please report it with the versions `qskd doctor` prints",
+            )
+        chunk = table["payload"].chunk(0)
+        start, stop = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + 2]
+        arrays = unpack(np.frombuffer(chunk.buffers()[2], np.uint8)[start:stop])
+        for index in range(run["first"], run["last"]):
+            prefix = f"{index}/"
+            own = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+            yield Share(run["kind"], run["epoch"], index, config.batch_count(run["kind"]), own)
+
+
+def open_stream(
+    config: StreamConfig, start_step: int, world_size: int, rank: int, loader_workers: int
+) -> Iterator[Share]:
+    """This worker's batches. With several workers rank 0 starts the one execution and hands the others their parts."""
+    if world_size == 1:
+        dataset = build_dataset(config, start_step, world_size, loader_workers)
+        return read_stream(dataset.iterator(), config, start_step, world_size, rank)
+    import torch.distributed as dist
+
+    parts: list[Any] = [None]
+    if rank == 0:
+        dataset = build_dataset(config, start_step, world_size, loader_workers)
+        parts = [dataset.streaming_split(world_size, equal=False)]
+    dist.broadcast_object_list(parts, src=0)
+    return read_stream(parts[0][rank], config, start_step, world_size, rank)
+
+
+def local_stream(config: StreamConfig, start_step: int = 0, world_size: int = 1, rank: int = 0) -> Iterator[Share]:
+    """The same batches without Ray, in this process: for tests, and to measure what Ray costs."""
+    loader = config.loader()
+    for run in config.runs(start_step, world_size):
+        for batch in config.batches(run):
+            arrays = loader.load(batch.kind, split(batch.rows, world_size, rank))
+            yield Share(batch.kind, batch.epoch, batch.index, batch.count, arrays)

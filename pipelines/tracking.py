@@ -1,0 +1,162 @@
+"""MLflow, one thin layer. The driver opens a run; the controller's callback writes to it; nobody else does.
+
+The run's id is kept beside the training's checkpoints, so that a resumed training continues the run it began. A server
+that does not answer never stops a training: what could not be logged is said once, and the files are in the output folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qskd.config import Config, flatten, to_tree, to_yaml
+from qskd.errors import QskdError
+
+log = logging.getLogger("qskd")
+PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server
+
+
+def tracking_uri(config: Config | None = None) -> str:
+    """The URI of the recipe, else MLFLOW_TRACKING_URI, else sqlite in the working folder."""
+    named = config.tracking.uri if config else ""
+    return named or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def _client(uri: str) -> Any:
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    import mlflow
+
+    if uri.startswith("file:") or (not re.match(r"^[a-z+]+:", uri)):
+        raise QskdError(
+            "tracking.uri", f"{uri!r}, a folder", "a database or server", "use sqlite:///FILE or http://HOST"
+        )
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+class Tracker:
+    """One MLflow run, addressed by id; picklable, so that any process can hold it (and only one does)."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri, self.run_id = uri, run_id
+        self._connected: Any = None
+        self._complained = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_connected": None}
+
+    @classmethod
+    def open(cls, config: Config, kind: str, run_id: str = "") -> Tracker:
+        """Open a new run, or continue `run_id`. Raises QskdError when the server does not answer: better now than later."""
+        uri = tracking_uri(config)
+        try:
+            client = _client(uri)
+            if run_id:
+                client.set_terminated(run_id, "RUNNING")
+                return cls(uri, run_id)
+            found = client.get_experiment_by_name(config.tracking.experiment)
+            experiment = found.experiment_id if found else _create_experiment(client, config.tracking.experiment, uri)
+            run = client.create_run(
+                experiment,
+                run_name=config.tracking.run_name or config.name,
+                tags={"qskd.kind": kind, "qskd.name": config.name},
+            )
+            tracker = cls(uri, run.info.run_id)
+            tracker.params(flatten(to_tree(config)))
+            tracker.text("config.yaml", to_yaml(config))
+            return tracker
+        except QskdError:
+            raise
+        except Exception as error:
+            raise QskdError(
+                f"MLflow at {uri}",
+                f"{type(error).__name__}: {error}",
+                "a tracking server or database that answers",
+                "start it, or correct tracking.uri / MLFLOW_TRACKING_URI; `qskd doctor` checks it",
+            ) from error
+
+    def _call(self, method: str, *arguments: Any, **keywords: Any) -> None:
+        try:
+            self._connected = self._connected or _client(self.uri)
+            getattr(self._connected, method)(self.run_id, *arguments, **keywords)
+        except Exception as error:
+            if not self._complained:
+                log.warning(
+                    "MLflow at %s: %s failed: %s. Training goes on; its files are in the output folder.",
+                    self.uri,
+                    method,
+                    error,
+                )
+            self._complained = True
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        listed = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in values.items()]
+        for start in range(0, len(listed), PARAMS_PER_CALL):
+            self._call("log_batch", params=listed[start : start + PARAMS_PER_CALL])
+
+    def metrics(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Rows of (step, {name: value})."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        listed = [
+            Metric(re.sub(r"[^\w\-. /]", "_", k), float(v), now, step) for step, row in rows for k, v in row.items()
+        ]
+        for start in range(0, len(listed), METRICS_PER_CALL):
+            self._call("log_batch", metrics=listed[start : start + METRICS_PER_CALL])
+
+    def last_step(self, metric: str) -> int:
+        """The highest step this metric was logged at, -1 if never: what a restarted writer must not write again."""
+        try:
+            self._connected = self._connected or _client(self.uri)
+            return max((m.step for m in self._connected.get_metric_history(self.run_id, metric)), default=-1)
+        except Exception:
+            return -1
+
+    def text(self, name: str, text: str) -> None:
+        self._call("log_text", text, name)
+
+    def picture(self, name: str, path: str | Path) -> None:
+        self._call("log_artifact", str(path), str(Path(name).parent) if "/" in name else None)
+
+    def folder(self, path: str | Path, name: str) -> None:
+        self._call("log_artifacts", str(path), name)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self._call("set_terminated", status)
+
+
+def _create_experiment(client: Any, name: str, uri: str) -> str:
+    # MLflow would put a sqlite store's artefacts beside the working folder of whoever asks first; beside the database is
+    # where every later reader finds them.
+    match = re.match(r"^sqlite:///(.+)$", uri)
+    location = (Path(match[1]).resolve().parent / "mlartifacts" / name).as_uri() if match else None
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except Exception:  # another process was faster
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def how_to_look(uri: str) -> str:
+    """The command, or the address, that shows the runs."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def summary_row(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+def read_json(path: str) -> Any:
+    return json.loads(Path(path).read_text())

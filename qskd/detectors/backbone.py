@@ -1,0 +1,78 @@
+"""A student's ResNet: its configuration, its starting weights, its norm, and whether it learns."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, ResNetBackbone, ResNetConfig
+
+from qskd.config import BackboneConfig
+from qskd.detectors.weights import check_keys, check_path, quiet, reading
+from qskd.errors import QskdError
+
+log = logging.getLogger(__name__)
+
+
+def backbone_config(config: BackboneConfig, levels: int) -> ResNetConfig:
+    """transformers' configuration of a ResNet that gives its last `levels` stages (as many as there are).
+
+    With `config.init` the checkpoint's own configuration is used, and must have the sizes that `config` has.
+    """
+    sizes = {
+        "layer_type": config.layer_type,
+        "embedding_size": config.embedding_size,
+        "hidden_sizes": list(config.hidden_sizes),
+        "depths": list(config.depths),
+    }
+    if config.init:
+        path = check_path(config.init)
+        with reading(path):
+            resnet = AutoConfig.from_pretrained(path)
+        if resnet.model_type != "resnet":
+            raise QskdError(config.init, f"a model of type {resnet.model_type!r}", "a ResNet (model type 'resnet')")
+        found = {name: getattr(resnet, name) for name in sizes}
+        if found != sizes:
+            differing = [name for name in sizes if found[name] != sizes[name]]
+            raise QskdError(
+                config.init,
+                "; ".join(f"{name} {found[name]}" for name in differing),
+                "; ".join(f"student.backbone.{name} {sizes[name]}" for name in differing),
+                "give student.backbone the checkpoint's sizes, or leave student.backbone.init empty",
+            )
+    else:
+        resnet = ResNetConfig(**sizes)
+    stages = len(config.depths)
+    resnet.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages) + 1, stages + 1)]
+    return resnet
+
+
+def load_backbone(backbone: nn.Module, path: str, config: ResNetConfig) -> None:
+    """Copy a ResNet checkpoint (with or without its classifier) into a detector's backbone."""
+    folder = check_path(path)
+    with reading(path), quiet():
+        source, info = ResNetBackbone.from_pretrained(
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    dropped = check_keys(path, info, ignore=("classifier.",))
+    backbone.load_state_dict(source.state_dict())  # a frozen norm drops num_batches_tracked by itself
+    log.info("backbone: %d tensors from %s; left out: %s", len(source.state_dict()), path, dropped or "nothing")
+
+
+def thaw_norms(module: nn.Module) -> None:
+    """Replace, in place, transformers' FrozenBatchNorm2d by nn.BatchNorm2d with the same values.
+
+    The names and the eps (1e-5) are the same, so a saved student loads into the frozen norm and evaluates alike.
+    """
+    for name, child in list(module.named_children()):
+        if type(child).__name__.endswith("FrozenBatchNorm2d"):
+            frozen: Any = child
+            norm = nn.BatchNorm2d(frozen.weight.shape[0], eps=1e-5)
+            norm.load_state_dict(
+                {**frozen.state_dict(), "num_batches_tracked": torch.tensor(0)},
+            )
+            setattr(module, name, norm.to(frozen.weight.device))
+        else:
+            thaw_norms(child)

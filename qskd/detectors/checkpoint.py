@@ -1,0 +1,91 @@
+"""Detectors from and to plain Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from qskd.config import ResizeConfig
+from qskd.detectors.detector import Detector
+from qskd.detectors.families import FAMILIES, find_family
+from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from qskd.detectors.weights import check_keys, check_path, check_timm, quiet, reading
+from qskd.errors import QskdError
+
+EXTRA_FILE = "qskd.json"
+
+
+def load_detector(path_or_name: str | Path) -> Detector:
+    """A detector of any supported family from a folder or the Hub, in eval mode, float32.
+
+    Only safetensors are read, and every weight must be there and expected. Raises QskdError otherwise.
+    """
+    path = check_path(path_or_name)
+    with reading(path):
+        config = AutoConfig.from_pretrained(path)
+    family = find_family(config.model_type, path)
+    check_timm(path, config)
+    config.auxiliary_loss = False
+    if hasattr(config, "decoder_layerdrop"):
+        config.decoder_layerdrop = 0.0  # a dropped layer would say nothing, and every layer is asked
+    with reading(path), quiet():
+        model, info = family.model_class.from_pretrained(
+            path, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    check_keys(path, info)
+    return Detector(model).eval()
+
+
+def save_detector(
+    detector: Detector, folder: str | Path, resize: ResizeConfig, extra: dict[str, Any] | None = None
+) -> None:
+    """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`.
+
+    `extra` (JSON values) goes to qskd.json, which transformers does not read. The folder appears whole or not at all; a
+    detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise QskdError(str(target), "a file", "a folder to save to")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise QskdError(str(target), "a folder with other things in it", "a new, an empty or a detector's folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    fresh.mkdir()
+    try:
+        _write(detector, fresh, resize, extra)
+        stale = fresh.with_suffix(".old")
+        if target.exists():
+            os.rename(target, stale)
+        os.rename(fresh, target)
+        shutil.rmtree(stale, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write(detector: Detector, folder: Path, resize: ResizeConfig, extra: dict[str, Any] | None) -> None:
+    # transformers' norms are frozen and count no batches: the key would be unexpected to a plain load.
+    state = {
+        name: value for name, value in detector.model.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
+    with quiet():
+        detector.model.save_pretrained(folder, state_dict=state)
+        FAMILIES[detector.family].processor_class(
+            size=processor_size(resize), do_pad=True, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
+        ).save_pretrained(folder)
+    if extra is not None:
+        (folder / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
+
+
+def processor_size(resize: ResizeConfig) -> dict[str, int]:
+    """A resize as transformers' image processors write it."""
+    if resize.mode == "square":
+        return {"height": resize.size, "width": resize.size}
+    return {"shortest_edge": resize.size, "longest_edge": resize.longest}

@@ -1,0 +1,126 @@
+"""Any family's detector behind one output: what the rest of qskd sees of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qskd.detectors.families import find_family
+from qskd.detectors.family import Family
+from qskd.detectors.taps import Tap, listening
+from qskd.structures import DetectorOutput
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """One decoder layer's cross-attention and what it was given: enough to compute the attention of any query again."""
+
+    module: nn.Module
+    given: dict[str, Any]
+
+
+def _detached(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def _attend(
+    family: Family,
+    layers: Sequence[CrossAttention],
+    queries: Tensor,
+    *,
+    shapes: Sequence[tuple[int, int]],
+    valid: Tensor,
+) -> tuple[Tensor, ...]:
+    """Query indices [B, S] (-1 = none) -> maps [B, S, H, W], float32, averaged over `layers`. No gradient."""
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        wanted = queries.clamp(min=0)
+        total = torch.zeros((*queries.shape, valid.shape[1]), device=queries.device)
+        for layer in layers:
+            total += family.attention(layer.module, layer.given, wanted, shapes, valid)
+        total *= (queries >= 0)[..., None] / len(layers)
+        parts = total.split([height * width for height, width in shapes], dim=-1)
+        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _not_kept(queries: Tensor) -> tuple[Tensor, ...]:
+    raise RuntimeError("this forward ran with with_attention=False and kept nothing to compute attention from")
+
+
+class Detector(nn.Module):
+    """A detector of transformers, seen as logits, boxes, memory and attention.
+
+    model: transformers' own module; what is saved. labels: class names by slot. family: its `model_type`.
+    num_queries: Q. num_layers: L, decoder layers. memory_channels: C of each memory map, finest first.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        config = model.config
+        config.auxiliary_loss = False  # True changes the forward pass of Conditional DETR
+        self.model = model
+        self.family: str = config.model_type
+        self._family = family = find_family(self.family, type(model).__name__)
+        self.num_queries = family.num_queries(config)
+        self.num_layers: int = config.decoder_layers
+        self.memory_channels: tuple[int, ...] = (config.d_model,) * len(family.projections(model))
+        self._projections = [Tap(module) for module in family.projections(model)]
+        self._encoder = Tap(family.encoder(model))
+        self._layers = [Tap(module) for module in family.decoder_layers(model)]
+        self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names by slot of the logits."""
+        return labels_of(self.model.config)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part that learns at its own rate."""
+        return self._family.backbone(self.model)
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor, with_attention: bool = True) -> DetectorOutput:
+        """Detect, in training and evaluation alike with all decoder layers.
+
+        pixel_values: [B, 3, H, W] float, normalised, 0 on padding. pixel_mask: [B, H, W] bool, False on padding.
+        with_attention=False keeps nothing for `attend`, which then raises. Logits, boxes and query states are float32
+        also under autocast; memory and features have the precision that the model ran in. `attend` uses the weights as
+        they are when it is called: call it before the optimizer's step.
+        """
+        taps = [*self._projections, self._encoder, *self._layers, *(self._cross_attentions if with_attention else [])]
+        with listening(taps):
+            outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
+            features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
+            valid: Tensor = self._encoder.given["attention_mask"].bool()
+            states = [tap.returned for tap in self._layers]
+            cross = [CrossAttention(tap.module, _detached(tap.given)) for tap in self._cross_attentions]
+
+        # Heads in float32: bf16 has 8 bits, less than a pixel needs.
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            predictions = self._family.predict(self.model, outputs, states)
+
+        shapes = [(int(map_.shape[-2]), int(map_.shape[-1])) for map_ in features]
+        sizes = [height * width for height, width in shapes]
+        memory = outputs.encoder_last_hidden_state.transpose(1, 2).split(sizes, dim=2)
+        attend = partial(_attend, self._family, shapes=shapes, valid=valid)
+        return DetectorOutput(
+            logits=predictions.logits,
+            boxes_cxcywh=predictions.boxes_cxcywh,
+            memory=tuple(part.unflatten(2, shape) for part, shape in zip(memory, shapes, strict=True)),
+            memory_valid=tuple(
+                part.unflatten(1, shape) for part, shape in zip(valid.split(sizes, dim=1), shapes, strict=True)
+            ),
+            features=features,
+            query_states=predictions.query_states,
+            attend=partial(attend, cross[-1:]) if with_attention else _not_kept,
+            attend_mean=partial(attend, cross) if with_attention else _not_kept,
+        )
+
+
+def labels_of(config: Any) -> tuple[str, ...]:
+    """Class names by slot; slots that a configuration leaves unnamed are "N/A", as COCO's 91-slot heads call them."""
+    return tuple(str(config.id2label.get(slot, "N/A")) for slot in range(config.num_labels))

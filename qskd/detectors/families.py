@@ -1,0 +1,23 @@
+"""The table of families; a new one is a file of its own and a row here."""
+
+from __future__ import annotations
+
+from qskd.detectors.conditional_detr import ConditionalDetr
+from qskd.detectors.deformable_detr import DeformableDetr
+from qskd.detectors.family import Family
+from qskd.errors import QskdError
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (ConditionalDetr(), DeformableDetr())}
+
+
+def find_family(model_type: str, where: str) -> Family:
+    """The family of a configuration's `model_type`; QskdError when there is none."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise QskdError(
+            where,
+            f"a model of type {model_type!r}",
+            f"one of {', '.join(FAMILIES)}",
+            "choose a checkpoint of a supported family, or add the family in qskd/detectors (one file and a table row)",
+        )
+    return family

@@ -1,0 +1,94 @@
+"""From uint8 pixels to what a detector is given, as the checkpoint's image processor would do it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_base import ImageProcessingMixin
+
+from qskd.config import ResizeConfig
+from qskd.errors import QskdError
+
+log = logging.getLogger(__name__)
+
+Channels = tuple[float, float, float]
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+BILINEAR = 2  # PIL.Image.Resampling.BILINEAR, the filter of every DETR
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are resized, and the mean and standard deviation (of values in 0..1, RGB) they are normalised with."""
+
+    resize: ResizeConfig
+    mean: Channels = IMAGENET_MEAN
+    std: Channels = IMAGENET_STD
+
+
+def read_preprocessing(folder_or_name: str | Path) -> Preprocessing:
+    """What a checkpoint's own image processor says; without one DETR's (800/1333, ImageNet), with a warning.
+
+    Raises QskdError when the processor asks for something that is not done here.
+    """
+    where = str(folder_or_name)
+    try:
+        said: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(where)[0]
+    except OSError:
+        log.warning("%s has no image processor: taking DETR's, shortest edge 800, longest 1333, ImageNet mean", where)
+        return Preprocessing(ResizeConfig(mode="shortest_edge", size=800, longest=1333))
+    scale = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
+    if abs(scale * 255 - 1) > 1e-3:
+        raise QskdError(where, f"an image processor that multiplies pixels by {scale}", "1/255")
+    if said.get("do_resize", True) is False:
+        raise QskdError(where, "an image processor that does not resize", remedy="set teacher.resize in the config")
+    if said.get("resample", BILINEAR) != BILINEAR:
+        log.warning("%s resizes with PIL's filter %s; bilinear is used", where, said["resample"])
+    normalise = said.get("do_normalize", True)
+    mean = said.get("image_mean", IMAGENET_MEAN) if normalise else (0.0, 0.0, 0.0)
+    std = said.get("image_std", IMAGENET_STD) if normalise else (1.0, 1.0, 1.0)
+    return Preprocessing(_resize(said, where), _channels(mean), _channels(std))
+
+
+def _channels(values: Any) -> Channels:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _resize(said: dict[str, Any], where: str) -> ResizeConfig:
+    size = said.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    if isinstance(size, int):  # the form before 2022: shortest edge, with max_size beside it
+        size = {"shortest_edge": size}
+    height, width, shortest = size.get("height"), size.get("width"), size.get("shortest_edge")
+    if height and height == width:
+        return ResizeConfig(mode="square", size=height)
+    if shortest:
+        longest = size.get("longest_edge") or said.get("max_size") or 1333
+        return ResizeConfig(mode="shortest_edge", size=shortest, longest=longest)
+    raise QskdError(
+        where,
+        f"an image processor of size {size}",
+        "height = width, or shortest_edge and longest_edge",
+        "set teacher.resize in the config",
+    )
+
+
+def to_pixels(images: Tensor, sizes: Tensor, mean: Channels, std: Channels) -> tuple[Tensor, Tensor]:
+    """Normalise on the device the images are on; padding becomes 0 after normalising, as transformers pads.
+
+    images: [B, H, W, 3] uint8, RGB, each in the top left corner. sizes: [B, 2] int, height and width of each. Returns
+    pixel_values [B, 3, H, W] float32 and pixel_mask [B, H, W] bool, False on padding.
+    """
+    height, width = images.shape[1:3]
+    rows = torch.arange(height, device=images.device) < sizes[:, :1].to(images.device)
+    columns = torch.arange(width, device=images.device) < sizes[:, 1:].to(images.device)
+    pixel_mask = rows[:, :, None] & columns[:, None, :]
+    shift = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(3, 1, 1)
+    pixel_values = (images.permute(0, 3, 1, 2).contiguous().float() / 255 - shift) / scale
+    return pixel_values * pixel_mask[:, None], pixel_mask

@@ -1,0 +1,104 @@
+"""Making a student: from sizes or from a checkpoint, the same for the same seed."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qskd.config import StudentConfig
+from qskd.detectors.backbone import backbone_config, load_backbone, thaw_norms
+from qskd.detectors.checkpoint import load_detector
+from qskd.detectors.detector import Detector, labels_of
+from qskd.detectors.families import find_family
+from qskd.detectors.initialisation import set_class_prior
+from qskd.errors import QskdError
+
+log = logging.getLogger(__name__)
+
+
+def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> Detector:
+    """A student in training mode, on the CPU. Its weights depend on the arguments only; global random state is kept.
+
+    labels: class names by slot, unique. Raises QskdError for a checkpoint that can't be used.
+    """
+    if not labels or len(set(labels)) != len(labels):
+        raise QskdError("student labels", f"{list(labels)}", "at least one class name, and none of them twice")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _from_checkpoint(config, labels) if config.init else _from_sizes(config, labels)
+        detector = Detector(model).train()
+    _set_backbone(detector.backbone, config)
+    return detector
+
+
+def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
+    family = find_family(config.family, "student.family")
+    levels = config.feature_levels if family.many_maps else 1
+    if levels != config.feature_levels:
+        _warn(f"student.feature_levels = {config.feature_levels} has no effect: {config.family} reads one map")
+    resnet = backbone_config(config.backbone, levels)
+    model = family.model_class(family.student_config(config, resnet, labels))
+    family.initialise(model)
+    if config.backbone.init:
+        load_backbone(family.backbone(model).get_submodule("model"), config.backbone.init, resnet)
+    elif config.backbone_norm == "frozen":
+        _warn("student.backbone_norm = frozen on a random backbone normalises nothing: set backbone.init, or use batch")
+    return model
+
+
+def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
+    detector = load_detector(config.init)
+    family = find_family(detector.family, config.init)
+    default = StudentConfig()
+    for field, found in family.sizes(detector.model.config).items():
+        wanted = getattr(config, field)
+        if wanted not in (found, getattr(default, field)):
+            _warn(f"student.{field} = {wanted} has no effect: student.init ({config.init}) has {found}")
+    if config.backbone != default.backbone:
+        _warn(f"student.backbone has no effect: the backbone is that of student.init ({config.init})")
+    if detector.labels != tuple(labels):
+        _remake_class_heads(detector.model, family.class_heads(detector.model), labels)
+    return detector.model
+
+
+def _remake_class_heads(model: Any, heads: Sequence[nn.Linear], labels: Sequence[str]) -> None:
+    """Give the heads a row a label: a class the checkpoint knows by the same name keeps its row, others start anew."""
+    known = {label: slot for slot, label in enumerate(labels_of(model.config)) if label != "N/A"}
+    kept = [(slot, known[label]) for slot, label in enumerate(labels) if label in known]
+    made: dict[int, nn.Linear] = {}  # heads that shared parameters go on sharing them
+    shared: list[nn.Linear] = []
+    for head in heads:
+        if id(head.weight) not in made:
+            fresh = made[id(head.weight)] = nn.Linear(head.in_features, len(labels))
+            nn.init.normal_(fresh.weight, std=0.02)
+            set_class_prior(fresh)
+            with torch.no_grad():
+                for slot, old in kept:
+                    fresh.weight[slot], fresh.bias[slot] = head.weight[old], head.bias[old]
+        shared.append(made[id(head.weight)])
+    for head, fresh in zip(heads, shared, strict=True):
+        head.weight, head.bias, head.out_features = fresh.weight, fresh.bias, len(labels)
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: slot for slot, label in enumerate(labels)}
+    model.num_labels = len(labels)
+    log.warning(
+        "student.init: class head re-made for %d classes, %d kept their weights by name", len(labels), len(kept)
+    )
+
+
+def _set_backbone(backbone: nn.Module, config: StudentConfig) -> None:
+    """Norm and trainability; transformers freezes the whole ResNet by itself."""
+    if config.backbone_norm == "batch" and config.train_backbone:
+        thaw_norms(backbone)
+    elif config.backbone_norm == "batch":
+        log.info("student.train_backbone = false keeps the backbone's norms frozen too")
+    backbone.requires_grad_(config.train_backbone)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)

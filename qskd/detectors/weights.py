@@ -1,0 +1,106 @@
+"""Reading what others made: only safetensors, every key accounted for, every failure told with its remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from qskd.errors import QskdError
+
+
+def check_path(path: str | Path) -> str:
+    """Refuse what is plainly meant as a folder and is none, or holds no safetensors, before a Hub is asked for it.
+
+    Returns the folder, or the Hub name as it is.
+    """
+    if not str(path):
+        raise QskdError("checkpoint", "an empty path", "a folder saved by transformers, or a Hub name")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
+            raise QskdError(str(path), "no such folder", "a folder saved by transformers, or a Hub name")
+        return str(path)
+    if not (folder / "config.json").is_file():
+        raise QskdError(
+            str(path), "no config.json", "a folder saved by save_pretrained (config.json, model.safetensors)"
+        )
+    if any(folder.glob("*.safetensors")):
+        return str(folder)
+    pickles = sorted(file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    raise QskdError(
+        str(path),
+        f"no safetensors, only {', '.join(pickles)}" if pickles else "no weights",
+        "model.safetensors (a pickle can run code when it is read, so none is)",
+        "where you trust the file: AutoModelForObjectDetection.from_pretrained(path, use_safetensors=False)"
+        ".save_pretrained(new_folder), which writes safetensors",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars or notes of transformers; errors still come through."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn what transformers raises on a bad or unreachable checkpoint into a QskdError."""
+    try:
+        yield
+    except QskdError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        remedy = "give a folder saved by transformers, or a Hub name that can be reached and has safetensors"
+        if "size mismatch" in str(error) or "mismatched" in str(error):
+            remedy = "config.json and model.safetensors are of different models: save them again together"
+        raise QskdError(
+            str(path), f"cannot be loaded: {text[0] if text else type(error).__name__}", "", remedy
+        ) from error
+
+
+def check_keys(path: str | Path, info: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+    """Stop on missing or unexpected weights as reported by from_pretrained(output_loading_info=True).
+
+    Returns the unexpected keys that were ignored: those starting with one of `ignore`. Batch counters are no weights.
+    """
+    missing = sorted(info["missing_keys"])
+    surplus = sorted(key for key in info["unexpected_keys"] if not key.endswith("num_batches_tracked"))
+    ignored = [key for key in surplus if key.startswith(tuple(ignore))]
+    unexpected = [key for key in surplus if key not in ignored]
+    if missing or unexpected:
+
+        def first(keys: list[str]) -> str:
+            return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+
+        raise QskdError(
+            str(path),
+            f"weights missing: {first(missing)}; unexpected: {first(unexpected)}",
+            "exactly the weights that its config.json describes",
+            "the file is of another model or of another version of it: save the checkpoint again with save_pretrained",
+        )
+    return ignored
+
+
+def check_timm(path: str | Path, config: Any) -> None:
+    """Refuse a checkpoint whose backbone needs timm when timm is not there."""
+    if getattr(config.backbone_config, "model_type", "") == "timm_backbone" and not importlib.util.find_spec("timm"):
+        raise QskdError(
+            str(path),
+            f"its backbone is timm's ({getattr(config.backbone_config, 'backbone', '?')}), and timm is not installed",
+            "a backbone of transformers (ResNetConfig), or timm",
+            "pip install timm, or choose a checkpoint whose backbone_config is a ResNetConfig",
+        )

@@ -1,0 +1,203 @@
+"""Attention-Guided Feature Distillation: the student's memory must agree where the teacher's selected queries look.
+
+METHODS 1.3 AGFD, our reconstruction. The paper's (as METHODS 1.1 has it): a foreground mask, generated under the
+guidance of the selected queries, steers feature distillation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qskd.config import FeatureDistillationConfig
+from qskd.distillation.query_selection import QuerySelection
+from qskd.errors import QskdError
+from qskd.structures import LossTerm, TeacherRecord
+
+_TINY = 1e-12
+
+
+def foreground_mask(
+    selection: QuerySelection, teacher: TeacherRecord, confidence: Tensor, config: FeatureDistillationConfig
+) -> tuple[Tensor, ...]:
+    """The attention of the kept queries, summed and normalised: one mask [B, H, W] float32 for each teacher map.
+
+        m = sum over kept queries i of weight_i * w_i * A_i;  M = max(m / max(m), background)
+
+    w_i is the teacher's max_c p_i ("confidence", [B, Q]), confidence^gamma * max(0, GIoU_i)^(1 - gamma) ("quality", the
+    score METHODS 2 recalls of DETRDistill), or 1. The maximum runs over all the image's maps. A query whose attention is not in the record adds nothing; an image without objects has a mask of zeros.
+
+    selection: of the teacher's last layer, without layer dimension. METHODS 1.3 AGFD, our reconstruction.
+    """
+    if teacher.attention_queries is None or not teacher.attention:
+        raise QskdError(
+            "distillation.features",
+            "the teacher's record holds no attention",
+            "the attention of the teacher's selected queries",
+            "cache it, or use features.background: 1",
+        )
+    weight = selection.weight
+    if config.query_weight == "confidence":
+        weight = weight * confidence.float()
+    elif config.query_weight == "quality":
+        gamma = config.quality_gamma
+        weight = weight * confidence.float() ** gamma * selection.giou.clamp(min=0) ** (1 - gamma)
+    known = teacher.attention_queries >= 0
+    weight = torch.where(known, weight.gather(1, teacher.attention_queries.clamp(min=0)), 0.0)  # [B, A]
+    with torch.autocast(weight.device.type, enabled=False):
+        maps = [
+            torch.einsum("ba,bahw->bhw", weight, attention.float()) * valid
+            for attention, valid in zip(teacher.attention, teacher.memory_valid, strict=True)
+        ]
+    everywhere = torch.cat([part.flatten(1) for part in maps], dim=1)
+    top = everywhere.amax(1)[:, None, None]
+    background = config.background * (top > 0)
+    return tuple(
+        torch.maximum(part / top.clamp(min=_TINY), background) * valid
+        for part, valid in zip(maps, teacher.memory_valid, strict=True)
+    )
+
+
+def _extent(valid: Tensor) -> Tensor:
+    """[B, H, W] bool, a rectangle at the top left -> its width and height in cells, [B, 2] float32."""
+    return torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], dim=-1).clamp(min=1).float()
+
+
+def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor) -> Tensor:
+    """Bring a map [B, C, H, W] to another grid, valid region onto valid region: -> [B, C, H', W'] float32.
+
+    valid: [B, H, W]; onto_valid: [B, H', W']; both True in a rectangle at the top left (what is left is padding).
+    Positions outside `onto_valid` repeat the border. Bilinear; where the new grid is less than half as fine, the mean
+    of several samples a cell, so that a narrow peak is not stepped over. An image whose regions agree keeps its very
+    values.
+    """
+    map_, (height, width) = map_.float(), onto_valid.shape[1:]
+    alike = map_.shape[-2:] == onto_valid.shape[-2:]
+    if alike and valid.device.type == "cpu" and torch.equal(valid, onto_valid):
+        return map_  # asking a GPU would mean waiting for it
+    dense = max(1, math.ceil(max(map_.shape[-2] / height, map_.shape[-1] / width) / 2))
+    source, target = _extent(valid), _extent(onto_valid)
+    axes = []
+    for axis, (cells, whole) in enumerate(((width, map_.shape[-1]), (height, map_.shape[-2]))):
+        centre = (torch.arange(cells * dense, device=map_.device) + 0.5) / dense  # in target cells
+        at = centre / target[:, axis, None] * source[:, axis, None]  # [B, cells] in source cells
+        at = torch.minimum(
+            at.clamp(min=0.5), source[:, axis, None] - 0.5
+        )  # no reading across the valid region's border
+        axes.append(at / whole * 2 - 1)
+    across, down = axes
+    grid = torch.stack(torch.broadcast_tensors(across.unsqueeze(1), down.unsqueeze(2)), dim=-1)  # [B, H' , W', 2]
+    moved = F.grid_sample(map_, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    if dense > 1:
+        moved = F.avg_pool2d(moved, dense)
+    if alike:
+        same = (valid == onto_valid).flatten(1).all(1)
+        moved = torch.where(same[:, None, None, None], map_, moved)
+    return moved
+
+
+def pair_levels(
+    student_sizes: Sequence[tuple[int, int]], teacher_sizes: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """(student level, teacher level) of the maps to compare. Sizes are (H, W), finest first.
+
+    Equally many: in order. Otherwise each map of the smaller set, in order, takes the map of the other set that is
+    nearest in size (ratio of areas) and not yet taken. Sizes with padding are used: they are known on the host, and
+    levels lie a factor 4 in area apart.
+    """
+    if len(student_sizes) == len(teacher_sizes):
+        return [(level, level) for level in range(len(student_sizes))]
+    swapped = len(student_sizes) > len(teacher_sizes)
+    few, many = (teacher_sizes, student_sizes) if swapped else (student_sizes, teacher_sizes)
+    free, pairs = list(range(len(many))), []
+    for level, (height, width) in enumerate(few):
+        areas = {other: many[other][0] * many[other][1] for other in free}
+        nearest = min(free, key=lambda other: abs(math.log(areas[other] / (height * width))))
+        free.remove(nearest)
+        pairs.append((nearest, level) if swapped else (level, nearest))
+    return pairs
+
+
+def _projector(inputs: int, outputs: int) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, kernel_size=1)
+    weight = layer.weight.data.view(outputs, inputs)
+    if inputs == outputs:
+        nn.init.eye_(weight)  # starts as plain mimicking
+    else:
+        nn.init.orthogonal_(weight)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+class AttentionGuidedFeatureDistillation(nn.Module):
+    """The student's encoder memory, through a 1x1 projector, towards the teacher's inside the foreground mask.
+
+        L = sum_p M_p * mean_c (phi(F_S)_p - F_T,p)^2 / sum_p M_p,   for each image over all its levels and valid
+        positions
+
+    METHODS 1.3 AGFD, our reconstruction. The projectors (one a student level, the identity at first when the widths
+    agree) are for training only and belong to this module, never to the exported student.
+    """
+
+    def __init__(
+        self, student_channels: Sequence[int], teacher_channels: Sequence[int], config: FeatureDistillationConfig
+    ) -> None:
+        """student_channels, teacher_channels: the width of each memory map; all of the teacher's must be equal when the
+        numbers of maps differ, for which meets which is only known with their sizes."""
+        super().__init__()
+        self.config = config
+        if len(student_channels) == len(teacher_channels):
+            outputs = list(teacher_channels)
+        elif len(set(teacher_channels)) == 1:
+            outputs = [teacher_channels[0]] * len(student_channels)
+        else:
+            raise QskdError(
+                "distillation.features",
+                f"{len(student_channels)} student maps and teacher maps of widths {list(teacher_channels)}",
+                "equally many maps, or teacher maps of one width",
+                "set distillation.features.weight to 0",
+            )
+        self.projectors = nn.ModuleList(_projector(*widths) for widths in zip(student_channels, outputs, strict=True))
+
+    def forward(
+        self,
+        student_memory: Sequence[Tensor],
+        student_valid: Sequence[Tensor],
+        teacher: TeacherRecord,
+        mask: Sequence[Tensor] | None,
+    ) -> LossTerm:
+        """Maps [B, C, H, W] and their [B, H, W] validity; `mask` [B, H, W] for each teacher map (None: 1 everywhere).
+
+        total: sum of the losses of images whose mask is not empty; count: the number of those images. The teacher and
+        its mask are detached and resampled to the student's grid.
+        """
+        if not teacher.memory or len(student_memory) != len(self.projectors):
+            found = f"{len(student_memory)} student maps, {len(teacher.memory)} teacher maps"
+            raise QskdError(
+                "distillation.features", found, f"{len(self.projectors)} student maps, at least one teacher map"
+            )
+        sizes = [
+            [(int(item.shape[-2]), int(item.shape[-1])) for item in maps] for maps in (student_memory, teacher.memory)
+        ]
+        pairs = pair_levels(*sizes)
+        above = below = student_memory[0].new_zeros(len(student_memory[0]), dtype=torch.float32)
+        for student_level, teacher_level in pairs:
+            valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
+            goal = resample(teacher.memory[teacher_level].detach(), teacher_valid, valid)
+            shown = self.projectors[student_level](student_memory[student_level]).float()
+            weight = valid.float()
+            if mask is not None:
+                weight = weight * resample(mask[teacher_level].detach().unsqueeze(1), teacher_valid, valid).squeeze(1)
+            above = above + (weight * (shown - goal).square().mean(1)).flatten(1).sum(1)
+            below = below + weight.flatten(1).sum(1)
+        has_mask = below > 0
+        total = (above / torch.where(has_mask, below, 1.0)).sum()  # an empty mask leaves 0 above
+        used = {student_level for student_level, _ in pairs}
+        for level, projector in enumerate(self.projectors):
+            if level not in used:  # DDP waits for every parameter's gradient
+                total = total + 0.0 * sum(parameter.sum() for parameter in projector.parameters())
+        return LossTerm(total, has_mask.sum().float())

@@ -1,0 +1,209 @@
+"""Rows of shards -> padded uint8 batches, for the student and, at its own size, for the teacher."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.errors import QskdError
+from qskd.samples import Sample
+from qskd.schedule import Kind
+from qskd.shards import Manifest, ShardReader
+from qskd.views import Pixels, View, decode_image, make_view, view_boxes, view_image
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One view of one image. pixels: uint8 [h, w, 3] for each resize. boxes_cxcywh: [N, 4] relative to the view."""
+
+    pixels: tuple[Pixels, ...]
+    boxes_cxcywh: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    image_id: int
+    original_size: tuple[int, int]  # height, width of the file's image
+
+    @property
+    def nbytes(self) -> int:
+        return sum(picture.nbytes for picture in self.pixels) + self.boxes_cxcywh.nbytes + self.labels.nbytes + 500
+
+
+class _Recent:
+    """A least-recently-used store, bounded by the bytes of what it holds."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit, self.held_bytes = limit_bytes, 0
+        self._entries: OrderedDict[Key, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Key) -> Any:
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: Key, value: Any, size_bytes: int) -> None:
+        if size_bytes > self._limit:
+            return
+        self.held_bytes += size_bytes - self._entries.pop(key, (None, 0))[1]
+        self._entries[key] = value, size_bytes
+        while self.held_bytes > self._limit:
+            self.held_bytes -= self._entries.popitem(last=False)[1][1]
+
+
+class BatchLoader:
+    """Loads batches of rows from a train and a val shard folder (an empty URI: there is none). Not for several threads.
+
+    keep_bytes bounds what is kept in memory: encoded rows, so that rows stored together are read together once; and
+    finished views too, when all of them fit beside the rows. teacher_resize equal to student_resize counts as none.
+    """
+
+    def __init__(
+        self,
+        train_uri: str,
+        val_uri: str,
+        views: ViewConfig,
+        seed: int,
+        student_resize: ResizeConfig,
+        teacher_resize: ResizeConfig | None = None,
+        keep_bytes: int = 2**30,
+    ) -> None:
+        uris: dict[Kind, str] = {"train": train_uri, "val": val_uri}
+        self._readers = {kind: ShardReader(uri) for kind, uri in uris.items() if uri}
+        self._views, self._seed = views, seed
+        self._resizes = [student_resize]
+        if teacher_resize is not None and teacher_resize != student_resize:
+            self._resizes.append(teacher_resize)
+        self._recent = _Recent(keep_bytes)
+        # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
+        self._keep_views = self._estimated_bytes() <= keep_bytes
+
+    def manifest(self, kind: Kind) -> Manifest:
+        """The manifest behind "train" or "val"."""
+        return self._reader(kind).manifest
+
+    def load(self, kind: Kind, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+        """rows [n, 3] of (shard, row, view index) -> a batch of n images, n may be 0.
+
+        images: uint8 [n, H, W, 3], zeros right of and below the real part. sizes: int32 [n, 2], its (height, width).
+        boxes_cxcywh: float32 [n, M, 4], relative to the view; labels: int64 [n, M], contiguous; both zero after the
+        first counts: int32 [n]. Crowds are no targets. image_ids: int64 [n]. views: int32 [n]. positions: int32 [n, 2],
+        (shard, row). original_sizes: int32 [n, 2], (height, width) of the file's image. With another teacher_resize,
+        teacher_images and teacher_sizes are the same views at the teacher's size. "val" is always the identity view.
+
+        Raises QskdError naming shard and image id when a shard or a picture is broken.
+        """
+        rows = np.asarray(rows).reshape(-1, 3)
+        wanted: list[tuple[int, int, int]] = [(int(s), int(r), int(v)) for s, r, v in rows]
+        examples = self._examples(kind, wanted)
+        objects = max((len(example.labels) for example in examples), default=0)
+        boxes_cxcywh = np.zeros((len(examples), objects, 4), np.float32)
+        labels = np.zeros((len(examples), objects), np.int64)
+        for i, example in enumerate(examples):
+            boxes_cxcywh[i, : len(example.labels)] = example.boxes_cxcywh
+            labels[i, : len(example.labels)] = example.labels
+        batch: dict[str, NDArray[Any]] = {
+            "boxes_cxcywh": boxes_cxcywh,
+            "labels": labels,
+            "counts": np.array([len(example.labels) for example in examples], np.int32),
+            "image_ids": np.array([example.image_id for example in examples], np.int64),
+            "views": rows[:, 2].astype(np.int32),
+            "positions": rows[:, :2].astype(np.int32),
+            "original_sizes": np.array([e.original_size for e in examples], np.int32).reshape(-1, 2),
+        }
+        for number, prefix in enumerate(("", "teacher_")[: len(self._resizes)]):
+            images, sizes = pad([example.pixels[number] for example in examples])
+            batch |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
+        return batch
+
+    def _reader(self, kind: Kind) -> ShardReader:
+        if kind not in self._readers:
+            raise QskdError(f"data.{kind}", "not given", "a folder of shards", "make one with `qskd prepare`")
+        return self._readers[kind]
+
+    def _estimated_bytes(self) -> int:
+        total = 0
+        for kind, reader in self._readers.items():
+            # 1.5: the usual longer side of photographs; an estimate is enough, the store is bounded in any case.
+            pixels = sum(int(r.size**2 * (1.0 if r.mode == "square" else 1.5)) for r in self._resizes)
+            views = self._views.count if kind == "train" else 1
+            total += sum(shard.bytes for shard in reader.manifest.shards)
+            total += reader.manifest.num_images * views * (3 * pixels + 1000)
+        return total
+
+    def _examples(self, kind: Kind, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
+        found: dict[Key, Example] = {}
+        for place in wanted:
+            example = self._recent.get(("view", kind, *place)) if self._keep_views else None
+            if example is not None:
+                found[place] = example
+        missing = [place for place in dict.fromkeys(wanted) if place not in found]
+        samples = self._samples(kind, [place[:2] for place in missing])
+        for place in missing:
+            example = self._make(kind, place, samples[place[:2]])
+            if self._keep_views:
+                self._recent.put(("view", kind, *place), example, example.nbytes)
+            found[place] = example
+        return [found[place] for place in wanted]
+
+    def _samples(self, kind: Kind, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
+        reader = self._reader(kind)
+        found: dict[tuple[int, int], Sample] = {}
+        unread: dict[int, set[int]] = {}
+        for shard, row in places:
+            sample = self._recent.get(("row", kind, shard, row))
+            if sample is None:
+                unread.setdefault(shard, set()).update(reader.group_rows(shard, row))
+            else:
+                found[shard, row] = sample
+        asked = set(places)
+        for shard, shard_rows in unread.items():
+            ordered = sorted(shard_rows)
+            for row, sample in zip(ordered, reader.read(shard, ordered), strict=True):
+                self._recent.put(("row", kind, shard, row), sample, len(sample.encoded) + 1000)
+                if (shard, row) in asked:
+                    found[shard, row] = sample
+        return found
+
+    def _make(self, kind: Kind, place: tuple[int, int, int], sample: Sample) -> Example:
+        shard, row, index = place
+        reader = self._reader(kind)
+        where = f"{reader.where(shard)}: row {row}, image {sample.image_id} ({sample.file_name})"
+        view = View.IDENTITY if kind == "val" else make_view(self._views, self._seed, sample.image_id, index)
+        picture = decode_image(sample.encoded, where)
+        if picture.size != (sample.width, sample.height):
+            found, expected = f"{picture.width} x {picture.height} pixels", f"{sample.width} x {sample.height}"
+            raise QskdError(where, found, expected, "make the shards anew with `qskd prepare --overwrite`")
+        single = ~sample.iscrowd
+        min_visible = self._views.min_visible
+        boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, view, min_visible)
+        labels = label_index(reader.manifest, sample.category_ids[single][kept], where)
+        pixels = tuple(view_image(picture, view, resize) for resize in self._resizes)
+        return Example(pixels, boxes, labels, sample.image_id, (sample.height, sample.width))
+
+
+def label_index(manifest: Manifest, category_ids: NDArray[np.int64], where: str = "") -> NDArray[np.int64]:
+    """The dataset's category ids [N] -> contiguous labels 0..K-1 [N]. QskdError for an id the manifest doesn't have."""
+    index = manifest.category_index
+    try:
+        return np.array([index[category] for category in category_ids.tolist()], np.int64)
+    except KeyError as error:
+        raise QskdError(where or manifest.source, f"category id {error.args[0]}", f"one of {sorted(index)}") from None
+
+
+def pad(pictures: Sequence[Pixels]) -> tuple[Pixels, NDArray[np.int32]]:
+    """Pictures [h, w, 3] -> uint8 [n, H, W, 3] with zeros right and below, and their (h, w) as int32 [n, 2].
+    No pictures give [0, 1, 1, 3]."""
+    sizes = np.array([picture.shape[:2] for picture in pictures], np.int32).reshape(-1, 2)
+    height, width = sizes.max(axis=0).tolist() if len(sizes) else (1, 1)
+    images = np.zeros((len(pictures), height, width, 3), np.uint8)
+    for image, picture in zip(images, pictures, strict=True):
+        image[: picture.shape[0], : picture.shape[1]] = picture
+    return images, sizes

@@ -1,0 +1,129 @@
+"""The manifest of a shard folder: what is in it, where it came from, and the checksum that names its content.
+
+Folders may be local paths, URIs of pyarrow's file systems or, failing those, of fsspec's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from qskd.errors import QskdError
+from qskd.samples import Category, Problem
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+REMEDY = "copy the folder again, or make it anew with `qskd prepare --overwrite`"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.parquet")  # a plain name: a manifest can't reach other folders
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file: its name in the folder, its rows (images), its bytes and their checksum."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard folder holds. Labels are 0..K-1 in the order of ascending category id; objects exclude crowds."""
+
+    categories: tuple[Category, ...]
+    num_images: int
+    num_objects: int
+    num_crowds: int
+    shards: tuple[Shard, ...]
+    source: str
+    source_sha256: str
+    problems: tuple[Problem, ...] = ()
+
+    @cached_property
+    def category_index(self) -> dict[int, int]:
+        """The dataset's category id -> contiguous label."""
+        return {category.id: label for label, category in enumerate(self.categories)}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, by label."""
+        return tuple(category.name for category in self.categories)
+
+    @property
+    def shard_rows(self) -> tuple[int, ...]:
+        """Images in each shard."""
+        return tuple(shard.rows for shard in self.shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' checksums and the categories: the same value, the same data in the same order."""
+        content = [[shard.sha256 for shard in self.shards], [[c.id, c.name] for c in self.categories]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        head = {"format": "qskd-shards", "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
+        return json.dumps(head | asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str | bytes, where: str) -> Manifest:
+        """Raises QskdError when this is no manifest, one of another version, or one whose fingerprint disagrees."""
+        try:
+            tree = json.loads(text)
+            version = (tree.pop("format"), tree.pop("version"))
+            if version != ("qskd-shards", FORMAT_VERSION):
+                found, expected = " ".join(map(str, version)), f"qskd-shards {FORMAT_VERSION}"
+                raise QskdError(where, found, expected, "make the shards anew with `qskd prepare --overwrite`")
+            fingerprint = tree.pop("fingerprint")
+            tree["categories"] = tuple(Category(**entry) for entry in tree["categories"])
+            tree["shards"] = tuple(Shard(**entry) for entry in tree["shards"])
+            manifest = Manifest(**tree | {"problems": tuple(tree["problems"])})
+            if not all(_SHARD_NAME.fullmatch(shard.file) for shard in manifest.shards):
+                raise ValueError("a shard's name is not a plain file name")
+            if manifest.fingerprint != fingerprint or manifest.num_images != sum(manifest.shard_rows):
+                raise ValueError("its fingerprint or counts disagree with its shards: it was edited or mixed up")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
+            raise QskdError(where, f"not a manifest: {problem}", "what `qskd prepare` writes", REMEDY) from None
+        return manifest
+
+
+@lru_cache(maxsize=64)
+def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass  # a scheme pyarrow doesn't know
+    except OSError as error:
+        raise QskdError(uri, f"can't be reached: {error}", "a reachable store", "check address and access") from None
+    try:
+        import fsspec  # type: ignore[import-untyped]
+
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError, OSError) as error:
+        remedy = "check the scheme, or install the fsspec package that serves it"
+        raise QskdError(uri, f"can't be opened: {error}", "a path or a file system URI", remedy) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def load_manifest(uri: str) -> Manifest:
+    """The manifest of a shard folder. QskdError when there is none or it isn't one."""
+    filesystem, path = open_folder(str(uri))
+    where = f"{uri}/{MANIFEST}"
+    try:
+        with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
+            text = stream.read()
+    except OSError as error:
+        problem = "no such file" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
+        raise QskdError(where, problem, "a folder that `qskd prepare` made", "check the path, or prepare it") from None
+    return Manifest.from_json(text, where)

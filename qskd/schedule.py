@@ -1,0 +1,164 @@
+"""The order of the data, as pure functions of (seed, epoch): which rows of which shards make which global batch.
+
+Nothing here depends on the number of workers. Every worker computes the same global batches and takes its part of each,
+so a run can stop at any step and go on with more or fewer workers and still see the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qskd.errors import QskdError
+
+Kind = Literal["train", "val"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One global batch.
+
+    step: training steps finished before it: a training batch's global number; for a val batch, how far training was.
+    epoch: the epoch it trains, or the one just finished that it evaluates.
+    rows: int32 [n, 3] of (shard, row, view index).
+    index, count: the batch's place in its epoch's training or evaluation, 0 <= index < count.
+    """
+
+    kind: Kind
+    step: int
+    epoch: int
+    rows: NDArray[np.int32]
+    index: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the epoch's training (or evaluation) ends with this batch."""
+        return self.index == self.count - 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A whole run's data, in numbers; `*_shard_rows` are the images in each shard (`Manifest.shard_rows`)."""
+
+    train_shard_rows: tuple[int, ...]
+    val_shard_rows: tuple[int, ...]
+    seed: int
+    epochs: int
+    batch_size: int
+    window_images: int
+    views: int = 1
+    evaluation_batch_size: int = 0  # 0: as in training
+    evaluate_every_epochs: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch. QskdError when there is nothing to train on."""
+        images = sum(self.train_shard_rows)
+        if not images:
+            raise QskdError("data.train", "no images", "at least one", "point data.train at a folder of `qskd prepare`")
+        return max(1, images // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether an evaluation follows this epoch; one always follows the last."""
+        due = (epoch + 1) % self.evaluate_every_epochs == 0 or epoch == self.epochs - 1
+        return due and sum(self.val_shard_rows) > 0
+
+
+def _permutation(length: int, *key: int | str) -> NDArray[np.int64]:
+    """A seeded permutation of 0..length-1. Sorts the generator's raw bits, the only stream that NumPy promises to keep
+    between releases (Generator.permutation may change)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    bits = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(length)
+    return np.argsort(bits, kind="stable")
+
+
+def epoch_order(shard_rows: Sequence[int], seed: int, epoch: int, window_images: int) -> NDArray[np.int32]:
+    """All rows in an epoch's order: int32 [N, 2] of (shard, row). Depends on the arguments only.
+
+    Shards are permuted; neighbours are joined to windows of at least `window_images` rows (too few left at the end join
+    the last window); rows are permuted inside their window. So few shards are in use at any time.
+    """
+    shards = _permutation(len(shard_rows), "shards", seed, epoch)
+    windows: list[list[int]] = [[]]
+    held = 0
+    left = sum(shard_rows)
+    for shard in shards.tolist():
+        if held >= window_images and left >= window_images:
+            windows.append([])
+            held = 0
+        windows[-1].append(shard)
+        held += shard_rows[shard]
+        left -= shard_rows[shard]
+    parts = [np.zeros((0, 2), np.int32)]
+    for number, members in enumerate(windows):
+        rows = _all_rows(shard_rows, members)
+        parts.append(rows[_permutation(len(rows), "rows", seed, epoch, number)])
+    return np.concatenate(parts)
+
+
+def _all_rows(shard_rows: Sequence[int], shards: Sequence[int]) -> NDArray[np.int32]:
+    pairs = [np.stack([np.full(shard_rows[s], s), np.arange(shard_rows[s])], axis=1) for s in shards]
+    return np.concatenate([np.zeros((0, 2), np.int64), *pairs]).astype(np.int32)
+
+
+def _with_view(rows: NDArray[np.int32], view: int) -> NDArray[np.int32]:
+    return np.concatenate([rows, np.full((len(rows), 1), view, np.int32)], axis=1)
+
+
+def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator[Batch]:
+    """An epoch's global batches from number `first` on. Rows that fill no batch are left out (others every epoch); with
+    fewer rows than a batch holds, all of them are the one batch. The view index is epoch % views."""
+    count, size = schedule.steps_per_epoch, schedule.batch_size
+    if first >= count:
+        return
+    order = epoch_order(schedule.train_shard_rows, schedule.seed, epoch, schedule.window_images)
+    for index in range(first, count):
+        rows = _with_view(order[index * size : (index + 1) * size], epoch % schedule.views)
+        yield Batch("train", epoch * count + index, epoch, rows, index, count)
+
+
+def evaluation_batches(schedule: Schedule, epoch: int) -> Iterator[Batch]:
+    """Every val row once, in stored order, after `epoch`; the last batch may be small. The view index is 0."""
+    size = schedule.evaluation_batch_size or schedule.batch_size
+    rows = _with_view(_all_rows(schedule.val_shard_rows, range(len(schedule.val_shard_rows))), 0)
+    count = -(-len(rows) // size)
+    for index in range(count):
+        part = rows[index * size : (index + 1) * size]
+        yield Batch("val", (epoch + 1) * schedule.steps_per_epoch, epoch, part, index, count)
+
+
+def stream(schedule: Schedule, start_step: int = 0, evaluated: bool = True) -> Iterator[Batch]:
+    """The whole run from training step `start_step` on: an epoch's training batches, its evaluation, the next epoch...
+
+    evaluated: when `start_step` is the first step of an epoch, whether the evaluation of the epoch before is done
+    already (it is, for a checkpoint written with that evaluation's results); False begins with it.
+    """
+    per_epoch = schedule.steps_per_epoch
+    if not 0 <= start_step <= schedule.total_steps:
+        found, expected = f"step {start_step}", f"0 to {schedule.total_steps}"
+        raise QskdError("the run's position", found, expected, "was the data or batch_size changed since? start afresh")
+    first_epoch, first = divmod(start_step, per_epoch)
+    if not evaluated and not first and first_epoch and schedule.evaluates_after(first_epoch - 1):
+        yield from evaluation_batches(schedule, first_epoch - 1)
+    for epoch in range(first_epoch, schedule.epochs):
+        yield from training_batches(schedule, epoch, first if epoch == first_epoch else 0)
+        if schedule.evaluates_after(epoch):
+            yield from evaluation_batches(schedule, epoch)
+
+
+def split(rows: NDArray[Any], world_size: int, rank: int) -> NDArray[Any]:
+    """This rank's contiguous part of a global batch. The parts of all ranks, joined, are the batch; their sizes differ
+    by at most 1, so some are empty when there are fewer rows than ranks."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
+    return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]

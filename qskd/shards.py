@@ -1,0 +1,284 @@
+"""Parquet shards of samples.
+
+One row per image; row groups are small so that a few rows can be read without the rest of the shard. A shard's name
+carries the start of its checksum and the manifest is written last, so a manifest never speaks of a half-written shard
+and the dataset it replaces stays whole until the new one is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qskd.errors import QskdError
+from qskd.manifest import MANIFEST, REMEDY, Manifest, Shard, load_manifest, open_folder
+from qskd.samples import ARRAYS, SCHEMA, Category, Problem, Sample, flat_column, to_samples, to_table
+
+__all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest", "open_folder"]
+__all__ += ["read_annotations", "verify", "write_shards"]
+
+
+class SampleSource(Protocol):
+    """What can be written as shards; `CocoDataset` is one. `problems` is read after `samples()` is exhausted."""
+
+    source: str
+    source_sha256: str
+    categories: tuple[Category, ...]
+
+    @property
+    def problems(self) -> list[Problem]: ...
+    def __len__(self) -> int: ...
+    def samples(self) -> Iterator[Sample]: ...
+
+
+def write_shards(
+    dataset: SampleSource,
+    destination: str,
+    rows_per_shard: int = 512,
+    rows_per_group: int = 64,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Write the samples as shards, then the manifest; returns it.
+
+    progress: called with (images written, images the source lists). Raises QskdError when `destination` holds shards
+    of another source and `overwrite` is False; shards of the same source are made again. Whatever fails on the way,
+    what was there before stays whole.
+    """
+    destination = str(destination)
+    filesystem, root = open_folder(destination)
+    old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
+    filesystem.create_dir(root, recursive=True)
+    shards: list[Shard] = []
+    tally = _Tally()
+    rows = tally.counted(dataset.samples())
+    # Inside the destination when that is local: a rename does not cross file systems.
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=root if local else None) as folder:
+        spool = Path(folder) / "spool"
+        try:
+            while first := next(rows, None):
+                with pq.ParquetWriter(
+                    spool, SCHEMA, compression="NONE", use_dictionary=False, write_page_checksum=True
+                ) as writer:
+                    shard_samples = chain([first], islice(rows, rows_per_shard - 1))
+                    before = tally.images - 1
+                    while group := list(islice(shard_samples, rows_per_group)):
+                        writer.write_table(to_table(group))
+                        if progress:
+                            progress(tally.images, len(dataset))
+                checksum = _sha256(spool.open("rb"))
+                name = f"shard-{len(shards):05d}-{checksum[:8]}.parquet"
+                shards.append(Shard(name, tally.images - before, spool.stat().st_size, checksum))
+                _publish(spool, filesystem, f"{root}/{name}")
+            if not shards:
+                raise QskdError(
+                    destination, f"{dataset.source} has no usable image", "at least one", "see its problems"
+                )
+            manifest = Manifest(
+                dataset.categories,
+                tally.images,
+                tally.objects,
+                tally.crowds,
+                tuple(shards),
+                dataset.source,
+                dataset.source_sha256,
+                tuple(dataset.problems),
+            )
+            spool.write_text(manifest.to_json())
+            _publish(spool, filesystem, f"{root}/{MANIFEST}")
+        except BaseException:
+            _remove(filesystem, root, {shard.file for shard in shards} - old_files)
+            raise
+    _remove(filesystem, root, old_files - {shard.file for shard in shards})
+    return manifest
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.images = self.objects = self.crowds = 0
+
+    def counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            crowds = int(sample.iscrowd.sum())
+            self.images += 1
+            self.crowds += crowds
+            self.objects += len(sample.iscrowd) - crowds
+            yield sample
+
+
+def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256: str, overwrite: bool) -> set[str]:
+    """The shard files of the dataset already there, if any; QskdError when it must not be replaced."""
+    if filesystem.get_file_info(f"{root}/{MANIFEST}").type == pafs.FileType.NotFound:
+        return set()
+    try:
+        manifest = load_manifest(uri)
+    except QskdError:
+        if overwrite:
+            return set()
+        raise
+    if manifest.source_sha256 != source_sha256 and not overwrite:
+        found = f"already holds shards of {manifest.source} (sha256 {manifest.source_sha256[:12]}...)"
+        expected = f"an empty folder, or shards of the same source (sha256 {source_sha256[:12]}...)"
+        raise QskdError(str(uri), found, expected, "choose another folder, or pass `--overwrite`")
+    return {shard.file for shard in manifest.shards}
+
+
+def _publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        os.replace(spool, path)
+        return
+    with spool.open("rb") as source, filesystem.open_output_stream(path) as target:
+        while block := source.read(1 << 22):
+            target.write(block)
+    spool.unlink()
+
+
+def _remove(filesystem: pafs.FileSystem, root: str, files: set[str]) -> None:
+    for name in files:
+        try:
+            filesystem.delete_file(f"{root}/{name}")
+        except OSError:  # already gone; a left-over shard that no manifest names does no harm
+            continue
+
+
+def _sha256(stream: Any) -> str:
+    digest = hashlib.sha256()
+    with stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ShardReader:
+    """Reads samples by (shard, row). Each shard is compared with the manifest when first opened."""
+
+    _MOST_OPEN = 32
+
+    def __init__(self, uri: str) -> None:
+        self.uri = str(uri)
+        self.manifest = load_manifest(self.uri)
+        self._filesystem, self._root = open_folder(self.uri)
+        self._open: dict[int, pq.ParquetFile] = {}
+
+    def where(self, shard: int) -> str:
+        """The shard file's full name, for messages."""
+        return f"{self.uri}/{self.manifest.shards[shard].file}"
+
+    def group_rows(self, shard: int, row: int) -> range:
+        """The rows stored together with `row`: reading one of them costs as much as reading all."""
+        starts = self._starts(shard)
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        return range(int(starts[group]), int(starts[group + 1]))
+
+    def read(self, shard: int, rows: Sequence[int], columns: Sequence[str] | None = None) -> list[Sample]:
+        """The samples of these rows, in their order; QskdError if the shard is damaged. With `columns`, only those are
+        read and other fields are empty (image_id -1, size 0): without "encoded" no image bytes are read."""
+        names = list(SCHEMA.names if columns is None else columns)
+        count = self.manifest.shards[shard].rows
+        if unknown := set(names) - set(SCHEMA.names):
+            raise QskdError(self.where(shard), f"no columns {sorted(unknown)}", f"some of {SCHEMA.names}")
+        if any(not 0 <= row < count for row in rows):
+            raise QskdError(self.where(shard), f"no row {max(rows, key=abs)}", f"rows 0 to {count - 1}", REMEDY)
+        if not len(rows):
+            return []
+        starts = self._starts(shard)
+        groups = np.unique(np.searchsorted(starts, rows, side="right") - 1)
+        table = self.read_table(shard, names, groups.tolist())
+        first = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
+        return to_samples(table, np.searchsorted(first, rows).tolist())
+
+    def read_table(self, shard: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
+        """These columns of some row groups, or of the whole shard, as Arrow."""
+        with self._damage_named(shard):
+            file = self._file(shard)
+            wanted = range(file.metadata.num_row_groups) if groups is None else groups
+            return file.read_row_groups(list(wanted), columns=list(columns))
+
+    def _starts(self, shard: int) -> NDArray[np.int64]:
+        metadata = self._file(shard).metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        return np.cumsum([0, *sizes], dtype=np.int64)
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        opened = self._open.pop(shard, None)
+        if opened is None:
+            opened = self._check_and_open(shard)
+            if len(self._open) >= self._MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+        self._open[shard] = opened  # last = most recently used
+        return opened
+
+    def _check_and_open(self, shard: int) -> pq.ParquetFile:
+        entry, path = self.manifest.shards[shard], f"{self._root}/{self.manifest.shards[shard].file}"
+        expected = f"{entry.bytes} bytes, {entry.rows} rows, as {MANIFEST} says"
+        with self._damage_named(shard):
+            info = self._filesystem.get_file_info(path)
+            if info.type != pafs.FileType.File:
+                raise QskdError(self.where(shard), "no such file", expected, REMEDY)
+            if info.size != entry.bytes:
+                raise QskdError(self.where(shard), f"{info.size} bytes", expected, REMEDY)
+            opened = pq.ParquetFile(self._filesystem.open_input_file(path), page_checksum_verification=True)
+            if opened.metadata.num_rows != entry.rows or not set(SCHEMA.names) <= set(opened.schema_arrow.names):
+                found = f"{opened.metadata.num_rows} rows with columns {opened.schema_arrow.names}"
+                raise QskdError(self.where(shard), found, expected, REMEDY)
+        return opened
+
+    @contextmanager
+    def _damage_named(self, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            expected = f"a Parquet file with sha256 {self.manifest.shards[shard].sha256}"
+            raise QskdError(self.where(shard), f"can't be read: {error}", expected, REMEDY) from None
+
+
+def read_annotations(uri: str) -> dict[str, NDArray[Any]]:
+    """The whole ground truth, without reading any image bytes.
+
+    image_ids int64 [I], widths and heights int32 [I] (pixels); for each of O objects, crowds included: object_image_ids
+    int64 [O], boxes_xyxy float32 [O, 4] (absolute pixels), category_ids int64 [O], area float32 [O], iscrowd bool [O].
+    """
+    reader = ShardReader(uri)
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for shard in range(len(reader.manifest.shards)):
+        table = reader.read_table(shard, [name for name in SCHEMA.names if name not in ("encoded", "file_name")])
+        columns = {name: flat_column(table, name)[1] for name in ARRAYS}
+        image_ids = table.column("image_id").to_numpy()
+        columns |= {
+            "image_ids": image_ids,
+            "object_image_ids": np.repeat(image_ids, np.diff(flat_column(table, "area")[0])),
+        }
+        columns |= {"widths": table.column("width").to_numpy(), "heights": table.column("height").to_numpy()}
+        for name, values in columns.items():
+            parts.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def verify(uri: str) -> Manifest:
+    """Recompute every shard's checksum; QskdError naming all that differ, else the manifest."""
+    manifest = load_manifest(uri)
+    filesystem, root = open_folder(str(uri))
+    damaged = []
+    for shard in manifest.shards:
+        try:
+            found = _sha256(filesystem.open_input_stream(f"{root}/{shard.file}"))
+        except OSError as error:
+            found = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
+        if found != shard.sha256:
+            damaged.append(f"{shard.file} is {found}, expected {shard.sha256}")
+    if damaged:
+        raise QskdError(str(uri), "; ".join(damaged), f"the checksums in {MANIFEST}", REMEDY)
+    return manifest

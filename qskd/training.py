@@ -1,0 +1,295 @@
+"""One training step and its state, free of Ray: testable with a plain list of batches.
+
+The step is a module whose forward gives every loss term, so that one DistributedDataParallel wraps all that has gradients.
+Terms are sums with counts; the counts of all terms are averaged over workers in one collective, which makes a run on two
+workers equal a run on one at the same global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qskd.config import Config, TrainingConfig
+from qskd.dense_head import DENSE_WEIGHTS, DenseHead
+from qskd.detection_loss import combine, detection_terms, detection_weights
+from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
+from qskd.distillation import build_method
+from qskd.errors import QskdError
+from qskd.matching import assign
+from qskd.structures import LossTerm, Targets, TeacherRecord, to_device
+from qskd.teacher import OnlineTeacher
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """A worker's share of one global batch, as tensors. n may be 0.
+
+    images: uint8 [n, H, W, 3]; sizes: int32 [n, 2], height and width of the real part. The teacher's are the same tensors
+    when both networks see the same resolution.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    teacher_images: Tensor
+    teacher_sizes: Tensor
+    targets: Targets
+
+
+def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> TrainBatch:
+    """The loader's arrays -> tensors on `device` (pinned on the way to a GPU, so that copies overlap with work)."""
+
+    def tensor(name: str) -> Tensor:
+        value = torch.from_numpy(np.require(arrays[name], requirements="W"))
+        return value.pin_memory() if torch.device(device).type == "cuda" else value
+
+    counts = tuple(int(count) for count in arrays["counts"])
+    slots = torch.arange(arrays["labels"].shape[1])
+    targets = Targets(
+        boxes_cxcywh=tensor("boxes_cxcywh"),
+        labels=tensor("labels"),
+        valid=slots[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None],
+        image_ids=tuple(int(image_id) for image_id in arrays["image_ids"]),
+        counts=counts,
+    )
+    images, sizes = tensor("images"), tensor("sizes")
+    own = "teacher_images" in arrays
+    batch = TrainBatch(
+        images=images,
+        sizes=sizes,
+        teacher_images=tensor("teacher_images") if own else images,
+        teacher_sizes=tensor("teacher_sizes") if own else sizes,
+        targets=targets,
+    )
+    return to_device(batch, device)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """What the learning rate is multiplied by at this step (0-based): linear warm-up, then the schedule. In 0..1."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "step":
+        return 0.1 if step >= config.step_at * total_steps else 1.0
+    return 1.0
+
+
+class StepModule(nn.Module):
+    """Everything with gradients. forward -> the named terms of one worker's share of a batch."""
+
+    def __init__(self, config: Config, student: Detector, teacher: OnlineTeacher | None) -> None:
+        super().__init__()
+        self.config = config
+        self.student = student
+        self.method = (
+            build_method(config.distillation, student.memory_channels, teacher.memory_channels) if teacher else None
+        )
+        dense = config.detection.dense_weight > 0
+        self.dense_head = DenseHead(student.memory_channels[0], len(student.labels)) if dense else None
+        self.weights = detection_weights(student.num_layers, config.detection)
+        if self.method is not None:
+            self.weights |= self.method.weights
+        if dense:
+            self.weights |= {name: config.detection.dense_weight * value for name, value in DENSE_WEIGHTS.items()}
+
+    def forward(
+        self, images: Tensor, sizes: Tensor, targets: Targets, teacher: TeacherRecord | None
+    ) -> dict[str, LossTerm]:
+        pixels, mask = to_pixels(images, sizes, IMAGENET_MEAN, IMAGENET_STD)
+        output = self.student(pixels, mask, with_attention=False)
+        predictions = [(output.logits, output.boxes_cxcywh)]
+        if teacher is not None:
+            predictions.append((teacher.logits, teacher.boxes_cxcywh))
+        assignments = assign(predictions, targets, self.config.detection)
+        terms = detection_terms(output.logits, output.boxes_cxcywh, targets, assignments[0], self.config.detection)
+        if self.dense_head is not None:
+            terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
+        if self.method is not None and teacher is not None:
+            terms |= self.method(output, teacher, targets, assignments[0], assignments[1])
+        return terms
+
+
+def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
+    """Each term's count averaged over workers: one collective for all of them."""
+    counts = torch.stack([term.count.detach().float() for term in terms.values()])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(counts)
+        counts /= dist.get_world_size()
+    return dict(zip(terms, counts.unbind(), strict=True))
+
+
+def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Backbone parameters with their own learning rate, all others with the main one, in a fixed order."""
+    in_backbone = {id(parameter) for parameter in module.student.backbone.parameters()}
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    backbone = [parameter for parameter in trained if id(parameter) in in_backbone]
+    rest = [parameter for parameter in trained if id(parameter) not in in_backbone]
+    scale = config.backbone_learning_rate_scale
+    groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": scale}]
+    return [group for group in groups if group["params"]]
+
+
+class Training:
+    """A student in training: step module, optimiser, moving average, and the number of steps taken.
+
+    The same seed, batches and world size give the same weights bit for bit on a CPU, also across `state` / `load_state`.
+    """
+
+    def __init__(
+        self, config: Config, student: Detector, teacher: OnlineTeacher | None, total_steps: int, device: torch.device
+    ) -> None:
+        self.config, self.total_steps, self.device = config, total_steps, device
+        self.teacher = teacher.to(device) if teacher is not None else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.module = StepModule(config, student, teacher).to(device)
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.rank = dist.get_rank() if world > 1 else 0
+        self.step_module: nn.Module = self.module
+        if world > 1:
+            # Batch statistics are each worker's own; evaluation takes rank 0's (see `broadcast_buffers`).
+            devices = [device.index or 0] if device.type == "cuda" else None
+            self.step_module = DistributedDataParallel(self.module, device_ids=devices, broadcast_buffers=False)
+        if config.compute.compile:
+            self.student.backbone.compile()  # the part without hooks; state_dict keeps its names
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.module, config.training),
+            lr=config.training.learning_rate,
+            weight_decay=config.training.weight_decay,
+            fused=device.type == "cuda",
+            foreach=device.type != "cuda",
+        )
+        self.average = (
+            {k: v.detach().clone() for k, v in student.state_dict().items()} if config.training.ema_decay else {}
+        )
+        self.step = 0
+        self._last: tuple[Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
+
+    @property
+    def student(self) -> Detector:
+        return self.module.student
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        precision = self.config.compute.precision
+        if precision == "auto":
+            precision = "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        return nullcontext() if precision == "float32" else torch.autocast(self.device.type, torch.bfloat16)
+
+    def train_step(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Forward, backward, update. Returns each term's value and "total", as tensors still on the device.
+
+        Raises QskdError when the step before this one had a non-finite loss: looking one step late means never waiting.
+        """
+        settings = self.config.training
+        # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
+        self.student.train()
+        with self.autocast():
+            record = self._ask_teacher(batch)
+            terms = self.step_module(batch.images, batch.sizes, batch.targets, record)
+        counts = _mean_counts(terms)
+        total = combine(terms, self.module.weights, counts)
+        self.check_finite()
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        factor = learning_rate_factor(self.step, self.total_steps, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * group["scale"] * factor
+        if settings.clip_norm:
+            nn.utils.clip_grad_norm_(self.module.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        if self.average:
+            self._update_average()
+        self.step += 1
+        values = {k: (t.total.detach() / counts[k].clamp(min=t.floor)) for k, t in terms.items()} | {
+            "total": total.detach()
+        }
+        self._last = (values["total"], values, batch.targets.image_ids)
+        return values
+
+    def _ask_teacher(self, batch: TrainBatch) -> TeacherRecord | None:
+        if self.teacher is None or self.module.method is None:
+            return None
+        record: TeacherRecord = self.teacher(batch.teacher_images, batch.teacher_sizes, self.module.method.needs)
+        return record
+
+    def check_finite(self) -> None:
+        """Raise QskdError, with the terms and the image ids, if the last step's loss was not finite."""
+        if self._last is None:
+            return
+        total, values, image_ids = self._last
+        self._last = None
+        if not math.isfinite(total.item()):
+            listed = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
+            raise QskdError(
+                f"training step {self.step - 1}",
+                f"the loss is not finite: {listed}; images {list(image_ids)}",
+                "finite loss terms",
+                "look at these images and their boxes; lower training.learning_rate, or set training.clip_norm",
+            )
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A young average forgets fast, so that the random start does not linger in it.
+        decay = min(self.config.training.ema_decay, (1 + self.step) / (10 + self.step))
+        current = self.student.state_dict()
+        floats = [k for k, v in current.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floats], [current[k] for k in floats], 1 - decay)
+
+    def evaluation_weights(self) -> AbstractContextManager[Any]:
+        """Within it the student carries the moving average (where there is one) and rank 0's batch statistics."""
+        return _EvaluationWeights(self)
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors a resumed run needs, by flat name (safetensors can hold them)."""
+        self.check_finite()
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        named = {id(p): name for name, p in self.module.named_parameters()}
+        for parameter, slots in self.optimizer.state.items():
+            tensors |= {f"optimizer.{slot}.{named[id(parameter)]}": value for slot, value in slots.items()}
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Continue from `state()` after `step` steps."""
+        self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
+        self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
+        parameters = dict(self.module.named_parameters())
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, slot, name = key.split(".", 2)
+                on = "cpu" if slot == "step" and self.device.type == "cpu" else self.device
+                self.optimizer.state[parameters[name]][slot] = value.to(on)
+        self.step = step
+
+
+class _EvaluationWeights:
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.saved: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Detector:
+        student, average = self.training.student, self.training.average
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for buffer in student.buffers():
+                dist.broadcast(buffer, 0)
+        if average:
+            self.saved = {k: v.detach().clone() for k, v in student.state_dict().items()}
+            student.load_state_dict(average)
+        return student.eval()
+
+    def __exit__(self, *_: object) -> None:
+        if self.saved:
+            self.training.student.load_state_dict(self.saved)
+        self.training.student.train()
