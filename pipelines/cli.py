@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -182,27 +182,6 @@ def main(arguments: list[str] | None = None) -> None:
     except QskdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except Exception as error:
-        cause = _user_error(error)
-        if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _user_error(error: BaseException | None, depth: int = 0) -> QskdError | None:
-    """The QskdError that a worker raised, from inside whatever Ray wrapped it in."""
-    if error is None or depth > 8:
-        return None
-    if isinstance(error, QskdError):
-        return error
-    inner: list[Any] = [getattr(error, "cause", None), error.__cause__, error.__context__]
-    failures = getattr(error, "worker_failures", None)
-    inner += list(failures.values()) if isinstance(failures, dict) else []
-    for candidate in inner:
-        if isinstance(candidate, BaseException) and (found := _user_error(candidate, depth + 1)):
-            return found
-    return None
 
 
 def main_of(verb: str) -> None:

@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from pipelines.cluster import start_ray
 from pipelines.models import make_teacher, teacher_preprocessing
-from pipelines.storage import Folder, check_same_run
+from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig
 from pipelines.tracking import Tracker, tracking_uri
 from qskd.config import Config, to_tree, to_yaml
@@ -144,6 +144,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
         log.warning("The teacher runs in every training step: the slow path.")
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
     folder.write("config.yaml", to_yaml(config))
+    folder.delete(FAILURE)
     run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
     tracker = Tracker.open(config, kind, run_id)
     folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
@@ -151,6 +152,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     started = time.perf_counter()
     try:
         result = fit(plan, tracker, folder)
+        raise_failure(folder)
     except BaseException:
         tracker.finish("FAILED")
         raise

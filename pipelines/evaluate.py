@@ -71,7 +71,7 @@ def evaluate(
         DetectorActor,
         fn_constructor_args=(model, data, preprocessing, class_map or {}, threads),
         batch_size=batch_size,
-        concurrency=(1, workers),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
         num_gpus=gpus,
         num_cpus=1,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import traceback
 from pathlib import Path
 
 import yaml
@@ -12,6 +14,7 @@ from qskd.errors import QskdError
 
 # What may differ between a run and its continuation: where and how fast, not what.
 FREE_TO_CHANGE = ("compute.", "tracking.", "output")
+FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
 
 class Folder:
@@ -35,8 +38,13 @@ class Folder:
             stream.write(text.encode())
         self.filesystem.move(f"{self.root}/{name}.part", f"{self.root}/{name}")
 
-    def delete(self) -> None:
-        if self.exists():
+    def delete(self, name: str = "") -> None:
+        """A file; without a name, the folder and all in it. What is not there needs no deleting."""
+        if not self.exists(name):
+            return
+        if name:
+            self.filesystem.delete_file(f"{self.root}/{name}")
+        else:
             self.filesystem.delete_dir(self.root)
 
     def upload(self, local: str | Path, name: str) -> None:
@@ -61,3 +69,22 @@ def check_same_run(folder: Folder, config: Config) -> None:
             "the same configuration, to go on with it",
             "choose another name (--set name=...), or add --restart, which deletes that run",
         )
+
+
+def record_failure(folder: Folder, error: Exception) -> None:
+    """Leave word of an error that trying again can't mend, for the driver."""
+    if isinstance(error, QskdError):
+        fields = {"where": error.where, "found": error.found, "expected": error.expected, "remedy": error.remedy}
+    else:
+        fields = {
+            "where": "a worker",
+            "found": "".join(traceback.format_exception(error)),
+            "remedy": "if this looks like a fault of qskd, please report it with what `qskd doctor` prints",
+        }
+    folder.write(FAILURE, json.dumps(fields))
+
+
+def raise_failure(folder: Folder) -> None:
+    """Raise what a worker recorded, if one did."""
+    if folder.exists(FAILURE):
+        raise QskdError(**json.loads(folder.read(FAILURE)))

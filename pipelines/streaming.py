@@ -169,7 +169,7 @@ def build_dataset(config: StreamConfig, start_step: int, world_size: int, loader
         fn_constructor_args=(config, world_size),
         batch_size=1,
         batch_format="pyarrow",
-        concurrency=(1, loader_workers),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=loader_workers),
         num_cpus=1,
         zero_copy_batch=True,
     )
@@ -177,7 +177,7 @@ def build_dataset(config: StreamConfig, start_step: int, world_size: int, loader
 
 def read_stream(iterator: Any, config: StreamConfig, start_step: int, world_size: int, rank: int) -> Iterator[Share]:
     """What a worker sees, each run checked to be the next one and this worker's."""
-    rows = iterator.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow")
+    rows = iter(iterator.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"))
     for run in config.runs(start_step, world_size):
         table = next(rows, None)
         found = "the end" if table is None else table.drop_columns("payload").to_pylist()

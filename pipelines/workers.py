@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.models import ground_truth, make_teacher
+from pipelines.storage import FAILURE, Folder, record_failure
 from pipelines.streaming import Share, StreamConfig, open_stream
 from qskd.config import Config, build
 from qskd.detectors import Preprocessing, build_student, save_detector
+from qskd.errors import QskdError
 from qskd.evaluation import CocoResult, Detections, evaluate_coco
 from qskd.inference import predict_batch
 from qskd.manifest import load_manifest
@@ -96,17 +98,30 @@ def restore(training: Training, checkpoint: Any) -> int:
     return training.step
 
 
+# What trying again can't mend. Ray Train would restart the workers for these as for a machine that was lost.
+NOT_WORTH_RETRYING = (
+    QskdError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, ImportError, NotImplementedError,
+)  # fmt: skip
+
+
 def train_worker(payload: dict[str, Any]) -> None:
     """The function TorchTrainer runs on every worker. payload: "config" (nested dict) and "stream" (StreamConfig)."""
     import ray.train
 
     config, stream = build(payload["config"]), payload["stream"]
+    folder = Folder(config)
+    if folder.exists(FAILURE):
+        return  # the driver reads it and says why
     context = ray.train.get_context()
     if config.compute.threads_per_worker:
         torch.set_num_threads(config.compute.threads_per_worker)
-    worker = Worker(config, stream, context.get_world_size(), context.get_world_rank())
-    checkpoint = ray.train.get_checkpoint()
-    worker.run(restore(worker.training, checkpoint) if checkpoint else 0)
+    try:
+        worker = Worker(config, stream, context.get_world_size(), context.get_world_rank())
+        checkpoint = ray.train.get_checkpoint()
+        worker.run(restore(worker.training, checkpoint) if checkpoint else 0)
+    except NOT_WORTH_RETRYING as error:
+        record_failure(folder, error)
+        raise
 
 
 class Worker:

@@ -189,7 +189,9 @@ class DetectionLossConfig(Section):
     giou_weight: NonNegative = 2.0
     focal_alpha: Fraction = 0.25
     auxiliary: bool = True  # every decoder layer is supervised, not only the last
-    dense_weight: NonNegative = 0.0  # a training-only dense head on the encoder's input: lets a random backbone learn fast
+    dense_weight: NonNegative = (
+        0.0  # a training-only dense head on the encoder's input: lets a random backbone learn fast
+    )
 
 
 class TrainingConfig(Section):

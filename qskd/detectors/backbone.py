@@ -45,7 +45,7 @@ def backbone_config(config: BackboneConfig, levels: int) -> ResNetConfig:
     else:
         resnet = ResNetConfig(**sizes)
     stages = len(config.depths)
-    resnet.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages) + 1, stages + 1)]
+    resnet.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages, 3) + 1, stages + 1)]
     return resnet
 
 

@@ -29,7 +29,9 @@ def foreground_mask(
         m = sum over kept queries i of weight_i * w_i * A_i;  M = max(m / max(m), background)
 
     w_i is the teacher's max_c p_i ("confidence", [B, Q]), confidence^gamma * max(0, GIoU_i)^(1 - gamma) ("quality", the
-    score METHODS 2 recalls of DETRDistill), or 1. The maximum runs over all the image's maps. A query whose attention is not in the record adds nothing; an image without objects has a mask of zeros.
+    score METHODS 2 recalls of DETRDistill), or 1. The maximum runs over all the image's maps; its value cancels in the
+    loss, which divides by the mask's sum, but sets what `background` is a share of. A query whose attention is not in the
+    record adds nothing; an image without objects has a mask of zeros.
 
     selection: of the teacher's last layer, without layer dimension. METHODS 1.3 AGFD, our reconstruction.
     """

@@ -1,0 +1,32 @@
+# Two commands on a fresh clone: `make quickstart` and `make test`. Both make .venv first.
+# GPU users: `make CONSTRAINTS= quickstart`, after installing the torch build you want into .venv, or let pip choose.
+PYTHON ?= python3
+CONSTRAINTS ?= -c constraints.txt
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qskd needs Python 3.10 or later, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+.PHONY: install quickstart test test-fast lint clean
+install: .venv/installed
+
+quickstart: install
+	$(BIN)/qskd quickstart
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
