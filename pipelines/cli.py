@@ -12,7 +12,7 @@ import typer
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from qskd import __version__
 from qskd.config import load, to_yaml
-from qskd.errors import QskdError
+from qskd.errors import QskdError, told_without_traceback
 
 app = typer.Typer(
     help="Compress DETR object detectors by query-selection knowledge distillation, on Ray.",
@@ -156,6 +156,28 @@ def doctor(
 
 
 @app.command()
+def shapes(
+    folder: Annotated[Path, typer.Argument(help="Where annotations.json and images/ go.")],
+    images: Annotated[int, typer.Option(min=1)] = 12_000,
+    first_image: Annotated[int, typer.Option(min=0, help="Images are numbered; take other ones for validation.")] = 0,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A=B", help="A field of qskd.shapes.ShapesConfig.")
+    ] = None,
+) -> None:
+    """Make the built-in synthetic dataset: COCO JSON and JPEG files."""
+    from qskd.config import parse_override
+    from qskd.shapes import ShapesConfig, make_shapes
+
+    fields = {path[0]: value for path, value in map(parse_override, set or ())}
+    try:
+        config = ShapesConfig(images=images, first_image=first_image, **fields)
+    except ValueError as error:
+        raise QskdError("qskd shapes", str(error), ", ".join(ShapesConfig.model_fields)) from None
+    annotations, _ = make_shapes(config, folder)
+    print(f"{annotations}: {images} images")
+
+
+@app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where data, runs and mlflow.db go.")] = Path("runs/quickstart"),
     dry_run: DryRun = False,
@@ -177,11 +199,8 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; a QskdError is told without a traceback, with exit code 1."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
+    with told_without_traceback():
         app(arguments)
-    except QskdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def main_of(verb: str) -> None:

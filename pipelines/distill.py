@@ -168,14 +168,19 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.progress import ProgressPrinter, TrackingCallback
-    from pipelines.workers import train_worker
+
+    def train(payload: dict[str, Any]) -> None:
+        # Pickled by value, with its import inside: the controller then starts without importing transformers.
+        from pipelines.workers import train_worker
+
+        train_worker(payload)
 
     compute = plan.config.compute
     gpu = compute.device == "cuda" or (
         compute.device == "auto" and ray.cluster_resources().get("GPU", 0) >= max(compute.workers, 1)
     )
     trainer = TorchTrainer(
-        train_worker,
+        train,
         train_loop_config={"config": to_tree(plan.config), "stream": plan.stream},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -202,6 +207,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         raise result.error or QskdError(folder.path, "training ended without a checkpoint")
     with tempfile.TemporaryDirectory(prefix="qskd-finish-") as scratch, result.checkpoint.as_directory() as checkpoint:
         student = Path(scratch) / "student"
+        student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = json.loads((Path(checkpoint) / "state.json").read_text())["metrics"]
         write_report(plan.config, plan.val, read_history(folder), student, tracker)

@@ -26,7 +26,7 @@ from pipelines.tracking import how_to_look
 from qskd.config import Config, load
 from qskd.cost import gflops, latency_ms, parameters
 from qskd.detectors import load_detector, read_preprocessing
-from qskd.errors import QskdError
+from qskd.errors import QskdError, told_without_traceback
 from qskd.shapes import ShapesConfig, make_shapes
 
 ASSETS = Path(__file__).parent / "assets"
@@ -104,12 +104,16 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
     }
     processes = {name: subprocess.Popen(command, env=environment) for name, command in commands.items()}
     try:
-        failed = [name for name, process in processes.items() if process.wait()]
+        while any(process.poll() is None for process in processes.values()):
+            failed = [name for name, process in processes.items() if process.poll()]
+            if failed:
+                raise QskdError(
+                    "quickstart", f"training failed: {', '.join(failed)}", remedy="the messages above say why"
+                )
+            time.sleep(0.2)
     finally:
         for process in processes.values():
             process.terminate()
-    if failed:
-        raise QskdError("quickstart", f"training failed: {', '.join(failed)}", remedy="the messages above say why")
     return {name: run(recipe(folder, name), kind) for name, kind in KINDS.items()}  # finished: reads their results
 
 
@@ -150,4 +154,5 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
 
 if __name__ == "__main__":
     student_folder, student = Path(sys.argv[1]), sys.argv[2]
-    run(recipe(student_folder, student), KINDS[student], restart="--restart" in sys.argv)
+    with told_without_traceback():
+        run(recipe(student_folder, student), KINDS[student], restart="--restart" in sys.argv)

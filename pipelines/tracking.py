@@ -6,12 +6,13 @@ that does not answer never stops a training: what could not be logged is said on
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,32 @@ def tracking_uri(config: Config | None = None) -> str:
 
 
 def _client(uri: str) -> Any:
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow
 
+    for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.utils.environment"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     if uri.startswith("file:") or (not re.match(r"^[a-z+]+:", uri)):
         raise QskdError(
             "tracking.uri", f"{uri!r}, a folder", "a database or server", "use sqlite:///FILE or http://HOST"
         )
-    return mlflow.MlflowClient(tracking_uri=uri)
+    with _alone_on(uri):
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)  # makes a new database's tables
+    return client
+
+
+@contextlib.contextmanager
+def _alone_on(uri: str) -> Iterator[None]:
+    """One process at a time on a sqlite store: two that make its tables at once break each other."""
+    match = re.match(r"^sqlite:///(.+)$", uri)
+    if not match:
+        yield
+        return
+    Path(match[1]).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{match[1]}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Tracker:
@@ -152,11 +169,3 @@ def _create_experiment(client: Any, name: str, uri: str) -> str:
 def how_to_look(uri: str) -> str:
     """The command, or the address, that shows the runs."""
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-
-
-def summary_row(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    return {name: metrics[name] for name in names if name in metrics}
-
-
-def read_json(path: str) -> Any:
-    return json.loads(Path(path).read_text())

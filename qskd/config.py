@@ -6,14 +6,14 @@ Sizes of what is built, not how a machine runs it, decide a run's result; what o
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from qskd.errors import QskdError
 
@@ -25,7 +25,14 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A frozen group of fields; unknown names and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_is_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("a number belongs here, not true or false")
+        return value
 
 
 class ResizeConfig(Section):
@@ -166,6 +173,10 @@ class PredictionDistillationConfig(Section):
     giou_weight: NonNegative = 2.0
     pairing: Literal["rank", "hungarian"] = "rank"
     pair_weight: Literal["confidence", "uniform"] = "confidence"
+    divide_by: Literal["pairs", "weights"] = (
+        "pairs"  # weights: the pairs' weights; hard negatives then dilute positives less
+    )
+    class_gamma: NonNegative = 0.0  # each class's BCE times |p_t - p_s|^gamma, as quality focal loss; 0 = plain BCE
     student_layers: Literal["all", "last"] = "all"
     teacher_layers: Literal["last", "same_index"] = "last"
 
@@ -273,10 +284,13 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise QskdError(f"--set {text}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value")
-    parsed = yaml.safe_load(value)
-    if isinstance(parsed, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as text
-            parsed = float(parsed)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise QskdError(f"--set {text}", f"the value is not YAML: {reason}", "a.b=value") from None
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value.strip()):  # YAML 1.1 reads 1e-4 as text
+        parsed = float(value)
     return name.strip().split("."), parsed
 
 
@@ -308,11 +322,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise QskdError(str(path), "no such recipe", "a YAML file", "see configs/ for examples") from None
         except yaml.YAMLError as error:
             raise QskdError(str(path), f"not YAML: {error}", "a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise QskdError(str(path), f"cannot be read: {error}", "a YAML file, UTF-8") from None
         if not isinstance(tree, dict):
             raise QskdError(str(path), f"a {type(tree).__name__} at the top", "a mapping of config fields")
     return build(apply_overrides(tree, overrides), str(path) if path else "--set")

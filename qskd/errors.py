@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class QskdError(Exception):
     """A problem in the user's data, configuration or environment, told without a traceback by the command line.
@@ -21,3 +25,13 @@ class QskdError(Exception):
     def __reduce__(self) -> tuple[type[QskdError], tuple[str, str, str, str]]:
         # Exceptions cross process borders under Ray; the default would replay the joined message as `where`.
         return type(self), (self.where, self.found, self.expected, self.remedy)
+
+
+@contextlib.contextmanager
+def told_without_traceback() -> Iterator[None]:
+    """For a program's outermost level: a QskdError becomes its message on standard error and exit code 1."""
+    try:
+        yield
+    except QskdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

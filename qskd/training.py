@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,15 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         targets=targets,
     )
     return to_device(batch, device)
+
+
+def _stand_in(device: torch.device) -> TrainBatch:
+    """One black image without objects, for a worker whose share is empty: no detector takes a batch of none, and the
+    other workers wait for its gradients."""
+    images, sizes = torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.full((1, 2), 64, dtype=torch.int32)
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    targets = Targets(torch.zeros(1, 0, 4), none, none.bool(), image_ids=(), counts=(0,))
+    return to_device(TrainBatch(images, sizes, images, sizes, targets), device)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -154,7 +163,7 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.module = StepModule(config, student, teacher).to(device)
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.world = world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if world > 1 else 0
         self.step_module: nn.Module = self.module
         if world > 1:
@@ -174,6 +183,7 @@ class Training:
             {k: v.detach().clone() for k, v in student.state_dict().items()} if config.training.ema_decay else {}
         )
         self.step = 0
+        self.shared_buffers_at = -1  # the step at which every worker had rank 0's buffers
         self._last: tuple[Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
 
     @property
@@ -194,10 +204,17 @@ class Training:
         settings = self.config.training
         # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
-        self.student.train()
+        share = batch if len(batch.images) else _stand_in(self.device)
+        self.student.train(share is batch)  # a stand-in leaves no mark on batch statistics
         with self.autocast():
-            record = self._ask_teacher(batch)
-            terms = self.step_module(batch.images, batch.sizes, batch.targets, record)
+            record = self._ask_teacher(share)
+            terms: dict[str, LossTerm] = self.step_module(share.images, share.sizes, share.targets, record)
+        if share is not batch:
+            terms = {
+                name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
+            }
+        # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
+        terms = {name: replace(term, floor=term.floor / self.world) for name, term in terms.items()}
         counts = _mean_counts(terms)
         total = combine(terms, self.module.weights, counts)
         self.check_finite()
@@ -248,7 +265,10 @@ class Training:
         torch._foreach_lerp_([self.average[k] for k in floats], [current[k] for k in floats], 1 - decay)
 
     def evaluation_weights(self) -> AbstractContextManager[Any]:
-        """Within it the student carries the moving average (where there is one) and rank 0's batch statistics."""
+        """Within it the student carries the moving average (where there is one) and rank 0's batch statistics.
+
+        The first time at a step all workers must enter together; after that rank 0 may alone, to save the student.
+        """
         return _EvaluationWeights(self)
 
     def state(self) -> dict[str, Tensor]:
@@ -280,13 +300,16 @@ class _EvaluationWeights:
         self.saved: dict[str, Tensor] = {}
 
     def __enter__(self) -> Detector:
-        student, average = self.training.student, self.training.average
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for buffer in student.buffers():
+        training, student = self.training, self.training.student
+        if training.world > 1 and training.shared_buffers_at != training.step:
+            # The average's too: it is what is evaluated, and each worker averages its own statistics.
+            averaged = [training.average[name] for name, _ in student.named_buffers() if name in training.average]
+            for buffer in [*student.buffers(), *averaged]:
                 dist.broadcast(buffer, 0)
-        if average:
+            training.shared_buffers_at = training.step
+        if training.average:
             self.saved = {k: v.detach().clone() for k, v in student.state_dict().items()}
-            student.load_state_dict(average)
+            student.load_state_dict(training.average)
         return student.eval()
 
     def __exit__(self, *_: object) -> None:

@@ -133,8 +133,12 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + exp(-x))
 
 
-def slow_bce(logits: Sequence[float], goals: Sequence[float]) -> float:
-    return sum(max(x, 0) - x * t + log1p(exp(-abs(x))) for x, t in zip(logits, goals, strict=True))
+def slow_bce(logits: Sequence[float], goals: Sequence[float], gamma: float = 0.0) -> float:
+    """Binary cross-entropy with soft targets, each class's times |goal - probability|^gamma."""
+    return sum(
+        (max(x, 0) - x * t + log1p(exp(-abs(x)))) * abs(t - sigmoid(x)) ** gamma
+        for x, t in zip(logits, goals, strict=True)
+    )
 
 
 def slow_pairs(student: dict[str, Any], teacher: dict[str, Any], image: int, objects: int) -> list[tuple[int, int]]:
@@ -162,12 +166,13 @@ def slow_terms(
     config: PredictionDistillationConfig,
 ) -> dict[str, float]:
     """Sums over one image's pairs; each network is (logits [Q, K], boxes_cxcywh [Q, 4]), the weights are the teacher's."""
-    sums = {"lapd_class": 0.0, "lapd_l1": 0.0, "lapd_giou": 0.0}
+    sums = {"lapd_class": 0.0, "lapd_l1": 0.0, "lapd_giou": 0.0, "weights": 0.0}
     for s, t in pairs:
         goals = [sigmoid(x) for x in teacher[0][t].tolist()]
         a, b = student[1][s].tolist(), teacher[1][t].tolist()
         w = weights[t] * (max(goals) if config.pair_weight == "confidence" else 1.0)
-        sums["lapd_class"] += w * slow_bce(student[0][s].tolist(), goals)
+        sums["weights"] += w
+        sums["lapd_class"] += w * slow_bce(student[0][s].tolist(), goals, config.class_gamma)
         sums["lapd_l1"] += w * sum(abs(x - y) for x, y in zip(a, b, strict=True))
         sums["lapd_giou"] += w * (1 - slow_giou(corners(a), corners(b)))
     return sums

@@ -22,6 +22,7 @@ from pyarrow import fs
 from rich.console import Console
 
 from pipelines import doctor as doctor_module
+from pipelines import services
 from pipelines.doctor import Check, checks, doctor
 from qskd import evaluation
 
@@ -59,11 +60,11 @@ def closed_port() -> int:
 
 
 def tracking(uri: str) -> Check:
-    return doctor_module._tracking(uri)
+    return services.check_tracking(uri)
 
 
 def storage(uri: str | Path) -> Check:
-    return doctor_module._storage(str(uri))
+    return services.check_storage(str(uri))
 
 
 def test_a_healthy_machine_has_no_problem_and_is_left_as_it_was(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_closed_port_is_a_problem_with_the_address_and_a_remedy() -> None:
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_module, "_SERVER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(services, "_SERVER_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
         assert tracking(f"http://127.0.0.1:{silent.getsockname()[1]}").status == "problem"
@@ -222,7 +223,7 @@ def test_storage_that_gives_back_other_bytes_is_a_problem(tmp_path: Path, monkey
         def open_input_stream(path: str) -> io.BytesIO:
             return io.BytesIO(b"")
 
-    monkeypatch.setattr(doctor_module, "_filesystem", lambda _: (Forgetful(), str(tmp_path)))
+    monkeypatch.setattr(services, "_filesystem", lambda _: (Forgetful(), str(tmp_path)))
     check = storage("s3://bucket")
     assert check.status == "problem"
     assert "other bytes" in check.found
@@ -230,8 +231,8 @@ def test_storage_that_gives_back_other_bytes_is_a_problem(tmp_path: Path, monkey
 
 
 def test_storage_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_module, "_STORAGE_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(doctor_module, "_filesystem", lambda _: time.sleep(1))
+    monkeypatch.setattr(services, "_STORAGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(services, "_filesystem", lambda _: time.sleep(1))
     check = storage("s3://bucket")
     assert check.status == "problem"
     assert "does not answer" in check.found

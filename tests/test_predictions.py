@@ -89,21 +89,31 @@ def only_predictions(selection: QuerySelectionConfig | None = None, **values: An
     [([3, 0, 5], 14, 20), ([2, 1], 30, 9), ([4], 2, 8), ([4], 8, 2), ([1, 1], 1, 1), ([0], 3, 3)],
 )
 @pytest.mark.parametrize("layers", ["all", "last", "same_index"])
+@pytest.mark.parametrize(("divide_by", "class_gamma"), [("pairs", 0.0), ("weights", 1.5)])
 def test_equals_the_loops(
-    counts: list[int], student_queries: int, teacher_queries: int, limit: int, pair_weight: Any, layers: str
+    counts: list[int],
+    student_queries: int,
+    teacher_queries: int,
+    limit: int,
+    pair_weight: Any,
+    layers: str,
+    divide_by: Any,
+    class_gamma: float,
 ) -> None:
     targets = make_targets(counts, classes=CLASSES, slots=max(counts) + 1)
     student, teacher = network(targets, 3, student_queries, 1), network(targets, 2, teacher_queries, 20)
     config = only_predictions(
         QuerySelectionConfig(boundaries=(0.2, 0.6), band_weights=(0, 0.5, 1), max_per_object=limit),
         pair_weight=pair_weight,
+        divide_by=divide_by,
+        class_gamma=class_gamma,
         student_layers="last" if layers == "last" else "all",
         teacher_layers="same_index" if layers == "same_index" else "last",
     )
     terms = run(config, targets, student, teacher)
     ours, theirs = assign([student, teacher], targets, DetectionLossConfig())
     mapped = {"all": [(0, 1), (1, 1), (2, 1)], "last": [(2, 1)], "same_index": [(0, 0), (1, 0), (2, 1)]}[layers]
-    expected, pairs_seen = {"lapd_class": 0.0, "lapd_l1": 0.0, "lapd_giou": 0.0}, 0
+    expected, pairs_seen = {"lapd_class": 0.0, "lapd_l1": 0.0, "lapd_giou": 0.0, "weights": 0.0}, 0
     for mine, their in mapped:
         selections = [
             slow_selection(boxes[layer], targets, assignment[layer], config.selection)
@@ -120,10 +130,12 @@ def test_equals_the_loops(
                 config.predictions,
             )
             expected = {name: expected[name] + sums[name] for name in sums}
+    weights_seen = expected.pop("weights")
+    divisor = weights_seen if divide_by == "weights" else pairs_seen
     assert set(terms) == set(expected)
     for name, term in terms.items():
         assert term.total.item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
-        assert term.count.item() == pytest.approx(pairs_seen / len(mapped))
+        assert term.count.item() == pytest.approx(divisor / len(mapped), rel=1e-4)
 
 
 def test_equal_predictions_give_no_box_loss_and_the_classes_own_entropy() -> None:

@@ -147,7 +147,7 @@ def alignment_terms(
 ) -> dict[str, LossTerm]:
     """The LAPD terms (METHODS 1.3, our reconstruction), over the pairs (s, t) of all L layers:
 
-        lapd_class  sum of w_t * sum over classes of BCE(sigmoid(c_s), sigmoid(c_t))
+        lapd_class  sum of w_t * sum over classes of |p_t - p_s|^gamma * BCE(p_s, p_t),   p = sigmoid(c)
         lapd_l1     sum of w_t * |b_s - b_t|_1, over the four cxcywh numbers
         lapd_giou   sum of w_t * (1 - GIoU(b_s, b_t))
 
@@ -155,8 +155,11 @@ def alignment_terms(
     (KD-DETR's weight, METHODS 3). Both sides have L layers; the teacher's queries may differ in number. num_slots: 1 +
     the largest number of hard negatives of an object.
 
-    Each counts pairs / L, so that a term's value is L times the mean over all pairs of all layers: the sum over layers
-    of the layers' means when they have equally many pairs, and near it when not. Only the student gets a gradient.
+    gamma is `class_gamma`: 0 in METHODS 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020).
+
+    Each counts pairs / L (or, with `divide_by: weights`, the sum of w_t / L), so that a term's value is L times the mean
+    over all pairs of all layers: the sum over layers of the layers' means when they have equally many pairs, and near it
+    when not. Only the student gets a gradient.
     Without pairs the terms are 0 and attached to the graph.
     """
     goal_logits, goal_boxes = teacher.logits.detach(), teacher.boxes_cxcywh.detach()
@@ -175,9 +178,12 @@ def alignment_terms(
     weight = torch.where(paired, weight, 0.0)
 
     mine = student.boxes_cxcywh
-    count = paired.sum().float() / len(paired)
+    count = (weight.sum() if config.divide_by == "weights" else paired.sum().float()) / len(paired)
+    classes = F.binary_cross_entropy_with_logits(student.logits, goal, reduction="none")
+    if config.class_gamma:
+        classes = classes * (goal - student.logits.sigmoid()).abs() ** config.class_gamma
     losses = {
-        "lapd_class": F.binary_cross_entropy_with_logits(student.logits, goal, reduction="none").sum(-1),
+        "lapd_class": classes.sum(-1),
         "lapd_l1": (mine - theirs).abs().sum(-1),
         "lapd_giou": 1 - giou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs)),
     }

@@ -1,0 +1,1 @@
+"""Every figure the documents quote, as a program anyone can run: `python -m benchmarks.NAME`."""

@@ -1,0 +1,143 @@
+"""Whether the services a run leans on, MLflow tracking and storage, answer: two of the checks of `qskd doctor`."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import re
+import sqlite3
+import tempfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+_SERVER_TIMEOUT_S = 3.0
+_STORAGE_TIMEOUT_S = 30.0  # object stores retry by themselves, some for minutes
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. note: works, but knowing it helps. problem: something will fail until it is remedied."""
+
+    name: str
+    status: Literal["ok", "note", "problem"]
+    found: str
+    remedy: str = ""
+
+
+def guarded(name: str, step: Callable[[], Check]) -> Check:
+    try:
+        return step()
+    except Exception as error:  # a doctor that falls ill helps nobody: the other checks go on
+        return Check(name, "problem", short(error), "read the message; if it makes no sense, report it with this table")
+
+
+def short(error: BaseException) -> str:
+    text = redacted(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"
+
+
+def redacted(text: str) -> str:
+    """Without the user and password of a URI: tables are pasted into bug reports."""
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
+
+
+def check_tracking(uri: str) -> Check:
+    name, shown = "MLflow tracking", redacted(uri)
+    if uri.startswith(("http://", "https://")):
+        return _tracking_server(uri)
+    if uri.startswith("sqlite:///"):
+        return _tracking_file(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
+    if uri.startswith("file:") or not re.match(r"^[a-z][a-z0-9+-]*:", uri):
+        remedy = "use sqlite:///FILE or http://HOST:PORT"
+        return Check(name, "problem", f"{shown} is a folder; runs are kept in a database or on a server", remedy)
+    return Check(name, "note", f"{shown}: this kind of store is not checked")
+
+
+def _tracking_server(uri: str) -> Check:
+    name, shown, parts = "MLflow tracking", redacted(uri), urllib.parse.urlsplit(uri)
+    login, _, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health")
+    if login:
+        request.add_header("Authorization", f"Basic {base64.b64encode(urllib.parse.unquote(login).encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=_SERVER_TIMEOUT_S) as answer:
+            body = answer.read(64).decode(errors="replace").strip()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            return Check(name, "note", f"{shown} answers and wants a login (HTTP {error.code})", remedy)
+        return Check(name, "problem", f"{shown}/health answers HTTP {error.code}", "is this an MLflow server?")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        remedy = "start it (mlflow server --host 127.0.0.1 --port 5000), or correct tracking.uri / MLFLOW_TRACKING_URI"
+        return Check(name, "problem", f"{shown} does not answer: {short(error)}", remedy)
+    if body != "OK":
+        return Check(name, "note", f"{shown}/health says {body!r}, not OK", "is this an MLflow server?")
+    return Check(name, "ok", f"{shown} answers")
+
+
+def _tracking_file(path: Path) -> Check:
+    name, path = "MLflow tracking", path.absolute()
+    remedy = "choose a file in a folder you can write to: tracking.uri=sqlite:///FILE"
+    try:
+        if not path.exists():
+            with tempfile.TemporaryFile(dir=path.parent):
+                return Check(name, "ok", f"sqlite, will be made at {path}")
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=1)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        finally:
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        return Check(name, "problem", f"{path} can't be written to: {short(error)}", remedy)
+    return Check(name, "ok", f"sqlite at {path}")
+
+
+def check_storage(storage: str) -> Check:
+    """A small file is written, read back and deleted, with a time limit: a store without network may never answer."""
+    answers: list[Check] = []
+    probe = threading.Thread(target=lambda: answers.append(guarded("storage", lambda: _probe(storage))), daemon=True)
+    probe.start()
+    probe.join(_STORAGE_TIMEOUT_S)
+    remedy = "check the network, the bucket's name and the credentials (e.g. AWS_PROFILE)"
+    slow = Check("storage", "problem", f"{redacted(storage)} does not answer in {_STORAGE_TIMEOUT_S:.0f} s", remedy)
+    return answers[0] if answers else slow
+
+
+def _filesystem(storage: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    found: tuple[Any, str] = fs.FileSystem.from_uri(storage if "://" in storage else str(Path(storage).absolute()))
+    return found
+
+
+def _probe(storage: str) -> Check:
+    shown, written = redacted(storage), uuid.uuid4().bytes
+    remedy = "choose another output (a folder or URI that can be written to), or get the rights to this one"
+    try:
+        filesystem, root = _filesystem(storage)
+        folder = root
+        if filesystem.type_name == "local":
+            # nothing is left behind, so the folder is not made: the nearest one that exists has to take a file
+            folder = str(next(place for place in (Path(root), *Path(root).parents) if place.exists()))
+        probe = f"{folder.rstrip('/')}/.qskd-doctor-{written.hex()}"
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(written)
+        try:
+            with filesystem.open_input_stream(probe) as stream:
+                read = stream.read()
+        finally:
+            filesystem.delete_file(probe)
+    except Exception as error:  # each filesystem has its own
+        return Check("storage", "problem", f"{shown}: {short(error)}", remedy)
+    if read != written:
+        return Check("storage", "problem", f"{shown} gave back other bytes than were written", remedy)
+    made = "" if folder == root.rstrip("/") else f" (will be made in {folder})"
+    return Check("storage", "ok", f"{shown}{made}: written, read back, deleted")

@@ -1,0 +1,96 @@
+"""Small students learn a few photographs of COCO by heart: boxes, classes, resizing, losses and evaluation agree."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed, and plain `pytest` does not look here
+
+from benchmarks.overfit import FAMILIES, SAMPLE, choose, main, make_config, make_shards, overfit
+from pipelines.models import ground_truth
+from qskd.errors import QskdError
+
+IMAGES, ANNOTATIONS = SAMPLE / "train2017", SAMPLE / "annotations" / "instances_train2017.json"
+needs_sample = pytest.mark.skipif(not ANNOTATIONS.is_file(), reason=f"no sample of COCO at {SAMPLE}")
+
+
+def write_dataset(folder: Path, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """Grey or coloured pictures, each with objects given as (category, width, iscrowd)."""
+    listed, annotations = [], []
+    for number, image in enumerate(images, 1):
+        name = f"{number}.png"
+        size = image.get("size", (64, 64))
+        Image.new("L" if image.get("grey") else "RGB", size).save(folder / name)
+        listed.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
+        for category, width, crowd in image["objects"]:
+            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": category, "iscrowd": crowd}
+            annotations.append({**entry, "bbox": [0, 0, width, 40], "area": width * 40})
+    return {"images": listed, "annotations": annotations, "categories": [{"id": i, "name": str(i)} for i in (1, 5, 9)]}
+
+
+def test_the_choice_has_a_greyscale_a_portrait_and_a_landscape_and_then_new_categories(tmp_path: Path) -> None:
+    document = write_dataset(
+        tmp_path,
+        [
+            {"objects": [(1, 40, 0)]},
+            {"objects": [(1, 40, 0)], "size": (64, 96)},
+            {"objects": [(1, 40, 0)], "size": (96, 64)},
+            {"objects": [(1, 40, 0)], "grey": True},
+            {"objects": [(5, 40, 0), (9, 40, 0)]},
+        ],
+    )
+    assert choose(document, tmp_path, 4) == [4, 2, 3, 5]
+    document["images"].reverse()
+    assert choose(document, tmp_path, 5) == [4, 2, 3, 5, 1]
+
+
+def test_crowds_small_objects_empty_and_full_images_are_not_chosen(tmp_path: Path) -> None:
+    objects = [[(1, 40, 1)], [(1, 40, 0), (1, 31, 0)], [], [(1, 40, 0)] * 9, [(1, 40, 0)] * 8]
+    document = write_dataset(tmp_path, [{"objects": entries} for entries in objects])
+    assert choose(document, tmp_path, 1) == [5]
+    with pytest.raises(QskdError, match="1 images"):
+        choose(document, tmp_path, 2)
+
+
+@needs_sample
+def test_the_eight_images_are_greyscale_and_colour_portrait_and_landscape_with_gapped_category_ids(
+    tmp_path: Path,
+) -> None:
+    truth = ground_truth(make_shards(ANNOTATIONS, IMAGES, tmp_path, 8))
+    names = {image["id"]: image["file_name"] for image in json.loads(ANNOTATIONS.read_text())["images"]}
+    modes = {Image.open(IMAGES / names[number]).mode for number in truth.image_ids.tolist()}
+    assert modes == {"L", "RGB"}
+    assert (truth.heights > truth.widths).any()
+    assert (truth.heights < truth.widths).any()
+    assert len(truth.categories) == 80
+    assert max(number for number, _ in truth.categories) == 90
+    assert len(set(truth.category_ids.tolist())) >= 10
+
+
+@pytest.mark.slow
+@needs_sample
+@pytest.mark.parametrize(("family", "steps"), zip(FAMILIES, (300, 120), strict=True))
+def test_a_student_with_random_weights_learns_four_photographs_by_heart(
+    family: str, steps: int, tmp_path: Path
+) -> None:
+    shards = make_shards(ANNOTATIONS, IMAGES, tmp_path, 4)
+    proof = overfit(make_config(shards, family, steps), tmp_path / "student")
+    assert not proof.complaint
+    assert proof.steps == steps
+
+
+@needs_sample
+def test_a_student_that_learned_nothing_fails_the_proof(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--family", "deformable_detr", "--steps", "1", "--count", "1"]) == 1
+    assert "FAILED: AP50" in capsys.readouterr().out
+
+
+def test_missing_annotations_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--family", "deformable_detr", "--annotations", str(tmp_path / "none.json")]) == 1
+    assert "none.json: no such file" in capsys.readouterr().err

@@ -1,0 +1,232 @@
+"""End to end on a real Ray and a real MLflow store: train, distil, stop and go on, two workers, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import pipelines.cluster
+from pipelines import distill
+from pipelines.evaluate import evaluate
+from pipelines.predict import predict
+from pipelines.prepare import prepare
+from pipelines.progress import read_history
+from pipelines.storage import Folder
+from qskd.config import Config, load, to_yaml
+from qskd.detectors import build_student, save_detector
+from qskd.errors import QskdError
+from qskd.manifest import load_manifest
+from qskd.shapes import ShapesConfig, make_shapes
+
+pytestmark = pytest.mark.slow
+SIZES = [
+    "student.backbone.embedding_size=8",
+    "student.backbone.hidden_sizes=[8, 16]",
+    "student.backbone.depths=[1, 1]",
+    "student.width=32",
+    "student.encoder_layers=1",
+    "student.decoder_layers=2",
+    "student.heads=4",
+    "student.ffn_width=32",
+    "student.queries=8",
+    "student.resize.size=64",
+    "training.batch_size=16",
+    "training.learning_rate=1e-3",
+    "training.backbone_learning_rate_scale=1",
+    "detection.dense_weight=1",
+]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 96 + 24 images, one shard of each broken into several, and a teacher of other sizes."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, images, first in (("train", 96, 0), ("val", 24, 1000)):
+        annotations, folder = make_shapes(ShapesConfig(images=images, first_image=first), root / f"{name}-coco")
+        prepare(annotations, folder, str(root / name), rows_per_shard=40, quiet=True)
+    labels = load_manifest(str(root / "train")).labels
+    teacher = load(None, [*SIZES, "student.queries=11", "student.width=64", "student.decoder_layers=3"]).student
+    save_detector(build_student(teacher, labels[::-1], seed=7).eval(), root / "teacher", teacher.resize)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    import ray
+
+    pipelines.cluster.start_ray()
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def config(work: Path, name: str, *overrides: str) -> Config:
+    fixed = [
+        f"name={name}",
+        f"output={work}/runs",
+        f"data.train={work}/train",
+        f"data.val={work}/val",
+        f"teacher.path={work}/teacher",
+        f"tracking.uri=sqlite:///{work}/mlflow.db",
+        "training.epochs=2",
+    ]
+    return load(None, [*SIZES, *fixed, *overrides])
+
+
+def weights(student: str) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(f"{student}/model.safetensors")
+    return tensors
+
+
+def loss_curve(run: Config) -> list[float]:
+    return [entry["training"]["loss/total"] for entry in read_history(Folder(run)) if "training" in entry]
+
+
+@pytest.fixture(scope="session")
+def distilled(work: Path, cluster: str) -> distill.RunResult:
+    return distill.run(config(work, "distilled", "student.dropout=0.1", "training.ema_decay=0.9"), "distill")
+
+
+def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, distilled: distill.RunResult) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    run = client.get_run(distilled.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["student.queries"] == "8"
+    assert run.data.params["distillation.selection.boundaries"] == "[0.5]"
+    for name in ("loss/total", "loss/agfd", "loss/lapd_class", "loss/dense_l1", "speed/images_per_s"):
+        assert client.get_metric_history(distilled.run_id, name), name
+    assert [metric.step for metric in client.get_metric_history(distilled.run_id, "val/AP50")] == [6, 12]
+    listed = {a.path for folder in ("", "student", "pictures") for a in client.list_artifacts(distilled.run_id, folder)}
+    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json", "pictures/samples.png"}
+    assert Path(distilled.student, "model.safetensors").exists()
+    assert 0 <= distilled.metrics["AP"] <= 1
+
+
+def test_evaluating_the_students_folder_gives_the_trainings_last_numbers(
+    work: Path, distilled: distill.RunResult
+) -> None:
+    again = evaluate(distilled.student, str(work / "val"), batch_size=7)
+    assert again.metrics == pytest.approx(distilled.metrics, abs=1e-6)
+
+
+def test_the_same_command_again_trains_nothing(work: Path, distilled: distill.RunResult) -> None:
+    again = distill.run(config(work, "distilled", "student.dropout=0.1", "training.ema_decay=0.9"), "distill")
+    assert again == distilled
+
+
+def test_another_configuration_under_the_same_name_is_refused(work: Path, distilled: distill.RunResult) -> None:
+    with pytest.raises(QskdError, match=r"training\.learning_rate was 0\.001, is 0\.5"):
+        distill.run(config(work, "distilled", "student.dropout=0.1", "training.learning_rate=0.5"), "distill")
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str) -> None:
+    settings = ["training.epochs=6", "training.checkpoint_every_steps=2", "training.evaluate_every_epochs=3"]
+    settings += ["student.dropout=0.1", "training.ema_decay=0.9"]
+    whole = distill.run(config(work, "whole", *settings), "distill")
+    killed = config(work, "killed", *settings)
+    recipe = work / "killed.yaml"
+    recipe.write_text(to_yaml(killed))
+    command = [sys.executable, "-m", "pipelines.distill", str(recipe)]
+    process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster}, start_new_session=True)
+    folder = Folder(killed)
+    deadline = time.monotonic() + 120
+    while not read_history(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = read_history(folder)[-1]["step"]
+    assert 0 < reached < 36
+    assert not folder.exists("result.json")
+    run_id = json.loads(folder.read("mlflow.json"))["run_id"]
+
+    result = distill.run(killed, "distill")
+    assert result.run_id == run_id
+    steps = [entry["step"] for entry in read_history(folder)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 36
+    expected, found = weights(whole.student), weights(result.student)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert result.metrics == whole.metrics
+
+
+def test_a_worker_that_dies_is_replaced_and_changes_nothing(work: Path, cluster: str) -> None:
+    import threading
+
+    import psutil
+
+    settings = ["training.epochs=8", "training.checkpoint_every_steps=2", "training.evaluate_every_epochs=4"]
+    whole = distill.run(config(work, "undisturbed", *settings), "train")
+    disturbed = config(work, "disturbed", *settings)
+    victims: list[int] = []
+
+    def kill_one() -> None:
+        while not read_history(Folder(disturbed)):
+            time.sleep(0.05)
+        for process in psutil.process_iter(["cmdline"]):
+            if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+                victims.append(process.pid)
+                process.kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    result = distill.run(disturbed, "train")
+    killer.join(5)
+    assert victims
+    expected, found = weights(whole.student), weights(result.student)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_workers_train_as_one_does(work: Path, cluster: str) -> None:
+    # Frozen norms: the statistics of a batch norm are each worker's own, by design.
+    settings = ["student.backbone_norm=frozen", "training.checkpoint_every_steps=1"]
+    one = distill.run(config(work, "one", *settings), "distill")
+    two = distill.run(config(work, "two", *settings, "compute.workers=2"), "distill")
+    alone, together = loss_curve(config(work, "one")), loss_curve(config(work, "two"))
+    assert len(alone) == len(together) == 12
+    np.testing.assert_allclose(alone[0], together[0], rtol=1e-4)
+    expected, found = weights(one.student), weights(two.student)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=2e-4)
+
+
+def test_a_damaged_shard_stops_the_run_with_its_name(work: Path, cluster: str) -> None:
+    manifest = load_manifest(str(work / "train"))
+    broken = work / "broken"
+    broken.mkdir()
+    for path in (work / "train").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    victim = broken / manifest.shards[0].file
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    victim.write_bytes(bytes(data))
+    with pytest.raises(QskdError, match=victim.name):
+        distill.run(config(work, "damaged", f"data.train={broken}"), "train")
+
+
+def test_an_unreachable_mlflow_server_is_named_before_training(work: Path) -> None:
+    with pytest.raises(QskdError, match=r"MLflow at http://127\.0\.0\.1:9"):
+        distill.run(config(work, "untracked", "tracking.uri=http://127.0.0.1:9"), "train")
+
+
+def test_predict_draws_a_picture_of_each_image(work: Path, distilled: distill.RunResult, tmp_path: Path) -> None:
+    image: Any = Image.fromarray(np.full((40, 60, 3), 128, np.uint8))
+    image.save(tmp_path / "a.jpg")
+    ((path, found),) = predict(distilled.student, [tmp_path / "a.jpg"], threshold=0.0)
+    assert path == tmp_path / "a.boxes.png"
+    assert len(found.scores) > 0
+    assert np.asarray(Image.open(path)).shape[0] >= 40

@@ -1,0 +1,209 @@
+"""Two workers train as one does: the same losses and weights at the same global batch, and none waits for ever."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, arrays, make_training, random_teacher, recipe
+from torch import Tensor
+
+from qskd.config import Config
+from qskd.schedule import split
+from qskd.training import TrainBatch, Training, train_batch
+
+WORKERS = 2
+TIMEOUT_S = 300  # for the workers together; one collective may take a third of it
+
+# Objects of each image of each global batch, and what the split into two makes of it.
+BATCHES: tuple[tuple[int, ...], ...] = (
+    (2, 0, 1, 3),  # an image without objects beside one with
+    (0, 0, 2, 1),  # the first worker's whole share has no object
+    (1, 2, 3),  # an odd number of images: shares of 1 and 2
+    (1, 0),  # a single object: on average each worker has half a one
+    (2,),  # the first worker's share is empty
+    (0, 0),  # no object at all
+    (3, 1, 1, 2),
+)
+DENSE = "detection.dense_weight=1.0"
+SCENARIOS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "refined": ("refined", (DENSE,)),
+    "conditional": ("conditional", (DENSE, "training.ema_decay=0.9", "distillation.predictions.pairing=hungarian")),
+    "unsupervised layers": ("refined", ("distillation.method=none", "detection.auxiliary=false")),
+}
+
+
+def configured(name: str) -> Config:
+    family, options = SCENARIOS[name]
+    return recipe({**FAMILIES[family], "backbone_norm": "frozen"}, *options)
+
+
+def share_of(counts: tuple[int, ...], seed: int, world_size: int, rank: int) -> TrainBatch:
+    """A worker's part of the global batch, padded to its own largest number of objects as the loader does."""
+    own = {name: split(array, world_size, rank) for name, array in arrays(counts, seed).items()}
+    most = int(own["counts"].max(initial=0))
+    return train_batch(own | {"boxes_cxcywh": own["boxes_cxcywh"][:, :most], "labels": own["labels"][:, :most]})
+
+
+def start(config: Config) -> Training:
+    teacher = random_teacher("conditional") if config.distillation.method != "none" else None
+    return make_training(config, teacher, len(BATCHES))
+
+
+@functools.cache
+def train(name: str, world_size: int, rank: int) -> dict[str, Tensor]:
+    """Every step's terms as "step.TERM", and the weights after each step of the first half and the last."""
+    training = start(configured(name))
+    results: dict[str, Tensor] = {}
+    for step, counts in enumerate(BATCHES):
+        values = training.train_step(share_of(counts, step, world_size, rank))
+        results |= {f"{step}.{term}": value.reshape(1).clone() for term, value in values.items()}
+        if step == 0:
+            results |= {f"first/{key}": value for key, value in training.state().items()}
+    return results | {f"last/{key}": value for key, value in training.state().items()}
+
+
+def evaluate(rank: int) -> dict[str, Tensor]:
+    """With batch statistics that differ, and an average of them: what each worker evaluates, and one that saves alone."""
+    training = start(recipe(None, "training.ema_decay=0.9"))
+    for step in range(2):
+        training.train_step(share_of((2, 1, 1, 3), step, WORKERS, rank))
+    own = {f"own/{key}": value.clone() for key, value in training.student.state_dict().items()}
+    averages = {f"average/{key}": value.clone() for key, value in training.average.items()}
+    with training.evaluation_weights() as student:
+        evaluated = {f"evaluated/{key}": value.clone() for key, value in student.state_dict().items()}
+    if rank == 0:
+        with training.evaluation_weights() as student:
+            evaluated |= {f"saved/{key}": value.clone() for key, value in student.state_dict().items()}
+    training.train_step(share_of((2, 1, 1, 3), 2, WORKERS, rank))
+    training.check_finite()
+    return own | averages | evaluated
+
+
+def resume(rank: int) -> dict[str, Tensor]:
+    """A run with everything random, whole and stopped after two steps; rank 0's state is what all go on from."""
+    options = (DENSE, "student.dropout=0.1", "training.ema_decay=0.9")
+    results: dict[str, Tensor] = {}
+    whole = start(recipe(FAMILIES["refined"], *options))
+    for step, counts in enumerate(BATCHES[:4]):
+        whole.train_step(share_of(counts, step, WORKERS, rank))
+        if step == 1:
+            saved: list[Any] = [whole.state()]
+            dist.broadcast_object_list(saved, src=0)
+    results |= {f"whole/{key}": value for key, value in whole.state().items()}
+    again = start(recipe(FAMILIES["refined"], *options))
+    again.load_state(saved[0], 2)
+    for step, counts in enumerate(BATCHES[2:4], start=2):
+        again.train_step(share_of(counts, step, WORKERS, rank))
+    return results | {f"again/{key}": value for key, value in again.state().items()}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=TIMEOUT_S / 3)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", world_size=WORKERS, rank=rank, timeout=limit)
+    for name in SCENARIOS:
+        save_file(train(name, WORKERS, rank), f"{folder}/{name}-{rank}.safetensors")
+    save_file(evaluate(rank), f"{folder}/evaluate-{rank}.safetensors")
+    save_file(resume(rank), f"{folder}/resume-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the two workers wrote. Fails, and does not wait, when they hang."""
+    path = tmp_path_factory.mktemp("workers")
+    context = torch.multiprocessing.start_processes(worker, (str(path),), WORKERS, join=False, start_method="spawn")
+    assert context is not None
+    until = time.monotonic() + TIMEOUT_S
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < until, "the workers wait for each other"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return path
+
+
+def results(folder: Path, name: str) -> list[dict[str, Tensor]]:
+    return [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(WORKERS)]
+
+
+def part(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_terms_averaged_over_two_workers_equal_one_worker_s(folder: Path, name: str) -> None:
+    one, two = train(name, 1, 0), results(folder, name)
+    for step in range(len(BATCHES)):
+        expected = part(one, f"{step}.")
+        assert "total" in expected
+        for term, value in expected.items():
+            mean = np.mean([worker[f"{step}.{term}"].item() for worker in two])
+            assert mean == pytest.approx(value.item(), rel=1e-4, abs=1e-7), (step, term)
+    named = {key.split(".")[1] for key in one if key[0].isdigit()}
+    if configured(name).distillation.method == "qskd":
+        assert {"agfd", "lapd_class", "lapd_l1", "lapd_giou"} <= named
+        assert all(one[f"0.{term}"] > 0 for term in ("agfd", "lapd_class", "lapd_l1", "lapd_giou"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_workers_end_with_one_worker_s_weights(folder: Path, name: str) -> None:
+    one, two = train(name, 1, 0), results(folder, name)
+    for moment in ("first/", "last/"):
+        expected, *others = (part(values, f"{moment}module.") for values in (one, *two))
+        assert expected
+        for found in others:
+            assert found.keys() == expected.keys()
+            far = [
+                key
+                for key, value in expected.items()
+                if not torch.allclose(found[key], value, atol=2e-6, rtol=1e-4) and not removed_by_norm(key)
+            ]
+            assert far == []
+
+
+def removed_by_norm(key: str) -> bool:
+    """The bias of a projection whose every channel is normalised by itself: its gradient is rounding, nothing else."""
+    return "input_proj" in key and key.endswith(".0.bias")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_workers_weights_are_each_other_s_bit_for_bit(folder: Path, name: str) -> None:
+    first, second = (part(values, "last/") for values in results(folder, name))
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_all_workers_evaluate_the_same_weights_and_statistics(folder: Path) -> None:
+    first, second = results(folder, "evaluate")
+    for name in ("own/", "average/"):
+        differing = [key for key, value in part(first, name).items() if not torch.equal(value, second[name + key])]
+        assert differing  # each worker has batch statistics of its own...
+        assert all("running" in key for key in differing)
+    evaluated = part(first, "evaluated/")
+    assert [key for key, value in evaluated.items() if not torch.equal(value, second[f"evaluated/{key}"])] == []
+    for key, value in part(first, "average/").items():  # ...and all evaluate rank 0's
+        assert torch.equal(evaluated[key], value), key
+    assert part(first, "saved/").keys() == evaluated.keys()
+    assert [key for key, value in part(first, "saved/").items() if not torch.equal(value, evaluated[key])] == []
+
+
+def test_two_workers_resume_exactly(folder: Path) -> None:
+    for values in results(folder, "resume"):
+        whole, again = part(values, "whole/"), part(values, "again/")
+        differing = [key for key, value in whole.items() if not torch.equal(value, again[key])]
+        # A worker's own running statistics are not kept: nothing reads them but rank 0's.
+        assert [key for key in differing if "running" not in key] == []
+    whole, again = (part(results(folder, "resume")[0], name) for name in ("whole/", "again/"))
+    assert [key for key, value in whole.items() if not torch.equal(value, again[key])] == []
