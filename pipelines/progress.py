@@ -21,7 +21,7 @@ class TrackingCallback(ray.train.UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Called when all workers have reported; metrics[0] is rank 0's (see `Worker.report`)."""
-        report = metrics[0]
+        report = {**metrics[0], "rows": mean_rows([worker["rows"] for worker in metrics])}
         if self.logged is None:  # after a restart some steps are reported a second time
             self.logged = self.tracker.last_step("loss/total")
         rows = [(step, row) for step, row in report["rows"] if step > self.logged]
@@ -35,6 +35,15 @@ class TrackingCallback(ray.train.UserCallback):
             entry["training"] = report["rows"][-1][1]
         history = [e for e in read_history(self.folder) if e["step"] < entry["step"]]
         self.folder.write("history.json", json.dumps([*history, entry]))
+
+
+def mean_rows(of_workers: list[list[tuple[int, dict[str, float]]]]) -> list[tuple[int, dict[str, float]]]:
+    """Workers' rows averaged: each worker's value of a term is its own total over the mean count, so that the average is
+    the term of the global batch."""
+    return [
+        (same_step[0][0], {name: sum(row[name] for _, row in same_step) / len(same_step) for name in same_step[0][1]})
+        for same_step in zip(*of_workers, strict=True)
+    ]
 
 
 def read_history(folder: Folder) -> list[dict[str, Any]]:

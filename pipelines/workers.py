@@ -50,28 +50,34 @@ def gather_detections(own: Detections, world_size: int) -> Detections | None:
 
 
 class Meter:
-    """Term values and throughput since the last flush; tensors stay on the device until then."""
+    """Term values and throughput, averaged over a few steps at a time; tensors stay on the device until then."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.pending: list[dict[str, Tensor]] = []
-        self.images, self.waited_s, self.started = 0, 0.0, time.perf_counter()
+        self.step, self.images, self.waited_s, self.started = 0, 0, 0.0, time.perf_counter()
 
-    def add(self, step: int, values: dict[str, Tensor], images: int, waited_s: float, force: bool) -> None:
+    def add(self, step: int, values: dict[str, Tensor], images: int, waited_s: float) -> None:
+        self.step = step
         self.pending.append(values)
         self.images += images
         self.waited_s += waited_s
-        if len(self.pending) < LOG_EVERY_STEPS and not force:
-            return
+        if len(self.pending) == LOG_EVERY_STEPS:
+            self._close_row()
+
+    def _close_row(self) -> None:
         names = list(self.pending[0])
         means = torch.stack([torch.stack([v[name].float() for name in names]) for v in self.pending]).mean(0).tolist()
         spent_s = max(time.perf_counter() - self.started, 1e-9)
         row = {f"loss/{name}": value for name, value in zip(names, means, strict=True)}
         row |= {"speed/images_per_s": self.images / spent_s, "speed/loader_wait_share": self.waited_s / spent_s}
-        self.rows.append((step, row))
+        self.rows.append((self.step, row))
         self.pending, self.images, self.waited_s, self.started = [], 0, 0.0, time.perf_counter()
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
+        """The rows since the last flush, (step, means): each worker's own share of every term."""
+        if self.pending:
+            self._close_row()
         rows, self.rows = self.rows, []
         return rows
 
@@ -156,7 +162,7 @@ class Worker:
         for share in shares:
             waited_s = time.perf_counter() - waiting_since
             values = self.training.train_step(train_batch(share.arrays, self.device))
-            self.meter.add(self.training.step, values, batch_size, waited_s, force=share.is_last)
+            self.meter.add(self.training.step, values, batch_size, waited_s)
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):
                     self.report(share.epoch, None)

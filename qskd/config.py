@@ -157,7 +157,7 @@ class QuerySelectionConfig(Section):
 class FeatureDistillationConfig(Section):
     """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
 
-    weight: NonNegative = 2.0
+    weight: NonNegative = 5.0
     query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
     quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
     attention_layers: Literal["last", "mean"] = "last"

@@ -112,7 +112,7 @@ class LossTerm:
     """A sum and what to divide it by, kept apart so that several workers can average the divisor before dividing.
 
     total: scalar with gradient. count: scalar without one (numbers of boxes, pairs, images). The term's value is
-    total / max(mean of count over workers, floor).
+    total / max(mean of count over workers, floor / workers): as on one worker with the whole batch.
     """
 
     total: Tensor

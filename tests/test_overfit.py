@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-
-sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed, and plain `pytest` does not look here
 
 from benchmarks.overfit import FAMILIES, SAMPLE, choose, main, make_config, make_shards, overfit
 from pipelines.models import ground_truth

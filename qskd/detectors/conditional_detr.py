@@ -11,7 +11,7 @@ from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetectio
 
 from qskd.config import StudentConfig
 from qskd.detectors.family import Family, Predictions, detr_sizes, linear32, shift_boxes, take
-from qskd.detectors.initialisation import fit_points, grid_points, set_class_prior, zero_box_head
+from qskd.detectors.initialisation import fit_points, grid_points, set_class_prior, xavier, zero_box_head
 
 
 class ConditionalDetr(Family):
@@ -67,6 +67,9 @@ class ConditionalDetr(Family):
         return ConditionalDetrConfig(**detr_sizes(config, backbone, labels))
 
     def initialise(self, model: Any) -> None:
+        inner = model.model
+        for part in (inner.input_projection, inner.encoder, inner.decoder.layers, inner.decoder.query_scale):
+            xavier(part)
         set_class_prior(model.class_labels_classifier)
         zero_box_head(model.bbox_predictor.layers[-1])
         embedding = model.model.query_position_embeddings.weight

@@ -21,6 +21,14 @@ def grid_points(count: int) -> Tensor:
     return torch.tensor(points, dtype=torch.float32)
 
 
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights (in place), as DETR's authors start the transformer. transformers' N(0, 0.02) is about that at
+    width 256 with its wider layers, but six times too small at width 64: attention then starts, and long stays, flat."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
 def set_class_prior(head: nn.Linear) -> None:
     """Bias so that every class starts at `PRIOR_PROBABILITY`."""
     nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
