@@ -108,7 +108,7 @@ def evaluate(
     from qskd.detectors import read_preprocessing
     from qskd.manifest import load_manifest
 
-    config = load(None, set or ())
+    config = load(recipe, set or ())
     if dry_run:
         manifest, seen_as = load_manifest(data), config.teacher.resize or read_preprocessing(model).resize
         print(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
@@ -136,10 +136,14 @@ def predict(
         Path | None, typer.Option(help="Picture to write, for one image. Otherwise IMAGE.boxes.png.")
     ] = None,
     threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is drawn.")] = 0.5,
+    dry_run: DryRun = False,
 ) -> None:
     """Draw a detector's boxes on images."""
     from pipelines import predict as program
 
+    if dry_run:
+        print("\n".join(f"{model} on {path} → {target}" for path, target in program.targets(images, out)))
+        return
     for path, found in program.predict(model, images, out, threshold):
         print(f"{path}: {len(found.scores)} object(s)")
 

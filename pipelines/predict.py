@@ -29,21 +29,25 @@ def read_image(path: Path) -> np.ndarray:
         raise QskdError(str(path), f"not an image that Pillow can read: {error}") from None
 
 
+def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]:
+    """The picture to write for each image: beside it, or `out` for one image."""
+    if out is not None and len(images) > 1:
+        raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
+    return [(path, out or path.with_name(f"{path.stem}.boxes.png")) for path in images]
+
+
 def predict(
     model: str, images: Sequence[Path], out: Path | None = None, threshold: float = 0.5
 ) -> list[tuple[Path, Detections]]:
-    """Write a picture with boxes beside each image (or to `out`, for one image); what was found, for each."""
-    if out is not None and len(images) > 1:
-        raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
+    """Write a picture with boxes for each image; the picture's path and what was found, for each."""
+    pairs = targets(images, out)
     detector, preprocessing = load_detector(model).eval(), read_preprocessing(model)
     written = []
-    for path in images:
+    for path, target in pairs:
         image = read_image(path)
         found = predict_image(detector, image, preprocessing, range(len(detector.labels)), threshold)
-        target = out or path.with_name(f"{path.stem}.boxes.png")
-        Image.fromarray(draw_boxes(image, found.boxes_xyxy, found.category_ids, found.scores, detector.labels)).save(
-            target
-        )
+        picture = draw_boxes(image, found.boxes_xyxy, found.category_ids, found.scores, detector.labels)
+        Image.fromarray(picture).save(target)
         written.append((target, found))
     return written
 
