@@ -93,9 +93,10 @@ def prepare(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub name or folder of a detector.")],
     data: Annotated[str, typer.Argument(help="Shard folder made by `qskd prepare`.")],
-    set: Annotated[
-        list[str] | None, typer.Option("--set", metavar="teacher.class_map.NAME=LABEL", help="As for distill.")
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML recipe; its teacher.resize and teacher.class_map count.")
     ] = None,
+    set: Set = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Most detector processes, over the whole cluster.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,

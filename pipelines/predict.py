@@ -16,17 +16,15 @@ from qskd.errors import QskdError
 from qskd.evaluation import Detections
 from qskd.inference import predict_image
 from qskd.plots import draw_boxes
+from qskd.views import decode_image
 
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB uint8 [H, W, 3]."""
+    """RGB uint8 [H, W, 3], decoded as in training."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise QskdError(str(path), "no such image") from None
+        return np.asarray(decode_image(path.read_bytes(), str(path)))
     except OSError as error:
-        raise QskdError(str(path), f"not an image that Pillow can read: {error}") from None
+        raise QskdError(str(path), f"can't be read: {error.strerror}", "an image file") from None
 
 
 def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]:

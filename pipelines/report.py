@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qskd.inference import predict_image
 from qskd.manifest import Manifest
 from qskd.plots import curve_plot, draw_boxes, picture_grid
 from qskd.shards import ShardReader
+from qskd.views import decode_image
 
 SAMPLES = 4
 THRESHOLD = 0.4
@@ -38,7 +38,7 @@ def sample_pictures(config: Config, val: Manifest, student_folder: Path) -> np.n
     models["student"] = (load_detector(student_folder), read_preprocessing(student_folder), {})
     rows = []
     for sample in samples:
-        image = np.asarray(Image.open(io.BytesIO(sample.encoded)).convert("RGB"))
+        image = np.asarray(decode_image(sample.encoded, reader.where(0)))
         truth = [val.category_index[int(category)] for category in sample.category_ids]
         row = [draw_boxes(image, sample.boxes_xyxy, truth, names=val.labels)]
         for detector, preprocessing, class_map in models.values():
