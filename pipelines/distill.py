@@ -127,6 +127,11 @@ def prepare_config(config: Config, kind: str) -> Config:
     return config.model_copy(update=update)
 
 
+def read_result(folder: Folder) -> RunResult:
+    """Of a finished run."""
+    return RunResult(**json.loads(folder.read("result.json")))
+
+
 def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
     import time
@@ -139,7 +144,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     check_same_run(folder, config)
     if folder.exists("result.json"):
         log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
-        return RunResult(**json.loads(folder.read("result.json")))
+        return read_result(folder)
     if kind == "distill":
         log.warning("The teacher runs in every training step: the slow path.")
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipelines.cluster import start_ray
+from pipelines.cluster import quiet_ray_data, start_ray
 from pipelines.models import ground_truth
 from qskd.classes import map_classes
 from qskd.config import ResizeConfig, ViewConfig
@@ -64,7 +64,7 @@ def evaluate(
 
     rows = [{"shard": s, "row": r} for s, count in enumerate(manifest.shard_rows) for r in range(count)]
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_ray_data()
     dataset = ray.data.from_items(
         rows, override_num_blocks=max(1, min(len(rows) // batch_size, 8 * workers))
     ).map_batches(

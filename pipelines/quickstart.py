@@ -14,14 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.cluster import start_ray
-from pipelines.distill import RunResult, make_plan, prepare_config, run
+from pipelines.distill import RunResult, make_plan, prepare_config, read_result, run
 from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare
+from pipelines.storage import Folder
 from pipelines.tracking import how_to_look
 from qskd.config import Config, load
 from qskd.cost import gflops, latency_ms, parameters
@@ -78,7 +80,7 @@ def measure(name: str, folder: str | Path, metrics: Mapping[str, float]) -> Row:
     detector, size = load_detector(folder).eval(), read_preprocessing(folder).resize.size
     pixels, mask = torch.zeros(1, 3, size, size), torch.ones(1, size, size, dtype=torch.bool)
     with torch.inference_mode():
-        timing = latency_ms(lambda: detector.model(pixels, pixel_mask=mask), warmup=5, repeats=30)
+        timing = latency_ms(lambda: detector.model(pixels, pixel_mask=mask), warmup=10, repeats=100)
         return Row(name, metrics, parameters(detector) / 1e6, gflops(detector, pixels, mask), timing["median"])
 
 
@@ -94,8 +96,6 @@ def show(rows: list[Row], console: Console) -> None:
 
 def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
     """Both students at once, each in a process of its own, joined to one Ray."""
-    import ray
-
     start_ray()
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     commands = {
@@ -114,7 +114,7 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
     finally:
         for process in processes.values():
             process.terminate()
-    return {name: run(recipe(folder, name), kind) for name, kind in KINDS.items()}  # finished: reads their results
+    return {name: read_result(Folder(recipe(folder, name))) for name in KINDS}
 
 
 def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> None:
@@ -135,6 +135,7 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     results = train_both(folder, restart)
     console.print("[bold]3/4[/] the teacher on the held-out images")
     teacher = evaluate(str(TEACHER), f"{folder}/data/val")
+    ray.shutdown()  # its processes would disturb the timing
     console.print("[bold]4/4[/] parameters, FLOPs and latency")
     rows = [
         measure("teacher", TEACHER, teacher.metrics),

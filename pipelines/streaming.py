@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.cluster import quiet_ray_data
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.errors import QskdError
 from qskd.loader import BatchLoader
@@ -159,8 +160,8 @@ def build_dataset(config: StreamConfig, start_step: int, world_size: int, loader
     import ray
     from ray.data import DataContext
 
+    quiet_ray_data()
     context = DataContext.get_current()
-    context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # never merge rows into one block: a block is what a worker is dealt
     runs = config.runs(start_step, world_size)

@@ -76,13 +76,16 @@ class Meter:
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
         """The rows since the last flush, (step, means): each worker's own share of every term."""
-        if self.pending:
-            self._close_row()
+        self.pause()
         rows, self.rows = self.rows, []
         return rows
 
-    def restart(self) -> None:
-        """Leave out of images/s what was not training."""
+    def pause(self) -> None:
+        """What comes now is not training: close the row, so that images/s does not count it."""
+        if self.pending:
+            self._close_row()
+
+    def resume(self) -> None:
         self.started = time.perf_counter()
 
 
@@ -158,6 +161,7 @@ class Worker:
     def train(self, shares: Iterator[Share]) -> None:
         """One epoch, or the rest of one. Reports every so many steps, and at an end that no evaluation follows."""
         every, batch_size = self.config.training.checkpoint_every_steps, self.stream.schedule.batch_size
+        self.meter.resume()
         waiting_since = time.perf_counter()
         for share in shares:
             waited_s = time.perf_counter() - waiting_since
@@ -168,7 +172,9 @@ class Worker:
                     self.report(share.epoch, None)
             elif every and self.training.step % every == 0:
                 self.report(share.epoch, None)
+                self.meter.resume()
             waiting_since = time.perf_counter()
+        self.meter.pause()
 
     def evaluate(self, shares: Iterator[Share]) -> CocoResult | None:
         """COCO AP over the validation set; on rank 0, None elsewhere."""
@@ -178,7 +184,6 @@ class Worker:
                 predict_batch(student, share.arrays, seen_as, self.category_ids, device=self.device) for share in shares
             ]
         everything = gather_detections(Detections.concatenate(found), self.world_size)
-        self.meter.restart()
         return evaluate_coco(self.truth, everything) if everything is not None and self.truth is not None else None
 
     def report(self, epoch: int, result: CocoResult | None) -> None:
@@ -194,4 +199,3 @@ class Worker:
         with tempfile.TemporaryDirectory(prefix="qskd-checkpoint-") as folder:
             write_checkpoint(Path(folder), self.training, self.config, result)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder))
-        self.meter.restart()
