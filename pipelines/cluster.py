@@ -11,7 +11,6 @@ VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its wo
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 if not VERBOSE:
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 
 LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence

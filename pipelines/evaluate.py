@@ -6,7 +6,7 @@ python -m pipelines.evaluate runs/quickstart-qskd/student shards/val
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,32 +54,42 @@ def evaluate(
     threads: int = 1,
     backend: Backend | Literal["auto"] = "auto",
 ) -> CocoResult:
-    """COCO AP of a Hub name or folder. resize: None takes the checkpoint's own. workers: detector actors, over the cluster."""
+    """COCO AP of a Hub name or folder. resize: None takes the checkpoint's own.
+
+    workers: the most detector actors, over the whole cluster; 0 does it all in this process, without Ray.
+    """
     manifest = load_manifest(data)
     own = read_preprocessing(model)
     preprocessing = own if resize is None else Preprocessing(resize, own.mean, own.std)
-    map_classes(manifest.labels, load_detector(model).labels, class_map or {})  # complain here, not in an actor's log
+    arguments = (model, data, preprocessing, class_map or {}, threads)
+    places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
+    if workers:
+        map_classes(manifest.labels, load_detector(model).labels, class_map or {})  # complain before anything starts
+        found = _on_cluster(arguments, places, batch_size, workers)
+    else:
+        actor = DetectorActor(*arguments)
+        chunks = np.split(places, range(batch_size, len(places), batch_size))
+        found = [actor({"shard": chunk[:, 0], "row": chunk[:, 1]}) for chunk in chunks]
+    parts = [Detections(**{name: np.asarray(values) for name, values in part.items()}) for part in found]
+    return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+
+
+def _on_cluster(arguments: tuple[Any, ...], places: np.ndarray, batch_size: int, workers: int) -> list[dict[str, Any]]:
     start_ray()
     import ray
 
-    rows = [{"shard": s, "row": r} for s, count in enumerate(manifest.shard_rows) for r in range(count)]
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
     quiet_ray_data()
-    dataset = ray.data.from_items(
-        rows, override_num_blocks=max(1, min(len(rows) // batch_size, 8 * workers))
-    ).map_batches(
+    rows = [{"shard": shard, "row": row} for shard, row in places.tolist()]
+    dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows) // batch_size, 8 * workers)))
+    detections = dataset.map_batches(
         DetectorActor,
-        fn_constructor_args=(model, data, preprocessing, class_map or {}, threads),
+        fn_constructor_args=arguments,
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-        num_gpus=gpus,
+        num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
         num_cpus=1,
     )
-    names = list(Detections.__dataclass_fields__)
-    parts = [
-        Detections(**{name: np.asarray(part[name]) for name in names}) for part in dataset.iter_batches(batch_size=None)
-    ]
-    return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+    return list(detections.iter_batches(batch_size=None))
 
 
 if __name__ == "__main__":

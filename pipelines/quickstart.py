@@ -34,7 +34,7 @@ from qskd.shapes import ShapesConfig, make_shapes
 ASSETS = Path(__file__).parent / "assets"
 TEACHER = ASSETS / "shapes_teacher"
 RECIPE = ASSETS / "quickstart.yaml"
-TRAIN = ShapesConfig(images=4000)
+TRAIN = ShapesConfig(images=3600)
 VAL = ShapesConfig(images=500, first_image=1_000_000)
 KINDS = {"baseline": "train", "qskd": "distill"}
 
@@ -133,9 +133,9 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     plan = make_plan(recipe(folder, "qskd"), "distill")
     console.print(f"    {plan.stream.schedule.total_steps} steps each; the first lines take about half a minute")
     results = train_both(folder, restart)
-    console.print("[bold]3/4[/] the teacher on the held-out images")
-    teacher = evaluate(str(TEACHER), f"{folder}/data/val")
     ray.shutdown()  # its processes would disturb the timing
+    console.print("[bold]3/4[/] the teacher on the held-out images")
+    teacher = evaluate(str(TEACHER), f"{folder}/data/val", workers=0, threads=2)
     console.print("[bold]4/4[/] parameters, FLOPs and latency")
     rows = [
         measure("teacher", TEACHER, teacher.metrics),

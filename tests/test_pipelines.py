@@ -115,8 +115,9 @@ def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disti
 def test_evaluating_the_students_folder_gives_the_trainings_last_numbers(
     work: Path, distilled: distill.RunResult
 ) -> None:
-    again = evaluate(distilled.student, str(work / "val"), batch_size=7)
-    assert again.metrics == pytest.approx(distilled.metrics, abs=1e-6)
+    for workers in (0, 1):
+        again = evaluate(distilled.student, str(work / "val"), batch_size=7, workers=workers)
+        assert again.metrics == pytest.approx(distilled.metrics, abs=1e-6)
 
 
 def test_the_same_command_again_trains_nothing(work: Path, distilled: distill.RunResult) -> None:
@@ -129,11 +130,23 @@ def test_another_configuration_under_the_same_name_is_refused(work: Path, distil
         distill.run(config(work, "distilled", "student.dropout=0.1", "training.learning_rate=0.5"), "distill")
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str) -> None:
-    settings = ["training.epochs=6", "training.checkpoint_every_steps=2", "training.evaluate_every_epochs=3"]
-    settings += ["student.dropout=0.1", "training.ema_decay=0.9"]
-    whole = distill.run(config(work, "whole", *settings), "distill")
-    killed = config(work, "killed", *settings)
+LONGER = [
+    "training.epochs=6",
+    "training.checkpoint_every_steps=2",
+    "training.evaluate_every_epochs=3",
+    "student.dropout=0.1",
+    "training.ema_decay=0.9",
+]
+
+
+@pytest.fixture(scope="session")
+def whole(work: Path, cluster: str) -> distill.RunResult:
+    """A run that nothing disturbs."""
+    return distill.run(config(work, "whole", *LONGER), "distill")
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, whole: distill.RunResult) -> None:
+    killed = config(work, "killed", *LONGER)
     recipe = work / "killed.yaml"
     recipe.write_text(to_yaml(killed))
     command = [sys.executable, "-m", "pipelines.distill", str(recipe)]
@@ -160,14 +173,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str) -> N
     assert result.metrics == whole.metrics
 
 
-def test_a_worker_that_dies_is_replaced_and_changes_nothing(work: Path, cluster: str) -> None:
+def test_a_worker_that_dies_is_replaced_and_changes_nothing(work: Path, cluster: str, whole: distill.RunResult) -> None:
     import threading
 
     import psutil
 
-    settings = ["training.epochs=8", "training.checkpoint_every_steps=2", "training.evaluate_every_epochs=4"]
-    whole = distill.run(config(work, "undisturbed", *settings), "train")
-    disturbed = config(work, "disturbed", *settings)
+    disturbed = config(work, "disturbed", *LONGER)
     victims: list[int] = []
 
     def kill_one() -> None:
@@ -180,7 +191,7 @@ def test_a_worker_that_dies_is_replaced_and_changes_nothing(work: Path, cluster:
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    result = distill.run(disturbed, "train")
+    result = distill.run(disturbed, "distill")
     killer.join(5)
     assert victims
     expected, found = weights(whole.student), weights(result.student)
