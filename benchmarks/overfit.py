@@ -26,11 +26,12 @@ from pipelines.distill import make_plan
 from pipelines.models import ground_truth
 from pipelines.prepare import prepare
 from pipelines.streaming import Share, local_stream
-from qskd.config import Config, load
+from qskd.config import Config
 from qskd.detectors import Detector, Preprocessing, build_student, load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation import CocoResult, Detections, GroundTruth, evaluate_coco
 from qskd.inference import predict_batch
+from qskd.recipe import load
 from qskd.training import Training, train_batch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ import typer
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from qskd import __version__
-from qskd.config import load, to_yaml
 from qskd.errors import QskdError, told_without_traceback
+from qskd.recipe import load, to_yaml
 
 app = typer.Typer(
     help="Compress DETR object detectors by query-selection knowledge distillation, on Ray.",
@@ -172,7 +172,7 @@ def shapes(
     ] = None,
 ) -> None:
     """Make the built-in synthetic dataset: COCO JSON and JPEG files."""
-    from qskd.config import parse_override
+    from qskd.recipe import parse_override
     from qskd.shapes import ShapesConfig, make_shapes
 
     fields = {path[0]: value for path, value in map(parse_override, set or ())}

@@ -20,9 +20,10 @@ from pipelines.models import make_teacher, teacher_preprocessing
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig
 from pipelines.tracking import Tracker, tracking_uri
-from qskd.config import Config, to_tree, to_yaml
+from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
+from qskd.recipe import to_tree, to_yaml
 from qskd.schedule import Schedule
 
 log = logging.getLogger("qskd")

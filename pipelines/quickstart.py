@@ -25,10 +25,11 @@ from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare
 from pipelines.storage import Folder
 from pipelines.tracking import how_to_look
-from qskd.config import Config, load
+from qskd.config import Config
 from qskd.cost import gflops, latency_ms, parameters
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.errors import QskdError, told_without_traceback
+from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
 ASSETS = Path(__file__).parent / "assets"

@@ -21,7 +21,7 @@ from qskd.shards import ShardReader
 from qskd.views import decode_image
 
 SAMPLES = 4
-THRESHOLD = 0.4
+THRESHOLD = 0.3
 
 
 def sample_pictures(config: Config, val: Manifest, student_folder: Path) -> np.ndarray:

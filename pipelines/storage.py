@@ -9,8 +9,9 @@ from pathlib import Path
 import yaml
 from pyarrow import fs
 
-from qskd.config import Config, flatten, to_tree
+from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.recipe import flatten, to_tree
 
 # What may differ between a run and its continuation: where and how fast, not what.
 FREE_TO_CHANGE = ("compute.", "tracking.", "output")

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qskd.config import Config, flatten, to_tree, to_yaml
+from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.recipe import flatten, to_tree, to_yaml
 
 log = logging.getLogger("qskd")
 PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server

@@ -17,12 +17,13 @@ from torch import Tensor
 from pipelines.models import ground_truth, make_teacher
 from pipelines.storage import FAILURE, Folder, record_failure
 from pipelines.streaming import Share, StreamConfig, open_stream
-from qskd.config import Config, build
+from qskd.config import Config
 from qskd.detectors import Preprocessing, build_student, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation import CocoResult, Detections, evaluate_coco
 from qskd.inference import predict_batch
 from qskd.manifest import load_manifest
+from qskd.recipe import build
 from qskd.training import Training, train_batch
 
 LOG_EVERY_STEPS = 20

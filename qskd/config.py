@@ -1,4 +1,4 @@
-"""The whole configuration: strict, frozen, YAML in and out, `--set a.b=c`. A field no one knows is an error, never ignored.
+"""The whole configuration: strict and frozen. A field no one knows is an error, never ignored (`qskd.recipe` reads it).
 
 Sizes of what is built, not how a machine runs it, decide a run's result; what only says where and how fast (`compute`,
 `tracking`) is kept in branches of its own.
@@ -6,16 +6,9 @@ Sizes of what is built, not how a machine runs it, decide a run's result; what o
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-
-from qskd.errors import QskdError
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -250,105 +243,3 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-
-def _known_fields(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    for part in path:
-        field = section.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        candidates = [inner, *getattr(inner, "__args__", ())]
-        nested = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if nested is None:
-            return []
-        section = nested
-    return list(section.model_fields)
-
-
-def _explain(error: ValidationError, where: str) -> QskdError:
-    problems, remedies = [], []
-    for problem in error.errors():
-        path = list(problem["loc"])
-        name = ".".join(str(part) for part in path) or "the whole"
-        if problem["type"] == "extra_forbidden":
-            known = _known_fields(Config, path[:-1])
-            close = difflib.get_close_matches(str(path[-1]), known, n=1)
-            problems.append(f"unknown field {name}" + (f" (did you mean {close[0]}?)" if close else ""))
-            remedies.append(f"fields there are: {', '.join(known)}")
-        else:
-            problems.append(f"{name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
-    return QskdError(where, "; ".join(problems), remedy="; ".join(dict.fromkeys(remedies)) or "correct the field named")
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=c` -> (["a", "b"], c); the value is read as YAML, so that 1e-4, [0.5, 0.7] and true are what they look like."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise QskdError(f"--set {text}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise QskdError(f"--set {text}", f"the value is not YAML: {reason}", "a.b=value") from None
-    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value.strip()):  # YAML 1.1 reads 1e-4 as text
-        parsed = float(value)
-    return name.strip().split("."), parsed
-
-
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of the nested dict with each `a.b=c` set; whether the names exist is checked by `build`."""
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(tree)) or {}
-    for text in overrides:
-        path, value = parse_override(text)
-        node = result
-        for part in path[:-1]:
-            child = node.setdefault(part, {})
-            if not isinstance(child, dict):
-                raise QskdError(f"--set {text}", f"{part} is not a group of fields", "a dotted path to a field")
-            node = child
-        node[path[-1]] = value
-    return result
-
-
-def build(tree: dict[str, Any], where: str = "config") -> Config:
-    """Nested dict -> Config. Errors name every field that is unknown or wrong."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error, where) from None
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML recipe (or start from the defaults when `path` is None) and apply `a.b=c` overrides."""
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise QskdError(str(path), "no such recipe", "a YAML file", "see configs/ for examples") from None
-        except yaml.YAMLError as error:
-            raise QskdError(str(path), f"not YAML: {error}", "a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise QskdError(str(path), f"cannot be read: {error}", "a YAML file, UTF-8") from None
-        if not isinstance(tree, dict):
-            raise QskdError(str(path), f"a {type(tree).__name__} at the top", "a mapping of config fields")
-    return build(apply_overrides(tree, overrides), str(path) if path else "--set")
-
-
-def to_tree(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain nested dicts and lists, ready for YAML or JSON."""
-    return config.model_dump(mode="json")
-
-
-def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {"a.b": leaf}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.prepare import prepare
 from pipelines.quickstart import KINDS, RECIPE, TEACHER, recipe
-from qskd.config import load
+from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
 VERBS = ("prepare", "train", "distill", "evaluate", "predict", "doctor", "shapes", "quickstart")

@@ -25,10 +25,11 @@ from pipelines.predict import predict
 from pipelines.prepare import prepare
 from pipelines.progress import read_history
 from pipelines.storage import Folder
-from qskd.config import Config, load, to_yaml
+from qskd.config import Config
 from qskd.detectors import build_student, save_detector
 from qskd.errors import QskdError
 from qskd.manifest import load_manifest
+from qskd.recipe import load, to_yaml
 from qskd.shapes import ShapesConfig, make_shapes
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from qskd.classes import map_classes
-from qskd.config import Config, StudentConfig, apply_overrides, build
+from qskd.config import Config, StudentConfig
 from qskd.detectors import Detector, Preprocessing, build_student
+from qskd.recipe import apply_overrides, build
 from qskd.teacher import OnlineTeacher
 from qskd.training import TrainBatch, Training, train_batch
 
