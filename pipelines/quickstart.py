@@ -128,9 +128,14 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
         for name in KINDS:
             console.print(f"  {name}: {recipe(folder, name).training.epochs} epochs → {folder}/{name}")
         return
-    console.print(f"[bold]1/4[/] {TRAIN.images} + {VAL.images} images of shapes, and their shards → {folder}/data")
+    console.print(
+        f"[bold]1/4[/] {TRAIN.images} + {VAL.images} images of shapes, and their shards → {folder}/data", soft_wrap=True
+    )
     make_data(folder)
-    console.print(f"[bold]2/4[/] two students, one taught by {TEACHER.name} (QSKD), one not (baseline), side by side")
+    console.print(
+        f"[bold]2/4[/] two students, one taught by {TEACHER.name} (QSKD), one not (baseline), side by side",
+        soft_wrap=True,
+    )
     plan = make_plan(recipe(folder, "qskd"), "distill")
     console.print(f"    {plan.stream.schedule.total_steps} steps each; the first lines take about half a minute")
     results = train_both(folder, restart)
@@ -149,7 +154,7 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     console.print(
         f"QSKD: {100 * gain:+.1f} AP over the same student without a teacher, {gain / gap:.0%} of the gap; one seed."
     )
-    console.print(f"student: {results['qskd'].student} (a plain Hugging Face folder)")
+    console.print(f"student: {results['qskd'].student} (a plain Hugging Face folder)", soft_wrap=True)
     console.print(f"runs, curves and pictures: {how_to_look(recipe(folder, 'qskd').tracking.uri)}", soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 
