@@ -1,6 +1,6 @@
 """Train a student, with a teacher (`qskd distill`) or without (`qskd train`): one driver for both.
 
-python -m pipelines.distill configs/quickstart.yaml --set teacher.path=TEACHER
+python -m pipelines.distill configs/coco_conditional_r18.yaml --set teacher.path=TEACHER
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Plan:
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
             f"{schedule.total_steps} steps = {training.epochs} epochs of {schedule.steps_per_epoch} batches "
             f"of {schedule.batch_size}",
-            f"{compute.workers or 'no'} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
+            f"{compute.workers} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
             f"output: {Folder(self.config).path}",
             f"MLflow: {tracking_uri(self.config)}",
         ]
@@ -85,7 +86,9 @@ def make_plan(config: Config, kind: str) -> Plan:
             f"those of {config.data.train}: {[c.name for c in train.categories]}",
             "prepare both splits from JSON files with the same categories",
         )
-    workers = max(config.compute.workers, 1)
+    if not val.num_images:
+        raise QskdError(config.data.val, "no images", "at least one, to evaluate on")
+    workers = config.compute.workers
     if config.training.batch_size < workers:
         raise QskdError(
             "training.batch_size", str(config.training.batch_size), f"at least one image a worker ({workers})"
@@ -135,8 +138,6 @@ def read_result(folder: Folder) -> RunResult:
 
 def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
-    import time
-
     config = prepare_config(config, kind)
     plan = make_plan(config, kind)
     folder = Folder(config)
@@ -157,8 +158,10 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     start_ray()
     started = time.perf_counter()
     try:
-        result = fit(plan, tracker, folder)
-        raise_failure(folder)
+        try:
+            result = fit(plan, tracker, folder)
+        finally:
+            raise_failure(folder)  # says more than what Ray makes of it
     except BaseException:
         tracker.finish("FAILED")
         raise
@@ -183,7 +186,7 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
 
     compute = plan.config.compute
     gpu = compute.device == "cuda" or (
-        compute.device == "auto" and ray.cluster_resources().get("GPU", 0) >= max(compute.workers, 1)
+        compute.device == "auto" and ray.cluster_resources().get("GPU", 0) >= compute.workers
     )
     trainer = TorchTrainer(
         train,

@@ -1,6 +1,6 @@
 """COCO AP of any detector on a shard folder (`qskd evaluate`), as a Ray Data job.
 
-python -m pipelines.evaluate runs/quickstart-qskd/student shards/val
+python -m pipelines.evaluate runs/quickstart/qskd/student runs/quickstart/data/val
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw a detector's boxes on images (`qskd predict`). Needs no Ray.
 
-python -m pipelines.predict runs/quickstart-qskd/student photo.jpg --out boxes.png
+python -m pipelines.predict runs/quickstart/qskd/student photo.jpg --out boxes.png
 """
 
 from __future__ import annotations

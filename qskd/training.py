@@ -167,7 +167,7 @@ class Training:
         self.rank = dist.get_rank() if world > 1 else 0
         self.step_module: nn.Module = self.module
         if world > 1:
-            # Batch statistics are each worker's own; evaluation takes rank 0's (see `broadcast_buffers`).
+            # Batch statistics are each worker's own; evaluation takes rank 0's (see `evaluation_weights`).
             devices = [device.index or 0] if device.type == "cuda" else None
             self.step_module = DistributedDataParallel(self.module, device_ids=devices, broadcast_buffers=False)
         if config.compute.compile:

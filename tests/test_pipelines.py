@@ -216,9 +216,12 @@ def test_two_workers_train_as_one_does(work: Path, cluster: str) -> None:
             assert theirs["training"][name] == pytest.approx(mine["training"][name], rel=tolerance, abs=1e-4), name
 
 
-def test_a_damaged_shard_stops_the_run_with_its_name(work: Path, cluster: str) -> None:
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_a_damaged_shard_stops_the_run_with_its_name(
+    work: Path, cluster: str, tmp_path: Path, max_failures: int
+) -> None:
     manifest = load_manifest(str(work / "train"))
-    broken = work / "broken"
+    broken = tmp_path / "broken"
     broken.mkdir()
     for path in (work / "train").iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
@@ -227,7 +230,10 @@ def test_a_damaged_shard_stops_the_run_with_its_name(work: Path, cluster: str) -
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
     victim.write_bytes(bytes(data))
     with pytest.raises(QskdError, match=victim.name):
-        distill.run(config(work, "damaged", f"data.train={broken}"), "train")
+        distill.run(
+            config(work, f"damaged-{max_failures}", f"data.train={broken}", f"compute.max_failures={max_failures}"),
+            "train",
+        )
 
 
 def test_an_unreachable_mlflow_server_is_named_before_training(work: Path) -> None:
