@@ -1,21 +1,15 @@
-"""The manifest of a shard folder: what is in it, where it came from, and the checksum that names its content.
-
-Folders may be local paths, URIs of pyarrow's file systems or, failing those, of fsspec's.
-"""
+"""The manifest of a shard folder: what is in it, where it came from, and the checksum that names its content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
-
-import pyarrow as pa
-import pyarrow.fs as pafs
+from functools import cached_property
 
 from qskd.errors import QskdError
+from qskd.files import open_folder
 from qskd.samples import Category, Problem
 
 MANIFEST = "manifest.json"
@@ -93,27 +87,6 @@ class Manifest:
             problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
             raise QskdError(where, f"not a manifest: {problem}", "what `qskd prepare` writes", REMEDY) from None
         return manifest
-
-
-@lru_cache(maxsize=64)
-def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    try:
-        return pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass  # a scheme pyarrow doesn't know
-    except OSError as error:
-        raise QskdError(uri, f"can't be reached: {error}", "a reachable store", "check address and access") from None
-    try:
-        import fsspec  # type: ignore[import-untyped]
-
-        filesystem, path = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError, OSError) as error:
-        remedy = "check the scheme, or install the fsspec package that serves it"
-        raise QskdError(uri, f"can't be opened: {error}", "a path or a file system URI", remedy) from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
 def load_manifest(uri: str) -> Manifest:

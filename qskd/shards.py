@@ -7,11 +7,8 @@ and the dataset it replaces stays whole until the new one is.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +20,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError
-from qskd.manifest import MANIFEST, REMEDY, Manifest, Shard, load_manifest, open_folder
+from qskd.files import UNFINISHED, ParquetFiles, is_local, open_folder, publish, remove, sha256_of
+from qskd.manifest import MANIFEST, REMEDY, Manifest, Shard, load_manifest
 from qskd.samples import ARRAYS, SCHEMA, Category, Problem, Sample, flat_column, to_samples, to_table
 
-__all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest", "open_folder"]
+__all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest"]
 __all__ += ["read_annotations", "verify", "write_shards"]
 
 
@@ -65,8 +63,7 @@ def write_shards(
     tally = _Tally()
     rows = tally.counted(dataset.samples())
     # Inside the destination when that is local: a rename does not cross file systems.
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=root if local else None) as folder:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder:
         spool = Path(folder) / "spool"
         try:
             while first := next(rows, None):
@@ -79,10 +76,10 @@ def write_shards(
                         writer.write_table(to_table(group))
                         if progress:
                             progress(tally.images, len(dataset))
-                checksum = _sha256(spool.open("rb"))
+                checksum = sha256_of(spool.open("rb"))
                 name = f"shard-{len(shards):05d}-{checksum[:8]}.parquet"
                 shards.append(Shard(name, tally.images - before, spool.stat().st_size, checksum))
-                _publish(spool, filesystem, f"{root}/{name}")
+                publish(spool, filesystem, f"{root}/{name}")
             if not shards:
                 raise QskdError(
                     destination, f"{dataset.source} has no usable image", "at least one", "see its problems"
@@ -98,11 +95,11 @@ def write_shards(
                 tuple(dataset.problems),
             )
             spool.write_text(manifest.to_json())
-            _publish(spool, filesystem, f"{root}/{MANIFEST}")
+            publish(spool, filesystem, f"{root}/{MANIFEST}")
         except BaseException:
-            _remove(filesystem, root, {shard.file for shard in shards} - old_files)
+            remove(filesystem, root, {shard.file for shard in shards} - old_files)
             raise
-    _remove(filesystem, root, old_files - {shard.file for shard in shards})
+    remove(filesystem, root, old_files - {shard.file for shard in shards})
     return manifest
 
 
@@ -136,113 +133,37 @@ def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256
     return {shard.file for shard in manifest.shards}
 
 
-def _publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        os.replace(spool, path)
-        return
-    with spool.open("rb") as source, filesystem.open_output_stream(path) as target:
-        while block := source.read(1 << 22):
-            target.write(block)
-    spool.unlink()
-
-
-def _remove(filesystem: pafs.FileSystem, root: str, files: set[str]) -> None:
-    for name in files:
-        try:
-            filesystem.delete_file(f"{root}/{name}")
-        except OSError:  # already gone; a left-over shard that no manifest names does no harm
-            continue
-
-
-def _sha256(stream: Any) -> str:
-    digest = hashlib.sha256()
-    with stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class ShardReader:
     """Reads samples by (shard, row). Each shard is compared with the manifest when first opened."""
-
-    _MOST_OPEN = 32
 
     def __init__(self, uri: str) -> None:
         self.uri = str(uri)
         self.manifest = load_manifest(self.uri)
-        self._filesystem, self._root = open_folder(self.uri)
-        self._open: dict[int, pq.ParquetFile] = {}
+        self._files = ParquetFiles(self.uri, self._expected, SCHEMA.names, REMEDY)
+
+    def _expected(self, shard: int) -> tuple[str, int, int]:
+        entry = self.manifest.shards[shard]
+        return entry.file, entry.rows, entry.bytes
 
     def where(self, shard: int) -> str:
         """The shard file's full name, for messages."""
-        return f"{self.uri}/{self.manifest.shards[shard].file}"
+        return self._files.where(shard)
 
     def group_rows(self, shard: int, row: int) -> range:
         """The rows stored together with `row`: reading one of them costs as much as reading all."""
-        starts = self._starts(shard)
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        return range(int(starts[group]), int(starts[group + 1]))
+        return self._files.group_rows(shard, row)
 
     def read(self, shard: int, rows: Sequence[int], columns: Sequence[str] | None = None) -> list[Sample]:
         """The samples of these rows, in their order; QskdError if the shard is damaged. With `columns`, only those are
         read and other fields are empty (image_id -1, size 0): without "encoded" no image bytes are read."""
         names = list(SCHEMA.names if columns is None else columns)
-        count = self.manifest.shards[shard].rows
         if unknown := set(names) - set(SCHEMA.names):
             raise QskdError(self.where(shard), f"no columns {sorted(unknown)}", f"some of {SCHEMA.names}")
-        if any(not 0 <= row < count for row in rows):
-            raise QskdError(self.where(shard), f"no row {max(rows, key=abs)}", f"rows 0 to {count - 1}", REMEDY)
-        if not len(rows):
-            return []
-        starts = self._starts(shard)
-        groups = np.unique(np.searchsorted(starts, rows, side="right") - 1)
-        table = self.read_table(shard, names, groups.tolist())
-        first = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
-        return to_samples(table, np.searchsorted(first, rows).tolist())
+        return to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
 
     def read_table(self, shard: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
         """These columns of some row groups, or of the whole shard, as Arrow."""
-        with self._damage_named(shard):
-            file = self._file(shard)
-            wanted = range(file.metadata.num_row_groups) if groups is None else groups
-            return file.read_row_groups(list(wanted), columns=list(columns))
-
-    def _starts(self, shard: int) -> NDArray[np.int64]:
-        metadata = self._file(shard).metadata
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        return np.cumsum([0, *sizes], dtype=np.int64)
-
-    def _file(self, shard: int) -> pq.ParquetFile:
-        opened = self._open.pop(shard, None)
-        if opened is None:
-            opened = self._check_and_open(shard)
-            if len(self._open) >= self._MOST_OPEN:
-                self._open.pop(next(iter(self._open))).close()
-        self._open[shard] = opened  # last = most recently used
-        return opened
-
-    def _check_and_open(self, shard: int) -> pq.ParquetFile:
-        entry, path = self.manifest.shards[shard], f"{self._root}/{self.manifest.shards[shard].file}"
-        expected = f"{entry.bytes} bytes, {entry.rows} rows, as {MANIFEST} says"
-        with self._damage_named(shard):
-            info = self._filesystem.get_file_info(path)
-            if info.type != pafs.FileType.File:
-                raise QskdError(self.where(shard), "no such file", expected, REMEDY)
-            if info.size != entry.bytes:
-                raise QskdError(self.where(shard), f"{info.size} bytes", expected, REMEDY)
-            opened = pq.ParquetFile(self._filesystem.open_input_file(path), page_checksum_verification=True)
-            if opened.metadata.num_rows != entry.rows or not set(SCHEMA.names) <= set(opened.schema_arrow.names):
-                found = f"{opened.metadata.num_rows} rows with columns {opened.schema_arrow.names}"
-                raise QskdError(self.where(shard), found, expected, REMEDY)
-        return opened
-
-    @contextmanager
-    def _damage_named(self, shard: int) -> Iterator[None]:
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            expected = f"a Parquet file with sha256 {self.manifest.shards[shard].sha256}"
-            raise QskdError(self.where(shard), f"can't be read: {error}", expected, REMEDY) from None
+        return self._files.read_table(shard, columns, groups)
 
 
 def read_annotations(uri: str) -> dict[str, NDArray[Any]]:
@@ -274,7 +195,7 @@ def verify(uri: str) -> Manifest:
     damaged = []
     for shard in manifest.shards:
         try:
-            found = _sha256(filesystem.open_input_stream(f"{root}/{shard.file}"))
+            found = sha256_of(filesystem.open_input_stream(f"{root}/{shard.file}"))
         except OSError as error:
             found = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
         if found != shard.sha256:

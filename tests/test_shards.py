@@ -139,7 +139,7 @@ def test_unread_columns_are_empty_and_cost_nothing(tmp_path: Path) -> None:
             return getattr(self.file, name)
 
     counted = Counted(tmp_path / reader.manifest.shards[0].file)
-    reader._open[0] = pq.ParquetFile(counted)
+    reader._files._open[0] = pq.ParquetFile(counted)
     found = reader.read(0, [3], ["boxes_xyxy", "image_id"])[0]
     assert counted.bytes < 100_000
     np.testing.assert_array_equal(found.boxes_xyxy, items[3].boxes_xyxy)

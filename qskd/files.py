@@ -1,0 +1,166 @@
+"""Files in folders on any file system: opening a folder by URI, making a file appear whole, reading Parquet with care.
+
+Folders may be local paths, URIs of pyarrow's file systems or, failing those, of fsspec's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qskd.errors import QskdError
+
+UNFINISHED = ".writing-"  # what a name begins with until its file is whole
+
+
+@lru_cache(maxsize=64)
+def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass  # a scheme pyarrow doesn't know
+    except OSError as error:
+        raise QskdError(uri, f"can't be reached: {error}", "a reachable store", "check address and access") from None
+    try:
+        import fsspec  # type: ignore[import-untyped]
+
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError, OSError) as error:
+        remedy = "check the scheme, or install the fsspec package that serves it"
+        raise QskdError(uri, f"can't be opened: {error}", "a path or a file system URI", remedy) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def is_local(filesystem: pafs.FileSystem) -> bool:
+    return isinstance(filesystem, pafs.LocalFileSystem)
+
+
+def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
+    """Make the local file appear at `path`, whole. On a local file system `spool` must be in the same one: a rename does
+    not cross file systems."""
+    if is_local(filesystem):
+        os.replace(spool, path)
+        return
+    with spool.open("rb") as source, filesystem.open_output_stream(path) as target:
+        shutil.copyfileobj(source, target, 1 << 22)
+    spool.unlink()
+
+
+def remove(filesystem: pafs.FileSystem, root: str, names: set[str]) -> None:
+    """Delete these files of a folder; one that is gone already does no harm, nor one left over that no manifest names."""
+    for name in names:
+        try:
+            filesystem.delete_file(f"{root}/{name}")
+        except OSError:
+            continue
+
+
+def sha256_of(stream: Any) -> str:
+    """Of a file opened for reading, which is closed."""
+    digest = hashlib.sha256()
+    with stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ParquetFiles:
+    """The Parquet files of a folder, each compared with what its manifest says of it when first opened.
+
+    expected: (name, rows, bytes) of file number i. A damaged or missing file is a QskdError that names it.
+    """
+
+    _MOST_OPEN = 32
+
+    def __init__(
+        self, uri: str, expected: Callable[[int], tuple[str, int, int]], columns: Sequence[str], remedy: str
+    ) -> None:
+        self.uri, self._expected, self._columns, self._remedy = uri, expected, set(columns), remedy
+        self._filesystem, self._root = open_folder(uri)
+        self._open: dict[int, pq.ParquetFile] = {}
+
+    def where(self, number: int) -> str:
+        """The file's full name, for messages."""
+        return f"{self.uri}/{self._expected(number)[0]}"
+
+    def group_rows(self, number: int, row: int) -> range:
+        """The rows stored together with `row`: reading one of them costs as much as reading all."""
+        starts = self.group_starts(number)
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        return range(int(starts[group]), int(starts[group + 1]))
+
+    def group_starts(self, number: int) -> NDArray[np.int64]:
+        """The first row of each row group, and the number of rows: int64 [groups + 1]."""
+        metadata = self.file(number).metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        return np.cumsum([0, *sizes], dtype=np.int64)
+
+    def read_rows(self, number: int, rows: Sequence[int], columns: Sequence[str]) -> tuple[pa.Table, list[int]]:
+        """These columns of the row groups that hold `rows`, and where in the table each row is."""
+        _, count, _ = self._expected(number)
+        if any(not 0 <= row < count for row in rows):
+            found, wanted = f"no row {max(rows, key=abs)}", f"rows 0 to {count - 1}"
+            raise QskdError(self.where(number), found, wanted, self._remedy)
+        starts = self.group_starts(number)
+        groups = np.unique(np.searchsorted(starts, rows, side="right") - 1)
+        table = self.read_table(number, columns, groups.tolist())
+        held = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
+        return table, np.searchsorted(held, rows).tolist()
+
+    def read_table(self, number: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
+        """These columns of some row groups, or of the whole file, as Arrow."""
+        with self._damage_named(number):
+            file = self.file(number)
+            wanted = range(file.metadata.num_row_groups) if groups is None else groups
+            return file.read_row_groups(list(wanted), columns=list(columns))
+
+    def file(self, number: int) -> pq.ParquetFile:
+        opened = self._open.pop(number, None)
+        if opened is None:
+            opened = self._check_and_open(number)
+            if len(self._open) >= self._MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+        self._open[number] = opened  # last = most recently used
+        return opened
+
+    def _check_and_open(self, number: int) -> pq.ParquetFile:
+        name, rows, size = self._expected(number)
+        expected = f"{size} bytes, {rows} rows, as the manifest says"
+        with self._damage_named(number):
+            info = self._filesystem.get_file_info(f"{self._root}/{name}")
+            if info.type != pafs.FileType.File:
+                raise QskdError(self.where(number), "no such file", expected, self._remedy)
+            if info.size != size:
+                raise QskdError(self.where(number), f"{info.size} bytes", expected, self._remedy)
+            opened = pq.ParquetFile(
+                self._filesystem.open_input_file(f"{self._root}/{name}"),
+                page_checksum_verification=True,
+                pre_buffer=not is_local(self._filesystem),  # a remote store: few large requests
+            )
+            if opened.metadata.num_rows != rows or not self._columns <= set(opened.schema_arrow.names):
+                found = f"{opened.metadata.num_rows} rows with columns {opened.schema_arrow.names}"
+                raise QskdError(self.where(number), found, expected, self._remedy)
+        return opened
+
+    @contextmanager
+    def _damage_named(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            problem = f"can't be read: {error}"
+            raise QskdError(self.where(number), problem, "a whole Parquet file", self._remedy) from None
