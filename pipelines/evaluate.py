@@ -35,7 +35,7 @@ class DetectorActor:
         self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))
         self.category_ids = tuple(category.id for category in manifest.categories)
         self.preprocessing = preprocessing
-        self.loader = BatchLoader(data, data, ViewConfig(), 0, preprocessing.resize, None, keep_bytes=0)
+        self.loader = BatchLoader(data, data, ViewConfig(), preprocessing.resize, None, keep_bytes=0)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = np.stack([batch["shard"], batch["row"], np.zeros_like(batch["row"])], 1).astype(np.int32)

@@ -121,7 +121,6 @@ class StreamConfig:
             self.train_uri,
             self.val_uri,
             self.views,
-            self.schedule.seed,
             self.student_resize,
             self.teacher_resize,
             self.keep_bytes,

@@ -41,9 +41,13 @@ class ResizeConfig(Section):
 
 
 class ViewConfig(Section):
-    """The seeded views of each image that training cycles through: 1 costs least to cache, more augments more."""
+    """The seeded views of each image that training cycles through: 1 costs least to cache, more augments more.
+
+    Their seed is not the run's: runs of other seeds see the same views and share one cache of teacher outputs.
+    """
 
     count: Positive = 1
+    seed: int = 0
     flip_probability: Fraction = 0.5
     crop_probability: Fraction = 0.0
     crop_min_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # smallest crop side over the image's side

@@ -70,14 +70,13 @@ class BatchLoader:
         train_uri: str,
         val_uri: str,
         views: ViewConfig,
-        seed: int,
         student_resize: ResizeConfig,
         teacher_resize: ResizeConfig | None = None,
         keep_bytes: int = 2**30,
     ) -> None:
         uris: dict[Kind, str] = {"train": train_uri, "val": val_uri}
         self._readers = {kind: ShardReader(uri) for kind, uri in uris.items() if uri}
-        self._views, self._seed = views, seed
+        self._views = views
         self._resizes = [student_resize]
         if teacher_resize is not None and teacher_resize != student_resize:
             self._resizes.append(teacher_resize)
@@ -176,7 +175,7 @@ class BatchLoader:
         shard, row, index = place
         reader = self._reader(kind)
         where = f"{reader.where(shard)}: row {row}, image {sample.image_id} ({sample.file_name})"
-        view = View.IDENTITY if kind == "val" else make_view(self._views, self._seed, sample.image_id, index)
+        view = View.IDENTITY if kind == "val" else make_view(self._views, sample.image_id, index)
         picture = decode_image(sample.encoded, where)
         if picture.size != (sample.width, sample.height):
             found, expected = f"{picture.width} x {picture.height} pixels", f"{sample.width} x {sample.height}"

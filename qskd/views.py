@@ -51,12 +51,12 @@ def _uniforms(seed: int, image_id: int, index: int) -> list[float]:
     return [int.from_bytes(digest[i : i + 8], "little") / 2**64 for i in range(0, 64, 8)]
 
 
-def make_view(policy: ViewConfig, seed: int, image_id: int, index: int) -> View:
+def make_view(policy: ViewConfig, image_id: int, index: int) -> View:
     """The view number `index` of an image; depends on the arguments only. Index 0 may already be flipped or cropped.
 
     Each decision has its own random number, so changing the crop policy moves no flip and the other way round.
     """
-    flip_draw, crop_draw, width_draw, height_draw, x_draw, y_draw = _uniforms(seed, image_id, index)[:6]
+    flip_draw, crop_draw, width_draw, height_draw, x_draw, y_draw = _uniforms(policy.seed, image_id, index)[:6]
     crop = View.IDENTITY.crop_xyxy
     if crop_draw < policy.crop_probability:
         width = policy.crop_min_scale + (1 - policy.crop_min_scale) * width_draw
@@ -84,6 +84,15 @@ def resized_size(height: int, width: int, resize: ResizeConfig) -> tuple[int, in
     return max(1, edge), max(1, int(exact * width / height))
 
 
+def viewed_size(height: int, width: int, view: View, resize: ResizeConfig) -> tuple[int, int]:
+    """(height, width) that `view_image` gives of a picture of this size: known without decoding it."""
+    left, top, right, bottom = view.crop_xyxy
+    if not view.is_whole:
+        height = max(1, round(bottom * height - top * height))
+        width = max(1, round(right * width - left * width))
+    return resized_size(height, width, resize)
+
+
 def view_image(image: Pixels | Image.Image, view: View, resize: ResizeConfig) -> Pixels:
     """Crop, flip and resize (Pillow's antialiased bilinear filter): [H, W, 3] or an RGB picture -> uint8 [h, w, 3].
 
@@ -92,14 +101,10 @@ def view_image(image: Pixels | Image.Image, view: View, resize: ResizeConfig) ->
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     left, top, right, bottom = view.crop_xyxy
     width, height = picture.size
-    if view.is_whole:
-        out_height, out_width = resized_size(height, width, resize)
-        resized = picture.resize((out_width, out_height), Image.Resampling.BILINEAR)
-    else:
-        box = (left * width, top * height, right * width, bottom * height)
-        crop_size = max(1, round(box[3] - box[1])), max(1, round(box[2] - box[0]))
-        out_height, out_width = resized_size(*crop_size, resize)
-        resized = picture.resize((out_width, out_height), Image.Resampling.BILINEAR, box=box)
+    out_height, out_width = viewed_size(height, width, view, resize)
+    # Without a box for the whole picture: Pillow then takes its shortcut for pictures that keep their size.
+    box = None if view.is_whole else (left * width, top * height, right * width, bottom * height)
+    resized = picture.resize((out_width, out_height), Image.Resampling.BILINEAR, box=box)
     pixels: Pixels = np.asarray(resized)
     return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
 

@@ -22,7 +22,7 @@ from qskd.shards import ShardReader, load_manifest, write_shards
 from qskd.views import View, make_view, view_boxes, view_image
 
 REAL = Path(__file__).parents[2] / "shared" / "coco-sample"
-VIEWS = ViewConfig(count=4, crop_probability=0.5)
+VIEWS = ViewConfig(seed=5, count=4, crop_probability=0.5)
 SQUARE = ResizeConfig(size=32)
 KEEP_ASPECT = ResizeConfig(mode="shortest_edge", size=24, longest=60)
 
@@ -65,7 +65,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def loader(uri: str, **options: Any) -> BatchLoader:
-    return BatchLoader(uri, uri, VIEWS, 5, **{"student_resize": SQUARE, **options})
+    return BatchLoader(uri, uri, VIEWS, **{"student_resize": SQUARE, **options})
 
 
 def rows_of(*rows: tuple[int, int, int]) -> np.ndarray:
@@ -79,7 +79,7 @@ def test_a_batch_is_each_view_made_by_hand(uri: str) -> None:
     for i, (shard, row, index) in enumerate(rows.tolist()):
         sample = samples[shard * 8 + row]
         pixels = np.asarray(Image.open(io.BytesIO(sample.encoded)))
-        view = make_view(VIEWS, 5, sample.image_id, index)
+        view = make_view(VIEWS, sample.image_id, index)
         expected = view_image(pixels, view, KEEP_ASPECT)
         h, w = batch["sizes"][i]
         assert (h, w) == expected.shape[:2]
@@ -194,7 +194,7 @@ def test_a_broken_picture_is_named_with_shard_and_image(tmp_path: Path) -> None:
 
 def test_a_kind_without_shards_is_named(uri: str) -> None:
     with pytest.raises(QskdError, match=r"data\.val: not given"):
-        BatchLoader(uri, "", VIEWS, 0, SQUARE).load("val", rows_of((0, 0, 0)))
+        BatchLoader(uri, "", VIEWS, SQUARE).load("val", rows_of((0, 0, 0)))
 
 
 def test_labels_are_the_order_of_category_ids(uri: str) -> None:
@@ -223,7 +223,7 @@ def test_the_modules_of_a_data_worker_import_nothing_heavy() -> None:
 def test_the_real_sample_loads(tmp_path: Path) -> None:
     dataset = read_coco(REAL / "annotations" / "instances_val2017.json", REAL / "val2017")
     manifest = write_shards(dataset, str(tmp_path))
-    one = BatchLoader(str(tmp_path), str(tmp_path), VIEWS, 0, ResizeConfig(size=64), KEEP_ASPECT)
+    one = BatchLoader(str(tmp_path), str(tmp_path), VIEWS, ResizeConfig(size=64), KEEP_ASPECT)
     schedule = Schedule(manifest.shard_rows, manifest.shard_rows, 0, epochs=1, batch_size=16, window_images=64)
     objects = {"train": 0, "val": 0}
     for batch in stream(schedule):
