@@ -65,6 +65,32 @@ def train(recipe: Recipe = None, set: Set = None, dry_run: DryRun = False, resta
 
 
 @app.command()
+def cache(
+    recipe: Recipe = None,
+    set: Set = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache of other teacher outputs.")] = False,
+    check: Annotated[
+        int, typer.Option("--verify", min=0, help="Compute this many random rows again and compare; caches nothing.")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what there is and what the rest will cost.")
+    ] = False,
+) -> None:
+    """Run the teacher once over the data and keep its outputs, for every `qskd distill` of the same recipe."""
+    from pipelines import cache_teacher as program
+
+    config = load(recipe, set or ())
+    if dry_run:
+        print(program.foresee(config, overwrite))
+    elif check:
+        errors = program.verify(config, check)
+        print(*(f"{name:<28} {value:.3g}" for name, value in errors.items()), sep="\n")
+        program.complain(config, errors)
+    else:
+        program.run(config, overwrite)
+
+
+@app.command()
 def prepare(
     annotations: Annotated[Path, typer.Argument(help="COCO JSON (instances).")],
     images: Annotated[Path, typer.Argument(help="Folder that the JSON's file names are relative to.")],

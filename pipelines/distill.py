@@ -10,24 +10,30 @@ import logging
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
 from pipelines.cluster import start_ray
-from pipelines.models import make_teacher, teacher_preprocessing
+from pipelines.models import make_teacher
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig
 from pipelines.tracking import Tracker, tracking_uri
+from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
+from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 from qskd.config import Config
+from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
 from qskd.recipe import to_tree, to_yaml
 from qskd.schedule import Schedule
+from qskd.teacher_cache import columns_for
 
 log = logging.getLogger("qskd")
+SLOW_PATH = "run in every training step: the slow path (`qskd cache` runs it once, for all trainings)"
 
 
 @dataclass(frozen=True)
@@ -64,20 +70,40 @@ class Plan:
             f"MLflow: {tracking_uri(self.config)}",
         ]
         if self.kind == "distill":
-            lines.insert(
-                0,
-                f"teacher: {self.config.teacher.path}, run in every step (no cache of its outputs yet: the slow path)",
-            )
+            how = f"its outputs from {self.stream.teacher_cache}" if self.stream.teacher_cache else SLOW_PATH
+            lines.insert(0, f"teacher: {self.config.teacher.path}, {how}")
         return "\n".join(lines)
 
 
-def make_plan(config: Config, kind: str) -> Plan:
-    """Read the manifests and check what can be checked before anything is started. Raises QskdError."""
-    for field in ("train", "val"):
+def check_data(config: Config, fields: Sequence[str]) -> None:
+    """QskdError when a shard folder is not given."""
+    for field in fields:
         if not getattr(config.data, field):
             raise QskdError(
                 f"data.{field}", "empty", "a shard folder made by `qskd prepare`", f"--set data.{field}=FOLDER"
             )
+
+
+def check_cache(config: Config, train: Manifest) -> CacheManifest:
+    """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough."""
+    path, views = config.teacher.cache.path, config.data.views.count
+    check_enough(config)
+    manifest = load_cache_manifest(path)
+    if manifest is None:
+        raise QskdError(
+            path,
+            "no cache of teacher outputs",
+            "one made by `qskd cache` with this recipe",
+            "run `qskd cache RECIPE`; or run the teacher in every step, which is slower: --set teacher.cache.path=",
+        )
+    check_identity(manifest, cache_identity(config, train), path)
+    check_views(manifest, views, path)
+    return manifest
+
+
+def make_plan(config: Config, kind: str) -> Plan:
+    """Read the manifests and check what can be checked before anything is started. Raises QskdError."""
+    check_data(config, ("train", "val"))
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
     if train.categories != val.categories:
         raise QskdError(
@@ -103,7 +129,8 @@ def make_plan(config: Config, kind: str) -> Plan:
         views=config.data.views.count,
         evaluate_every_epochs=config.training.evaluate_every_epochs,
     )
-    own = teacher_preprocessing(config).resize if kind == "distill" else config.student.resize
+    cache = check_cache(config, train) if kind == "distill" and config.teacher.cache.path else None
+    own = teacher_preprocessing(config).resize if kind == "distill" and not cache else config.student.resize
     stream = StreamConfig(
         train_uri=config.data.train,
         val_uri=config.data.val,
@@ -112,6 +139,14 @@ def make_plan(config: Config, kind: str) -> Plan:
         student_resize=config.student.resize,
         teacher_resize=own if own != config.student.resize else None,
     )
+    needs = teacher_needs(config.distillation)
+    if cache is not None and needs is not None:
+        stream = replace(
+            stream,
+            teacher_cache=config.teacher.cache.path,
+            teacher_columns=columns_for(needs.memory, needs.attention),
+            teacher_row_bytes=cache.num_bytes // (train.num_images * len(cache.views)),
+        )
     return Plan(config, train, val, stream, kind)
 
 
@@ -124,8 +159,9 @@ def prepare_config(config: Config, kind: str) -> Config:
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
     update: dict[str, Any] = {"data": data}
     teacher_path = config.teacher.path
-    if os.path.isdir(teacher_path):
-        update["teacher"] = config.teacher.model_copy(update={"path": absolute(teacher_path)})
+    cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
+    teacher = {"cache": cache} | ({"path": absolute(teacher_path)} if os.path.isdir(teacher_path) else {})
+    update["teacher"] = config.teacher.model_copy(update=teacher)
     if kind == "train":
         update["distillation"] = config.distillation.model_copy(update={"method": "none"})
     return config.model_copy(update=update)
@@ -147,8 +183,8 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     if folder.exists("result.json"):
         log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
         return read_result(folder)
-    if kind == "distill":
-        log.warning("The teacher runs in every training step: the slow path.")
+    if kind == "distill" and not plan.stream.teacher_cache:
+        log.warning("%s: teacher %s", config.name, SLOW_PATH)
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
     folder.write("config.yaml", to_yaml(config))
     folder.delete(FAILURE)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from qskd.cache_identity import teacher_preprocessing
 from qskd.classes import map_classes
 from qskd.config import Config
-from qskd.detectors import Preprocessing, load_detector, read_preprocessing
+from qskd.detectors import load_detector
 from qskd.errors import QskdError
 from qskd.evaluation import GroundTruth
 from qskd.manifest import load_manifest
 from qskd.shards import read_annotations
-from qskd.teacher import OnlineTeacher
+from qskd.teacher import CachedTeacher, OnlineTeacher, Teacher
+from qskd.teacher_cache import TeacherCacheReader
 
 
-def teacher_preprocessing(config: Config) -> Preprocessing:
-    """How the teacher wants its pixels: as its checkpoint says, unless the recipe says otherwise."""
-    own = read_preprocessing(config.teacher.path)
-    return own if config.teacher.resize is None else Preprocessing(config.teacher.resize, own.mean, own.std)
+def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | None:
+    """The teacher the recipe names; as its cache remembers it, where there is one; None for plain training."""
+    path = config.teacher.cache.path
+    if config.distillation.method == "none" or not path:
+        return make_teacher(config, labels)
+    return CachedTeacher(TeacherCacheReader(path).manifest.sizes)
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
@@ -31,6 +37,13 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     detector = load_detector(config.teacher.path)
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))
+
+
+def device_type(config: Config) -> str:
+    """ "cuda" or "cpu", for a process that holds one model."""
+    if config.compute.device != "auto":
+        return config.compute.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ground_truth(uri: str) -> GroundTruth:

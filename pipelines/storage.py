@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from pathlib import Path
 
@@ -74,18 +73,13 @@ def check_same_run(folder: Folder, config: Config) -> None:
 
 def record_failure(folder: Folder, error: Exception) -> None:
     """Leave word of an error that trying again can't mend, for the driver."""
-    if isinstance(error, QskdError):
-        fields = {"where": error.where, "found": error.found, "expected": error.expected, "remedy": error.remedy}
-    else:
-        fields = {
-            "where": "a worker",
-            "found": "".join(traceback.format_exception(error)),
-            "remedy": "if this looks like a fault of qskd, please report it with what `qskd doctor` prints",
-        }
-    folder.write(FAILURE, json.dumps(fields))
+    if not isinstance(error, QskdError):
+        remedy = "if this looks like a fault of qskd, please report it with what `qskd doctor` prints"
+        error = QskdError("a worker", "".join(traceback.format_exception(error)), remedy=remedy)
+    folder.write(FAILURE, error.to_json())
 
 
 def raise_failure(folder: Folder) -> None:
     """Raise what a worker recorded, if one did."""
     if folder.exists(FAILURE):
-        raise QskdError(**json.loads(folder.read(FAILURE)))
+        raise QskdError.from_json(folder.read(FAILURE))

@@ -24,6 +24,7 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.errors import QskdError
 from qskd.loader import BatchLoader
 from qskd.schedule import Batch, Kind, Schedule, evaluation_batches, split, training_batches
+from qskd.teacher_cache import TeacherCacheReader
 
 RUN_BYTES = 24 * 2**20  # decoded pixels in one block, about
 MAX_RUN = 64
@@ -88,13 +89,16 @@ class StreamConfig:
     student_resize: ResizeConfig
     teacher_resize: ResizeConfig | None  # None: the teacher sees the student's pixels, or there is none
     keep_bytes: int = 2**30
+    teacher_cache: str = ""  # folder of the teacher's outputs; empty: none
+    teacher_columns: tuple[str, ...] = ()
+    teacher_row_bytes: int = 0  # of one image's columns, about
 
     def run_length(self, world_size: int) -> int:
         """Steps in a block, from the size of a decoded batch."""
         resizes = [resize for resize in (self.student_resize, self.teacher_resize) if resize is not None]
         pixels = sum(r.size * (r.size if r.mode == "square" else r.longest) for r in resizes)
         share = -(-self.schedule.batch_size // world_size)
-        return max(1, min(MAX_RUN, RUN_BYTES // (3 * pixels * share)))
+        return max(1, min(MAX_RUN, RUN_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
 
     def batch_count(self, kind: Kind) -> int:
         """Global batches in an epoch's training or evaluation."""
@@ -117,6 +121,7 @@ class StreamConfig:
         ]
 
     def loader(self) -> BatchLoader:
+        cache = TeacherCacheReader(self.teacher_cache, self.teacher_columns) if self.teacher_cache else None
         return BatchLoader(
             self.train_uri,
             self.val_uri,
@@ -124,6 +129,7 @@ class StreamConfig:
             self.student_resize,
             self.teacher_resize,
             self.keep_bytes,
+            cache,
         )
 
     def batches(self, run: Run) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.models import ground_truth, make_teacher
+from pipelines.models import ground_truth, teacher_for_training
 from pipelines.storage import FAILURE, Folder, record_failure
 from pipelines.streaming import Share, StreamConfig, open_stream
 from qskd.config import Config
@@ -143,7 +143,7 @@ class Worker:
         manifest = load_manifest(stream.train_uri)
         self.category_ids = tuple(category.id for category in manifest.categories)
         student = build_student(config.student, manifest.labels, config.seed)
-        teacher = make_teacher(config, manifest.labels)
+        teacher = teacher_for_training(config, manifest.labels)
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
         self.meter = Meter()

@@ -109,10 +109,27 @@ class StudentConfig(Section):
         return self
 
 
+class TeacherCacheConfig(Section):
+    """The teacher's outputs, computed once by `qskd cache` and read by every `qskd distill` of the same recipe.
+
+    path: the cache's folder, a path or a URI; empty: no cache, the teacher runs in every training step.
+    """
+
+    path: str = ""
+    # int8: memory in 255 steps of its channel's largest value, logits float16, attention in 255 steps. Or all float16/32.
+    precision: Literal["int8", "float16", "float32"] = "int8"
+    # Attention is kept of queries whose GIoU with some object reaches this: no boundary can go below it later. -1: of all.
+    attention_giou_floor: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
+    attention_layers: Literal["last", "mean"] = "last"
+    all_layers: bool = False  # logits and boxes of every decoder layer, for predictions.teacher_layers: same_index
+    batch_size: Positive = 16  # images the teacher sees at once while the cache is made
+
+
 class TeacherConfig(Section):
     """The large detector: a Hub name or a folder that transformers can load."""
 
     path: str = ""
+    cache: TeacherCacheConfig = TeacherCacheConfig()
     resize: ResizeConfig | None = None  # None: what the checkpoint's own image processor says
     # Dataset category name -> the teacher's label (or its logit slot as text, "17"), where the names differ.
     class_map: dict[str, str] = {}

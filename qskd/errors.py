@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,14 @@ class QskdError(Exception):
         if remedy:
             lines.append(f"  what to do: {remedy}")
         super().__init__("\n".join(lines))
+
+    def to_json(self) -> str:
+        """For `from_json` in another process, where Ray would wrap the exception in its own."""
+        return json.dumps([self.where, self.found, self.expected, self.remedy])
+
+    @staticmethod
+    def from_json(text: str) -> QskdError:
+        return QskdError(*json.loads(text))
 
     def __reduce__(self) -> tuple[type[QskdError], tuple[str, str, str, str]]:
         # Exceptions cross process borders under Ray; the default would replay the joined message as `where`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -82,15 +82,22 @@ def sha256_of(stream: Any) -> str:
 class ParquetFiles:
     """The Parquet files of a folder, each compared with what its manifest says of it when first opened.
 
-    expected: (name, rows, bytes) of file number i. A damaged or missing file is a QskdError that names it.
+    expected: (name, rows, bytes) of file number i. metadata: what each file must say of itself. A damaged or missing
+    file, or one of another set, is a QskdError that names it.
     """
 
     _MOST_OPEN = 32
 
     def __init__(
-        self, uri: str, expected: Callable[[int], tuple[str, int, int]], columns: Sequence[str], remedy: str
+        self,
+        uri: str,
+        expected: Callable[[int], tuple[str, int, int]],
+        columns: Sequence[str],
+        remedy: str,
+        metadata: Mapping[bytes, bytes] | None = None,
     ) -> None:
         self.uri, self._expected, self._columns, self._remedy = uri, expected, set(columns), remedy
+        self._metadata = dict(metadata or {})
         self._filesystem, self._root = open_folder(uri)
         self._open: dict[int, pq.ParquetFile] = {}
 
@@ -155,6 +162,11 @@ class ParquetFiles:
             if opened.metadata.num_rows != rows or not self._columns <= set(opened.schema_arrow.names):
                 found = f"{opened.metadata.num_rows} rows with columns {opened.schema_arrow.names}"
                 raise QskdError(self.where(number), found, expected, self._remedy)
+            said = opened.metadata.metadata or {}
+            for key, value in self._metadata.items():
+                if said.get(key) != value:
+                    theirs = said.get(key, b"nothing").decode(errors="replace")
+                    raise QskdError(self.where(number), f"{key.decode()} {theirs}", value.decode(), self._remedy)
         return opened
 
     @contextmanager

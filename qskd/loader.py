@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qskd.cache_manifest import REMEDY
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.errors import QskdError
 from qskd.samples import Sample
 from qskd.schedule import Kind
 from qskd.shards import Manifest, ShardReader
+from qskd.teacher_cache import TeacherCacheReader, TeacherRow, collate
 from qskd.views import Pixels, View, decode_image, make_view, view_boxes, view_image
 
 Key = tuple[Any, ...]
@@ -63,6 +65,7 @@ class BatchLoader:
 
     keep_bytes bounds what is kept in memory: encoded rows, so that rows stored together are read together once; and
     finished views too, when all of them fit beside the rows. teacher_resize equal to student_resize counts as none.
+    teacher_cache: where the teacher's outputs on the training views are read from; its pixels are then not needed.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class BatchLoader:
         student_resize: ResizeConfig,
         teacher_resize: ResizeConfig | None = None,
         keep_bytes: int = 2**30,
+        teacher_cache: TeacherCacheReader | None = None,
     ) -> None:
         uris: dict[Kind, str] = {"train": train_uri, "val": val_uri}
         self._readers = {kind: ShardReader(uri) for kind, uri in uris.items() if uri}
@@ -80,6 +84,7 @@ class BatchLoader:
         self._resizes = [student_resize]
         if teacher_resize is not None and teacher_resize != student_resize:
             self._resizes.append(teacher_resize)
+        self._cache = teacher_cache
         self._recent = _Recent(keep_bytes)
         # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
         self._keep_views = self._estimated_bytes() <= keep_bytes
@@ -95,9 +100,10 @@ class BatchLoader:
         boxes_cxcywh: float32 [n, M, 4], relative to the view; labels: int64 [n, M], contiguous; both zero after the
         first counts: int32 [n]. Crowds are no targets. image_ids: int64 [n]. views: int32 [n]. positions: int32 [n, 2],
         (shard, row). original_sizes: int32 [n, 2], (height, width) of the file's image. With another teacher_resize,
-        teacher_images and teacher_sizes are the same views at the teacher's size. "val" is always the identity view.
+        teacher_images and teacher_sizes are the same views at the teacher's size; with a cache, "train" has its rows, as
+        `qskd.teacher_cache.collate` gives them. "val" is always the identity view.
 
-        Raises QskdError naming shard and image id when a shard or a picture is broken.
+        Raises QskdError naming shard and image id when a shard, a picture or the cache is broken.
         """
         rows = np.asarray(rows).reshape(-1, 3)
         wanted: list[tuple[int, int, int]] = [(int(s), int(r), int(v)) for s, r, v in rows]
@@ -120,7 +126,31 @@ class BatchLoader:
         for number, prefix in enumerate(("", "teacher_")[: len(self._resizes)]):
             images, sizes = pad([example.pixels[number] for example in examples])
             batch |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
+        if self._cache is not None and kind == "train":
+            said = self._teacher_rows(self._cache, wanted, [example.image_id for example in examples])
+            batch |= collate(said, self._cache.manifest.sizes, self._cache.columns)
         return batch
+
+    def _teacher_rows(
+        self, cache: TeacherCacheReader, wanted: Sequence[tuple[int, int, int]], image_ids: Sequence[int]
+    ) -> list[TeacherRow]:
+        found, unread = dict[Key, TeacherRow](), dict[tuple[int, int], set[int]]()
+        for shard, row, view in wanted:
+            kept = self._recent.get(("teacher", shard, row, view))
+            if kept is None:
+                unread.setdefault((shard, view), set()).update(cache.group_rows(shard, view, row))
+            else:
+                found[shard, row, view] = kept
+        for (shard, view), rows in unread.items():
+            ordered = sorted(rows)
+            for row, said in zip(ordered, cache.read(shard, view, ordered), strict=True):
+                self._recent.put(("teacher", shard, row, view), said, said.nbytes + 2000)
+                found[shard, row, view] = said
+        for (shard, row, view), image_id in zip(wanted, image_ids, strict=True):
+            if found[shard, row, view].image_id != image_id:
+                problem = f"row {row} is of image {found[shard, row, view].image_id}"
+                raise QskdError(cache.where(shard, view), problem, f"image {image_id}, as the shard has it", REMEDY)
+        return [found[place] for place in wanted]
 
     def _reader(self, kind: Kind) -> ShardReader:
         if kind not in self._readers:
@@ -135,7 +165,7 @@ class BatchLoader:
             views = self._views.count if kind == "train" else 1
             total += sum(shard.bytes for shard in reader.manifest.shards)
             total += reader.manifest.num_images * views * (3 * pixels + 1000)
-        return total
+        return total + (self._cache.manifest.num_bytes if self._cache is not None else 0)
 
     def _examples(self, kind: Kind, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
         found: dict[Key, Example] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,10 @@ from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
 from qskd.distillation import build_method
 from qskd.errors import QskdError
 from qskd.matching import assign
+from qskd.precision import autocast
 from qskd.structures import LossTerm, Targets, TeacherRecord, to_device
-from qskd.teacher import OnlineTeacher
+from qskd.teacher import CachedTeacher, OnlineTeacher, Teacher
+from qskd.teacher_codec import EncodedRecord, decode, encoded_record
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TrainBatch:
     """A worker's share of one global batch, as tensors. n may be 0.
 
     images: uint8 [n, H, W, 3]; sizes: int32 [n, 2], height and width of the real part. The teacher's are the same tensors
-    when both networks see the same resolution.
+    when both networks see the same resolution. cached: the teacher's outputs, where they come from a cache.
     """
 
     images: Tensor
@@ -43,6 +45,7 @@ class TrainBatch:
     teacher_images: Tensor
     teacher_sizes: Tensor
     targets: Targets
+    cached: EncodedRecord | None = None
 
 
 def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> TrainBatch:
@@ -62,13 +65,16 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         counts=counts,
     )
     images, sizes = tensor("images"), tensor("sizes")
-    own = "teacher_images" in arrays
+    own, cached = "teacher_images" in arrays, "teacher_logits" in arrays
     batch = TrainBatch(
         images=images,
         sizes=sizes,
         teacher_images=tensor("teacher_images") if own else images,
         teacher_sizes=tensor("teacher_sizes") if own else sizes,
         targets=targets,
+        cached=encoded_record({name: tensor(name) for name in arrays if name.startswith("teacher_")})
+        if cached
+        else None,
     )
     return to_device(batch, device)
 
@@ -97,7 +103,7 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) ->
 class StepModule(nn.Module):
     """Everything with gradients. forward -> the named terms of one worker's share of a batch."""
 
-    def __init__(self, config: Config, student: Detector, teacher: OnlineTeacher | None) -> None:
+    def __init__(self, config: Config, student: Detector, teacher: Teacher | None) -> None:
         super().__init__()
         self.config = config
         self.student = student
@@ -156,10 +162,10 @@ class Training:
     """
 
     def __init__(
-        self, config: Config, student: Detector, teacher: OnlineTeacher | None, total_steps: int, device: torch.device
+        self, config: Config, student: Detector, teacher: Teacher | None, total_steps: int, device: torch.device
     ) -> None:
         self.config, self.total_steps, self.device = config, total_steps, device
-        self.teacher = teacher.to(device) if teacher is not None else None
+        self.teacher = teacher.to(device) if isinstance(teacher, OnlineTeacher) else teacher
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.module = StepModule(config, student, teacher).to(device)
@@ -190,12 +196,6 @@ class Training:
     def student(self) -> Detector:
         return self.module.student
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        precision = self.config.compute.precision
-        if precision == "auto":
-            precision = "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        return nullcontext() if precision == "float32" else torch.autocast(self.device.type, torch.bfloat16)
-
     def train_step(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Forward, backward, update. Returns each term's value and "total", as tensors still on the device.
 
@@ -206,7 +206,7 @@ class Training:
         torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
         share = batch if len(batch.images) else _stand_in(self.device)
         self.student.train(share is batch)  # a stand-in leaves no mark on batch statistics
-        with self.autocast():
+        with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
             terms: dict[str, LossTerm] = self.step_module(share.images, share.sizes, share.targets, record)
         if share is not batch:
@@ -238,6 +238,8 @@ class Training:
     def _ask_teacher(self, batch: TrainBatch) -> TeacherRecord | None:
         if self.teacher is None or self.module.method is None:
             return None
+        if isinstance(self.teacher, CachedTeacher):
+            return decode(batch.cached) if batch.cached else self.teacher.blank(len(batch.images), self.device)
         record: TeacherRecord = self.teacher(batch.teacher_images, batch.teacher_sizes, self.module.method.needs)
         return record
 

@@ -1,7 +1,7 @@
 """transformers' DETR families behind one `DetectorOutput`: load, build, run, look into and save them."""
 
-from qskd.detectors.checkpoint import load_detector, save_detector
-from qskd.detectors.detector import Detector
+from qskd.detectors.checkpoint import checkpoint_digests, load_detector, save_detector
+from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import FAMILIES
 from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
 from qskd.detectors.student import build_student
@@ -13,6 +13,8 @@ __all__ = [
     "Detector",
     "Preprocessing",
     "build_student",
+    "checkpoint_digests",
+    "labels_of",
     "load_detector",
     "read_preprocessing",
     "save_detector",

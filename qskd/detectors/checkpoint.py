@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from qskd.config import ResizeConfig
 from qskd.detectors.detector import Detector
@@ -18,6 +20,7 @@ from qskd.detectors.families import FAMILIES, find_family
 from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from qskd.detectors.weights import check_keys, check_path, check_timm, quiet, reading
 from qskd.errors import QskdError
+from qskd.files import sha256_of
 
 EXTRA_FILE = "qskd.json"
 
@@ -41,6 +44,25 @@ def load_detector(path_or_name: str | Path) -> Detector:
         )
     check_keys(path, info)
     return Detector(model).eval()
+
+
+def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
+    """sha256 of a checkpoint's weights (its safetensors files) and of what its configuration says. No weights are loaded.
+
+    The version of transformers that wrote the configuration, and the place it was read from, don't count.
+    """
+    path = check_path(path_or_name)
+    with reading(path):
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        names = [SAFE_WEIGHTS_NAME]
+        if index is not None:
+            names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        files = [cached_file(path, name) for name in names]
+        said = json.loads(Path(str(cached_file(path, CONFIG_NAME))).read_text())
+    weights = hashlib.sha256("".join(sha256_of(open(str(file), "rb")) for file in files).encode()).hexdigest()  # noqa: SIM115
+    meaning = {key: value for key, value in said.items() if key not in ("transformers_version", "_name_or_path")}
+    config = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+    return {"teacher.weights_sha256": weights, "teacher.config_sha256": config}
 
 
 def save_detector(

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from qskd.config import DistillationConfig
 from qskd.distillation.qskd import QSKD
+from qskd.structures import TeacherNeeds
 
-Build = Callable[[DistillationConfig, Sequence[int], Sequence[int]], QSKD]
-
-METHODS: Mapping[str, Build] = {"qskd": QSKD}
+METHODS: Mapping[str, type[QSKD]] = {"qskd": QSKD}
 
 
 def build_method(
@@ -24,4 +23,9 @@ def build_method(
     return None if config.method == "none" else METHODS[config.method](config, student_channels, teacher_channels)
 
 
-__all__ = ["METHODS", "QSKD", "build_method"]
+def teacher_needs(config: DistillationConfig) -> TeacherNeeds | None:
+    """What the method reads of the teacher's record; None without a method."""
+    return None if config.method == "none" else METHODS[config.method].needs_of(config)
+
+
+__all__ = ["METHODS", "QSKD", "build_method", "teacher_needs"]

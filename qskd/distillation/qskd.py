@@ -45,9 +45,15 @@ class QSKD(nn.Module):
             self.weights["lapd_class"] = predictions.weight * predictions.class_weight
             self.weights["lapd_l1"] = predictions.weight * predictions.l1_weight
             self.weights["lapd_giou"] = predictions.weight * predictions.giou_weight
+        self.needs = self.needs_of(config)
+
+    @staticmethod
+    def needs_of(config: DistillationConfig) -> TeacherNeeds:
+        """What the teacher's record must hold, known before anything is built."""
+        features, predictions = config.features, config.predictions
         every_layer = predictions.teacher_layers == "same_index" and predictions.student_layers == "all"
         attention = features.weight > 0 and features.background < 1
-        self.needs = TeacherNeeds(
+        return TeacherNeeds(
             memory=features.weight > 0,
             attention=attention,
             attention_layers=features.attention_layers,

@@ -1,0 +1,178 @@
+"""Before a teacher's outputs are cached: what is there, what is missing, what it will cost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from pipelines.cache_workers import decode
+from pipelines.distill import check_data
+from pipelines.models import device_type
+from qskd.cache_identity import cache_identity, teacher_preprocessing
+from qskd.cache_making import CacheMaker, row_batches
+from qskd.cache_manifest import (
+    CacheManifest,
+    check_identity,
+    file_name,
+    fingerprint_of,
+    load_cache_manifest,
+    shard_names,
+)
+from qskd.config import Config
+from qskd.errors import QskdError
+from qskd.files import UNFINISHED, open_folder
+from qskd.manifest import MANIFEST, Manifest, load_manifest
+from qskd.shards import ShardReader
+from qskd.teacher import OnlineTeacher
+from qskd.teacher_cache import finished_file
+
+log = logging.getLogger("qskd")
+Unit = tuple[int, int]  # shard, view
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What there is and what is to be computed. done: bytes of each unit's file that is there and whole."""
+
+    config: Config
+    data: Manifest
+    identity: Mapping[str, Any]
+    existing: CacheManifest | None
+    done: Mapping[Unit, int]
+
+    @property
+    def path(self) -> str:
+        return self.config.teacher.cache.path
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that the recipe asks for, views one after the other."""
+        return [(shard, view) for view in range(self.config.data.views.count) for shard in range(len(self.data.shards))]
+
+    @property
+    def todo(self) -> list[Unit]:
+        return [unit for unit in self.units if unit not in self.done]
+
+    @property
+    def batch_size(self) -> int:
+        """An existing cache goes on as it was begun."""
+        return self.existing.batch_size if self.existing else self.config.teacher.cache.batch_size
+
+    @property
+    def actors(self) -> int:
+        """The most processes that hold a teacher."""
+        return max(1, min(self.config.compute.workers, len(self.todo)))
+
+    def images(self, units: Sequence[Unit]) -> int:
+        return sum(self.data.shard_rows[shard] for shard, _ in units)
+
+    def describe(self) -> str:
+        views, done = self.config.data.views.count, self.images(list(self.done))
+        asked = f"{self.data.num_images} images x {views} view(s) of {self.config.data.train}"
+        return f"{self.config.teacher.path} on {asked}: {self.images(self.units)} in all, {done} there already → {self.path}"
+
+
+def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
+    """Read the manifests, look at what is there. Raises QskdError when it is another cache (unless `overwrite`)."""
+    if not config.teacher.cache.path:
+        remedy = "--set teacher.cache.path=FOLDER, best in the recipe: `qskd distill` then finds it"
+        raise QskdError("teacher.cache.path", "empty", "the folder or URI the cache is to be in", remedy)
+    if not config.teacher.path:
+        raise QskdError("teacher.path", "empty", "a Hub name or folder of a detector", "--set teacher.path=...")
+    check_data(config, ("train",))
+    data, path = load_manifest(config.data.train), config.teacher.cache.path
+    identity = cache_identity(config, data)
+    if overwrite:
+        return CachePlan(config, data, identity, None, {})
+    existing = load_cache_manifest(path)
+    if existing is not None:
+        check_identity(existing, identity, path)
+        if existing.batch_size != config.teacher.cache.batch_size:
+            log.warning("%s was begun with batches of %d, and goes on so", path, existing.batch_size)
+    plan = CachePlan(config, data, identity, existing, {})
+    if existing is None:
+        return plan
+    names, fingerprint = shard_names(data), fingerprint_of(identity)
+
+    def size_of(unit: Unit) -> int | None:
+        shard, view = unit
+        return finished_file(path, file_name(names[shard], view), data.shard_rows[shard], fingerprint)
+
+    with ThreadPoolExecutor(16) as pool:
+        sizes = zip(plan.units, pool.map(size_of, plan.units), strict=True)
+        return CachePlan(config, data, identity, existing, {unit: size for unit, size in sizes if size is not None})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Measured in this process on a few images: seconds and bytes for one, on the device named."""
+
+    seconds: float
+    bytes: float
+    device: str
+
+    def describe(self, images: int, workers: int) -> str:
+        total, size = duration_text(images * self.seconds / workers), bytes_text(images * self.bytes)
+        one = f"{1000 * self.seconds:.1f} ms and {bytes_text(self.bytes)} an image"
+        return f"about {total} and {size}: {one}, tried here on {self.device}, {workers} actor(s); starting up comes on top"
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def bytes_text(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
+    """Run the teacher on one image to wake it, then on a batch (a slow teacher: on two images), and encode what it says."""
+    config, device = plan.config, torch.device(device_type(plan.config))
+    resize, views = teacher_preprocessing(config).resize, config.data.views
+    maker, threads = CacheMaker(config, teacher, device), torch.get_num_threads()
+    torch.set_num_threads(config.compute.threads_per_worker or threads)
+    try:
+        shard, view = plan.todo[0]
+        windows = row_batches(ShardReader(config.data.train), shard, view, views, resize, plan.batch_size)
+        rows = windows[0][0]
+        source = (config.data.train, views, resize)
+        started = time.perf_counter()
+        maker.rows(decode(source, [rows[:1]])[0])
+        count = len(rows) if time.perf_counter() - started < 0.5 else min(2, len(rows))
+        arrays = decode(source, [rows[:count]])[0]
+        started = time.perf_counter()
+        encoded = maker.rows(arrays)
+        seconds = (time.perf_counter() - started) / count
+    finally:
+        torch.set_num_threads(threads)
+    return Estimate(seconds, sum(row.nbytes for row in encoded) / count, str(device))
+
+
+def clean(path: str, everything: bool = False) -> None:
+    """Remove what a killed job left unfinished; with `everything` the cache too. Other files are let alone."""
+    filesystem, root = open_folder(path)
+    if filesystem.get_file_info(root).type == pafs.FileType.NotFound:
+        return
+    for info in filesystem.get_file_info(pafs.FileSelector(root)):
+        unfinished = info.base_name.startswith(UNFINISHED)
+        if info.type == pafs.FileType.Directory and unfinished:
+            filesystem.delete_dir(info.path)
+        elif unfinished or (everything and (info.base_name == MANIFEST or _is_cache_file(info.base_name))):
+            filesystem.delete_file(info.path)
+
+
+def _is_cache_file(name: str) -> bool:
+    return name.endswith(".parquet") and ".view-" in name

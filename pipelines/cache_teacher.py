@@ -1,0 +1,225 @@
+"""Compute a teacher's outputs once, for every training that follows (`qskd cache`), as a Ray Data job.
+
+python -m pipelines.cache_teacher student.yaml --set teacher.cache.path=shards/train.teacher
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from pipelines.cache_plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
+from pipelines.cache_workers import Progress, TeacherActor, decode
+from pipelines.cluster import quiet_ray_data, start_ray
+from pipelines.distill import prepare_config
+from pipelines.models import device_type, make_teacher
+from qskd.cache_identity import teacher_preprocessing
+from qskd.cache_making import CacheMaker, row_batches
+from qskd.cache_manifest import CacheManifest, save_cache_manifest, shard_names
+from qskd.config import Config
+from qskd.errors import QskdError
+from qskd.recipe import to_tree
+from qskd.shards import ShardReader
+from qskd.teacher_cache import TeacherCacheReader, collate
+from qskd.teacher_codec import decode as decode_record
+from qskd.teacher_codec import encoded_record, largest_errors
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """images: views of images computed by this command, of `total`. bytes: of the whole cache."""
+
+    path: str
+    images: int
+    total: int
+    bytes: int
+    seconds: float
+
+
+def foresee(config: Config, overwrite: bool = False) -> str:
+    """What `--dry-run` prints: what there is, and what the rest will cost, tried on a few images."""
+    plan = make_cache_plan(prepare_config(config, "distill"), overwrite)
+    if not plan.todo:
+        return f"{plan.describe()}\nnothing is missing"
+    teacher = make_teacher(plan.config, plan.data.labels)
+    assert teacher is not None
+    return f"{plan.describe()}\n{estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors)}"
+
+
+def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
+    """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
+    started, config = time.perf_counter(), prepare_config(config, "distill")
+    plan, console = make_cache_plan(config, overwrite), Console(quiet=quiet)
+    console.print(f"cache: {plan.describe()}", soft_wrap=True)
+    if overwrite:
+        clean(plan.path, everything=True)
+    sizes = dict(plan.done)
+    if plan.todo:
+        teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
+        assert teacher is not None
+        console.print(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), soft_wrap=True)
+        manifest = plan.existing or CacheManifest(
+            plan.identity,
+            teacher.sizes(config.teacher.cache.all_layers),
+            plan.batch_size,
+            shard_names(plan.data),
+            {},
+        )
+        save_cache_manifest(plan.path, manifest)
+        del teacher
+        sizes = _compute(plan, manifest, sizes, console)
+    elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
+        _record(plan, plan.existing, sizes)  # killed between its last file and the manifest
+    clean(plan.path)
+    seconds = time.perf_counter() - started
+    done = plan.images(plan.todo)
+    total = sum(sizes.values())
+    images = plan.images(plan.units)
+    console.print(
+        f"{done} computed in {duration_text(seconds)}, start-up included; {images} in the cache, {bytes_text(total)} "
+        f"({bytes_text(total / images)} an image) → {plan.path}",
+        soft_wrap=True,
+    )
+    return CacheResult(plan.path, done, images, total, seconds)
+
+
+def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
+    """Enter every view whose files are all there."""
+    for view in range(plan.config.data.views.count):
+        units = [(shard, view) for shard in range(len(plan.data.shards))]
+        if view not in manifest.views and all(unit in sizes for unit in units):
+            files = tuple((plan.data.shard_rows[unit[0]], sizes[unit]) for unit in units)
+            manifest = manifest.with_view(view, files)
+            save_cache_manifest(plan.path, manifest)
+    return manifest
+
+
+def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], console: Console) -> dict[Unit, int]:
+    start_ray()
+    import ray
+
+    quiet_ray_data()
+    config, todo = plan.config, plan.todo
+    progress = ray.remote(num_cpus=0)(Progress).remote()
+    gpu = config.compute.device == "cuda" or (
+        config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    )
+    units = [{"shard": shard, "view": view} for shard, view in todo]
+    dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        TeacherActor,
+        fn_constructor_args=(to_tree(config), manifest.fingerprint, manifest.batch_size, progress),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=plan.actors),
+        num_cpus=max(1, config.compute.threads_per_worker),
+        num_gpus=1 if gpu else 0,
+    )
+    with _Ticker(progress, plan.images(todo), console):
+        for batch in dataset.iter_batches(batch_size=None):
+            for shard, view, size, failure in zip(
+                *(batch[n] for n in ("shard", "view", "bytes", "failure")), strict=True
+            ):
+                if failure:
+                    raise QskdError.from_json(str(failure))
+                sizes[int(shard), int(view)] = int(size)
+            manifest = _record(plan, manifest, sizes)
+    return sizes
+
+
+class _Ticker:
+    """Says every few seconds how far the actors are."""
+
+    def __init__(self, progress: Any, images: int, console: Console, every_s: float = 5.0) -> None:
+        self.progress, self.images, self.console, self.every_s = progress, images, console, every_s
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(5)
+
+    def _watch(self) -> None:
+        import ray
+
+        first: tuple[float, int] | None = None
+        while not self.stop.wait(self.every_s):
+            try:
+                done = int(ray.get(self.progress.done.remote(), timeout=self.every_s))
+            except Exception:  # the cluster is busy, or the job is over: it is only a progress line
+                continue
+            now = time.perf_counter()
+            if not done:
+                continue
+            first = first or (now, done)
+            speed = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
+            left = (
+                f", {speed:.1f} images/s, about {duration_text((self.images - done) / speed)} left" if speed > 0 else ""
+            )
+            self.console.print(f"cache  {done}/{self.images} images{left}", soft_wrap=True)
+
+
+def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
+    """Recompute random rows, each in the batch it was computed in, and compare: the largest error of each column."""
+    config = prepare_config(config, "distill")
+    plan = make_cache_plan(config)
+    if plan.existing is None or not plan.existing.views:
+        raise QskdError(plan.path, "no finished view", "a cache made with this recipe", "run `qskd cache RECIPE`")
+    teacher = make_teacher(config, plan.data.labels)
+    assert teacher is not None
+    device = torch.device(device_type(config))
+    torch.set_num_threads(config.compute.threads_per_worker or torch.get_num_threads())
+    maker, resize = CacheMaker(config, teacher, device), teacher_preprocessing(config).resize
+    reader, samples = TeacherCacheReader(plan.path), ShardReader(config.data.train)
+    chosen = np.random.default_rng(seed).choice(plan.data.num_images * len(plan.existing.views), count, replace=False)
+    starts = np.cumsum([0, *plan.data.shard_rows])
+    errors: dict[str, float] = {}
+    for number in sorted(chosen.tolist()):
+        view = sorted(plan.existing.views)[number // plan.data.num_images]
+        shard = int(np.searchsorted(starts, number % plan.data.num_images, side="right")) - 1
+        row = number % plan.data.num_images - int(starts[shard])
+        windows = row_batches(samples, shard, view, config.data.views, resize, plan.existing.batch_size)
+        (rows,) = (batch for window in windows for batch in window if row in batch[:, 1])
+        arrays = decode((config.data.train, config.data.views, resize), [rows])[0]
+        stored = reader.read(shard, view, rows[:, 1].tolist())
+        if [entry.image_id for entry in stored] != arrays["image_ids"].tolist():
+            raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", "make it again")
+        tensors = collate(stored, plan.existing.sizes, reader.columns)
+        found = decode_record(
+            encoded_record({name: torch.from_numpy(value).to(device) for name, value in tensors.items()})
+        )
+        for name, value in largest_errors(found, maker.ask(arrays)).items():
+            errors[name] = max(errors.get(name, 0.0), value)
+    return errors
+
+
+# Rounding explains less than this; the teacher's own noise on another device, or in bfloat16, may come near.
+TOLERANCES = {"probability": 0.01, "boxes_cxcywh": 0.002, "memory_relative": 0.02, "attention_relative": 0.02}
+
+
+def complain(config: Config, errors: Mapping[str, float]) -> None:
+    """QskdError when an error is larger than rounding explains."""
+    bad = [f"{name} {errors[name]:.3g}" for name, most in TOLERANCES.items() if not errors.get(name, 0.0) <= most]
+    if bad:
+        expected = ", ".join(f"{name} up to {most:g}" for name, most in TOLERANCES.items())
+        remedy = (
+            "was it made on another device, or in another precision? else replace it: `qskd cache RECIPE --overwrite`"
+        )
+        raise QskdError(
+            config.teacher.cache.path, f"rows that the teacher does not say again: {', '.join(bad)}", expected, remedy
+        )
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("cache")

@@ -1,0 +1,166 @@
+"""What a cache of teacher outputs says of itself: of which teacher, on which data and views, and what is in it.
+
+The identity is everything that decides the cached numbers. A run that expects another identity is told every field in
+which they differ, with both values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from qskd.errors import QskdError
+from qskd.files import UNFINISHED, is_local, open_folder, publish
+from qskd.manifest import MANIFEST, Manifest
+
+CODEC_VERSION = 1
+REMEDY = "make it again: `qskd cache RECIPE --overwrite`"
+_SHORT = 12  # letters of a checksum that a message shows
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """What is the same in every row. channels: the width of each memory map, finest first."""
+
+    layers: int
+    queries: int
+    classes: int
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """identity: field -> JSON value. batch_size: images the teacher saw at once (it decides the last bits, no more).
+
+    views: for each finished view, the (rows, bytes) of each shard's file.
+    """
+
+    identity: Mapping[str, Any]
+    sizes: CacheSizes
+    batch_size: int
+    shards: tuple[str, ...]
+    views: Mapping[int, tuple[tuple[int, int], ...]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the identity; every file of the cache carries it."""
+        return fingerprint_of(self.identity)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for files in self.views.values() for _, size in files)
+
+    def with_view(self, view: int, files: tuple[tuple[int, int], ...]) -> CacheManifest:
+        return replace(self, views={**self.views, view: files})
+
+    def to_json(self) -> str:
+        head = {"format": "qskd-teacher-cache", "version": CODEC_VERSION, "fingerprint": self.fingerprint}
+        return json.dumps(head | asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str | bytes, where: str) -> CacheManifest:
+        """Raises QskdError when this is no cache's manifest, one of another version, or one that was edited."""
+        try:
+            tree = json.loads(text)
+            version = (tree.pop("format"), tree.pop("version"))
+            if version != ("qskd-teacher-cache", CODEC_VERSION):
+                found = " ".join(map(str, version))
+                raise QskdError(where, found, f"qskd-teacher-cache {CODEC_VERSION}", REMEDY)
+            fingerprint = tree.pop("fingerprint")
+            sizes = CacheSizes(**tree["sizes"] | {"channels": tuple(tree["sizes"]["channels"])})
+            views = {int(view): tuple((int(r), int(b)) for r, b in files) for view, files in tree["views"].items()}
+            names = tuple(str(name) for name in tree["shards"])
+            if any(len(files) != len(names) for files in views.values()) or not all(map(_is_plain, names)):
+                raise ValueError("its views and shards disagree")
+            manifest = CacheManifest(tree["identity"], sizes, int(tree["batch_size"]), names, views)
+            if manifest.fingerprint != fingerprint:
+                raise ValueError("its fingerprint disagrees with its identity: it was edited or mixed up")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
+            raise QskdError(where, f"not a manifest: {problem}", "what `qskd cache` writes", REMEDY) from None
+        return manifest
+
+
+def _is_plain(name: str) -> bool:
+    return name == Path(name).name and not name.startswith(".")
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def shard_names(data: Manifest) -> tuple[str, ...]:
+    """What the cache's files are called after: the image shards' names, which carry the start of their checksums."""
+    return tuple(Path(shard.file).stem for shard in data.shards)
+
+
+def file_name(shard: str, view: int) -> str:
+    """The cache's file beside one image shard, for one view."""
+    return f"{shard}.view-{view:03d}.parquet"
+
+
+def check_identity(manifest: CacheManifest, expected: Mapping[str, Any], where: str) -> None:
+    """QskdError naming each field in which the cache is not what the recipe asks for, with both values."""
+    theirs = json.loads(json.dumps(expected))  # as JSON has it: lists for tuples
+    differences = [
+        f"{field} is {_shown(manifest.identity.get(field))} in the cache, {_shown(theirs.get(field))} in the recipe"
+        for field in sorted(manifest.identity.keys() | theirs.keys())
+        if manifest.identity.get(field) != theirs.get(field)
+    ]
+    if differences:
+        raise QskdError(
+            where,
+            f"a cache of other teacher outputs: {'; '.join(differences)}",
+            "a cache made with this recipe's teacher, data, views and cache settings",
+            "bring the recipe in line (--set ...), make another cache (`qskd cache RECIPE --set "
+            "teacher.cache.path=ANOTHER`), or replace this one (`qskd cache RECIPE --overwrite`)",
+        )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return f"{text[:_SHORT]}…{text[-_SHORT:]}" if len(text) > 60 else text
+
+
+def check_views(manifest: CacheManifest, count: int, where: str) -> None:
+    """QskdError unless the views 0 to count - 1 are all there."""
+    missing = [view for view in range(count) if view not in manifest.views]
+    if missing:
+        raise QskdError(
+            where,
+            f"no view {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}",
+            f"views 0 to {count - 1} (data.views.count is {count})",
+            "`qskd cache RECIPE` computes the views that are missing; or lower data.views.count",
+        )
+
+
+def load_cache_manifest(uri: str) -> CacheManifest | None:
+    """The manifest of a cache folder; None when there is none."""
+    filesystem, root = open_folder(uri)
+    path = f"{root}/{MANIFEST}"
+    try:
+        if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+            return None
+        with filesystem.open_input_stream(path) as stream:
+            text = bytes(stream.read())
+    except OSError as error:
+        raise QskdError(f"{uri}/{MANIFEST}", f"can't be read: {error}", "a readable cache folder") from None
+    return CacheManifest.from_json(text, f"{uri}/{MANIFEST}")
+
+
+def save_cache_manifest(uri: str, manifest: CacheManifest) -> None:
+    """Written whole, in place of the one before."""
+    filesystem, root = open_folder(uri)
+    filesystem.create_dir(root, recursive=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder:
+        spool = Path(folder) / "manifest"
+        spool.write_text(manifest.to_json())
+        publish(spool, filesystem, f"{root}/{MANIFEST}")

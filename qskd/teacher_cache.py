@@ -1,0 +1,262 @@
+"""The cache of teacher outputs: rows of arrays <-> Parquet files, one file for each image shard and view.
+
+A row is what a teacher said of one view of one image, and stands at the same place in its file as the image does in its
+shard. Arrays are stored as raw bytes: sizes that are the same everywhere are in the manifest, the memory's own in the row.
+Free of torch, so that the processes that read it start fast; `qskd.teacher_codec` makes rows of tensors and back.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qskd.cache_manifest import REMEDY, CacheSizes, file_name, load_cache_manifest
+from qskd.errors import QskdError
+from qskd.files import UNFINISHED, ParquetFiles, is_local, open_folder, publish
+
+ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
+FINGERPRINT_KEY = b"qskd.fingerprint"
+# The number formats of a precision. Boxes are float32 in each: they decide which queries are selected, and are few.
+DTYPES: Mapping[str, Mapping[str, str]] = {
+    "int8": {"logits": "<f2", "memory": "|i1", "attention": "|u1"},
+    "float16": {"logits": "<f2", "memory": "<f2", "attention": "<f2"},
+    "float32": {"logits": "<f4", "memory": "<f4", "attention": "<f4"},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRow:
+    """One view of one image. L' layers, Q queries, K classes; `levels` memory maps of C_l channels and h_l x w_l cells.
+
+    logits: [L', Q, K]. boxes_cxcywh: float32 [L', Q, 4]. memory_shapes: int32 [levels, 2], (h_l, w_l), padding cut away.
+    memory: the maps [C_l, h_l, w_l], flat, one after the other; with int8, each channel times its entry of memory_scale
+    (float32, flat over levels). attention_queries: int32 [A], ascending; attention: [A, sum of h_l * w_l]; with uint8, each
+    row times its entry of attention_scale (float32 [A]). Scales are empty where numbers are stored as they are.
+    """
+
+    image_id: int
+    logits: NDArray[Any]
+    boxes_cxcywh: NDArray[Any]
+    memory_shapes: NDArray[Any]
+    memory: NDArray[Any]
+    memory_scale: NDArray[Any]
+    attention_queries: NDArray[Any]
+    attention: NDArray[Any]
+    attention_scale: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in ARRAYS)
+
+
+ARRAYS = tuple(field.name for field in fields(TeacherRow) if field.name != "image_id")
+_ALWAYS = ("image_id", "logits", "boxes_cxcywh")
+_MEMORY = ("memory_shapes", "memory", "memory_scale")
+_ATTENTION = ("memory_shapes", "attention_queries", "attention", "attention_scale")
+_SCHEMA = pa.schema([("image_id", pa.int64()), *((name, pa.binary()) for name in ARRAYS)])
+# Quantised memory is noise to a compressor: it saves 4 % and costs a millisecond an image. Attention has many zeros.
+_COMPRESSION = {name: "ZSTD" if name in ("logits", "attention") else "NONE" for name in _SCHEMA.names}
+
+
+def columns_for(memory: bool, attention: bool) -> tuple[str, ...]:
+    """The columns that hold what a method needs."""
+    return tuple(dict.fromkeys(_ALWAYS + _MEMORY * memory + _ATTENTION * attention))
+
+
+def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str) -> tuple[int, int]:
+    """Write one file of a cache; it appears whole or not at all. Returns its (rows, bytes).
+
+    The same rows give the same bytes.
+    """
+    filesystem, root = open_folder(uri)
+    filesystem.create_dir(root, recursive=True)
+    schema = _SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
+    count = 0
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder:
+        spool = Path(folder) / "spool"
+        with pq.ParquetWriter(
+            spool,
+            schema,
+            compression=_COMPRESSION,
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        ) as writer:
+            for group in _groups(rows):
+                columns: dict[str, Any] = {"image_id": [row.image_id for row in group]}
+                columns |= {
+                    field: [np.ascontiguousarray(getattr(row, field)).tobytes() for row in group] for field in ARRAYS
+                }
+                writer.write_table(pa.table(columns, schema=schema), row_group_size=len(group))
+                count += len(group)
+        size = spool.stat().st_size
+        publish(spool, filesystem, f"{root}/{name}")
+    return count, size
+
+
+def _groups(rows: Iterable[TeacherRow]) -> Iterator[list[TeacherRow]]:
+    group: list[TeacherRow] = []
+    held = 0
+    for row in rows:
+        if group and held + row.nbytes > ROW_GROUP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += row.nbytes
+    if group:
+        yield group
+
+
+def finished_file(uri: str, name: str, rows: int, fingerprint: str) -> int | None:
+    """The bytes of a cache's file that is there and whole, with so many rows and this fingerprint; otherwise None."""
+    filesystem, root = open_folder(uri)
+    info = filesystem.get_file_info(f"{root}/{name}")
+    if info.type != pafs.FileType.File:
+        return None
+    try:
+        with filesystem.open_input_file(f"{root}/{name}") as stream:
+            metadata = pq.read_metadata(stream)
+    except (pa.ArrowException, OSError):
+        return None
+    known = metadata.metadata or {}
+    return int(info.size) if metadata.num_rows == rows and known.get(FINGERPRINT_KEY) == fingerprint.encode() else None
+
+
+class TeacherCacheReader:
+    """Reads rows by (shard, view, row), and of each row only the columns asked for; the others are empty arrays."""
+
+    def __init__(self, uri: str, columns: Sequence[str] = _SCHEMA.names) -> None:
+        manifest = load_cache_manifest(uri)
+        if manifest is None:
+            raise QskdError(
+                uri, "no cache of teacher outputs", "a folder that `qskd cache` made", "run `qskd cache RECIPE`"
+            )
+        self.uri, self.manifest, self.columns = uri, manifest, tuple(columns)
+        self._precision = str(manifest.identity["teacher.cache.precision"])
+        fixed = {FINGERPRINT_KEY: manifest.fingerprint.encode()}
+        self._files = ParquetFiles(uri, self._expected, _SCHEMA.names, REMEDY, fixed)
+
+    def _number(self, shard: int, view: int) -> int:
+        if view not in self.manifest.views:
+            raise QskdError(
+                self.uri, f"no view {view}", f"one of {sorted(self.manifest.views)}", "run `qskd cache RECIPE`"
+            )
+        return view * len(self.manifest.shards) + shard
+
+    def _expected(self, number: int) -> tuple[str, int, int]:
+        view, shard = divmod(number, len(self.manifest.shards))
+        return file_name(self.manifest.shards[shard], view), *self.manifest.views[view][shard]
+
+    def where(self, shard: int, view: int) -> str:
+        """The file's full name, for messages."""
+        return self._files.where(self._number(shard, view))
+
+    def group_rows(self, shard: int, view: int, row: int) -> range:
+        """The rows stored together with `row`."""
+        return self._files.group_rows(self._number(shard, view), row)
+
+    def read(self, shard: int, view: int, rows: Sequence[int]) -> list[TeacherRow]:
+        """These rows, in their order; QskdError if the file is damaged or another cache's."""
+        if not len(rows):
+            return []
+        number = self._number(shard, view)
+        table, places = self._files.read_rows(number, rows, self.columns)
+        columns = {name: table.column(name).combine_chunks() for name in self.columns}
+        ids = columns.pop("image_id").to_numpy()
+        try:
+            return [
+                self._row(int(ids[place]), {name: column[place].as_buffer() for name, column in columns.items()})
+                for place in places
+            ]
+        except ValueError as error:  # a buffer that can't have the shape it should
+            raise QskdError(
+                self._files.where(number), f"a damaged row: {error}", "arrays of the manifest's sizes", REMEDY
+            ) from None
+
+    def _row(self, image_id: int, buffers: Mapping[str, Any]) -> TeacherRow:
+        sizes, formats = self.manifest.sizes, DTYPES[self._precision]
+
+        def array(name: str, dtype: str, *shape: int) -> NDArray[Any]:
+            if name not in buffers:
+                return np.zeros(0, dtype)
+            return np.frombuffer(buffers[name], dtype).reshape(shape)
+
+        queries = array("attention_queries", "<i4", -1)
+        return TeacherRow(
+            image_id=image_id,
+            logits=array("logits", formats["logits"], sizes.layers, sizes.queries, sizes.classes),
+            boxes_cxcywh=array("boxes_cxcywh", "<f4", sizes.layers, sizes.queries, 4),
+            memory_shapes=array("memory_shapes", "<i4", len(sizes.channels), 2),
+            memory=array("memory", formats["memory"], -1),
+            memory_scale=array("memory_scale", "<f4", -1),
+            attention_queries=queries,
+            attention=array("attention", formats["attention"], len(queries), -1 if len(queries) else 0),
+            attention_scale=array("attention_scale", "<f4", -1),
+        )
+
+
+def collate(rows: Sequence[TeacherRow], sizes: CacheSizes, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Rows -> one batch, still encoded, as `qskd.teacher_codec.EncodedRecord` takes it. n rows, n may be 0.
+
+    teacher_logits [n, L', Q, K], teacher_boxes_cxcywh [n, L', Q, 4]; with memory or attention teacher_memory_sizes_l int32
+    [n, 2] for each level l; with memory teacher_memory_l [n, C, H, W], zeros right of and below the real part, and
+    teacher_memory_scale_l [n, C]; with attention teacher_attention_queries int32 [n, A], -1 = none, teacher_attention_l
+    [n, A, H, W] and teacher_attention_scale [n, A]. Scales are left out where numbers are stored as they are.
+    """
+    shape = (len(rows), sizes.layers, sizes.queries)
+    batch: dict[str, NDArray[Any]] = {
+        "teacher_logits": _stack([row.logits for row in rows], (*shape, sizes.classes)),
+        "teacher_boxes_cxcywh": _stack([row.boxes_cxcywh for row in rows], (*shape, 4)),
+    }
+    if "memory_shapes" not in columns:
+        return batch
+    most = max((len(row.attention_queries) for row in rows), default=0)
+    start = [0] * len(rows)  # where in each row's flat memory the level begins, and in its attention
+    cell = [0] * len(rows)
+    channel = 0
+    for level, width in enumerate(sizes.channels):
+        shapes = [tuple(row.memory_shapes[level].tolist()) for row in rows]
+        high, wide = (max((s[axis] for s in shapes), default=1) for axis in (0, 1))
+        batch[f"teacher_memory_sizes_{level}"] = np.array(shapes, np.int32).reshape(-1, 2)
+        if "memory" in columns:
+            maps = np.zeros((len(rows), width, high, wide), rows[0].memory.dtype if rows else np.float32)
+            for i, (row, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
+                maps[i, :, :h, :w] = row.memory[start[i] : start[i] + width * h * w].reshape(width, h, w)
+                start[i] += width * h * w
+            batch[f"teacher_memory_{level}"] = maps
+            if rows and len(rows[0].memory_scale):
+                scales = [row.memory_scale[channel : channel + width] for row in rows]
+                batch[f"teacher_memory_scale_{level}"] = np.stack(scales)
+                channel += width
+        if "attention" in columns:
+            looks = np.zeros((len(rows), most, high, wide), rows[0].attention.dtype if rows else np.float32)
+            for i, (row, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
+                count = len(row.attention_queries)
+                looks[i, :count, :h, :w] = row.attention[:, cell[i] : cell[i] + h * w].reshape(count, h, w)
+                cell[i] += h * w
+            batch[f"teacher_attention_{level}"] = looks
+    if "attention" in columns:
+        batch["teacher_attention_queries"] = _padded([row.attention_queries for row in rows], most, -1, np.int32)
+        if any(len(row.attention_scale) for row in rows):
+            batch["teacher_attention_scale"] = _padded([row.attention_scale for row in rows], most, 0, np.float32)
+    return batch
+
+
+def _stack(parts: Sequence[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.stack(parts) if parts else np.zeros(shape, np.float32)
+
+
+def _padded(parts: Sequence[NDArray[Any]], length: int, fill: int, dtype: type[np.generic]) -> NDArray[Any]:
+    table = np.full((len(parts), length), fill, dtype)
+    for line, part in zip(table, parts, strict=True):
+        line[: len(part)] = part
+    return table
