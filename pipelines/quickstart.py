@@ -1,7 +1,8 @@
 """The whole path on built-in data, in minutes on two cores (`qskd quickstart`).
 
-Makes a dataset, shards it, takes the small teacher that comes with the package, trains the same student twice at once -
-with QSKD and without a teacher, from the same initial weights, on the same batches - and puts the three in one table.
+Makes a dataset, shards it, takes the small teacher that comes with the package and caches its outputs, trains the same
+student twice at once - with QSKD and without a teacher, from the same initial weights, on the same batches - and puts the
+three in one table.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.cache_teacher import run as cache
 from pipelines.cluster import start_ray
 from pipelines.distill import RunResult, make_plan, prepare_config, read_result, run
 from pipelines.evaluate import evaluate
@@ -58,6 +60,7 @@ def recipe(folder: Path, name: str) -> Config:
         f"data.train={folder}/data/train",
         f"data.val={folder}/data/val",
         f"teacher.path={TEACHER}",
+        f"teacher.cache.path={folder}/data/train.teacher",
         f"tracking.uri=sqlite:///{folder}/mlflow.db",
         "tracking.experiment=quickstart",
     ]
@@ -122,27 +125,34 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     """Everything; see the module's head."""
     console, started, folder = Console(), time.perf_counter(), folder.resolve()
     if dry_run:
+        views = recipe(folder, "qskd").data.views.count
         console.print(
-            f"would make {TRAIN.images} + {VAL.images} images and shards in {folder}/data, then, both at once:"
+            f"would make {TRAIN.images} + {VAL.images} images and shards in {folder}/data, run the teacher on {views} view(s)"
+            " of each, then train, both at once:",
+            soft_wrap=True,
         )
         for name in KINDS:
             console.print(f"  {name}: {recipe(folder, name).training.epochs} epochs → {folder}/{name}")
         return
     console.print(
-        f"[bold]1/4[/] {TRAIN.images} + {VAL.images} images of shapes, and their shards → {folder}/data", soft_wrap=True
+        f"[bold]1/5[/] {TRAIN.images} + {VAL.images} images of shapes, and their shards → {folder}/data", soft_wrap=True
     )
     make_data(folder)
+    console.print("[bold]2/5[/] the teacher's outputs, once for all training that follows")
+    cached = recipe(folder, "qskd")
+    cores = min(2, os.cpu_count() or 1)
+    cache(cached.model_copy(update={"compute": cached.compute.model_copy(update={"workers": cores})}))
     console.print(
-        f"[bold]2/4[/] two students, one taught by {TEACHER.name} (QSKD), one not (baseline), side by side",
+        f"[bold]3/5[/] two students, one taught by {TEACHER.name} (QSKD), one not (baseline), side by side",
         soft_wrap=True,
     )
     plan = make_plan(recipe(folder, "qskd"), "distill")
     console.print(f"    {plan.stream.schedule.total_steps} steps each; the first lines take about half a minute")
     results = train_both(folder, restart)
     ray.shutdown()  # its processes would disturb the timing
-    console.print("[bold]3/4[/] the teacher on the held-out images")
+    console.print("[bold]4/5[/] the teacher on the held-out images")
     teacher = evaluate(str(TEACHER), f"{folder}/data/val", workers=0, threads=2)
-    console.print("[bold]4/4[/] parameters, FLOPs and latency")
+    console.print("[bold]5/5[/] parameters, FLOPs and latency")
     rows = [
         measure("teacher", TEACHER, teacher.metrics),
         measure("student, no teacher", results["baseline"].student, results["baseline"].metrics),

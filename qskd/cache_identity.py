@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from transformers import AutoConfig
@@ -38,7 +39,11 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude={"path", "batch_size"}).items()}
     # The matching decides which queries are positives, and with that whose attention is kept.
     costs = config.detection.model_dump(include={"class_cost", "l1_cost", "giou_cost", "focal_alpha"})
-    return identity | {f"detection.{k}": v for k, v in costs.items()}
+    identity |= {f"detection.{k}": v for k, v in costs.items()}
+    as_stored: dict[str, Any] = json.loads(
+        json.dumps(identity)
+    )  # lists for tuples, to compare with what a manifest says
+    return as_stored
 
 
 def cached_needs(config: Config) -> TeacherNeeds:

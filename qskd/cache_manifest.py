@@ -109,11 +109,10 @@ def file_name(shard: str, view: int) -> str:
 
 def check_identity(manifest: CacheManifest, expected: Mapping[str, Any], where: str) -> None:
     """QskdError naming each field in which the cache is not what the recipe asks for, with both values."""
-    theirs = json.loads(json.dumps(expected))  # as JSON has it: lists for tuples
     differences = [
-        f"{field} is {_shown(manifest.identity.get(field))} in the cache, {_shown(theirs.get(field))} in the recipe"
-        for field in sorted(manifest.identity.keys() | theirs.keys())
-        if manifest.identity.get(field) != theirs.get(field)
+        f"{field} is {_shown(manifest.identity.get(field))} in the cache, {_shown(expected.get(field))} in the recipe"
+        for field in sorted(manifest.identity.keys() | expected.keys())
+        if manifest.identity.get(field) != expected.get(field)
     ]
     if differences:
         raise QskdError(

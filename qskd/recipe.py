@@ -43,12 +43,13 @@ def _explain(error: ValidationError, where: str) -> QskdError:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=c` -> (["a", "b"], c); the value is read as YAML, so that 1e-4, [0.5, 0.7] and true are what they look like."""
+    """`a.b=c` -> (["a", "b"], c); the value is read as YAML, so that 1e-4, [0.5, 0.7] and true are what they look like.
+    Nothing after the `=` is the empty text, as for a path that is to be taken away; `null` is YAML's nothing."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise QskdError(f"--set {text}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.safe_load(value) if value.strip() else ""
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise QskdError(f"--set {text}", f"the value is not YAML: {reason}", "a.b=value") from None

@@ -133,7 +133,7 @@ def encode(record: TeacherRecord, image_ids: Sequence[int], precision: str) -> l
     for i, image_id in enumerate(image_ids):
         sizes = [tuple(size) for size in shapes[i].tolist()]
         chosen = np.flatnonzero(kept[i] >= 0)
-        parts = [a[i, chosen, :h, :w].reshape(len(chosen), -1) for a, (h, w) in zip(attention, sizes, strict=False)]
+        parts = [a[i, chosen, :h, :w].reshape(len(chosen), h * w) for a, (h, w) in zip(attention, sizes, strict=False)]
         rows.append(
             TeacherRow(
                 image_id=int(image_id),

@@ -144,7 +144,7 @@ def test_defaults_are_valid_and_a_recipe_changes_only_what_it_says(tmp_path: Pat
         ("a.b='1e-4'", "1e-4"),
         ("a.b=1e", "1e"),
         ("a.b=infinity", "infinity"),
-        ("a.b=", None),
+        ("a.b=", ""),
         ("a.b=s3://bucket/x?y=z", "s3://bucket/x?y=z"),
         ("a.b={cat: '17'}", {"cat": "17"}),
         (" a.b =1", 1),

@@ -1,0 +1,201 @@
+"""The cache job on a real Ray: complete, continued after a kill to the same bytes, read by a training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_pipelines import SIZES, cluster, work  # noqa: F401  (fixtures)
+
+from pipelines import distill
+from pipelines.cache_teacher import complain, foresee, run, verify
+from pipelines.progress import read_history
+from pipelines.storage import Folder
+from qskd.cache_manifest import load_cache_manifest, save_cache_manifest
+from qskd.config import Config
+from qskd.errors import QskdError
+from qskd.recipe import load, to_yaml
+from qskd.teacher_cache import TeacherCacheReader
+
+pytestmark = pytest.mark.slow
+
+
+def config(work: Path, name: str, *overrides: str) -> Config:  # noqa: F811
+    fixed = [
+        f"name={name}",
+        f"output={work}/runs",
+        f"data.train={work}/train",
+        f"data.val={work}/val",
+        "data.views.count=2",
+        "data.views.crop_probability=0.5",
+        f"teacher.path={work}/teacher",
+        f"teacher.cache.path={work}/cache",
+        "teacher.cache.attention_giou_floor=-0.5",
+        f"tracking.uri=sqlite:///{work}/mlflow.db",
+        "training.epochs=2",
+    ]
+    return load(None, [*SIZES, *fixed, *overrides])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def cached(work: Path, cluster: str) -> dict[str, str]:  # noqa: F811
+    """A cache that nothing disturbed, by file."""
+    result = run(config(work, "whole"))
+    assert (result.images, result.total) == (192, 192)
+    return digests(work / "cache")
+
+
+def test_the_job_leaves_a_file_for_each_shard_and_view_and_nothing_else(
+    work: Path,  # noqa: F811
+    cached: dict[str, str],
+) -> None:
+    files = [name for name in cached if name != "manifest.json"]
+    assert len(files) == 6
+    assert all(re.fullmatch(r"shard-0000[012]-[0-9a-f]{8}\.view-00[01]\.parquet", name) for name in files)
+    reader = TeacherCacheReader(str(work / "cache"))
+    assert sorted(reader.manifest.views) == [0, 1]
+    assert [len(reader.read(shard, 1, range(rows))) for shard, rows in enumerate((40, 40, 16))] == [40, 40, 16]
+    assert reader.manifest.num_bytes == sum((work / "cache" / name).stat().st_size for name in files)
+
+
+def test_the_teacher_says_the_same_again(work: Path, cached: dict[str, str]) -> None:  # noqa: F811
+    errors = verify(config(work, "verify"), 16)
+    assert errors["boxes_cxcywh"] == 0
+    assert 0 < errors["memory_relative"] < 0.51 / 127
+    assert errors["attention_queries_missing"] == 0
+    complain(config(work, "verify"), errors)
+    with pytest.raises(QskdError, match=r"the teacher does not say again: boxes_cxcywh 0\.1"):
+        complain(config(work, "verify"), errors | {"boxes_cxcywh": 0.1})
+
+
+def test_a_finished_cache_is_not_computed_again(
+    work: Path,  # noqa: F811
+    cached: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (work / "cache").iterdir()}
+    assert run(config(work, "again")).images == 0
+    assert {path: path.stat().st_mtime_ns for path in (work / "cache").iterdir()} == before
+    assert "nothing is missing" in foresee(config(work, "again"))
+
+
+@pytest.mark.parametrize("victim", ["driver", "actor"])
+def test_a_killed_job_goes_on_to_the_same_bytes(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    cached: dict[str, str],
+    tmp_path: Path,
+    victim: str,
+) -> None:
+    import psutil
+
+    folder = tmp_path / "cache"
+    killed = config(work, "killed", f"teacher.cache.path={folder}")
+    (tmp_path / "killed.yaml").write_text(to_yaml(killed))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cache_teacher", str(tmp_path / "killed.yaml")],
+        env=os.environ | {"RAY_ADDRESS": cluster},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if victim == "driver":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        for candidate in psutil.process_iter(["cmdline"]):
+            if any("TeacherActor" in part for part in candidate.info["cmdline"] or []):
+                candidate.kill()
+    process.wait(timeout=120)
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert kept
+    if victim == "driver":
+        assert len(kept) < 6
+        result = run(killed)
+        assert 0 < result.images < result.total
+        assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+    assert digests(folder) == cached
+
+
+def test_training_from_the_cache_equals_training_with_the_teacher(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    cached: dict[str, str],
+) -> None:
+    floor = "distillation.selection.boundaries=[0.3]"
+    settings = [floor, "training.evaluate_every_epochs=2"]
+    from_cache, online = config(work, "from-cache", *settings), config(work, "online", *settings, "teacher.cache.path=")
+    distill.run(from_cache, "distill")
+    distill.run(online, "distill")
+    for mine, theirs in zip(read_history(Folder(from_cache)), read_history(Folder(online)), strict=True):
+        names = [name for name in theirs["training"] if name.startswith("loss/")]
+        assert "loss/agfd" in names
+        for name in names:
+            assert mine["training"][name] == pytest.approx(theirs["training"][name], rel=0.02, abs=1e-3), name
+
+
+def test_a_recipe_that_the_cache_does_not_fit_is_refused_before_anything_starts(
+    work: Path,  # noqa: F811
+    cached: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    for override, said in (
+        ("data.views.seed=3", r"data\.views\.seed is 0 in the cache, 3 in the recipe"),
+        ("data.views.count=3", r"no view 2\n"),
+        ("distillation.selection.boundaries=[-0.7]", r"down to GIoU -0\.7\n"),
+        (f"teacher.cache.path={tmp_path}/none", "no cache of teacher outputs"),
+    ):
+        with pytest.raises(QskdError, match=said):
+            distill.run(config(work, "refused", override), "distill")
+    assert digests(work / "cache") == cached
+
+
+def test_another_cache_is_replaced_when_asked_and_views_are_added_without_computing_the_old_ones(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    cached: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(work / "cache", folder)
+    other = load_cache_manifest(str(folder))
+    assert other is not None
+    save_cache_manifest(str(folder), replace(other, identity={**other.identity, "data.views.seed": 3}))
+    (folder / "notes.txt").write_text("mine")
+    one, two = (config(work, "x", f"teacher.cache.path={folder}", f"data.views.count={n}") for n in (1, 2))
+    with pytest.raises(QskdError, match=r"data\.views\.seed is 3 in the cache, 0 in the recipe"):
+        run(one)
+    assert run(one, overwrite=True).images == 96
+    assert not list(folder.glob("*.view-001.parquet"))
+    assert re.search(r"192 in all, 96 there already[\s\S]*about .* ms and", foresee(two))
+    assert run(two).images == 96
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    assert digests(folder) == cached
+
+
+def test_a_broken_picture_stops_the_job_with_its_name(work: Path, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (work / "train").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    victim = sorted(broken.glob("*.parquet"))[1]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    victim.write_bytes(bytes(data))
+    with pytest.raises(QskdError, match=victim.name):
+        run(config(work, "broken", f"data.train={broken}", f"teacher.cache.path={tmp_path}/cache"))
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
