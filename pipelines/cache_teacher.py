@@ -34,13 +34,15 @@ from qskd.teacher_codec import encoded_record, largest_errors
 
 @dataclass(frozen=True)
 class CacheResult:
-    """images: views of images computed by this command, of `total`. bytes: of the whole cache."""
+    """images: views of images computed by this command, of `total`. bytes: of the whole cache. seconds: of this command;
+    actor_seconds: those in which actors were at work on shards, summed over actors, start-up not counted."""
 
     path: str
     images: int
     total: int
     bytes: int
     seconds: float
+    actor_seconds: float
 
 
 def foresee(config: Config, overwrite: bool = False) -> str:
@@ -60,7 +62,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     console.print(f"cache: {plan.describe()}", soft_wrap=True)
     if overwrite:
         clean(plan.path, everything=True)
-    sizes = dict(plan.done)
+    sizes, actor_seconds = dict(plan.done), 0.0
     if plan.todo:
         teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
         assert teacher is not None
@@ -74,7 +76,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         )
         save_cache_manifest(plan.path, manifest)
         del teacher
-        sizes = _compute(plan, manifest, sizes, console)
+        actor_seconds = _compute(plan, manifest, sizes, console)
     elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
         _record(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
@@ -87,7 +89,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         f"({bytes_text(total / images)} an image) → {plan.path}",
         soft_wrap=True,
     )
-    return CacheResult(plan.path, done, images, total, seconds)
+    return CacheResult(plan.path, done, images, total, seconds, actor_seconds)
 
 
 def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
@@ -101,7 +103,8 @@ def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int])
     return manifest
 
 
-def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], console: Console) -> dict[Unit, int]:
+def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], console: Console) -> float:
+    """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work."""
     start_ray()
     import ray
 
@@ -121,6 +124,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], c
         num_cpus=max(1, config.compute.threads_per_worker),
         num_gpus=1 if gpu else 0,
     )
+    spent = 0.0
     with _Ticker(progress, plan.images(todo), console):
         for batch in dataset.iter_batches(batch_size=None):
             for shard, view, size, failure in zip(
@@ -129,8 +133,9 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], c
                 if failure:
                     raise QskdError.from_json(str(failure))
                 sizes[int(shard), int(view)] = int(size)
+            spent += float(batch["seconds"].sum())
             manifest = _record(plan, manifest, sizes)
-    return sizes
+    return spent
 
 
 class _Ticker:

@@ -19,6 +19,7 @@ from test_loader import Pictures
 from tiny import make_training, random_teacher, recipe
 from torch import Tensor
 
+from benchmarks.local_cache import make_cache
 from pipelines.streaming import StreamConfig, local_stream
 from qskd.cache_making import CacheMaker, row_batches
 from qskd.cache_manifest import (
@@ -27,7 +28,6 @@ from qskd.cache_manifest import (
     file_name,
     load_cache_manifest,
     save_cache_manifest,
-    shard_names,
 )
 from qskd.config import Config, DetectionLossConfig, ResizeConfig, ViewConfig
 from qskd.errors import QskdError
@@ -49,26 +49,6 @@ ASPECT = ResizeConfig(mode="shortest_edge", size=64, longest=96)
 def cache_config(data: str, path: str, precision: str = "int8", **cache: Any) -> Config:
     settings = {"path": path, "precision": precision, "attention_giou_floor": -0.9, "batch_size": 4, **cache}
     return recipe(data={"train": data, "views": {"count": 2, "crop_probability": 0.5}}, teacher={"cache": settings})
-
-
-def make_cache(config: Config, teacher: OnlineTeacher, resize: ResizeConfig) -> CacheManifest:
-    """What the job does, without Ray."""
-    reader, views, cache = ShardReader(config.data.train), config.data.views, config.teacher.cache
-    maker = CacheMaker(config, teacher, torch.device("cpu"))
-    loader = BatchLoader(config.data.train, "", views, resize)
-    names = shard_names(reader.manifest)
-    identity = {"teacher.cache.precision": cache.precision, "teacher": "this one"}
-    manifest = CacheManifest(identity, teacher.sizes(cache.all_layers), cache.batch_size, names, {})
-    for view in range(views.count):
-        files = []
-        for shard, name in enumerate(names):
-            windows = row_batches(reader, shard, view, views, resize, cache.batch_size)
-            decoded = (loader.load("train", rows) for window in windows for rows in window)
-            rows = maker.in_order(windows, decoded)
-            files.append(write_rows(cache.path, file_name(name, view), rows, manifest.fingerprint))
-        manifest = manifest.with_view(view, tuple(files))
-    save_cache_manifest(cache.path, manifest)
-    return manifest
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,37 @@
+"""A cache of teacher outputs made in this process, without Ray: for benchmarks and tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qskd.cache_making import CacheMaker, row_batches
+from qskd.cache_manifest import CacheManifest, file_name, save_cache_manifest, shard_names
+from qskd.config import Config, ResizeConfig
+from qskd.loader import BatchLoader
+from qskd.shards import ShardReader
+from qskd.teacher import OnlineTeacher
+from qskd.teacher_cache import write_rows
+
+
+def make_cache(
+    config: Config, teacher: OnlineTeacher, resize: ResizeConfig, identity: dict[str, Any] | None = None
+) -> CacheManifest:
+    """What the job does. identity: None names only the precision, enough for a reader that checks nothing else."""
+    reader, views, cache = ShardReader(config.data.train), config.data.views, config.teacher.cache
+    maker = CacheMaker(config, teacher, torch.device("cpu"))
+    loader = BatchLoader(config.data.train, "", views, resize)
+    names = shard_names(reader.manifest)
+    said = identity or {"teacher.cache.precision": cache.precision}
+    manifest = CacheManifest(said, teacher.sizes(cache.all_layers), cache.batch_size, names, {})
+    for view in range(views.count):
+        files = []
+        for shard, name in enumerate(names):
+            windows = row_batches(reader, shard, view, views, resize, cache.batch_size)
+            decoded = (loader.load("train", rows) for window in windows for rows in window)
+            rows = maker.in_order(windows, decoded)
+            files.append(write_rows(cache.path, file_name(name, view), rows, manifest.fingerprint))
+        manifest = manifest.with_view(view, tuple(files))
+    save_cache_manifest(cache.path, manifest)
+    return manifest
