@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.detection_loss", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=9, help="both sides are measured so many times")
+    parser.add_argument("--rounds", type=int, default=5, help="both sides are measured so many times")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--quick", action="store_true", help="one small batch, two rounds, one thread: seconds")
     given = parser.parse_args(arguments)

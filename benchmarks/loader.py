@@ -7,9 +7,9 @@ same encoded bytes, already in memory, and nothing else.
 
 In two: Ray Data as training uses it (`pipelines.streaming`), and a DataLoader that reads the same encoded bytes as files
 and makes the very same arrays with this project's own functions for views, boxes and padding: what differs is the
-machinery around them. One reader process each. The consumer, this process, reads every byte of a batch (a checksum,
-compared in the end) and does nothing else. Speed is measured from the arrival of an early batch to that of the last;
-starting up is told apart. Decoded views are not kept (an epoch's first sight of every image), unless it says so.
+machinery around them. One reader process each. The consumer, this process, reads every byte of a batch (a timing.checksum,
+compared in the end) and does nothing else. Speed counts from the arrival of an early batch; starting up is told apart.
+Decoded views are not kept (an epoch's first sight of every image), unless it says so.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, cycle, islice
@@ -54,7 +53,6 @@ RESIZE = ResizeConfig(mode="shortest_edge", size=320)
 DECODING_GOAL, DATALOADER_GOAL = 0.95, 1.0
 WARM_UP = 4  # batches that arrive before speed is measured
 PACE = 0.8  # of the DataLoader's speed: what the consumer with a training step of its own asks for
-Arrays = Mapping[str, np.ndarray]
 
 
 def synthetic_sample(number: int, width: int = 640, height: int = 480) -> Sample:
@@ -71,9 +69,8 @@ def synthetic_sample(number: int, width: int = 640, height: int = 480) -> Sample
     low = random.uniform(0, 0.7, (count, 2)) * [width, height]
     boxes = np.concatenate([low, low + random.uniform(0.05, 0.3, (count, 2)) * [width, height]], axis=1)
     labels, area, crowd = random.integers(1, 81, count), np.ones(count, np.float32), np.zeros(count, bool)
-    return Sample(
-        number, f"{number}.jpg", width, height, buffer.getvalue(), boxes.astype(np.float32), labels, area, crowd
-    )
+    encoded, boxes = buffer.getvalue(), boxes.astype(np.float32)
+    return Sample(number, f"{number}.jpg", width, height, encoded, boxes, labels, area, crowd)
 
 
 class Pictures:
@@ -119,12 +116,9 @@ class Data:
         return [batch.rows for batch in training_batches(self.stream.schedule, 0)]
 
     @property
-    def images(self) -> int:
-        return len(self.rows) * BATCH
-
-    def keeping(self, epochs: int) -> StreamConfig:
-        """The stream of so many epochs with all decoded views kept."""
-        return replace(self.stream, schedule=replace(self.stream.schedule, epochs=epochs), keep_bytes=8 * 2**30)
+    def kept(self) -> StreamConfig:
+        """Two epochs with all decoded views kept."""
+        return replace(self.stream, schedule=replace(self.stream.schedule, epochs=2), keep_bytes=8 * 2**30)
 
 
 def make_data(pictures: Pictures, folder: Path) -> Data:
@@ -132,20 +126,11 @@ def make_data(pictures: Pictures, folder: Path) -> Data:
     manifest = write_shards(pictures, shards, rows_per_shard=SHARD)
     files.mkdir()
     samples = list(pictures.samples())
+    room = 0  # for the encoded rows only: BatchLoader keeps no views when it can't keep all of them
     for sample in samples:
-        (files / sample.file_name).write_bytes(sample.encoded)
+        room += (files / sample.file_name).write_bytes(sample.encoded) + 1000
     schedule = Schedule(manifest.shard_rows, (), 0, 1, BATCH, SHARD)
-    # Room for the encoded rows only: BatchLoader keeps no views when it can't keep all of them.
-    room = sum(len(sample.encoded) + 1000 for sample in samples)
     return Data(samples, manifest, files, StreamConfig(shards, "", schedule, ViewConfig(), RESIZE, None, room))
-
-
-def checksum(arrays: Arrays) -> int:
-    """Of all arrays. Reads every byte: memory mapped from another process costs nothing before that."""
-    value = 0
-    for name in sorted(arrays):
-        value = zlib.crc32(np.ascontiguousarray(arrays[name]).data, value)
-    return value
 
 
 def bare(sample: Sample) -> np.ndarray:
@@ -174,54 +159,41 @@ def in_one_process(data: Data, rounds: int) -> tuple[list[Ratio], Difference]:
                 started = time.perf_counter()
                 results[name] = sides[name](rows)
                 spent[name] += time.perf_counter() - started
-            differing += checksum(results["loader"]) != checksum(arrays_of(results["files"]))
+            differing += timing.checksum(results["loader"]) != timing.checksum(results["files"])
         for name, taken in spent.items():
-            speeds[name].append(data.images / taken)
-    goals: dict[str, tuple[str, float | None]] = {
-        "bare": ("BatchLoader / bare decoding", DECODING_GOAL),
-        "files": ("BatchLoader / the DataLoader's work, in this process", None),
-    }
+            speeds[name].append(BATCH * len(data.rows) / taken)
     found = [
-        Ratio(words, timing.ratios(speeds["loader"], speeds[side]), against(speeds["loader"], speeds[side]), goal)
-        for side, (words, goal) in goals.items()
+        timing.speeds_ratio("BatchLoader / bare decoding", speeds["loader"], speeds["bare"], DECODING_GOAL),
+        timing.speeds_ratio("BatchLoader / the DataLoader's work, in this process", speeds["loader"], speeds["files"]),
     ]
     return found, Difference("batches: BatchLoader against the DataLoader's", differing, 0)
 
 
-def against(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    return f"{statistics.median(mine):.0f} to {statistics.median(theirs):.0f} images/s"
-
-
 def kept_speed(data: Data) -> float:
     """Images/s of an epoch that a BatchLoader has seen before."""
-    loader = data.keeping(1).loader()
+    loader = data.kept.loader()
 
     def epoch() -> None:
         for rows in data.rows:
             loader.load("train", rows)
 
     epoch()
-    return data.images / timing.seconds(epoch)
+    return BATCH * len(data.rows) / timing.seconds(epoch)
 
 
 class Files(Dataset[tuple[Any, ...]]):
     """The same images from files; an item is one view: pixels [h, w, 3], boxes, labels and where it is from."""
 
     def __init__(self, data: Data) -> None:
-        self.folder, self.manifest = data.files, data.manifest
-        self.policy = data.stream.views
+        self.folder, self.manifest, self.policy = data.files, data.manifest, data.stream.views
         self.samples = [replace(sample, encoded=b"") for sample in data.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[Any, ...]:
         shard, row, index = place
         sample = self.samples[shard * SHARD + row]
         view = make_view(self.policy, sample.image_id, index)
         picture = decode_image((self.folder / sample.file_name).read_bytes(), sample.file_name)
-        single = ~sample.iscrowd
-        size = sample.width, sample.height
+        single, size = ~sample.iscrowd, (sample.width, sample.height)
         boxes, kept = view_boxes(sample.boxes_xyxy[single], *size, view, self.policy.min_visible)
         labels = label_index(self.manifest, sample.category_ids[single][kept])
         return view_image(picture, view, RESIZE), boxes, labels, sample.image_id, size[::-1], place
@@ -233,27 +205,22 @@ def collate(items: Sequence[tuple[Any, ...]]) -> dict[str, torch.Tensor]:
     images, sizes = pad(pixels)
     counts, rows = np.array([len(one) for one in labels], np.int32), np.array(places, np.int32)
     arrays = {"images": images, "sizes": sizes, "counts": counts, "image_ids": np.array(image_ids)}
-    arrays |= {"original_sizes": np.array(original_sizes, np.int32)}
-    arrays |= {"positions": rows[:, :2].copy(), "views": rows[:, 2].copy()}
+    arrays |= {"original_sizes": np.array(original_sizes, np.int32), "positions": rows[:, :2], "views": rows[:, 2]}
     ragged = {"boxes_cxcywh": boxes, "labels": labels}
     padded = {name: pad_sequence([*map(torch.from_numpy, each)], batch_first=True) for name, each in ragged.items()}
     return padded | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def arrays_of(batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in batch.items()}
-
-
-def data_loader(data: Data) -> Iterator[Arrays]:
+def data_loader(data: Data) -> Iterator[Any]:
     """One epoch by one process. Not forked: this process has Ray's threads."""
     order = [[tuple(row) for row in rows.tolist()] for rows in data.rows]
     batches: Any = DataLoader(
         Files(data), batch_sampler=order, num_workers=1, collate_fn=collate, multiprocessing_context="forkserver"
     )
-    return map(arrays_of, batches)
+    return iter(batches)
 
 
-def ray_stream(config: StreamConfig) -> Iterator[Arrays]:
+def ray_stream(config: StreamConfig) -> Iterator[Any]:
     dataset = build_dataset(config, 0, world_size=1, loader_workers=1)
     return (share.arrays for share in read_stream(dataset.iterator(), config, 0, world_size=1, rank=0))
 
@@ -261,38 +228,35 @@ def ray_stream(config: StreamConfig) -> Iterator[Arrays]:
 def in_two_processes(data: Data, rounds: int) -> tuple[list[Ratio], list[tuple[str, str]], Difference]:
     """Images/s through Ray over a DataLoader's, and what else is told of both."""
     passes: dict[str, list[Pass]] = {"Ray": [], "DataLoader": []}
-    sides = {"Ray": partial(ray_stream, data.stream), "DataLoader": partial(data_loader, data)}
+    sides: dict[str, Callable[[], Iterator[Any]]] = {"Ray": partial(ray_stream, data.stream)}
+    sides["DataLoader"] = partial(data_loader, data)
     with timing.StorePeak() as peak:
         for number in range(rounds):
             for name in sorted(sides, reverse=number % 2 == 0):
-                passes[name].append(timing.watch(sides[name], checksum))
+                passes[name].append(timing.watch(sides[name], timing.checksum))
         # Ray's batches come in runs: from the end of one, the count of those that follow is exact.
         length = data.stream.run_length(1)
         first = -(-WARM_UP // length) * length - 1
         fps = {name: [one.speed(BATCH, first) for one in each] for name, each in passes.items()}
         step = BATCH / (PACE * statistics.median(fps["DataLoader"]))
-        paced = {name: timing.watch(side, checksum, step) for name, side in sides.items()}
-    kept = timing.watch(partial(ray_stream, data.keeping(2)), checksum)
-    name, both_ways = "Ray Data / DataLoader, one process each", (fps["Ray"], fps["DataLoader"])
-    ratio = Ratio(name, timing.ratios(*both_ways), against(*both_ways), DATALOADER_GOAL)
-    told = [("Ray: steps in a block", str(length))]
-    told += [("Ray, 2nd epoch, views kept in memory", f"{kept.speed(BATCH, len(data.rows) - 1):.0f} images/s")]
+        paced = {name: timing.watch(side, timing.checksum, step) for name, side in sides.items()}
+    kept = timing.watch(partial(ray_stream, data.kept), timing.checksum)
+    words = "Ray Data / DataLoader, one process each"
+    ratio = timing.speeds_ratio(words, fps["Ray"], fps["DataLoader"], DATALOADER_GOAL)
+    again = f"{kept.speed(BATCH, len(data.rows) - 1):.0f} images/s"
+    told = [("Ray: steps in a block", str(length)), ("Ray, 2nd epoch, views kept in memory", again)]
     for name, each in passes.items():
-        waits = [wait for one in each for wait in one.waits[WARM_UP:]]
+        waits = [*chain.from_iterable(one.waits[WARM_UP:] for one in each)]
         told += [
             (f"{name}: time to the first batch", f"{statistics.median(one.arrivals[0] for one in each):.1f} s"),
-            (f"{name}: wait for the next batch, p50 / p99", both(waits)),
-            (f"{name}: the same, a step taking {1000 * step:.0f} ms", both(paced[name].waits[WARM_UP:])),
+            (f"{name}: wait for the next batch, p50 / p99", timing.p50_p99(waits)),
+            (f"{name}: the same, a step taking {1000 * step:.0f} ms", timing.p50_p99(paced[name].waits[WARM_UP:])),
         ]
     told.append(("Ray: most of the object store in use", f"{peak.bytes / 2**20:.0f} MiB"))
     expected = passes["DataLoader"][0].results
     seen = [*chain.from_iterable(passes.values()), *paced.values()]
     differing = sum(a != b for one in seen for a, b in zip(one.results, expected, strict=True))
     return [ratio], told, Difference("batches: Ray's against the DataLoader's", differing, 0)
-
-
-def both(waits: Sequence[float]) -> str:
-    return f"{1000 * timing.percentile(waits, 0.5):.1f} / {1000 * timing.percentile(waits, 0.99):.1f} ms"
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
@@ -308,8 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     torch.set_num_threads(1)
     report = Report("Loading: images/s of qskd over others' (higher is better)")
     with tempfile.TemporaryDirectory(prefix="qskd-loader-") as folder:
-        pictures = Pictures(images, given.synthetic or given.quick)
-        data = make_data(pictures, Path(folder))
+        data = make_data(pictures := Pictures(images, given.synthetic or given.quick), Path(folder))
         size_kb = statistics.mean(len(sample.encoded) for sample in data.samples) / 1000
         report.ratios, difference = in_one_process(data, rounds)
         report.differences = [difference]

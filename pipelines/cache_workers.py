@@ -35,8 +35,7 @@ def decode(source: Source, batches: Sequence[np.ndarray]) -> list[Arrays]:
 def chunks(batches: Sequence[np.ndarray], resize: ResizeConfig) -> list[list[np.ndarray]]:
     """Consecutive batches joined up to a task's worth of pixels; the teacher waits for a unit's first task, so that none
     is more than an eighth of the unit."""
-    pixels = resize.size * (resize.size if resize.mode == "square" else resize.longest) * 3
-    most = min(CHUNK_BYTES // pixels, sum(map(len, batches)) // 8)
+    most = min(CHUNK_BYTES // (3 * resize.usual_pixels), sum(map(len, batches)) // 8)
     joined: list[list[np.ndarray]] = []
     for batch in batches:
         if not joined or sum(map(len, joined[-1])) + len(batch) > most:

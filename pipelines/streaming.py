@@ -96,7 +96,8 @@ class StreamConfig:
     def run_length(self, world_size: int) -> int:
         """Steps in a block, from the size of a decoded batch."""
         resizes = [resize for resize in (self.student_resize, self.teacher_resize) if resize is not None]
-        pixels = sum(r.size * (r.size if r.mode == "square" else r.longest) for r in resizes)
+        # Not the most pixels allowed: that made blocks of a single step.
+        pixels = sum(resize.usual_pixels for resize in resizes)
         share = -(-self.schedule.batch_size // world_size)
         return max(1, min(MAX_RUN, RUN_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
 

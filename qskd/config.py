@@ -39,6 +39,11 @@ class ResizeConfig(Section):
     size: Positive = 320
     longest: Positive = 1333
 
+    @property
+    def usual_pixels(self) -> int:
+        """Of a photograph whose longer side is 1.5 times the shorter: for estimates."""
+        return self.size * (self.size if self.mode == "square" else int(min(self.longest, 1.5 * self.size)))
+
 
 class ViewConfig(Section):
     """The seeded views of each image that training cycles through: 1 costs least to cache, more augments more.

@@ -160,8 +160,9 @@ class BatchLoader:
     def _estimated_bytes(self) -> int:
         total = 0
         for kind, reader in self._readers.items():
-            # 1.5: the usual longer side of photographs; an estimate is enough, the store is bounded in any case.
-            pixels = sum(int(r.size**2 * (1.0 if r.mode == "square" else 1.5)) for r in self._resizes)
+            pixels = sum(
+                resize.usual_pixels for resize in self._resizes
+            )  # an estimate: the store is bounded in any case
             views = self._views.count if kind == "train" else 1
             total += sum(shard.bytes for shard in reader.manifest.shards)
             total += reader.manifest.num_images * views * (3 * pixels + 1000)
@@ -232,7 +233,10 @@ def pad(pictures: Sequence[Pixels]) -> tuple[Pixels, NDArray[np.int32]]:
     No pictures give [0, 1, 1, 3]."""
     sizes = np.array([picture.shape[:2] for picture in pictures], np.int32).reshape(-1, 2)
     height, width = sizes.max(axis=0).tolist() if len(sizes) else (1, 1)
-    images = np.zeros((len(pictures), height, width, 3), np.uint8)
+    images = np.empty((len(pictures), height, width, 3), np.uint8)
     for image, picture in zip(images, pictures, strict=True):
-        image[: picture.shape[0], : picture.shape[1]] = picture
+        high, wide = picture.shape[:2]
+        image[:high, :wide] = picture
+        image[high:] = 0
+        image[:high, wide:] = 0
     return images, sizes

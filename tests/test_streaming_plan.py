@@ -117,7 +117,7 @@ def test_a_run_s_pixels_stay_within_bounds(size: int, teacher: ResizeConfig | No
     config = plan(SCHEDULES["plain"], size, teacher)
     length = config.run_length(1)
     assert 1 <= length <= MAX_RUN
-    pixels = size * size + (480 * 800 if teacher else 0)
+    pixels = size * size + (480 * 720 if teacher else 0)
     assert length == 1 or length * 3 * pixels * 4 <= RUN_BYTES
     assert config.run_length(4) >= length  # a smaller share leaves room for more steps
 

@@ -1,0 +1,84 @@
+"""The benchmarks of loading, detection loss and evaluation: they run, and what they compare is equal. No speed is
+asserted: that is for a quiet machine and for the figures they print."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from benchmarks import detection_loss, evaluation, timing
+from benchmarks.timing import Difference, Pass, Ratio, Report
+
+COMMANDS = {
+    "detection_loss": ["--quick"],
+    "evaluation": ["--quick"],
+    "loader": ["--quick", "--no-ray"],  # Ray takes half a minute to start; test_pipelines streams through it
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_quick_run_yields_finite_ratios_and_equal_values(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report: Report = importlib.import_module(f"benchmarks.{name}").main(COMMANDS[name])
+    assert report.ratios
+    assert all(math.isfinite(ratio.value) and ratio.value > 0 for ratio in report.ratios)
+    assert any(ratio.goal for ratio in report.ratios)
+    assert report.differences
+    assert report.exit_code == 0
+    printed = capsys.readouterr().out
+    assert all(ratio.name in printed for ratio in report.ratios)
+    assert "WRONG" not in printed
+
+
+def test_object_counts_are_spread_like_cocos() -> None:
+    counts = detection_loss.object_counts(128)
+    assert sum(counts) / 128 == pytest.approx(7.3, abs=0.2)
+    assert max(counts) > 60
+    assert 0 in counts
+    truth, found = evaluation.make_problem(400)
+    assert len(truth.object_image_ids) / 400 == pytest.approx(7.3, rel=0.15)
+    assert len(found.scores) == 400 * 100
+
+
+def test_the_sides_take_turns() -> None:
+    calls: list[str] = []
+    taken = timing.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert [len(values) for values in taken.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (Ratio("", (0.4, 0.9, 0.5), at_most=0.5), "met"),
+        (Ratio("", (0.4, 0.9, 0.6), at_most=0.5), "missed"),
+        (Ratio("", (1.0,), at_least=0.95), "met"),
+        (Ratio("", (0.9,), at_least=0.95), "missed"),
+        (Ratio("", (0.9,)), ""),
+    ],
+)
+def test_the_median_is_held_against_the_goal(ratio: Ratio, verdict: str) -> None:
+    assert ratio.verdict == verdict
+
+
+@pytest.mark.parametrize(("values", "code"), [([0.0, 1e-7], 0), ([1e-7, 2e-6], 1), ([math.nan], 1)])
+def test_a_difference_is_an_error(values: Sequence[float], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("", differences=[Difference("", value, 1e-6) for value in values])
+    assert report.exit_code == code
+    report.print()
+    assert ("WRONG" in capsys.readouterr().out) == bool(code)
+
+
+def test_speed_leaves_out_the_start_and_a_percentile_is_one_of_the_values() -> None:
+    assert Pass([5.0, 6.0, 8.0, 9.0], [], []).speed(batch=4, first=1) == pytest.approx(4 * 2 / 3)
+    assert timing.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert timing.percentile(list(range(1, 201)), 0.99) == 198
+
+
+def test_a_stream_is_watched_to_its_end() -> None:
+    seen = timing.watch(lambda: iter([1, 2, 3]), lambda value: value * 2)
+    assert seen.results == [2, 4, 6]
+    assert len(seen.arrivals) == len(seen.waits) == 3
+    assert seen.arrivals == sorted(seen.arrivals)
