@@ -41,12 +41,19 @@ def gflops(model: nn.Module, pixel_values: Tensor, pixel_mask: Tensor | None = N
     modes = [
         (module, module.training) for module in model.modules()
     ]  # frozen parts may stay in eval while others train
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counter = FlopCounterMode(display=False)
     inputs = {"pixel_values": pixel_values} | ({} if pixel_mask is None else {"pixel_mask": pixel_mask})
     try:
+        # The counter asks for the gradient of what requires one, which nothing has here: it fails where a parameter is
+        # the input of a module, as Deformable DETR's queries are.
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad(), _countable_attention(), counter:
             model.eval()(**inputs)
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
     return float(counter.get_total_flops()) / 1e9

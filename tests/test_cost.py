@@ -6,9 +6,11 @@ import time
 
 import pytest
 import torch
+from tiny import FAMILIES, LABELS, SIZE, STUDENT, silent_student
 from torch import Tensor, nn
 
 from qskd import cost
+from qskd.config import StudentConfig
 from qskd.cost import gflops, latency_ms, parameters
 
 WIDTH, SIDE, CLASSES = 16, 6, 5
@@ -135,3 +137,11 @@ def test_cuda_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyP
 def test_no_repeats_are_refused() -> None:
     with pytest.raises(ValueError, match="repeats is 0"):
         latency_ms(lambda: None, 0, 0, "cpu")
+
+
+@pytest.mark.parametrize("family", ["conditional", "deformable"])
+def test_every_family_can_be_counted(family: str) -> None:
+    student = silent_student(StudentConfig.model_validate({**STUDENT, **FAMILIES[family]}), LABELS, 0)
+    trained = [parameter.requires_grad for parameter in student.parameters()]
+    assert gflops(student, torch.zeros(1, 3, SIZE, SIZE), torch.ones(1, SIZE, SIZE, dtype=torch.bool)) > 0.001
+    assert [parameter.requires_grad for parameter in student.parameters()] == trained
