@@ -135,6 +135,13 @@ def _projector(inputs: int, outputs: int) -> nn.Conv2d:
     return layer
 
 
+def _project(projector: nn.Module, memory: Tensor) -> Tensor:
+    """What the 1x1 convolution gives for [B, C, H, W], as [B, H, W, C']: memory lies in this order as the
+    encoder gives it, and a convolution would lay it out anew."""
+    weight, bias = projector.parameters()
+    return F.linear(memory.movedim(1, -1), weight.flatten(1), bias)
+
+
 class AttentionGuidedFeatureDistillation(nn.Module):
     """The student's encoder memory, through a 1x1 projector, towards the teacher's inside the foreground mask.
 
@@ -190,11 +197,12 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         for student_level, teacher_level in pairs:
             valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
             goal = resample(teacher.memory[teacher_level].detach(), teacher_valid, valid)
-            shown = self.projectors[student_level](student_memory[student_level]).float()
+            shown = _project(self.projectors[student_level], student_memory[student_level]).float()
             weight = valid.float()
             if mask is not None:
                 weight = weight * resample(mask[teacher_level].detach().unsqueeze(1), teacher_valid, valid).squeeze(1)
-            above = above + (weight * (shown - goal).square().mean(1)).flatten(1).sum(1)
+            distance = F.mse_loss(shown, goal.movedim(1, -1), reduction="none").mean(-1)
+            above = above + (weight * distance).flatten(1).sum(1)
             below = below + weight.flatten(1).sum(1)
         has_mask = below > 0
         total = (above / torch.where(has_mask, below, 1.0)).sum()  # an empty mask leaves 0 above

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou, pairwise_giou
 from qskd.config import PredictionDistillationConfig
-from qskd.distillation.query_selection import QuerySelection, rank_in_group
+from qskd.distillation.query_selection import QuerySelection
 from qskd.errors import QskdError
 from qskd.structures import LossTerm
 
@@ -42,26 +42,21 @@ def teacher_layer_of_student(
     return students, [round(layer * (teacher_layers - 1) / (student_layers - 1)) for layer in students]
 
 
-def group_slots(selection: QuerySelection, num_objects: int) -> Tensor:
-    """Slot of each query in its object's group: 0 the positive, 1, 2, ... hard negatives by falling GIoU, -1 not kept.
-
-    [..., B, Q] int64.
-    """
-    kept = selection.weight > 0
-    hard = kept & ~selection.is_positive
-    group = torch.where(hard, selection.object_of_query, num_objects)
-    slot = torch.where(hard, rank_in_group(group, selection.giou, num_objects) + 1, -1)
-    return torch.where(kept & selection.is_positive, 0, slot)
+def _positions(selection: QuerySelection, num_objects: int, num_slots: int) -> Tensor:
+    """Where each query stands in the table of groups x slots, flat: [..., B, Q] int64; one past its end if nowhere."""
+    position = selection.object_of_query * num_slots + selection.slot
+    return torch.where(selection.slot >= 0, position, num_objects * num_slots)
 
 
-def slot_table(selection: QuerySelection, slot: Tensor, num_objects: int, num_slots: int) -> Tensor:
-    """The query in each slot of each object's group: [..., B, M, R] int64, -1 = none."""
-    size = num_objects * num_slots
-    inside = (slot >= 0) & (slot < num_slots)
-    position = torch.where(inside, selection.object_of_query * num_slots + slot, size)  # a spare last entry
-    table = torch.full((*slot.shape[:-1], size + 1), -1, dtype=torch.int64, device=slot.device)
-    table.scatter_(-1, position, torch.arange(slot.shape[-1], device=slot.device).expand_as(position))
-    return table[..., :-1].unflatten(-1, (num_objects, num_slots))
+def slot_table(selection: QuerySelection, num_objects: int, num_slots: int) -> Tensor:
+    """The query in each slot of each object's group: [..., B, M * R + 1] int64, -1 = none, which the last entry is."""
+    position = _positions(selection, num_objects, num_slots)
+    table = torch.full(
+        (*position.shape[:-1], num_objects * num_slots + 1), -1, dtype=torch.int64, device=position.device
+    )
+    table.scatter_(-1, position, torch.arange(position.shape[-1], device=position.device).expand_as(position))
+    table[..., -1] = -1  # the queries in no slot went there
+    return table
 
 
 def pair_by_rank(student: QuerySelection, teacher: QuerySelection, num_objects: int, num_slots: int) -> Tensor:
@@ -70,13 +65,8 @@ def pair_by_rank(student: QuerySelection, teacher: QuerySelection, num_objects: 
     [L, B, Q_s] int64, -1 = none. Positives meet positives, hard negatives meet by rank; the larger side's rest is left
     over.
     """
-    slot = group_slots(student, num_objects)
-    if not num_objects:
-        return slot  # no object, no group: -1 everywhere
-    table = slot_table(teacher, group_slots(teacher, num_objects), num_objects, num_slots)
-    inside = (slot >= 0) & (slot < num_slots)
-    position = torch.where(inside, student.object_of_query * num_slots + slot, 0)
-    return torch.where(inside, table.flatten(-2).gather(-1, position), -1)
+    table = slot_table(teacher, num_objects, num_slots)
+    return table.gather(-1, _positions(student, num_objects, num_slots))
 
 
 @dataclass(frozen=True)
@@ -113,13 +103,13 @@ def pair_by_assignment(student: Side, teacher: Side, num_objects: int, num_slots
     object).
     """
     partner = pair_by_rank(student.selection, teacher.selection, num_objects, num_slots)
-    slots = [group_slots(side.selection, num_objects) for side in (student, teacher)]
-    used = [min(num_slots, int(slot.max()) + 1) if slot.numel() else 0 for slot in slots]
+    slots = [side.selection.slot for side in (student, teacher)]
+    used = [int(slot.max()) + 1 if slot.numel() else 0 for slot in slots]
     if not num_objects or min(used) < 2:
         return partner  # no hard negative on one side: nothing to choose
     tables = [
-        slot_table(side.selection, slot, num_objects, size)[..., 1:]
-        for side, slot, size in zip((student, teacher), slots, used, strict=True)
+        slot_table(side.selection, num_objects, size)[..., :-1].unflatten(-1, (num_objects, size))[..., 1:]
+        for side, size in zip((student, teacher), used, strict=True)
     ]  # [L, B, M, R]
     layer = torch.arange(partner.shape[0], device=partner.device)[:, None, None, None]
     batch = torch.arange(partner.shape[1], device=partner.device)[:, None, None]
@@ -152,8 +142,8 @@ def alignment_terms(
         lapd_giou   sum of w_t * (1 - GIoU(b_s, b_t))
 
     w_t is the selection weight of the teacher's query, times its max_c sigmoid(c_t) when `pair_weight` is "confidence"
-    (KD-DETR's weight, METHODS 3). Both sides have L layers; the teacher's queries may differ in number. num_slots: 1 +
-    the largest number of hard negatives of an object.
+    (KD-DETR's weight, METHODS 3). Both sides have L layers; the teacher's queries may differ in number. num_slots: at
+    least 1 + the largest number of hard negatives of an object, on either side.
 
     gamma is `class_gamma`: 0 in METHODS 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020).
 

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from qskd.config import DistillationConfig
 from qskd.distillation.features import AttentionGuidedFeatureDistillation, foreground_mask
 from qskd.distillation.predictions import Side, alignment_terms, teacher_layer_of_student
-from qskd.distillation.query_selection import QuerySelection, select_queries
+from qskd.distillation.query_selection import select_both, select_queries
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherNeeds, TeacherRecord
-
-
-def _selection_layer(selection: QuerySelection, layer: int) -> QuerySelection:
-    return QuerySelection(**{name: value[layer] for name, value in vars(selection).items()})
 
 
 class QSKD(nn.Module):
@@ -72,39 +68,29 @@ class QSKD(nn.Module):
         """student_assignment [L, B, M], teacher_assignment [L', B, M]: of `qskd.matching.assign`, -1 = none."""
         terms: dict[str, LossTerm] = {}
         if not self.needs.all_layers:  # the record may hold more than this method reads
-            logits, boxes, teacher_assignment = teacher.logits[-1:], teacher.boxes_cxcywh[-1:], teacher_assignment[-1:]
-            teacher = replace(teacher, logits=logits, boxes_cxcywh=boxes)
-        selection = select_queries(teacher.boxes_cxcywh, targets, teacher_assignment, self.config.selection)
+            teacher = replace(teacher, logits=teacher.logits[-1:], boxes_cxcywh=teacher.boxes_cxcywh[-1:])
+            teacher_assignment = teacher_assignment[-1:]
+        config = self.config
+        if config.predictions.weight == 0:
+            selection = select_queries(teacher.boxes_cxcywh, targets, teacher_assignment, config.selection)
+        else:
+            ours, theirs = teacher_layer_of_student(len(student.logits), len(teacher.logits), config.predictions)
+            distilled = slice(ours[0], None)  # all layers or the last
+            boxes = student.boxes_cxcywh[distilled], teacher.boxes_cxcywh
+            assignments = student_assignment[distilled], teacher_assignment
+            own, selection = select_both(boxes, targets, assignments, config.selection)
         if self.features is not None:
             mask = None
             if self.needs.attention:
                 confidence = teacher.logits[-1].detach().float().amax(-1).sigmoid()
-                mask = foreground_mask(_selection_layer(selection, -1), teacher, confidence, self.config.features)
+                mask = foreground_mask(selection[-1], teacher, confidence, config.features)
             terms["agfd"] = self.features(student.memory, student.memory_valid, teacher, mask)
-        if self.config.predictions.weight > 0:
-            terms |= self._align(student, teacher, targets, student_assignment, selection)
+        if config.predictions.weight > 0:
+            terms |= alignment_terms(
+                Side(student.logits[distilled].float(), boxes[0].float(), own),
+                Side(teacher.logits.detach().float(), boxes[1].detach().float(), selection).layers(theirs),
+                num_objects=targets.valid.shape[1],
+                num_slots=1 + (config.selection.max_per_object or max(boxes[0].shape[2], boxes[1].shape[2])),
+                config=config.predictions,
+            )
         return terms
-
-    def _align(
-        self,
-        student: DetectorOutput,
-        teacher: TeacherRecord,
-        targets: Targets,
-        student_assignment: Tensor,
-        teacher_selection: QuerySelection,
-    ) -> dict[str, LossTerm]:
-        config, limit = self.config.predictions, self.config.selection.max_per_object
-        ours, theirs = teacher_layer_of_student(len(student.logits), len(teacher.logits), config)
-        student_boxes = student.boxes_cxcywh[ours[0] :]  # `ours` is all layers or the last
-        selection = select_queries(
-            student_boxes.detach(), targets, student_assignment[ours[0] :], self.config.selection
-        )
-        return alignment_terms(
-            Side(student.logits[ours[0] :].float(), student_boxes.float(), selection),
-            Side(teacher.logits.detach().float(), teacher.boxes_cxcywh.detach().float(), teacher_selection).layers(
-                theirs
-            ),
-            num_objects=targets.valid.shape[1],
-            num_slots=1 + (limit or min(student.logits.shape[2], teacher.logits.shape[2])),
-            config=config,
-        )

@@ -27,6 +27,7 @@ class QuerySelection:
     is_positive: [..., B, Q] bool, matched to that object.
     band: [..., B, Q] int64, the number of boundaries that `giou` reaches.
     weight: [..., B, Q] float32, 0 = dropped.
+    slot: [..., B, Q] int64, place in the group: 0 the positive, 1, 2, ... hard negatives by falling GIoU; -1 dropped.
     """
 
     object_of_query: Tensor
@@ -34,6 +35,11 @@ class QuerySelection:
     is_positive: Tensor
     band: Tensor
     weight: Tensor
+    slot: Tensor
+
+    def __getitem__(self, layers: int | slice) -> QuerySelection:
+        """The selection of one decoder layer, or of some."""
+        return QuerySelection(**{name: value[layers] for name, value in vars(self).items()})
 
 
 def rank_in_group(group: Tensor, score: Tensor, num_groups: int) -> Tensor:
@@ -54,7 +60,7 @@ def rank_in_group(group: Tensor, score: Tensor, num_groups: int) -> Tensor:
 def _nothing(shape: torch.Size, device: torch.device) -> QuerySelection:
     none = torch.full(shape, -1, dtype=torch.int64, device=device)
     zeros = torch.zeros(shape, device=device)
-    return QuerySelection(none, zeros - 1, none >= 0, none + 1, zeros)
+    return QuerySelection(none, zeros - 1, none >= 0, none + 1, zeros, none)
 
 
 @torch.no_grad()
@@ -78,19 +84,19 @@ def select_queries(
         return _nothing(shape, boxes_cxcywh.device)
     # An image's queries with its own objects only, laid out as a table whose padding is below every GIoU and never wins.
     image, slot = packed_positions(targets.counts, boxes_cxcywh.device)
-    queries, objects = boxes_cxcywh.float()[..., image, :, :], targets.boxes_cxcywh[image, slot].float().unsqueeze(1)
+    queries, objects = (cxcywh_to_xyxy(boxes.float()) for boxes in (boxes_cxcywh, targets.boxes_cxcywh))
     overlaps = torch.full((*shape[:-1], slots, shape[-1]), -2.0, device=boxes_cxcywh.device)  # [..., B, M, Q]
-    overlaps[..., image, slot, :] = giou(cxcywh_to_xyxy(queries), cxcywh_to_xyxy(objects))
+    overlaps[..., image, slot, :] = giou(queries[..., image, :, :], objects[image, slot].unsqueeze(1))
 
     # Positives: the object of each query, by scattering the inverse; a spare last column takes the unmatched objects.
-    assignment = assignment.masked_fill(~targets.valid, -1)
-    spare = torch.where(assignment < 0, shape[-1], assignment)
-    owner = torch.full((*shape[:-1], shape[-1] + 1), -1, dtype=torch.int64, device=boxes_cxcywh.device)
-    owner = owner.scatter_(-1, spare, torch.arange(slots, device=owner.device).expand_as(spare))[..., :-1]
+    columns, assignment = shape[-1] + 1, assignment.masked_fill(~targets.valid, -1)
+    owner = torch.full((*shape[:-1], columns), -1, dtype=torch.int64, device=boxes_cxcywh.device)
+    every = torch.arange(slots, device=owner.device).expand_as(assignment)
+    owner = owner.scatter_(-1, assignment % columns, every)[..., :-1]  # -1 % columns is the last
     is_positive = owner >= 0
     group = torch.where(is_positive, owner, overlaps.argmax(-2))
-    overlap = overlaps.gather(-2, group.unsqueeze(-2)).squeeze(-2)
-    has_object = targets.valid.any(-1, keepdim=True).expand(shape)
+    overlap = overlaps.gather(-2, group.unsqueeze(-2)).squeeze(-2).clamp(min=-1)  # no object at all: -1, in band 0
+    has_object = targets.valid[:, :1]  # valid objects come first
 
     thresholds = torch.tensor(config.boundaries, dtype=torch.float32).to(overlap.device, non_blocking=True)
     keepable = has_object & ~is_positive
@@ -101,19 +107,34 @@ def select_queries(
     band = (overlap.unsqueeze(-1) >= thresholds).sum(-1)
     if config.relative:
         band = band.masked_fill(best <= 0, 0)
-    band = band.masked_fill(~has_object, 0)
 
     weights = torch.tensor(config.band_weights, dtype=torch.float32).to(overlap.device, non_blocking=True)
     weight = torch.where(keepable, weights[band], 0.0)
+    kept = weight > 0
+    rank = rank_in_group(torch.where(kept, group, slots), overlap, slots)
     if config.max_per_object:
-        candidate = weight > 0
-        rank = rank_in_group(torch.where(candidate, group, slots), overlap, slots)
-        weight = torch.where(rank < config.max_per_object, weight, 0.0)
-    weight = torch.where(is_positive, config.positive_weight, weight)
+        kept = kept & (rank < config.max_per_object)
+        weight = torch.where(kept, weight, 0.0)
+    place = torch.where(kept, rank + 1, -1)
+    if config.positive_weight:
+        place = torch.where(is_positive, 0, place)
     return QuerySelection(
-        object_of_query=group.masked_fill(~has_object, -1),
-        giou=overlap.masked_fill(~has_object, -1.0),
+        object_of_query=torch.where(has_object, group, -1),
+        giou=overlap,
         is_positive=is_positive,
         band=band,
-        weight=weight,
+        weight=torch.where(is_positive, config.positive_weight, weight),
+        slot=place,
     )
+
+
+def select_both(
+    boxes: tuple[Tensor, Tensor], targets: Targets, assignments: tuple[Tensor, Tensor], config: QuerySelectionConfig
+) -> tuple[QuerySelection, QuerySelection]:
+    """`select_queries` of two networks, [L, B, Q, 4] and [L', B, Q', 4]. Where Q = Q' all layers go through together: it
+    is many small operations, whose number costs more than their sizes."""
+    if boxes[0].shape[2] != boxes[1].shape[2]:
+        mine, theirs = (select_queries(b, targets, a, config) for b, a in zip(boxes, assignments, strict=True))
+        return mine, theirs
+    both = select_queries(torch.cat([b.detach().float() for b in boxes]), targets, torch.cat(assignments), config)
+    return both[: len(boxes[0])], both[len(boxes[0]) :]

@@ -1,0 +1,63 @@
+"""The benchmark of the training step runs, and QSKD adds no wait for the device to the plain step's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import step
+from benchmarks.host_waits import HostWaits
+from benchmarks.step_cases import quickstart
+
+
+def test_a_quick_run_yields_finite_ratios_and_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    report = step.main(["--quick"])
+    assert [ratio.name for ratio in report.ratios if ratio.goal] == ["quickstart", "r18"]
+    assert all(math.isfinite(ratio.value) and ratio.value > 0 for ratio in report.ratios)
+    printed = capsys.readouterr().out
+    for label in ("decode the record", "query selection", "backward of AGFD", "qskd/matching.py"):
+        assert label in printed
+
+
+def test_qskd_waits_for_the_device_no_more_than_the_plain_step() -> None:
+    case = quickstart(4, 1)
+    counted = {}
+    for kind in ("plain", "qskd"):
+        ours: dict[str, int] = {}
+        for (_, where), count in step.host_waits(case, kind).items():
+            place = f"{where.split(':')[0]} {where.split()[-1]}"
+            if place.startswith("qskd/") and place not in step.CPU_ONLY:
+                ours[place] = ours.get(place, 0) + count
+        counted[kind] = ours
+    assert counted["qskd"] == counted["plain"]
+    assert counted["qskd"]["qskd/matching.py assign"] == 1
+    assert counted["qskd"]["qskd/training.py check_finite"] == 1
+    # Constants for normalising pixels may be copied to the device; nothing else may be there.
+    allowed = {"qskd/matching.py assign", "qskd/training.py check_finite", "qskd/detectors/preprocessing.py to_pixels"}
+    assert set(counted["qskd"]) <= allowed
+
+
+def test_waits_are_counted_where_a_value_or_a_size_is_asked_for() -> None:
+    values, mask = torch.arange(4.0), torch.tensor([True, False, True, True])
+    with HostWaits() as waits:
+        values.sum().item()
+        if values[0] > 1:
+            raise AssertionError
+        values[mask]
+        values.clone()[mask] = 0.0  # a masked_fill
+        values.cpu().tolist()
+        mask.nonzero()
+        torch.tensor([1.0], device="cpu")
+        torch.tensor([1.0]).to("cpu", non_blocking=True)
+        torch.tensor([1.0]).item()
+    kinds = [what for (what, where), count in waits.found.items() for _ in range(count) if "test_step" in where]
+    assert sorted(kinds) == [
+        "copies from the host, waiting",
+        "copies to the host",
+        *["reads a value"] * 2,
+        *["size from values"] * 2,
+    ]
+    assert "cpu" not in vars(torch.Tensor)  # as it was before
+    assert torch.equal(torch.tensor([1]).cpu(), torch.ones(1, dtype=torch.int64))
