@@ -20,6 +20,8 @@ from tiny import make_training, random_teacher, recipe
 from torch import Tensor
 
 from benchmarks.local_cache import make_cache
+from pipelines.cache_plan import clean
+from pipelines.models import teacher_for_training
 from pipelines.streaming import StreamConfig, local_stream
 from qskd.cache_making import CacheMaker, row_batches
 from qskd.cache_manifest import (
@@ -31,6 +33,7 @@ from qskd.cache_manifest import (
 )
 from qskd.config import Config, DetectionLossConfig, ResizeConfig, ViewConfig
 from qskd.errors import QskdError
+from qskd.files import UNFINISHED
 from qskd.loader import BatchLoader
 from qskd.matching import assign
 from qskd.schedule import Schedule
@@ -214,7 +217,38 @@ def test_the_same_cache_made_twice_is_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in Path(cache).iterdir()}
 
 
+def test_a_store_that_is_no_local_folder_holds_the_same_bytes(
+    data: str, teacher: OnlineTeacher, cache: str, tmp_path: Path
+) -> None:
+    uri = f"local://{tmp_path}/cache"  # fsspec's, written and read as an object store would be
+    make_cache(cache_config(data, uri), teacher, ASPECT)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == {
+        path.name: path.read_bytes() for path in Path(cache).iterdir()
+    }
+    assert TeacherCacheReader(uri).read(0, 1, [3])[0].image_id == 103
+    manifest = load_cache_manifest(uri)
+    assert manifest is not None
+    name = file_name(manifest.shards[0], 0)
+    assert finished_file(uri, name, 8, manifest.fingerprint) == (Path(cache) / name).stat().st_size
+    (tmp_path / "cache" / f"{UNFINISHED}left-over").write_text("half")
+    clean(uri)
+    assert len(list((tmp_path / "cache").iterdir())) == 7
+    clean(uri, everything=True)
+    assert not list((tmp_path / "cache").iterdir())
+
+
 # ---- training from it
+
+
+def test_the_teacher_is_not_loaded_where_there_is_a_cache(data: str, cache: str) -> None:
+    config = cache_config(data, cache)
+    absent = config.teacher.model_copy(update={"path": "/nowhere/teacher"})
+    found = teacher_for_training(config.model_copy(update={"teacher": absent}), LABELS)
+    assert isinstance(found, CachedTeacher)
+    assert found.memory_channels == (64, 64)
+    nothing = absent.model_copy(update={"cache": config.teacher.cache.model_copy(update={"path": ""})})
+    with pytest.raises(QskdError, match="/nowhere/teacher: no such folder"):
+        teacher_for_training(config.model_copy(update={"teacher": nothing}), LABELS)
 
 
 def stream_of(data: str, cache: str, teacher_resize: ResizeConfig | None, batch_size: int = 4) -> StreamConfig:
