@@ -116,6 +116,7 @@ def measure(size: str, images: int, rounds: int) -> Report:
     report.figures += [
         ("one job from the command to the end, start-up of Ray's processes included", f"{whole:.1f} s"),
         ("of that at work on shards", f"{statistics.median(job.actor_seconds for job in jobs):.1f} s"),
+        ("of that waiting for decoded pixels", f"{statistics.median(job.waited_seconds for job in jobs):.1f} s"),
         ("bytes an image", f"{jobs[0].bytes / jobs[0].total:.0f}"),
     ]
     return report

@@ -35,7 +35,8 @@ from qskd.teacher_codec import encoded_record, largest_errors
 @dataclass(frozen=True)
 class CacheResult:
     """images: views of images computed by this command, of `total`. bytes: of the whole cache. seconds: of this command;
-    actor_seconds: those in which actors were at work on shards, summed over actors, start-up not counted."""
+    actor_seconds: those in which actors were at work on shards, summed over actors, start-up not counted; of these,
+    waited_seconds were spent waiting for decoded pixels."""
 
     path: str
     images: int
@@ -43,6 +44,7 @@ class CacheResult:
     bytes: int
     seconds: float
     actor_seconds: float
+    waited_seconds: float
 
 
 def foresee(config: Config, overwrite: bool = False) -> str:
@@ -62,7 +64,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     console.print(f"cache: {plan.describe()}", soft_wrap=True)
     if overwrite:
         clean(plan.path, everything=True)
-    sizes, actor_seconds = dict(plan.done), 0.0
+    sizes, spent = dict(plan.done), (0.0, 0.0)
     if plan.todo:
         teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
         assert teacher is not None
@@ -76,7 +78,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         )
         save_cache_manifest(plan.path, manifest)
         del teacher
-        actor_seconds = _compute(plan, manifest, sizes, console)
+        spent = _compute(plan, manifest, sizes, console)
     elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
         _record(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
@@ -89,7 +91,12 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         f"({bytes_text(total / images)} an image) → {plan.path}",
         soft_wrap=True,
     )
-    return CacheResult(plan.path, done, images, total, seconds, actor_seconds)
+    worked, waited = spent
+    if worked and waited > 0.1 * worked:
+        console.print(
+            f"the teacher waited for pixels {waited / worked:.0%} of its time: more compute.loader_workers may help"
+        )
+    return CacheResult(plan.path, done, images, total, seconds, *spent)
 
 
 def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
@@ -103,8 +110,8 @@ def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int])
     return manifest
 
 
-def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], console: Console) -> float:
-    """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work."""
+def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], console: Console) -> tuple[float, float]:
+    """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work, and waited."""
     start_ray()
     import ray
 
@@ -124,7 +131,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], c
         num_cpus=max(1, config.compute.threads_per_worker),
         num_gpus=1 if gpu else 0,
     )
-    spent = 0.0
+    worked = waited = 0.0
     with _Ticker(progress, plan.images(todo), console):
         for batch in dataset.iter_batches(batch_size=None):
             for shard, view, size, failure in zip(
@@ -133,9 +140,10 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], c
                 if failure:
                     raise QskdError.from_json(str(failure))
                 sizes[int(shard), int(view)] = int(size)
-            spent += float(batch["seconds"].sum())
+            worked += float(batch["seconds"].sum())
+            waited += float(batch["waited_seconds"].sum())
             manifest = _record(plan, manifest, sizes)
-    return spent
+    return worked, waited
 
 
 class _Ticker:

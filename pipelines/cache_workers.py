@@ -97,6 +97,7 @@ class TeacherActor:
             shard, view, started = unit["shard"], unit["view"], time.perf_counter()
             name = file_name(names[shard], view)
             rows, computed, failure = self.reader.manifest.shard_rows[shard], 0, ""
+            self.waited_s = 0.0
             # A task that Ray runs again, because an actor died after it, finds its file.
             size = finished_file(path, name, rows, self.fingerprint)
             if size is None:
@@ -108,7 +109,8 @@ class TeacherActor:
                 except QskdError as error:  # trying again would not help: to the driver, which says it
                     failure = error.to_json()
             columns = {"shard": shard, "view": view, "rows": rows, "bytes": size or 0, "computed": computed}
-            columns |= {"seconds": time.perf_counter() - started, "failure": failure}
+            seconds = time.perf_counter() - started
+            columns |= {"seconds": seconds, "waited_seconds": self.waited_s, "failure": failure}
             yield pa.table({name: [value] for name, value in columns.items()})
 
     def _decoded(self, batches: Sequence[np.ndarray]) -> Iterator[Arrays]:
@@ -120,6 +122,9 @@ class TeacherActor:
         while waiting or ahead:
             while waiting and len(ahead) <= self.config.compute.loader_workers:
                 ahead.append(task.remote(self.source, waiting.popleft()))
-            for arrays in ray.get(ahead.popleft()):
+            asked = time.perf_counter()
+            ready = ray.get(ahead.popleft())
+            self.waited_s += time.perf_counter() - asked
+            for arrays in ready:
                 yield arrays
                 self.progress.add.remote(len(arrays["image_ids"]))
