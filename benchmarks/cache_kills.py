@@ -2,10 +2,11 @@
 
 python -m benchmarks.cache_kills [--kills 20]
 
-Each trial starts the job as a user would, in a process of its own that starts its own Ray, and kills, at a moment drawn from
-the time the undisturbed job takes, one of: the driver, the actor that holds the teacher, a process that decodes, or
-everything at once (driver, actors and Ray itself). Then it runs the same command again, to the end, and looks: the same
-bytes in every file, every file that was whole before the kill untouched, no unfinished file left, no process left.
+The job is started as a user would, in a process of its own that starts its own Ray, and at a moment drawn from the time the
+undisturbed job takes one of these is killed: the driver, the actor that holds the teacher, a process that decodes, or
+everything at once (driver, actors and Ray itself). Then the same command is started again, and killed again, until it gets to
+the end; then another cache is begun. After every kill: each file that is there has the bytes of the undisturbed job's, and
+each that was there before is the very same file. At every end: the same files, no other, and no process left.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import hashlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,14 +39,13 @@ TITLES = {"actor": "TeacherActor", "decoder": "ray::decode"}
 
 
 @dataclass
-class Trial:
+class Kill:
     """What was killed and when (seconds after the start), and what was wrong afterwards."""
 
     victim: str
     after_s: float
-    files_before: int = 0
-    survived: bool = False  # the job went on by itself
-    too_late: bool = False  # the job had ended before: nothing was killed
+    files: int = 0  # whole, after it
+    survived: bool = False  # the job went on by itself, to its end
     wrong: list[str] = field(default_factory=list)
 
 
@@ -122,30 +121,51 @@ def _marked(process: psutil.Process, mark: str) -> bool:
         return False
 
 
-def run_trial(folder: Path, cache: Path, views: int, trial: Trial, expected: dict[str, str]) -> Trial:
-    driver = start(folder, cache, views)
-    time.sleep(trial.after_s)
-    while not (struck := strike(trial.victim, driver)) and driver.poll() is None:
-        time.sleep(0.05)  # no such process yet
-    if not struck:
-        trial.too_late = True
-        return trial
-    if trial.victim in ("driver", "everything"):
-        driver.wait()
-    else:
-        trial.survived = driver.wait(timeout=300) == 0
-    before = whole_files(cache)
-    trial.files_before = len(before)
-    again = start(folder, cache, views)
-    if again.wait(timeout=300) != 0:
-        trial.wrong.append("the second run failed: see its log")
-    after = whole_files(cache)
-    trial.wrong += [f"computed again: {name}" for name, mark in before.items() if after.get(name) != mark]
-    found = digests(cache)
-    trial.wrong += [f"other bytes: {n}" for n in sorted(expected) if found.get(n) != expected[n]]
-    trial.wrong += [f"left in the folder: {path.name}" for path in cache.iterdir() if path.name not in expected]
-    trial.wrong += [f"left running: {title}" for title in left_over(cache)]
-    return trial
+class Target:
+    """One cache, its job started and killed again and again until it is finished."""
+
+    def __init__(self, folder: Path, number: int, views: int, expected: dict[str, str]) -> None:
+        self.folder, self.views, self.expected = folder, views, expected
+        self.cache = folder / f"cache-{number}"
+        self.seen: dict[str, tuple[int, int]] = {}
+
+    def attack(self, kill: Kill) -> bool:
+        """Start the job and kill; False when the job had ended before there was anything to kill."""
+        driver = start(self.folder, self.cache, self.views)
+        time.sleep(kill.after_s)
+        while not (struck := strike(kill.victim, driver)) and driver.poll() is None:
+            time.sleep(0.05)  # no such process yet
+        code = driver.wait(timeout=600)
+        kill.survived = struck and code == 0
+        if struck and kill.victim in ("actor", "decoder") and code:
+            kill.wrong.append(f"the job ended with {code}: see its log")
+        kill.wrong += self.look()
+        kill.files = len(self.seen)
+        return struck
+
+    def look(self) -> list[str]:
+        """What is wrong with the files that are there."""
+        now = whole_files(self.cache)
+        wrong = [f"computed again: {name}" for name, mark in self.seen.items() if now.get(name) != mark]
+        found = digests(self.cache) if self.cache.exists() else {}
+        wrong += [f"other bytes: {name}" for name in now if found[name] != self.expected[name]]
+        self.seen = now
+        return wrong
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest, which is written last, is that of a whole cache."""
+        return self.cache.exists() and digests(self.cache).get("manifest.json") == self.expected["manifest.json"]
+
+    def finish(self) -> list[str]:
+        """Run the job to its end, if it is not there yet; what is wrong then."""
+        wrong = []
+        if not self.finished and start(self.folder, self.cache, self.views).wait(timeout=600) != 0:
+            wrong.append("the last run failed: see its log")
+        wrong += self.look()
+        wrong += [f"missing: {name}" for name in self.expected if not (self.cache / name).exists()]
+        wrong += [f"left in the folder: {path.name}" for path in self.cache.iterdir() if path.name not in self.expected]
+        return wrong + [f"left running: {title}" for title in left_over(self.cache)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,10 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.cache_kills", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    draw, views, trials = random.Random(given.seed), 2, list[Trial]()
+    draw, views, kills, caches = random.Random(given.seed), 2, list[Kill](), 0
     with tempfile.TemporaryDirectory(prefix="qskd-cache-kills-") as scratch:
         folder = Path(scratch)
         annotations, pictures = make_shapes(ShapesConfig(images=given.images), folder / "shapes")
@@ -165,28 +185,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if start(folder, folder / "whole", views).wait() != 0:
             print((folder / "log.txt").read_text())
             return 1
-        took = time.monotonic() - began
-        expected = digests(folder / "whole")
+        took, expected = time.monotonic() - began, digests(folder / "whole")
         print(f"undisturbed: {took:.0f} s, {len(expected) - 1} files; {machine('ray')}", flush=True)
-        for number in range(given.kills):
-            trial = Trial(VICTIMS[number % len(VICTIMS)], draw.uniform(0.2, 0.95) * took)
-            while run_trial(folder, folder / f"cache-{number}", views, trial, expected).too_late:
-                trial = Trial(trial.victim, 0.7 * trial.after_s)  # a machine's speed drifts
-                shutil.rmtree(folder / f"cache-{number}", ignore_errors=True)
-            trials.append(trial)
-            print(
-                f"{number + 1:2}  {trial.victim:<10} after {trial.after_s:5.1f} s, {trial.files_before:2} files whole"
-                f"{' (went on by itself)' if trial.survived else ''}  {'; '.join(trial.wrong) or 'all right'}",
-                flush=True,
-            )
-    counts, bad = Counter(t.victim for t in trials), Counter(t.victim for t in trials if t.wrong)
+        target, wrong = Target(folder, caches, views, expected), list[str]()
+        while len(kills) < given.kills:
+            kill = Kill(VICTIMS[len(kills) % len(VICTIMS)], draw.uniform(0.3, 0.95) * took)
+            if target.attack(kill):
+                kills.append(kill)
+                print(
+                    f"{len(kills):2}  {kill.victim:<10} after {kill.after_s:5.1f} s, {kill.files:2} files whole"
+                    f"{' (went on by itself)' if kill.survived else ''}  {'; '.join(kill.wrong) or 'all right'}",
+                    flush=True,
+                )
+            if target.finished or len(kills) == given.kills:
+                found = target.finish()
+                wrong += found
+                caches += 1
+                print(f"    cache {caches} at its end: {'; '.join(found) or 'all right'}", flush=True)
+                target = Target(folder, caches, views, expected)
+    counts, bad = Counter(kill.victim for kill in kills), Counter(kill.victim for kill in kills if kill.wrong)
     rows = [
-        [v, str(counts[v]), str(sum(t.survived for t in trials if t.victim == v)), str(bad[v])]
+        [v, str(counts[v]), str(sum(kill.survived for kill in kills if kill.victim == v)), str(bad[v])]
         for v in VICTIMS
         if counts[v]
     ]
     print_table(["killed", "times", "went on by itself", "something wrong"], rows)
-    return int(bool(bad))
+    print(f"caches: {caches}; wrong at their end: {len(wrong)}")
+    return int(bool(bad or wrong))
 
 
 if __name__ == "__main__":
