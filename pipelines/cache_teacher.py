@@ -94,7 +94,8 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     worked, waited = spent
     if worked and waited > 0.1 * worked:
         console.print(
-            f"the teacher waited for pixels {waited / worked:.0%} of its time: more compute.loader_workers may help"
+            f"the teacher waited for pixels {waited / worked:.0%} of its time: more compute.loader_workers may help",
+            soft_wrap=True,
         )
     return CacheResult(plan.path, done, images, total, seconds, *spent)
 
