@@ -123,7 +123,10 @@ def our_step(case: Case, logits: Tensor, boxes: Tensor, config: DetectionLossCon
     )
 
 
-def their_loss(case: Case, logits: Tensor, boxes: Tensor, config: DetectionLossConfig) -> Value:
+def transformers_loss(
+    labels: list[dict[str, Tensor]], logits: Tensor, boxes: Tensor, config: DetectionLossConfig
+) -> Value:
+    """transformers' own loss and its terms, with this project's settings. labels: as transformers takes them."""
     settings = SimpleNamespace(
         class_cost=config.class_cost,
         bbox_cost=config.l1_cost,
@@ -135,9 +138,13 @@ def their_loss(case: Case, logits: Tensor, boxes: Tensor, config: DetectionLossC
         giou_loss_coefficient=config.giou_weight,
         decoder_layers=len(logits),
     )
-    given = (logits[-1], case.labels, "cpu", boxes[-1], settings, logits, boxes)
+    given = (logits[-1], labels, "cpu", boxes[-1], settings, logits, boxes)
     loss, terms, _ = DeformableDetrForObjectDetectionLoss(*given)
     return loss, terms
+
+
+def their_loss(case: Case, logits: Tensor, boxes: Tensor, config: DetectionLossConfig) -> Value:
+    return transformers_loss(case.labels, logits, boxes, config)
 
 
 def their_step(case: Case, logits: Tensor, boxes: Tensor, config: DetectionLossConfig) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from pipelines.cache_workers import decode
 from pipelines.distill import check_data
-from pipelines.models import device_type
+from pipelines.models import device_here
 from qskd.cache_identity import cache_identity, teacher_preprocessing
 from qskd.cache_making import CacheMaker, row_batches
 from qskd.cache_manifest import (
@@ -140,7 +140,7 @@ def bytes_text(count: float) -> str:
 
 def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
     """Run the teacher on one image to wake it, then on a batch (a slow teacher: on two images), and encode what it says."""
-    config, device = plan.config, torch.device(device_type(plan.config))
+    config, device = plan.config, device_here(plan.config)
     resize, views = teacher_preprocessing(config).resize, config.data.views
     maker, threads = CacheMaker(config, teacher, device), torch.get_num_threads()
     torch.set_num_threads(config.compute.threads_per_worker or threads)

@@ -19,7 +19,7 @@ from pipelines.cache_plan import CachePlan, Unit, bytes_text, clean, duration_te
 from pipelines.cache_workers import Progress, TeacherActor, decode
 from pipelines.cluster import quiet_ray_data, start_ray
 from pipelines.distill import prepare_config
-from pipelines.models import device_type, make_teacher
+from pipelines.models import device_here, make_teacher
 from qskd.cache_identity import teacher_preprocessing
 from qskd.cache_making import CacheMaker, row_batches
 from qskd.cache_manifest import CacheManifest, save_cache_manifest, shard_names
@@ -190,11 +190,12 @@ def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
         raise QskdError(plan.path, "no finished view", "a cache made with this recipe", "run `qskd cache RECIPE`")
     teacher = make_teacher(config, plan.data.labels)
     assert teacher is not None
-    device = torch.device(device_type(config))
+    device = device_here(config)
     torch.set_num_threads(config.compute.threads_per_worker or torch.get_num_threads())
     maker, resize = CacheMaker(config, teacher, device), teacher_preprocessing(config).resize
     reader, samples = TeacherCacheReader(plan.path), ShardReader(config.data.train)
-    chosen = np.random.default_rng(seed).choice(plan.data.num_images * len(plan.existing.views), count, replace=False)
+    rows_there = plan.data.num_images * len(plan.existing.views)
+    chosen = np.random.default_rng(seed).choice(rows_there, min(count, rows_there), replace=False)
     starts = np.cumsum([0, *plan.data.shard_rows])
     errors: dict[str, float] = {}
     for number in sorted(chosen.tolist()):

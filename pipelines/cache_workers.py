@@ -67,7 +67,7 @@ class TeacherActor:
     def __init__(self, config: dict[str, Any], fingerprint: str, batch_size: int, progress: Any) -> None:
         import torch
 
-        from pipelines.models import device_type, make_teacher
+        from pipelines.models import device_here, make_teacher
         from qskd.cache_identity import teacher_preprocessing
         from qskd.cache_making import CacheMaker
         from qskd.recipe import build
@@ -79,7 +79,7 @@ class TeacherActor:
         self.reader = ShardReader(self.config.data.train)
         teacher = make_teacher(self.config, self.reader.manifest.labels)
         assert teacher is not None
-        self.maker = CacheMaker(self.config, teacher, torch.device(device_type(self.config)))
+        self.maker = CacheMaker(self.config, teacher, device_here(self.config))
         self.source: Source = (
             self.config.data.train,
             self.config.data.views,

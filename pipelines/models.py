@@ -39,11 +39,11 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))
 
 
-def device_type(config: Config) -> str:
-    """ "cuda" or "cpu", for a process that holds one model."""
-    if config.compute.device != "auto":
-        return config.compute.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_here(config: Config) -> torch.device:
+    """For a process that holds one model: a GPU where this machine has one, unless the recipe asks for the CPU. A cluster's
+    head may have none though its workers do: what it tries out, it tries on its CPU."""
+    wanted = config.compute.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
 
 
 def ground_truth(uri: str) -> GroundTruth:

@@ -160,9 +160,7 @@ class BatchLoader:
     def _estimated_bytes(self) -> int:
         total = 0
         for kind, reader in self._readers.items():
-            pixels = sum(
-                resize.usual_pixels for resize in self._resizes
-            )  # an estimate: the store is bounded in any case
+            pixels = sum(resize.usual_pixels for resize in self._resizes)  # an estimate is enough: the store is bounded
             views = self._views.count if kind == "train" else 1
             total += sum(shard.bytes for shard in reader.manifest.shards)
             total += reader.manifest.num_images * views * (3 * pixels + 1000)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from reference import make_targets, near, random_logits, transformers_labels
 from torch import Tensor
-from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
+from benchmarks.detection_loss import transformers_loss
 from qskd.config import DetectionLossConfig
 from qskd.detection_loss import combine, detection_terms, detection_weights
 from qskd.errors import QskdError
@@ -17,25 +15,6 @@ from qskd.matching import assign
 from qskd.structures import LossTerm, Targets
 
 RENAMED = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
-
-
-def transformers_loss(
-    logits: Tensor, boxes: Tensor, targets: Targets, config: DetectionLossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    settings = SimpleNamespace(
-        class_cost=config.class_cost,
-        bbox_cost=config.l1_cost,
-        giou_cost=config.giou_cost,
-        num_labels=logits.shape[-1],
-        focal_alpha=config.focal_alpha,
-        auxiliary_loss=config.auxiliary,
-        bbox_loss_coefficient=config.l1_weight,
-        giou_loss_coefficient=config.giou_weight,
-        decoder_layers=len(logits),
-    )
-    labels = transformers_labels(targets)
-    loss, terms, _ = DeformableDetrForObjectDetectionLoss(logits[-1], labels, "cpu", boxes[-1], settings, logits, boxes)
-    return loss, terms
 
 
 def ours(
@@ -59,7 +38,7 @@ def test_values_and_gradients_equal_transformers(counts: list[int], queries: int
         boxes = torch.stack([near(targets, queries, seed=layer) for layer in range(3)]).requires_grad_()
         leaves.append((logits, boxes))
     total, terms = ours(*leaves[0], targets, config)
-    expected_total, expected = transformers_loss(*leaves[1], targets, config)
+    expected_total, expected = transformers_loss(transformers_labels(targets), *leaves[1], config)
     assert len(terms) == 3 * (3 if auxiliary else 1)
     for name, term in terms.items():
         kind, _, layer = name.partition("_")
