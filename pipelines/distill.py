@@ -59,12 +59,12 @@ class Plan:
 
     def describe(self) -> str:
         """What `--dry-run` prints below the configuration."""
-        schedule, training, compute = self.stream.schedule, self.config.training, self.config.compute
+        schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
         lines = [
             f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
-            f"{schedule.total_steps} steps = {training.epochs} epochs of {schedule.steps_per_epoch} batches "
-            f"of {schedule.batch_size}",
+            f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
+            f"{schedule.steps_per_epoch} batches of {schedule.batch_size}",
             f"{compute.workers} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
             f"output: {Folder(self.config).path}",
             f"MLflow: {tracking_uri(self.config)}",
@@ -128,6 +128,7 @@ def make_plan(config: Config, kind: str) -> Plan:
         window_images=config.data.shuffle_window_images,
         views=config.data.views.count,
         evaluate_every_epochs=config.training.evaluate_every_epochs,
+        max_steps=config.training.max_steps,
     )
     cache = check_cache(config, train) if kind == "distill" and config.teacher.cache.path else None
     own = teacher_preprocessing(config).resize if kind == "distill" and not cache else config.student.resize

@@ -101,24 +101,26 @@ class StreamConfig:
         share = -(-self.schedule.batch_size // world_size)
         return max(1, min(MAX_RUN, RUN_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
 
-    def batch_count(self, kind: Kind) -> int:
-        """Global batches in an epoch's training or evaluation."""
+    def batch_count(self, kind: Kind, epoch: int) -> int:
+        """Global batches in this epoch's training or evaluation."""
         size = self.schedule.evaluation_batch_size or self.schedule.batch_size
-        return self.schedule.steps_per_epoch if kind == "train" else -(-sum(self.schedule.val_shard_rows) // size)
+        return self.schedule.steps_in(epoch) if kind == "train" else -(-sum(self.schedule.val_shard_rows) // size)
 
     def runs(self, start_step: int, world_size: int) -> list[Run]:
         """The schedule from a training step on, cut into runs; none crosses from training to evaluation or back."""
         schedule, length = self.schedule, self.run_length(world_size)
+        if start_step == schedule.total_steps:
+            return []
         first_epoch, first = divmod(start_step, schedule.steps_per_epoch)
         parts: list[tuple[Kind, int, int]] = []
-        for epoch in range(first_epoch, schedule.epochs):
+        for epoch in range(first_epoch, schedule.epochs_begun):
             parts.append(("train", epoch, first if epoch == first_epoch else 0))
             if schedule.evaluates_after(epoch):
                 parts.append(("val", epoch, 0))
         return [
-            {"kind": kind, "epoch": epoch, "first": at, "last": min(at + length, self.batch_count(kind))}
+            {"kind": kind, "epoch": epoch, "first": at, "last": min(at + length, self.batch_count(kind, epoch))}
             for kind, epoch, begin in parts
-            for at in range(begin, self.batch_count(kind), length)
+            for at in range(begin, self.batch_count(kind, epoch), length)
         ]
 
     def loader(self) -> BatchLoader:
@@ -201,7 +203,7 @@ def read_stream(iterator: Any, config: StreamConfig, start_step: int, world_size
         for index in range(run["first"], run["last"]):
             prefix = f"{index}/"
             own = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-            yield Share(run["kind"], run["epoch"], index, config.batch_count(run["kind"]), own)
+            yield Share(run["kind"], run["epoch"], index, config.batch_count(run["kind"], run["epoch"]), own)
 
 
 def open_stream(

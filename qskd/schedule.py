@@ -55,6 +55,7 @@ class Schedule:
     views: int = 1
     evaluation_batch_size: int = 0  # 0: as in training
     evaluate_every_epochs: int = 1
+    max_steps: int = 0  # 0: no limit
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,11 +67,21 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
+        steps = self.steps_per_epoch * self.epochs
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+    @property
+    def epochs_begun(self) -> int:
+        """How many epochs there are, the last of which `max_steps` may cut short."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def steps_in(self, epoch: int) -> int:
+        """Global batches of this epoch: all, or in the last as many as `max_steps` leaves."""
+        return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether an evaluation follows this epoch; one always follows the last."""
-        due = (epoch + 1) % self.evaluate_every_epochs == 0 or epoch == self.epochs - 1
+        due = (epoch + 1) % self.evaluate_every_epochs == 0 or epoch == self.epochs_begun - 1
         return due and sum(self.val_shard_rows) > 0
 
 
@@ -118,13 +129,13 @@ def _with_view(rows: NDArray[np.int32], view: int) -> NDArray[np.int32]:
 def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator[Batch]:
     """An epoch's global batches from number `first` on. Rows that fill no batch are left out (others every epoch); with
     fewer rows than a batch holds, all of them are the one batch. The view index is epoch % views."""
-    count, size = schedule.steps_per_epoch, schedule.batch_size
+    count, size = schedule.steps_in(epoch), schedule.batch_size
     if first >= count:
         return
     order = epoch_order(schedule.train_shard_rows, schedule.seed, epoch, schedule.window_images)
     for index in range(first, count):
         rows = _with_view(order[index * size : (index + 1) * size], epoch % schedule.views)
-        yield Batch("train", epoch * count + index, epoch, rows, index, count)
+        yield Batch("train", epoch * schedule.steps_per_epoch + index, epoch, rows, index, count)
 
 
 def evaluation_batches(schedule: Schedule, epoch: int) -> Iterator[Batch]:
@@ -132,9 +143,10 @@ def evaluation_batches(schedule: Schedule, epoch: int) -> Iterator[Batch]:
     size = schedule.evaluation_batch_size or schedule.batch_size
     rows = _with_view(_all_rows(schedule.val_shard_rows, range(len(schedule.val_shard_rows))), 0)
     count = -(-len(rows) // size)
+    done = epoch * schedule.steps_per_epoch + schedule.steps_in(epoch)
     for index in range(count):
         part = rows[index * size : (index + 1) * size]
-        yield Batch("val", (epoch + 1) * schedule.steps_per_epoch, epoch, part, index, count)
+        yield Batch("val", done, epoch, part, index, count)
 
 
 def stream(schedule: Schedule, start_step: int = 0, evaluated: bool = True) -> Iterator[Batch]:
@@ -148,9 +160,11 @@ def stream(schedule: Schedule, start_step: int = 0, evaluated: bool = True) -> I
         found, expected = f"step {start_step}", f"0 to {schedule.total_steps}"
         raise QskdError("the run's position", found, expected, "was the data or batch_size changed since? start afresh")
     first_epoch, first = divmod(start_step, per_epoch)
+    if start_step == schedule.total_steps:  # an epoch cut short ends here too
+        first_epoch, first = schedule.epochs_begun, 0
     if not evaluated and not first and first_epoch and schedule.evaluates_after(first_epoch - 1):
         yield from evaluation_batches(schedule, first_epoch - 1)
-    for epoch in range(first_epoch, schedule.epochs):
+    for epoch in range(first_epoch, schedule.epochs_begun):
         yield from training_batches(schedule, epoch, first if epoch == first_epoch else 0)
         if schedule.evaluates_after(epoch):
             yield from evaluation_batches(schedule, epoch)

@@ -102,6 +102,24 @@ def test_the_stream_is_epochs_with_their_evaluations() -> None:
     assert [batch.step for batch in stream(SCHEDULE) if batch.kind == "train"] == list(range(24))
 
 
+@pytest.mark.parametrize("limit", [1, 6, 9, 23, 24, 1000])
+def test_a_limit_of_steps_cuts_the_last_epoch_and_evaluates_after_it(limit: int) -> None:
+    cut, whole = replace(SCHEDULE, max_steps=limit), everything(stream(SCHEDULE))
+    found = everything(stream(cut))
+    trained = [batch for batch in found if batch[0] == "train"]
+    assert cut.total_steps == len(trained) == min(limit, 24)
+    assert [(b[1], b[5]) for b in trained] == [(b[1], b[5]) for b in whole if b[0] == "train"][:limit]
+    last = [batch for batch in stream(cut) if batch.epoch == cut.epochs_begun - 1]
+    assert [b.is_last for b in last if b.kind == "train"] == [False] * (cut.steps_in(last[0].epoch) - 1) + [True]
+    assert found[-1][:2] == ("val", min(limit, 24))
+    assert last[-1].is_last
+    for start in range(cut.total_steps):
+        position = next(i for i, batch in enumerate(found) if batch[:2] == ("train", start))
+        assert everything(stream(cut, start)) == found[position:]
+    assert everything(stream(cut, cut.total_steps)) == []
+    assert everything(stream(cut, cut.total_steps, evaluated=False)) == found[-2:]
+
+
 def test_no_row_comes_twice_in_an_epoch_and_the_remainder_changes() -> None:
     left_out = []
     for epoch in range(4):
