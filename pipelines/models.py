@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +10,15 @@ import torch
 from qskd.cache_identity import teacher_preprocessing
 from qskd.classes import map_classes
 from qskd.config import Config
-from qskd.detectors import load_detector
+from qskd.detectors import Detector, build_student, inherit, load_detector
 from qskd.errors import QskdError
 from qskd.evaluation import GroundTruth
 from qskd.manifest import load_manifest
 from qskd.shards import read_annotations
 from qskd.teacher import CachedTeacher, OnlineTeacher, Teacher
 from qskd.teacher_cache import TeacherCacheReader
+
+log = logging.getLogger("qskd")
 
 
 def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | None:
@@ -37,6 +40,25 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     detector = load_detector(config.teacher.path)
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))
+
+
+def make_student(config: Config, labels: Sequence[str]) -> Detector:
+    """The student as it stands before the first step: built or loaded, and what it inherits from the teacher."""
+    student = build_student(config.student, labels, config.seed)
+    if config.student.inherit:
+        if not config.teacher.path:
+            raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
+        teacher = load_detector(config.teacher.path)
+        done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
+        log.info("student.inherit: %d parts of %s\n%s", len(done.copied), config.teacher.path, done.describe())
+        if not done.copied:
+            raise QskdError(
+                "student.inherit",
+                f"no part of {config.teacher.path} fits: {done.describe()}",
+                "at least one of the same shape",
+                "give the student the teacher's width, heads and ffn_width, or set student.inherit: false",
+            )
+    return student
 
 
 def device_here(config: Config) -> torch.device:

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.models import ground_truth, teacher_for_training
+from pipelines.models import ground_truth, make_student, teacher_for_training
 from pipelines.storage import FAILURE, Folder, record_failure
 from pipelines.streaming import Share, StreamConfig, open_stream
 from qskd.config import Config
-from qskd.detectors import Preprocessing, build_student, save_detector
+from qskd.detectors import Preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation import CocoResult, Detections, evaluate_coco
 from qskd.inference import predict_batch
@@ -142,7 +142,7 @@ class Worker:
         self.device = pick_device(config.compute.device)
         manifest = load_manifest(stream.train_uri)
         self.category_ids = tuple(category.id for category in manifest.categories)
-        student = build_student(config.student, manifest.labels, config.seed)
+        student = make_student(config, manifest.labels)
         teacher = teacher_for_training(config, manifest.labels)
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None

@@ -102,6 +102,7 @@ class StudentConfig(Section):
     backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
     train_backbone: bool = True
     resize: ResizeConfig = ResizeConfig()
+    inherit: bool = False  # start every part whose shapes fit from the teacher's weights: same family, same width
 
     @model_validator(mode="after")
     def _buildable(self) -> StudentConfig:
@@ -151,6 +152,7 @@ class QuerySelectionConfig(Section):
     band_weights: tuple[NonNegative, ...] = (0.0, 1.0)
     positive_weight: NonNegative = 1.0
     relative: bool = False  # boundaries are fractions of the best GIoU any query reaches with the object (Q-DETR)
+    shuffled: bool = False  # an ablation's control: as many queries of each object and weight, but chosen at random
     max_per_object: Annotated[int, Field(ge=0)] = 10  # hard negatives kept per object, largest GIoU first; 0 = no limit
 
     @model_validator(mode="after")
@@ -167,7 +169,7 @@ class QuerySelectionConfig(Section):
     @property
     def floor(self) -> float:
         """The lowest absolute GIoU at which a query can be kept; -1 when that can't be bounded."""
-        if self.relative or self.band_weights[0] > 0:
+        if self.relative or self.shuffled or self.band_weights[0] > 0:
             return -1.0
         kept = [low for low, weight in zip(self.boundaries, self.band_weights[1:], strict=True) if weight > 0]
         return min(kept, default=1.0)
@@ -190,7 +192,7 @@ class PredictionDistillationConfig(Section):
     class_weight: NonNegative = 1.0
     l1_weight: NonNegative = 5.0
     giou_weight: NonNegative = 2.0
-    pairing: Literal["rank", "hungarian"] = "rank"
+    pairing: Literal["rank", "hungarian", "global"] = "rank"  # global: no selection, all queries (DETRDistill)
     pair_weight: Literal["confidence", "uniform"] = "confidence"
     divide_by: Literal["pairs", "weights"] = (
         "pairs"  # weights: the pairs' weights; hard negatives then dilute positives less
@@ -226,6 +228,9 @@ class DetectionLossConfig(Section):
 
 class TrainingConfig(Section):
     epochs: Positive = 50
+    max_steps: Annotated[int, Field(ge=0)] = (
+        0  # end after so many steps, if that comes before the last epoch; 0 = no limit
+    )
     batch_size: Positive = 16  # over all workers
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     backbone_learning_rate_scale: NonNegative = 0.1

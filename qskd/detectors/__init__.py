@@ -3,6 +3,7 @@
 from qskd.detectors.checkpoint import checkpoint_digests, load_detector, save_detector
 from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import FAMILIES
+from qskd.detectors.inherit import Inheritance, inherit
 from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
 from qskd.detectors.student import build_student
 
@@ -11,9 +12,11 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Detector",
+    "Inheritance",
     "Preprocessing",
     "build_student",
     "checkpoint_digests",
+    "inherit",
     "labels_of",
     "load_detector",
     "read_preprocessing",

@@ -1,0 +1,126 @@
+"""Starting a student from its teacher: what fits is copied, layers are chosen evenly, and all of it is told."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qskd.detectors.detector import Detector
+from qskd.detectors.families import find_family
+from qskd.errors import QskdError
+
+# Per-layer parts, by where their number stands: encoder and decoder layers, and heads of which there is one a layer.
+_NUMBERED = re.compile(
+    r"^(?P<stem>(?:.*\.)?(?:encoder\.layers|decoder\.layers|(?:bbox|class)_embed))\.(?P<layer>\d+)\."
+)
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """What came of it. copied: student's part -> teacher's part; left: parts that start as they were, and why."""
+
+    copied: dict[str, str]
+    left: dict[str, str]
+
+    def describe(self) -> str:
+        """One line a part."""
+        lines = [f"  {name} <- {'the same' if source == name else source}" for name, source in self.copied.items()]
+        return "\n".join([*lines, *(f"  {name}: not inherited, {why}" for name, why in self.left.items())])
+
+
+def spread(count: int, available: int) -> list[int]:
+    """`count` of `available` numbered things: the first and the last among them, evenly; one alone is the last."""
+    if count == 1:
+        return [available - 1]
+    return [round(place * (available - 1) / (count - 1)) for place in range(count)]
+
+
+def _parts(state: dict[str, Tensor], backbone: str) -> dict[str, list[str]]:
+    """Parameter names by the part that is copied whole or not at all: the backbone, a layer, else the owning module."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name in state:
+        numbered = _NUMBERED.match(name)
+        if name.startswith(backbone):
+            parts[backbone.rstrip(".")].append(name)
+        elif numbered:
+            parts[f"{numbered['stem']}.{numbered['layer']}"].append(name)
+        else:
+            parts[name.rpartition(".")[0]].append(name)
+    return dict(parts)
+
+
+def _counts(state: dict[str, Tensor]) -> dict[str, int]:
+    """How many layers each numbered stem has."""
+    counts: dict[str, int] = {}
+    for name in state:
+        numbered = _NUMBERED.match(name)
+        if numbered:
+            counts[numbered["stem"]] = max(counts.get(numbered["stem"], 0), int(numbered["layer"]) + 1)
+    return counts
+
+
+def _named(model: nn.Module, modules: Sequence[nn.Module]) -> set[str]:
+    wanted = {id(module) for module in modules}
+    return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in wanted}
+
+
+@torch.no_grad()
+def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) -> Inheritance:
+    """Copy into the student (in place) every part of the teacher whose shapes fit.
+
+    class_slots: the teacher's logit slot of each of the student's classes. A student with fewer layers takes the first,
+    the last and evenly spaced ones between; a layer is copied whole or not at all, and so is the backbone. Class heads
+    are copied row by row; of more queries than the student has, evenly spaced ones are taken, and of fewer, as many as
+    there are, the others starting as they were. Raises QskdError for another family: its parts mean other things.
+    """
+    if student.family != teacher.family:
+        raise QskdError(
+            "student.inherit",
+            f"a student of family {student.family} and a teacher of family {teacher.family}",
+            "one family for both",
+            f"set student.family: {teacher.family}, or student.inherit: false",
+        )
+    mine, theirs = student.model.state_dict(), teacher.model.state_dict()
+    own, family = student.model, find_family(student.family, "student.inherit")
+    prefix = next(iter(_named(own, [student.backbone]))) + "."
+    heads = _named(own, family.class_heads(own))
+    queries = {
+        name for name, module in own.named_modules() if isinstance(module, nn.Embedding) and "query" in name.lower()
+    }
+    layers = {stem: spread(count, _counts(theirs)[stem]) for stem, count in _counts(mine).items()}
+    slots = torch.tensor(class_slots, dtype=torch.int64)
+    copied, left = {}, {}
+    for part, names in _parts(mine, prefix).items():
+        numbered = _NUMBERED.match(part + ".")
+        source = part
+        if numbered and not part.startswith(prefix):
+            source = f"{numbered['stem']}.{layers[numbered['stem']][int(numbered['layer'])]}"
+        values: dict[str, Tensor] = {}
+        for name in names:
+            value = theirs.get(source + name[len(part) :])
+            if value is not None and part in heads:
+                value = value[slots]
+            elif value is not None and part in queries and value.shape[1:] == mine[name].shape[1:]:
+                value = _rows(value, mine[name])
+            if value is None or value.shape != mine[name].shape:
+                found = "nothing" if value is None else list(value.shape)
+                left[part] = f"{name[len(part) + 1 :]} is {list(mine[name].shape)}, the teacher's {found}"
+                break
+            values[name] = value
+        else:
+            copied[part] = source
+            for name, value in values.items():
+                mine[name].copy_(value)
+    return Inheritance(copied, left)
+
+
+def _rows(theirs: Tensor, mine: Tensor) -> Tensor:
+    """Query embeddings for as many queries as `mine` has."""
+    if len(mine) <= len(theirs):
+        return theirs[spread(len(mine), len(theirs))]
+    return torch.cat([theirs, mine[len(theirs) :].to(theirs.dtype)])

@@ -1,0 +1,110 @@
+"""A student that starts from its teacher has the teacher's very weights where shapes fit, and says where they don't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qskd.config import BackboneConfig, StudentConfig
+from qskd.detectors import Detector, build_student, inherit
+from qskd.detectors.inherit import spread
+from qskd.errors import QskdError
+
+TINY = {"width": 32, "heads": 4, "ffn_width": 48, "queries": 9}
+BACKBONE = BackboneConfig(embedding_size=8, hidden_sizes=(8, 8), depths=(1, 1))
+LABELS = ("ant", "bee", "cat")
+
+
+def detector(family: str, seed: int, labels: tuple[str, ...] = LABELS, **sizes: object) -> Detector:
+    tree = {"family": family, "backbone": BACKBONE, "encoder_layers": 2, "decoder_layers": 3, **TINY, **sizes}
+    made = build_student(StudentConfig.model_validate(tree), labels, seed)
+    with torch.no_grad():  # what starts the same everywhere (a zeroed box head, norms) must differ to be told apart
+        torch.manual_seed(seed)
+        for parameter in made.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return made.eval()
+
+
+def outputs(one: Detector) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    pixels, mask = torch.randn(2, 3, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
+    with torch.no_grad():
+        said = one(pixels, mask, with_attention=False)
+    return said.logits, said.boxes_cxcywh
+
+
+@pytest.mark.parametrize("family", ["conditional_detr", "deformable_detr"])
+def test_a_student_of_the_teachers_sizes_becomes_the_teacher(family: str) -> None:
+    teacher, student = detector(family, 1), detector(family, 2)
+    done = inherit(student, teacher, (0, 1, 2))
+    assert not done.left
+    for mine, theirs in zip(outputs(student), outputs(teacher), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("family", ["conditional_detr", "deformable_detr"])
+def test_a_student_with_fewer_layers_takes_the_first_and_the_last(family: str) -> None:
+    teacher, student = detector(family, 1), detector(family, 2, decoder_layers=2, encoder_layers=1)
+    done = inherit(student, teacher, (0, 1, 2))
+    assert done.copied["model.decoder.layers.0"] == "model.decoder.layers.0"
+    assert done.copied["model.decoder.layers.1"] == "model.decoder.layers.2"
+    assert done.copied["model.encoder.layers.0"] == "model.encoder.layers.1"
+    mine, theirs = student.model.state_dict(), teacher.model.state_dict()
+    for name in mine:
+        if name.startswith("model.decoder.layers.1."):
+            assert torch.equal(mine[name], theirs[name.replace("layers.1.", "layers.2.")]), name
+    assert done.describe().count("\n") + 1 == len(done.copied) + len(done.left)
+
+
+def test_another_backbone_is_left_as_it_was_and_everything_else_is_copied() -> None:
+    teacher = detector("deformable_detr", 1)
+    other = BackboneConfig(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1))
+    student = detector("deformable_detr", 2, backbone=other)
+    before = {name: value.clone() for name, value in student.backbone.state_dict().items()}
+    done = inherit(student, teacher, (0, 1, 2))
+    assert set(done.left) == {"model.backbone", "model.input_proj.0.0"}
+    assert all(torch.equal(value, before[name]) for name, value in student.backbone.state_dict().items())
+
+
+def test_class_rows_follow_their_names_whatever_their_order() -> None:
+    teacher = detector("conditional_detr", 1, labels=("cat", "dog", "ant", "bee"))
+    student = detector("conditional_detr", 2)
+    inherit(student, teacher, (2, 3, 0))
+    mine, theirs = (one.model.class_labels_classifier for one in (student, teacher))
+    for slot, source in enumerate((2, 3, 0)):
+        assert torch.equal(mine.weight[slot], theirs.weight[source])
+        assert mine.bias[slot] == theirs.bias[source]
+
+
+def test_fewer_queries_are_spread_over_the_teachers_and_more_keep_their_own() -> None:
+    teacher = detector("conditional_detr", 1)
+    rows = teacher.model.model.query_position_embeddings.weight
+    few, many = detector("conditional_detr", 2, queries=5), detector("conditional_detr", 2, queries=12)
+    own = many.model.model.query_position_embeddings.weight.detach().clone()
+    inherit(few, teacher, (0, 1, 2))
+    inherit(many, teacher, (0, 1, 2))
+    assert torch.equal(few.model.model.query_position_embeddings.weight, rows[[0, 2, 4, 6, 8]])
+    assert torch.equal(many.model.model.query_position_embeddings.weight[:9], rows)
+    assert torch.equal(many.model.model.query_position_embeddings.weight[9:], own[9:])
+
+
+def test_layers_of_another_width_are_left_whole() -> None:
+    teacher, student = detector("conditional_detr", 1), detector("conditional_detr", 2, ffn_width=64)
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+    done = inherit(student, teacher, (0, 1, 2))
+    assert "model.decoder.layers.0" in done.left
+    assert "[64, 32]" in done.left["model.decoder.layers.0"]
+    after = student.model.state_dict()
+    assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("model.decoder.layers."))
+
+
+def test_another_family_is_refused() -> None:
+    with pytest.raises(QskdError, match="one family for both"):
+        inherit(detector("conditional_detr", 1), detector("deformable_detr", 2), (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("count", "available", "chosen"), [(1, 6, [5]), (2, 6, [0, 5]), (3, 6, [0, 2, 5]), (6, 6, list(range(6)))]
+)
+def test_spread_keeps_the_ends(count: int, available: int, chosen: list[int]) -> None:
+    assert spread(count, available) == chosen
