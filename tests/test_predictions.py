@@ -29,7 +29,8 @@ from qskd.config import (
 )
 from qskd.detection_loss import combine
 from qskd.distillation import QSKD, build_method
-from qskd.distillation.predictions import Side, pair_by_assignment, teacher_layer_of_student
+from qskd.distillation.pairing import Side, pair_by_assignment, pair_globally
+from qskd.distillation.predictions import teacher_layer_of_student
 from qskd.distillation.query_selection import select_queries
 from qskd.errors import QskdError
 from qskd.matching import assign
@@ -221,6 +222,35 @@ def test_hungarian_pairs_each_groups_hard_negatives_at_the_least_cost() -> None:
                 assert paid == pytest.approx(cheapest(cost), rel=1e-4)
                 solved += len(pairs) > 1
     assert solved > 3
+
+
+@pytest.mark.parametrize(("student_queries", "teacher_queries"), [(5, 7), (7, 5), (6, 6)])
+def test_the_global_pairing_is_the_cheapest_of_the_whole_image(student_queries: int, teacher_queries: int) -> None:
+    targets = make_targets([3, 0], classes=CLASSES, slots=3)
+    networks = [network(targets, 2, student_queries, 1), network(targets, 2, teacher_queries, 50)]
+    nothing = [select_queries(n[1], targets, torch.full((2, 2, 3), -1), QuerySelectionConfig()) for n in networks]
+    sides = [Side(*n, s) for n, s in zip(networks, nothing, strict=True)]
+    partner = pair_globally(*sides)
+    for layer in range(2):
+        for image in range(2):
+            pairs = {q: t for q, t in enumerate(partner[layer, image].tolist()) if t >= 0}
+            assert len(pairs) == len(set(pairs.values())) == min(student_queries, teacher_queries)
+            cost = [
+                [pair_cost(sides, layer, image, q, t) for t in range(teacher_queries)] for q in range(student_queries)
+            ]
+            paid = sum(pair_cost(sides, layer, image, q, t) for q, t in pairs.items())
+            assert paid == pytest.approx(cheapest(cost), rel=1e-4)
+
+
+def test_the_global_pairing_teaches_through_every_query_whatever_the_selection() -> None:
+    targets = make_targets([2], classes=CLASSES)
+    student, teacher = network(targets, 1, 6, 1), network(targets, 1, 6, 20)
+    none = QuerySelectionConfig(band_weights=(0, 0), positive_weight=0)
+    config = only_predictions(none, pairing="global", pair_weight="uniform")
+    terms = run(config, targets, student, teacher)
+    assert terms["lapd_l1"].count == 6
+    assert terms["lapd_l1"].total > 0
+    assert run(only_predictions(none, pair_weight="uniform"), targets, student, teacher)["lapd_l1"].total == 0
 
 
 def pair_cost(sides: list[Side], layer: int, image: int, q: int, t: int) -> float:

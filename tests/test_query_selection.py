@@ -45,6 +45,23 @@ def test_equals_the_loops(counts: list[int], queries: int, name: str) -> None:
         check(select_queries(boxes, targets, match(boxes, targets), CONFIGS[name]), boxes, targets, CONFIGS[name])
 
 
+def test_a_shuffled_selection_says_the_same_of_other_queries_of_the_image() -> None:
+    targets = make_targets([3, 0, 6, 1])
+    boxes = near(targets, 24, seed=1)
+    usual, shuffled = QuerySelectionConfig(boundaries=(0.1,)), QuerySelectionConfig(boundaries=(0.1,), shuffled=True)
+    plain, mixed = (select_queries(boxes, targets, match(boxes, targets), config) for config in (usual, shuffled))
+    again = select_queries(boxes, targets, match(boxes, targets), shuffled)
+    assert shuffled.floor == -1
+    for name, values in vars(plain).items():
+        assert torch.equal(getattr(mixed, name).sort(-1).values, values.sort(-1).values), name
+        assert torch.equal(getattr(mixed, name), getattr(again, name))
+    moved = (mixed.weight > 0) & (plain.weight == 0)
+    assert moved.any(-1)[[0, 2, 3]].all()
+    assert not torch.equal(mixed.slot, plain.slot)
+    other = select_queries(boxes + 1e-3, targets, match(boxes, targets), shuffled)
+    assert not torch.equal(other.slot, mixed.slot)
+
+
 def test_identical_boxes_go_to_the_first_object_and_the_lowest_queries_are_kept() -> None:
     targets = make_targets([2])
     targets.boxes_cxcywh[:] = torch.tensor([0.5, 0.5, 0.4, 0.4])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qskd.config import DistillationConfig
 from qskd.distillation.features import AttentionGuidedFeatureDistillation, foreground_mask
-from qskd.distillation.predictions import Side, alignment_terms, teacher_layer_of_student
+from qskd.distillation.pairing import Side
+from qskd.distillation.predictions import alignment_terms, teacher_layer_of_student
 from qskd.distillation.query_selection import select_both, select_queries
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherNeeds, TeacherRecord
 

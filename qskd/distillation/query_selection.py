@@ -118,7 +118,7 @@ def select_queries(
     place = torch.where(kept, rank + 1, -1)
     if config.positive_weight:
         place = torch.where(is_positive, 0, place)
-    return QuerySelection(
+    selection = QuerySelection(
         object_of_query=torch.where(has_object, group, -1),
         giou=overlap,
         is_positive=is_positive,
@@ -126,6 +126,17 @@ def select_queries(
         weight=torch.where(is_positive, config.positive_weight, weight),
         slot=place,
     )
+    return shuffle(selection, boxes_cxcywh) if config.shuffled else selection
+
+
+def shuffle(selection: QuerySelection, boxes_cxcywh: Tensor) -> QuerySelection:
+    """The same selection, said of other queries of the same image and layer: the control of an ablation.
+
+    The order is drawn by a hash of the boxes, so that it depends on nothing else and is drawn anew as they move.
+    """
+    mixed = (boxes_cxcywh.float() * boxes_cxcywh.new_tensor([12.9898, 78.233, 37.719, 93.989]).float()).sum(-1)
+    order = ((mixed.sin() * 43758.5453) % 1.0).argsort(-1)
+    return QuerySelection(**{name: value.gather(-1, order) for name, value in vars(selection).items()})
 
 
 def select_both(
