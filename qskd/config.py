@@ -192,7 +192,8 @@ class PredictionDistillationConfig(Section):
     class_weight: NonNegative = 1.0
     l1_weight: NonNegative = 5.0
     giou_weight: NonNegative = 2.0
-    pairing: Literal["rank", "hungarian", "global"] = "rank"  # global: no selection, all queries (DETRDistill)
+    # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
+    pairing: Literal["rank", "hungarian", "index", "global"] = "rank"
     pair_weight: Literal["confidence", "uniform"] = "confidence"
     divide_by: Literal["pairs", "weights"] = (
         "pairs"  # weights: the pairs' weights; hard negatives then dilute positives less
