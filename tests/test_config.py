@@ -61,7 +61,7 @@ def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
     text = problem({"training": {"zzz": 3}})
     assert "unknown field training.zzz\n" in text
     assert "did you mean" not in text
-    assert "fields there are: epochs, batch_size" in text
+    assert "fields there are: epochs, max_steps, batch_size" in text
 
 
 @pytest.mark.parametrize(
