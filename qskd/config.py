@@ -204,10 +204,21 @@ class PredictionDistillationConfig(Section):
 
 
 class DistillationConfig(Section):
+    """What is learned from the teacher. The weights of its terms may rise at the start and fall at the end; the detection
+    loss keeps its own throughout."""
+
     method: Literal["none", "qskd"] = "qskd"
+    warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
+    decay: Fraction = 0.0  # part of all steps, at the end, in which they fall linearly to 0; 0 = they stay
     selection: QuerySelectionConfig = QuerySelectionConfig()
     features: FeatureDistillationConfig = FeatureDistillationConfig()
     predictions: PredictionDistillationConfig = PredictionDistillationConfig()
+
+    @model_validator(mode="after")
+    def _room_for_both(self) -> DistillationConfig:
+        if self.warmup + self.decay > 1 + 1e-9:
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole training")
+        return self
 
 
 class DetectionLossConfig(Section):
