@@ -112,6 +112,8 @@ class StudentConfig(Section):
             raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
         if self.family == "deformable_detr" and self.width % 32:
             raise ValueError(f"deformable_detr normalises in 32 groups: width {self.width} is not a multiple of 32")
+        if self.family == "deformable_detr" and self.decoder_layers < 2 and not self.init:
+            raise ValueError("deformable_detr needs 2 decoder_layers or more: transformers cannot build it with one")
         return self
 
 
