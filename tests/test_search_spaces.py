@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from tiny import LABELS, silent_student
+from tiny import LABELS, batch_of, make_training, random_teacher, recipe, silent_student
 
 from qskd.cache_identity import check_enough
 from qskd.config import Config
@@ -68,10 +68,10 @@ def study(names: Sequence[str], config: Config) -> tuple[SearchSpace, list[optun
     return space, trials, [space(trial)[OVERRIDES] for trial in trials]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("names", COMPOSITIONS, ids="+".join)
-def test_every_trial_is_a_valid_configuration_and_the_first_is_the_recipe(names: tuple[str, ...], recipe: str) -> None:
-    config = RECIPES[recipe]
+def test_every_trial_is_a_valid_configuration_and_the_first_is_the_recipe(names: tuple[str, ...], name: str) -> None:
+    config = RECIPES[name]
     space, trials, proposed = study(names, config)
     assert proposed[0] == {}
     assert space.config(proposed[0]) == config
@@ -90,10 +90,10 @@ def test_every_trial_is_a_valid_configuration_and_the_first_is_the_recipe(names:
     assert len(different) > 200
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("whose", RECIPES)
 @pytest.mark.parametrize("name", THREE)
-def test_the_parameters_that_stand_for_the_recipe_really_mean_it(name: str, recipe: str) -> None:
-    space, config = load_space(name), RECIPES[recipe]
+def test_the_parameters_that_stand_for_the_recipe_really_mean_it(name: str, whose: str) -> None:
+    space, config = load_space(name), RECIPES[whose]
     overrides = space.suggest(PointTrial(space.recipe_point(config)), config)
     # Taken at their word, without the composition's promise that this point is the recipe.
     assert replace_fields(config, overrides, name) == config
@@ -127,9 +127,9 @@ def test_random_boundaries_are_spread_over_the_room_there_is() -> None:
         assert sum(drawn) / len(drawn) == pytest.approx(expected, abs=0.05)
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "odd", "inherits"])
-def test_sampled_architectures_are_built_and_run(recipe: str) -> None:
-    space = SearchSpace(["student_architecture"], RECIPES[recipe])
+@pytest.mark.parametrize("name", ["quickstart", "odd", "inherits"])
+def test_sampled_architectures_are_built_and_run(name: str) -> None:
+    space = SearchSpace(["student_architecture"], RECIPES[name])
     sizes = set()
     for overrides in space.samples(5, seed=1):
         student = space.config(overrides).student
@@ -232,9 +232,9 @@ def test_a_file_is_a_space_and_joins_the_others(tmp_path: Path) -> None:
 def test_the_example_in_the_documentation_works(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "search_spaces.md").read_text()
     (tmp_path / "learning.py").write_text(text.split("```python\n")[1].split("```")[0])
-    for recipe in RECIPES.values():
-        space, _, proposed = study([str(tmp_path / "learning.py"), "query_groups"], recipe)
-        assert space.config(proposed[0]) == recipe
+    for config in RECIPES.values():
+        space, _, proposed = study([str(tmp_path / "learning.py"), "query_groups"], config)
+        assert space.config(proposed[0]) == config
         assert {space.config(overrides).training.ema_decay > 0 for overrides in proposed} == {False, True}
 
 
@@ -316,6 +316,45 @@ def test_a_space_survives_pickling_as_a_saved_sweep_needs(tmp_path: Path) -> Non
     again = pickle.loads(pickle.dumps(space))
     assert again.samples(20) == space.samples(20)
     assert again.recipe_point == space.recipe_point
+
+
+def test_rays_searcher_takes_it_as_it_is_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+    from ray.tune.search.optuna import OptunaSearch  # without a cluster: the searcher lives in the driver
+
+    space = SearchSpace(THREE, RECIPES["quickstart"])
+
+    def make() -> OptunaSearch:
+        sampler = optuna.samplers.TPESampler(seed=1, n_startup_trials=3)
+        return OptunaSearch(space, metric="AP", mode="max", points_to_evaluate=[space.recipe_point], sampler=sampler)
+
+    def tell(searcher: OptunaSearch, number: int) -> dict[str, Any]:
+        found = searcher.suggest(f"trial-{number}")
+        assert found is not None
+        assert space.overrides(found) == found[OVERRIDES]  # a trial's parameters are all it takes to know it again
+        searcher.on_trial_complete(f"trial-{number}", {"AP": number / 10, "training_iteration": 1})
+        return found
+
+    searcher = make()
+    first = [tell(searcher, number) for number in range(6)]
+    assert first[0][OVERRIDES] == {}
+    assert {name: value for name, value in first[0].items() if name != OVERRIDES} == space.recipe_point
+    searcher.save(str(tmp_path / "searcher.pkl"))
+    on = [tell(searcher, number) for number in range(6, 9)]
+    restored = make()
+    restored.restore(str(tmp_path / "searcher.pkl"))
+    assert [tell(restored, number) for number in range(6, 9)] == on
+
+
+def test_a_trial_goes_on_with_the_weights_of_another_where_a_space_says_it_can() -> None:
+    config = recipe()
+    space = SearchSpace(["loss_weights"], config)
+    one, other = (
+        make_training(space.config(overrides), random_teacher(), total_steps=4) for overrides in space.samples(2)
+    )
+    one.train_step(batch_of(2, 1))
+    other.load_state(one.state(), 1)
+    other.train_step(batch_of(1, 2))
+    other.check_finite()
 
 
 def test_numbers_out_of_range_are_clipped_when_asked() -> None:
