@@ -57,6 +57,15 @@ def test_without_a_ramp_the_total_is_what_it_was() -> None:
     assert all(module.weights_at(step, 8) == module.weights for step in range(8))
 
 
+def test_each_step_minimises_the_terms_at_that_steps_weights() -> None:
+    taught = training(warmup=0.5, decay=0.25)
+    for step in range(8):
+        values = taught.train_step(batch_of(2, 1, seed=step))
+        weights = taught.module.weights_at(step, 8)
+        expected = sum(weights[name] * float(value) for name, value in values.items() if name != "total")
+        assert float(values["total"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_resumed_run_weighs_as_the_first_would_have() -> None:
     batches = [batch_of(2, 1, seed=number) for number in range(4)]
     whole, first = training(warmup=0.5, decay=0.25), training(warmup=0.5, decay=0.25)
