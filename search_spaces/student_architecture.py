@@ -1,7 +1,8 @@
 """The student's sizes, each relative to the recipe's: half to one and a half times, on a grid where all combinations build.
 
 A recipe for a 64-pixel student and one for ResNet-18 on COCO are searched by the same rules. What a checkpoint fixes stays:
-the backbone's sizes with `student.backbone.init`; width, heads and ffn_width with `student.inherit`.
+the backbone's sizes with `student.backbone.init`; width, heads and ffn_width with `student.inherit`; the number
+of queries where query i learns from query i (`distillation.predictions.pairing: index`).
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
         # transformers can't build a Deformable DETR with a single decoder layer.
         least = 2 if name == "decoder_layers" and student.family == "deformable_detr" else 1
         found[f"student.{name}"] = trial.suggest_int(name, max(least, layers - more), layers + more)
-    low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)
-    found["student.queries"] = trial.suggest_int("queries", low, high, step=step)
+    if config.distillation.predictions.pairing != "index":
+        low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)
+        found["student.queries"] = trial.suggest_int("queries", low, high, step=step)
     return found | _input_size(trial, student)
 
 

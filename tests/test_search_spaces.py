@@ -149,6 +149,8 @@ def test_an_heir_keeps_the_sizes_that_its_inheritance_needs() -> None:
     space = SearchSpace(["student_architecture"], RECIPES["inherits"])
     for overrides in space.samples(50):
         assert not {"student.width", "student.heads", "student.ffn_width"} & set(overrides)
+    twins = SearchSpace(["student_architecture"], load(None, ["distillation.predictions.pairing=index"]))
+    assert not any("student.queries" in overrides for overrides in twins.samples(50))
     pretrained = SearchSpace(["student_architecture"], RECIPES["coco"])
     assert not any(field.startswith("student.backbone") for o in pretrained.samples(50) for field in o)
 
