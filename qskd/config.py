@@ -112,6 +112,8 @@ class StudentConfig(Section):
             raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
         if self.family == "deformable_detr" and self.width % 32:
             raise ValueError(f"deformable_detr normalises in 32 groups: width {self.width} is not a multiple of 32")
+        if self.family == "deformable_detr" and self.decoder_layers < 2 and not self.init:
+            raise ValueError("deformable_detr needs 2 decoder_layers or more: transformers cannot build it with one")
         return self
 
 
@@ -204,10 +206,21 @@ class PredictionDistillationConfig(Section):
 
 
 class DistillationConfig(Section):
+    """What is learned from the teacher. The weights of its terms may rise at the start and fall at the end; the detection
+    loss keeps its own throughout."""
+
     method: Literal["none", "qskd"] = "qskd"
+    warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
+    decay: Fraction = 0.0  # part of all steps, at the end, in which they fall linearly to 0; 0 = they stay
     selection: QuerySelectionConfig = QuerySelectionConfig()
     features: FeatureDistillationConfig = FeatureDistillationConfig()
     predictions: PredictionDistillationConfig = PredictionDistillationConfig()
+
+    @model_validator(mode="after")
+    def _room_for_both(self) -> DistillationConfig:
+        if self.warmup + self.decay > 1 + 1e-9:
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole training")
+        return self
 
 
 class DetectionLossConfig(Section):
