@@ -164,6 +164,13 @@ def test_a_backbone_starts_from_a_resnet_s_weights(tmp_path: Path, kind: Any) ->
     torch.testing.assert_close(detector.backbone(*images())[-1][0], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_backbone_stored_as_float16_becomes_a_float32_student_s(tmp_path: Path) -> None:
+    ResNetBackbone(resnet()).half().save_pretrained(tmp_path)
+    detector = student("refined", backbone=BACKBONE.model_copy(update={"init": str(tmp_path)})).eval()
+    assert {parameter.dtype for parameter in detector.parameters()} == {torch.float32}
+    assert detector(*images()).logits.isfinite().all()
+
+
 def test_a_backbone_of_other_sizes_is_refused(tmp_path: Path) -> None:
     ResNetBackbone(resnet(hidden_sizes=[8, 16, 32])).save_pretrained(tmp_path)
     with pytest.raises(QskdError, match=r"hidden_sizes \[8, 16, 32\]\n.*student.backbone.hidden_sizes \[8, 16, 24\]"):

@@ -31,6 +31,7 @@ def backbone_config(config: BackboneConfig, levels: int) -> ResNetConfig:
         path = check_path(config.init)
         with reading(path):
             resnet = AutoConfig.from_pretrained(path)
+        resnet.dtype = torch.float32  # a checkpoint stored as float16 would make the student's backbone float16
         if resnet.model_type != "resnet":
             raise QskdError(config.init, f"a model of type {resnet.model_type!r}", "a ResNet (model type 'resnet')")
         found = {name: getattr(resnet, name) for name in sizes}
