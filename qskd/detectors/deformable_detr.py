@@ -26,6 +26,21 @@ def splat(locations: Tensor, weights: Tensor, height: int, width: int) -> Tensor
     return torch.einsum("...p,...ph,...pw->...hw", weights, rows, columns)
 
 
+def splat_levels(samples: Sequence[tuple[Tensor, Tensor]], shapes: Sequence[tuple[int, int]], valid: Tensor) -> Tensor:
+    """Samples of each level -> attention [B, S, N], mean over heads, summing to 1 over the valid positions.
+
+    samples: locations [B, S, heads, P, 2], x, y in 0..1 over the padded map, and weights [B, S, heads, P], a level each.
+    shapes: (H, W) of each level, N = sum of H * W. valid: [B, N] bool. What falls on padding, or outside, is left out; a
+    query that sees nothing at all gets zeros.
+    """
+    maps = [
+        splat(locations.flatten(2, 3), weights.flatten(2), height, width).flatten(2)
+        for (locations, weights), (height, width) in zip(samples, shapes, strict=True)
+    ]
+    seen = torch.cat(maps, dim=-1) * valid[:, None]
+    return seen / seen.sum(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)
+
+
 def sampling(module: Any, given: dict[str, Any], queries: Tensor) -> tuple[Tensor, Tensor]:
     """Where and how strongly a deformable attention samples for `queries` [B, S].
 
@@ -51,6 +66,7 @@ class DeformableDetr(Family):
     model_class = DeformableDetrForObjectDetection
     processor_class = DeformableDetrImageProcessorPil
     many_maps = True
+    refinement_optional = True
 
     def projections(self, model: Any) -> list[nn.Module]:
         return list(model.model.input_proj)
@@ -74,13 +90,7 @@ class DeformableDetr(Family):
         self, module: Any, given: dict[str, Any], queries: Tensor, shapes: Sequence[tuple[int, int]], valid: Tensor
     ) -> Tensor:
         locations, weights = sampling(module, given, queries)
-        maps = [
-            splat(locations[:, :, :, level].flatten(2, 3), weights[:, :, :, level].flatten(2), height, width).flatten(2)
-            for level, (height, width) in enumerate(shapes)
-        ]
-        # What falls on padding reads zeros. A query that sees nothing at all keeps its zeros.
-        seen = torch.cat(maps, dim=-1) * valid[:, None]
-        return seen / seen.sum(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)
+        return splat_levels(list(zip(locations.unbind(3), weights.unbind(3), strict=True)), shapes, valid)
 
     def reference_points(self, model: Any) -> Tensor:
         embedding = model.model.query_position_embeddings.weight[:, : model.config.d_model]
