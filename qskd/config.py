@@ -152,6 +152,8 @@ class StudentConfig(Section):
                 f"{self.family} needs images whose sides are multiples of the backbone's stride {stride}: "
                 f"set resize: {{mode: square, size: {max(round(size / stride), 1) * stride}}}"
             )
+        if self.family == "d_fine" and self.decoder_layers < 2:
+            raise ValueError("d_fine needs decoder_layers of 2 or more: transformers can't build it with one")
         cells = sum((size * 2**level // stride) ** 2 for level in range(self.feature_levels))
         if cells < self.queries:
             raise ValueError(

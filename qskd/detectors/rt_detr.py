@@ -117,6 +117,7 @@ class RTDetr(Family):
         for head in decoder.bbox_embed:
             zero_box_head(head.layers[-1], 0.0)
         for head in self.class_heads(model):
+            nn.init.normal_(head.weight, std=0.02)  # so small that the bias, which is the prior, decides
             set_class_prior(head)
 
     def prepare_student(self, model: Any) -> None:
