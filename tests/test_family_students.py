@@ -268,9 +268,8 @@ def test_any_family_learns_from_any(taught: str, teacher: str) -> None:
     assert set(said[0]) >= {"agfd", "lapd_class", "lapd_l1", "lapd_giou", "class", "l1", "giou"}
     assert all(torch.isfinite(torch.tensor(list(values.values()))).all() for values in said)
 
-    def weighed(part: list[dict[str, float]], prefix: str) -> float:
-        weights = training.module.weights
-        return sum(values[name] * weights[name] for values in part for name in weights if name.startswith(prefix))
-
+    weights = training.module.weights
     for prefix in ("agfd", "lapd", ""):
-        assert weighed(said[-3:], prefix) < weighed(said[:3], prefix), prefix
+        curve = [sum(values[name] * weights[name] for name in weights if name.startswith(prefix)) for values in said]
+        # Not the very last step: a term jumps when objects get other queries, or other cells are chosen as queries.
+        assert min(curve[-4:]) < 0.97 * curve[0], (prefix, curve)
