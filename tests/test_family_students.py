@@ -15,6 +15,7 @@ import tiny
 import torch
 import transformers as hf
 from pydantic import ValidationError
+from test_detectors import tiny_model as two_stage_model
 from test_detectors_checkpoint import PLAIN, SQUARE, batch, train_a_little
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from qskd.classes import map_classes
 from qskd.config import StudentConfig
 from qskd.detectors import FAMILIES, Detector, Preprocessing, build_student, inherit, load_detector, save_detector
 from qskd.detectors.initialisation import grid_points
+from qskd.errors import QskdError
 from qskd.teacher import OnlineTeacher
 
 torch.set_num_threads(1)
@@ -173,6 +175,18 @@ def test_a_student_that_starts_from_a_checkpoint_with_denoising_trains_without(t
     assert not any("denoising" in name for name in made.state_dict())
     save_detector(made, tmp_path / "made", SQUARE)
     assert load_detector(tmp_path / "made").model.config.num_denoising == 0
+
+
+def test_proposals_of_a_two_stage_deformable_detr_stay_as_they_are(tmp_path: Path) -> None:
+    source = two_stage_model("two_stage")
+    source.config.id2label = {slot: f"class {slot}" for slot in range(5)}
+    save_detector(Detector(source), tmp_path, SQUARE)
+    with pytest.raises(QskdError, match="chooses its queries by a class head"):
+        build_student(StudentConfig(init=str(tmp_path)), LABELS, 0)
+    made = build_student(StudentConfig(init=str(tmp_path)), [f"class {slot}" for slot in range(5)], 0)
+    output = made(*images(), with_attention=False)
+    (output.logits.square().sum() + output.boxes_cxcywh.square().sum()).backward()
+    assert [name for name, value in made.named_parameters() if value.requires_grad and value.grad is None] == []
 
 
 @pytest.mark.parametrize("name", STUDENTS)

@@ -114,6 +114,16 @@ class DeformableDetr(Family):
         embedding = model.model.query_position_embeddings.weight.detach()[:, : model.config.d_model]
         solve_points(embedding, model.model.reference_points, grid_points(embedding.shape[0]))
 
+    def classes_replaceable(self, config: Any) -> bool:
+        return not config.two_stage  # its proposals are scored by the first class's row, whatever that class is
+
+    def prepare_student(self, model: Any) -> None:
+        if model.config.two_stage:  # the loss here has no term for proposals: they stay as the checkpoint has them
+            decoder = model.model.decoder
+            for part in (decoder.bbox_embed[-1], decoder.class_embed[-1], model.model.enc_output):
+                part.requires_grad_(False)
+            model.model.enc_output_norm.requires_grad_(False)
+
     def sizes(self, config: Any) -> dict[str, Any]:
         return {
             **super().sizes(config),

@@ -50,6 +50,10 @@ class Family(ABC):
     def check_size(self, config: Any, height: int, width: int) -> None:  # noqa: B027
         """Raise QskdError for a batch of images, padding included, of a size that the model can't take."""
 
+    def classes_replaceable(self, config: Any) -> bool:
+        """Whether a student may start from this model with other classes than it has."""
+        return True
+
     # --- where things are -------------------------------------------------------------------------------------------
     @abstractmethod
     def projections(self, model: Any) -> list[nn.Module]:

@@ -64,6 +64,13 @@ def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
             _warn(f"student.{field} = {wanted} has no effect: student.init ({config.init}) has {found}")
     if config.backbone != default.backbone:
         _warn(f"student.backbone has no effect: the backbone is that of student.init ({config.init})")
+    if detector.labels != tuple(labels) and not family.classes_replaceable(detector.model.config):
+        raise QskdError(
+            "student.init",
+            f"{config.init}, which chooses its queries by a class head, with classes {list(detector.labels)}",
+            f"the classes to train: {list(labels)}",
+            "start from a checkpoint without two_stage, or with these very classes",
+        )
     if detector.labels != tuple(labels):
         _remake_class_heads(detector.model, family.class_heads(detector.model), labels, family.no_object_rows)
     return detector.model
