@@ -29,7 +29,7 @@ from benchmarks.timing import Ratio, Report, load_note, machine, print_table
 from pipelines import distill
 from pipelines.models import make_teacher
 from pipelines.prepare import prepare
-from pipelines.quickstart import RECIPE, TEACHER
+from pipelines.quickstart import RECIPE, TEACHER, TRAIN
 from pipelines.streaming import local_stream
 from qskd.cache_identity import cache_identity, teacher_preprocessing
 from qskd.cache_making import CacheMaker
@@ -39,7 +39,7 @@ from qskd.detectors import build_student
 from qskd.loader import BatchLoader
 from qskd.manifest import load_manifest
 from qskd.recipe import load
-from qskd.shapes import ShapesConfig, make_shapes
+from qskd.shapes import make_shapes
 from qskd.structures import TeacherRecord
 from qskd.teacher import CachedTeacher, OnlineTeacher
 from qskd.teacher_cache import ARRAYS, TeacherCacheReader, collate, write_rows
@@ -141,7 +141,11 @@ def measure(images: int, epochs: int) -> Report:
     report.facts += [machine(), load_note(), f"{images} images, {epochs} epochs"]
     with tempfile.TemporaryDirectory(prefix="qskd-codec-") as scratch:
         folder = Path(scratch)
-        prepare(*make_shapes(ShapesConfig(images=images), folder / "shapes"), str(folder / "train"), quiet=True)
+        prepare(
+            *make_shapes(TRAIN.model_copy(update={"images": images}), folder / "shapes"),
+            str(folder / "train"),
+            quiet=True,
+        )
         bytes_small, bytes_coco, errors, curves = {}, {}, {}, {}
         for precision in PRECISIONS:
             config = recipe(folder, precision, epochs)

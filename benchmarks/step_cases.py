@@ -19,12 +19,13 @@ import torch
 
 from benchmarks.detection_loss import Sizes, make_case, object_counts
 from pipelines.models import make_teacher
+from pipelines.quickstart import TRAIN
 from qskd.cache_making import CacheMaker
 from qskd.cache_manifest import CacheSizes
 from qskd.config import Config
 from qskd.detectors import build_student
 from qskd.recipe import load
-from qskd.shapes import CATEGORY_IDS, ShapesConfig, render
+from qskd.shapes import CATEGORY_IDS, render
 from qskd.structures import TeacherRecord
 from qskd.teacher import CachedTeacher, queries_above
 from qskd.teacher_cache import TeacherRow, collate, columns_for
@@ -88,7 +89,7 @@ def quickstart(batch: int, batches: int) -> Case:
     """The quickstart's student and, as its cache job asks it, its teacher."""
     assets = ROOT / "pipelines" / "assets"
     config = load(assets / "quickstart.yaml", [f"teacher.path={assets / 'shapes_teacher'}"])
-    shapes = ShapesConfig(images=batch * batches)
+    shapes = TRAIN.model_copy(update={"images": batch * batches})
     teacher = make_teacher(config, shapes.class_names)
     assert teacher is not None
     sizes, maker = teacher.sizes(all_layers=False), CacheMaker(config, teacher, CPU)

@@ -57,6 +57,8 @@ def check_same_run(folder: Folder, config: Config) -> None:
     if not folder.exists("config.yaml"):
         return
     before, now = flatten(yaml.safe_load(folder.read("config.yaml"))), flatten(to_tree(config))
+    # A field that the qskd which began the run did not have yet did what its default does now.
+    before = {key: value for key, value in flatten(to_tree(Config())).items() if key in now} | before
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -100,6 +100,7 @@ class BackboneConfig(Section):
 
 Family = Literal["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"]
 HYBRID_FAMILIES = ("rt_detr", "rt_detr_v2", "d_fine")  # a hybrid encoder, and queries chosen from its cells
+TWO_LAYER_FAMILIES = ("deformable_detr", "d_fine")  # transformers ties a second layer's heads to the first's
 
 
 class StudentConfig(Section):
@@ -135,6 +136,8 @@ class StudentConfig(Section):
             raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
         if self.family == "deformable_detr" and self.width % 32:
             raise ValueError(f"deformable_detr normalises in 32 groups: width {self.width} is not a multiple of 32")
+        if self.family in TWO_LAYER_FAMILIES and self.decoder_layers < 2 and not self.init:
+            raise ValueError(f"{self.family} needs 2 decoder_layers or more: transformers cannot build it with one")
         if self.family in HYBRID_FAMILIES and not self.init:
             self._check_hybrid()
         return self
@@ -152,8 +155,6 @@ class StudentConfig(Section):
                 f"{self.family} needs images whose sides are multiples of the backbone's stride {stride}: "
                 f"set resize: {{mode: square, size: {max(round(size / stride), 1) * stride}}}"
             )
-        if self.family == "d_fine" and self.decoder_layers < 2:
-            raise ValueError("d_fine needs decoder_layers of 2 or more: transformers can't build it with one")
         cells = sum((size * 2**level // stride) ** 2 for level in range(self.feature_levels))
         if cells < self.queries:
             raise ValueError(
@@ -239,7 +240,8 @@ class PredictionDistillationConfig(Section):
     class_weight: NonNegative = 1.0
     l1_weight: NonNegative = 5.0
     giou_weight: NonNegative = 2.0
-    pairing: Literal["rank", "hungarian", "global"] = "rank"  # global: no selection, all queries (DETRDistill)
+    # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
+    pairing: Literal["rank", "hungarian", "index", "global"] = "rank"
     pair_weight: Literal["confidence", "uniform"] = "confidence"
     divide_by: Literal["pairs", "weights"] = (
         "pairs"  # weights: the pairs' weights; hard negatives then dilute positives less
@@ -250,10 +252,21 @@ class PredictionDistillationConfig(Section):
 
 
 class DistillationConfig(Section):
+    """What is learned from the teacher. The weights of its terms may rise at the start and fall at the end; the detection
+    loss keeps its own throughout."""
+
     method: Literal["none", "qskd"] = "qskd"
+    warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
+    decay: Fraction = 0.0  # part of all steps, at the end, in which they fall linearly to 0; 0 = they stay
     selection: QuerySelectionConfig = QuerySelectionConfig()
     features: FeatureDistillationConfig = FeatureDistillationConfig()
     predictions: PredictionDistillationConfig = PredictionDistillationConfig()
+
+    @model_validator(mode="after")
+    def _room_for_both(self) -> DistillationConfig:
+        if self.warmup + self.decay > 1 + 1e-9:
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole training")
+        return self
 
 
 class DetectionLossConfig(Section):

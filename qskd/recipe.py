@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,31 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def check_field(name: str, where: str) -> None:
+    """QskdError unless the dotted `name` is a field of the configuration."""
+    *path, last = name.split(".")
+    known = _known_fields(Config, path)
+    if last not in known:
+        close = difflib.get_close_matches(last, known, n=1)
+        said = f"unknown field {name}" + (f" (did you mean {'.'.join([*path, close[0]])}?)" if close else "")
+        raise QskdError(where, said, f"fields there are: {', '.join(known)}" if known else "a field of the recipe")
+
+
+def replace_fields(config: Config, fields: Mapping[str, Any], where: str) -> Config:
+    """The configuration with these dotted fields set, validated as a whole. QskdError for an unknown or wrong one."""
+    tree = to_tree(config)
+    for name, value in fields.items():
+        check_field(name, where)
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            if node[part] is None:  # a group of fields that may be left out, and was
+                node[part] = {}
+            node = node[part]
+        node[last] = value
+    return build(tree, where)
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -23,7 +23,7 @@ from qskd.config import Config, ResizeConfig, TrainingConfig
 from qskd.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.detection_loss import combine, detection_terms, detection_weights
 from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
-from qskd.distillation import build_method
+from qskd.distillation import build_method, distillation_factor
 from qskd.errors import QskdError
 from qskd.matching import assign
 from qskd.precision import autocast
@@ -122,6 +122,13 @@ class StepModule(nn.Module):
             self.weights |= self.method.weights
         if dense:
             self.weights |= {name: config.detection.dense_weight * value for name, value in DENSE_WEIGHTS.items()}
+
+    def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
+        """Each term's weight at a step (0-based): the teacher's terms warm up and decay, the others stay."""
+        if self.method is None:
+            return self.weights
+        factor = distillation_factor(step, total_steps, self.config.distillation)
+        return self.weights | {name: factor * weight for name, weight in self.method.weights.items()}
 
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Targets, teacher: TeacherRecord | None
@@ -228,7 +235,7 @@ class Training:
         # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
         terms = {name: replace(term, floor=term.floor / self.world) for name, term in terms.items()}
         counts = _mean_counts(terms)
-        total = combine(terms, self.module.weights, counts)
+        total = combine(terms, self.module.weights_at(self.step, self.total_steps), counts)
         self.check_finite()
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()

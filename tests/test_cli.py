@@ -103,7 +103,8 @@ def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path
     taught, untaught = (recipe(tmp_path, name).model_dump() for name in ("qskd", "baseline"))
     assert set(KINDS) == {"qskd", "baseline"}
     differing = {key for key in taught if taught[key] != untaught[key]}
-    assert differing == {"name", "distillation"}
+    assert differing == {"name", "distillation", "student"}
+    assert {key for key, value in taught["student"].items() if untaught["student"][key] != value} == {"inherit"}
     assert untaught["distillation"]["method"] == "none"
 
 

@@ -61,7 +61,7 @@ def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
     text = problem({"training": {"zzz": 3}})
     assert "unknown field training.zzz\n" in text
     assert "did you mean" not in text
-    assert "fields there are: epochs, batch_size" in text
+    assert "fields there are: epochs, max_steps, batch_size" in text
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,7 @@ def test_impossible_groups_of_queries_are_refused(selection: dict[str, Any], wor
         ({"width": 100, "heads": 8}, "width 100 is not divisible by heads 8"),
         ({"width": 6, "heads": 3}, "width 6 must be a multiple of 4"),
         ({"width": 48, "heads": 4, "family": "deformable_detr"}, "width 48 is not a multiple of 32"),
+        ({"decoder_layers": 1, "family": "deformable_detr"}, "deformable_detr needs 2 decoder_layers or more"),
         ({"backbone": {"depths": [1, 1]}}, "hidden_sizes has 4 stages but depths has 2"),
         ({"family": "yolo"}, "student.family = 'yolo'"),
     ],

@@ -237,7 +237,7 @@ def test_fields_without_effect_are_said() -> None:
         ({"resize": {"mode": "shortest_edge", "size": 64}}, "mode: square, size: 64"),
         ({"resize": {"size": 100}}, "multiples of the backbone's stride 8"),
         ({"feature_levels": 3}, "feature_levels 3 is more than 2"),
-        ({"family": "d_fine", "decoder_layers": 1}, "decoder_layers of 2 or more"),
+        ({"family": "d_fine", "decoder_layers": 1}, "2 decoder_layers or more"),
         ({"queries": 400}, "queries 400 are more than the 320 cells"),
         ({"backbone": {"type": "rt_detr_resnet", "embedding_size": 4, "hidden_sizes": [8], "depths": [1]}}, "equal"),
     ],

@@ -29,7 +29,7 @@ from qskd.config import (
 )
 from qskd.detection_loss import combine
 from qskd.distillation import QSKD, build_method
-from qskd.distillation.pairing import Side, pair_by_assignment, pair_globally
+from qskd.distillation.pairing import Side, pair_by_assignment, pair_by_index, pair_globally
 from qskd.distillation.predictions import teacher_layer_of_student
 from qskd.distillation.query_selection import select_queries
 from qskd.errors import QskdError
@@ -240,6 +240,24 @@ def test_the_global_pairing_is_the_cheapest_of_the_whole_image(student_queries: 
             ]
             paid = sum(pair_cost(sides, layer, image, q, t) for q, t in pairs.items())
             assert paid == pytest.approx(cheapest(cost), rel=1e-4)
+
+
+def test_the_index_pairing_joins_the_teachers_kept_queries_with_their_namesakes() -> None:
+    targets = make_targets([2, 3], classes=CLASSES, slots=3)
+    student, teacher = network(targets, 2, 9, 1), network(targets, 2, 9, 20)
+    assignments = assign([student, teacher], targets, DetectionLossConfig())
+    config = QuerySelectionConfig(boundaries=(0.2,), max_per_object=2)
+    sides = [
+        Side(*side, select_queries(side[1], targets, assignment, config))
+        for side, assignment in zip((student, teacher), assignments, strict=True)
+    ]
+    partner = pair_by_index(*sides)
+    kept = sides[1].selection.weight > 0
+    assert kept.any()
+    assert torch.equal(partner >= 0, kept)
+    assert torch.equal(partner[kept], torch.arange(9).expand(2, 2, 9)[kept])
+    with pytest.raises(QskdError, match=r"student\.queries: 9"):
+        run(only_predictions(pairing="index"), targets, network(targets, 2, 8, 1), teacher)
 
 
 def test_the_global_pairing_teaches_through_every_query_whatever_the_selection() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from qskd.config import DistillationConfig
 from qskd.distillation.qskd import QSKD
+from qskd.distillation.ramp import distillation_factor
 from qskd.structures import TeacherNeeds
 
 METHODS: Mapping[str, type[QSKD]] = {"qskd": QSKD}
@@ -28,4 +29,4 @@ def teacher_needs(config: DistillationConfig) -> TeacherNeeds | None:
     return None if config.method == "none" else METHODS[config.method].needs_of(config)
 
 
-__all__ = ["METHODS", "QSKD", "build_method", "teacher_needs"]
+__all__ = ["METHODS", "QSKD", "build_method", "distillation_factor", "teacher_needs"]

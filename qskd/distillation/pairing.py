@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, pairwise_giou
 from qskd.distillation.query_selection import QuerySelection
+from qskd.errors import QskdError
 
 
 def _positions(selection: QuerySelection, num_objects: int, num_slots: int) -> Tensor:
@@ -115,6 +116,23 @@ def pair_by_assignment(student: Side, teacher: Side, num_objects: int, num_slots
         row, column = linear_sum_assignment(cost_host[index][: len(queries), : len(rivals)])
         result[index[0], index[1], queries[row]] = rivals[column]
     return torch.from_numpy(result).to(partner.device, non_blocking=True)
+
+
+def pair_by_index(student: Side, teacher: Side) -> Tensor:
+    """Query i with query i, where the teacher's is kept: [L, B, Q] int64, -1 = none. For a student that started with the
+    teacher's queries (`student.inherit`), whose query i asks what the teacher's asks (KD-DETR's idea, METHODS 3).
+
+    Raises QskdError when the numbers of queries differ.
+    """
+    kept = teacher.selection.weight > 0
+    if kept.shape[2] != student.logits.shape[2]:
+        raise QskdError(
+            "distillation.predictions.pairing = index",
+            f"{student.logits.shape[2]} student queries and {kept.shape[2]} teacher queries",
+            "equally many",
+            f"set student.queries: {kept.shape[2]}, or use pairing: rank",
+        )
+    return torch.where(kept, torch.arange(kept.shape[2], device=kept.device), -1)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config import PredictionDistillationConfig
-from qskd.distillation.pairing import Side, pair_by_assignment, pair_by_rank, pair_globally
+from qskd.distillation.pairing import Side, pair_by_assignment, pair_by_index, pair_by_rank, pair_globally
 from qskd.errors import QskdError
 from qskd.structures import LossTerm
 
@@ -61,6 +61,8 @@ def alignment_terms(
     goal_logits, goal_boxes = teacher.logits.detach(), teacher.boxes_cxcywh.detach()
     if config.pairing == "global":
         partner = pair_globally(student, teacher)
+    elif config.pairing == "index":
+        partner = pair_by_index(student, teacher)
     elif config.pairing == "hungarian":
         partner = pair_by_assignment(student, teacher, num_objects, num_slots)
     else:

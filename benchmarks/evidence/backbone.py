@@ -1,0 +1,93 @@
+"""The student's backbone, trained beforehand: a stand-in for the ImageNet weights that students start from in practice.
+
+python -m benchmarks.evidence.backbone FOLDER        12,000 other images of the same kind, the dense head's loss alone
+
+Each cell of the backbone's map learns which object it lies in and where that object is (`qskd.dense_head`); no query, no
+matching, no teacher. Every cell of the evidence, taught or not, starts from the one result (pipelines/assets/shapes_backbone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import ResNetBackbone
+
+from pipelines.distill import make_plan, prepare_config
+from pipelines.prepare import prepare
+from pipelines.quickstart import RECIPE, TRAIN
+from pipelines.streaming import local_stream
+from qskd.dense_head import DENSE_WEIGHTS, DenseHead
+from qskd.detection_loss import combine
+from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, build_student, to_pixels
+from qskd.detectors.weights import quiet
+from qskd.recipe import load
+from qskd.shapes import make_shapes
+from qskd.training import train_batch
+
+IMAGES = TRAIN.model_copy(update={"images": 12_000, "seed": 1})  # another seed: none of them is in any other split
+
+
+def save_backbone(detector: Detector, folder: Path) -> None:
+    """A detector's ResNet as a folder that `student.backbone.init` reads; float16, for its size."""
+    resnet = detector.backbone.get_submodule("model")
+    state = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}
+    plain = ResNetBackbone(resnet.config)
+    missing = plain.load_state_dict(state, strict=False).missing_keys
+    assert all(name.endswith("num_batches_tracked") for name in missing), missing
+    with quiet():
+        plain.half().save_pretrained(folder)
+
+
+def pretrain(work: Path, folder: Path, epochs: int) -> None:
+    """Train and save. Prints the mean loss of each epoch."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if not (work / "backbone" / "manifest.json").exists():
+        annotations, images = make_shapes(IMAGES, work / "backbone-coco")
+        prepare(annotations, images, str(work / "backbone"), quiet=True)
+    given = [f"data.train={work}/backbone", f"data.val={work}/val", "student.backbone.init=", "student.inherit=false"]
+    config = load(RECIPE, [*given, f"training.epochs={epochs}", f"training.evaluate_every_epochs={epochs}"])
+    plan = make_plan(prepare_config(config, "train"), "train")
+    student = build_student(config.student, plan.train.labels, config.seed)
+    head = DenseHead(config.student.backbone.hidden_sizes[-1], len(plan.train.labels))
+    parameters = [*student.backbone.parameters(), *head.parameters()]
+    steps = plan.stream.schedule.total_steps
+    optimizer = torch.optim.AdamW(parameters, lr=config.training.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.training.learning_rate, steps, pct_start=0.05)
+    total, count = 0.0, 0
+    for share in local_stream(plan.stream):
+        if share.kind == "val":
+            continue
+        batch = train_batch(share.arrays)
+        pixels, mask = to_pixels(batch.images, batch.sizes, IMAGENET_MEAN, IMAGENET_STD)
+        features, valid = student.backbone(pixels, mask)[-1]
+        terms = head(features, valid.bool(), batch.targets)
+        loss = combine(terms, DENSE_WEIGHTS, {name: term.count for name, term in terms.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        total, count = total + loss.item(), count + 1
+        if share.is_last:
+            print(f"epoch {share.epoch + 1}: dense loss {total / count:.3f}", flush=True)
+            total, count = 0.0, 0
+    save_backbone(student, folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.backbone", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--epochs", type=int, default=8)
+    given = parser.parse_args(arguments)
+    pretrain(given.work.resolve(), given.folder, given.epochs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

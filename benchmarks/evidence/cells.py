@@ -1,0 +1,180 @@
+"""One cell of the table: one training of one variant with one seed, in this process, and its record.
+
+The record is what is committed: everything the cell's result depends on is in it, and a cell whose record is there and
+says the same is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
+from benchmarks.evidence.task import make_config
+from pipelines.distill import make_plan
+from pipelines.models import ground_truth, make_student, make_teacher, teacher_for_training
+from pipelines.streaming import Share, local_stream
+from qskd.agreement import agreement
+from qskd.config import Config
+from qskd.detectors import Detector, Preprocessing
+from qskd.evaluation import Detections, evaluate_coco
+from qskd.inference import predict_batch
+from qskd.recipe import to_tree
+from qskd.training import Training, train_batch
+
+RECORDS = Path(__file__).parent / "records"
+AGREEMENT_BATCHES = 8
+_DECIDES = ("data", "student", "teacher", "distillation", "detection", "training", "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """student, variant, budget: names in `plan`. split: "test" to report, "val" to choose settings by.
+
+    extra: fields set on top, of a search; they are part of the cell's name.
+    """
+
+    student: str
+    variant: str
+    budget: str
+    seed: int
+    split: str = "test"
+    extra: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        parts = [self.student, self.variant, self.budget, f"seed{self.seed}"]
+        if self.extra:
+            parts.append(hashlib.sha256(" ".join(self.extra).encode()).hexdigest()[:8])
+        return "-".join(parts)
+
+    @property
+    def record(self) -> Path:
+        return RECORDS / ("search" if self.split == "val" else "report") / f"{self.name}.json"
+
+    @property
+    def steps(self) -> int:
+        """Training steps: the budget's, or what takes as long as another variant's."""
+        steps, clock = BUDGETS[self.budget], VARIANTS[self.variant].time_of
+        if not clock:
+            return steps
+        ratios = json.loads((RECORDS / "clock.json").read_text())["ratios"]
+        return round(steps * float(ratios[self.student][clock]))
+
+    def config(self, work: Path) -> Config:
+        """The whole recipe of this cell."""
+        variant = VARIANTS[self.variant]
+        overrides = (
+            *STUDENTS[self.student].overrides,
+            *variant.overrides,
+            *self.extra,
+            f"name={self.name}",
+            f"seed={self.seed}",
+            f"training.max_steps={self.steps}",
+            "training.epochs=1000000",
+            f"training.evaluate_every_epochs={max(1, self.steps // 1500)}",
+        )
+        return make_config(work, self.split, overrides, variant.kind)
+
+
+def meaning(config: Config) -> dict[str, Any]:
+    """What of a configuration decides the numbers: no paths, no machine."""
+    tree = to_tree(config)
+    kept = {name: tree[name] for name in _DECIDES}
+    kept["data"] = {name: value for name, value in tree["data"].items() if name not in ("train", "val")}
+    kept["student"]["backbone"]["init"] = Path(tree["student"]["backbone"]["init"]).name
+    cache = {"precision": tree["teacher"]["cache"]["precision"], "cached": bool(tree["teacher"]["cache"]["path"])}
+    kept["teacher"] = {"cache": cache, "resize": tree["teacher"]["resize"]}
+    return json.loads(json.dumps(kept))
+
+
+def finished(cell: Cell, work: Path) -> dict[str, Any] | None:
+    """The cell's record, unless there is none or it is of another configuration than the cell has today."""
+    if not cell.record.exists():
+        return None
+    record: dict[str, Any] = json.loads(cell.record.read_text())
+    return record if record["config"] == meaning(cell.config(work)) else None
+
+
+def code_version() -> str:
+    """The commit, with a mark when files were changed since."""
+    here = Path(__file__).parent
+    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
+
+
+def _evaluate(
+    detector: Detector, shares: Iterable[Share], config: Config, truth: Any, ids: list[int]
+) -> dict[str, float]:
+    seen_as = Preprocessing(config.student.resize)
+    found = [predict_batch(detector, share.arrays, seen_as, ids) for share in shares]
+    return {k: round(v, 5) for k, v in evaluate_coco(truth, Detections.concatenate(found)).metrics.items()}
+
+
+def run(cell: Cell, work: Path) -> dict[str, Any]:
+    """Train, evaluate after each epoch and at the end, compare with the teacher; write and return the record."""
+    torch.set_num_threads(1)
+    config, kind = cell.config(work), VARIANTS[cell.variant].kind
+    plan = make_plan(config, kind)
+    labels, ids = plan.train.labels, [category.id for category in plan.train.categories]
+    truth = ground_truth(config.data.val)
+    teacher = teacher_for_training(config, labels)
+    student = make_student(config, labels)
+    training = Training(config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
+    judge = make_teacher(make_config(work, cell.split, (), "distill"), labels)
+    assert judge is not None
+    curve: list[dict[str, float]] = []
+    losses: dict[str, float] = {}
+    spent_s = 0.0
+    for (is_training, _), shares in groupby(local_stream(plan.stream), key=lambda s: (s.kind == "train", s.epoch)):
+        started = time.perf_counter()
+        if is_training:
+            rows = [training.train_step(train_batch(share.arrays)) for share in shares]
+            losses = {name: round(float(sum(row[name] for row in rows)) / len(rows), 5) for name in rows[0]}
+            spent_s += time.perf_counter() - started
+            continue
+        with training.evaluation_weights() as detector:
+            metrics = _evaluate(detector, shares, config, truth, ids)
+            alike = agreement(detector, judge, _first_batches(config, plan.stream), config.detection)
+        curve.append({"step": training.step, "AP": metrics["AP"], "AP50": metrics["AP50"]} | _rounded(alike))
+    training.check_finite()
+    record = {
+        "cell": cell.name,
+        "title": VARIANTS[cell.variant].title,
+        "metrics": metrics,
+        "curve": curve,
+        "losses_of_last_epoch": losses,
+        "train_seconds": round(spent_s, 1),
+        "steps": training.step,
+        "code": code_version(),
+        "split": cell.split,
+        "extra": list(cell.extra),
+        "config": meaning(config),
+    }
+    cell.record.parent.mkdir(parents=True, exist_ok=True)
+    cell.record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return record
+
+
+def _rounded(values: Any) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in values.items()}
+
+
+def _first_batches(config: Config, stream: Any) -> Iterable[Any]:
+    """The first evaluation images, as training batches: their objects are needed."""
+    from dataclasses import replace
+
+    from qskd.schedule import evaluation_batches
+
+    loader = replace(stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=()).loader()
+    for batch in islice(evaluation_batches(stream.schedule, 0), AGREEMENT_BATCHES):
+        yield train_batch(loader.load("train", batch.rows))

@@ -1,0 +1,58 @@
+"""How long a step of one variant takes against a step without teacher: what equal time means in steps.
+
+Ratios of one run, sides in turn, loading included; written to records/clock.json, which is committed. Run it alone:
+`python -m benchmarks.evidence clock`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence.cells import RECORDS, code_version
+from benchmarks.evidence.plan import STUDENTS, VARIANTS
+from benchmarks.evidence.task import make_config
+from benchmarks.timing import Side, alternate
+from pipelines.distill import make_plan
+from pipelines.models import make_student, teacher_for_training
+from pipelines.streaming import local_stream
+from qskd.training import Training, train_batch
+
+TIMED = ("none", "qskd", "qskd_online")
+STEPS, ROUNDS = 10, 12
+
+
+def side(work: Path, student: str, variant: str) -> Side:
+    """A training that goes on by `STEPS` steps each time it is called."""
+    one = VARIANTS[variant]
+    config = make_config(work, "val", (*STUDENTS[student].overrides, *one.overrides, "training.epochs=100"), one.kind)
+    plan = make_plan(config, one.kind)
+    teacher = teacher_for_training(config, plan.train.labels)
+    training = Training(config, make_student(config, plan.train.labels), teacher, 100_000, torch.device("cpu"))
+    shares = (share for share in local_stream(plan.stream) if share.kind == "train")
+
+    def go_on() -> None:
+        for share in islice(shares, STEPS):
+            training.train_step(train_batch(share.arrays))
+
+    return go_on
+
+
+def measure(work: Path) -> dict[str, dict[str, float]]:
+    """Median over rounds of each variant's seconds over those without teacher, by student."""
+    torch.set_num_threads(1)
+    ratios = {}
+    for student in STUDENTS:
+        taken = alternate({variant: side(work, student, variant) for variant in TIMED}, ROUNDS)
+        rounds = {v: [a / b for a, b in zip(taken[v], taken["none"], strict=True)] for v in TIMED}
+        ratios[student] = {v: round(statistics.median(rounds[v]), 3) for v in TIMED}
+        ratios[student]["step_ms_without_teacher"] = round(1000 * statistics.median(taken["none"]) / STEPS, 1)
+        print(student, ratios[student], flush=True)
+    RECORDS.mkdir(exist_ok=True)
+    said = {"ratios": ratios, "steps_a_round": STEPS, "rounds": ROUNDS, "code": code_version()}
+    (RECORDS / "clock.json").write_text(json.dumps(said, indent=1) + "\n")
+    return ratios

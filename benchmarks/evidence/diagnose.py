@@ -1,0 +1,200 @@
+"""Why the numbers are what they are: what each selection keeps, where its mask lies, whose gradient drives the student.
+
+python -m benchmarks.evidence diagnose     prints two tables, writes records/diagnosis.json, mask.png and curves.png
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.evidence.cells import RECORDS, code_version
+from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
+from benchmarks.evidence.task import make_config
+from pipelines.distill import make_plan
+from pipelines.models import make_student, make_teacher, teacher_for_training
+from pipelines.streaming import local_stream
+from qskd.boxes import cxcywh_to_xyxy
+from qskd.config import Config
+from qskd.detection_loss import combine
+from qskd.distillation.features import foreground_mask
+from qskd.distillation.query_selection import QuerySelection, select_queries
+from qskd.matching import assign
+from qskd.pictures import draw_mask, draw_selection
+from qskd.plots import curve_plot, draw_boxes, picture_grid
+from qskd.schedule import evaluation_batches
+from qskd.structures import Targets, TeacherNeeds, TeacherRecord
+from qskd.teacher import OnlineTeacher
+from qskd.training import TrainBatch, Training, train_batch
+
+SELECTIONS = ("positives", "hard_0.7", "qskd", "hard_0.3", "all", "random")
+BATCHES, PROBE_EVERY = 16, 50
+GROUPS = {
+    "detection": ("class", "l1", "giou"),
+    "dense head": ("dense",),
+    "AGFD": ("agfd",),
+    "LAPD classes": ("lapd_class",),
+    "LAPD boxes": ("lapd_l1", "lapd_giou"),
+}
+
+
+def batches_of(config: Config, count: int) -> Iterable[TrainBatch]:
+    """Validation images with their objects, as training batches."""
+    from dataclasses import replace
+
+    stream = make_plan(config, "train").stream
+    loader = replace(stream, train_uri=stream.val_uri).loader()
+    for batch, _ in zip(evaluation_batches(stream.schedule, 0), range(count), strict=False):
+        yield train_batch(loader.load("train", batch.rows))
+
+
+def ask(
+    teacher: OnlineTeacher, batch: TrainBatch, config: Config
+) -> tuple[TeacherRecord, QuerySelection, tuple[Tensor, ...]]:
+    """The teacher's record with the attention of all queries, what the recipe keeps of it, and its masks."""
+    needs = TeacherNeeds(memory=True, attention=True, attention_layers=config.distillation.features.attention_layers)
+    record = teacher(batch.teacher_images, batch.teacher_sizes, needs)
+    (assignment,) = assign([(record.logits, record.boxes_cxcywh)], batch.targets, config.detection)
+    selection = select_queries(record.boxes_cxcywh[-1], batch.targets, assignment[-1], config.distillation.selection)
+    confidence = record.logits[-1].amax(-1).sigmoid()
+    return record, selection, foreground_mask(selection, record, confidence, config.distillation.features)
+
+
+def inside_objects(targets: Targets, height: int, width: int) -> Tensor:
+    """[B, H, W] bool: cells whose centre lies in some object's box."""
+    boxes = cxcywh_to_xyxy(targets.boxes_cxcywh)[:, :, None, None]
+    x = ((torch.arange(width) + 0.5) / width)[None, None, None]
+    y = ((torch.arange(height) + 0.5) / height)[None, None, :, None]
+    within = (x >= boxes[..., 0]) & (x <= boxes[..., 2]) & (y >= boxes[..., 1]) & (y <= boxes[..., 3])
+    return (within & targets.valid[..., None, None]).any(1)
+
+
+def what_is_kept(teacher: OnlineTeacher, config: Config, batches: Iterable[TrainBatch]) -> dict[str, float]:
+    """Over all batches: hard negatives an object, their mean GIoU and confidence, the share of the (finest) mask's mass
+    that lies in objects' boxes, and the share of those boxes' cells where the mask reaches a tenth of its largest."""
+    objects = hard = 0
+    overlap, sure, mass, covered = [], [], [], []
+    for batch in batches:
+        record, selection, masks = ask(teacher, batch, config)
+        kept = (selection.weight > 0) & ~selection.is_positive
+        objects, hard = objects + sum(batch.targets.counts), hard + int(kept.sum())
+        overlap.append(selection.giou[kept])
+        sure.append(record.logits[-1].amax(-1).sigmoid()[kept])
+        inside = inside_objects(batch.targets, *masks[0].shape[1:])
+        for one, cells in zip(masks[0], inside, strict=True):
+            if one.max() > 0:
+                mass.append(float(one[cells].sum() / one.sum()))
+                covered.append(float((one[cells] >= 0.1).float().mean()))
+    return {
+        "hard_negatives_per_object": hard / objects,
+        "their_giou": float(torch.cat(overlap).mean()),
+        "their_confidence": float(torch.cat(sure).mean()),
+        "mask_mass_in_objects": float(np.mean(mass)),
+        "object_cells_covered": float(np.mean(covered)),
+    }
+
+
+def gradient_shares(training: Training, batch: TrainBatch) -> dict[str, float]:
+    """Each group of terms' gradient norm over the sum of all groups' norms, on the student's parameters; no step is taken."""
+    student = [parameter for parameter in training.student.parameters() if parameter.requires_grad]
+    record = training._ask_teacher(batch)
+    terms = training.module(batch.images, batch.sizes, batch.targets, record)
+    counts = {name: term.count for name, term in terms.items()}
+    norms = {}
+    for group, prefixes in GROUPS.items():
+        mine = {n: t for n, t in terms.items() if n.startswith(prefixes)}
+        if mine:
+            total = combine(mine, training.module.weights, counts)
+            found = torch.autograd.grad(total, student, retain_graph=True, allow_unused=True)
+            norms[group] = float(torch.stack([g.norm() for g in found if g is not None]).norm())
+    return {group: norm / sum(norms.values()) for group, norm in norms.items()}
+
+
+def watch(config: Config) -> dict[str, list[Any]]:
+    """One training at the short budget, probed every so many steps: {"step": [...], group: [...]}."""
+    plan = make_plan(config, "distill")
+    labels = plan.train.labels
+    teacher = teacher_for_training(config, labels)
+    training = Training(
+        config, make_student(config, labels), teacher, plan.stream.schedule.total_steps, torch.device("cpu")
+    )
+    seen: dict[str, list[Any]] = {"step": []}
+    for share in local_stream(plan.stream):
+        if share.kind != "train":
+            continue
+        batch = train_batch(share.arrays)
+        if training.step % PROBE_EVERY == 0:
+            seen["step"].append(training.step)
+            for group, value in gradient_shares(training, batch).items():
+                seen.setdefault(group, []).append(round(value, 4))
+        training.train_step(batch)
+    return seen
+
+
+def picture(teacher: OnlineTeacher, configs: Mapping[str, Config], batch: TrainBatch, count: int = 4) -> np.ndarray:
+    """Rows of images: objects, kept queries of each selection, and their masks."""
+    titles = ["objects"]
+    rows: list[list[np.ndarray]] = [[] for _ in range(count)]
+    for image in range(count):
+        pixels, side = batch.images[image].numpy(), batch.images.shape[1]
+        real = batch.targets.valid[image]
+        boxes = cxcywh_to_xyxy(batch.targets.boxes_cxcywh[image][real]).numpy() * side
+        rows[image].append(draw_boxes(pixels, boxes, batch.targets.labels[image][real].tolist(), None, [""] * 99))
+    for name, config in configs.items():
+        titles += [f"kept: {VARIANTS[name].title}", f"mask: {VARIANTS[name].title}"]
+        record, selection, masks = ask(teacher, batch, config)
+        for image in range(count):
+            pixels, side = batch.images[image].numpy(), batch.images.shape[1]
+            real = batch.targets.valid[image]
+            objects = cxcywh_to_xyxy(batch.targets.boxes_cxcywh[image][real]).numpy() * side
+            queries = cxcywh_to_xyxy(record.boxes_cxcywh[-1, image]).numpy() * side
+            said = [getattr(selection, field)[image].numpy() for field in ("is_positive", "band", "weight")]
+            rows[image] += [
+                draw_selection(pixels, objects, queries, *said),
+                draw_mask(pixels, masks[0][image].numpy()),
+            ]
+    return picture_grid(rows, titles)
+
+
+def diagnose(work: Path) -> None:
+    """Everything; see the module's head."""
+    torch.set_num_threads(1)
+
+    def config_of(variant: str) -> Config:
+        steps = f"training.max_steps={BUDGETS['short']}"
+        fields = (*STUDENTS["scratch"].overrides, *VARIANTS[variant].overrides, steps, "training.epochs=1000000")
+        return make_config(work, "val", fields, "distill")
+
+    configs = {name: config_of(name) for name in SELECTIONS}
+    teacher = make_teacher(configs["qskd"], make_plan(configs["qskd"], "train").train.labels)
+    assert teacher is not None
+    batches = list(batches_of(configs["qskd"], BATCHES))
+    kept = {name: what_is_kept(teacher, config, batches) for name, config in configs.items()}
+    columns = list(kept["qskd"])
+    print("| selection | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
+    print("| --- |" + " --- |" * len(columns))
+    for name, values in kept.items():
+        print(f"| {VARIANTS[name].title} | " + " | ".join(f"{values[column]:.2f}" for column in columns) + " |")
+    shown = {name: configs[name] for name in ("positives", "qskd", "all")}
+    Image.fromarray(picture(teacher, shown, batches[0])).save(RECORDS / "mask.png")
+    seen = watch(configs["qskd"])
+    steps = seen.pop("step")
+    curve_plot(
+        {group: (steps, values) for group, values in seen.items()},
+        "training step",
+        "share of the gradient norms",
+        RECORDS / "gradients.png",
+    )
+    for group, shares in seen.items():
+        print(
+            f"{group}: gradient share {shares[0]:.2f} at first, {np.mean(shares):.2f} on average, {shares[-1]:.2f} at last"
+        )
+    said = {"kept": kept, "gradient_shares": {"step": steps, **seen}, "code": code_version()}
+    (RECORDS / "diagnosis.json").write_text(json.dumps(said, indent=1) + "\n")

@@ -1,0 +1,132 @@
+"""Records -> tables (Markdown) and the figure. Intervals are 95 %, Student's t over seeds; differences are paired by seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t
+
+from benchmarks.evidence.cells import RECORDS
+from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
+
+BASELINE = "none"
+Scores = dict[int, float]  # by seed
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the half-width of its 95 % interval; NaN with fewer than two values."""
+
+    mean: float
+    half: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        if len(values) < 2:
+            return cls(values[0] if values else math.nan, math.nan, len(values))
+        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(statistics.fmean(values), half, len(values))
+
+    def show(self, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:
+        spread = "" if math.isnan(self.half) else f" ± {scale * self.half:.{digits}f}"
+        return f"{scale * self.mean:{sign}.{digits}f}{spread}"
+
+
+def read_records(folder: Path = RECORDS / "report") -> list[dict[str, Any]]:
+    """All records of the table, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def scores(records: Sequence[Mapping[str, Any]], metric: str = "AP") -> dict[tuple[str, str, str], Scores]:
+    """(student, variant, budget) -> seed -> value."""
+    found: dict[tuple[str, str, str], Scores] = {}
+    for record in records:
+        student, variant, budget, seed = record["cell"].split("-")[:4]
+        found.setdefault((student, variant, budget), {})[int(seed.removeprefix("seed"))] = record["metrics"][metric]
+    return found
+
+
+def paired(a: Scores, b: Scores) -> list[float]:
+    """Differences of the seeds that both have."""
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def shares(a: Scores, base: Scores, teacher: float) -> list[float]:
+    """Share of the gap between student without teacher and teacher that is closed, seed by seed."""
+    return [(a[seed] - base[seed]) / (teacher - base[seed]) for seed in sorted(a.keys() & base.keys())]
+
+
+def table(records: Sequence[Mapping[str, Any]], student: str, teacher: float) -> str:
+    """One student's rows, both budgets side by side, as Markdown."""
+    ap, ap50 = scores(records), scores(records, "AP50")
+    budgets = [b for b in BUDGETS if (student, BASELINE, b) in ap]
+    head = [f"{b}: AP | AP50 | against no teacher | gap closed" for b in budgets]
+    lines = ["| variant | seeds | " + " | ".join(head) + " |", "| --- | --- |" + " --- |" * (4 * len(budgets))]
+    for name, variant in VARIANTS.items():
+        cells = []
+        for budget in budgets:
+            mine, base = ap.get((student, name, budget)), ap[student, BASELINE, budget]
+            if not mine:
+                cells += ["–"] * 4
+                continue
+            cells += [
+                Interval.of(list(mine.values())).show(100),
+                Interval.of(list(ap50[student, name, budget].values())).show(100),
+                "" if name == BASELINE else Interval.of(paired(mine, base)).show(100, sign="+"),
+                "" if name == BASELINE else Interval.of(shares(mine, base, teacher)).show(100, 0) + " %",
+            ]
+        counts = sorted({len(ap[student, name, b]) for b in budgets if (student, name, b) in ap})
+        if counts:
+            seeds = "/".join(map(str, counts))
+            lines.append(f"| {variant.title} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, path: Path) -> None:
+    """AP of each variant with its interval; dots are seeds. A panel a budget."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ap = scores(records)
+    budgets = [b for b in BUDGETS if (student, BASELINE, b) in ap]
+    names = [name for name in VARIANTS if any((student, name, b) in ap for b in budgets)]
+    drawing = Figure(figsize=(4.6 * len(budgets) + 2.6, 0.36 * len(names) + 1.3), dpi=150, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panels = drawing.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    for panel, budget in zip(panels, budgets, strict=True):
+        for row, name in enumerate(names):
+            values = list(ap.get((student, name, budget), {}).values())
+            if not values:
+                continue
+            both, at = Interval.of(values), -row
+            colour = "#d55e00" if name == "qskd" else "#0072b2"
+            panel.plot([100 * v for v in values], [at] * len(values), "o", color=colour, alpha=0.3, ms=4, mew=0)
+            half = 0 if math.isnan(both.half) else 100 * both.half
+            panel.errorbar(100 * both.mean, at, xerr=half, fmt="o", color=colour, ms=5, capsize=3, lw=1.6)
+        base = 100 * statistics.fmean(ap[student, BASELINE, budget].values())
+        panel.axvline(base, color="0.6", lw=1, ls=":")
+        panel.axvline(100 * teacher, color="0.3", lw=1, ls="--")
+        panel.text(100 * teacher, 0.55, "teacher ", ha="right", va="bottom", fontsize=8, color="0.3")
+        panel.set_title(f"{budget} budget: {BUDGETS[budget]} steps", loc="left", fontweight="bold", fontsize=10)
+        panel.set_xlabel("AP on the test split")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="x", color="0.92")
+        panel.set_axisbelow(True)
+    panels[0].set_yticks([-row for row in range(len(names))], [VARIANTS[name].title for name in names], fontsize=8)
+    drawing.savefig(path)
+
+
+def markdown(records: Sequence[Mapping[str, Any]], teacher: float) -> str:
+    """Every student's table."""
+    parts = []
+    for name, student in STUDENTS.items():
+        if any(record["cell"].startswith(f"{name}-") for record in records):
+            parts.append(f"### {student.title}\n\n{table(records, name, teacher)}")
+    return "\n\n".join(parts) + "\n"

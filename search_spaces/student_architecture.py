@@ -1,0 +1,121 @@
+"""The student's sizes, each relative to the recipe's: half to one and a half times, on a grid where all combinations build.
+
+A recipe for a 64-pixel student and one for ResNet-18 on COCO are searched by the same rules. What a checkpoint fixes stays:
+the backbone's sizes with `student.backbone.init`; width, heads and ffn_width with `student.inherit`; the number
+of queries where query i learns from query i (`distillation.predictions.pairing: index`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qskd.config import TWO_LAYER_FAMILIES, BackboneConfig, Config, StudentConfig
+from qskd.errors import QskdError
+from search_spaces._trials import Trial
+
+FIELDS = (
+    *("student.backbone.depths", "student.backbone.hidden_sizes", "student.backbone.embedding_size"),
+    *("student.width", "student.heads", "student.ffn_width"),
+    *("student.encoder_layers", "student.decoder_layers", "student.queries"),
+    *("student.resize.size", "student.resize.longest"),
+)
+WHY_NOT_WHILE_TRAINING = "it changes shapes: a trial can't go on with the weights of another"
+LEAST_HEAD_WIDTH = 8  # a head as narrow as a few numbers attends to nothing; the recipe's own number is always offered
+
+
+def recipe_point(config: Config) -> dict[str, Any]:
+    student = config.student
+    return {
+        "backbone_depth": 1.0,
+        "backbone_width": 1.0,
+        "width": student.width,
+        "heads": student.heads,
+        "encoder_layers": student.encoder_layers,
+        "decoder_layers": student.decoder_layers,
+        "queries": student.queries,
+        "input_size": student.resize.size,
+    }
+
+
+def suggest(trial: Trial, config: Config) -> dict[str, Any]:
+    student = config.student
+    if student.init:
+        raise QskdError(
+            "search space student_architecture",
+            f"student.init = {student.init}: the checkpoint has its sizes",
+            "a student made of sizes",
+            "leave student.init empty, or leave this space out",
+        )
+    found: dict[str, Any] = {}
+    if not student.backbone.init:
+        found |= _backbone(trial, student.backbone)
+    if not student.inherit:
+        found |= _width(trial, student)
+    for name in ("encoder_layers", "decoder_layers"):
+        layers = getattr(student, name)
+        more = max(1, layers // 2)
+        # transformers can't build a Deformable DETR with a single decoder layer.
+        least = 2 if name == "decoder_layers" and student.family in TWO_LAYER_FAMILIES else 1
+        found[f"student.{name}"] = trial.suggest_int(name, max(least, layers - more), layers + more)
+    if config.distillation.predictions.pairing != "index":
+        low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)
+        found["student.queries"] = trial.suggest_int("queries", low, high, step=step)
+    return found | _input_size(trial, student)
+
+
+def around(value: int, step: int, down: int, up: int, least: int) -> tuple[int, int, int]:
+    """low, high and step of the grid through `value`: up to `down` steps below it, none under `least`, and `up` above."""
+    below = max(0, min(down, (value - least) // step))
+    return value - below * step, value + up * step, step
+
+
+def _backbone(trial: Trial, backbone: BackboneConfig) -> dict[str, Any]:
+    shallowest = 0.5 if max(backbone.depths) > 1 else 1.0
+    depth = trial.suggest_float("backbone_depth", shallowest, 1.5, step=0.5)
+    wide = trial.suggest_float("backbone_width", 0.5, 1.5, step=0.25)
+    # Bottleneck blocks narrow by 4; sizes that are multiples of it stay so.
+    unit = math.gcd(4, backbone.embedding_size, *backbone.hidden_sizes)
+
+    def scaled(size: int) -> int:
+        return max(unit, unit * math.floor(wide * size / unit + 0.5))
+
+    return {
+        "student.backbone.depths": [max(1, math.floor(depth * blocks + 0.5)) for blocks in backbone.depths],
+        "student.backbone.hidden_sizes": [scaled(size) for size in backbone.hidden_sizes],
+        "student.backbone.embedding_size": scaled(backbone.embedding_size),
+    }
+
+
+def _width(trial: Trial, student: StudentConfig) -> dict[str, Any]:
+    """Width, heads and ffn_width. Every width offered is divisible by every number of heads offered, by 4 for the position
+    embedding, and by 32 where deformable_detr normalises in 32 groups."""
+    width, own = student.width, student.heads
+    heads = [own] + [
+        count
+        for count in (own // 2 if own % 2 == 0 else 0, 2 * own)
+        if count and width % count == 0 and width // count >= LEAST_HEAD_WIDTH
+    ]
+    unit = math.lcm(32 if student.family == "deformable_detr" else 4, *heads)
+    low, high, step = around(width, unit * max(1, round(width / 4 / unit)), 2, 2, least=unit)
+    chosen = trial.suggest_int("width", low, high, step=step)
+    return {
+        "student.width": chosen,
+        "student.heads": trial.suggest_categorical("heads", sorted(heads)),
+        "student.ffn_width": max(1, round(student.ffn_width * chosen / width)),
+    }
+
+
+def _input_size(trial: Trial, student: StudentConfig) -> dict[str, Any]:
+    """The side, in steps of whole cells of the backbone's last map; the longest side with it."""
+    resize = student.resize
+    stride = 4 * 2 ** (len(student.backbone.depths) - 1)
+    step = stride * max(1, round(resize.size / 8 / stride))
+    low, high, step = around(resize.size, step, 3, 1, least=2 * stride)
+    size = trial.suggest_int("input_size", low, high, step=step)
+    if resize.mode == "square":
+        return {"student.resize.size": size}
+    return {
+        "student.resize.size": size,
+        "student.resize.longest": max(size, round(resize.longest * size / resize.size)),
+    }

@@ -1,0 +1,82 @@
+"""The evidence: its statistics against scipy, its records against its plan, and one real cell from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from benchmarks import evidence
+from benchmarks.evidence import __main__ as program
+from benchmarks.evidence import cells, plan, report, task
+from benchmarks.evidence.cells import RECORDS, Cell, meaning
+from benchmarks.evidence.report import Interval
+
+REPORTED = sorted((RECORDS / "report").glob("*.json"))
+
+
+def test_the_interval_is_students() -> None:
+    values = [0.31, 0.35, 0.28, 0.4, 0.33]
+    low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
+    found = Interval.of(values)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert "±" not in Interval.of([0.3]).show()
+
+
+def test_gaps_and_differences_are_paired_by_seed() -> None:
+    base, mine = {0: 0.2, 1: 0.3, 2: 0.1}, {2: 0.3, 0: 0.3}
+    assert report.paired(mine, base) == pytest.approx([0.1, 0.2])
+    assert report.shares(mine, base, 0.5) == pytest.approx([0.1 / 0.3, 0.2 / 0.4])
+
+
+@pytest.mark.parametrize("path", REPORTED, ids=lambda path: path.stem)
+def test_a_committed_record_is_of_the_recipe_as_it_is_today(path: Path) -> None:
+    record = json.loads(path.read_text())
+    student, variant, budget, seed = record["cell"].split("-")[:4]
+    cell = Cell(student, variant, budget, int(seed.removeprefix("seed")), extra=tuple(record["extra"]))
+    assert cell.record == path
+    assert record["config"] == meaning(cell.config(Path("anywhere")))
+    assert record["split"] == "test"
+    assert record["steps"] == cell.steps
+
+
+def test_every_variant_differs_from_the_default_or_says_why(tmp_path: Path) -> None:
+    default = meaning(Cell("scratch", "qskd", "short", 0).config(tmp_path))
+    for name in plan.VARIANTS:
+        if name not in ("qskd", "none_equal_time"):
+            assert meaning(Cell("scratch", name, "short", 0).config(tmp_path)) != default, name
+
+
+@pytest.mark.slow
+def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"train": 48, "val": 16, "test": 24}
+    small = {name: shapes.model_copy(update={"images": sizes[name]}) for name, shapes in task.SPLITS.items()}
+    monkeypatch.setattr(task, "SPLITS", small)
+    monkeypatch.setitem(plan.BUDGETS, "short", 4)
+    for module in (evidence.cells, evidence.report, program):
+        monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
+    work = tmp_path / "work"
+    task.make_task(work)
+    found = {}
+    for variant in ("none", "qskd", "global", "random"):
+        cell = Cell("scratch", variant, "short", 7)
+        found[variant] = cells.run(cell, work)
+        assert cells.finished(cell, work) == json.loads(cell.record.read_text())
+        assert found[variant]["steps"] == 4
+        assert found[variant]["curve"][-1]["step"] == 4
+        assert {"matched_kl", "matched_iou", "memory_cosine"} <= found[variant]["curve"][-1].keys()
+    assert "agfd" in found["qskd"]["losses_of_last_epoch"]
+    assert "agfd" not in found["none"]["losses_of_last_epoch"]
+    changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
+    assert cells.finished(changed, work) is None
+    program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)
+    named = ["--work", str(work), "--students", "scratch", "--variants", "none", "qskd", "--budgets", "short"]
+    assert program.main([*named, "--seeds", "7"]) == 0
+    told = capsys.readouterr().out
+    assert "2 of them have a record" in told
+    assert "| QSKD | 1 |" in told
+    assert (tmp_path / "records" / "scratch.png").stat().st_size > 10_000
