@@ -115,6 +115,13 @@ class StepModule(nn.Module):
         self.method = (
             build_method(config.distillation, student.memory_channels, teacher.memory_channels) if teacher else None
         )
+        if self.method is not None and student.chooses_queries and config.distillation.predictions.pairing == "index":
+            raise QskdError(
+                "distillation.predictions.pairing = index",
+                f"a student of family {student.family}, whose query i is another one in each image",
+                "queries that are the same in every image",
+                "use pairing: rank",
+            )
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)

@@ -113,11 +113,9 @@ def test_combine_names_a_term_without_a_weight() -> None:
         combine({"agfd": LossTerm(torch.tensor(1.0), torch.tensor(1.0))}, {"class": 1.0})
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0], [1]])
+@pytest.mark.parametrize("counts", [[3, 0, 4], [1]])  # transformers' can't take a batch without objects
 def test_varifocal_equals_transformers_rt_detr_loss(counts: list[int]) -> None:
     """Early predictions included: transformers has the encoder's proposals last among its auxiliary outputs."""
-    if not sum(counts):
-        pytest.skip("transformers' RT-DETR loss can't take a batch without objects")
     from transformers import RTDetrConfig
     from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 

@@ -108,8 +108,8 @@ def test_signals_keep_their_scale_through_a_hybrid_encoder(name: str) -> None:
 
 def test_detr_queries_start_apart() -> None:
     output = student("detr")(*images())
-    assert float(output.query_states.std(1).mean()) > 0.05
-    assert float(output.boxes_cxcywh[-1].std(1).mean()) > 0.001
+    assert output.query_states.std(1).mean().item() > 0.05
+    assert output.boxes_cxcywh[-1].std(1).mean().item() > 0.001
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -287,3 +287,9 @@ def test_any_family_learns_from_any(taught: str, teacher: str) -> None:
         curve = [sum(values[name] * weights[name] for name in weights if name.startswith(prefix)) for values in said]
         # Not the very last step: a term jumps when objects get other queries, or other cells are chosen as queries.
         assert min(curve[-4:]) < 0.97 * curve[0], (prefix, curve)
+
+
+def test_pairing_by_index_is_refused_where_queries_are_chosen_in_each_image() -> None:
+    config = tiny.recipe({**levels("rt_detr", 2)}, "distillation.predictions.pairing=index")
+    with pytest.raises(QskdError, match=r"another one in each image\n.*\n.*pairing: rank"):
+        tiny.make_training(config, random_teacher("rt_detr"))

@@ -114,6 +114,9 @@ class DeformableDetr(Family):
         embedding = model.model.query_position_embeddings.weight.detach()[:, : model.config.d_model]
         solve_points(embedding, model.model.reference_points, grid_points(embedding.shape[0]))
 
+    def chooses_queries(self, config: Any) -> bool:
+        return bool(config.two_stage)
+
     def classes_replaceable(self, config: Any) -> bool:
         return not config.two_stage  # its proposals are scored by the first class's row, whatever that class is
 

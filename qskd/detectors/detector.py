@@ -74,7 +74,7 @@ class Detector(nn.Module):
     model: transformers' own module; what is saved. labels: class names by slot. family: its `model_type`.
     num_queries: Q. num_layers: L, decoder layers. memory_channels, feature_channels: C of each memory map and of each
     projected backbone map, finest first. classification: the class term of its training loss. num_early: E, predictions
-    before the decoder's layers.
+    before the decoder's layers. chooses_queries: queries are chosen in each image, their numbers mean nothing.
     """
 
     def __init__(self, model: Any) -> None:
@@ -89,6 +89,7 @@ class Detector(nn.Module):
         self.num_queries = family.num_queries(config)
         self.num_layers: int = config.decoder_layers
         self.num_early = family.num_early
+        self.chooses_queries = family.chooses_queries(config)
         self._projections = [Tap(module) for module in family.projections(model)]
         self._memory = [Tap(module) for module in family.memory_sources(model)]
         levels = max(len(self._projections), len(self._memory))

@@ -50,6 +50,10 @@ class Family(ABC):
     def check_size(self, config: Any, height: int, width: int) -> None:  # noqa: B027
         """Raise QskdError for a batch of images, padding included, of a size that the model can't take."""
 
+    def chooses_queries(self, config: Any) -> bool:
+        """Whether queries are chosen in each image: a query's number then says nothing of what it asks."""
+        return False
+
     def classes_replaceable(self, config: Any) -> bool:
         """Whether a student may start from this model with other classes than it has."""
         return True

@@ -29,6 +29,9 @@ class RTDetr(Family):
     classification = "varifocal"
     num_early = 1  # the encoder's proposals
 
+    def chooses_queries(self, config: Any) -> bool:
+        return True
+
     def check_size(self, config: Any, height: int, width: int) -> None:
         step = max(config.feat_strides)
         tokens = sum((height // stride) * (width // stride) for stride in config.feat_strides)
