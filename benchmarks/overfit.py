@@ -37,7 +37,7 @@ from qskd.training import Training, train_batch
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "overfit.yaml"
 SAMPLE = ROOT.parent / "shared" / "coco-sample"
-FAMILIES = ("conditional_detr", "deformable_detr")
+FAMILIES = ("conditional_detr", "deformable_detr", "detr", "dab-detr", "rt_detr", "rt_detr_v2", "d_fine")
 WANTED_AP50 = 0.9
 MOST_OBJECTS = 8
 SMALLEST_SIDE = 32.0  # pixels of the image as it is; smaller objects vanish at the recipe's resolution

@@ -69,8 +69,12 @@ class DataConfig(Section):
 
 
 class BackboneConfig(Section):
-    """A ResNet as transformers builds it. Stride is 4 after the first stage and doubles with each further one."""
+    """A ResNet as transformers builds it. Stride is 4 after the first stage and doubles with each further one.
 
+    Any family reads either type; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging shortcuts).
+    """
+
+    type: Literal["resnet", "rt_detr_resnet"] = "resnet"
     layer_type: Literal["basic", "bottleneck"] = "basic"
     embedding_size: Positive = 64
     hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)
@@ -81,14 +85,32 @@ class BackboneConfig(Section):
     def _same_length(self) -> BackboneConfig:
         if len(self.hidden_sizes) != len(self.depths):
             raise ValueError(f"hidden_sizes has {len(self.hidden_sizes)} stages but depths has {len(self.depths)}")
+        if self.type == "rt_detr_resnet" and self.layer_type == "basic" and self.embedding_size != self.hidden_sizes[0]:
+            raise ValueError(
+                f"an rt_detr_resnet of basic layers has no shortcut from embedding_size {self.embedding_size} to "
+                f"hidden_sizes[0] {self.hidden_sizes[0]}: make them equal"
+            )
         return self
+
+    @property
+    def stride(self) -> int:
+        """Of the last stage, in pixels."""
+        return int(4 * 2 ** (len(self.depths) - 1))
+
+
+Family = Literal["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"]
+HYBRID_FAMILIES = ("rt_detr", "rt_detr_v2", "d_fine")  # a hybrid encoder, and queries chosen from its cells
+TWO_LAYER_FAMILIES = ("deformable_detr", "d_fine")  # transformers ties a second layer's heads to the first's
 
 
 class StudentConfig(Section):
-    """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone."""
+    """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone.
+
+    docs/families.md has what each family offers. A field that has no effect on the family is said in a warning.
+    """
 
     init: str = ""  # Hub name or folder of a detector to start from (its head is re-made when the classes differ)
-    family: Literal["conditional_detr", "deformable_detr"] = "conditional_detr"
+    family: Family = "conditional_detr"
     backbone: BackboneConfig = BackboneConfig()
     width: Positive = 256  # d_model
     encoder_layers: Positive = 6
@@ -97,8 +119,10 @@ class StudentConfig(Section):
     ffn_width: Positive = 1024
     queries: Positive = 300
     dropout: Fraction = 0.0
-    feature_levels: Positive = 1  # deformable_detr only: at most the last 3 backbone stages, further levels by stride 2
-    box_refinement: bool = True  # deformable_detr only
+    # The last backbone stages, at most 3. deformable_detr makes further levels by stride 2; RT-DETR and D-FINE were made
+    # with 3. The other families read one map.
+    feature_levels: Positive = 1
+    box_refinement: bool = True  # deformable_detr only: the others always refine, or never
     backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
     train_backbone: bool = True
     resize: ResizeConfig = ResizeConfig()
@@ -112,9 +136,31 @@ class StudentConfig(Section):
             raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
         if self.family == "deformable_detr" and self.width % 32:
             raise ValueError(f"deformable_detr normalises in 32 groups: width {self.width} is not a multiple of 32")
-        if self.family == "deformable_detr" and self.decoder_layers < 2 and not self.init:
-            raise ValueError("deformable_detr needs 2 decoder_layers or more: transformers cannot build it with one")
+        if self.family in TWO_LAYER_FAMILIES and self.decoder_layers < 2 and not self.init:
+            raise ValueError(f"{self.family} needs 2 decoder_layers or more: transformers cannot build it with one")
+        if self.family in HYBRID_FAMILIES and not self.init:
+            self._check_hybrid()
         return self
+
+    def _check_hybrid(self) -> None:
+        """The hybrid encoder lays doubled maps on finer ones, and its cells are the queries to choose from."""
+        stride, size = self.backbone.stride, self.resize.size
+        if self.feature_levels > min(3, len(self.backbone.depths)):
+            raise ValueError(
+                f"{self.family} reads backbone stages only: feature_levels {self.feature_levels} is more than "
+                f"{min(3, len(self.backbone.depths))}"
+            )
+        if self.resize.mode != "square" or size % stride:
+            raise ValueError(
+                f"{self.family} needs images whose sides are multiples of the backbone's stride {stride}: "
+                f"set resize: {{mode: square, size: {max(round(size / stride), 1) * stride}}}"
+            )
+        cells = sum((size * 2**level // stride) ** 2 for level in range(self.feature_levels))
+        if cells < self.queries:
+            raise ValueError(
+                f"{self.family} chooses queries among the cells of its maps: queries {self.queries} are more than the "
+                f"{cells} cells of {self.feature_levels} level(s) at resize.size {size}"
+            )
 
 
 class TeacherCacheConfig(Section):
@@ -224,8 +270,13 @@ class DistillationConfig(Section):
 
 
 class DetectionLossConfig(Section):
-    """Matching costs and loss weights of Conditional/Deformable DETR. class_weight 1 is transformers' value; the original
-    repositories use 2."""
+    """Matching costs and loss weights. class_weight 1 is transformers' value; the original repositories of Conditional and
+    Deformable DETR use 2.
+
+    The class term is the student's family's own: focal loss (Conditional, DAB and Deformable DETR), varifocal loss
+    (RT-DETR, RT-DETRv2, D-FINE; it has an alpha of its own) or cross-entropy with "no object" (DETR, whose own class_cost
+    is 1).
+    """
 
     class_cost: NonNegative = 2.0
     l1_cost: NonNegative = 5.0
@@ -234,7 +285,7 @@ class DetectionLossConfig(Section):
     l1_weight: NonNegative = 5.0
     giou_weight: NonNegative = 2.0
     focal_alpha: Fraction = 0.25
-    auxiliary: bool = True  # every decoder layer is supervised, not only the last
+    auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
     dense_weight: NonNegative = (
         0.0  # a training-only dense head on the encoder's input: lets a random backbone learn fast
     )

@@ -1,7 +1,8 @@
-"""The detection loss of Conditional and Deformable DETR, all decoder layers in one pass, on a matching made elsewhere.
+"""The detection loss of every family, all decoder layers in one pass, on a matching made elsewhere.
 
-Equal to transformers' `DeformableDetrForObjectDetectionLoss` on one worker. Unlike it, sums and box counts stay apart,
-so that the number of boxes can be averaged over workers, and nothing waits for the device.
+Equal on one worker to transformers' `DeformableDetrForObjectDetectionLoss` (focal), `RTDetrForObjectDetectionLoss`
+without denoising (varifocal) and `ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so that
+counts can be averaged over workers, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,26 +13,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qskd.boxes import cxcywh_to_xyxy, giou
+from qskd.boxes import cxcywh_to_xyxy, giou, iou
 from qskd.config import DetectionLossConfig
 from qskd.errors import QskdError
-from qskd.structures import LossTerm, Targets
+from qskd.structures import Classification, LossTerm, Targets
 
 _NAMES = ("class", "l1", "giou")
+VARIFOCAL_ALPHA = 0.75  # of RT-DETR, RT-DETRv2 and D-FINE in transformers (focal_loss_alpha); gamma is 2
+NO_OBJECT_WEIGHT = 0.1  # of DETR (Carion et al., ECCV 2020); transformers' eos_coefficient
 
 
-def term_names(num_layers: int, config: DetectionLossConfig) -> list[tuple[str, str, str]]:
-    """Names of the class, L1 and GIoU terms of each supervised layer: the auxiliary layers' are numbered from 0, the last
-    layer's are not."""
+def term_names(supervised: int, early: int = 0) -> list[tuple[str, str, str]]:
+    """Names of the class, L1 and GIoU terms of the `early` predictions and of the `supervised` decoder layers: the last
+    layer's are without a number, the others' numbered from 0."""
     last: tuple[str, str, str] = _NAMES
-    auxiliary = range(num_layers - 1) if config.auxiliary else ()
-    return [*((f"class_{layer}", f"l1_{layer}", f"giou_{layer}") for layer in auxiliary), last]
+    suffixes = [*(f"early_{number}" for number in range(early)), *(str(layer) for layer in range(supervised - 1))]
+    return [*((f"class_{suffix}", f"l1_{suffix}", f"giou_{suffix}") for suffix in suffixes), last]
 
 
-def detection_weights(num_layers: int, config: DetectionLossConfig) -> dict[str, float]:
+def detection_weights(num_layers: int, config: DetectionLossConfig, early: int = 0) -> dict[str, float]:
     """The weight of every term that `detection_terms` gives for a decoder of `num_layers` layers."""
     values = (config.class_weight, config.l1_weight, config.giou_weight)
-    return {name: value for names in term_names(num_layers, config) for name, value in zip(names, values, strict=True)}
+    names = term_names(num_layers if config.auxiliary else 1, early)
+    return {name: value for row in names for name, value in zip(row, values, strict=True)}
 
 
 def unlabelled_focal(logits: Tensor) -> Tensor:
@@ -39,43 +43,93 @@ def unlabelled_focal(logits: Tensor) -> Tensor:
     return logits.sigmoid() ** 2 * F.softplus(logits)
 
 
-def detection_terms(
-    logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, assignment: Tensor, config: DetectionLossConfig
-) -> dict[str, LossTerm]:
-    """Sigmoid focal loss (alpha of `config`, gamma 2) over all queries and classes, L1 and 1 - GIoU over matched boxes.
+def _focal(scores: Tensor, own: Tensor, matched: Tensor, alpha: float) -> Tensor:
+    """Sigmoid focal loss (Lin et al., ICCV 2017), gamma 2, over all queries and classes: [L]."""
+    # Every entry as if unlabelled, then the few labelled ones put right: a third of the passes over [L, B, Q, K].
+    correction = alpha * unlabelled_focal(-own) - (1 - alpha) * unlabelled_focal(own)
+    class_sum = (1 - alpha) * unlabelled_focal(scores).flatten(1).sum(1)
+    return class_sum + torch.where(matched, correction, 0.0).flatten(1).sum(1)
 
-    logits: [L, B, Q, K]; boxes_cxcywh: [L, B, Q, 4] in 0..1; assignment: [L, B, M] query of each object, -1 = none.
-    Returns the terms "class", "l1", "giou" of the last layer and "class_0", ... of the others when `config.auxiliary`;
-    each counts the batch's boxes. Without any object the box terms are 0, finite, and still attached to the graph.
+
+def _varifocal(scores: Tensor, own: Tensor, matched: Tensor, quality: Tensor) -> Tensor:
+    """Varifocal loss (Zhang et al., CVPR 2021) as RT-DETR has it, over all queries and classes: [L].
+
+    A labelled entry's target and weight are the box's IoU q; any other's weight is alpha * p^2. Weights have no gradient.
+    """
+
+    def unlabelled(logits: Tensor) -> Tensor:
+        return VARIFOCAL_ALPHA * logits.detach().sigmoid() ** 2 * F.softplus(logits)
+
+    correction = quality * (F.softplus(own) - quality * own) - unlabelled(own)
+    return unlabelled(scores).flatten(1).sum(1) + torch.where(matched, correction, 0.0).flatten(1).sum(1)
+
+
+def _cross_entropy(own: Tensor, matched: Tensor, query: Tensor, no_object: Tensor) -> tuple[Tensor, Tensor]:
+    """DETR's cross-entropy: [L] sums of weight * -log p, and [L] sums of weights to divide by.
+
+    own: the logit of the object's class, whose sigmoid is its probability in the softmax. no_object [L, B, Q]: log p_none.
+    """
+    spare = torch.zeros(*no_object.shape[:-1], no_object.shape[-1] + 1, dtype=torch.bool, device=own.device)
+    taken = spare.scatter(-1, torch.where(matched, query, no_object.shape[-1]), True)[..., :-1]
+    empty = torch.where(taken, 0.0, -no_object).flatten(1).sum(1)
+    objects = torch.where(matched, F.softplus(-own), 0.0).flatten(1).sum(1)
+    weight = taken.flatten(1).sum(1) + NO_OBJECT_WEIGHT * (~taken).flatten(1).sum(1)
+    return objects + NO_OBJECT_WEIGHT * empty, weight
+
+
+def detection_terms(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    targets: Targets,
+    assignment: Tensor,
+    config: DetectionLossConfig,
+    classification: Classification = "focal",
+    early: int = 0,
+    no_object: Tensor | None = None,
+) -> dict[str, LossTerm]:
+    """The class term that `classification` names over all queries and classes, L1 and 1 - GIoU over matched boxes.
+
+    logits: [E + L, B, Q, K]; boxes_cxcywh: [E + L, B, Q, 4] in 0..1; assignment: [E + L, B, M] query of each object, -1 =
+    none; the first E = `early` of them are predictions before the decoder's layers. "focal" has alpha of `config`;
+    "softmax" needs `no_object` [L, B, Q] and E = 0.
+    Returns the terms "class", "l1", "giou" of the last layer, "class_early_0", ... and, when `config.auxiliary`, "class_0",
+    ... of the other layers; each counts the batch's boxes, softmax's class terms their weights. Without any object the box
+    terms are 0, finite, and still attached to the graph.
     """
     if not config.auxiliary:
-        logits, boxes_cxcywh, assignment = logits[-1:], boxes_cxcywh[-1:], assignment[-1:]
+        kept = [*range(early), len(logits) - 1]
+        logits, boxes_cxcywh, assignment = logits[kept], boxes_cxcywh[kept], assignment[kept]
+        no_object = None if no_object is None else no_object[kept]
     layers, _, _, classes = logits.shape
     scores, boxes = logits.float(), boxes_cxcywh.float()
     matched, query = (assignment >= 0) & targets.valid, assignment.clamp(min=0)
 
-    own = scores.flatten(2).gather(2, query * classes + targets.labels)  # [L, B, M] logit of the object's class
-    alpha = config.focal_alpha
-    # Every entry as if unlabelled, then the few labelled ones put right: a third of the passes over [L, B, Q, K].
-    correction = alpha * unlabelled_focal(-own) - (1 - alpha) * unlabelled_focal(own)
-    class_sum = (1 - alpha) * unlabelled_focal(scores).flatten(1).sum(1)
-    class_sum = class_sum + torch.where(matched, correction, 0.0).flatten(1).sum(1)
-
     mine = boxes.gather(2, query.unsqueeze(-1).expand(-1, -1, -1, 4))  # [L, B, M, 4]
     theirs = targets.boxes_cxcywh.float()
+    mine_xyxy, theirs_xyxy = cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs)
     distance = (mine - theirs).abs().sum(-1)
     l1_sum = torch.where(matched, distance, 0.0).flatten(1).sum(1)
-    overlap = giou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs))
-    giou_sum = torch.where(matched, 1 - overlap, 0.0).flatten(1).sum(1)
-
+    giou_sum = torch.where(matched, 1 - giou(mine_xyxy, theirs_xyxy), 0.0).flatten(1).sum(1)
     count = targets.valid.sum().float()
-    sums = zip(class_sum.unbind(), l1_sum.unbind(), giou_sum.unbind(), strict=True)
-    names = term_names(layers, config)
-    return {
-        name: LossTerm(total, count)
-        for row, totals in zip(names, sums, strict=True)
-        for name, total in zip(row, totals, strict=True)
-    }
+
+    own = scores.flatten(2).gather(2, query * classes + targets.labels)  # [L, B, M] logit of the object's class
+    class_counts, class_floor = [count] * layers, 1.0
+    if classification == "softmax":
+        if no_object is None:
+            raise ValueError("cross-entropy needs the log-probability of no object")
+        class_sum, weight = _cross_entropy(own, matched, query, no_object.float())
+        class_counts, class_floor = list(weight.unbind()), NO_OBJECT_WEIGHT
+    elif classification == "varifocal":
+        class_sum = _varifocal(scores, own, matched, iou(mine_xyxy.detach(), theirs_xyxy))
+    else:
+        class_sum = _focal(scores, own, matched, config.focal_alpha)
+
+    terms: dict[str, LossTerm] = {}
+    for layer, (of_class, of_l1, of_giou) in enumerate(term_names(layers - early, early)):
+        terms[of_class] = LossTerm(class_sum[layer], class_counts[layer], class_floor)
+        terms[of_l1] = LossTerm(l1_sum[layer], count)
+        terms[of_giou] = LossTerm(giou_sum[layer], count)
+    return terms
 
 
 def combine(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config import DetectionLossConfig
-from qskd.structures import Targets
+from qskd.structures import Classification, Targets
 
 Prediction = tuple[Tensor, Tensor]  # logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]
 
@@ -29,32 +29,46 @@ def packed_positions(counts: Sequence[int], device: torch.device) -> tuple[Tenso
 
 
 def matching_costs(
-    logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image: Tensor, slot: Tensor, config: DetectionLossConfig
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    targets: Targets,
+    image: Tensor,
+    slot: Tensor,
+    config: DetectionLossConfig,
+    classification: Classification = "focal",
 ) -> Tensor:
     """Cost of every object with every query of its own image: [L, B, Q, K], [L, B, Q, 4] -> [L, N, Q] float32.
 
     Focal class cost (gamma 2), L1 and -GIoU, each with its weight from `config`: the cost of transformers'
-    `DeformableDetrHungarianMatcher`. NaN and infinity become the largest float, so that such a pair is chosen last.
+    `DeformableDetrHungarianMatcher`, and of its `RTDetrHungarianMatcher`. With "softmax" the class cost is -probability,
+    as in its `HungarianMatcher` (DETR). NaN and infinity become the largest float, so that such a pair is chosen last.
     """
     labels, objects = targets.labels[image, slot], targets.boxes_cxcywh[image, slot].float().unsqueeze(1)
     probability = logits.detach()[:, image, :, labels].float().transpose(0, 1).sigmoid()  # indexing puts N first
     boxes = boxes_cxcywh.detach()[:, image].float()
-    alpha = config.focal_alpha
+    alpha = 0.25 if classification == "varifocal" else config.focal_alpha  # varifocal loss has an alpha of its own
     negative = (1 - alpha) * probability**2 * -(1 - probability + 1e-8).log()
     positive = alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
+    by_class = -probability if classification == "softmax" else positive - negative
     # One box side at a time: a reduction over a last axis of 4 costs more than the four passes.
     distance = sum((boxes[..., side] - objects[..., side]).abs() for side in range(4))
     overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects))
-    cost: Tensor = config.class_cost * (positive - negative) + config.l1_cost * distance - config.giou_cost * overlap
+    cost: Tensor = config.class_cost * by_class + config.l1_cost * distance - config.giou_cost * overlap
     worst = torch.finfo(torch.float32).max
     return torch.nan_to_num(cost, nan=worst, posinf=worst, neginf=worst)
 
 
 @torch.no_grad()
-def assign(predictions: Sequence[Prediction], targets: Targets, config: DetectionLossConfig) -> list[Tensor]:
+def assign(
+    predictions: Sequence[Prediction],
+    targets: Targets,
+    config: DetectionLossConfig,
+    classifications: Sequence[Classification] = (),
+) -> list[Tensor]:
     """Give each object the query that costs least in a one-to-one assignment, for each layer of each network.
 
     predictions: (logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]) of each network; L and Q may differ between them.
+    classifications: which class cost (`matching_costs`) the first networks have; "focal" for those it does not name.
     Returns for each network the query indices [L, B, M] int64 on the predictions' device; -1 in the padding, and for
     the objects left over when an image has more objects than queries.
 
@@ -66,7 +80,11 @@ def assign(predictions: Sequence[Prediction], targets: Targets, config: Detectio
     if not sum(targets.counts):
         return [torch.full(shape, -1, dtype=torch.int64, device=device) for shape in shapes]
     image, slot = packed_positions(targets.counts, device)
-    costs = [matching_costs(*prediction, targets, image, slot, config) for prediction in predictions]
+    kinds = [*classifications, *["focal"] * (len(predictions) - len(classifications))]
+    costs = [
+        matching_costs(*prediction, targets, image, slot, config, kind)  # type: ignore[arg-type]
+        for prediction, kind in zip(predictions, kinds, strict=True)
+    ]
     host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
 
     chosen = np.full(sum(int(np.prod(shape)) for shape in shapes), -1, dtype=np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ class Targets:
     counts: tuple[int, ...]
 
 
+# How a detector's classes are trained and matched: a sigmoid each, or one softmax with "no object".
+Classification = Literal["focal", "varifocal", "softmax"]
+
 # Query indices [B, S] (int64, -1 = nothing) -> one attention map per memory level, each [B, S, H, W], float32, mean over
 # heads. A query's weights sum to 1 over all its levels and positions; rows of -1 are zero.
 Attend = Callable[[Tensor], tuple[Tensor, ...]]
@@ -55,14 +58,18 @@ Attend = Callable[[Tensor], tuple[Tensor, ...]]
 class DetectorOutput:
     """What any family's detector says about a batch of B images, with Q queries, K classes and L decoder layers.
 
-    logits: [L, B, Q, K], before the sigmoid, in the model's own class order; last layer last.
+    logits: [L, B, Q, K], in the model's own class order; last layer last. In every family sigmoid(logit) is the
+        probability of the class; where classes share a softmax, logits are made so that it is.
     boxes_cxcywh: [L, B, Q, 4] in 0..1, relative to the image without its padding.
-    memory: encoder memory as maps [B, C, H, W], finest first; one for single-scale families.
+    memory: the maps the decoder's cross-attention reads, [B, C, H, W], finest first; one for single-scale families.
     memory_valid: [B, H, W] bool for each map, False on padding.
-    features: the projected backbone maps the encoder was given, [B, C, H, W], the same sizes as `memory`.
+    features: the projected backbone maps the encoder was given, [B, C', H, W], of the sizes of `memory`'s first maps.
     query_states: [B, Q, D], the last decoder layer's, after its norm.
     attend: last-layer cross-attention of the queries asked for, recomputed from what the layer was given, so that the
         fast attention kernel stays on. `attend_mean` is the same, averaged over the decoder's layers.
+    no_object: [L, B, Q] log-probability that a query shows nothing, of families whose classes share a softmax with it.
+    early_logits, early_boxes_cxcywh: [E, B, Q, K], [E, B, Q, 4], what is predicted before the decoder's layers have their
+        say: the encoder's chosen proposals, initial boxes. Its own training loss needs them; they are never distilled.
     """
 
     logits: Tensor
@@ -73,6 +80,9 @@ class DetectorOutput:
     query_states: Tensor
     attend: Attend
     attend_mean: Attend
+    no_object: Tensor | None = None
+    early_logits: Tensor | None = None
+    early_boxes_cxcywh: Tensor | None = None
 
 
 @dataclass(frozen=True)

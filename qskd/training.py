@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qskd.config import Config, TrainingConfig
+from qskd.config import Config, ResizeConfig, TrainingConfig
 from qskd.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.detection_loss import combine, detection_terms, detection_weights
 from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
@@ -79,13 +79,18 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
     return to_device(batch, device)
 
 
-def _stand_in(device: torch.device) -> TrainBatch:
+def _stand_in(device: torch.device, student: ResizeConfig, teacher: Teacher | None) -> TrainBatch:
     """One black image without objects, for a worker whose share is empty: no detector takes a batch of none, and the
-    other workers wait for its gradients."""
-    images, sizes = torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.full((1, 2), 64, dtype=torch.int32)
+    other workers wait for its gradients. Small, where a network does not insist on its own (square) size."""
+
+    def black(resize: ResizeConfig) -> tuple[Tensor, Tensor]:
+        side = resize.size if resize.mode == "square" else 64
+        return torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.full((1, 2), side, dtype=torch.int32)
+
     none = torch.zeros(1, 0, dtype=torch.int64)
     targets = Targets(torch.zeros(1, 0, 4), none, none.bool(), image_ids=(), counts=(0,))
-    return to_device(TrainBatch(images, sizes, images, sizes, targets), device)
+    own = teacher.preprocessing.resize if isinstance(teacher, OnlineTeacher) else student
+    return to_device(TrainBatch(*black(student), *black(own), targets), device)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -110,9 +115,16 @@ class StepModule(nn.Module):
         self.method = (
             build_method(config.distillation, student.memory_channels, teacher.memory_channels) if teacher else None
         )
+        if self.method is not None and student.chooses_queries and config.distillation.predictions.pairing == "index":
+            raise QskdError(
+                "distillation.predictions.pairing = index",
+                f"a student of family {student.family}, whose query i is another one in each image",
+                "queries that are the same in every image",
+                "use pairing: rank",
+            )
         dense = config.detection.dense_weight > 0
-        self.dense_head = DenseHead(student.memory_channels[0], len(student.labels)) if dense else None
-        self.weights = detection_weights(student.num_layers, config.detection)
+        self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
+        self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
         if self.method is not None:
             self.weights |= self.method.weights
         if dense:
@@ -130,15 +142,22 @@ class StepModule(nn.Module):
     ) -> dict[str, LossTerm]:
         pixels, mask = to_pixels(images, sizes, IMAGENET_MEAN, IMAGENET_STD)
         output = self.student(pixels, mask, with_attention=False)
-        predictions = [(output.logits, output.boxes_cxcywh)]
+        early, kind = self.student.num_early, self.student.classification
+        logits, boxes = output.logits, output.boxes_cxcywh
+        if output.early_logits is not None and output.early_boxes_cxcywh is not None:
+            logits = torch.cat([output.early_logits, logits])
+            boxes = torch.cat([output.early_boxes_cxcywh, boxes])
+        predictions = [(logits, boxes)]
         if teacher is not None:
             predictions.append((teacher.logits, teacher.boxes_cxcywh))
-        assignments = assign(predictions, targets, self.config.detection)
-        terms = detection_terms(output.logits, output.boxes_cxcywh, targets, assignments[0], self.config.detection)
+        assignments = assign(predictions, targets, self.config.detection, [kind])
+        terms = detection_terms(
+            logits, boxes, targets, assignments[0], self.config.detection, kind, early, output.no_object
+        )
         if self.dense_head is not None:
             terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
         if self.method is not None and teacher is not None:
-            terms |= self.method(output, teacher, targets, assignments[0], assignments[1])
+            terms |= self.method(output, teacher, targets, assignments[0][early:], assignments[1])
         return terms
 
 
@@ -211,7 +230,7 @@ class Training:
         settings = self.config.training
         # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
-        share = batch if len(batch.images) else _stand_in(self.device)
+        share = batch if len(batch.images) else _stand_in(self.device, self.config.student.resize, self.teacher)
         self.student.train(share is batch)  # a stand-in leaves no mark on batch statistics
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qskd.config import BackboneConfig, Config, StudentConfig
+from qskd.config import TWO_LAYER_FAMILIES, BackboneConfig, Config, StudentConfig
 from qskd.errors import QskdError
 from search_spaces._trials import Trial
 
@@ -56,7 +56,7 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
         layers = getattr(student, name)
         more = max(1, layers // 2)
         # transformers can't build a Deformable DETR with a single decoder layer.
-        least = 2 if name == "decoder_layers" and student.family == "deformable_detr" else 1
+        least = 2 if name == "decoder_layers" and student.family in TWO_LAYER_FAMILIES else 1
         found[f"student.{name}"] = trial.suggest_int(name, max(least, layers - more), layers + more)
     if config.distillation.predictions.pairing != "index":
         low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.detection_loss import transformers_loss
 from qskd.config import DetectionLossConfig
 from qskd.detection_loss import combine, detection_terms, detection_weights
+from qskd.detectors.detr import from_softmax
 from qskd.errors import QskdError
 from qskd.matching import assign
 from qskd.structures import LossTerm, Targets
@@ -110,3 +111,68 @@ def test_combine_divides_by_the_given_mean_counts_and_by_no_less_than_the_floor(
 def test_combine_names_a_term_without_a_weight() -> None:
     with pytest.raises(QskdError, match="agfd"):
         combine({"agfd": LossTerm(torch.tensor(1.0), torch.tensor(1.0))}, {"class": 1.0})
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 4], [1]])  # transformers' can't take a batch without objects
+def test_varifocal_equals_transformers_rt_detr_loss(counts: list[int]) -> None:
+    """Early predictions included: transformers has the encoder's proposals last among its auxiliary outputs."""
+    from transformers import RTDetrConfig
+    from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+
+    targets = make_targets(counts)
+    leaves = []
+    for _ in range(2):
+        logits = random_logits(4, len(counts), 20, 5).requires_grad_()
+        boxes = torch.stack([near(targets, 20, seed=layer) for layer in range(4)]).requires_grad_()
+        leaves.append((logits, boxes))
+    (assignment,) = assign([leaves[0]], targets, DetectionLossConfig(), ["varifocal"])
+    terms = detection_terms(*leaves[0], targets, assignment, DetectionLossConfig(), "varifocal", early=1)
+    total = combine(terms, detection_weights(3, DetectionLossConfig(), early=1))
+    assert [name for name in terms if name.startswith("class")] == ["class_early_0", "class_0", "class_1", "class"]
+    logits, boxes = leaves[1]
+    expected, said, _ = RTDetrForObjectDetectionLoss(
+        logits[-1], transformers_labels(targets), "cpu", boxes[-1], RTDetrConfig(num_labels=5),
+        outputs_class=logits[1:].transpose(0, 1), outputs_coord=boxes[1:].transpose(0, 1),
+        enc_topk_logits=logits[0], enc_topk_bboxes=boxes[0],
+    )  # fmt: skip
+    for name, theirs in {"class": "loss_vfl", "class_0": "loss_vfl_aux_0", "class_early_0": "loss_vfl_aux_2"}.items():
+        torch.testing.assert_close(terms[name].total / sum(counts), said[theirs], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+    total.backward()
+    expected.backward()
+    for mine, other in zip(*leaves, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+@pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0], [25]])
+def test_cross_entropy_equals_transformers_detr_loss(counts: list[int], auxiliary: bool) -> None:
+    """Through the sigmoid's logits and the log-probability of no object, values and gradients of the softmax's own."""
+    from transformers import DetrConfig
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+    config = DetectionLossConfig(class_cost=1, auxiliary=auxiliary)
+    targets = make_targets(counts)
+    leaves = []
+    for _ in range(2):
+        logits = random_logits(3, len(counts), 20, 6).requires_grad_()
+        boxes = torch.stack([near(targets, 20, seed=layer) for layer in range(3)]).requires_grad_()
+        leaves.append((logits, boxes))
+    made, no_object = from_softmax(leaves[0][0])
+    (assignment,) = assign([(made, leaves[0][1])], targets, config, ["softmax"])
+    terms = detection_terms(made, leaves[0][1], targets, assignment, config, "softmax", no_object=no_object)
+    total = combine(terms, detection_weights(3, config))
+    logits, boxes = leaves[1]
+    expected, said, _ = ForObjectDetectionLoss(
+        logits[-1], transformers_labels(targets), "cpu", boxes[-1],
+        DetrConfig(num_labels=5, auxiliary_loss=auxiliary), outputs_class=logits, outputs_coord=boxes,
+    )  # fmt: skip
+    value = terms["class"].total / terms["class"].count
+    torch.testing.assert_close(value, said["loss_ce"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+    total.backward()
+    expected.backward()
+    for mine, other in zip(*leaves, strict=True):
+        torch.testing.assert_close(
+            mine.grad, torch.zeros_like(mine) if other.grad is None else other.grad, rtol=1e-4, atol=1e-6
+        )

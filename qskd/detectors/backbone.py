@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, ResNetBackbone, ResNetConfig
+from transformers import AutoConfig, ResNetBackbone, ResNetConfig, RTDetrResNetBackbone, RTDetrResNetConfig
 
 from qskd.config import BackboneConfig
 from qskd.detectors.weights import check_keys, check_path, quiet, reading
@@ -15,8 +15,10 @@ from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
 
+_TYPES = {"resnet": (ResNetConfig, ResNetBackbone), "rt_detr_resnet": (RTDetrResNetConfig, RTDetrResNetBackbone)}
 
-def backbone_config(config: BackboneConfig, levels: int) -> ResNetConfig:
+
+def backbone_config(config: BackboneConfig, levels: int) -> Any:
     """transformers' configuration of a ResNet that gives its last `levels` stages (as many as there are).
 
     With `config.init` the checkpoint's own configuration is used, and must have the sizes that `config` has.
@@ -32,8 +34,12 @@ def backbone_config(config: BackboneConfig, levels: int) -> ResNetConfig:
         with reading(path):
             resnet = AutoConfig.from_pretrained(path)
         resnet.dtype = torch.float32  # a checkpoint stored as float16 would make the student's backbone float16
-        if resnet.model_type != "resnet":
-            raise QskdError(config.init, f"a model of type {resnet.model_type!r}", "a ResNet (model type 'resnet')")
+        if resnet.model_type != config.type:
+            raise QskdError(
+                config.init,
+                f"a model of type {resnet.model_type!r}",
+                f"a ResNet (model type {config.type!r}, of student.backbone.type)",
+            )
         found = {name: getattr(resnet, name) for name in sizes}
         if found != sizes:
             differing = [name for name in sizes if found[name] != sizes[name]]
@@ -44,17 +50,17 @@ def backbone_config(config: BackboneConfig, levels: int) -> ResNetConfig:
                 "give student.backbone the checkpoint's sizes, or leave student.backbone.init empty",
             )
     else:
-        resnet = ResNetConfig(**sizes)
+        resnet = _TYPES[config.type][0](**sizes)
     stages = len(config.depths)
     resnet.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages, 3) + 1, stages + 1)]
     return resnet
 
 
-def load_backbone(backbone: nn.Module, path: str, config: ResNetConfig) -> None:
+def load_backbone(backbone: nn.Module, path: str, config: Any) -> None:
     """Copy a ResNet checkpoint (with or without its classifier) into a detector's backbone."""
     folder = check_path(path)
     with reading(path), quiet():
-        source, info = ResNetBackbone.from_pretrained(
+        source, info = _TYPES[config.model_type][1].from_pretrained(
             folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     dropped = check_keys(path, info, ignore=("classifier.",))
@@ -62,15 +68,19 @@ def load_backbone(backbone: nn.Module, path: str, config: ResNetConfig) -> None:
     log.info("backbone: %d tensors from %s; left out: %s", len(source.state_dict()), path, dropped or "nothing")
 
 
+class ThawedBatchNorm2d(nn.BatchNorm2d):
+    """Stands where transformers builds a frozen norm, which counts no batches: the count is not saved with a detector."""
+
+
 def thaw_norms(module: nn.Module) -> None:
-    """Replace, in place, transformers' FrozenBatchNorm2d by nn.BatchNorm2d with the same values.
+    """Replace, in place, transformers' FrozenBatchNorm2d by a BatchNorm2d with the same values.
 
     The names and the eps (1e-5) are the same, so a saved student loads into the frozen norm and evaluates alike.
     """
     for name, child in list(module.named_children()):
         if type(child).__name__.endswith("FrozenBatchNorm2d"):
             frozen: Any = child
-            norm = nn.BatchNorm2d(frozen.weight.shape[0], eps=1e-5)
+            norm = ThawedBatchNorm2d(frozen.weight.shape[0], eps=1e-5)
             norm.load_state_dict(
                 {**frozen.state_dict(), "num_batches_tracked": torch.tensor(0)},
             )

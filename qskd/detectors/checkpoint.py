@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from qskd.config import ResizeConfig
+from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.detector import Detector
 from qskd.detectors.families import FAMILIES, find_family
 from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -93,14 +94,20 @@ def save_detector(
 
 
 def _write(detector: Detector, folder: Path, resize: ResizeConfig, extra: dict[str, Any] | None) -> None:
-    # transformers' norms are frozen and count no batches: the key would be unexpected to a plain load.
-    state = {
-        name: value for name, value in detector.model.state_dict().items() if not name.endswith("num_batches_tracked")
+    thawed = {
+        f"{name}.num_batches_tracked"
+        for name, module in detector.model.named_modules()
+        if isinstance(module, ThawedBatchNorm2d)
     }
+    state = {name: value for name, value in detector.model.state_dict().items() if name not in thawed}
     with quiet():
         detector.model.save_pretrained(folder, state_dict=state)
         FAMILIES[detector.family].processor_class(
-            size=processor_size(resize), do_pad=True, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
+            size=processor_size(resize),
+            do_pad=resize.mode != "square",  # a square batch has nothing to pad
+            do_normalize=True,  # RT-DETR's processor would not
+            image_mean=list(IMAGENET_MEAN),
+            image_std=list(IMAGENET_STD),
         ).save_pretrained(folder)
     if extra is not None:
         (folder / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ConditionalDetrImageProcessorPil
 
 from qskd.config import StudentConfig
-from qskd.detectors.family import Family, Predictions, detr_sizes, linear32, shift_boxes, take
+from qskd.detectors.family import (
+    Family,
+    Predictions,
+    dense_attention,
+    detr_sizes,
+    head_scores,
+    linear32,
+    shift_boxes,
+    take,
+)
 from qskd.detectors.initialisation import fit_points, grid_points, set_class_prior, xavier, zero_box_head
 
 
@@ -51,13 +60,9 @@ class ConditionalDetr(Family):
             query = query + linear32(module.q_pos_proj, take(given["query_position_embeddings"], queries))
             key = key + key_position
         query_position = linear32(module.q_pos_sine_proj, take(given["query_sine_embed"], queries))
-
-        def scores(q: Tensor, k: Tensor) -> Tensor:
-            heads = module.num_attention_heads
-            return torch.einsum("bshd,bnhd->bhsn", q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1)))
-
-        total = (scores(query, key) + scores(query_position, key_position)) * module.scaling
-        return total.masked_fill(~valid[:, None, None], float("-inf")).softmax(-1).mean(1)
+        heads = module.num_attention_heads
+        scores = head_scores(query, key, heads) + head_scores(query_position, key_position, heads)
+        return dense_attention(scores * module.scaling, valid)
 
     def reference_points(self, model: Any) -> Tensor:
         points: Tensor = model.model.decoder.ref_point_head(model.model.query_position_embeddings.weight)
@@ -74,5 +79,7 @@ class ConditionalDetr(Family):
         zero_box_head(model.bbox_predictor.layers[-1])
         embedding = model.model.query_position_embeddings.weight
         fit_points(embedding, model.model.decoder.ref_point_head, grid_points(embedding.shape[0]))
-        if len(model.model.decoder.layers) == 1:  # read from the second layer on; DDP minds parameters without gradient
+
+    def prepare_student(self, model: Any) -> None:
+        if len(model.model.decoder.layers) == 1:  # read from the second layer on
             model.model.decoder.query_scale.requires_grad_(False)

@@ -26,6 +26,21 @@ def splat(locations: Tensor, weights: Tensor, height: int, width: int) -> Tensor
     return torch.einsum("...p,...ph,...pw->...hw", weights, rows, columns)
 
 
+def splat_levels(samples: Sequence[tuple[Tensor, Tensor]], shapes: Sequence[tuple[int, int]], valid: Tensor) -> Tensor:
+    """Samples of each level -> attention [B, S, N], mean over heads, summing to 1 over the valid positions.
+
+    samples: locations [B, S, heads, P, 2], x, y in 0..1 over the padded map, and weights [B, S, heads, P], a level each.
+    shapes: (H, W) of each level, N = sum of H * W. valid: [B, N] bool. What falls on padding, or outside, is left out; a
+    query that sees nothing at all gets zeros.
+    """
+    maps = [
+        splat(locations.flatten(2, 3), weights.flatten(2), height, width).flatten(2)
+        for (locations, weights), (height, width) in zip(samples, shapes, strict=True)
+    ]
+    seen = torch.cat(maps, dim=-1) * valid[:, None]
+    return seen / seen.sum(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)
+
+
 def sampling(module: Any, given: dict[str, Any], queries: Tensor) -> tuple[Tensor, Tensor]:
     """Where and how strongly a deformable attention samples for `queries` [B, S].
 
@@ -51,6 +66,7 @@ class DeformableDetr(Family):
     model_class = DeformableDetrForObjectDetection
     processor_class = DeformableDetrImageProcessorPil
     many_maps = True
+    refinement_optional = True
 
     def projections(self, model: Any) -> list[nn.Module]:
         return list(model.model.input_proj)
@@ -74,13 +90,7 @@ class DeformableDetr(Family):
         self, module: Any, given: dict[str, Any], queries: Tensor, shapes: Sequence[tuple[int, int]], valid: Tensor
     ) -> Tensor:
         locations, weights = sampling(module, given, queries)
-        maps = [
-            splat(locations[:, :, :, level].flatten(2, 3), weights[:, :, :, level].flatten(2), height, width).flatten(2)
-            for level, (height, width) in enumerate(shapes)
-        ]
-        # What falls on padding reads zeros. A query that sees nothing at all keeps its zeros.
-        seen = torch.cat(maps, dim=-1) * valid[:, None]
-        return seen / seen.sum(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)
+        return splat_levels(list(zip(locations.unbind(3), weights.unbind(3), strict=True)), shapes, valid)
 
     def reference_points(self, model: Any) -> Tensor:
         embedding = model.model.query_position_embeddings.weight[:, : model.config.d_model]
@@ -103,6 +113,19 @@ class DeformableDetr(Family):
             zero_box_head(head.layers[-1], START_SIZE_LOGIT if first else 0.0)
         embedding = model.model.query_position_embeddings.weight.detach()[:, : model.config.d_model]
         solve_points(embedding, model.model.reference_points, grid_points(embedding.shape[0]))
+
+    def chooses_queries(self, config: Any) -> bool:
+        return bool(config.two_stage)
+
+    def classes_replaceable(self, config: Any) -> bool:
+        return not config.two_stage  # its proposals are scored by the first class's row, whatever that class is
+
+    def prepare_student(self, model: Any) -> None:
+        if model.config.two_stage:  # the loss here has no term for proposals: they stay as the checkpoint has them
+            decoder = model.model.decoder
+            for part in (decoder.bbox_embed[-1], decoder.class_embed[-1], model.model.enc_output):
+                part.requires_grad_(False)
+            model.model.enc_output_norm.requires_grad_(False)
 
     def sizes(self, config: Any) -> dict[str, Any]:
         return {

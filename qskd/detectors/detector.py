@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qskd.detectors.families import find_family
-from qskd.detectors.family import Family
+from qskd.detectors.family import Family, Predictions
 from qskd.detectors.taps import Tap, listening
 from qskd.structures import DetectorOutput
 
@@ -51,11 +52,29 @@ def _not_kept(queries: Tensor) -> tuple[Tensor, ...]:
     raise RuntimeError("this forward ran with with_attention=False and kept nothing to compute attention from")
 
 
+def _size(map_: Tensor) -> tuple[int, int]:
+    return int(map_.shape[-2]), int(map_.shape[-1])
+
+
+def _without_padding(predictions: Predictions, pixel_mask: Tensor) -> Predictions:
+    """Boxes relative to the padded image -> relative to the image itself. Without padding they keep their very values."""
+    width, height = pixel_mask.any(1).float().mean(1), pixel_mask.any(2).float().mean(1)
+    part = torch.stack([width, height, width, height], dim=-1).unsqueeze(1)  # [B, 1, 4]
+    early = predictions.early_boxes_cxcywh
+    return replace(
+        predictions,
+        boxes_cxcywh=predictions.boxes_cxcywh / part,
+        early_boxes_cxcywh=None if early is None else early / part,
+    )
+
+
 class Detector(nn.Module):
     """A detector of transformers, seen as logits, boxes, memory and attention.
 
     model: transformers' own module; what is saved. labels: class names by slot. family: its `model_type`.
-    num_queries: Q. num_layers: L, decoder layers. memory_channels: C of each memory map, finest first.
+    num_queries: Q. num_layers: L, decoder layers. memory_channels, feature_channels: C of each memory map and of each
+    projected backbone map, finest first. classification: the class term of its training loss. num_early: E, predictions
+    before the decoder's layers. chooses_queries: queries are chosen in each image, their numbers mean nothing.
     """
 
     def __init__(self, model: Any) -> None:
@@ -65,11 +84,17 @@ class Detector(nn.Module):
         self.model = model
         self.family: str = config.model_type
         self._family = family = find_family(self.family, type(model).__name__)
+        family.check(config)
+        self.classification = family.classification
         self.num_queries = family.num_queries(config)
         self.num_layers: int = config.decoder_layers
-        self.memory_channels: tuple[int, ...] = (config.d_model,) * len(family.projections(model))
+        self.num_early = family.num_early
+        self.chooses_queries = family.chooses_queries(config)
         self._projections = [Tap(module) for module in family.projections(model)]
-        self._encoder = Tap(family.encoder(model))
+        self._memory = [Tap(module) for module in family.memory_sources(model)]
+        levels = max(len(self._projections), len(self._memory))
+        self.memory_channels: tuple[int, ...] = (family.memory_channels(config),) * levels
+        self.feature_channels: tuple[int, ...] = (family.feature_channels(config),) * len(self._projections)
         self._layers = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
 
@@ -91,33 +116,38 @@ class Detector(nn.Module):
         also under autocast; memory and features have the precision that the model ran in. `attend` uses the weights as
         they are when it is called: call it before the optimizer's step.
         """
-        taps = [*self._projections, self._encoder, *self._layers, *(self._cross_attentions if with_attention else [])]
+        self._family.check_size(self.model.config, *pixel_values.shape[-2:])
+        taps = [*self._projections, *self._memory, *self._layers, *(self._cross_attentions if with_attention else [])]
         with listening(taps):
             outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
             features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
-            valid: Tensor = self._encoder.given["attention_mask"].bool()
+            memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
             states = [tap.returned for tap in self._layers]
             cross = [CrossAttention(tap.module, _detached(tap.given)) for tap in self._cross_attentions]
 
         # Heads in float32: bf16 has 8 bits, less than a pixel needs.
         with torch.autocast(pixel_values.device.type, enabled=False):
             predictions = self._family.predict(self.model, outputs, states)
+            if not self._family.masks_padding:
+                predictions = _without_padding(predictions, pixel_mask)
 
-        shapes = [(int(map_.shape[-2]), int(map_.shape[-1])) for map_ in features]
-        sizes = [height * width for height, width in shapes]
-        memory = outputs.encoder_last_hidden_state.transpose(1, 2).split(sizes, dim=2)
-        attend = partial(_attend, self._family, shapes=shapes, valid=valid)
+        shapes = [_size(map_) for map_ in memory]
+        # As transformers shrinks a mask, so that it is the very one that the model has used.
+        valid = [functional.interpolate(pixel_mask[None].float(), size=shape)[0].bool() for shape in shapes]
+        everywhere = torch.cat([part.flatten(1) for part in valid], dim=1)
+        attend = partial(_attend, self._family, shapes=shapes, valid=everywhere)
         return DetectorOutput(
             logits=predictions.logits,
             boxes_cxcywh=predictions.boxes_cxcywh,
-            memory=tuple(part.unflatten(2, shape) for part, shape in zip(memory, shapes, strict=True)),
-            memory_valid=tuple(
-                part.unflatten(1, shape) for part, shape in zip(valid.split(sizes, dim=1), shapes, strict=True)
-            ),
+            memory=memory,
+            memory_valid=tuple(valid),
             features=features,
             query_states=predictions.query_states,
             attend=partial(attend, cross[-1:]) if with_attention else _not_kept,
             attend_mean=partial(attend, cross) if with_attention else _not_kept,
+            no_object=predictions.no_object,
+            early_logits=predictions.early_logits,
+            early_boxes_cxcywh=predictions.early_boxes_cxcywh,
         )
 
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from qskd.detectors.conditional_detr import ConditionalDetr
+from qskd.detectors.d_fine import DFine
+from qskd.detectors.dab_detr import DabDetr
 from qskd.detectors.deformable_detr import DeformableDetr
+from qskd.detectors.detr import Detr
 from qskd.detectors.family import Family
+from qskd.detectors.rt_detr import RTDetr
+from qskd.detectors.rt_detr_v2 import RTDetrV2
 from qskd.errors import QskdError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ConditionalDetr(), DeformableDetr())}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (Detr(), ConditionalDetr(), DabDetr(), DeformableDetr(), RTDetr(), RTDetrV2(), DFine())
+}
 
 
 def find_family(model_type: str, where: str) -> Family:
@@ -18,6 +26,6 @@ def find_family(model_type: str, where: str) -> Family:
             where,
             f"a model of type {model_type!r}",
             f"one of {', '.join(FAMILIES)}",
-            "choose a checkpoint of a supported family, or add the family in qskd/detectors (one file and a table row)",
+            "choose a checkpoint of a supported family, or add the family in qskd/detectors (docs/families.md)",
         )
     return family

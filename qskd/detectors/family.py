@@ -12,15 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.config import StudentConfig
+from qskd.structures import Classification
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """logits: [L, B, Q, K]; boxes_cxcywh: [L, B, Q, 4]; query_states: [B, Q, D] of the last layer, after its norm."""
+    """logits: [L, B, Q, K]; boxes_cxcywh: [L, B, Q, 4]; query_states: [B, Q, D] of the last layer, after its norm.
+
+    The others as in `DetectorOutput`: no_object [L, B, Q]; early_logits [E, B, Q, K]; early_boxes_cxcywh [E, B, Q, 4].
+    """
 
     logits: Tensor
     boxes_cxcywh: Tensor
     query_states: Tensor
+    no_object: Tensor | None = None
+    early_logits: Tensor | None = None
+    early_boxes_cxcywh: Tensor | None = None
 
 
 class Family(ABC):
@@ -30,6 +37,26 @@ class Family(ABC):
     model_class: ClassVar[Any]
     processor_class: ClassVar[Any]  # the image processor that works without torchvision
     many_maps: ClassVar[bool] = False  # reads `feature_levels` maps, not one
+    refinement_optional: ClassVar[bool] = False  # `box_refinement` can be chosen
+    masks_padding: ClassVar[bool] = True  # False: boxes come relative to the padded image, and padding is looked at
+    classification: ClassVar[Classification] = "focal"  # the class term of its training loss (qskd.detection_loss)
+    no_object_rows: ClassVar[int] = 0  # rows of a class head after those of the classes
+    num_early: ClassVar[int] = 0  # E, predictions before the decoder's layers that its training loss has
+
+    # --- what it can do ---------------------------------------------------------------------------------------------
+    def check(self, config: Any) -> None:  # noqa: B027
+        """Raise QskdError for a configuration of transformers whose model can't be shown as a DetectorOutput."""
+
+    def check_size(self, config: Any, height: int, width: int) -> None:  # noqa: B027
+        """Raise QskdError for a batch of images, padding included, of a size that the model can't take."""
+
+    def chooses_queries(self, config: Any) -> bool:
+        """Whether queries are chosen in each image: a query's number then says nothing of what it asks."""
+        return False
+
+    def classes_replaceable(self, config: Any) -> bool:
+        """Whether a student may start from this model with other classes than it has."""
+        return True
 
     # --- where things are -------------------------------------------------------------------------------------------
     @abstractmethod
@@ -40,12 +67,12 @@ class Family(ABC):
     def class_heads(self, model: Any) -> list[nn.Linear]:
         """Every linear layer that gives class logits (modules may share parameters)."""
 
-    def encoder(self, model: Any) -> nn.Module:
-        """The encoder; called with `attention_mask` [B, N] bool over its N tokens."""
-        encoder: nn.Module = model.model.encoder
-        return encoder
+    def memory_sources(self, model: Any) -> list[nn.Module]:
+        """The modules whose outputs the decoder's cross-attention reads; `memory` makes maps of them."""
+        return [model.model.encoder]
 
     def backbone(self, model: Any) -> nn.Module:
+        """The part that learns at its own rate; the ResNet itself is its `model`."""
         backbone: nn.Module = model.model.backbone
         return backbone
 
@@ -57,6 +84,12 @@ class Family(ABC):
         return [layer.encoder_attn for layer in model.model.decoder.layers]
 
     # --- what it computes -------------------------------------------------------------------------------------------
+    def memory(self, returned: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """What `memory_sources` returned -> maps [B, C, H, W], finest first. shapes: (H, W) of each projected map."""
+        tokens = returned[0].last_hidden_state.transpose(1, 2)  # one encoder over the tokens of all maps
+        parts = tokens.split([height * width for height, width in shapes], dim=2)
+        return tuple(part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True))
+
     @abstractmethod
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         """The heads on every decoder layer, given the base model's outputs and each layer's own [B, Q, D]."""
@@ -71,12 +104,20 @@ class Family(ABC):
         N = sum of H * W. valid: [B, N] bool, False on padding.
         """
 
-    @abstractmethod
-    def reference_points(self, model: Any) -> Tensor:
-        """[Q, 2] x, y in 0..1 where queries first look; before any image."""
+    def reference_points(self, model: Any) -> Tensor | None:
+        """[Q, 2] x, y in 0..1 where queries first look, before any image; None where there is no such place."""
+        return None
 
     def num_queries(self, config: Any) -> int:
         return int(config.num_queries)
+
+    def memory_channels(self, config: Any) -> int:
+        """Width of the memory maps."""
+        return int(config.d_model)
+
+    def feature_channels(self, config: Any) -> int:
+        """Width of the projected backbone maps."""
+        return self.memory_channels(config)
 
     # --- making a student -------------------------------------------------------------------------------------------
     @abstractmethod
@@ -87,11 +128,15 @@ class Family(ABC):
     def initialise(self, model: Any) -> None:
         """Start the detection parts of a random model where training gets going (in place)."""
 
+    def prepare_student(self, model: Any) -> None:  # noqa: B027
+        """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random
+        students and of those that start from a checkpoint alike."""
+
     def sizes(self, config: Any) -> dict[str, Any]:
         """StudentConfig field -> its value in a configuration of transformers, to tell a contradiction."""
         return {
             "family": config.model_type,
-            "width": config.d_model,
+            "width": self.memory_channels(config),
             "encoder_layers": config.encoder_layers,
             "decoder_layers": config.decoder_layers,
             "heads": config.encoder_attention_heads,
@@ -131,6 +176,16 @@ def shift_boxes(delta: Tensor, reference: Tensor) -> Tensor:
     if moved.shape[-1] == 4:
         return (delta + moved).sigmoid()
     return torch.cat([delta[..., :2] + moved, delta[..., 2:]], dim=-1).sigmoid()
+
+
+def head_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Dot products of queries [B, S, D] and keys [B, N, D], head by head: [B, heads, S, N]."""
+    return torch.einsum("bshd,bnhd->bhsn", query.unflatten(-1, (heads, -1)), key.unflatten(-1, (heads, -1)))
+
+
+def dense_attention(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scaled scores [B, heads, S, N], valid [B, N] -> attention [B, S, N], mean over heads, none of it on padding."""
+    return scores.masked_fill(~valid[:, None, None], float("-inf")).softmax(-1).mean(1)
 
 
 def linear32(module: nn.Linear, x: Tensor) -> Tensor:

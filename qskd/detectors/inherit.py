@@ -14,9 +14,10 @@ from qskd.detectors.detector import Detector
 from qskd.detectors.families import find_family
 from qskd.errors import QskdError
 
-# Per-layer parts, by where their number stands: encoder and decoder layers, and heads of which there is one a layer.
+# Per-layer parts, by where their number stands: encoder and decoder layers (RT-DETR's encoder has its own inside
+# "aifi"), and heads of which there is one a layer (D-FINE has a quality head, "lqe_layers", too).
 _NUMBERED = re.compile(
-    r"^(?P<stem>(?:.*\.)?(?:encoder\.layers|decoder\.layers|(?:bbox|class)_embed))\.(?P<layer>\d+)\."
+    r"^(?P<stem>(?:.*\.)?(?:encoder(?:\.aifi\.\d+)?\.layers|decoder\.(?:lqe_)?layers|(?:bbox|class)_embed))\.(?P<layer>\d+)\."
 )
 
 
@@ -93,7 +94,9 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
         name for name, module in own.named_modules() if isinstance(module, nn.Embedding) and "query" in name.lower()
     }
     layers = {stem: spread(count, _counts(theirs)[stem]) for stem, count in _counts(mine).items()}
-    slots = torch.tensor(class_slots, dtype=torch.int64)
+    # Rows after the classes' ("no object") are the last on both sides.
+    more = range(teacher.model.config.num_labels, teacher.model.config.num_labels + family.no_object_rows)
+    slots = torch.tensor([*class_slots, *more], dtype=torch.int64)
     copied, left = {}, {}
     for part, names in _parts(mine, prefix).items():
         numbered = _NUMBERED.match(part + ".")

@@ -31,6 +31,7 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_checkpoint(config, labels) if config.init else _from_sizes(config, labels)
+        find_family(model.config.model_type, "student").prepare_student(model)
         detector = Detector(model).train()
     _set_backbone(detector.backbone, config)
     return detector
@@ -41,6 +42,8 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
     levels = config.feature_levels if family.many_maps else 1
     if levels != config.feature_levels:
         _warn(f"student.feature_levels = {config.feature_levels} has no effect: {config.family} reads one map")
+    if not config.box_refinement and not family.refinement_optional:
+        _warn(f"student.box_refinement = false has no effect: {config.family} leaves no choice")
     resnet = backbone_config(config.backbone, levels)
     model = family.model_class(family.student_config(config, resnet, labels))
     family.initialise(model)
@@ -61,28 +64,37 @@ def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
             _warn(f"student.{field} = {wanted} has no effect: student.init ({config.init}) has {found}")
     if config.backbone != default.backbone:
         _warn(f"student.backbone has no effect: the backbone is that of student.init ({config.init})")
+    if detector.labels != tuple(labels) and not family.classes_replaceable(detector.model.config):
+        raise QskdError(
+            "student.init",
+            f"{config.init}, which chooses its queries by a class head, with classes {list(detector.labels)}",
+            f"the classes to train: {list(labels)}",
+            "start from a checkpoint without two_stage, or with these very classes",
+        )
     if detector.labels != tuple(labels):
-        _remake_class_heads(detector.model, family.class_heads(detector.model), labels)
+        _remake_class_heads(detector.model, family.class_heads(detector.model), labels, family.no_object_rows)
     return detector.model
 
 
-def _remake_class_heads(model: Any, heads: Sequence[nn.Linear], labels: Sequence[str]) -> None:
-    """Give the heads a row a label: a class the checkpoint knows by the same name keeps its row, others start anew."""
+def _remake_class_heads(model: Any, heads: Sequence[nn.Linear], labels: Sequence[str], more: int) -> None:
+    """Give the heads a row a label: a class the checkpoint knows by the same name keeps its row, others start anew. The
+    `more` rows after those of the classes ("no object") are kept."""
     known = {label: slot for slot, label in enumerate(labels_of(model.config)) if label != "N/A"}
     kept = [(slot, known[label]) for slot, label in enumerate(labels) if label in known]
+    rows = kept + [(len(labels) + extra, model.config.num_labels + extra) for extra in range(more)]
     made: dict[int, nn.Linear] = {}  # heads that shared parameters go on sharing them
     shared: list[nn.Linear] = []
     for head in heads:
         if id(head.weight) not in made:
-            fresh = made[id(head.weight)] = nn.Linear(head.in_features, len(labels))
+            fresh = made[id(head.weight)] = nn.Linear(head.in_features, len(labels) + more)
             nn.init.normal_(fresh.weight, std=0.02)
             set_class_prior(fresh)
             with torch.no_grad():
-                for slot, old in kept:
+                for slot, old in rows:
                     fresh.weight[slot], fresh.bias[slot] = head.weight[old], head.bias[old]
         shared.append(made[id(head.weight)])
     for head, fresh in zip(heads, shared, strict=True):
-        head.weight, head.bias, head.out_features = fresh.weight, fresh.bias, len(labels)
+        head.weight, head.bias, head.out_features = fresh.weight, fresh.bias, len(labels) + more
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: slot for slot, label in enumerate(labels)}
     model.num_labels = len(labels)

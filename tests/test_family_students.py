@@ -1,0 +1,295 @@
+"""Students of every family: where they start, what learns, what is saved, what they inherit, and any to any distilled."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from pydantic import ValidationError
+from test_detectors import tiny_model as two_stage_model
+from test_detectors_checkpoint import PLAIN, SQUARE, batch, train_a_little
+from torch import Tensor, nn
+
+from qskd.classes import map_classes
+from qskd.config import StudentConfig
+from qskd.detectors import FAMILIES, Detector, Preprocessing, build_student, inherit, load_detector, save_detector
+from qskd.detectors.initialisation import grid_points
+from qskd.errors import QskdError
+from qskd.teacher import OnlineTeacher
+
+torch.set_num_threads(1)
+
+LABELS = ("cat", "dog", "owl")
+STUDENTS: dict[str, dict[str, Any]] = {
+    "detr": {"family": "detr"},
+    "dab": {"family": "dab-detr"},
+    "rt_detr": {"family": "rt_detr", "feature_levels": 2},
+    "vd backbone": {
+        **{"family": "rt_detr", "feature_levels": 2},
+        "backbone": {"type": "rt_detr_resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    },
+    "rt_detr_v2": {"family": "rt_detr_v2", "feature_levels": 2},
+    "one level": {"family": "rt_detr_v2"},
+    "d_fine": {"family": "d_fine", "feature_levels": 2},
+}
+ONE_LAYER = {f"{name}, one layer": {**STUDENTS[name], "decoder_layers": 1} for name in ("detr", "dab", "rt_detr")}
+EVERY = STUDENTS | ONE_LAYER
+HYBRID = [name for name in STUDENTS if name not in ("detr", "dab")]
+
+
+def student(name: str, seed: int = 0, labels: tuple[str, ...] = LABELS, **changes: Any) -> Detector:
+    config = StudentConfig.model_validate({**tiny.STUDENT, "queries": 20, **EVERY[name], **changes})
+    return build_student(config, labels, seed)
+
+
+def images() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return torch.randn(2, 3, 64, 96), torch.ones(2, 64, 96, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
+    detector = student(name)
+    assert all(parameter.requires_grad for parameter in detector.backbone.parameters())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in detector.backbone.modules())
+    output = detector(*images(), with_attention=False)
+    loss = output.logits.square().sum() + output.boxes_cxcywh.square().sum()
+    for early in (output.early_logits, output.early_boxes_cxcywh):
+        loss = loss if early is None else loss + early.square().sum()
+    loss.backward()
+    trainable = {key: value for key, value in detector.named_parameters() if value.requires_grad}
+    assert [key for key, value in trainable.items() if value.grad is None] == []
+    assert len(trainable) > 0.9 * len(list(detector.parameters()))
+
+
+@pytest.mark.parametrize("name", ["dab", *HYBRID])
+def test_training_starts_from_rare_classes(name: str) -> None:
+    output = student(name)(*images())
+    for logits in (output.logits, output.early_logits):
+        assert logits is None or logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.3)
+
+
+def test_dab_starts_from_boxes_spread_over_the_image() -> None:
+    detector = student("dab")
+    output, points = detector(*images()), FAMILIES["dab-detr"].reference_points(detector.model)
+    assert points is not None
+    torch.testing.assert_close(points.detach(), grid_points(20))
+    for boxes in output.boxes_cxcywh.flatten(0, 1):
+        torch.testing.assert_close(boxes[:, :2].detach(), points.detach(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(boxes[:, 2:], torch.full((20, 2), 0.198), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_hybrids_start_from_the_anchors_of_the_chosen_cells(name: str) -> None:
+    output = student(name)(*images())
+    assert output.early_boxes_cxcywh is not None
+    for boxes in output.boxes_cxcywh:
+        torch.testing.assert_close(boxes, output.early_boxes_cxcywh[0], atol=1e-4, rtol=0)
+    sizes = output.early_boxes_cxcywh[0][..., 2:].detach().unique().tolist()
+    assert all(min(abs(size - anchor) for anchor in (0.05, 0.1)) < 1e-4 for size in sizes)
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_signals_keep_their_scale_through_a_hybrid_encoder(name: str) -> None:
+    """transformers starts every weight and norm at N(0, 0.01): its maps would vanish."""
+    output = student(name)(*images())
+    for map_ in (*output.features, *output.memory):
+        assert 0.1 < map_.std().item() < 10
+
+
+def test_detr_queries_start_apart() -> None:
+    output = student("detr")(*images())
+    assert output.query_states.std(1).mean().item() > 0.05
+    assert output.boxes_cxcywh[-1].std(1).mean().item() > 0.001
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_weights_depend_on_the_seed_only(name: str) -> None:
+    torch.manual_seed(11)
+    first = student(name, seed=5).state_dict()
+    torch.manual_seed(12)
+    again, other = student(name, seed=5).state_dict(), student(name, seed=6).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_plain_transformers_reads_trained_students_alike(tmp_path: Path) -> None:
+    names = {name.replace(" ", "_"): name for name in STUDENTS if name != "one level"}
+    detectors = {folder: train_a_little(student(name)) for folder, name in names.items()}
+    for folder, detector in detectors.items():
+        save_detector(detector, tmp_path / folder, SQUARE)
+    # Without padding: RT-DETR and D-FINE have no use for a mask, and boxes would be relative to other things.
+    given = {"pixels": batch()["pixels"], "mask": torch.ones_like(batch()["mask"])}
+    torch.save(given, tmp_path / "batch.pt")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", PLAIN, *detectors]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for folder, detector in detectors.items():
+        said = torch.load(tmp_path / f"{folder}.pt")
+        with torch.no_grad():
+            expected, again = detector(*given.values()), load_detector(tmp_path / folder)(*given.values())
+        torch.testing.assert_close(said["boxes"], expected.boxes_cxcywh[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        if folder == "detr":
+            probability = said["logits"].softmax(-1)[..., :-1]
+            torch.testing.assert_close(probability, expected.logits[-1].sigmoid(), atol=1e-5, rtol=1e-5)
+        else:
+            torch.testing.assert_close(said["logits"], expected.logits[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine"])
+def test_a_new_class_head_keeps_the_classes_it_knows(tmp_path: Path, name: str) -> None:
+    source = student(name).eval()
+    tiny.shake(source, 1)
+    save_detector(source, tmp_path / "source", SQUARE)
+    made = build_student(StudentConfig(init=str(tmp_path / "source")), ["owl", "fox", "cat"], 1).eval()
+    assert made.labels == ("owl", "fox", "cat")
+    head, old = (FAMILIES[made.family].class_heads(one.model)[-1] for one in (made, source))
+    for slot, before in ((0, 2), (2, 0), *([(3, 3)] if name == "detr" else [])):  # DETR's last row is "no object"
+        assert torch.equal(head.weight[slot], old.weight[before])
+        assert head.bias[slot] == old.bias[before]
+    save_detector(made, tmp_path / "made", SQUARE)
+    with torch.no_grad():
+        again = load_detector(tmp_path / "made")(*images())
+        torch.testing.assert_close(again.logits, made(*images()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_student_that_starts_from_a_checkpoint_with_denoising_trains_without(tmp_path: Path) -> None:
+    config = student("rt_detr").model.config
+    config.num_denoising = 10
+    full = hf.RTDetrForObjectDetection(config)
+    full.save_pretrained(tmp_path)
+    hf.RTDetrImageProcessorPil().save_pretrained(tmp_path)
+    assert hasattr(load_detector(tmp_path).model.model, "denoising_class_embed")  # a teacher keeps all it has
+    made = build_student(StudentConfig(init=str(tmp_path)), ["fox", "cat"], 0)
+    assert not any("denoising" in name for name in made.state_dict())
+    save_detector(made, tmp_path / "made", SQUARE)
+    assert load_detector(tmp_path / "made").model.config.num_denoising == 0
+
+
+def test_proposals_of_a_two_stage_deformable_detr_stay_as_they_are(tmp_path: Path) -> None:
+    source = two_stage_model("two_stage")
+    source.config.id2label = {slot: f"class {slot}" for slot in range(5)}
+    save_detector(Detector(source), tmp_path, SQUARE)
+    with pytest.raises(QskdError, match="chooses its queries by a class head"):
+        build_student(StudentConfig(init=str(tmp_path)), LABELS, 0)
+    made = build_student(StudentConfig(init=str(tmp_path)), [f"class {slot}" for slot in range(5)], 0)
+    output = made(*images(), with_attention=False)
+    (output.logits.square().sum() + output.boxes_cxcywh.square().sum()).backward()
+    assert [name for name, value in made.named_parameters() if value.requires_grad and value.grad is None] == []
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_of_the_teachers_sizes_becomes_the_teacher(name: str) -> None:
+    teacher, mine = student(name, seed=1).eval(), student(name, seed=2).eval()
+    tiny.shake(teacher, 1)
+    tiny.shake(mine, 2)
+    done = inherit(mine, teacher, (0, 1, 2))
+    assert not done.left
+    with torch.no_grad():
+        said, expected = mine(*images()), teacher(*images())
+    assert torch.equal(said.logits, expected.logits)
+    assert torch.equal(said.boxes_cxcywh, expected.boxes_cxcywh)
+
+
+@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine"])
+def test_a_student_with_fewer_layers_takes_the_first_and_the_last(name: str) -> None:
+    teacher = student(name, seed=1, decoder_layers=3, encoder_layers=2, labels=("emu", *LABELS))
+    mine = student(name, seed=2)
+    tiny.shake(teacher, 1)
+    done = inherit(mine, teacher, (1, 2, 3))
+    assert not done.left
+    encoder = "model.encoder.aifi.0.layers" if name in HYBRID else "model.encoder.layers"
+    assert done.copied[f"{encoder}.0"] == f"{encoder}.1"
+    assert done.copied["model.decoder.layers.1"] == "model.decoder.layers.2"
+    if name in HYBRID:
+        assert done.copied["model.decoder.class_embed.1"] == "model.decoder.class_embed.2"
+        assert done.copied["model.decoder.bbox_embed.1"] == "model.decoder.bbox_embed.2"
+    if name == "d_fine":
+        assert done.copied["model.decoder.lqe_layers.1"] == "model.decoder.lqe_layers.2"
+    head, theirs = (FAMILIES[mine.family].class_heads(one.model)[-1] for one in (mine, teacher))
+    assert torch.equal(head.weight, theirs.weight[1:])
+
+
+def test_fields_without_effect_are_said() -> None:
+    with pytest.warns(UserWarning, match="box_refinement = false has no effect: rt_detr"):
+        student("rt_detr", box_refinement=False)
+    with pytest.warns(UserWarning, match="feature_levels = 3 has no effect: dab-detr"):
+        student("dab", feature_levels=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        student("d_fine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"resize": {"mode": "shortest_edge", "size": 64}}, "mode: square, size: 64"),
+        ({"resize": {"size": 100}}, "multiples of the backbone's stride 8"),
+        ({"feature_levels": 3}, "feature_levels 3 is more than 2"),
+        ({"family": "d_fine", "decoder_layers": 1}, "2 decoder_layers or more"),
+        ({"queries": 400}, "queries 400 are more than the 320 cells"),
+        ({"backbone": {"type": "rt_detr_resnet", "embedding_size": 4, "hidden_sizes": [8], "depths": [1]}}, "equal"),
+    ],
+)
+def test_a_hybrid_that_cannot_be_built_is_refused(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        student("rt_detr", **changes)
+
+
+PAIRED = ["conditional_detr", "deformable_detr", "rt_detr", "d_fine"]
+OTHERS = [("detr", "rt_detr"), ("rt_detr_v2", "detr"), ("detr", "dab-detr"), ("dab-detr", "deformable_detr")]
+
+
+def levels(family: str, count: int) -> dict[str, Any]:
+    return {"family": family, "feature_levels": count if FAMILIES[family].many_maps else 1}
+
+
+def random_teacher(family: str) -> OnlineTeacher:
+    """Wider, with more queries, layers, strides and classes than the students, at twice their resolution."""
+    backbone = {"embedding_size": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1]}
+    sizes = {**tiny.TEACHER, "backbone": backbone, "resize": {"size": 128}, **levels(family, 2)}
+    config = StudentConfig.model_validate(sizes)
+    detector = tiny.silent_student(config, ["emu", "owl", "dog", "fox", "cat"], 7)
+    tiny.shake(detector, 7)
+    return OnlineTeacher(detector, map_classes(LABELS, detector.labels, {}), Preprocessing(config.resize))
+
+
+@pytest.mark.parametrize(("taught", "teacher"), [*itertools.product(PAIRED, PAIRED), *OTHERS])
+def test_any_family_learns_from_any(taught: str, teacher: str) -> None:
+    config = tiny.recipe(
+        {**levels(taught, 2), "queries": 12},
+        *("training.learning_rate=2e-3", "training.backbone_learning_rate_scale=1", "training.clip_norm=1"),
+        *("training.schedule=constant", "training.weight_decay=0"),
+        # A random teacher contradicts the objects: let it have the say, and its unsure queries count. Of positives only,
+        # for random boxes change their ranks, and so their partners, at every step.
+        *("detection.class_weight=0.1", "detection.l1_weight=0.1", "detection.giou_weight=0.1"),
+        *("distillation.predictions.pair_weight=uniform", "distillation.selection.band_weights=[0,0]"),
+    )
+    training = tiny.make_training(config, random_teacher(teacher), total_steps=100)
+    one = tiny.train_batch(tiny.arrays((2, 1), teacher_size=128))
+    said = [{name: float(value) for name, value in training.train_step(one).items()} for _ in range(15)]
+    assert set(said[0]) >= {"agfd", "lapd_class", "lapd_l1", "lapd_giou", "class", "l1", "giou"}
+    assert all(torch.isfinite(torch.tensor(list(values.values()))).all() for values in said)
+
+    weights = training.module.weights
+    for prefix in ("agfd", "lapd", ""):
+        curve = [sum(values[name] * weights[name] for name in weights if name.startswith(prefix)) for values in said]
+        # Not the very last step: a term jumps when objects get other queries, or other cells are chosen as queries.
+        assert min(curve[-4:]) < 0.97 * curve[0], (prefix, curve)
+
+
+def test_pairing_by_index_is_refused_where_queries_are_chosen_in_each_image() -> None:
+    config = tiny.recipe({**levels("rt_detr", 2)}, "distillation.predictions.pairing=index")
+    with pytest.raises(QskdError, match=r"another one in each image\n.*\n.*pairing: rank"):
+        tiny.make_training(config, random_teacher("rt_detr"))
