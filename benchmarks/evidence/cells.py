@@ -92,7 +92,10 @@ def meaning(config: Config) -> dict[str, Any]:
     kept = {name: tree[name] for name in _DECIDES}
     kept["data"] = {name: value for name, value in tree["data"].items() if name not in ("train", "val")}
     kept["student"]["backbone"]["init"] = Path(tree["student"]["backbone"]["init"]).name
-    cache = {"precision": tree["teacher"]["cache"]["precision"], "cached": bool(tree["teacher"]["cache"]["path"])}
+    cache = {
+        "precision": tree["teacher"]["cache"]["precision"],
+        "path": "cached" if tree["teacher"]["cache"]["path"] else "",
+    }
     kept["teacher"] = {"cache": cache, "resize": tree["teacher"]["resize"]}
     return json.loads(json.dumps(kept))
 
@@ -102,7 +105,12 @@ def finished(cell: Cell, work: Path) -> dict[str, Any] | None:
     if not cell.record.exists():
         return None
     record: dict[str, Any] = json.loads(cell.record.read_text())
-    return record if record["config"] == meaning(cell.config(work)) else None
+    return record if same(record["config"], cell.config(work)) else None
+
+
+def same(recorded: dict[str, Any], config: Config) -> bool:
+    """Whether a record's configuration means what `config` means. A field that came after the record has its default."""
+    return meaning(Config.model_validate(recorded)) == meaning(config)
 
 
 def code_version() -> str:
