@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.prepare import prepare
-from pipelines.quickstart import KINDS, RECIPE, TEACHER, recipe
+from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
@@ -110,4 +110,5 @@ def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path
 
 def test_the_quickstarts_assets_are_small_and_whole() -> None:
     assert (TEACHER / "model.safetensors").stat().st_size < 4 * 2**20
+    assert (BACKBONE / "model.safetensors").stat().st_size < 2**18
     assert load(RECIPE).distillation.method == "qskd"
