@@ -23,24 +23,24 @@ from typing import Any
 
 from benchmarks.evidence import cells, clock, diagnose, report
 from benchmarks.evidence.cells import RECORDS, Cell
-from benchmarks.evidence.plan import BUDGETS, REPORT_SEEDS, SEARCH_SEEDS, STUDENTS, VARIANTS, cells_of
+from benchmarks.evidence.plan import BUDGETS, REPORT_SEEDS, SEARCH_SEEDS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config, make_task
 from pipelines.quickstart import TEACHER
 from qskd.errors import QskdError
 
-SHORT = {"students": ["scratch"], "variants": ["none", "lapd", "qskd"], "budgets": ["short"], "seeds": [0, 1]}
+SHORT = {"students": ["inherit"], "variants": ["none", "lapd", "qskd"], "budgets": ["short"], "seeds": [0, 1]}
 
 
 def wanted(given: argparse.Namespace) -> list[Cell]:
     """The cells the command line names; without names, those of the plan."""
     seeds = given.seeds or (SEARCH_SEEDS if given.split == "val" else REPORT_SEEDS)
-    students = given.students or list(STUDENTS)
-    names = []
-    for student in students:
-        variants = given.variants or STUDENTS[student].variants or list(VARIANTS)
-        names += cells_of([student], variants, given.budgets or STUDENTS[student].budgets, seeds)
-    names.sort(key=lambda name: name[3])
-    return [Cell(*name, split=given.split, extra=tuple(given.set)) for name in names]
+    return [  # seed by seed: a run cut short leaves whole rows
+        Cell(student, variant, budget, seed, given.split, tuple(given.set))
+        for seed in seeds
+        for budget in given.budgets or list(BUDGETS)
+        for student in given.students or list(STUDENTS)
+        for variant in given.variants or STUDENTS[student].rows(budget)
+    ]
 
 
 def run_all(missing: Sequence[Cell], work: Path, processes: int) -> None:

@@ -81,7 +81,7 @@ class Cell:
             f"seed={self.seed}",
             f"training.max_steps={self.steps}",
             "training.epochs=1000000",
-            f"training.evaluate_every_epochs={max(1, self.steps // 1500)}",
+            f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
         )
         return make_config(work, self.split, overrides, variant.kind)
 

@@ -169,7 +169,7 @@ def diagnose(work: Path) -> None:
 
     def config_of(variant: str) -> Config:
         steps = f"training.max_steps={BUDGETS['short']}"
-        fields = (*STUDENTS["scratch"].overrides, *VARIANTS[variant].overrides, steps, "training.epochs=1000000")
+        fields = (*STUDENTS["inherit"].overrides, *VARIANTS[variant].overrides, steps, "training.epochs=1000000")
         return make_config(work, "val", fields, "distill")
 
     configs = {name: config_of(name) for name in SELECTIONS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 # The recipe all cells share is the quickstart's own (pipelines/assets/quickstart.yaml): its defaults are judged here.
@@ -53,24 +52,32 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Student:
-    """overrides: of the shared recipe."""
+    """overrides: of the shared recipe. variants, long_variants: the rows at the short and at the long budget."""
 
     title: str
     overrides: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()  # empty: all
-    budgets: tuple[str, ...] = tuple(BUDGETS)
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    long_variants: tuple[str, ...] = ()
+
+    def rows(self, budget: str) -> tuple[str, ...]:
+        """The variants that are compared at this budget."""
+        return self.variants if budget == "short" else self.long_variants
 
 
-MAIN = ("none", "none_equal_time", "agfd", "lapd", "qskd")
+MAIN = ("none", "agfd", "lapd", "qskd")
+LONG = (*MAIN, "none_equal_time", "positives", "all", "mimic", "global")
+_WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
+_CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
+
+# Each row: what is varied, about which student, at which budgets.
 STUDENTS = {
-    "scratch": Student("The quickstart's student from random weights", ("student.inherit=false",)),
-    "inherit": Student("The same student, started from its teacher's layers", ("student.inherit=true",)),
+    "inherit": Student("The quickstart's student, started from its teacher's layers", long_variants=LONG),
+    "scratch": Student(
+        "The same student with random layers (its backbone pretrained)",
+        ("student.inherit=false",),
+        MAIN,
+        ("none", "qskd"),
+    ),
+    "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, ("none", "qskd"), ()),
+    "conditional": Student("A second family: Conditional DETR, random layers", _CONDITIONAL, MAIN, ()),
 }
-
-
-def cells_of(
-    students: Iterable[str], variants: Iterable[str], budgets: Iterable[str], seeds: Iterable[int]
-) -> list[tuple[str, str, str, int]]:
-    """In the order to run them: seed by seed, so that a run cut short leaves whole rows."""
-    students, variants, budgets = list(students), list(variants), list(budgets)
-    return [(s, v, b, seed) for seed in seeds for b in budgets for s in students for v in variants]
