@@ -321,7 +321,7 @@ def test_needs_and_weights_follow_the_configuration() -> None:
     method = QSKD(DistillationConfig(), [8], [8])
     assert (method.needs.memory, method.needs.attention, method.needs.all_layers) == (True, True, False)
     assert method.needs.attention_giou_floor == 0.5
-    assert method.weights == {"agfd": 5.0, "lapd_class": 1.0, "lapd_l1": 5.0, "lapd_giou": 2.0}
+    assert method.weights == {"agfd": 50.0, "lapd_class": 1.0, "lapd_l1": 5.0, "lapd_giou": 2.0}
     uniform = QSKD(DistillationConfig(features=FeatureDistillationConfig(background=1.0)), [8], [8])
     assert (uniform.needs.memory, uniform.needs.attention) == (True, False)
     local = QSKD(only_predictions(teacher_layers="same_index", weight=0.5), [8], [8])

@@ -39,9 +39,9 @@ class Interval:
         return f"{scale * self.mean:{sign}.{digits}f}{spread}"
 
 
-def read_records(folder: Path = RECORDS / "report") -> list[dict[str, Any]]:
+def read_records() -> list[dict[str, Any]]:
     """All records of the table, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted((RECORDS / "report").glob("*.json"))]
 
 
 def scores(records: Sequence[Mapping[str, Any]], metric: str = "AP") -> dict[tuple[str, str, str], Scores]:
