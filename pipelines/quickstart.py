@@ -177,7 +177,9 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     gap = teacher.metrics["AP"] - results["baseline"].metrics["AP"]
     gain = results["qskd"].metrics["AP"] - results["baseline"].metrics["AP"]
     console.print(
-        f"QSKD: {100 * gain:+.1f} AP over the same student without a teacher, {gain / gap:.0%} of the gap; one seed."
+        f"QSKD, begun from the teacher's layers: {100 * gain:+.1f} AP over the student without a teacher, "
+        f"{gain / gap:.0%} of the gap; one seed.",
+        soft_wrap=True,
     )
     console.print(f"student: {results['qskd'].student} (a plain Hugging Face folder)", soft_wrap=True)
     console.print(f"runs, curves and pictures: {how_to_look(recipe(folder, 'qskd').tracking.uri)}", soft_wrap=True)
