@@ -1,18 +1,25 @@
-"""End to end on a real Ray and a real MLflow store: train, distil, stop and go on, two workers, evaluate."""
+"""End to end on a real Ray and a real MLflow store: train, distil, stop and go on, two workers, evaluate.
+
+A run takes some 20 s of CPU time whatever it trains, for Ray's processes and their imports: tests share runs where they can,
+and compare with a training in this process where the other side need not be Ray's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -21,16 +28,19 @@ from safetensors.torch import load_file
 import pipelines.cluster
 from pipelines import distill
 from pipelines.evaluate import evaluate
+from pipelines.models import make_student, teacher_for_training
 from pipelines.predict import predict
 from pipelines.prepare import prepare
 from pipelines.progress import read_history
 from pipelines.storage import Folder
+from pipelines.streaming import local_stream
 from qskd.config import Config
 from qskd.detectors import build_student, save_detector
 from qskd.errors import QskdError
 from qskd.manifest import load_manifest
 from qskd.recipe import load, to_yaml
 from qskd.shapes import ShapesConfig, make_shapes
+from qskd.training import Training, train_batch
 
 pytestmark = pytest.mark.slow
 SIZES = [
@@ -91,9 +101,55 @@ def weights(student: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def without_ray(config: Config) -> list[dict[str, float]]:
+    """Each step's terms in a training of this process, from the plan of the run."""
+    plan = distill.make_plan(distill.prepare_config(config, "distill"), "distill")
+    labels = plan.train.labels
+    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
+    training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
+    shares = (share for share in local_stream(plan.stream) if share.kind == "train")
+    steps = [training.train_step(train_batch(share.arrays)) for share in shares]
+    training.check_finite()
+    return [{f"loss/{name}": value.item() for name, value in values.items()} for values in steps]
+
+
+@contextlib.contextmanager
+def killing(part: str, when: Callable[[], object]) -> Iterator[list[int]]:
+    """Kills this test's own processes of Ray whose title has `part`, once `when` says so; yields the ids of the killed."""
+    victims: list[int] = []
+    left = threading.Event()
+
+    def kill() -> None:
+        while not when():
+            if left.wait(0.05):
+                return
+        for process in psutil.Process().children(recursive=True):  # another test's cluster may run beside this one
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(part in word for word in process.cmdline()):
+                    process.kill()
+                    victims.append(process.pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    yield victims
+    left.set()
+    killer.join(5)
+
+
+# Long enough to be stopped on the way.
+LONGER = [
+    "training.epochs=6",
+    "training.checkpoint_every_steps=2",
+    "training.evaluate_every_epochs=3",
+    "student.dropout=0.1",
+    "training.ema_decay=0.9",
+]
+
+
 @pytest.fixture(scope="session")
 def distilled(work: Path, cluster: str) -> distill.RunResult:
-    return distill.run(config(work, "distilled", "student.dropout=0.1", "training.ema_decay=0.9"), "distill")
+    """A run that nothing disturbs."""
+    return distill.run(config(work, "distilled", *LONGER), "distill")
 
 
 def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, distilled: distill.RunResult) -> None:
@@ -106,7 +162,7 @@ def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disti
     assert run.data.params["distillation.selection.boundaries"] == "[0.5]"
     for name in ("loss/total", "loss/agfd", "loss/lapd_class", "loss/dense_l1", "speed/images_per_s"):
         assert client.get_metric_history(distilled.run_id, name), name
-    assert [metric.step for metric in client.get_metric_history(distilled.run_id, "val/AP50")] == [6, 12]
+    assert [metric.step for metric in client.get_metric_history(distilled.run_id, "val/AP50")] == [18, 36]
     listed = {a.path for folder in ("", "student", "pictures") for a in client.list_artifacts(distilled.run_id, folder)}
     assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json", "pictures/samples.png"}
     assert Path(distilled.student, "model.safetensors").exists()
@@ -122,31 +178,16 @@ def test_evaluating_the_students_folder_gives_the_trainings_last_numbers(
 
 
 def test_the_same_command_again_trains_nothing(work: Path, distilled: distill.RunResult) -> None:
-    again = distill.run(config(work, "distilled", "student.dropout=0.1", "training.ema_decay=0.9"), "distill")
+    again = distill.run(config(work, "distilled", *LONGER), "distill")
     assert again == distilled
 
 
 def test_another_configuration_under_the_same_name_is_refused(work: Path, distilled: distill.RunResult) -> None:
     with pytest.raises(QskdError, match=r"training\.learning_rate was 0\.001, is 0\.5"):
-        distill.run(config(work, "distilled", "student.dropout=0.1", "training.learning_rate=0.5"), "distill")
+        distill.run(config(work, "distilled", *LONGER, "training.learning_rate=0.5"), "distill")
 
 
-LONGER = [
-    "training.epochs=6",
-    "training.checkpoint_every_steps=2",
-    "training.evaluate_every_epochs=3",
-    "student.dropout=0.1",
-    "training.ema_decay=0.9",
-]
-
-
-@pytest.fixture(scope="session")
-def whole(work: Path, cluster: str) -> distill.RunResult:
-    """A run that nothing disturbs."""
-    return distill.run(config(work, "whole", *LONGER), "distill")
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, whole: distill.RunResult) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, distilled: distill.RunResult) -> None:
     killed = config(work, "killed", *LONGER)
     recipe = work / "killed.yaml"
     recipe.write_text(to_yaml(killed))
@@ -168,52 +209,38 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, whol
     steps = [entry["step"] for entry in read_history(folder)]
     assert steps == sorted(set(steps))
     assert steps[-1] == 36
-    expected, found = weights(whole.student), weights(result.student)
+    expected, found = weights(distilled.student), weights(result.student)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert result.metrics == whole.metrics
+    assert result.metrics == distilled.metrics
 
 
-def test_a_worker_that_dies_is_replaced_and_changes_nothing(work: Path, cluster: str, whole: distill.RunResult) -> None:
-    import threading
-
-    import psutil
-
+def test_a_worker_that_dies_is_replaced_and_changes_nothing(
+    work: Path, cluster: str, distilled: distill.RunResult
+) -> None:
     disturbed = config(work, "disturbed", *LONGER)
-    victims: list[int] = []
-
-    def kill_one() -> None:
-        while not read_history(Folder(disturbed)):
-            time.sleep(0.05)
-        for process in psutil.process_iter(["cmdline"]):
-            if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
-                victims.append(process.pid)
-                process.kill()
-
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
-    result = distill.run(disturbed, "distill")
-    killer.join(5)
+    with killing("RayTrainWorker", lambda: read_history(Folder(disturbed))) as victims:
+        result = distill.run(disturbed, "distill")
     assert victims
-    expected, found = weights(whole.student), weights(result.student)
+    expected, found = weights(distilled.student), weights(result.student)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_two_workers_train_as_one_does(work: Path, cluster: str) -> None:
+def test_two_workers_train_as_this_process_does_without_ray(work: Path, cluster: str) -> None:
     # Frozen norms: the statistics of a batch norm are each worker's own, by design.
     settings = ["student.backbone_norm=frozen", "training.checkpoint_every_steps=1", "training.evaluate_every_epochs=2"]
-    one, two = config(work, "one", *settings), config(work, "two", *settings, "compute.workers=2")
-    distill.run(one, "distill")
+    two = config(work, "two", *settings, "compute.workers=2")
     distill.run(two, "distill")
-    alone, together = read_history(Folder(one)), read_history(Folder(two))
+    together = read_history(Folder(two))
     assert [entry["step"] for entry in together] == list(range(1, 13))
-    for mine, theirs in zip(alone, together, strict=True):
-        terms = [name for name in mine["training"] if name.startswith("loss/")]
+    for mine, theirs in zip(without_ray(config(work, "one", *settings)), together, strict=True):
+        terms = [name for name in theirs["training"] if name.startswith("loss/")]
         assert len(terms) == 14
+        assert terms == list(mine)
         # The gap is float rounding, which training amplifies step by step.
-        tolerance = 1e-4 if mine["step"] == 1 else 2e-2
+        tolerance = 1e-4 if theirs["step"] == 1 else 2e-2
         for name in terms:
-            assert theirs["training"][name] == pytest.approx(mine["training"][name], rel=tolerance, abs=1e-4), name
+            assert theirs["training"][name] == pytest.approx(mine[name], rel=tolerance, abs=1e-4), name
 
 
 @pytest.mark.parametrize("max_failures", [0, 3])
