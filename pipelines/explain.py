@@ -101,10 +101,8 @@ def about(config: Config, teacher: OnlineTeacher | None, before: str = "") -> st
     """One line on whose picture it is."""
     parts = [f"recipe {config.name}"]
     if teacher is not None:
-        detector = teacher.detector
-        parts.append(
-            f"teacher {'/'.join(PurePosixPath(config.teacher.path).parts[-2:])}: {detector.family}, {detector.num_queries} queries"
-        )
+        name = "/".join(PurePosixPath(config.teacher.path).parts[-2:])
+        parts.append(f"teacher {name}: {teacher.detector.family}, {teacher.detector.num_queries} queries")
     parts.append(f"student: {config.student.family}, {how_it_began(config)}")
     return "  ·  ".join([*parts, *([f"before: {before}"] if before else [])])
 
@@ -183,7 +181,7 @@ def write_explanations(
         if warning_of(shown):
             log.warning("%s: %s", subject.name, warning_of(shown))
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(explanation_picture(shown, about(config, teacher, before))).save(target, optimize=True)
+        Image.fromarray(explanation_picture(shown, about(config, teacher, before))).save(target)
         written.append((target, shown))
     return written
 

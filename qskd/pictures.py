@@ -48,9 +48,11 @@ def fitted(image: npt.NDArray[Any], side: int = SIDE) -> tuple[Picture, float]:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)), factor
 
 
-def _corners(box: npt.NDArray[Any]) -> tuple[float, float, float, float]:
-    """Pillow takes the last pixel inside the box; an inverted or empty box would be an error there."""
-    left, top, right, bottom = np.nan_to_num(np.asarray(box, float)).clip(-1e6, 1e6).tolist()
+def _corners(box: npt.NDArray[Any], canvas: Image.Image) -> tuple[float, float, float, float]:
+    """Pillow takes the last pixel inside the box, and an inverted or empty box would be an error there; sides far outside
+    are brought near, for dashes would be drawn all the way."""
+    beyond = max(canvas.size) + 100
+    left, top, right, bottom = np.nan_to_num(np.asarray(box, float)).clip(-beyond, 2 * beyond).tolist()
     return left, top, max(right - 1, left), max(bottom - 1, top)
 
 
@@ -74,9 +76,9 @@ def draw_selection(
     bands, positive = np.asarray(band, dtype=int), np.asarray(is_positive, dtype=bool)
     kept = np.flatnonzero(np.asarray(weight, dtype=float) > 0)
     line = _line_width(canvas, len(kept))
-    _draw_objects(draw, objects_xyxy, line)  # below: a positive often lies on its very object
+    _draw_objects(canvas, objects_xyxy, line)  # below: a positive often lies on its very object
     for query in sorted(kept, key=lambda query: (positive[query], bands[query])):
-        left, top, right, bottom = _corners(boxes[query])
+        left, top, right, bottom = _corners(boxes[query], canvas)
         wide = line + 1 if positive[query] else line
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0), width=wide + 2)
         colour = POSITIVE if positive[query] else colours[int(bands[query])]
@@ -89,9 +91,10 @@ def _line_width(canvas: Image.Image, boxes: int) -> int:
     return max(1, round(max(canvas.size) / 220) - (1 if boxes > _MANY else 0))
 
 
-def _draw_objects(draw: ImageDraw.ImageDraw, objects_xyxy: npt.ArrayLike, line: int) -> None:
+def _draw_objects(canvas: Image.Image, objects_xyxy: npt.ArrayLike, line: int) -> None:
+    draw = ImageDraw.Draw(canvas)
     for box in np.asarray(objects_xyxy, dtype=float).reshape(-1, 4):
-        draw_dashed(draw, _corners(box), OBJECT, line)
+        draw_dashed(draw, _corners(box, canvas), OBJECT, line)
 
 
 @lru_cache
@@ -120,7 +123,7 @@ def draw_mask(
     opaque = (0.5 + 0.35 * smooth)[..., None]
     shown = 0.6 * grey[..., None] * (1 - opaque) + heat * opaque
     canvas = Image.fromarray(np.clip(shown, 0, 255).astype(np.uint8))
-    _draw_objects(ImageDraw.Draw(canvas), objects_xyxy, _line_width(canvas, 4 * len(objects_xyxy)))
+    _draw_objects(canvas, objects_xyxy, _line_width(canvas, 4 * len(objects_xyxy)))
     return np.asarray(canvas)
 
 
@@ -152,7 +155,7 @@ def _objects_panel(shown: Explanation) -> Panel:
     objects = shown.objects
     canvas = Image.fromarray(picture)
     for crowd in shown.crowds_xyxy * factor:
-        draw_dashed(ImageDraw.Draw(canvas), _corners(crowd), OBJECT, 2)
+        draw_dashed(ImageDraw.Draw(canvas), _corners(crowd, canvas), OBJECT, 2)
     boxes, labels = objects.boxes_xyxy * factor, objects.category_ids
     drawn = draw_boxes(np.asarray(canvas), boxes, labels, None, shown.labels, smallest_side=1)
     keys = _class_keys(labels, shown.labels)
