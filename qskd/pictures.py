@@ -30,7 +30,7 @@ _MANY = 40  # boxes, from which on their lines are thinner
 def band_colours(rule: QuerySelectionConfig) -> dict[int, Colour]:
     """The colour of each band whose hard negatives are kept."""
     kept = [band for band, weight in enumerate(rule.band_weights) if weight > 0]
-    places = np.linspace(0, len(_RAMP) - 1, len(kept)) if len(kept) > 1 else np.array([1.0])
+    places = np.linspace(0, len(_RAMP) - 1, len(kept)) if len(kept) != 1 else np.array([1.0])
     ramp = np.array(_RAMP, float)
     mixed = [[np.interp(place, range(len(_RAMP)), ramp[:, channel]) for channel in range(3)] for place in places]
     return {band: (round(r), round(g), round(b)) for band, (r, g, b) in zip(kept, mixed, strict=True)}

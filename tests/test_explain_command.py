@@ -170,7 +170,9 @@ class TestReport:
     def log(self, config: Config, manifest: Manifest, work: Path) -> dict[str, int]:
         """Artifacts' bytes by path, of a report on a new run."""
         tracker = Tracker.open(config, "distill")
-        losses = {step: {"loss/total": 5.0 / step, "loss/agfd": 1.0 / step, "loss/class_0": 1.0} for step in (20, 40, 60)}
+        losses = {
+            step: {"loss/total": 5.0 / step, "loss/agfd": 1.0 / step, "loss/class_0": 1.0} for step in (20, 40, 60)
+        }
         tracker.metrics(losses.items())
         evaluation = {"AP": 0.1, "AP50": 0.2, "AP75": 0.1}
         history = [{"step": 60, "epoch": 1, "evaluation": evaluation, "training": losses[60]}]

@@ -67,6 +67,7 @@ def test_only_kept_bands_have_colours_and_all_differ_to_colour_blind_eyes_too() 
     for seen in [np.eye(3), *blind]:
         for a, b in combinations(np.array([POSITIVE, *band_colours(replace_bands(3)).values()], float), 2):
             assert np.linalg.norm(seen @ (a - b)) > 40
+    assert band_colours(QuerySelectionConfig(boundaries=(0.5,), band_weights=(0.0, 0.0))) == {}
     light = [np.dot(colour, (0.299, 0.587, 0.114)) for colour in many.values()]
     assert light == sorted(light, reverse=True)  # in order even in grey
 
@@ -221,6 +222,9 @@ def test_panels_follow_what_there_is() -> None:
         kept=replace(full.kept, is_positive=np.zeros(3, bool), weight=np.zeros(3, np.float32)),  # type: ignore[type-var]
         mask=Mask((np.zeros((8, 8), np.float32),), float("nan"), 0.0),
     )
+    positives_only = replace(full.kept, rule=QuerySelectionConfig(band_weights=(0.0, 0.0)))  # type: ignore[type-var]
+    positives_only = replace(positives_only, weight=np.array([1, 0, 0], np.float32), band=np.array([1, 1, 0]))
+    explanation_picture(explanation(kept=positives_only), "about")
     sizes = [explanation_picture(one, "about").shape for one in (full, bare, no_objects)]
     assert sizes[0][0] > 1.5 * sizes[1][0]  # two rows; one row
     assert sizes[0][1] == sizes[1][1] == sizes[2][1]
