@@ -16,7 +16,6 @@ import torch
 import yaml
 from PIL import Image
 from pyarrow import fs
-from torch import nn
 
 from pipelines.models import device_here, make_student, make_teacher
 from pipelines.storage import Folder
@@ -170,7 +169,7 @@ def write_explanations(
     if teacher is None:
         log.warning("%s has no teacher: its pictures are of objects and students only", config.name)
     else:
-        nn.Module.to(teacher, device)
+        teacher.to(device)
     seers = {} if before else {BEFORE: initial_student(config, labels, device, teacher)}
     seers |= {title: seer_of(d, looks[title], labels, device, folders[title]) for title, d in students.items()}
     if AFTER not in seers:

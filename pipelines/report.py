@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import nn
 
 from pipelines.explain import AFTER, BEFORE, about, initial_student, seer_of
 from pipelines.models import device_here, make_teacher
@@ -41,7 +40,7 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
     started, labels, device = time.perf_counter(), val.labels, device_here(config)
     teacher = make_teacher(config, labels)
     if teacher is not None:
-        nn.Module.to(teacher, device)
+        teacher.to(device)
     seers = {
         BEFORE: initial_student(config, labels, device, teacher),
         AFTER: seer_of(

@@ -44,27 +44,30 @@ def _alike(a: str, b: str) -> bool:
 
 
 class Dataset:
-    """The images of a recipe's data.val and data.train (in this order), by id and by name. A split that is not given, or
-    can't be read (said in a warning), has none."""
+    """The images of a recipe's data.val and data.train, looked through in this order, by id and by name. A split that is
+    not given, or can't be read (said in a warning), has none."""
 
     def __init__(self, config: Config) -> None:
         self.readers: dict[str, ShardReader] = {}
-        self.entries: list[Entry] = []
+        self._entries: dict[str, list[Entry]] = {}
         for split in ("data.val", "data.train"):
             uri = getattr(config.data, split.removeprefix("data."))
-            if not uri:
-                continue
-            try:
-                self._read(split, ShardReader(uri))
-            except QskdError as error:
-                log.warning("%s is left out: %s", split, error)
+            if uri:
+                try:
+                    self.readers[split] = ShardReader(uri)
+                except QskdError as error:
+                    log.warning("%s is left out: %s", split, error)
 
-    def _read(self, split: str, reader: ShardReader) -> None:
-        for shard in range(len(reader.manifest.shards)):
-            table = reader.read_table(shard, ["image_id", "file_name"])
-            pairs = zip(table.column("image_id").to_pylist(), table.column("file_name").to_pylist(), strict=True)
-            self.entries += [Entry(split, shard, row, *pair) for row, pair in enumerate(pairs)]
-        self.readers[split] = reader
+    def entries(self, split: str) -> list[Entry]:
+        """All images of a split. Read when first asked for: a large dataset has many."""
+        if split not in self._entries:
+            reader, found = self.readers[split], list[Entry]()
+            for shard in range(len(reader.manifest.shards)):
+                table = reader.read_table(shard, ["image_id", "file_name"])
+                pairs = zip(table.column("image_id").to_pylist(), table.column("file_name").to_pylist(), strict=True)
+                found += [Entry(split, shard, row, *pair) for row, pair in enumerate(pairs)]
+            self._entries[split] = found
+        return self._entries[split]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -77,25 +80,32 @@ class Dataset:
 
     def named(self, image: str) -> Entry:
         """The image of this id or file name; of data.val where both splits have it. QskdError when none or several fit."""
-        by_id = [entry for entry in self.entries if image.isdecimal() and entry.image_id == int(image)]
-        found = by_id or [entry for entry in self.entries if _alike(entry.file_name, image)]
-        found = [entry for entry in found if entry.split == found[0].split]
+        found: list[Entry] = []
+        for split in self.readers:
+            entries = self.entries(split)
+            found = [entry for entry in entries if image.isdecimal() and entry.image_id == int(image)]
+            found = found or [entry for entry in entries if _alike(entry.file_name, image)]
+            if found:
+                break
         if len(found) == 1:
             return found[0]
         several = f"the name of {len(found)} images: " + ", ".join(map(str, found[:6]))
-        some = ", ".join(f"{entry.image_id} ({entry.file_name})" for entry in self.entries[:3])
+        first = [entry for split in list(self.readers)[:1] for entry in self.entries(split)[:3]]
+        some = ", ".join(f"{entry.image_id} ({entry.file_name})" for entry in first)
         there = f"an image id or file name of the recipe's data, such as {some}" if some else "an image file"
         raise QskdError(image, several if found else "neither a file nor an image of the recipe's data", there)
 
     def copy_of(self, path: Path) -> Entry | None:
         """The image whose file this is, byte for byte; None when there is none."""
-        if not any(_alike(entry.file_name, path.absolute().as_posix()) for entry in self.entries):
-            return None
-        encoded = path.read_bytes()
-        for entry in self.entries:
-            if _alike(entry.file_name, path.absolute().as_posix()) and self.sample(entry).encoded == encoded:
-                return entry
-        log.warning("%s has the name of an image of the recipe's data, but is another picture", path)
+        namesakes, name = False, path.absolute().as_posix()
+        for split in self.readers:
+            for entry in self.entries(split):
+                if _alike(entry.file_name, name):
+                    namesakes = True
+                    if self.sample(entry).encoded == path.read_bytes():
+                        return entry
+        if namesakes:
+            log.warning("%s has the name of an image of the recipe's data, but is another picture", path)
         return None
 
 

@@ -129,7 +129,7 @@ def watch(config: Config) -> dict[str, list[Any]]:
 def picture(teacher: OnlineTeacher, configs: Mapping[str, Config], batch: TrainBatch, count: int = 4) -> np.ndarray:
     """Rows of images: objects, kept queries of each selection, and their masks."""
     titles = ["objects"]
-    shown = [fitted(batch.images[image].numpy()) for image in range(count)]
+    shown = [fitted(batch.images[image].numpy(), 384) for image in range(count)]
     sides = [batch.images.shape[1] * factor for _, factor in shown]
 
     def pixels_of(boxes_cxcywh: Tensor, image: int) -> np.ndarray:
