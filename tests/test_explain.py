@@ -23,6 +23,7 @@ from qskd.views import View, make_view, view_image
 
 RULE = {"boundaries": [-0.5, 0.0, 0.2], "band_weights": [0.0, 0.3, 0.6, 1.0], "max_per_object": 3}
 FAMILIES = ("conditional", "refined")  # dense attention; sampled, on two levels
+OTHERS = ("detr", "dab-detr", "rt_detr", "rt_detr_v2", "d_fine")
 
 
 def image(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
@@ -49,7 +50,9 @@ def teacher(request: pytest.FixtureRequest) -> OnlineTeacher:
     return random_teacher(request.param)
 
 
-def test_boxes_bands_and_mask_are_those_of_the_teachers_own_outputs(teacher: OnlineTeacher) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_boxes_bands_and_mask_are_those_of_the_teachers_own_outputs(family: str) -> None:
+    teacher = random_teacher(family)
     said = explain(subject(), config(), LABELS, teacher, {}, threshold=0.0)
 
     pixels = torch.from_numpy(view_image(image(), View.IDENTITY, teacher.preprocessing.resize).copy())[None]
