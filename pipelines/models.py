@@ -42,13 +42,14 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))
 
 
-def make_student(config: Config, labels: Sequence[str]) -> Detector:
-    """The student as it stands before the first step: built or loaded, and what it inherits from the teacher."""
+def make_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> Detector:
+    """The student as it stands before the first step: built or loaded, and what it inherits from the teacher, which is
+    loaded for that unless it is given."""
     student = build_student(config.student, labels, config.seed)
     if config.student.inherit:
         if not config.teacher.path:
             raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
-        teacher = load_detector(config.teacher.path)
+        teacher = teacher or load_detector(config.teacher.path)
         done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
         log.info("student.inherit: %d parts of %s\n%s", len(done.copied), config.teacher.path, done.describe())
         if not done.copied:

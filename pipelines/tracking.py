@@ -140,6 +140,16 @@ class Tracker:
         except Exception:
             return -1
 
+    def series(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of all that was logged of this metric, by step; empty when there is none, or no answer."""
+        if self._complained:
+            return []  # it would be waited for again
+        try:
+            self._connected = self._connected or _client(self.uri)
+            return sorted({m.step: m.value for m in self._connected.get_metric_history(self.run_id, metric)}.items())
+        except Exception:
+            return []
+
     def text(self, name: str, text: str) -> None:
         self._call("log_text", text, name)
 

@@ -37,6 +37,17 @@ class _Image:
     objects: list[tuple[float, float, float, float, int, float, bool]] = field(default_factory=list)
 
 
+def _sample(image: _Image, encoded: bytes) -> Sample:
+    objects = image.objects
+    return Sample(
+        *(image.id, image.file_name, image.width, image.height, encoded),
+        boxes_xyxy=np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4),
+        category_ids=np.array([entry[4] for entry in objects], np.int64),
+        area=np.array([entry[5] for entry in objects], np.float32),
+        iscrowd=np.array([entry[6] for entry in objects], np.bool_),
+    )
+
+
 class CocoDataset:
     """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
 
@@ -79,13 +90,19 @@ class CocoDataset:
                 dropped = f"the image and its {len(image.objects)} annotations"
                 self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
                 continue
-            objects = image.objects
-            boxes_xyxy = np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4)
-            category_ids = np.array([entry[4] for entry in objects], np.int64)
-            area = np.array([entry[5] for entry in objects], np.float32)
-            iscrowd = np.array([entry[6] for entry in objects], np.bool_)
-            header = image.id, image.file_name, image.width, image.height
-            yield Sample(*header, encoded, boxes_xyxy, category_ids, area, iscrowd)
+            yield _sample(image, encoded)
+
+    def sample_of(self, picture: Path) -> Sample:
+        """The picture as the JSON describes it: the image whose file_name is how the picture's path ends. QskdError when
+        there is none, or more than one."""
+        parts = PurePosixPath(picture.absolute().as_posix()).parts
+        names = [(image, PurePosixPath(image.file_name).parts) for image in self._images.values()]
+        found = [image for image, name in names if name == parts[-len(name) :]]
+        if len(found) != 1:
+            listed = "; ".join(f"{image.id} ({image.file_name})" for image in found) or "no such image"
+            raise QskdError(str(self._path), f"{listed} for {picture}", "one image whose file_name ends its path")
+        where = self._image_where(found[0].id, found[0].file_name)
+        return _sample(found[0], self._read_picture(picture, found[0], where))
 
     # -- pictures
 

@@ -9,7 +9,7 @@ import torch
 
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.evaluation import Detections, detections_from
-from qskd.views import View, view_image
+from qskd.views import View, crop_size, view_image
 
 
 def predict_batch(
@@ -40,17 +40,28 @@ def predict_batch(
 
 
 def predict_image(
-    detector: Detector, image: np.ndarray, preprocessing: Preprocessing, slots: Sequence[int], threshold: float = 0.0
+    detector: Detector,
+    image: np.ndarray,
+    preprocessing: Preprocessing,
+    slots: Sequence[int],
+    threshold: float = 0.0,
+    view: View = View.IDENTITY,
 ) -> Detections:
-    """One uint8 [H, W, 3] image; `category_ids` of the result are positions in `slots`. Best first."""
-    pixels = view_image(image, View.IDENTITY, preprocessing.resize)
+    """One uint8 [H, W, 3] image; `category_ids` of the result are positions in `slots`. Best first. Boxes are in pixels of
+    what `view` shows (`qskd.views.view_picture`)."""
+    pixels = view_image(image, view, preprocessing.resize)
     arrays = {
         "images": pixels[None],
         "sizes": np.array([pixels.shape[:2]]),
-        "original_sizes": np.array([image.shape[:2]]),
+        "original_sizes": np.array([crop_size(image.shape[0], image.shape[1], view)]),
         "image_ids": np.zeros(1, np.int64),
     }
     found = predict_batch(detector, arrays, preprocessing, range(len(slots)), slots, next(detector.parameters()).device)
+    return best_first(found, threshold)
+
+
+def best_first(found: Detections, threshold: float) -> Detections:
+    """Those whose score reaches `threshold`, in falling order of score."""
     kept = np.flatnonzero(found.scores >= threshold)
     kept = kept[np.argsort(-found.scores[kept], kind="stable")]
     return Detections(**{name: value[kept] for name, value in vars(found).items()})

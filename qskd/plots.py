@@ -25,13 +25,13 @@ PALETTE: tuple[Colour, ...] = (
     (0, 114, 178),
     (204, 121, 167),
 )
-_INK: Colour = (33, 33, 33)
-_FAINT: Colour = (110, 110, 110)
+INK: Colour = (33, 33, 33)
+FAINT: Colour = (110, 110, 110)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
 
 
 @lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def load_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     import matplotlib  # brings DejaVu Sans along; Pillow alone has no font that reads well at every size
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -62,7 +62,7 @@ def draw_boxes(
     names: Sequence[str] | None = None,
     smallest_side: int = 384,
 ) -> Picture:
-    """A copy of the image with its boxes, each in its class's colour and with a caption ("cat 0.87").
+    """A copy of the image with its boxes, each in its class's colour and with a caption ("cat 0.87", long names cut short).
 
     image: uint8 [H, W, 3]. boxes_xyxy [N, 4]: pixels of `image`; may reach outside. labels [N]: class indices.
     scores [N]: shown when given, best drawn last, on top. names: of the classes; empty strings show no name.
@@ -79,7 +79,7 @@ def draw_boxes(
     canvas = Image.fromarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1))
     draw = ImageDraw.Draw(canvas)
     longer = max(canvas.size)
-    line, font = max(2, round(longer / 220)), _font(max(11, round(longer / 42)))
+    line, font = max(2, round(longer / 220)), load_font(max(11, round(longer / 36)))
 
     order = np.argsort(np.asarray(scores), kind="stable") if scores is not None else np.arange(len(boxes))
     order = order[np.isfinite(boxes[order]).all(axis=1)]
@@ -95,9 +95,10 @@ def draw_boxes(
     captions: list[tuple[Place, str, Colour]] = []
     pad = max(2, int(font.size) // 6)
     for i in order[::-1]:  # the best choose their place first
-        words = [names[int(labels[i])] if names is not None else str(int(labels[i]))]
-        words += [f"{float(scores[i]):.2f}"] if scores is not None else []
-        text = " ".join(word for word in words if word)
+        name = names[int(labels[i])] if names is not None else str(int(labels[i]))
+        score = f"{float(scores[i]):.2f}" if scores is not None else ""
+        room = 0.6 * canvas.width - font.getlength(f" {score}")
+        text = " ".join(word for word in (shortened(name, font, room), score) if word)
         wanted = (font.getlength(text) + 2 * pad, sum(font.getmetrics()) + 2.0)
         place = _free_place(wanted, canvas.size, corners[i], [taken for taken, _, _ in captions]) if text else None
         if place is not None:
@@ -153,8 +154,8 @@ def picture_grid(
     if not columns or any(len(row) != columns for row in rows) or len(column_titles) not in (0, columns):
         raise ValueError(f"rows of {[len(row) for row in rows]} images and {len(column_titles)} titles make no grid")
     gap = max(6, cell_width // 32)
-    font = _font(max(12, cell_width // 20), bold=True)
-    titles = [_wrapped(title, font, cell_width) for title in column_titles]
+    font = load_font(max(12, cell_width // 20), bold=True)
+    titles = [wrapped(title, font, cell_width) for title in column_titles]
     line_height = sum(font.getmetrics())
     header = gap + line_height * max(len(lines) for lines in titles) if titles else 0
     cells = [[_to_width(_as_picture(image), cell_width) for image in row] for row in rows]
@@ -166,7 +167,7 @@ def picture_grid(
         middle = gap + column * (cell_width + gap) + cell_width / 2
         top = header - line_height * len(lines)  # short titles sit on the pictures, beside the last line of long ones
         for i, text in enumerate(lines):
-            draw.text((middle, top + i * line_height), text, fill=_INK, font=font, anchor="ma")
+            draw.text((middle, top + i * line_height), text, fill=INK, font=font, anchor="ma")
     y = header + gap
     for row_of_cells, height in zip(cells, heights, strict=True):
         for column, cell in enumerate(row_of_cells):
@@ -175,7 +176,17 @@ def picture_grid(
     return np.asarray(sheet)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, or its beginning and an ellipsis, no wider than `width` pixels (but for the ellipsis itself)."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of whole words, each no wider than `width` pixels but for words that are wider by themselves."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -223,7 +234,7 @@ def curve_plot(
         axes.plot(
             xs, np.where(np.isfinite(ys), ys, np.nan), label=name, color=colour, ls=dash, marker=marker, ms=4, lw=2
         )
-    faint = tuple(part / 255 for part in _FAINT)
+    faint = tuple(part / 255 for part in FAINT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(faint)
     axes.tick_params(colors=faint)

@@ -84,13 +84,17 @@ def resized_size(height: int, width: int, resize: ResizeConfig) -> tuple[int, in
     return max(1, edge), max(1, int(exact * width / height))
 
 
+def crop_size(height: int, width: int, view: View) -> tuple[int, int]:
+    """(height, width) of what a view shows of a picture of this size, in its own pixels, rounded to whole ones."""
+    if view.is_whole:
+        return height, width
+    left, top, right, bottom = view.crop_xyxy
+    return max(1, round(bottom * height - top * height)), max(1, round(right * width - left * width))
+
+
 def viewed_size(height: int, width: int, view: View, resize: ResizeConfig) -> tuple[int, int]:
     """(height, width) that `view_image` gives of a picture of this size: known without decoding it."""
-    left, top, right, bottom = view.crop_xyxy
-    if not view.is_whole:
-        height = max(1, round(bottom * height - top * height))
-        width = max(1, round(right * width - left * width))
-    return resized_size(height, width, resize)
+    return resized_size(*crop_size(height, width, view), resize)
 
 
 def view_image(image: Pixels | Image.Image, view: View, resize: ResizeConfig) -> Pixels:
@@ -109,6 +113,12 @@ def view_image(image: Pixels | Image.Image, view: View, resize: ResizeConfig) ->
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels: Pixels = np.asarray(resized)
     return pixels
+
+
+def view_picture(image: Pixels, view: View) -> Pixels:
+    """What a view shows, at the picture's own resolution, for people: uint8 [h, w, 3] of `crop_size`."""
+    sides = crop_size(image.shape[0], image.shape[1], view)
+    return view_image(image, view, ResizeConfig(mode="shortest_edge", size=min(sides), longest=max(sides)))
 
 
 def view_boxes(

@@ -17,7 +17,7 @@ from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
-VERBS = ("prepare", "train", "distill", "evaluate", "predict", "doctor", "shapes", "quickstart")
+VERBS = ("prepare", "train", "distill", "evaluate", "predict", "explain", "doctor", "shapes", "quickstart")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_starts_nothing(shar
         (["distill", "nowhere.yaml"], ["nowhere.yaml: no such recipe"]),
         (["prepare", "none.json", "images", "out"], ["none.json"]),
         (["predict", "nowhere/model", "image.jpg"], ["nowhere/model"]),
+        (["explain", "nowhere.yaml", "image.jpg"], ["nowhere.yaml: no such recipe"]),
     ],
 )
 def test_errors_are_told_without_a_traceback(

@@ -163,8 +163,11 @@ def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disti
     for name in ("loss/total", "loss/agfd", "loss/lapd_class", "loss/dense_l1", "speed/images_per_s"):
         assert client.get_metric_history(distilled.run_id, name), name
     assert [metric.step for metric in client.get_metric_history(distilled.run_id, "val/AP50")] == [18, 36]
-    listed = {a.path for folder in ("", "student", "pictures") for a in client.list_artifacts(distilled.run_id, folder)}
-    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json", "pictures/samples.png"}
+    folders = ("", "student", "pictures", "pictures/explained")
+    listed = {a.path for folder in folders for a in client.list_artifacts(distilled.run_id, folder)}
+    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json"}
+    assert listed >= {f"pictures/{name}.png" for name in ("samples", "ap", "loss")}
+    assert len([path for path in listed if path.startswith("pictures/explained/")]) == 4
     assert Path(distilled.student, "model.safetensors").exists()
     assert 0 <= distilled.metrics["AP"] <= 1
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qskd.classes import map_classes
-from qskd.config import Config, StudentConfig
+from qskd.config import HYBRID_FAMILIES, Config, StudentConfig
 from qskd.detectors import Detector, Preprocessing, build_student
 from qskd.recipe import apply_overrides, build
 from qskd.teacher import OnlineTeacher
@@ -51,11 +51,13 @@ def silent_student(config: StudentConfig, labels: Sequence[str], seed: int) -> D
 def random_teacher(
     family: str = "refined", labels: Sequence[str] = LABELS, slots: Sequence[str] = TEACHER_LABELS, seed: int = 7
 ) -> OnlineTeacher:
-    """A teacher with random weights: wider, with more queries and layers, its classes in another order.
+    """A teacher with random weights: wider, with more queries and layers, its classes in another order. family: a key of
+    FAMILIES, or a family's own name.
 
     Slots without a name of their own are named as the 91-slot heads of COCO name them.
     """
-    config = StudentConfig.model_validate({**TEACHER, **FAMILIES[family]})
+    own = {"family": family, "feature_levels": 2 if family in HYBRID_FAMILIES else 1}
+    config = StudentConfig.model_validate({**TEACHER, **FAMILIES.get(family, own)})
     names = [f"{name} {slot}" if name == "N/A" else name for slot, name in enumerate(slots)]
     detector = silent_student(config, names, seed)
     detector.model.config.id2label = dict(enumerate(slots))

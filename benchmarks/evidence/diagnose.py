@@ -24,13 +24,11 @@ from pipelines.streaming import local_stream
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.config import Config
 from qskd.detection_loss import combine
-from qskd.distillation.features import foreground_mask
-from qskd.distillation.query_selection import QuerySelection, select_queries
-from qskd.matching import assign
-from qskd.pictures import draw_mask, draw_selection
+from qskd.explain import ask_teacher
+from qskd.pictures import band_colours, draw_mask, draw_selection, fitted
 from qskd.plots import curve_plot, draw_boxes, picture_grid
 from qskd.schedule import evaluation_batches
-from qskd.structures import Targets, TeacherNeeds, TeacherRecord
+from qskd.structures import Targets
 from qskd.teacher import OnlineTeacher
 from qskd.training import TrainBatch, Training, train_batch
 
@@ -55,18 +53,6 @@ def batches_of(config: Config, count: int) -> Iterable[TrainBatch]:
         yield train_batch(loader.load("train", batch.rows))
 
 
-def ask(
-    teacher: OnlineTeacher, batch: TrainBatch, config: Config
-) -> tuple[TeacherRecord, QuerySelection, tuple[Tensor, ...]]:
-    """The teacher's record with the attention of all queries, what the recipe keeps of it, and its masks."""
-    needs = TeacherNeeds(memory=True, attention=True, attention_layers=config.distillation.features.attention_layers)
-    record = teacher(batch.teacher_images, batch.teacher_sizes, needs)
-    (assignment,) = assign([(record.logits, record.boxes_cxcywh)], batch.targets, config.detection)
-    selection = select_queries(record.boxes_cxcywh[-1], batch.targets, assignment[-1], config.distillation.selection)
-    confidence = record.logits[-1].amax(-1).sigmoid()
-    return record, selection, foreground_mask(selection, record, confidence, config.distillation.features)
-
-
 def inside_objects(targets: Targets, height: int, width: int) -> Tensor:
     """[B, H, W] bool: cells whose centre lies in some object's box."""
     boxes = cxcywh_to_xyxy(targets.boxes_cxcywh)[:, :, None, None]
@@ -82,7 +68,9 @@ def what_is_kept(teacher: OnlineTeacher, config: Config, batches: Iterable[Train
     objects = hard = 0
     overlap, sure, mass, covered = [], [], [], []
     for batch in batches:
-        record, selection, masks = ask(teacher, batch, config)
+        record, selection, masks = ask_teacher(
+            teacher, batch.teacher_images, batch.teacher_sizes, batch.targets, config
+        )
         kept = (selection.weight > 0) & ~selection.is_positive
         objects, hard = objects + sum(batch.targets.counts), hard + int(kept.sum())
         overlap.append(selection.giou[kept])
@@ -141,24 +129,32 @@ def watch(config: Config) -> dict[str, list[Any]]:
 def picture(teacher: OnlineTeacher, configs: Mapping[str, Config], batch: TrainBatch, count: int = 4) -> np.ndarray:
     """Rows of images: objects, kept queries of each selection, and their masks."""
     titles = ["objects"]
-    rows: list[list[np.ndarray]] = [[] for _ in range(count)]
-    for image in range(count):
-        pixels, side = batch.images[image].numpy(), batch.images.shape[1]
-        real = batch.targets.valid[image]
-        boxes = cxcywh_to_xyxy(batch.targets.boxes_cxcywh[image][real]).numpy() * side
-        rows[image].append(draw_boxes(pixels, boxes, batch.targets.labels[image][real].tolist(), None, [""] * 99))
+    shown = [fitted(batch.images[image].numpy(), 384) for image in range(count)]
+    sides = [batch.images.shape[1] * factor for _, factor in shown]
+
+    def pixels_of(boxes_cxcywh: Tensor, image: int) -> np.ndarray:
+        return cxcywh_to_xyxy(boxes_cxcywh).numpy() * sides[image]
+
+    real = batch.targets.valid
+    objects = [pixels_of(batch.targets.boxes_cxcywh[image][real[image]], image) for image in range(count)]
+    rows = [
+        [draw_boxes(pixels, objects[image], batch.targets.labels[image][real[image]].tolist(), None, [""] * 99)]
+        for image, (pixels, _) in enumerate(shown)
+    ]
     for name, config in configs.items():
         titles += [f"kept: {VARIANTS[name].title}", f"mask: {VARIANTS[name].title}"]
-        record, selection, masks = ask(teacher, batch, config)
-        for image in range(count):
-            pixels, side = batch.images[image].numpy(), batch.images.shape[1]
-            real = batch.targets.valid[image]
-            objects = cxcywh_to_xyxy(batch.targets.boxes_cxcywh[image][real]).numpy() * side
-            queries = cxcywh_to_xyxy(record.boxes_cxcywh[-1, image]).numpy() * side
-            said = [getattr(selection, field)[image].numpy() for field in ("is_positive", "band", "weight")]
+        record, selection, masks = ask_teacher(
+            teacher, batch.teacher_images, batch.teacher_sizes, batch.targets, config
+        )
+        colours = band_colours(config.distillation.selection)
+        for image, (pixels, _) in enumerate(shown):
+            queries = pixels_of(record.boxes_cxcywh[-1, image], image)
+            positive, band, weight = (
+                part[image].numpy() for part in (selection.is_positive, selection.band, selection.weight)
+            )
             rows[image] += [
-                draw_selection(pixels, objects, queries, *said),
-                draw_mask(pixels, masks[0][image].numpy()),
+                draw_selection(pixels, objects[image], queries, positive, band, weight, colours),
+                draw_mask(pixels, masks[0][image].numpy(), objects[image]),
             ]
     return picture_grid(rows, titles)
 
