@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    ConditionalDetrConfig,
     ConditionalDetrImageProcessorPil,
     YolosConfig,
 )
@@ -208,14 +207,6 @@ def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
         load_detector(folder)
 
 
-def test_a_timm_backbone_is_refused_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = saved(tmp_path / "timm")
-    ConditionalDetrConfig().save_pretrained(folder)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(QskdError, match=r"timm's \(resnet50\)"):
-        load_detector(folder)
-
-
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nothing", "runs/some/folder"])
 def test_a_folder_that_is_not_there_is_said_without_asking_the_hub(path: str) -> None:
     with pytest.raises(QskdError, match="no such folder"):
@@ -234,6 +225,11 @@ def test_preprocessing_is_read_back_as_it_was_saved(tmp_path: Path, resize: Resi
     assert (found.resize, found.mean, found.std) == (resize, IMAGENET_MEAN, IMAGENET_STD)
 
 
+def write_processor(folder: Path, said: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "conditional_detr"}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
@@ -243,27 +239,20 @@ def test_preprocessing_is_read_back_as_it_was_saved(tmp_path: Path, resize: Resi
     ],
 )
 def test_older_and_other_processors_are_understood(tmp_path: Path, said: dict[str, Any], expected: Any) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    write_processor(tmp_path, said)
     found = read_preprocessing(tmp_path)
     assert (found.resize.mode, found.resize.size, found.resize.longest) == expected
     assert found.std == (IMAGENET_STD if said.get("do_normalize", True) else (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(
-    "said", [{"size": {"height": 640, "width": 480}}, {"rescale_factor": 1.0}, {"do_resize": False}]
+    "said",
+    [{"size": {"height": 640, "width": 480}}, {"rescale_factor": 1.0}, {"do_rescale": False}, {"do_resize": False}],
 )
 def test_a_processor_that_asks_for_something_else_is_refused(tmp_path: Path, said: dict[str, Any]) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    write_processor(tmp_path, said)
     with pytest.raises(QskdError, match="image processor"):
         read_preprocessing(tmp_path)
-
-
-def test_a_folder_without_a_processor_gets_detr_s_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    found = read_preprocessing(tmp_path)
-    assert found.resize == ResizeConfig(mode="shortest_edge", size=800, longest=1333)
-    assert "no image processor" in caplog.text
 
 
 @pytest.mark.parametrize("size", [{"height": 64, "width": 64}, {"shortest_edge": 48, "longest_edge": 80}])

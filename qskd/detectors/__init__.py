@@ -6,6 +6,7 @@ from qskd.detectors.families import FAMILIES
 from qskd.detectors.inherit import Inheritance, inherit
 from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
 from qskd.detectors.student import build_student
+from qskd.detectors.weights import read_config
 
 __all__ = [
     "FAMILIES",
@@ -19,6 +20,7 @@ __all__ = [
     "inherit",
     "labels_of",
     "load_detector",
+    "read_config",
     "read_preprocessing",
     "save_detector",
     "to_pixels",

@@ -16,6 +16,7 @@ from qskd.detectors.checkpoint import load_detector
 from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import find_family
 from qskd.detectors.initialisation import set_class_prior
+from qskd.detectors.timm_resnet import is_dilated
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,13 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
 
 def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
     detector = load_detector(config.init)
+    if is_dilated(detector.model):
+        raise QskdError(
+            "student.init",
+            f"{config.init}, whose ResNet is dilated (DC5)",
+            "a detector that can be saved as transformers describes it, without timm",
+            "choose a checkpoint without dilation; this one can be a teacher",
+        )
     family = find_family(detector.family, config.init)
     default = StudentConfig()
     for field, found in family.sizes(detector.model.config).items():
