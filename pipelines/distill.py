@@ -25,6 +25,7 @@ from pipelines.tracking import Tracker, tracking_uri
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 from qskd.config import Config
+from qskd.detectors import describe_student
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
@@ -61,6 +62,7 @@ class Plan:
         """What `--dry-run` prints below the configuration."""
         schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
         lines = [
+            f"student: {describe_student(self.config.student, len(self.train.labels))}",
             f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
             f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
