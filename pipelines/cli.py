@@ -139,7 +139,7 @@ def evaluate(
 
     config = load(recipe, set or ())
     if dry_run:
-        manifest, seen_as = load_manifest(data), config.teacher.resize or read_preprocessing(model).resize
+        manifest, seen_as = load_manifest(data), read_preprocessing(model, config.teacher.resize).resize
         print(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
         return
     result = program.evaluate(

@@ -18,13 +18,14 @@ from typing import Any
 from pyarrow import fs
 
 from pipelines.cluster import start_ray
-from pipelines.models import make_teacher
+from pipelines.models import make_teacher, start_student
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig
 from pipelines.tracking import Tracker, tracking_uri
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 from qskd.config import Config
+from qskd.detectors import describe_student
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
@@ -61,6 +62,7 @@ class Plan:
         """What `--dry-run` prints below the configuration."""
         schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
         lines = [
+            f"student: {describe_student(self.config.student, len(self.train.labels))}",
             f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
             f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
@@ -72,6 +74,8 @@ class Plan:
         if self.kind == "distill":
             how = f"its outputs from {self.stream.teacher_cache}" if self.stream.teacher_cache else SLOW_PATH
             lines.insert(0, f"teacher: {self.config.teacher.path}, {how}")
+        if self.config.student.inherit:
+            lines.append(start_student(self.config, self.train.labels)[1])
         return "\n".join(lines)
 
 
@@ -187,11 +191,16 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     if kind == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
+    # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.
+    inherited = start_student(config, plan.train.labels)[1] if config.student.inherit else ""
     folder.write("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
     run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
     tracker = Tracker.open(config, kind, run_id)
     folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
+    if inherited:
+        folder.write("inheritance.txt", inherited)
+        tracker.text("inheritance.txt", inherited)
     start_ray()
     started = time.perf_counter()
     try:

@@ -59,8 +59,7 @@ def evaluate(
     workers: the most detector actors, over the whole cluster; 0 does it all in this process, without Ray.
     """
     manifest = load_manifest(data)
-    own = read_preprocessing(model)
-    preprocessing = own if resize is None else Preprocessing(resize, own.mean, own.std)
+    preprocessing = read_preprocessing(model, resize)
     arguments = (model, data, preprocessing, class_map or {}, threads)
     places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
     if workers:

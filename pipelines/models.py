@@ -45,21 +45,28 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
 def make_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> Detector:
     """The student as it stands before the first step: built or loaded, and what it inherits from the teacher, which is
     loaded for that unless it is given."""
+    return start_student(config, labels, teacher)[0]
+
+
+def start_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> tuple[Detector, str]:
+    """`make_student`'s, and what it inherits and what not, part by part; empty without `student.inherit`."""
     student = build_student(config.student, labels, config.seed)
-    if config.student.inherit:
-        if not config.teacher.path:
-            raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
-        teacher = teacher or load_detector(config.teacher.path)
-        done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
-        log.info("student.inherit: %d parts of %s\n%s", len(done.copied), config.teacher.path, done.describe())
-        if not done.copied:
-            raise QskdError(
-                "student.inherit",
-                f"no part of {config.teacher.path} fits: {done.describe()}",
-                "at least one of the same shape",
-                "give the student the teacher's width, heads and ffn_width, or set student.inherit: false",
-            )
-    return student
+    if not config.student.inherit:
+        return student, ""
+    if not config.teacher.path:
+        raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
+    teacher = teacher or load_detector(config.teacher.path)
+    done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
+    if not done.copied:
+        raise QskdError(
+            "student.inherit",
+            f"no part of {config.teacher.path} fits: {done.describe()}",
+            "at least one of the same shape",
+            "give the student the teacher's width, heads and ffn_width, or set student.inherit: false",
+        )
+    said = f"student.inherit: {len(done.copied)} parts of {config.teacher.path}\n{done.describe()}"
+    log.info(said)
+    return student, said
 
 
 def device_here(config: Config) -> torch.device:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from transformers import AutoConfig
-
 from qskd.cache_manifest import CODEC_VERSION
 from qskd.classes import map_classes
 from qskd.config import Config
-from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_preprocessing
+from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_config, read_preprocessing
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest
@@ -19,14 +17,13 @@ from qskd.structures import TeacherNeeds
 
 def teacher_preprocessing(config: Config) -> Preprocessing:
     """How the teacher wants its pixels: as its checkpoint says, unless the recipe says otherwise."""
-    own = read_preprocessing(config.teacher.path)
-    return own if config.teacher.resize is None else Preprocessing(config.teacher.resize, own.mean, own.std)
+    return read_preprocessing(config.teacher.path, config.teacher.resize)
 
 
 def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     """Everything that decides the numbers in the cache, by field. Loads no weights (they are read once, for a checksum)."""
     seen_as, cache = teacher_preprocessing(config), config.teacher.cache
-    labels = labels_of(AutoConfig.from_pretrained(config.teacher.path))
+    labels = labels_of(read_config(config.teacher.path))
     identity = checkpoint_digests(config.teacher.path) | {
         "codec": CODEC_VERSION,
         "data.train": data.fingerprint,

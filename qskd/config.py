@@ -7,7 +7,8 @@ from here like all others.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,7 @@ from qskd.config_distillation import FeatureDistillationConfig as FeatureDistill
 from qskd.config_distillation import PredictionDistillationConfig as PredictionDistillationConfig
 from qskd.config_distillation import QuerySelectionConfig as QuerySelectionConfig
 from qskd.section import Fraction, NonNegative, Positive, Section
+from qskd.student_sizes import SizeName, resolve
 
 
 class ResizeConfig(Section):
@@ -96,9 +98,12 @@ TWO_LAYER_FAMILIES = ("deformable_detr", "d_fine")  # transformers ties a second
 class StudentConfig(Section):
     """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone.
 
-    docs/families.md has what each family offers. A field that has no effect on the family is said in a warning.
+    `size` sets backbone, width, layers, heads, ffn_width, queries, feature_levels and resize, each unless it is given
+    (docs/students.md); what it set is kept, the name is not. docs/families.md has what each family offers. A field that has
+    no effect on the family is said in a warning.
     """
 
+    size: SizeName = ""
     init: str = ""  # Hub name or folder of a detector to start from (its head is re-made when the classes differ)
     family: Family = "conditional_detr"
     backbone: BackboneConfig = BackboneConfig()
@@ -117,6 +122,11 @@ class StudentConfig(Section):
     train_backbone: bool = True
     resize: ResizeConfig = ResizeConfig()
     inherit: bool = False  # start every part whose shapes fit from the teacher's weights: same family, same width
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, given: Any) -> Any:
+        return resolve(given, cls.model_fields["family"].default) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _buildable(self) -> StudentConfig:

@@ -38,7 +38,8 @@ def _explain(error: ValidationError, where: str) -> QskdError:
             problems.append(f"unknown field {name}" + (f" (did you mean {close[0]}?)" if close else ""))
             remedies.append(f"fields there are: {', '.join(known)}")
         else:
-            problems.append(f"{name} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+            said = "" if isinstance(problem["input"], Mapping) else f" = {problem['input']!r}"  # a section: too long
+            problems.append(f"{name}{said}: {problem['msg'].removeprefix('Value error, ')}")
     return QskdError(where, "; ".join(problems), remedy="; ".join(dict.fromkeys(remedies)) or "correct the field named")
 
 

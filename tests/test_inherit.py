@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qskd.config import BackboneConfig, StudentConfig
-from qskd.detectors import Detector, build_student, inherit
+from qskd.detectors import Detector, build_student, inherit, load_detector, save_detector
 from qskd.detectors.inherit import spread
 from qskd.errors import QskdError
 
@@ -98,9 +100,34 @@ def test_layers_of_another_width_are_left_whole() -> None:
     assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("model.decoder.layers."))
 
 
-def test_another_family_is_refused() -> None:
-    with pytest.raises(QskdError, match="one family for both"):
-        inherit(detector("conditional_detr", 1), detector("deformable_detr", 2), (0, 1, 2))
+def test_a_saved_teacher_s_backbone_is_inherited_too(tmp_path: Path) -> None:
+    """Its norms are frozen and count no batches; the student's do."""
+    teacher, student = detector("conditional_detr", 1), detector("conditional_detr", 2)
+    save_detector(teacher, tmp_path, StudentConfig().resize)
+    assert not inherit(student, load_detector(tmp_path), (0, 1, 2)).left
+    for mine, theirs in zip(outputs(student), outputs(teacher), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("family", ["deformable_detr", "dab-detr", "rt_detr"])
+def test_of_another_family_the_backbone_alone_is_inherited(family: str) -> None:
+    teacher, student = detector("conditional_detr", 1), detector(family, 2)
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+    done = inherit(student, teacher, (0, 1, 2))
+    assert list(done.copied.values()) == ["the backbone of the conditional_detr"]
+    assert "everything else: not inherited, the teacher is a conditional_detr" in done.describe()
+    theirs = teacher.backbone.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in student.backbone.state_dict().items())
+    place = next(iter(done.copied)) + "."
+    after = student.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items() if not name.startswith(place))
+
+
+def test_another_family_on_another_backbone_is_refused() -> None:
+    other = BackboneConfig(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1))
+    student = detector("conditional_detr", 1, backbone=other)
+    with pytest.raises(QskdError, match="one family for both, or one backbone"):
+        inherit(student, detector("deformable_detr", 2), (0, 1, 2))
 
 
 @pytest.mark.parametrize(

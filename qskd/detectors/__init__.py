@@ -5,7 +5,8 @@ from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import FAMILIES
 from qskd.detectors.inherit import Inheritance, inherit
 from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
-from qskd.detectors.student import build_student
+from qskd.detectors.student import build_student, describe_student, student_cost
+from qskd.detectors.weights import read_config
 
 __all__ = [
     "FAMILIES",
@@ -16,10 +17,13 @@ __all__ = [
     "Preprocessing",
     "build_student",
     "checkpoint_digests",
+    "describe_student",
     "inherit",
     "labels_of",
     "load_detector",
+    "read_config",
     "read_preprocessing",
     "save_detector",
+    "student_cost",
     "to_pixels",
 ]

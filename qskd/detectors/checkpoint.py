@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -11,17 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.detector import Detector
 from qskd.detectors.families import FAMILIES, find_family
 from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from qskd.detectors.weights import check_keys, check_path, check_timm, quiet, reading
+from qskd.detectors.timm_resnet import dilate, find_timm, is_dilated, rename, resnet_config
+from qskd.detectors.weights import (
+    check_keys,
+    check_path,
+    check_timm,
+    quiet,
+    read_config,
+    read_weights,
+    reading,
+    weight_files,
+)
 from qskd.errors import QskdError
 from qskd.files import sha256_of
+
+log = logging.getLogger(__name__)
 
 EXTRA_FILE = "qskd.json"
 
@@ -29,21 +41,34 @@ EXTRA_FILE = "qskd.json"
 def load_detector(path_or_name: str | Path) -> Detector:
     """A detector of any supported family from a folder or the Hub, in eval mode, float32.
 
-    Only safetensors are read, and every weight must be there and expected. Raises QskdError otherwise.
+    Only safetensors are read, and every weight must be there and expected. A timm ResNet becomes transformers' own, with
+    the same outputs; timm is not needed. Raises QskdError otherwise.
     """
-    path = check_path(path_or_name)
-    with reading(path):
-        config = AutoConfig.from_pretrained(path)
+    path, config = check_path(path_or_name), read_config(path_or_name)
     family = find_family(config.model_type, path)
-    check_timm(path, config)
+    timm = find_timm(config)
+    if timm is None:
+        check_timm(path, config)
     config.auxiliary_loss = False
     if hasattr(config, "decoder_layerdrop"):
         config.decoder_layerdrop = 0.0  # a dropped layer would say nothing, and every layer is asked
     with reading(path), quiet():
+        given: dict[str, Any] = {"pretrained_model_name_or_path": path}
+        if timm is not None:
+            state = rename(read_weights(path), path)
+            config.backbone_config = resnet_config(state, timm, path)
+            given = {"pretrained_model_name_or_path": None, "state_dict": state}
+        else:
+            weight_files(path)  # says what to do where there are none
         model, info = family.model_class.from_pretrained(
-            path, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            **given, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    check_keys(path, info)
+    kinds = [kind for kind in config.architectures or [] if kind != family.model_class.__name__]
+    of_another = f" (config.json names a {kinds[0]})" if kinds else ""
+    check_keys(path, info, what=f"a {family.model_class.__name__}{of_another}")
+    if timm is not None:
+        log.info("%s: timm's %s read as transformers' ResNet", path, timm.name)
+        dilate(family.backbone(model).get_submodule("model"), timm.output_stride, path)
     return Detector(model).eval()
 
 
@@ -54,13 +79,9 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     """
     path = check_path(path_or_name)
     with reading(path):
-        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        names = [SAFE_WEIGHTS_NAME]
-        if index is not None:
-            names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        files = [cached_file(path, name) for name in names]
+        files = weight_files(path)
         said = json.loads(Path(str(cached_file(path, CONFIG_NAME))).read_text())
-    weights = hashlib.sha256("".join(sha256_of(open(str(file), "rb")) for file in files).encode()).hexdigest()  # noqa: SIM115
+    weights = hashlib.sha256("".join(sha256_of(open(file, "rb")) for file in files).encode()).hexdigest()  # noqa: SIM115
     meaning = {key: value for key, value in said.items() if key not in ("transformers_version", "_name_or_path")}
     config = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
     return {"teacher.weights_sha256": weights, "teacher.config_sha256": config}
@@ -74,6 +95,13 @@ def save_detector(
     `extra` (JSON values) goes to qskd.json, which transformers does not read. The folder appears whole or not at all; a
     detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
     """
+    if is_dilated(detector.model):
+        raise QskdError(
+            str(folder),
+            "a detector on a dilated ResNet (DC5)",
+            "one that transformers can describe without timm",
+            "choose a checkpoint without dilation; this one can be a teacher",
+        )
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise QskdError(str(target), "a file", "a folder to save to")

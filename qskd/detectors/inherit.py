@@ -77,16 +77,12 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     class_slots: the teacher's logit slot of each of the student's classes. A student with fewer layers takes the first,
     the last and evenly spaced ones between; a layer is copied whole or not at all, and so is the backbone. Class heads
     are copied row by row; of more queries than the student has, evenly spaced ones are taken, and of fewer, as many as
-    there are, the others starting as they were. Raises QskdError for another family: its parts mean other things.
+    there are, the others starting as they were. Of a teacher of another family only the backbone is: its other parts
+    mean other things, whatever their shapes. Raises QskdError when that does not fit either.
     """
     if student.family != teacher.family:
-        raise QskdError(
-            "student.inherit",
-            f"a student of family {student.family} and a teacher of family {teacher.family}",
-            "one family for both",
-            f"set student.family: {teacher.family}, or student.inherit: false",
-        )
-    mine, theirs = student.model.state_dict(), teacher.model.state_dict()
+        return _backbone_only(student, teacher)
+    mine, theirs = _weights(student.model), _weights(teacher.model)
     own, family = student.model, find_family(student.family, "student.inherit")
     prefix = next(iter(_named(own, [student.backbone]))) + "."
     heads = _named(own, family.class_heads(own))
@@ -120,6 +116,31 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
             for name, value in values.items():
                 mine[name].copy_(value)
     return Inheritance(copied, left)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Without batch counters: a frozen norm, such as every loaded detector has, counts none."""
+    return {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def _backbone_only(student: Detector, teacher: Detector) -> Inheritance:
+    mine, theirs = _weights(student.backbone), _weights(teacher.backbone)
+    differing = [name for name, value in mine.items() if name not in theirs or theirs[name].shape != value.shape]
+    if differing or len(mine) != len(theirs):
+        name = differing[0] if differing else next(name for name in theirs if name not in mine)
+        shapes = [list(state[name].shape) if name in state else "nothing" for state in (mine, theirs)]
+        raise QskdError(
+            "student.inherit",
+            f"a student of family {student.family} and a teacher of family {teacher.family}, whose backbones differ too "
+            f"({name} is {shapes[0]}, the teacher's {shapes[1]})",
+            "one family for both, or one backbone",
+            f"set student.family: {teacher.family}, student.backbone as the teacher's, or student.inherit: false",
+        )
+    for name, value in mine.items():
+        value.copy_(theirs[name])
+    (part,) = (name for name, module in student.model.named_modules() if module is student.backbone)
+    why = f"the teacher is a {teacher.family}, whose parts mean other things"
+    return Inheritance({part: f"the backbone of the {teacher.family}"}, {"everything else": why})
 
 
 def _rows(theirs: Tensor, mine: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
 from qskd.config import ResizeConfig
+from qskd.detectors.families import find_family
+from qskd.detectors.weights import read_config
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+_CORRECT = "correct its preprocessor_config.json: say how the model was trained"
 BILINEAR = 2  # PIL.Image.Resampling.BILINEAR, the filter of every DETR
 
 
@@ -31,28 +34,50 @@ class Preprocessing:
     std: Channels = IMAGENET_STD
 
 
-def read_preprocessing(folder_or_name: str | Path) -> Preprocessing:
-    """What a checkpoint's own image processor says; without one DETR's (800/1333, ImageNet), with a warning.
+def read_preprocessing(folder_or_name: str | Path, resize: ResizeConfig | None = None) -> Preprocessing:
+    """What a checkpoint's own image processor says; without one, with a warning, what its family's says by default.
 
-    Raises QskdError when the processor asks for something that is not done here.
+    resize: instead of the processor's own, which is then not read. Raises QskdError when the processor asks for something
+    that is not done here.
     """
     where = str(folder_or_name)
-    try:
-        said: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(where)[0]
-    except OSError:
-        log.warning("%s has no image processor: taking DETR's, shortest edge 800, longest 1333, ImageNet mean", where)
-        return Preprocessing(ResizeConfig(mode="shortest_edge", size=800, longest=1333))
-    scale = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
-    if abs(scale * 255 - 1) > 1e-3:
-        raise QskdError(where, f"an image processor that multiplies pixels by {scale}", "1/255")
-    if said.get("do_resize", True) is False:
+    said = _processor(where)
+    if not said.get("do_rescale", True):
+        # transformers then takes 0..255 for 0..1 where it normalises: nobody trains so, but a loader may do the dividing.
+        raise QskdError(
+            where, "an image processor with do_rescale: false", "pixels in 0..1 (do_rescale: true)", _CORRECT
+        )
+    if abs(said.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise QskdError(
+            where, f"an image processor that multiplies pixels by {said['rescale_factor']}", "1/255", _CORRECT
+        )
+    if said.get("do_resize", True) is False and resize is None:
         raise QskdError(where, "an image processor that does not resize", remedy="set teacher.resize in the config")
     if said.get("resample", BILINEAR) != BILINEAR:
         log.warning("%s resizes with PIL's filter %s; bilinear is used", where, said["resample"])
+    if said.get("pad_size"):
+        log.warning("%s pads to %s; here a batch is padded to its largest image", where, said["pad_size"])
     normalise = said.get("do_normalize", True)
     mean = said.get("image_mean", IMAGENET_MEAN) if normalise else (0.0, 0.0, 0.0)
     std = said.get("image_std", IMAGENET_STD) if normalise else (1.0, 1.0, 1.0)
-    return Preprocessing(_resize(said, where), _channels(mean), _channels(std))
+    return Preprocessing(resize or _resize(said, where), _channels(mean), _channels(std))
+
+
+def _processor(where: str) -> dict[str, Any]:
+    """The image processor's fields as its file has them, over the defaults of the family's processor."""
+    family = find_family(read_config(where).model_type, where)
+    defaults = family.processor_class().to_dict()
+    try:
+        said: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(where)[0]
+    except OSError as error:
+        size, normalise = defaults["size"], "ImageNet's mean" if defaults["do_normalize"] else "pixels in 0..1"
+        log.warning(
+            "%s HAS NO IMAGE PROCESSOR that can be read (%s): assuming %s's defaults, size %s, %s. If it was trained "
+            "otherwise its outputs are wrong: add its preprocessor_config.json, or set teacher.resize",
+            *(where, (str(error).splitlines() or [""])[0], family.processor_class.__name__, dict(size), normalise),
+        )
+        return dict(defaults)
+    return {key: value for key, value in defaults.items() if key != "size" or "size" not in said} | said
 
 
 def _channels(values: Any) -> Channels:
@@ -61,12 +86,15 @@ def _channels(values: Any) -> Channels:
 
 
 def _resize(said: dict[str, Any], where: str) -> ResizeConfig:
-    size = said.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    size = said["size"]
     if isinstance(size, int):  # the form before 2022: shortest edge, with max_size beside it
         size = {"shortest_edge": size}
     height, width, shortest = size.get("height"), size.get("width"), size.get("shortest_edge")
     if height and height == width:
         return ResizeConfig(mode="square", size=height)
+    most = size.get("max_height")
+    if most and most == size.get("max_width"):  # the longer side to `most`, down or up (to a pixel)
+        return ResizeConfig(mode="shortest_edge", size=most, longest=most)
     if shortest:
         longest = size.get("longest_edge") or said.get("max_size") or 1333
         return ResizeConfig(mode="shortest_edge", size=shortest, longest=longest)

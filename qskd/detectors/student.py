@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from qskd.config import StudentConfig
+from qskd.cost import gflops, parameters
 from qskd.detectors.backbone import backbone_config, load_backbone, thaw_norms
 from qskd.detectors.checkpoint import load_detector
 from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import find_family
 from qskd.detectors.initialisation import set_class_prior
+from qskd.detectors.timm_resnet import is_dilated
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
@@ -39,23 +41,70 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
 
 def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
     family = find_family(config.family, "student.family")
-    levels = config.feature_levels if family.many_maps else 1
-    if levels != config.feature_levels:
+    if config.feature_levels != 1 and not family.many_maps:
         _warn(f"student.feature_levels = {config.feature_levels} has no effect: {config.family} reads one map")
     if not config.box_refinement and not family.refinement_optional:
         _warn(f"student.box_refinement = false has no effect: {config.family} leaves no choice")
-    resnet = backbone_config(config.backbone, levels)
-    model = family.model_class(family.student_config(config, resnet, labels))
+    model = _unlearned(config, labels)
     family.initialise(model)
     if config.backbone.init:
-        load_backbone(family.backbone(model).get_submodule("model"), config.backbone.init, resnet)
+        resnet = family.backbone(model).get_submodule("model")
+        load_backbone(resnet, config.backbone.init, model.config.backbone_config)
     elif config.backbone_norm == "frozen":
         _warn("student.backbone_norm = frozen on a random backbone normalises nothing: set backbone.init, or use batch")
     return model
 
 
+def _unlearned(config: StudentConfig, labels: Sequence[str]) -> Any:
+    """A model of the sizes, with transformers' own random weights."""
+    family = find_family(config.family, "student.family")
+    resnet = backbone_config(config.backbone, config.feature_levels if family.many_maps else 1)
+    return family.model_class(family.student_config(config, resnet, labels))
+
+
+def student_cost(config: StudentConfig, classes: int) -> tuple[float, float]:
+    """Millions of parameters, and 10^9 operations (`qskd.cost.gflops`) for one image of the student's input size.
+
+    For an aspect ratio of 1.5 where `resize` keeps ratios. The weights, which don't matter, are not made ready to learn.
+    """
+    resize = config.resize
+    with torch.random.fork_rng(devices=[]):
+        model = (
+            load_detector(config.init).model if config.init else _unlearned(config, [str(i) for i in range(classes)])
+        )
+    height, width = resize.size, resize.usual_pixels // resize.size
+    pixels, mask = torch.zeros(1, 3, height, width), torch.ones(1, height, width, dtype=torch.bool)
+    return parameters(model) / 1e6, gflops(model, pixels, mask)
+
+
+def describe_student(config: StudentConfig, classes: int) -> str:
+    """Its sizes and what they come to, in a line or two."""
+    backbone, resize = config.backbone, config.resize
+    try:
+        cost = "{:.2f} M parameters, {:.2f} GFLOPs an image".format(*student_cost(config, classes))
+    except QskdError as error:  # a checkpoint that can't be reached, say: training will complain of it
+        cost = f"parameters and GFLOPs not known: {error.where}: {error.found}"
+    side = f"{resize.size} x {resize.size}" if resize.mode == "square" else f"{resize.size}/{resize.longest}"
+    what = f"{config.init}'s sizes"
+    if not config.init:
+        what = (
+            f"{config.family}, {backbone.type} of {'-'.join(map(str, backbone.depths))} {backbone.layer_type} layers of "
+            f"{'-'.join(map(str, backbone.hidden_sizes))} channels, width {config.width}, "
+            f"{config.encoder_layers} + {config.decoder_layers} layers, {config.heads} heads, ffn {config.ffn_width}, "
+            f"{config.queries} queries"
+        )
+    return f"{what}, images {side}\n  {cost}"
+
+
 def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
     detector = load_detector(config.init)
+    if is_dilated(detector.model):
+        raise QskdError(
+            "student.init",
+            f"{config.init}, whose ResNet is dilated (DC5)",
+            "a detector that can be saved as transformers describes it, without timm",
+            "choose a checkpoint without dilation; this one can be a teacher",
+        )
     family = find_family(detector.family, config.init)
     default = StudentConfig()
     for field, found in family.sizes(detector.model.config).items():

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from qskd.detectors.families import find_family
+from qskd.detectors.timm_resnet import spell_out
 from qskd.errors import QskdError
 
+_ONLY_SAFETENSORS = "model.safetensors (a pickle can run code when it is read, so none is)"
+_CONVERT = (
+    "where you trust the file: AutoModelForObjectDetection.from_pretrained(path, use_safetensors=False)"
+    ".save_pretrained(new_folder), which writes safetensors"
+)
 
-def check_path(path: str | Path) -> str:
+
+def check_path(path: str | Path, weights: bool = True) -> str:
     """Refuse what is plainly meant as a folder and is none, or holds no safetensors, before a Hub is asked for it.
 
-    Returns the folder, or the Hub name as it is.
+    weights=False: a folder without any will do. Returns the folder, or the Hub name as it is.
     """
     if not str(path):
         raise QskdError("checkpoint", "an empty path", "a folder saved by transformers, or a Hub name")
@@ -29,16 +42,45 @@ def check_path(path: str | Path) -> str:
         raise QskdError(
             str(path), "no config.json", "a folder saved by save_pretrained (config.json, model.safetensors)"
         )
-    if any(folder.glob("*.safetensors")):
+    if not weights or any(folder.glob("*.safetensors")):
         return str(folder)
     pickles = sorted(file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     raise QskdError(
         str(path),
         f"no safetensors, only {', '.join(pickles)}" if pickles else "no weights",
-        "model.safetensors (a pickle can run code when it is read, so none is)",
-        "where you trust the file: AutoModelForObjectDetection.from_pretrained(path, use_safetensors=False)"
-        ".save_pretrained(new_folder), which writes safetensors",
+        _ONLY_SAFETENSORS,
+        _CONVERT,
     )
+
+
+def weight_files(path: str) -> list[Path]:
+    """A checkpoint's safetensors files; `path` as `check_path` gives it. Refuses a Hub repository that has none."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    names = [SAFE_WEIGHTS_NAME]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    found = [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names]
+    if None in found:
+        raise QskdError(path, f"no {names[found.index(None)]} in it", _ONLY_SAFETENSORS, _CONVERT)
+    return [Path(str(file)) for file in found]
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name."""
+    state: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        state |= load_file(file)
+    return state
+
+
+def read_config(path_or_name: str | Path) -> Any:
+    """transformers' configuration of a checkpoint of any supported family. Reads no weights."""
+    path = check_path(path_or_name, weights=False)
+    with reading(path):
+        said = PreTrainedConfig.get_config_dict(path)[0]
+    find_family(said.get("model_type", "unknown"), path)
+    with reading(path):
+        return CONFIG_MAPPING[said["model_type"]].from_dict(spell_out(said))
 
 
 @contextmanager
@@ -72,7 +114,9 @@ def reading(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def check_keys(path: str | Path, info: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+def check_keys(
+    path: str | Path, info: dict[str, Any], ignore: Sequence[str] = (), what: str = "what its config.json describes"
+) -> list[str]:
     """Stop on missing or unexpected weights as reported by from_pretrained(output_loading_info=True).
 
     Returns the unexpected keys that were ignored: those starting with one of `ignore`. Batch counters are no weights.
@@ -89,18 +133,18 @@ def check_keys(path: str | Path, info: dict[str, Any], ignore: Sequence[str] = (
         raise QskdError(
             str(path),
             f"weights missing: {first(missing)}; unexpected: {first(unexpected)}",
-            "exactly the weights that its config.json describes",
+            f"exactly the weights that {what} has",
             "the file is of another model or of another version of it: save the checkpoint again with save_pretrained",
         )
     return ignored
 
 
 def check_timm(path: str | Path, config: Any) -> None:
-    """Refuse a checkpoint whose backbone needs timm when timm is not there."""
+    """Refuse a checkpoint whose backbone is timm's, and no ordinary ResNet, when timm is not there."""
     if getattr(config.backbone_config, "model_type", "") == "timm_backbone" and not importlib.util.find_spec("timm"):
         raise QskdError(
             str(path),
-            f"its backbone is timm's ({getattr(config.backbone_config, 'backbone', '?')}), and timm is not installed",
-            "a backbone of transformers (ResNetConfig), or timm",
-            "pip install timm, or choose a checkpoint whose backbone_config is a ResNetConfig",
+            f"its backbone is timm's {getattr(config.backbone_config, 'backbone', '?')}, and timm is not installed",
+            "a backbone of transformers, timm's ResNet-18, 34, 50, 101 or 152 (read without timm), or timm",
+            "pip install timm (it needs torchvision), or choose another checkpoint",
         )

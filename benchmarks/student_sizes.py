@@ -1,0 +1,34 @@
+"""What `student.size` comes to, for every family: the table of docs/students.md.
+
+    python -m benchmarks.student_sizes
+
+Parameters and operations are counted, not timed (`qskd.cost`: a multiply-add is two operations; the sampling of deformable
+attention is left out), for one image of the size's own resolution and COCO's 80 classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from qskd.config import StudentConfig
+from qskd.detectors import FAMILIES, student_cost
+from qskd.student_sizes import SIZES
+
+CLASSES = 80  # COCO's
+
+
+def cell(size: str, family: str) -> str:
+    count, operations = student_cost(StudentConfig.model_validate({"size": size, "family": family}), CLASSES)
+    return f"{count:.1f} M, {operations:.1f} G"
+
+
+def main() -> None:
+    print(f"| `student.family` | {' | '.join(SIZES)} |\n| --- |{' ---: |' * len(SIZES)}")
+    for family in FAMILIES:
+        print(f"| `{family}` | {' | '.join(cell(size, family) for size in SIZES)} |", flush=True)
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main()
