@@ -1,6 +1,6 @@
 """transformers' DETR families behind one `DetectorOutput`: load, build, run, look into and save them."""
 
-from qskd.detectors.checkpoint import checkpoint_digests, load_detector, save_detector
+from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
 from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import FAMILIES
 from qskd.detectors.inherit import Inheritance, inherit
@@ -20,6 +20,7 @@ __all__ = [
     "labels_of",
     "load_detector",
     "read_preprocessing",
+    "replacing",
     "save_detector",
     "to_pixels",
 ]

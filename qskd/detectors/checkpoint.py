@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.detector import Detector
 from qskd.detectors.families import FAMILIES, find_family
-from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.detectors.weights import check_keys, check_path, check_timm, quiet, reading
 from qskd.errors import QskdError
 from qskd.files import sha256_of
@@ -66,13 +68,11 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     return {"teacher.weights_sha256": weights, "teacher.config_sha256": config}
 
 
-def save_detector(
-    detector: Detector, folder: str | Path, resize: ResizeConfig, extra: dict[str, Any] | None = None
-) -> None:
-    """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`.
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `folder`: that appears whole or not at all.
 
-    `extra` (JSON values) goes to qskd.json, which transformers does not read. The folder appears whole or not at all; a
-    detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
+    A detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
@@ -83,7 +83,7 @@ def save_detector(
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     fresh.mkdir()
     try:
-        _write(detector, fresh, resize, extra)
+        yield fresh
         stale = fresh.with_suffix(".old")
         if target.exists():
             os.rename(target, stale)
@@ -93,7 +93,26 @@ def save_detector(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _write(detector: Detector, folder: Path, resize: ResizeConfig, extra: dict[str, Any] | None) -> None:
+def save_detector(
+    detector: Detector,
+    folder: str | Path,
+    resize: ResizeConfig,
+    extra: dict[str, Any] | None = None,
+    mean: Channels = IMAGENET_MEAN,
+    std: Channels = IMAGENET_STD,
+) -> None:
+    """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`.
+
+    `extra` (JSON values) goes to qskd.json, which transformers does not read. The folder appears whole or not at all; a
+    detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
+    """
+    with replacing(folder) as fresh:
+        _write(detector, fresh, Preprocessing(resize, mean, std))
+        if extra is not None:
+            (fresh / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
+
+
+def _write(detector: Detector, folder: Path, preprocessing: Preprocessing) -> None:
     thawed = {
         f"{name}.num_batches_tracked"
         for name, module in detector.model.named_modules()
@@ -103,14 +122,12 @@ def _write(detector: Detector, folder: Path, resize: ResizeConfig, extra: dict[s
     with quiet():
         detector.model.save_pretrained(folder, state_dict=state)
         FAMILIES[detector.family].processor_class(
-            size=processor_size(resize),
-            do_pad=resize.mode != "square",  # a square batch has nothing to pad
+            size=processor_size(preprocessing.resize),
+            do_pad=preprocessing.resize.mode != "square",  # a square batch has nothing to pad
             do_normalize=True,  # RT-DETR's processor would not
-            image_mean=list(IMAGENET_MEAN),
-            image_std=list(IMAGENET_STD),
+            image_mean=list(preprocessing.mean),
+            image_std=list(preprocessing.std),
         ).save_pretrained(folder)
-    if extra is not None:
-        (folder / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
 
 
 def processor_size(resize: ResizeConfig) -> dict[str, int]:
