@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from pipelines import cli_deploy
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
 from qskd.recipe import load, to_yaml
@@ -178,49 +179,6 @@ def predict(
 
 
 @app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of a detector.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the square images, in pixels; otherwise the checkpoint's own.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, of a graph of fixed batch.")] = 1,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="A graph for any number of images.")] = False,
-    images: Annotated[
-        list[Path] | None, typer.Option(help="Image or folder of images to check with, besides noise; may be repeated.")
-    ] = None,
-    onnx: Annotated[bool, typer.Option(help="Without: the Hugging Face folder only.")] = True,
-    exporter: Annotated[str, typer.Option(help="torchscript or dynamo; docs/export.md has what each can do.")] = (
-        "torchscript"
-    ),
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference of probabilities and boxes.")] = 1e-4,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0: none.")] = 20,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads to time with.")] = 1,
-    dry_run: DryRun = False,
-) -> None:
-    """Write a detector as a folder to deploy: plain Hugging Face and ONNX, checked against PyTorch, and a model card."""
-    from pipelines import export as program
-
-    if exporter not in ("torchscript", "dynamo"):
-        raise QskdError("--exporter", exporter, "torchscript or dynamo")
-    options = program.ExportOptions(
-        size,
-        batch_size,
-        dynamic_batch,
-        exporter,
-        onnx,
-        tuple(images or ()),
-        tolerance,
-        rounds,
-        threads,  # type: ignore[arg-type]
-    )
-    if dry_run:
-        print(program.foresee(model, out, options))
-        return
-    program.export(model, out, options)
-
-
-@app.command()
 def doctor(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server to ask; otherwise MLFLOW_TRACKING_URI.")] = "",
     storage: Annotated[str, typer.Option(help="Folder or URI to write to, read from and delete from.")] = "",
@@ -263,6 +221,10 @@ def quickstart(
     from pipelines import quickstart as program
 
     program.quickstart(folder, dry_run, restart)
+
+
+app.command()(cli_deploy.export)
+app.command()(cli_deploy.benchmark)
 
 
 @app.callback(invoke_without_command=True)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from pipelines.predict import read_image
 from qskd import onnx_detect
+from qskd.benchmark import Size, compare_speed, cost_of, onnx_runner, torch_runner
 from qskd.config import ResizeConfig
-from qskd.cost import alternate
 from qskd.detectors import (
     FAMILIES,
     Detector,
@@ -35,12 +34,9 @@ from qskd.detectors import (
 from qskd.detectors.checkpoint import EXTRA_FILE
 from qskd.errors import QskdError
 from qskd.export import (
-    INPUT,
-    OUTPUTS,
     TOLERANCE,
     Exporter,
     Parity,
-    Predicting,
     check_parity,
     export_onnx,
     open_session,
@@ -48,12 +44,13 @@ from qskd.export import (
     require_parity,
     together,
 )
+from qskd.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, write_card
 from qskd.views import View, view_image
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MOST_IMAGES = 16  # of a folder
 DYNAMIC_SIZES = (1, 2, 3, 5)  # batches that a graph of free batch is tried with
-WARM_UP, TIMING_LIMIT_S = 3, 30.0
+TIMING_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -117,13 +114,16 @@ def real_batches(files: Sequence[Path], seen_as: Preprocessing, batch: int) -> l
     return batches
 
 
-def time_both(detector: Detector, session: object, pixels: Tensor, rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of one batch in PyTorch and in onnxruntime, taking turns, both on the CPU with so many threads."""
-    model, given = Predicting(detector.model).eval(), {INPUT: pixels.numpy()}
-    torch.set_num_threads(threads)
-    with torch.inference_mode():
-        sides = {"PyTorch": lambda: model(pixels), "onnxruntime": lambda: session.run(list(OUTPUTS), given)}  # type: ignore[attr-defined]
-        return alternate(sides, rounds, WARM_UP, limit_s=TIMING_LIMIT_S)
+def time_both(detector: Detector, session: object, size: Size, batch: int, options: ExportOptions) -> str:
+    """PyTorch and onnxruntime in turn on the CPU, in a sentence."""
+    torch.set_num_threads(options.threads)
+    runners = {"PyTorch": torch_runner(detector, size, torch.device("cpu")), "onnxruntime": onnx_runner(session, size)}
+    timed = compare_speed(runners, (batch,), options.rounds, limit_s=TIMING_LIMIT_S)
+    (mine,), (theirs,) = timed.values()
+    return (
+        f"PyTorch {mine.ms_per_image:.1f} ms/image, onnxruntime {theirs.ms_per_image:.1f} ms/image, which takes "
+        f"{theirs.ratio:.2f} times as long (batch {batch}, {options.threads} thread(s), CPU, {mine.rounds} rounds in turn)."
+    )
 
 
 def parity_table(found: Sequence[Parity], tolerance: float) -> Table:
@@ -162,15 +162,30 @@ def export(model: str, out: Path, options: ExportOptions, console: Console | Non
         own = Path(model) / EXTRA_FILE
         extra = json.loads(own.read_text()) if own.is_file() else None
         save_detector(detector, fresh, seen_as.resize, extra, seen_as.mean, seen_as.std)
-        if options.onnx:
-            _add_onnx(detector, fresh, seen_as, options, console)
+        onnx = _add_onnx(detector, fresh, seen_as, options, console) if options.onnx else None
+        write_card(fresh, card_of(model, detector, seen_as, onnx))
     console.print(f"→ {out}: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
     return out
 
 
+def card_of(model: str, detector: Detector, seen_as: Preprocessing, onnx: OnnxFacts | None) -> Card:
+    """The card that the model came with, or a new one, with what this export found. AP that was measured at another size
+    of the images is left out."""
+    size = Size(seen_as.resize.size, seen_as.resize.size)
+    cost, card = cost_of(detector, size), read_card(model)
+    if card is None:
+        name = model if is_hub_name(model) else Path(model).resolve().name
+        own = Figures("this model", {}, cost.parameters, cost.gflops)
+        return Card(name, detector.family, len(detector.labels), (own,), onnx=onnx)
+    rows = card.rows
+    if read_preprocessing(model).resize != seen_as.resize:
+        rows = (*rows[:-1], Figures(f"this model, at {size} pixels", {}, cost.parameters, cost.gflops))
+    return replace(card, rows=rows, onnx=onnx)
+
+
 def _add_onnx(
     detector: Detector, folder: Path, seen_as: Preprocessing, options: ExportOptions, console: Console
-) -> None:
+) -> OnnxFacts:
     file, size = folder / "model.onnx", seen_as.resize.size
     export_onnx(detector, file, size, options.batch, options.exporter)
     shutil.copy(onnx_detect.__file__, folder / "detect.py")
@@ -182,17 +197,13 @@ def _add_onnx(
         found.append(together("photographs", check_parity(detector, session, photographs)))
     console.print(parity_table(found, options.tolerance))
     require_parity(found, detector.family, options.tolerance)
+    said = ""
     if options.rounds:
-        batch = options.batch or 1
-        taken = time_both(detector, session, random_batches(size, [batch])[0][1], options.rounds, options.threads)
-        medians = {name: 1e3 * statistics.median(values) / batch for name, values in taken.items()}
-        ratios = [mine / theirs for mine, theirs in zip(taken["PyTorch"], taken["onnxruntime"], strict=True)]
-        console.print(
-            f"{', '.join(f'{name} {ms:.1f} ms/image' for name, ms in medians.items())}: onnxruntime is "
-            f"{statistics.median(ratios):.2f} times as fast (batch {batch}, {options.threads} thread(s), CPU, "
-            f"{len(ratios)} rounds in turn)",
-            soft_wrap=True,
-        )
+        said = time_both(detector, session, Size(size, size), options.batch or 1, options)
+        console.print(said, soft_wrap=True)
+    worst = together("", found)
+    differences = (worst.batch, worst.logits, worst.probabilities, worst.boxes)
+    return OnnxFacts(options.batch, size, *differences, said)
 
 
 if __name__ == "__main__":
