@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from qskd.detectors import Detector, load_detector
 from qskd.errors import QskdError
 from qskd.files import open_folder
 from qskd.manifest import Manifest
-from qskd.model_card import Card, Figures
+from qskd.model_card import Card, Figures, read_card, write_card
 from qskd.recipe import changes
 
 log = logging.getLogger("qskd")
@@ -75,12 +76,9 @@ def figures(
             rows.append(Figures(name, metrics))
             continue
         runners[name] = torch_runner(detector, size, device)
-        rows.append(Figures(name, metrics, cost.parameters, cost.gflops))
+        rows.append(Figures(name, metrics, cost.parameters, cost.gflops, input=str(size)))
     timed: dict[str, list[Timing]] = compare_speed(runners, (1,), ROUNDS, device, TIMING_LIMIT_S) if runners else {}
-    done = [
-        Figures(row.name, row.metrics, row.parameters, row.gflops, timed[row.name][0].ms) if row.name in timed else row
-        for row in rows
-    ]
+    done = [replace(row, ms=timed[row.name][0].ms) if row.name in timed else row for row in rows]
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
     how = (
         f"Latency: PyTorch on {device}{threads}, float32, batch 1, models in turn; measured when training had just ended, "
@@ -124,3 +122,12 @@ def card_of_run(
         licence=card.licence,
         timing=timing,
     )
+
+
+def complete(student: str | Path, teacher: Mapping[str, float], baseline: Mapping[str, float]) -> None:
+    """Put AP that was measured after the run into the card of a distilled student's folder."""
+    card = read_card(student)
+    if card is not None:
+        first, beside, own = card.rows
+        rows = (replace(first, metrics=teacher), replace(beside, metrics=baseline), own)
+        write_card(student, replace(card, rows=rows))

@@ -175,11 +175,11 @@ def card_of(model: str, detector: Detector, seen_as: Preprocessing, onnx: OnnxFa
     cost, card = cost_of(detector, size), read_card(model)
     if card is None:
         name = model if is_hub_name(model) else Path(model).resolve().name
-        own = Figures("this model", {}, cost.parameters, cost.gflops)
+        own = Figures("this model", {}, cost.parameters, cost.gflops, input=str(size))
         return Card(name, detector.family, len(detector.labels), (own,), onnx=onnx)
     rows = card.rows
     if read_preprocessing(model).resize != seen_as.resize:
-        rows = (*rows[:-1], Figures(f"this model, at {size} pixels", {}, cost.parameters, cost.gflops))
+        rows = (*rows[:-1], Figures("this model", {}, cost.parameters, cost.gflops, input=str(size)))
     return replace(card, rows=rows, onnx=onnx)
 
 

@@ -61,13 +61,15 @@ image), logits {logits:.1e}. {latency}
 
 @dataclass(frozen=True)
 class Figures:
-    """One row of the card's table. metrics: of `qskd.evaluation`, empty where not measured. ms: of one image, batch 1."""
+    """One row of the card's table. metrics: of `qskd.evaluation`, empty where not measured. input: height x width in pixels
+    that parameters, gflops and ms (of one image, batch 1) were taken at."""
 
     name: str
     metrics: Mapping[str, float] = field(default_factory=dict)
     parameters: int | None = None
     gflops: float | None = None
     ms: float | None = None
+    input: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ def front_matter(card: Card) -> str:
         for name in SHOWN
         if name in own
     ]
-    tags = ["object-detection", "detr", card.family.replace("_", "-"), "qskd"]
-    tags += ["knowledge-distillation"] if card.kind == "distill" else []
+    tags = ["object-detection", "detr", card.family.replace("_", "-")]
+    tags += {"distill": ["qskd", "knowledge-distillation"], "train": ["qskd"]}.get(card.kind, [])
     said = ModelCardData(
         library_name="transformers",
         pipeline_tag="object-detection",
@@ -175,7 +177,8 @@ def _table(card: Card) -> str:
     for row in card.rows:
         metrics = [cell(row.metrics.get(name), "{:.3f}") for name in SHOWN]
         millions = None if row.parameters is None else row.parameters / 1e6
-        cells = [*metrics, cell(millions, "{:.2f} M"), cell(row.gflops, "{:.3g}"), cell(row.ms, "{:.1f}")]
+        cells = [*metrics, cell(millions, "{:.2f} M"), row.input or NOT_STATED]
+        cells += [cell(row.gflops, "{:.3g}"), cell(row.ms, "{:.1f}")]
         lines.append(f"| {' | '.join([row.name, *cells])} |")
     return "\n".join(lines)
 
@@ -184,7 +187,7 @@ def render(card: Card) -> str:
     """The whole README.md."""
     own = card.rows[-1]
     size = NOT_MEASURED if own.parameters is None else f"{own.parameters / 1e6:.2f} million parameters"
-    measured_on = "their number is not stated" if card.val_images is None else f"{card.val_images}"
+    measured_on = "" if card.val_images is None else f"AP is COCO's, on {card.val_images} validation images. "
     parts = [
         front_matter(card),
         f"# {card.name}\n",
@@ -192,8 +195,7 @@ def render(card: Card) -> str:
         f"{card.version}.\n",
         "## Figures\n",
         _table(card) + "\n",
-        f"AP is COCO's, on the validation images ({measured_on}). GFLOPs are of one image, a multiply-add counted as two. "
-        f"{card.timing or 'Latency was not measured.'}\n",
+        f"{measured_on}GFLOPs are of one image, a multiply-add counted as two. {card.timing or 'Latency was not measured.'}\n",
         "## Use\n",
         '```python\nfrom transformers import pipeline\n\npipeline("object-detection", model="THIS_FOLDER")("photo.jpg")\n```\n',
     ]
@@ -201,7 +203,9 @@ def render(card: Card) -> str:
         facts = asdict(card.onnx) | {"batch": "any number" if card.onnx.batch is None else card.onnx.batch}
         facts["latency"] = card.onnx.latency or "Its latency was not measured."
         parts += ["## ONNX\n", ONNX.format(family=card.family, **facts)]
-    parts += ["## Training\n", _training(card), "## Data and licences\n", _licences(card), "## Method\n", METHOD]
+    parts += ["## Training\n", _training(card), "## Data and licences\n", _licences(card)]
+    if card.kind == "distill":
+        parts += ["## Method\n", METHOD]
     return "\n".join(parts)
 
 

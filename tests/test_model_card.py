@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
-from pipelines.cards import baseline_metrics, card_of_run, recipe_of
+from pipelines.cards import baseline_metrics, card_of_run, complete, recipe_of
 from pipelines.export import ExportOptions, export
 from pipelines.prepare import prepare
 from pipelines.quickstart import TEACHER
@@ -33,9 +33,11 @@ CARD = Card(
     family="conditional_detr",
     classes=80,
     rows=(
-        Figures("teacher, `owner/large`", {"AP": 0.604, "AP50": 0.811, "AP75": 0.718}, 43_000_000, 91.5, 312.0),
+        Figures(
+            "teacher, `owner/large`", {"AP": 0.604, "AP50": 0.811, "AP75": 0.718}, 43_000_000, 91.5, 312.0, "800 x 1200"
+        ),
         Figures("the same student, no teacher"),
-        Figures("this model", METRICS, 1_230_000, 0.5, 12.34),
+        Figures("this model", METRICS, 1_230_000, 0.5, 12.34, "320 x 320"),
     ),
     kind="distill",
     recipe="name: small\n",
@@ -72,8 +74,16 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
 
 def test_every_fact_is_in_the_text() -> None:
     text = render(CARD)
-    assert table_row(text, "this model") == ["0.331", "0.510", "0.373", "1.23 M", "0.5", "12.3"]
-    assert table_row(text, "teacher, `owner/large`") == ["0.604", "0.811", "0.718", "43.00 M", "91.5", "312.0"]
+    assert table_row(text, "this model") == ["0.331", "0.510", "0.373", "1.23 M", "320 x 320", "0.5", "12.3"]
+    assert table_row(text, "teacher, `owner/large`") == [
+        "0.604",
+        "0.811",
+        "0.718",
+        "43.00 M",
+        "800 x 1200",
+        "91.5",
+        "312.0",
+    ]
     assert table_row(text, "data") == ["COCO 2017, 100 training images", "CC BY 4.0 (annotations)"]
     for part in (
         "`qskd distill recipe.yaml`",
@@ -91,12 +101,14 @@ def test_every_fact_is_in_the_text() -> None:
 def test_what_is_not_known_is_said_to_be_not_known() -> None:
     bare = Card("mine", "detr", 3, (Figures("this model"),))
     text = render(bare)
-    assert table_row(text, "this model") == ["not measured"] * 6
+    nothing = [*["not measured"] * 4, "not stated", *["not measured"] * 2]
+    assert table_row(text, "this model") == nothing
     assert table_row(text, "data") == ["not stated", "not stated"]
     assert "| this model | | not stated |" in text
     assert "Latency was not measured" in text
     assert "not known to qskd, which only exported it" in text
     assert "ONNX" not in text
+    assert "QSKD" not in text  # whose method it was made with, no one knows
     said = yaml.safe_load(front_matter(bare).strip("-\n"))
     assert "license" not in said
     assert "model-index" not in said
@@ -104,7 +116,7 @@ def test_what_is_not_known_is_said_to_be_not_known() -> None:
     assert "knowledge-distillation" not in front_matter(replace(CARD, kind="train"))
     assert "trained without a teacher" in untaught
     assert "| teacher |" not in untaught
-    assert table_row(render(CARD), "the same student, no teacher") == ["not measured"] * 6
+    assert table_row(render(CARD), "the same student, no teacher") == nothing
 
 
 @pytest.mark.parametrize(
@@ -189,6 +201,11 @@ def test_a_distilled_students_card_has_teacher_baseline_and_itself(finished: dic
     text = render(card)
     assert table_row(text, "the same student, no teacher")[:2] == ["0.200", "not measured"]
     assert re.search(r"PyTorch on cpu, \d thread", text)
+    write_card(root / "student", card)
+    complete(root / "student", {"AP": 0.6}, {"AP": 0.4})
+    later = read_card(root / "student")
+    assert later is not None
+    assert [row.metrics.get("AP") for row in later.rows] == [0.6, 0.4, 0.3314]
     untaught = card_of_run(config, "train", manifest, manifest, root / "student", METRICS)
     assert [row.name for row in untaught.rows] == ["this model"]
 
@@ -201,7 +218,7 @@ def test_an_export_keeps_the_facts_but_for_ap_at_another_size(finished: dict[str
     other = read_card(export(str(student), tmp_path / "other", ExportOptions(onnx=False, size=96)))
     assert other is not None
     assert other.rows[:-1] == CARD.rows[:-1]
-    assert (other.rows[-1].name, other.rows[-1].metrics) == ("this model, at 96 x 96 pixels", {})
+    assert (other.rows[-1].input, other.rows[-1].metrics) == ("96 x 96", {})
     unknown = read_card(export(str(TEACHER), tmp_path / "unknown", ExportOptions(onnx=False)))
     assert unknown is not None
     assert (unknown.name, unknown.kind, unknown.licence) == ("shapes_teacher", "", "")

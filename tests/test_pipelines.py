@@ -108,7 +108,7 @@ def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disti
         assert client.get_metric_history(distilled.run_id, name), name
     assert [metric.step for metric in client.get_metric_history(distilled.run_id, "val/AP50")] == [6, 12]
     listed = {a.path for folder in ("", "student", "pictures") for a in client.list_artifacts(distilled.run_id, folder)}
-    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json", "pictures/samples.png"}
+    assert listed >= {"config.yaml", "student/model.safetensors", "student/README.md", "pictures/samples.png"}
     assert Path(distilled.student, "model.safetensors").exists()
     assert 0 <= distilled.metrics["AP"] <= 1
 
