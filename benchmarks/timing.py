@@ -21,29 +21,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from qskd.cost import Side as Side
+from qskd.cost import alternate as alternate
+from qskd.cost import seconds as seconds
+
 T = TypeVar("T")
-
-Side = Callable[[], object]
-
-
-def seconds(side: Side) -> float:
-    """How long one call takes, in seconds of wall clock."""
-    started = time.perf_counter()
-    side()
-    return time.perf_counter() - started
-
-
-def alternate(sides: Mapping[str, Side], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each side in each round. Every second round runs backwards, so that no side always follows the same."""
-    for _ in range(warm_up):
-        for side in sides.values():
-            side()
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
-        for name in order:
-            taken[name].append(seconds(sides[name]))
-    return taken
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from pipelines import cli_deploy
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
 from qskd.recipe import load, to_yaml
@@ -253,6 +254,10 @@ def quickstart(
     from pipelines import quickstart as program
 
     program.quickstart(folder, dry_run, restart)
+
+
+app.command()(cli_deploy.export)
+app.command()(cli_deploy.benchmark)
 
 
 @app.callback(invoke_without_command=True)

@@ -255,8 +255,10 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
 
 def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:
     """Copy the student out of the last checkpoint, log it, and write result.json: the mark of a finished run."""
+    from pipelines.cards import card_of_run
     from pipelines.progress import read_history
     from pipelines.report import write_report
+    from qskd.model_card import write_card
 
     if result.error is not None or result.checkpoint is None:
         raise result.error or QskdError(folder.path, "training ended without a checkpoint")
@@ -265,6 +267,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = json.loads((Path(checkpoint) / "state.json").read_text())["metrics"]
+        write_card(student, card_of_run(plan.config, plan.kind, plan.train, plan.val, student, metrics))
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
     done = RunResult(folder.path, f"{folder.path}/student", metrics, tracker.run_id, round(seconds, 2))

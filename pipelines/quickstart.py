@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.cache_teacher import run as cache
+from pipelines.cards import complete
 from pipelines.cluster import start_ray
 from pipelines.distill import RunResult, make_plan, prepare_config, read_result, run
 from pipelines.evaluate import evaluate
@@ -174,6 +175,7 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
         measure("student, QSKD", results["qskd"].student, results["qskd"].metrics),
     ]
     show(rows, console)
+    complete(results["qskd"].student, teacher.metrics, results["baseline"].metrics)
     gap = teacher.metrics["AP"] - results["baseline"].metrics["AP"]
     gain = results["qskd"].metrics["AP"] - results["baseline"].metrics["AP"]
     console.print(

@@ -12,8 +12,8 @@ from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.recipe import flatten, to_tree
 
-# What may differ between a run and its continuation: where and how fast, not what.
-FREE_TO_CHANGE = ("compute.", "tracking.", "output")
+# What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
+FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
 

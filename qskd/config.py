@@ -247,6 +247,17 @@ class TrackingConfig(Section):
     run_name: str = ""  # empty: the recipe's name
 
 
+class CardConfig(Section):
+    """What the student's model card (README.md) says and a run can't know. Empty: the card says that it is not stated."""
+
+    data: str = ""  # the data's name
+    data_licence: str = ""
+    teacher_licence: str = ""
+    licence: str = ""  # of the student itself, as the Hub spells it: apache-2.0
+    baseline: str = ""  # folder of a finished run of the same student without a teacher, whose AP stands beside
+    evaluate_teacher: bool = False  # run the teacher over the validation images at the end, for its AP
+
+
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "qskd"
     seed: int = 0
@@ -259,3 +270,4 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
+    card: CardConfig = CardConfig()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+Side = Callable[[], object]
 
 
 def parameters(model: nn.Module) -> int:
@@ -59,29 +61,55 @@ def gflops(model: nn.Module, pixel_values: Tensor, pixel_mask: Tensor | None = N
     return float(counter.get_total_flops()) / 1e9
 
 
-def latency_ms(
-    call: Callable[[], object], warmup: int = 5, repeats: int = 30, device: torch.device | str = "cpu"
-) -> dict[str, float]:
+def seconds(side: Side, device: torch.device | str = "cpu") -> float:
+    """How long one call takes, in seconds of wall clock.
+
+    On cuda the device is waited for around the call, so that work is timed and not its submission.
+    """
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    side()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def alternate(
+    sides: Mapping[str, Side],
+    rounds: int,
+    warm_up: int = 1,
+    device: torch.device | str = "cpu",
+    limit_s: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Seconds of each side in each round. Every second round runs backwards, so that no side always follows the same.
+
+    A machine's speed drifts, and others work on it: sides that take turns share a slow minute, and the ratio of two sides
+    within a round is worth more than the ratio of two medians of different minutes. limit_s: no round begins after so
+    many seconds of timing, but three at least are run.
+    """
+    for _ in range(warm_up):
+        for side in sides.values():
+            side()
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    spent_s = 0.0
+    for number in range(rounds):
+        if spent_s > limit_s and number >= 3:
+            break
+        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        for name in order:
+            taken[name].append(seconds(sides[name], device))
+            spent_s += taken[name][-1]
+    return taken
+
+
+def latency_ms(call: Side, warmup: int = 5, repeats: int = 30, device: torch.device | str = "cpu") -> dict[str, float]:
     """Milliseconds of one `call()`: {"median", "p90"} over `repeats`, after `warmup` calls that are not timed.
 
-    On cuda the device is waited for around every call, so that work is timed and not its submission. Raises ValueError
-    for repeats < 1.
+    Raises ValueError for repeats < 1. To compare two models, `alternate` them.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats is {repeats} and warmup {warmup}: at least 1 and 0 are needed")
-    device = torch.device(device)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(warmup):
-        call()
-    times = np.empty(repeats)
-    for i in range(repeats):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        times[i] = time.perf_counter() - start
+    times = alternate({"": call}, repeats, warmup, device)[""]
     return {"median": float(np.median(times)) * 1e3, "p90": float(np.percentile(times, 90)) * 1e3}

@@ -133,6 +133,22 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
 
 
+def changes(config: Config) -> dict[str, Any]:
+    """The nested dict of what differs from the defaults: the shortest recipe that builds `config`."""
+
+    def differing(tree: dict[str, Any], default: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in tree.items():
+            usual = default.get(key) if isinstance(default, dict) else None
+            if isinstance(value, dict) and isinstance(usual, dict) and usual:
+                found |= {key: inner} if (inner := differing(value, usual)) else {}
+            elif value != usual:
+                found[key] = value
+        return found
+
+    return differing(to_tree(config), to_tree(Config()))
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dict -> {"a.b": leaf}."""
     flat: dict[str, Any] = {}

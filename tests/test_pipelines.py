@@ -165,7 +165,7 @@ def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disti
     assert [metric.step for metric in client.get_metric_history(distilled.run_id, "val/AP50")] == [18, 36]
     folders = ("", "student", "pictures", "pictures/explained")
     listed = {a.path for folder in folders for a in client.list_artifacts(distilled.run_id, folder)}
-    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json"}
+    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json", "student/README.md"}
     assert listed >= {f"pictures/{name}.png" for name in ("samples", "ap", "loss")}
     assert len([path for path in listed if path.startswith("pictures/explained/")]) == 4
     assert Path(distilled.student, "model.safetensors").exists()

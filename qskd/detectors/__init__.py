@@ -1,6 +1,6 @@
 """transformers' DETR families behind one `DetectorOutput`: load, build, run, look into and save them."""
 
-from qskd.detectors.checkpoint import checkpoint_digests, load_detector, save_detector
+from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
 from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import FAMILIES
 from qskd.detectors.inherit import Inheritance, inherit
@@ -23,6 +23,7 @@ __all__ = [
     "load_detector",
     "read_config",
     "read_preprocessing",
+    "replacing",
     "save_detector",
     "student_cost",
     "to_pixels",

@@ -8,6 +8,8 @@ import logging
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.detector import Detector
 from qskd.detectors.families import FAMILIES, find_family
-from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.detectors.timm_resnet import dilate, find_timm, is_dilated, rename, resnet_config
 from qskd.detectors.weights import (
     check_keys,
@@ -87,8 +89,38 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     return {"teacher.weights_sha256": weights, "teacher.config_sha256": config}
 
 
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `folder`: that appears whole or not at all.
+
+    A detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise QskdError(str(target), "a file", "a folder to save to")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise QskdError(str(target), "a folder with other things in it", "a new, an empty or a detector's folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    fresh.mkdir()
+    try:
+        yield fresh
+        stale = fresh.with_suffix(".old")
+        if target.exists():
+            os.rename(target, stale)
+        os.rename(fresh, target)
+        shutil.rmtree(stale, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
 def save_detector(
-    detector: Detector, folder: str | Path, resize: ResizeConfig, extra: dict[str, Any] | None = None
+    detector: Detector,
+    folder: str | Path,
+    resize: ResizeConfig,
+    extra: dict[str, Any] | None = None,
+    mean: Channels = IMAGENET_MEAN,
+    std: Channels = IMAGENET_STD,
 ) -> None:
     """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`.
 
@@ -102,26 +134,13 @@ def save_detector(
             "one that transformers can describe without timm",
             "choose a checkpoint without dilation; this one can be a teacher",
         )
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise QskdError(str(target), "a file", "a folder to save to")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise QskdError(str(target), "a folder with other things in it", "a new, an empty or a detector's folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    fresh.mkdir()
-    try:
-        _write(detector, fresh, resize, extra)
-        stale = fresh.with_suffix(".old")
-        if target.exists():
-            os.rename(target, stale)
-        os.rename(fresh, target)
-        shutil.rmtree(stale, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with replacing(folder) as fresh:
+        _write(detector, fresh, Preprocessing(resize, mean, std))
+        if extra is not None:
+            (fresh / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
 
 
-def _write(detector: Detector, folder: Path, resize: ResizeConfig, extra: dict[str, Any] | None) -> None:
+def _write(detector: Detector, folder: Path, preprocessing: Preprocessing) -> None:
     thawed = {
         f"{name}.num_batches_tracked"
         for name, module in detector.model.named_modules()
@@ -131,14 +150,12 @@ def _write(detector: Detector, folder: Path, resize: ResizeConfig, extra: dict[s
     with quiet():
         detector.model.save_pretrained(folder, state_dict=state)
         FAMILIES[detector.family].processor_class(
-            size=processor_size(resize),
-            do_pad=resize.mode != "square",  # a square batch has nothing to pad
+            size=processor_size(preprocessing.resize),
+            do_pad=preprocessing.resize.mode != "square",  # a square batch has nothing to pad
             do_normalize=True,  # RT-DETR's processor would not
-            image_mean=list(IMAGENET_MEAN),
-            image_std=list(IMAGENET_STD),
+            image_mean=list(preprocessing.mean),
+            image_std=list(preprocessing.std),
         ).save_pretrained(folder)
-    if extra is not None:
-        (folder / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
 
 
 def processor_size(resize: ResizeConfig) -> dict[str, int]:
