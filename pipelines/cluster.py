@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
 
 # Set before Ray is imported anywhere. Reports are polled for every 2 s by default, which a small detector's epoch feels.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a trial of a sweep finds relative paths as any worker does
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a sweep's records are our own and MLflow's
 if not VERBOSE:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 
@@ -25,7 +29,7 @@ def start_ray() -> None:
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
     forwarded = {
         name: os.environ[name]
-        for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "OMP_NUM_THREADS")
+        for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_CHDIR_TO_TRIAL_DIR", "OMP_NUM_THREADS")
         if name in os.environ
     }
     runtime_env = {"env_vars": forwarded}
@@ -34,6 +38,34 @@ def start_ray() -> None:
         return
     cores = os.cpu_count() or 1
     ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, runtime_env=runtime_env, **quiet)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node has, by Ray's names. On a machine that `start_ray` took alone, "CPU" is its real cores."""
+    import ray
+
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 and not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")):
+        nodes[0]["CPU"] = min(nodes[0].get("CPU", 0.0), float(os.cpu_count() or 1))
+    return nodes
+
+
+@contextlib.contextmanager
+def ask_for_nodes(one: dict[str, float], count: int) -> Iterator[None]:
+    """Meanwhile, tell an autoscaling cluster that `count` times `one` could be used: it grows as far as its own limits let it.
+
+    A cluster grows by what waits for room, and a sweep lets nothing wait. Elsewhere this has no effect.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    if not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")):
+        yield
+        return
+    request_resources(bundles=[{name: amount for name, amount in one.items() if amount}] * count)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def quiet_ray_data() -> None:
