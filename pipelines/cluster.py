@@ -34,11 +34,16 @@ def start_ray() -> None:
         if name in os.environ
     }
     runtime_env = {"env_vars": forwarded}
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+    if joined():
         ray.init(runtime_env=runtime_env, **quiet)
         return
     cores = os.cpu_count() or 1
     ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, runtime_env=runtime_env, **quiet)
+
+
+def joined() -> bool:
+    """Whether this process belongs to a cluster that others started."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -46,7 +51,7 @@ def node_resources() -> list[dict[str, float]]:
     import ray
 
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 and not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")):
+    if len(nodes) == 1 and not joined():
         nodes[0]["CPU"] = min(nodes[0].get("CPU", 0.0), float(os.cpu_count() or 1))
     return nodes
 
@@ -59,7 +64,7 @@ def ask_for_nodes(one: dict[str, float], count: int) -> Iterator[None]:
     """
     from ray.autoscaler.sdk import request_resources
 
-    if not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")):
+    if not joined():
         yield
         return
     request_resources(bundles=[{name: amount for name, amount in one.items() if amount}] * count)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipelines.population import Population
 from pipelines.search_request import Search
 from pipelines.student_costs import parameters_m
-from pipelines.sweep_records import Records, Refusal, best_row, trial_config
+from pipelines.sweep_records import ENDED, Records, Refusal, best_row, trial_config
 from pipelines.sweep_tracking import SweepTracking
 from pipelines.sweep_trials import TrialRow
 from pipelines.trial_job import Job
@@ -22,7 +22,6 @@ from qskd.recipe import to_tree
 log = logging.getLogger("qskd")
 DONE: Literal["FINISHED"] = "FINISHED"  # Tune's word for: nothing is left to start
 REFUSALS = 200  # in a row, until the space is taken to have nothing that fits
-ENDED = ("finished", "stopped", "failed")
 
 
 class Sweep:
@@ -87,10 +86,8 @@ class Sweep:
                 try:
                     size = parameters_m(self.search.space.config(found.overrides), self.labels)
                 except QskdError as error:
-                    reason = str(error)
-                    return self.records.put(
-                        TrialRow(number, "failed", found.parameters, found.overrides, reason=reason)
-                    )
+                    row = TrialRow(number, "waiting", found.parameters, found.overrides)
+                    return self._fail(row, error, self.search.space.config(found.overrides))
                 if size > self.limit_m * (1 + 1e-9):
                     reason = f"{size:.4g} M parameters, more than {self.limit_m:.4g} M"
                     self.records.refuse(Refusal(number, found.parameters, size / self.limit_m - 1, reason))
@@ -102,7 +99,7 @@ class Sweep:
         try:
             config = self.search.space.config(row.overrides)
         except QskdError as error:
-            self._end(self.records.put(replace(row, state="failed", reason=str(error))))
+            self._fail(row, error, self.config)
             return self.next_job()
         config = trial_config(config, row.number)
         again = row.state == "running"
@@ -127,6 +124,13 @@ class Sweep:
             )
             print(f"trial {row.number}: {what or 'the recipe'}", flush=True)
         return job
+
+    def _fail(self, row: TrialRow, error: QskdError, config: Config) -> TrialRow:
+        """A trial that can't even begin; config: to log it with."""
+        run_id = self.tracking.begin(row, trial_config(config, row.number))
+        failed = self.records.put(replace(row, state="failed", reason=str(error), run_id=run_id))
+        self._end(failed)
+        return failed
 
     def _next_of_population(self) -> Job | str | None:
         assert self.population is not None

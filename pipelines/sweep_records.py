@@ -16,6 +16,7 @@ from qskd.config import Config
 from qskd.errors import QskdError
 
 TRIAL, REFUSED, SWEEP = "trial.json", "refused.json", "sweep.json"
+ENDED = ("finished", "stopped", "failed")
 # What may differ between a sweep and its continuation: how much of it, not of what.
 FREE_TO_CHANGE = ("trials",)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.sweep_records import ENDED
 from pipelines.sweep_trials import TrialRow
 from pipelines.tracking import Tracker
 from qskd.config import Config
@@ -20,15 +21,21 @@ TAG_LENGTH = 5000  # MLflow's limit, for servers of any age
 class SweepTracking:
     """The parent run and its children by trial number."""
 
-    def __init__(self, parent: Tracker, resumed: bool) -> None:
-        self.parent = parent
+    def __init__(self, parent: Tracker, steps_per_epoch: int, past: Sequence[TrialRow] = ()) -> None:
+        self.parent, self.steps_per_epoch = parent, steps_per_epoch
         self.trials: dict[int, Tracker] = {}
-        # Of a driver that was killed between opening a child and writing down its id.
-        self.orphans = parent.children(NUMBER) if resumed else {}
+        self.there = parent.children(NUMBER) if past else {}
+        for row in past:  # ended, but the driver was killed before it could say so
+            run_id, status = self.there.get(str(row.number), ("", ""))
+            if run_id and row.state in ENDED and status not in ("FINISHED", "FAILED"):
+                self.trials[row.number] = Tracker(parent.uri, run_id)
+                self._catch_up(row)
+                self.end(row)
 
     def begin(self, row: TrialRow, config: Config) -> str:
         """Open the trial's run, or go on with the one it has; its id, "" when the server does not answer."""
-        run_id = row.run_id or self.orphans.get(str(row.number), "")
+        # Looked for as well: a driver may have been killed between opening a run and writing down its id.
+        run_id = row.run_id or self.there.get(str(row.number), ("", ""))[0]
         named = config.model_copy(
             update={"tracking": config.tracking.model_copy(update={"run_name": f"trial {row.number}"})}
         )
@@ -38,10 +45,19 @@ class SweepTracking:
             log.warning("trial %d has no MLflow run: %s", row.number, error)
             return run_id
         self.trials[row.number] = tracker
-        if not run_id:
+        if run_id:
+            self._catch_up(row)
+        else:
             tracker.params({f"search/{name}": value for name, value in row.parameters.items()})
         tracker.tag(STATE, "running")
         return tracker.run_id
+
+    def _catch_up(self, row: TrialRow) -> None:
+        """An evaluation is in the row before it is in MLflow: log what a killed driver had no time to."""
+        tracker = self.trials[row.number]
+        logged = tracker.last_step("val/AP")
+        points = [(round(epochs * self.steps_per_epoch), epochs, ap) for epochs, ap in row.curve]
+        tracker.metrics([(step, {"val/AP": ap, "epoch": epochs}) for step, epochs, ap in points if step > logged])
 
     def report(self, number: int, report: Mapping[str, Any]) -> None:
         tracker = self.trials.get(number)

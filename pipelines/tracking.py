@@ -163,13 +163,13 @@ class Tracker:
     def tag(self, name: str, value: str) -> None:
         self._call("set_tag", name, value)
 
-    def children(self, tag: str) -> dict[str, str]:
-        """The runs below this one: the value of their tag -> their id. Empty when the server does not answer."""
+    def children(self, tag: str) -> dict[str, tuple[str, str]]:
+        """The runs below this one: the value of their tag -> id and status. Empty when the server does not answer."""
         try:
             client = self._connected = self._connected or _client(self.uri)
             experiment = client.get_run(self.run_id).info.experiment_id
             found = client.search_runs([experiment], f"tags.`{PARENT}` = '{self.run_id}'", max_results=10_000)
-            return {run.data.tags[tag]: run.info.run_id for run in found if tag in run.data.tags}
+            return {run.data.tags[tag]: (run.info.run_id, run.info.status) for run in found if tag in run.data.tags}
         except Exception:
             return {}
 

@@ -20,8 +20,8 @@ from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config, uses_g
 from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
-from pipelines.sweep import ENDED, Sweep, is_done
-from pipelines.sweep_records import Records, best_row
+from pipelines.sweep import Sweep, is_done
+from pipelines.sweep_records import ENDED, Records, best_row
 from pipelines.sweep_tracking import ALIAS, SweepTracking
 from pipelines.sweep_trials import TrialRow
 from pipelines.tracking import Tracker, how_to_look, tracking_uri
@@ -119,13 +119,13 @@ def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepRes
     if restart:
         folder.delete()
     records = Records(config)
-    resumed = bool(records.rows)
     check_same_run(folder, config)
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
     folder.write("config.yaml", to_yaml(config))
     tracker = _open_run(config, folder, search.describe())
     print(search.describe(), flush=True)
-    tracking = SweepTracking(tracker, resumed)
+    schedule = plan.stream.schedule
+    tracking = SweepTracking(tracker, schedule.steps_per_epoch, records.in_order())
     try:
         if is_done(search, records):
             return finish(config, search.describe(), records, tracker)
@@ -136,7 +136,6 @@ def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepRes
 
             facts["recipe_latency_ms"] = recipe_latency_ms(short, plan.train.labels, device_here(short))
             records.note(**facts)
-        schedule = plan.stream.schedule
         sweep = Sweep(
             short,
             search,
@@ -218,11 +217,13 @@ class _Slots:
 def _search(sweep: Sweep, plan: Plan) -> None:
     import ray
 
-    from pipelines.cluster import ask_for_nodes
+    from pipelines.cluster import ask_for_nodes, joined
     from pipelines.tune_engine import run_tuner, trial_resources
 
     compute = sweep.config.compute
     gpu = uses_gpu(sweep.config, ray.cluster_resources())
+    if gpu and compute.device == "cuda" and not ray.cluster_resources().get("GPU") and not joined():
+        raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
     one = trial_resources(sweep.config, gpu) if compute.workers == 1 else {"GPU" if gpu else "CPU": 1.0}
     schedule = plan.stream.schedule
     with (

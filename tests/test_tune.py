@@ -14,36 +14,39 @@ from typing import Any
 
 import pytest
 import torch
+from ray.tune.search import Searcher
 from safetensors.torch import load_file
 from test_pipelines import SIZES
 
 import pipelines.cluster
 from pipelines import cache_teacher, tune
 from pipelines.prepare import prepare
-from pipelines.search_request import SearchRequest
+from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder
-from pipelines.sweep_records import Records
+from pipelines.sweep_records import Records, trial_config
 from pipelines.sweep_trials import TrialRow
+from pipelines.trial_job import Job
+from pipelines.tune_engine import run_tuner
 from qskd.config import Config
 from qskd.detectors import build_student, save_detector
 from qskd.manifest import load_manifest
-from qskd.recipe import load, to_yaml
+from qskd.recipe import flatten, load, to_tree, to_yaml
 from qskd.shapes import ShapesConfig, make_shapes
 
 pytestmark = pytest.mark.slow
 RATES = """
-FIELDS = ("training.learning_rate", "student.width")
+FIELDS = ("training.learning_rate", "student.init")
 
 def recipe_point(config):
     return {"kind": "mild"}
 
 def suggest(trial, config):
-    rates = {"mild": 1e-3, "gentle": 1e-4, "explosive": 1e30}
-    kind = trial.suggest_categorical("kind", ("mild", "gentle", "explosive", "odd"))
-    if kind == "odd":
-        return {"student.width": config.student.width + 4, "student.heads": 8}
-    return {"training.learning_rate": rates[kind]}
+    kind = trial.suggest_categorical("kind", ("mild", "gentle", "explosive", "absent"))
+    if kind == "absent":
+        return {"student.init": "/no/such/detector"}
+    return {"training.learning_rate": {"mild": 1e-3, "gentle": 1e-4, "explosive": 1e30}[kind]}
 """
+REASONS = {"explosive": "the loss is not finite", "absent": "/no/such/detector"}
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +158,6 @@ def test_the_best_recipe_is_one_that_distill_takes(work: Path, undisturbed: tune
     best = undisturbed.best
     assert best is not None
     assert found.name == "undisturbed-best"
-    from qskd.recipe import flatten, to_tree
-
     flat = flatten(to_tree(found))
     assert {name: flat[name] for name in best.overrides} == best.overrides
     make_plan(found, "distill")
@@ -192,16 +193,16 @@ def test_killing_the_driver_twice_and_ctrl_c_change_nothing(
     recipe = work / "killed.yaml"
     recipe.write_text(to_yaml(killed))
 
-    def heard(count: int) -> Callable[[], bool]:
-        return lambda: sum(len(row.curve) for row in rows_of(killed)) >= count
+    def heard() -> int:
+        return sum(len(row.curve) for row in rows_of(killed))
 
-    reached = []
-    for count, how in ((1, signal.SIGKILL), (4, signal.SIGKILL), (7, signal.SIGINT)):
+    reached = [0]
+    for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
         process = start(recipe, SEARCH, ONE_AT_A_TIME, cluster)
-        wait_for(heard(count), process)
+        wait_for(lambda: heard() > reached[-1], process)
         os.killpg(process.pid, how) if how == signal.SIGKILL else process.send_signal(how)
         out, _ = process.communicate(timeout=120)
-        reached.append(sum(len(row.curve) for row in rows_of(killed)))
+        reached.append(heard())
         if how == signal.SIGINT:
             assert process.returncode == tune.INTERRUPTED
             assert "the same command goes on with it" in out
@@ -225,23 +226,28 @@ def test_killing_the_driver_twice_and_ctrl_c_change_nothing(
     assert sorted(int(run.data.tags["qskd.trial"]) for run in children) == list(range(6))
     for row in result.rows:
         steps = [metric.step for metric in client.get_metric_history(row.run_id, "val/AP")]
-        assert steps == sorted(set(steps))
+        assert steps == [3 * round(epochs) for epochs, _ in row.curve]
+        assert client.get_run(row.run_id).info.status == "FINISHED"
 
 
 def test_trials_that_cannot_be_trained_fail_with_their_reason_and_the_sweep_goes_on(work: Path, cluster: str) -> None:
-    asked = tune.TuneRequest(
-        SearchRequest((str(work / "rates.py"),), trials=7, algorithm="random", asha=False), trial_epochs=1, at_once=2
-    )
-    result = tune.run(config(work, "failing", "seed=3"), asked)
+    import mlflow
+
+    search = SearchRequest((str(work / "rates.py"),), trials=7, algorithm="random", asha=False)
+    result = tune.run(config(work, "failing", "seed=4"), tune.TuneRequest(search, trial_epochs=1, at_once=2))
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
     kinds = {row.number: row.parameters["rates.kind"] for row in result.rows}
-    assert {"explosive", "mild"} <= set(kinds.values())
+    assert set(kinds.values()) == {"mild", "gentle", "explosive", "absent"}
     for row in result.rows:
-        if kinds[row.number] == "explosive":
+        reason = REASONS.get(kinds[row.number], "")
+        run = client.get_run(row.run_id)
+        if reason:
             assert row.state == "failed"
-            assert "the loss is not finite" in row.reason
+            assert reason in row.reason
+            assert run.info.status == "FAILED"
+            assert reason in run.data.tags["qskd.reason"]
         else:
-            assert row.state == "finished"
-            assert len(row.curve) == 1
+            assert (row.state, len(row.curve), run.info.status) == ("finished", 1, "FINISHED")
     assert result.best is not None
 
 
@@ -292,6 +298,60 @@ def test_a_population_moves_its_weights_and_its_worst_go_on_from_its_best(
     assert moved
     first = Folder(config(work, "population"))
     assert json.loads(first.read("sweep.json"))["asked"]["algorithm"] == "pbt"
+
+
+class StopAtOnce:
+    """A conductor of one trial, which ASHA stops at its first evaluation, and of a second where there is one. Notes when
+    the first was stopped, when all CPUs were free again, and when the second was first heard of."""
+
+    def __init__(self, jobs: list[Job], patience_s: float = 60.0) -> None:
+        self.jobs, self.patience_s = jobs, patience_s
+        self.stopped_at = self.free_at = self.second_at = 0.0
+
+    def next_job(self) -> Any:
+        import ray
+
+        if self.jobs and (self.stopped_at or self.jobs[0].number == 0):
+            return self.jobs.pop(0)
+        if self.second_at:
+            return Searcher.FINISHED
+        if self.stopped_at:
+            cpus = (ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"])
+            if not self.free_at and cpus[0] == cpus[1]:
+                self.free_at = time.monotonic()
+            if self.free_at or time.monotonic() - self.stopped_at > self.patience_s:
+                return Searcher.FINISHED
+        return None
+
+    def heard(self, number: int, report: dict[str, Any], stop: bool) -> None:
+        assert "failed" not in report, report
+        if stop and number == 0:
+            self.stopped_at = time.monotonic()
+        if number == 1 and not self.second_at:
+            self.second_at = time.monotonic()
+
+    def ended(self, number: int) -> None:
+        pass
+
+    def lost(self, number: int) -> None:
+        raise AssertionError(f"trial {number} lost its process")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stopped_trials_resources_are_free_within_seconds(
+    work: Path, cluster: str, tmp_path: Path, workers: int
+) -> None:
+    long = config(work, f"stopped-{workers}", "training.epochs=200", f"compute.workers={workers}")
+    cache_teacher.run(long, quiet=True)
+    search = check_request(SearchRequest(("loss_weights",), asha=True, grace_epochs=1), long)
+    jobs = [Job(number, to_tree(trial_config(long, number))) for number in range(2 if workers == 1 else 1)]
+    conductor = StopAtOnce(jobs)
+    hopeless = [TrialRow(99, "finished", curve=((1.0, 1.0),))]
+    run_tuner(conductor, long, search, 200, hopeless, str(tmp_path))
+    assert conductor.stopped_at
+    # A busy machine is slow to end processes; an idle one takes a second.
+    assert (conductor.free_at or conductor.second_at) - conductor.stopped_at < 30
+    assert conductor.free_at or conductor.second_at
 
 
 def test_one_cache_serves_all_trials(work: Path, undisturbed: tune.SweepResult) -> None:
