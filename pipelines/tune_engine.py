@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
+
+# isort: split
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher

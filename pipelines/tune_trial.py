@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 
 from pipelines.distill import Plan, make_plan, make_trainer
@@ -146,6 +145,8 @@ def _name(step: int) -> str:
 
 
 def _checkpoint(folder: Folder, step: int) -> Any:
+    import ray.train
+
     return ray.train.Checkpoint(f"{folder.root}/{_name(step)}", filesystem=folder.filesystem)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from ray.tune.search import Searcher
 from safetensors.torch import load_file
 from test_pipelines import SIZES
 
@@ -23,6 +22,7 @@ from pipelines import cache_teacher, tune
 from pipelines.prepare import prepare
 from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder
+from pipelines.sweep import DONE
 from pipelines.sweep_records import Records, trial_config
 from pipelines.sweep_trials import TrialRow
 from pipelines.trial_job import Job
@@ -314,13 +314,13 @@ class StopAtOnce:
         if self.jobs and (self.stopped_at or self.jobs[0].number == 0):
             return self.jobs.pop(0)
         if self.second_at:
-            return Searcher.FINISHED
+            return DONE
         if self.stopped_at:
             cpus = (ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"])
             if not self.free_at and cpus[0] == cpus[1]:
                 self.free_at = time.monotonic()
             if self.free_at or time.monotonic() - self.stopped_at > self.patience_s:
-                return Searcher.FINISHED
+                return DONE
         return None
 
     def heard(self, number: int, report: dict[str, Any], stop: bool) -> None:
