@@ -38,14 +38,24 @@ class Axis:
     categorical: bool = False
 
     @property
+    def space(self) -> str:
+        """The search space that asks for it."""
+        return self.name.partition(".")[0]
+
+    @property
     def usual(self) -> float:
         """What a trial without the parameter counts as, where each must have a value: the most frequent, or the median."""
         present = [position for position in self.positions if position is not None]
         return Counter(present).most_common(1)[0][0] if self.categorical else median(present)
 
 
+def _clipped(text: str, most: int = 36) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def make_axis(name: str, label: str, values: Sequence[Any], absent: Any = None) -> Axis | None:
     """The axis of these values, one a trial, `absent` where a trial has none; None when fewer than two differ."""
+    label = _clipped(label)
     present = [value for value in values if value is not absent]
     numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in present)
     if not numeric:
@@ -54,7 +64,9 @@ def make_axis(name: str, label: str, values: Sequence[Any], absent: Any = None) 
             return None
         at = {word: i / (len(words) - 1) for i, word in enumerate(words)}
         where = tuple(None if value is absent else at[value_text(value)] for value in values)
-        return Axis(name, label, where, tuple((position, word) for word, position in at.items()), categorical=True)
+        return Axis(
+            name, label, where, tuple((position, _clipped(word)) for word, position in at.items()), categorical=True
+        )
     low, high = min(present, default=0), max(present, default=0)
     if low == high:
         return None

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.sweep_results import RECIPE, Sweep, band_label, best_so_far, boundaries, cost_rows, front_rows
+from pipelines.sweep_style import (
+    AP_LABEL,
+    BAND_COLOURS,
+    COSTS,
+    FAILED,
+    FAINT,
+    INK,
+    RECIPE_COLOUR,
+    SHADES,
+    numbered,
+    part_text,
+    shade_colour,
+    space_colours,
+)
 from pipelines.sweep_trials import TrialRow
 
-# From the worst AP to the best. The palest of such scales is left out: it can't be seen on white.
-SHADES = ("#8fd0bd", "#5dbcc4", "#35a0c4", "#2279b5", "#24539f", "#1a2f7d")
-RECIPE_COLOUR = "#d55e00"  # vermilion, far from all shades with every kind of colour blindness
-INK, FAINT, FAILED = "#212121", "#6e6e6e", "#9e9e9e"
-BAND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-COSTS = {"latency_ms": "latency of one image, ms", "parameters_m": "parameters, millions"}
-MOST_AXES = 12  # side by side in a PNG; the page has all
 MOST_BARS = 20
-AP_LABEL = "AP, points"
 
 
-def shade_colour(shade: float) -> str:
-    """0..1 -> a colour between SHADES, as hex."""
-    at = min(max(shade, 0.0), 1.0) * (len(SHADES) - 1)
-    low = min(int(at), len(SHADES) - 2)
-    pair = [[int(SHADES[i][c : c + 2], 16) for c in (1, 3, 5)] for i in (low, low + 1)]
-    return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in zip(*pair, strict=True))
-
-
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """matplotlib takes what is between two $ for mathematics."""
     return text.replace("$", r"\$")
 
 
-def _figure(width: float = 7.2, height: float = 4.4) -> tuple[Any, Any]:
+def new_picture(width: float = 7.2, height: float = 4.4) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,7 +49,7 @@ def _figure(width: float = 7.2, height: float = 4.4) -> tuple[Any, Any]:
 def _labels(axes: Any, x: str, y: str, title: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_title(_plain(title), loc="left", fontweight="bold")
+    axes.set_title(plain_text(title), loc="left", fontweight="bold")
 
 
 def _colour_bar(figure: Any, axes: Any, sweep: Sweep) -> None:
@@ -107,7 +105,7 @@ def draw_history(sweep: Sweep, title: str, path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure()
+    figure, axes = new_picture()
     rows = sweep.scored
     last = max(row.number for row in sweep.rows)
     best = [100 * ap for ap in best_so_far(rows)]
@@ -128,7 +126,7 @@ def draw_history(sweep: Sweep, title: str, path: Path) -> None:
 def draw_curves(sweep: Sweep, title: str, path: Path) -> None:
     from matplotlib.lines import Line2D
 
-    figure, axes = _figure()
+    figure, axes = new_picture()
     crowd = len(sweep.rows) > 60
     for row in sorted(sweep.failed + sweep.scored, key=lambda row: row.best_ap):
         if not row.curve:
@@ -166,14 +164,19 @@ def draw_curves(sweep: Sweep, title: str, path: Path) -> None:
 
 
 def draw_importance(sweep: Sweep, title: str, path: Path) -> None:
+    from matplotlib.patches import Patch
+
     found = list(sweep.importances.items())[:MOST_BARS]
-    figure, axes = _figure(7.2, 1.3 + 0.28 * len(found))
+    figure, axes = new_picture(7.2, 1.3 + 0.28 * len(found))
     labels = {axis.name: axis.label for axis in sweep.axes}
-    bars = axes.barh(range(len(found)), [100 * part for _, part in found], color=SHADES[3], height=0.66)
-    axes.bar_label(
-        bars, [f"{100 * part:.0f} %" if part >= 0.005 else "< 1 %" for _, part in found], padding=4, color=INK
-    )
-    axes.set_yticks(range(len(found)), [_plain(labels[name]) for name, _ in found], color=INK)
+    spaces, space_of = space_colours(sweep), {axis.name: axis.space for axis in sweep.axes}
+    colours = [spaces.get(space_of[name], SHADES[3]) for name, _ in found]
+    bars = axes.barh(range(len(found)), [100 * part for _, part in found], color=colours, height=0.66)
+    axes.bar_label(bars, [part_text(part) for _, part in found], padding=4, color=INK)
+    if spaces:
+        handles = [Patch(color=colour, label=plain_text(space)) for space, colour in spaces.items()]
+        axes.legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
+    axes.set_yticks(range(len(found)), [plain_text(labels[name]) for name, _ in found], color=INK)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
@@ -187,7 +190,7 @@ def draw_importance(sweep: Sweep, title: str, path: Path) -> None:
 def draw_front(sweep: Sweep, title: str, path: Path, cost: str) -> None:
     from matplotlib.lines import Line2D
 
-    figure, axes = _figure()
+    figure, axes = new_picture()
     rows, front = cost_rows(sweep, cost), front_rows(sweep, cost)
     x = [getattr(row, cost) for row in front]
     y = [100 * row.best_ap for row in front]
@@ -195,8 +198,15 @@ def draw_front(sweep: Sweep, title: str, path: Path, cost: str) -> None:
     axes.step([*x, right], [*y, y[-1]], where="post", color=INK, lw=1.5, zorder=3)
     _dots(axes, sweep, rows, [getattr(row, cost) for row in rows])
     axes.margins(x=0.06, y=0.14)
-    for row in front:  # above the line and to its left, where the front leaves room
-        place = {"xytext": (-5, 6), "textcoords": "offset points", "ha": "right", "fontsize": 8, "color": INK}
+    for row in numbered(sweep, cost):  # above the line and to its left, where the front leaves room
+        place = {
+            "xytext": (-7, 7),
+            "textcoords": "offset points",
+            "ha": "right",
+            "fontsize": 9,
+            "color": INK,
+            "zorder": 7,
+        }
         axes.annotate(str(row.number), (getattr(row, cost), 100 * row.best_ap), **place)
     _labels(axes, COSTS[cost], AP_LABEL, title)
     _legend(
@@ -211,7 +221,7 @@ def draw_front(sweep: Sweep, title: str, path: Path, cost: str) -> None:
 
 
 def draw_boundary(sweep: Sweep, title: str, path: Path) -> None:
-    figure, axes = _figure()
+    figure, axes = new_picture()
     chosen = [(row, boundaries(row, sweep.recipe)) for row in sweep.scored]
     for row, places in chosen:
         recipe = row.number == RECIPE
@@ -231,66 +241,10 @@ def draw_boundary(sweep: Sweep, title: str, path: Path) -> None:
                 axes.scatter(at, 100 * row.best_ap, s=150, fc="none", ec=INK, lw=1.3, zorder=5)
             if row.number == RECIPE:
                 axes.scatter(at, 100 * row.best_ap, s=190, marker="*", fc=RECIPE_COLOUR, ec="white", lw=0.6, zorder=4)
-    axes.scatter([], [], s=150, marker="*", color=RECIPE_COLOUR, label="the recipe's")
+    if any(row.number == RECIPE for row, _ in chosen):
+        axes.scatter([], [], s=150, marker="*", color=RECIPE_COLOUR, label="the recipe's")
     axes.scatter([], [], s=110, fc="none", ec=INK, lw=1.3, label="the best trial's")
     axes.margins(y=0.1)
     _labels(axes, "GIoU boundary", AP_LABEL, title)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
-
-
-ABSENT = -0.13  # where a line passes an axis that its trial has no value on
-
-
-def draw_parallel(sweep: Sweep, title: str, path: Path) -> None:
-    shown = [*sweep.axes[:MOST_AXES], sweep.ap_axis]
-    figure, axes = _figure(max(7.2, 1.5 + 0.95 * len(shown)), 5.2)
-    axes.set_axis_off()
-    for i in sorted(
-        range(len(sweep.scored)), key=lambda i: (sweep.scored[i].number == RECIPE, sweep.scored[i].best_ap)
-    ):
-        row = sweep.scored[i]
-        heights = [ABSENT if axis.positions[i] is None else axis.positions[i] for axis in shown]
-        style: dict[str, Any] = {"color": shade_colour(sweep.shade(row.best_ap)), "lw": 1.4, "alpha": 0.85}
-        if row is sweep.best:
-            style |= {"lw": 3.2, "alpha": 1.0}
-        if row.number == RECIPE:
-            style |= {"color": RECIPE_COLOUR, "lw": 2.2, "ls": (0, (5, 2)), "alpha": 1.0}
-        axes.plot(range(len(shown)), heights, **style)
-    box = {"boxstyle": "square,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.8}
-    for x, axis in enumerate(shown):
-        axes.plot([x, x], [0, 1], color=FAINT, lw=1, zorder=5)
-        for at, text in axis.ticks:
-            axes.plot([x - 0.04, x], [at, at], color=FAINT, lw=1, zorder=5)
-            place = {"ha": "right", "va": "center", "fontsize": 8, "color": INK, "bbox": box, "zorder": 6}
-            axes.text(x - 0.07, at, _plain(text), **place)
-        if None in axis.positions:
-            axes.text(x - 0.07, ABSENT, "none", ha="right", va="center", fontsize=8, color=FAINT, bbox=box, zorder=6)
-        axes.text(x, 1.05, _plain(axis.label), rotation=28, ha="left", va="bottom", fontsize=9, color=INK)
-    more = len(sweep.axes) + 1 - len(shown)
-    said = f" (the {MOST_AXES} most important of {len(sweep.axes)} parameters)" if more else ""
-    axes.set_title(_plain(title) + said, loc="left", fontweight="bold")
-    _parallel_legend(axes, sweep)
-    figure.savefig(path)
-
-
-def _parallel_legend(axes: Any, sweep: Sweep) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=shade_colour(1), lw=3.2, label="the best")]
-    handles += [Line2D([], [], color=RECIPE_COLOUR, ls=(0, (5, 2)), lw=2.2, label="the recipe")]
-    handles += [Line2D([], [], color=shade_colour(0), lw=1.4, label="the worst")]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 3}
-    axes.legend(handles=handles, frameon=False, fontsize=9, **place)
-
-
-Draw = Callable[[Sweep, str, Path], None]
-DRAW: Mapping[str, Draw] = {
-    "parallel": draw_parallel,
-    "importance": draw_importance,
-    "history": draw_history,
-    "curves": draw_curves,
-    "front_latency": lambda sweep, title, path: draw_front(sweep, title, path, "latency_ms"),
-    "front_parameters": lambda sweep, title, path: draw_front(sweep, title, path, "parameters_m"),
-    "boundary": draw_boundary,
-}

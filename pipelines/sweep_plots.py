@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pipelines.sweep_pictures import (
-    ABSENT,
-    AP_LABEL,
-    BAND_COLOURS,
-    COSTS,
-    FAILED,
-    FAINT,
-    INK,
-    RECIPE_COLOUR,
-    SHADES,
-    shade_colour,
-)
 from pipelines.sweep_results import (
     RECIPE,
     Sweep,
@@ -29,13 +17,27 @@ from pipelines.sweep_results import (
     front_rows,
     points,
 )
+from pipelines.sweep_style import (
+    AP_LABEL,
+    BAND_COLOURS,
+    COSTS,
+    FAILED,
+    FAINT,
+    INK,
+    RECIPE_COLOUR,
+    SHADES,
+    numbered,
+    part_text,
+    shade_colour,
+    space_colours,
+)
 from pipelines.sweep_trials import TrialRow
 
 MOST_LINES = 16  # in what is shown of a trial under the pointer
 _AXIS = {"showgrid": True, "gridcolor": "#ececec", "zeroline": False, "linecolor": FAINT, "ticks": "outside"}
 
 
-def _safe(text: str) -> str:
+def safe_text(text: str) -> str:
     """plotly's texts know some HTML: none of it may come from a name."""
     return html.escape(text, quote=False)
 
@@ -50,13 +52,13 @@ def about(sweep: Sweep, row: TrialRow) -> str:
     facts += [f"{row.parameters_m:.2f} M parameters"] if row.parameters_m is not None else []
     facts += [f"{row.latency_ms:.1f} ms"] if row.latency_ms is not None else []
     lines = [head, ", ".join(facts)]
-    differs = [] if row.number == RECIPE else [_safe(text) for text in sweep.differences(row)]
+    differs = [] if row.number == RECIPE else [safe_text(text) for text in sweep.differences(row)]
     lines += [*differs[:MOST_LINES], f"and {len(differs) - MOST_LINES} more"] if len(differs) > MOST_LINES else differs
-    lines += [_safe(row.reason[:160])] if row.reason else []
+    lines += [safe_text(row.reason[:160])] if row.reason else []
     return "<br>".join(lines)
 
 
-def _figure(x: str, y: str, height: int = 480) -> Any:
+def new_plot(x: str, y: str, height: int = 480) -> Any:
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -64,7 +66,7 @@ def _figure(x: str, y: str, height: int = 480) -> Any:
         template="none",
         height=height,
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        margin={"l": 70, "r": 20, "t": 20, "b": 60},
+        margin={"l": 70, "r": 20, "t": 40, "b": 60},
         xaxis={**_AXIS, "title": {"text": x}, "showgrid": False},
         yaxis={**_AXIS, "title": {"text": y}},
         hoverlabel={"bgcolor": "white", "align": "left", "font": {"size": 12, "color": INK}, "bordercolor": FAINT},
@@ -118,7 +120,7 @@ def _dots(figure: Any, sweep: Sweep, rows: Sequence[TrialRow], x: Sequence[float
 
 
 def plot_history(sweep: Sweep) -> Any:
-    figure = _figure("trial", AP_LABEL)
+    figure = new_plot("trial", AP_LABEL)
     rows, last = sweep.scored, max(row.number for row in sweep.rows)
     best = [100 * ap for ap in best_so_far(rows)]
     _line(figure, [*(row.number for row in rows), last], [*best, best[-1]], "best so far", shape="hv")
@@ -138,7 +140,7 @@ def plot_history(sweep: Sweep) -> Any:
 
 
 def plot_curves(sweep: Sweep) -> Any:
-    figure = _figure("epochs trained", AP_LABEL)
+    figure = new_plot("epochs trained", AP_LABEL)
     for row in sorted(sweep.failed + sweep.scored, key=lambda row: row.best_ap):
         if not row.curve:
             continue
@@ -186,19 +188,24 @@ def _colour_bar(figure: Any, sweep: Sweep) -> None:
 
 def plot_importance(sweep: Sweep) -> Any:
     found = list(sweep.importances.items())
-    figure = _figure("part of the variance of AP that it explains, %", "", height=120 + 26 * len(found))
-    labels = {axis.name: _safe(axis.label) for axis in sweep.axes}
-    figure.add_bar(
-        x=[100 * part for _, part in found],
-        y=list(range(len(found))),
-        orientation="h",
-        marker={"color": SHADES[3]},
-        text=[f"{100 * part:.0f} %" if part >= 0.005 else "< 1 %" for _, part in found],
-        textposition="outside",
-        cliponaxis=False,
-        hovertext=[f"{_safe(name)}: {100 * part:.1f} %" for name, part in found],
-        hoverinfo="text",
-    )
+    figure = new_plot("part of the variance of AP that it explains, %", "", height=130 + 26 * len(found))
+    labels = {axis.name: safe_text(axis.label) for axis in sweep.axes}
+    spaces, space_of = space_colours(sweep), {axis.name: axis.space for axis in sweep.axes}
+    for space in spaces or {"": SHADES[3]}:
+        those = [(i, name, part) for i, (name, part) in enumerate(found) if not spaces or space_of[name] == space]
+        figure.add_bar(
+            x=[100 * part for _, _, part in those],
+            y=[i for i, _, _ in those],
+            name=safe_text(space),
+            orientation="h",
+            marker={"color": spaces.get(space, SHADES[3])},
+            text=[part_text(part) for _, _, part in those],
+            textposition="outside",
+            cliponaxis=False,
+            hovertext=[f"{safe_text(name)}: {100 * part:.1f} %" for _, name, part in those],
+            hoverinfo="text",
+        )
+    figure.update_layout(bargap=0.3, barmode="overlay", showlegend=bool(spaces))
     # Numbers with texts, not texts: two labels that read alike would become one bar.
     ticks = {"tickvals": list(range(len(found))), "ticktext": [labels[name] for name, _ in found]}
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", automargin=True, **ticks)
@@ -206,26 +213,19 @@ def plot_importance(sweep: Sweep) -> Any:
 
 
 def plot_front(sweep: Sweep, cost: str) -> Any:
-    figure = _figure(COSTS[cost], AP_LABEL)
+    figure = new_plot(COSTS[cost], AP_LABEL)
     rows, front = cost_rows(sweep, cost), front_rows(sweep, cost)
     x, y = [getattr(row, cost) for row in front], [100 * row.best_ap for row in front]
     _line(figure, [*x, max(getattr(row, cost) for row in rows)], [*y, y[-1]], "Pareto front", shape="hv")
     _dots(figure, sweep, rows, [getattr(row, cost) for row in rows])
-    figure.add_scatter(
-        x=x,
-        y=y,
-        mode="text",
-        text=[f"{row.number} " for row in front],
-        textposition="top left",
-        textfont={"size": 11},
-        showlegend=False,
-        hoverinfo="skip",
-    )
+    for row in numbered(sweep, cost):
+        at = {"x": getattr(row, cost), "y": 100 * row.best_ap, "xshift": -14, "yshift": 14}
+        figure.add_annotation(**at, text=str(row.number), showarrow=False, font={"size": 12})
     return figure
 
 
 def plot_boundary(sweep: Sweep) -> Any:
-    figure = _figure("GIoU boundary", AP_LABEL)
+    figure = new_plot("GIoU boundary", AP_LABEL)
     chosen = [(row, boundaries(row, sweep.recipe)) for row in sweep.scored]
     for row, places in chosen:
         style = {"color": RECIPE_COLOUR, "width": 2.5} if row.number == RECIPE else {"color": "#c4c4c4", "width": 1}
@@ -247,57 +247,6 @@ def plot_boundary(sweep: Sweep) -> Any:
     best = [(row, at) for row, places in chosen if row is sweep.best for at in places]
     dots(best, "the best trial's", size=19, symbol="circle-open", color=INK, line={"width": 2})
     return figure
-
-
-def plot_parallel(sweep: Sweep) -> Any:
-    """All parameters that vary; parts of axes can be chosen with the pointer, and axes moved."""
-    shown = [*sweep.axes, sweep.ap_axis]
-    figure = _figure("", "", height=560)
-    dimensions = []
-    for axis in shown:
-        ticks = [*axis.ticks, *([(ABSENT, "none")] if None in axis.positions else [])]
-        dimensions.append(
-            {
-                "label": _safe(axis.label),
-                "values": [ABSENT if at is None else at for at in axis.positions],
-                "range": [ABSENT if None in axis.positions else 0, 1],
-                "tickvals": [at for at, _ in ticks],
-                "ticktext": [text for _, text in ticks],  # plotly takes these as they are
-            }
-        )
-    # The recipe has the colour above the scale of AP.
-    top, last = 1.25, len(SHADES) - 1
-    scale = [[i / last / top, colour] for i, colour in enumerate(SHADES)]
-    scale += [[1 / top + 1e-3, "white"], [1.15 / top, "white"], [1.15 / top + 1e-3, RECIPE_COLOUR], [1, RECIPE_COLOUR]]
-    has_recipe = any(row.number == RECIPE for row in sweep.scored)
-    ticks = [*sweep.ap_axis.ticks, *([(1.2, "the recipe")] if has_recipe else [])]
-    bar = {"thickness": 14, "outlinewidth": 0, "title": {"text": "AP"}}
-    bar |= {"tickvals": [at for at, _ in ticks], "ticktext": [text for _, text in ticks]}
-    colours = [1.2 if row.number == RECIPE else sweep.shade(row.best_ap) for row in sweep.scored]
-    line = {"color": colours, "cmin": 0, "cmax": top if has_recipe else 1, "showscale": True, "colorbar": bar}
-    line["colorscale"] = scale if has_recipe else list(SHADES)
-    figure.add_parcoords(
-        dimensions=dimensions,
-        line=line,
-        labelangle=-28,
-        labelside="top",
-        tickfont={"size": 11, "color": INK},
-        unselected={"line": {"color": "#dddddd", "opacity": 0.25}},
-    )
-    # Labels lean to the right, and the last one needs the room of the colour bar.
-    figure.update_layout(margin={"l": 70, "r": 60, "t": 110, "b": 30}, width=max(900, 260 + 95 * len(shown)))
-    return figure
-
-
-PLOT: Mapping[str, Callable[[Sweep], Any]] = {
-    "parallel": plot_parallel,
-    "importance": plot_importance,
-    "history": plot_history,
-    "curves": plot_curves,
-    "front_latency": lambda sweep: plot_front(sweep, "latency_ms"),
-    "front_parameters": lambda sweep: plot_front(sweep, "parameters_m"),
-    "boundary": plot_boundary,
-}
 
 
 def fragment(figure: Any, name: str) -> str:

@@ -167,9 +167,14 @@ class Sweep:
         found = (make_axis(name, labels[name], values[name], absent) for name in names)
         return [axis for axis in found if axis is not None]
 
+    @cached_property
+    def _ap_range(self) -> tuple[float, float]:
+        aps = [row.best_ap for row in self.scored]
+        return min(aps), max(aps)
+
     def shade(self, ap: float) -> float:
         """AP -> 0 (the worst trial's) to 1 (the best's)."""
-        low, high = min(row.best_ap for row in self.scored), max(row.best_ap for row in self.scored)
+        low, high = self._ap_range
         return (ap - low) / (high - low) if high > low else 1.0
 
     def differences(self, row: TrialRow) -> list[str]:
@@ -177,12 +182,15 @@ class Sweep:
 
     @cached_property
     def ap_axis(self) -> Axis:
-        """AP as the last of the parallel coordinates."""
+        """AP as the first of the parallel coordinates."""
         aps = [row.best_ap for row in self.scored]
-        low, high = min(aps), max(aps)
-        parts = (0, 0.25, 0.5, 0.75, 1.0) if high > low else (1.0,)
-        ticks = tuple((part, points(low + part * (high - low))) for part in parts)
-        return Axis("AP", "AP", tuple(self.shade(ap) for ap in aps), ticks)
+        found = make_axis("AP", "AP", [100 * ap for ap in aps])
+        return found or Axis("AP", "AP", (1.0,) * len(aps), ((1.0, points(aps[0])),))
+
+    @cached_property
+    def spaces(self) -> list[str]:
+        """The search spaces whose parameters have axes."""
+        return sorted({axis.space for axis in self.axes})
 
 
 def best_so_far(rows: Sequence[TrialRow]) -> list[float]:
