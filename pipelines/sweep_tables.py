@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import html
 import io
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.sweep_results import (
@@ -24,7 +25,7 @@ from qskd.config import Config
 from qskd.recipe import flatten, to_tree
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 TERMINAL_TRIALS, TERMINAL_DIFFERENCES = 8, 6
 COLUMNS = ("trial", "state", "AP", "AP50", "epochs", "parameters", "latency")
@@ -146,11 +147,37 @@ def terminal_table(rows: Sequence[TrialRow], command: str, recipe: Config | None
         style = "bold" if row is best else "yellow" if row.number == RECIPE else ""
         table.add_row(*(Text(cell) for cell in _cells(row)), Text(told), style=style)
     reasons = Counter(" ".join(row.reason.split()) or "no reason given" for row in rows if row.state == "failed")
-    lines = [Text(counts_text(rows))]
+    lines: list[RenderableType] = [Text(counts_text(rows))]
     lines += [Text(f"failed, {count} time{'s' if count > 1 else ''}: {why}") for why, count in reasons.most_common()]
     if best is not None and command:
         lines.append(Text("\nThe winner at full length:"))
-        lines.append(Text(f"  {command}", no_wrap=True, overflow="ignore"))  # in one line, to be copied
+        lines.append(_Command(command))
     elif best is None:
         lines.append(Text("No trial has an AP: there is no winner."))
     return Group(table, *lines) if shown else Group(*lines)
+
+
+class _Command:
+    """A command as wide as the terminal is, to be copied: a line that goes on ends in a backslash, as shells read it."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        if len(self.command) + 2 <= options.max_width:
+            yield Text(f"  {self.command}")
+            return
+        try:
+            words = [shlex.quote(word) for word in shlex.split(self.command)]
+        except ValueError:  # a quotation mark too few
+            words = self.command.split()
+        lines = [f"  {words[0]}"] if words else []
+        for word in words[1:]:
+            if len(lines[-1]) + len(word) + 3 <= options.max_width:
+                lines[-1] += f" {word}"
+            else:
+                lines[-1] += " \\"
+                lines.append(f"    {word}")
+        yield Text("\n".join(lines), overflow="fold")

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_axes_are_logarithmic_where_values_span_a_lot_and_leave_out_what_does_no
     logarithmic = make_axis("a.lr", "lr", [1e-4, None, 1e-3, 1e-2])
     assert logarithmic is not None
     assert logarithmic.positions == pytest.approx((0.0, None, 0.5, 1.0))
-    assert dict((text, at) for at, text in logarithmic.ticks) == pytest.approx({"0.0001": 0, "0.001": 0.5, "0.01": 1})
+    assert {text: at for at, text in logarithmic.ticks} == pytest.approx({"0.0001": 0, "0.001": 0.5, "0.01": 1})
     linear = make_axis("a.n", "n", [2, 4, 6, 8])
     assert linear is not None
     assert linear.positions == pytest.approx((0, 1 / 3, 2 / 3, 1))
@@ -279,7 +280,7 @@ def test_the_plots_front_has_steps_through_what_no_other_trial_beats(
     for each in fastest_first:
         if not expected or 100 * each.best_ap > expected[-1][1]:
             expected.append((each.latency_ms or 0, 100 * each.best_ap))
-    assert list(zip(line.x, line.y, strict=True))[:-1] == pytest.approx(expected)
+    np.testing.assert_allclose(np.stack([line.x, line.y], axis=1)[:-1], expected)
     assert line.x[-1] == max(each.latency_ms or 0 for each in sweep.scored)
     curves = [trace for trace in sweep_plots.plot_curves(sweep).data if trace.x[0] is not None]
     assert sorted(len(trace.x) for trace in curves) == sorted(len(each.curve) for each in rows if each.curve)
@@ -393,11 +394,13 @@ def test_two_hundred_trials_are_drawn_and_absent_parameters_among_them(
     assert [why_none(Sweep(tuple(rows), RECIPE), name) == "" for name in PICTURES].count(False) == 2
 
 
-def test_the_terminal_shows_the_best_the_recipe_and_a_command_in_one_line() -> None:
+def test_the_terminal_shows_the_best_the_recipe_and_a_command_that_can_be_copied() -> None:
     rows = [row(0, 0.1, parameters_m=2.5)]
     rows += [row(i, 0.1 + 0.01 * i, overrides={"student.width": 128, "student.queries": 300 - i}) for i in range(1, 13)]
     rows += [row(13, state="failed", reason="out of memory"), row(14, state="failed", reason="out of memory")]
-    command = "qskd distill " + "a-rather-long-folder/" * 8 + "best.yaml"
+    command = (
+        "qskd distill a-rather-long-folder/best.yaml --set 'name=the winner' --set training.epochs=50 --set seed=1"
+    )
     config: Config = build({"student": {"width": 128}})
     console = Console(width=100, file=io.StringIO())
     console.print(terminal_table(rows, command, config))
@@ -409,7 +412,9 @@ def test_the_terminal_shows_the_best_the_recipe_and_a_command_in_one_line() -> N
     assert "width" not in lines[1]  # as in the recipe
     assert "2.50 M" in lines[9]
     assert "the recipe itself" in lines[9]
-    assert f"  {command}" in lines
+    at = lines.index("The winner at full length:") + 1
+    assert len(lines[at:]) == 2
+    assert shlex.split("\n".join(lines[at:]).replace("\\\n", "")) == shlex.split(command)
     assert "failed, 2 times: out of memory" in lines
     assert "15 trials: 13 finished, 2 failed." in lines
 
