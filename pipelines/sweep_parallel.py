@@ -9,19 +9,22 @@ from typing import Any
 from pipelines.sweep_pictures import new_picture, plain_text
 from pipelines.sweep_plots import new_plot, safe_text
 from pipelines.sweep_results import RECIPE, Sweep
-from pipelines.sweep_style import ABSENT, FAINT, INK, RECIPE_COLOUR, SHADES, shade_colour, space_colours
+from pipelines.sweep_style import ABSENT, CROWD, FAINT, INK, RECIPE_COLOUR, SHADES, shade_colour, space_colours
 
 MOST_AXES = 12  # side by side in a PNG; the page has all
+LEFT, RIGHT = 170, 110  # margins of the plot, in pixels: the colour bar's, and the last name's
 
 
 def draw_parallel(sweep: Sweep, title: str, path: Path) -> None:
     shown = [sweep.ap_axis, *sweep.axes[:MOST_AXES]]
     figure, axes = new_picture(max(7.2, 1.5 + 0.95 * len(shown)), 5.4)
     axes.set_axis_off()
+    crowd = len(sweep.scored) > CROWD
     drawn = sorted(enumerate(sweep.scored), key=lambda each: (each[1].number == RECIPE, each[1].best_ap))
     for i, row in drawn:
         heights = [ABSENT if axis.positions[i] is None else axis.positions[i] for axis in shown]
-        style: dict[str, Any] = {"color": shade_colour(sweep.shade(row.best_ap)), "lw": 1.4, "alpha": 0.85}
+        style: dict[str, Any] = {"lw": 1.0, "alpha": 0.35} if crowd else {"lw": 1.4, "alpha": 0.85}
+        style |= {"color": shade_colour(sweep.shade(row.best_ap))}
         if row is sweep.best:
             style |= {"lw": 3.2, "alpha": 1.0}
         if row.number == RECIPE:
@@ -65,7 +68,9 @@ def _parallel_legend(axes: Any, sweep: Sweep, spaces: Mapping[str, str]) -> None
 def plot_parallel(sweep: Sweep) -> Any:
     """All parameters that vary; parts of axes can be chosen with the pointer, and axes moved."""
     shown, spaces = [sweep.ap_axis, *sweep.axes], space_colours(sweep)
-    figure = new_plot("", "", height=560)
+    width = max(900, LEFT + RIGHT + 90 * len(shown))
+    top_margin = 75 + 4 * max(len(axis.label) for axis in shown)
+    figure = new_plot("", "", height=450 + top_margin)
     dimensions = []
     for axis in shown:
         ticks = [*axis.ticks, *([(ABSENT, "none")] if None in axis.positions else [])]
@@ -84,7 +89,13 @@ def plot_parallel(sweep: Sweep) -> Any:
     scale += [[1 / top + 1e-3, "white"], [1.15 / top, "white"], [1.15 / top + 1e-3, RECIPE_COLOUR], [1, RECIPE_COLOUR]]
     has_recipe = any(row.number == RECIPE for row in sweep.scored)
     ticks = [*sweep.ap_axis.ticks, *([(1.2, "the recipe")] if has_recipe else [])]
-    bar = {"thickness": 14, "outlinewidth": 0, "x": -0.1, "xref": "paper", "ticklabelposition": "outside"}
+    bar = {
+        "thickness": 14,
+        "outlinewidth": 0,
+        "x": -115 / (width - LEFT - RIGHT),
+        "xref": "paper",
+        "ticklabelposition": "outside",
+    }
     bar |= {"tickvals": [at for at, _ in ticks], "ticktext": [text for _, text in ticks]}
     colours = [1.2 if row.number == RECIPE else sweep.shade(row.best_ap) for row in sweep.scored]
     line = {"color": colours, "cmin": 0, "cmax": top if has_recipe else 1, "showscale": True, "colorbar": bar}
@@ -101,5 +112,5 @@ def plot_parallel(sweep: Sweep) -> Any:
     place = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "top", "yshift": -14}
     figure.add_annotation(text="&nbsp;&nbsp; ".join(names), showarrow=False, **place)
     # Names lean to the right; what says most is at the left, in sight however many axes there are.
-    figure.update_layout(margin={"l": 170, "r": 110, "t": 110, "b": 50}, width=max(900, 280 + 90 * len(shown)))
+    figure.update_layout(margin={"l": LEFT, "r": RIGHT, "t": top_margin, "b": 50}, width=width)
     return figure

@@ -11,6 +11,7 @@ from pipelines.sweep_style import (
     AP_LABEL,
     BAND_COLOURS,
     COSTS,
+    CROWD,
     FAILED,
     FAINT,
     INK,
@@ -117,6 +118,7 @@ def draw_history(sweep: Sweep, title: str, path: Path) -> None:
         axes.scatter(numbers, [0.02] * len(numbers), marker="x", c=FAILED, s=34, transform=axes.get_xaxis_transform())
         extra.append(Line2D([], [], ls="", marker="x", ms=6, color=FAILED, label="failed"))
     axes.margins(y=0.12)
+    axes.set_xlim(-0.5 - 0.03 * last, last + 0.5 + 0.03 * last)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _labels(axes, "trial", AP_LABEL, title)
     _legend(axes, sweep, rows, extra, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -127,7 +129,7 @@ def draw_curves(sweep: Sweep, title: str, path: Path) -> None:
     from matplotlib.lines import Line2D
 
     figure, axes = new_picture()
-    crowd = len(sweep.rows) > 60
+    crowd = len(sweep.rows) > CROWD
     for row in sorted(sweep.failed + sweep.scored, key=lambda row: row.best_ap):
         if not row.curve:
             continue
@@ -143,10 +145,9 @@ def draw_curves(sweep: Sweep, title: str, path: Path) -> None:
             style |= {"color": RECIPE_COLOUR, "ls": (0, (5, 2)), "lw": 2.2, "zorder": 5}
         if row is sweep.best:
             style |= {"lw": 3.0, "zorder": 4}
-        axes.plot(epochs, aps, marker="o", ms=2.5 if crowd else 3.5, **style)
-        axes.plot(
-            epochs[-1], aps[-1], marker="x" if row.state == "failed" else "o", ms=5.5, color=style["color"], zorder=5
-        )
+        axes.plot(epochs, aps, marker="" if crowd and len(epochs) > 1 else "o", ms=3.5, **style)
+        end = {"marker": "x" if row.state == "failed" else "o", "ms": 3 if crowd else 5.5}
+        axes.plot(epochs[-1], aps[-1], color=style["color"], zorder=5, **end)
     handles = []
     if any(row.number == RECIPE for row in sweep.scored):
         handles.append(Line2D([], [], color=RECIPE_COLOUR, ls=(0, (5, 2)), lw=2.2, label="the recipe"))

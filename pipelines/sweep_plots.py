@@ -21,6 +21,7 @@ from pipelines.sweep_style import (
     AP_LABEL,
     BAND_COLOURS,
     COSTS,
+    CROWD,
     FAILED,
     FAINT,
     INK,
@@ -141,7 +142,8 @@ def plot_history(sweep: Sweep) -> Any:
 
 def plot_curves(sweep: Sweep) -> Any:
     figure = new_plot("epochs trained", AP_LABEL)
-    for row in sorted(sweep.failed + sweep.scored, key=lambda row: row.best_ap):
+    marked = {RECIPE, sweep.best.number if sweep.best is not None else RECIPE}  # drawn last, on top
+    for row in sorted(sweep.failed + sweep.scored, key=lambda row: (row.number in marked, row.best_ap)):
         if not row.curve:
             continue
         line: dict[str, Any] = {"color": shade_colour(sweep.shade(row.best_ap)), "width": 1.6}
@@ -151,16 +153,15 @@ def plot_curves(sweep: Sweep) -> Any:
             line |= {"color": RECIPE_COLOUR, "dash": "dash", "width": 3}
         if row is sweep.best:
             line |= {"width": 4}
-        marked = row.number == RECIPE or row is sweep.best
         told = about(sweep, row)
         figure.add_scatter(
             x=[epochs for epochs, _ in row.curve],
             y=[100 * ap for _, ap in row.curve],
-            mode="lines+markers",
+            mode="lines" if len(sweep.rows) > CROWD and len(row.curve) > 1 else "lines+markers",
             line=line,
             marker={"size": 5, "color": line["color"]},
             name="the recipe" if row.number == RECIPE else f"the best, trial {row.number}",
-            showlegend=marked,
+            showlegend=row.number in marked,
             text=[f"epoch {epochs_text(at)}: AP {points(ap)}<br>{told}" for at, ap in row.curve],
             hoverinfo="text",
         )

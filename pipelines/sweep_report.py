@@ -19,6 +19,9 @@ from qskd.config import Config
 __all__ = ["best_row", "ranked", "terminal_table", "write_report"]
 
 
+NO_AP = "There is no picture: no trial has an AP."
+
+
 @dataclass(frozen=True)
 class Picture:
     """One of the report's. draw: writes the PNG. plot: makes plotly's figure."""
@@ -81,7 +84,7 @@ def why_none(sweep: Sweep, name: str) -> str:
     """The sentence that stands in a picture's place; empty where it can be drawn."""
     scored = sweep.scored
     if not scored:
-        return "There is no picture: no trial has an AP."
+        return NO_AP
     if name in ("parallel", "importance") and not sweep.axes:
         few = (
             "only one trial has an AP" if len(scored) == 1 else "no parameter varies between the trials that have an AP"
@@ -134,7 +137,7 @@ def write_report(
         sections.append(f'<section id="of-{name}"><h2>{picture.title}</h2>{body}</section>')
     recipe_text = f"<h2>The best as a recipe</h2><pre>{html.escape(best_config_yaml)}</pre>" if best_config_yaml else ""
     body = f"<h1>{html.escape(title)}</h1>{_summary(sweep)}<h2>Trials</h2>{html_table(rows, recipe)}"
-    body += "".join(sections) + recipe_text
+    body += ("".join(sections) if sweep.scored else f"<h2>Pictures</h2><p>{NO_AP}</p>") + recipe_text
     texts = {"index.html": _page(title, body, plotly=bool(drawn)), **texts}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,19 +87,18 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def differences(row: TrialRow, recipe: Config | None) -> dict[str, Any]:
-    """The dotted fields in which the trial differs from the recipe. Without one, all that the trial sets."""
-    own = flatten(to_tree(recipe)) if recipe is not None else {}
+def differences(row: TrialRow, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted fields in which the trial differs from `own`, the recipe's; what is not among those differs."""
     return {
         name: value for name, value in flatten(row.overrides).items() if name not in own or not _same(value, own[name])
     }
 
 
-def differences_text(row: TrialRow, recipe: Config | None, names: dict[str, str]) -> list[str]:
+def differences_text(row: TrialRow, own: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     """Those fields as words, "width 96"; of the recipe itself, that it is it."""
     if row.number == RECIPE:
         return ["the recipe itself"]
-    return [f"{names.get(name, name)} {value_text(value)}" for name, value in differences(row, recipe).items()]
+    return [f"{names.get(name, name)} {value_text(value)}" for name, value in differences(row, own).items()]
 
 
 def field_names(rows: Sequence[TrialRow]) -> dict[str, str]:
@@ -145,6 +144,10 @@ class Sweep:
         return best_row(self.rows)
 
     @cached_property
+    def _own(self) -> dict[str, Any]:
+        return flatten(to_tree(self.recipe))
+
+    @cached_property
     def names(self) -> dict[str, str]:
         return field_names(self.rows)
 
@@ -178,7 +181,7 @@ class Sweep:
         return (ap - low) / (high - low) if high > low else 1.0
 
     def differences(self, row: TrialRow) -> list[str]:
-        return differences_text(row, self.recipe, self.names)
+        return differences_text(row, self._own, self.names)
 
     @cached_property
     def ap_axis(self) -> Axis:

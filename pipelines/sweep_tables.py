@@ -7,7 +7,7 @@ import html
 import io
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.sweep_results import (
@@ -59,19 +59,19 @@ def _cells(row: TrialRow) -> list[str]:
     ]
 
 
-def _said(row: TrialRow, recipe: Config | None, names: dict[str, str]) -> str:
+def _said(row: TrialRow, own: Mapping[str, Any], names: Mapping[str, str]) -> str:
     reason = [f"failed: {' '.join(row.reason.split()) or 'no reason given'}"] if row.state == "failed" else []
-    return "; ".join([*reason, *differences_text(row, recipe, names)])
+    return "; ".join([*reason, *differences_text(row, own, names)])
 
 
 def html_table(rows: Sequence[TrialRow], recipe: Config) -> str:
-    names, best = field_names(rows), best_row(rows)
+    names, best, own = field_names(rows), best_row(rows), flatten(to_tree(recipe))
     head = "".join(f"<th{_right(name)}>{name}</th>" for name in COLUMNS) + "<th>differs from the recipe</th>"
     lines = []
     for row in ranked(rows):
         kind = "best" if row is best else "recipe" if row.number == RECIPE else row.state
         cells = "".join(f"<td{_right(n)}>{html.escape(c)}</td>" for n, c in zip(COLUMNS, _cells(row), strict=True))
-        lines.append(f'<tr class="{kind}">{cells}<td>{html.escape(_said(row, recipe, names))}</td></tr>')
+        lines.append(f'<tr class="{kind}">{cells}<td>{html.escape(_said(row, own, names))}</td></tr>')
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
@@ -81,7 +81,7 @@ def _right(column: str) -> str:
 
 def trials_markdown(rows: Sequence[TrialRow], recipe: Config, title: str) -> str:
     """All trials, best first."""
-    names = field_names(rows)
+    names, own = field_names(rows), flatten(to_tree(recipe))
 
     def cell(text: str) -> str:
         return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
@@ -89,7 +89,7 @@ def trials_markdown(rows: Sequence[TrialRow], recipe: Config, title: str) -> str
     lines = [f"# {cell(title)}", "", counts_text(rows), ""]
     lines.append("| " + " | ".join([*COLUMNS, "differs from the recipe"]) + " |")
     lines.append("|" + "|".join("---" if name == "state" else "---:" for name in COLUMNS) + "|---|")
-    lines += ["| " + " | ".join(map(cell, [*_cells(row), _said(row, recipe, names)])) + " |" for row in ranked(rows)]
+    lines += ["| " + " | ".join(map(cell, [*_cells(row), _said(row, own, names)])) + " |" for row in ranked(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -134,6 +134,7 @@ def terminal_table(rows: Sequence[TrialRow], command: str, recipe: Config | None
     from rich.text import Text
 
     names, best = field_names(rows), best_row(rows)
+    own = flatten(to_tree(recipe)) if recipe is not None else {}
     shown = [row for row in ranked(rows) if has_ap(row)]
     shown = shown[:TERMINAL_TRIALS] + [row for row in shown[TERMINAL_TRIALS:] if row.number == RECIPE]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -141,7 +142,7 @@ def terminal_table(rows: Sequence[TrialRow], command: str, recipe: Config | None
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     table.add_column("differs from the recipe", overflow="fold")
     for row in shown:
-        words = differences_text(row, recipe, names)
+        words = differences_text(row, own, names)
         more = len(words) - TERMINAL_DIFFERENCES
         told = ", ".join(words[:TERMINAL_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
         style = "bold" if row is best else "yellow" if row.number == RECIPE else ""
