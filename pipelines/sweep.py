@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pipelines.population import Population
 from pipelines.search_request import Search
 from pipelines.student_costs import parameters_m
-from pipelines.sweep_records import ENDED, Records, Refusal, best_row, trial_config
+from pipelines.sweep_records import ENDED, Records, Refusal, trial_config
+from pipelines.sweep_results import best_row
 from pipelines.sweep_tracking import SweepTracking
 from pipelines.sweep_trials import TrialRow
 from pipelines.trial_job import Job
@@ -172,15 +173,17 @@ class Sweep:
             seconds = round(row.seconds + report["seconds"], 2)
             self.records.put(replace(row, state=state, curve=curve, metrics=metrics, seconds=seconds))
             self.tracking.report(number, report)
-            best = best_row(self.records.in_order())
-            assert best is not None
-            heard = sum(len(each.curve) for each in self.records.rows.values())
+            self._tell(self.records.rows[number], stop)
+
+    def _tell(self, row: TrialRow, stop: bool) -> None:
+        """The trial's last evaluation, and the best there is: on the terminal, and in the sweep's run."""
+        rows, (epochs, ap) = self.records.in_order(), row.curve[-1]
+        best = best_row(rows)
+        leader = f"  (best {best.best_ap:.3f}, trial {best.number})" if best else ""
+        if best is not None:
+            heard = sum(len(each.curve) for each in rows)
             self.tracking.parent.metrics([(heard, {"best/AP": best.best_ap, "best/trial": best.number})])
-            print(
-                f"trial {number}: epoch {report['epochs']:g}  AP {ap:.3f}{'  stopped' if stop else ''}"
-                f"  (best {best.best_ap:.3f}, trial {best.number})",
-                flush=True,
-            )
+        print(f"trial {row.number}: epoch {epochs:g}  AP {ap:.3f}{'  stopped' if stop else ''}{leader}", flush=True)
 
     def ended(self, number: int) -> None:
         job = self.live.pop(number, None)

@@ -114,11 +114,3 @@ class Records:
         """Add to what the sweep has written down about itself."""
         written = json.loads(self.folder.read(SWEEP))
         self.folder.write(SWEEP, json.dumps({**written, **facts}, indent=1))
-
-
-def best_row(rows: list[TrialRow]) -> TrialRow | None:
-    """The trial with the largest AP; of equals the smaller student, then the earlier."""
-    reached = [row for row in rows if row.curve and row.state != "failed"]
-    if not reached:
-        return None
-    return min(reached, key=lambda row: (-row.best_ap, row.parameters_m or 0.0, row.number))

@@ -21,7 +21,8 @@ from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
 from pipelines.sweep import Sweep, is_done
-from pipelines.sweep_records import ENDED, Records, best_row
+from pipelines.sweep_records import ENDED, Records
+from pipelines.sweep_results import best_row
 from pipelines.sweep_tracking import ALIAS, SweepTracking
 from pipelines.sweep_trials import TrialRow
 from pipelines.tracking import Tracker, how_to_look, tracking_uri
@@ -266,28 +267,23 @@ def finish(config: Config, description: str, records: Records, tracker: Tracker)
 
     rows, folder = records.in_order(), records.folder
     best = best_row(rows)
-    recipe_path, version = "", ""
+    text, command, version = "", "", ""
     if best is not None:
-        recipe_path = f"{folder.path}/best.yaml"
-        text = best_recipe(config, best)
+        text, command = best_recipe(config, best), f"qskd distill {shlex.quote(folder.path + '/best.yaml')}"
         folder.write("best.yaml", text)
         tracker.text("best.yaml", text)
-        with tempfile.TemporaryDirectory(prefix="qskd-sweep-report-") as scratch:
-            write_report(Path(scratch), rows, config, text, f"{config.name}: {description}")
-            folder.upload(scratch, "report")
-            tracker.folder(scratch, "report")
         version = _register(config, records, best, tracker)
-        tracker.metrics([(0, {"best/final_AP": best.best_ap})])
-        command = f"qskd distill {recipe_path}"
-        Console().print(terminal_table(rows, command))
-        print(f"the best, at full length: {command}")
-        if version:
-            print(f"its student: models:/{config.name}@{ALIAS} (version {version})")
-    else:
-        reasons = "; ".join(dict.fromkeys(row.reason.splitlines()[0] for row in rows if row.reason))
-        print(f"no trial got as far as an evaluation: {reasons}")
+    with tempfile.TemporaryDirectory(prefix="qskd-sweep-report-") as scratch:
+        write_report(Path(scratch), rows, config, text, f"{config.name}: {description}")
+        folder.upload(scratch, "report")
+        tracker.folder(scratch, "report")
+    Console().print(terminal_table(rows, command, config))
+    if version:
+        print(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
+    print(f"report: {folder.path}/report/index.html")
     print(f"look at the sweep: {how_to_look(tracking_uri(config))}")
     tracker.finish("FINISHED" if best is not None else "FAILED")
+    recipe_path = f"{folder.path}/best.yaml" if best is not None else ""
     return SweepResult(folder.path, tuple(rows), best, recipe_path, tracker.run_id, version)
 
 

@@ -15,7 +15,7 @@ from tiny import recipe, silent_student
 from pipelines.population import Population
 from pipelines.search_request import Search, SearchRequest, check_request
 from pipelines.student_costs import costs, parameters_m, recipe_latency_ms
-from pipelines.sweep_records import Records, Refusal, best_row
+from pipelines.sweep_records import Records, Refusal
 from pipelines.sweep_trials import TrialRow
 from pipelines.trial_job import Job
 from pipelines.tune import TuneRequest, best_recipe, parameters_limit
@@ -279,18 +279,6 @@ def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) ->
     training.folder.write("result.json", "{}")
     with pytest.raises(QskdError, match="holds a training"):
         training.settle(asked)
-
-
-def test_the_best_is_of_the_largest_ap_and_no_failed_one() -> None:
-    rows = [
-        TrialRow(0, "finished", curve=((1.0, 0.5),), parameters_m=2.0),
-        TrialRow(1, "stopped", curve=((1.0, 0.5),), parameters_m=1.0),
-        TrialRow(2, "failed", curve=((1.0, 0.9),)),
-    ]
-    best = best_row(rows)
-    assert best is not None
-    assert best.number == 1
-    assert best_row(rows[2:]) is None
 
 
 def test_the_best_recipe_has_its_settings_at_the_full_length(tmp_path: Path) -> None:
