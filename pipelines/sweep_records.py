@@ -17,7 +17,7 @@ from qskd.errors import QskdError
 
 TRIAL, REFUSED, SWEEP = "trial.json", "refused.json", "sweep.json"
 ENDED = ("finished", "stopped", "failed")
-# What may differ between a sweep and its continuation: how much of it, not of what.
+# What may differ between a sweep and its continuation: how much of it, not of what. (A population keeps its size.)
 FREE_TO_CHANGE = ("trials",)
 
 
@@ -99,7 +99,7 @@ class Records:
         changed = [
             f"{name} was {before.get(name)!r}, is {value!r}"
             for name, value in json.loads(json.dumps(dict(asked))).items()
-            if before.get(name) != value and name not in FREE_TO_CHANGE
+            if before.get(name) != value and (name not in FREE_TO_CHANGE or asked.get("algorithm") == "pbt")
         ]
         if changed:
             raise QskdError(

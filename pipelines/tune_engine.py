@@ -7,12 +7,13 @@ survive the driver. So its own saved state is left alone: a sweep that goes on m
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
+import pipelines.cluster  # sets Ray's environment, before anything imports Ray
 
 # isort: split
 from ray import tune
@@ -153,6 +154,8 @@ def run_tuner(
 
         run_trial(Job.from_json(config["job"]), lambda report: tune.report({"report": json.dumps(report)}))
 
+    if not pipelines.cluster.VERBOSE:  # it would advise to go on with Tuner.restore
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     one = config.compute.workers == 1
     resources = trial_resources(config, uses_gpu(config, ray.cluster_resources()))
     tuner = tune.Tuner(

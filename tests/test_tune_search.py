@@ -275,6 +275,13 @@ def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) ->
     assert records.settle(more) == {"recipe_latency_ms": 3.0}
     with pytest.raises(QskdError, match="algorithm was 'tpe', is 'random'"):
         records.settle(TuneRequest(SearchRequest(("loss_weights",), algorithm="random")).settled(["loss_weights"]))
+    population = Records(sweep_config(tmp_path, "name=population"))
+    population.settle(
+        TuneRequest(SearchRequest(("loss_weights",), trials=4, algorithm="pbt")).settled(["loss_weights"])
+    )
+    with pytest.raises(QskdError, match="trials was 4, is 8"):
+        larger = SearchRequest(("loss_weights",), trials=8, algorithm="pbt")
+        population.settle(TuneRequest(larger).settled(["loss_weights"]))
     training = Records(sweep_config(tmp_path, "name=training"))
     training.folder.write("result.json", "{}")
     with pytest.raises(QskdError, match="holds a training"):
