@@ -279,8 +279,8 @@ def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) ->
     population.settle(
         TuneRequest(SearchRequest(("loss_weights",), trials=4, algorithm="pbt")).settled(["loss_weights"])
     )
+    larger = SearchRequest(("loss_weights",), trials=8, algorithm="pbt")
     with pytest.raises(QskdError, match="trials was 4, is 8"):
-        larger = SearchRequest(("loss_weights",), trials=8, algorithm="pbt")
         population.settle(TuneRequest(larger).settled(["loss_weights"]))
     training = Records(sweep_config(tmp_path, "name=training"))
     training.folder.write("result.json", "{}")
