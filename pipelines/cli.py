@@ -92,6 +92,48 @@ def cache(
 
 
 @app.command()
+def tune(
+    recipe: Recipe = None,
+    set: Set = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What may vary: student_architecture, query_groups, loss_weights, or a .py file; repeatable."
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Trainings, the recipe's own included.")] = 20,
+    algorithm: Annotated[str, typer.Option(help="tpe, random, or pbt (for loss_weights).")] = "tpe",
+    objective: Annotated[
+        list[str] | None, typer.Option(help="AP; or AP and one of latency_ms, parameters_m, by a second --objective.")
+    ] = None,
+    asha: Annotated[
+        bool | None, typer.Option("--asha/--no-asha", help="Stop the hopeless early. Default: where it helps.")
+    ] = None,
+    grace_epochs: Annotated[int, typer.Option(help="Epochs that every trial gets; 0: a ninth of them.")] = 0,
+    trial_epochs: Annotated[int, typer.Option(min=0, help="Epochs of a trial; 0: as many as the recipe has.")] = 0,
+    at_most_parameters: Annotated[
+        str, typer.Option(metavar="MILLIONS|recipe", help="Larger students are refused before they are trained.")
+    ] = "",
+    at_once: Annotated[int, typer.Option(min=0, help="Most trials at a time; 0: as many as the cluster holds.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print trials, epochs, hours and bytes, with and without the cache.")
+    ] = False,
+    restart: Restart = False,
+) -> None:
+    """Search student architectures, GIoU boundaries and loss weights. The same command again goes on where it was stopped."""
+    from pipelines import tune as program
+    from pipelines.search_request import SearchRequest
+
+    search = SearchRequest(tuple(space or ()), trials, algorithm, tuple(objective or ("AP",)), asha, grace_epochs)
+    request = program.TuneRequest(search, trial_epochs, at_most_parameters, at_once)
+    config = load(recipe, set or ())
+    if dry_run:
+        print(program.foresee(config, request))
+    else:
+        program.run(config, request, restart)
+
+
+@app.command()
 def prepare(
     annotations: Annotated[Path, typer.Argument(help="COCO JSON (instances).")],
     images: Annotated[Path, typer.Argument(help="Folder that the JSON's file names are relative to.")],

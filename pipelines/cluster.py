@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
 
 # Set before Ray is imported anywhere. Reports are polled for every 2 s by default, which a small detector's epoch feels.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a trial of a sweep finds relative paths as any worker does
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer printer ignores that it is to be silent
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a sweep's records are our own and MLflow's
 if not VERBOSE:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 
@@ -25,15 +30,48 @@ def start_ray() -> None:
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
     forwarded = {
         name: os.environ[name]
-        for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "OMP_NUM_THREADS")
+        for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_CHDIR_TO_TRIAL_DIR", "OMP_NUM_THREADS")
         if name in os.environ
     }
     runtime_env = {"env_vars": forwarded}
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+    if joined():
         ray.init(runtime_env=runtime_env, **quiet)
         return
     cores = os.cpu_count() or 1
     ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, runtime_env=runtime_env, **quiet)
+
+
+def joined() -> bool:
+    """Whether this process belongs to a cluster that others started."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node has, by Ray's names. On a machine that `start_ray` took alone, "CPU" is its real cores."""
+    import ray
+
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 and not joined():
+        nodes[0]["CPU"] = min(nodes[0].get("CPU", 0.0), float(os.cpu_count() or 1))
+    return nodes
+
+
+@contextlib.contextmanager
+def ask_for_nodes(one: dict[str, float], count: int) -> Iterator[None]:
+    """Meanwhile, tell an autoscaling cluster that `count` times `one` could be used: it grows as far as its own limits let it.
+
+    A cluster grows by what waits for room, and a sweep lets nothing wait. Elsewhere this has no effect.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    if not joined():
+        yield
+        return
+    request_resources(bundles=[{name: amount for name, amount in one.items() if amount}] * count)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def quiet_ray_data() -> None:

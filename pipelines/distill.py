@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -219,10 +219,17 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
 
 def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     """Ray Train. Goes on from the last checkpoint when OUTPUT/NAME/train has one."""
+    from pipelines.progress import ProgressPrinter, TrackingCallback
+
+    trainer = make_trainer(plan, folder, [TrackingCallback(tracker, folder)])
+    with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
+        return trainer.fit()
+
+
+def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any]) -> Any:
+    """The TorchTrainer of a plan; its checkpoints go to OUTPUT/NAME/train. callbacks: Ray Train's, of the controller."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipelines.progress import ProgressPrinter, TrackingCallback
 
     def train(payload: dict[str, Any]) -> None:
         # Pickled by value, with its import inside: the controller then starts without importing transformers.
@@ -231,10 +238,8 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
         train_worker(payload)
 
     compute = plan.config.compute
-    gpu = compute.device == "cuda" or (
-        compute.device == "auto" and ray.cluster_resources().get("GPU", 0) >= compute.workers
-    )
-    trainer = TorchTrainer(
+    gpu = uses_gpu(plan.config, ray.cluster_resources())
+    return TorchTrainer(
         train,
         train_loop_config={"config": to_tree(plan.config), "stream": plan.stream},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -246,11 +251,15 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
             storage_path=folder.path,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
-            callbacks=[TrackingCallback(tracker, folder)],
+            callbacks=list(callbacks),
         ),
     )
-    with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
-        return trainer.fit()
+
+
+def uses_gpu(config: Config, resources: Mapping[str, float]) -> bool:
+    """Whether a training of this recipe has a GPU for each worker, on a cluster of these resources."""
+    compute = config.compute
+    return compute.device == "cuda" or (compute.device == "auto" and resources.get("GPU", 0) >= compute.workers)
 
 
 def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:

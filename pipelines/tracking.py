@@ -22,6 +22,7 @@ from qskd.recipe import flatten, to_tree, to_yaml
 
 log = logging.getLogger("qskd")
 PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
 
 def tracking_uri(config: Config | None = None) -> str:
@@ -71,8 +72,13 @@ class Tracker:
         return {**self.__dict__, "_connected": None}
 
     @classmethod
-    def open(cls, config: Config, kind: str, run_id: str = "") -> Tracker:
-        """Open a new run, or continue `run_id`. Raises QskdError when the server does not answer: better now than later."""
+    def open(
+        cls, config: Config, kind: str, run_id: str = "", parent: str = "", tags: Mapping[str, str] | None = None
+    ) -> Tracker:
+        """Open a new run, or continue `run_id`. parent: the id of the run it is a child of, as a trial is of its sweep.
+
+        Raises QskdError when the server does not answer: better now than later.
+        """
         uri = tracking_uri(config)
         try:
             client = _client(uri)
@@ -84,7 +90,12 @@ class Tracker:
             run = client.create_run(
                 experiment,
                 run_name=config.tracking.run_name or config.name,
-                tags={"qskd.kind": kind, "qskd.name": config.name},
+                tags={
+                    "qskd.kind": kind,
+                    "qskd.name": config.name,
+                    **({PARENT: parent} if parent else {}),
+                    **(tags or {}),
+                },
             )
             tracker = cls(uri, run.info.run_id)
             tracker.params(flatten(to_tree(config)))
@@ -158,6 +169,37 @@ class Tracker:
 
     def folder(self, path: str | Path, name: str) -> None:
         self._call("log_artifacts", str(path), name)
+
+    def tag(self, name: str, value: str) -> None:
+        self._call("set_tag", name, value)
+
+    def children(self, tag: str) -> dict[str, tuple[str, str]]:
+        """The runs below this one: the value of their tag -> id and status. Empty when the server does not answer."""
+        try:
+            client = self._connected = self._connected or _client(self.uri)
+            experiment = client.get_run(self.run_id).info.experiment_id
+            found = client.search_runs([experiment], f"tags.`{PARENT}` = '{self.run_id}'", max_results=10_000)
+            return {run.data.tags[tag]: (run.info.run_id, run.info.status) for run in found if tag in run.data.tags}
+        except Exception:
+            return {}
+
+    def register(self, artifact: str, model: str, alias: str) -> str:
+        """Make an artefact of this run the version of a registered model that the alias points to; "" when that failed.
+
+        The run's version is made once: asked again, it only gets the alias.
+        """
+        try:
+            client = self._connected = self._connected or _client(self.uri)
+            if not client.search_registered_models(f"name = '{model}'"):
+                client.create_registered_model(model)
+            source = f"{client.get_run(self.run_id).info.artifact_uri}/{artifact}"
+            there = [each for each in client.search_model_versions(f"name = '{model}'") if each.run_id == self.run_id]
+            version = there[0] if there else client.create_model_version(model, source, self.run_id)
+            client.set_registered_model_alias(model, alias, version.version)
+            return str(version.version)
+        except Exception as error:
+            log.warning("MLflow at %s: the model %s was not registered: %s", self.uri, model, error)
+            return ""
 
     def finish(self, status: str = "FINISHED") -> None:
         self._call("set_terminated", status)

@@ -137,9 +137,11 @@ def train_worker(payload: dict[str, Any]) -> None:
 class Worker:
     """One worker's training, its share of the evaluations, and its reports."""
 
-    def __init__(self, config: Config, stream: StreamConfig, world_size: int, rank: int) -> None:
+    def __init__(
+        self, config: Config, stream: StreamConfig, world_size: int, rank: int, device: torch.device | None = None
+    ) -> None:
         self.config, self.stream, self.world_size, self.rank = config, stream, world_size, rank
-        self.device = pick_device(config.compute.device)
+        self.device = device or pick_device(config.compute.device)
         manifest = load_manifest(stream.train_uri)
         self.category_ids = tuple(category.id for category in manifest.categories)
         student = make_student(config, manifest.labels)
@@ -150,14 +152,18 @@ class Worker:
 
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
-        loaders = self.config.compute.loader_workers
-        shares = open_stream(self.stream, start_step, self.world_size, self.rank, loaders)
+        shares = self.shares(start_step)
         for (kind, epoch), part in itertools.groupby(shares, key=lambda share: (share.kind, share.epoch)):
             if kind == "train":
                 self.train(part)
             else:
                 self.report(epoch, self.evaluate(part))
         self.training.check_finite()
+
+    def shares(self, start_step: int) -> Iterator[Share]:
+        """This worker's batches from a training step on."""
+        loaders = self.config.compute.loader_workers
+        return open_stream(self.stream, start_step, self.world_size, self.rank, loaders)
 
     def train(self, shares: Iterator[Share]) -> None:
         """One epoch, or the rest of one. Reports every so many steps, and at an end that no evaluation follows."""

@@ -1,0 +1,98 @@
+"""A sweep in MLflow: one run, and a child for each trial. Only the driver writes, so that a sqlite store will do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.sweep_records import ENDED
+from pipelines.sweep_trials import TrialRow
+from pipelines.tracking import Tracker
+from qskd.config import Config
+from qskd.errors import QskdError
+
+log = logging.getLogger("qskd")
+NUMBER, STATE, REASON = "qskd.trial", "qskd.state", "qskd.reason"
+ALIAS = "best"
+TAG_LENGTH = 5000  # MLflow's limit, for servers of any age
+
+
+class SweepTracking:
+    """The parent run and its children by trial number."""
+
+    def __init__(self, parent: Tracker, steps_per_epoch: int, past: Sequence[TrialRow] = ()) -> None:
+        self.parent, self.steps_per_epoch = parent, steps_per_epoch
+        self.trials: dict[int, Tracker] = {}
+        self.there = parent.children(NUMBER) if past else {}
+        for row in past:  # ended, but the driver was killed before it could say so
+            run_id, status = self.there.get(str(row.number), ("", ""))
+            if run_id and row.state in ENDED and status not in ("FINISHED", "FAILED"):
+                self.trials[row.number] = Tracker(parent.uri, run_id)
+                self._catch_up(row)
+                self.end(row)
+
+    def begin(self, row: TrialRow, config: Config) -> str:
+        """Open the trial's run, or go on with the one it has; its id, "" when the server does not answer."""
+        # Looked for as well: a driver may have been killed between opening a run and writing down its id.
+        run_id = row.run_id or self.there.get(str(row.number), ("", ""))[0]
+        named = config.model_copy(
+            update={"tracking": config.tracking.model_copy(update={"run_name": f"trial {row.number}"})}
+        )
+        try:
+            tracker = Tracker.open(named, "trial", run_id, self.parent.run_id, {NUMBER: str(row.number)})
+        except QskdError as error:
+            log.warning("trial %d has no MLflow run: %s", row.number, error)
+            return run_id
+        self.trials[row.number] = tracker
+        if run_id:
+            self._catch_up(row)
+        else:
+            tracker.params({f"search/{name}": value for name, value in row.parameters.items()})
+        tracker.tag(STATE, "running")
+        return tracker.run_id
+
+    def _catch_up(self, row: TrialRow) -> None:
+        """An evaluation is in the row before it is in MLflow: log what a killed driver had no time to."""
+        tracker = self.trials[row.number]
+        logged = tracker.last_step("val/AP")
+        points = [(round(epochs * self.steps_per_epoch), epochs, ap) for epochs, ap in row.curve]
+        tracker.metrics([(step, {"val/AP": ap, "epoch": epochs}) for step, epochs, ap in points if step > logged])
+
+    def report(self, number: int, report: Mapping[str, Any]) -> None:
+        tracker = self.trials.get(number)
+        if tracker is None:
+            return
+        rows = [(int(step), values) for step, values in report["rows"]]
+        found = {f"val/{name}": value for name, value in report["metrics"].items() if value >= 0}
+        tracker.metrics([*rows, (report["step"], {**found, "epoch": report["epochs"]})])
+
+    def costs(self, number: int, measured: Mapping[str, float]) -> None:
+        if number in self.trials:
+            self.trials[number].metrics([(0, {f"cost/{name}": value for name, value in measured.items()})])
+
+    def parameters(self, row: TrialRow, step: int) -> None:
+        """Of a member of a population, from a step on: as metrics, since a run's parameters can't change."""
+        numbers = {
+            f"search/{name}": float(value)
+            for name, value in row.parameters.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        if row.number in self.trials:
+            self.trials[row.number].metrics([(step, numbers)])
+
+    def end(self, row: TrialRow) -> None:
+        """How the trial ended, which an MLflow status alone can't say."""
+        tracker = self.trials.pop(row.number, None)
+        if tracker is None:
+            return
+        tracker.tag(STATE, row.state)
+        if row.reason:
+            tracker.tag(REASON, row.reason[:TAG_LENGTH])
+        tracker.finish("FAILED" if row.state == "failed" else "FINISHED")
+
+    def interrupt(self) -> None:
+        """The driver stops here; the same runs go on when the sweep does."""
+        for tracker in self.trials.values():
+            tracker.finish("KILLED")
+        self.parent.finish("KILLED")

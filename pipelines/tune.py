@@ -1,0 +1,307 @@
+"""Search student architectures, GIoU boundaries and loss weights (`qskd tune`): Ray Tune, the teacher paid for once.
+
+python -m pipelines.tune configs/sweep_quickstart.yaml --space loss_weights --trials 20
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config, uses_gpu
+from pipelines.search_request import SearchRequest, check_request
+from pipelines.storage import Folder, check_same_run
+from pipelines.student_costs import parameters_m, recipe_latency_ms
+from pipelines.sweep import Sweep, is_done
+from pipelines.sweep_records import ENDED, Records
+from pipelines.sweep_results import best_row
+from pipelines.sweep_tracking import ALIAS, SweepTracking
+from pipelines.sweep_trials import TrialRow
+from pipelines.tracking import Tracker, how_to_look, tracking_uri
+from qskd.config import Config
+from qskd.errors import QskdError
+from qskd.recipe import replace_fields, to_yaml
+from search_spaces import SearchSpace
+
+log = logging.getLogger("qskd")
+CALIBRATED = 3  # students that a dry run tries, where a space changes them
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """As the command line has it. trial_epochs: of a trial; 0: the recipe's. at_most_parameters: millions, or "recipe" for
+    the recipe's own student; empty: no limit. at_once: most trials at a time; 0: as many as fit."""
+
+    search: SearchRequest
+    trial_epochs: int = 0
+    at_most_parameters: str = ""
+    at_once: int = 0
+
+    def settled(self, spaces: Sequence[str]) -> dict[str, Any]:
+        """What may not change while the sweep lasts, and the number of trials, which may. spaces: with their whole paths."""
+        asked = {**asdict(self.search), "spaces": list(spaces)}
+        return {**asked, "trial_epochs": self.trial_epochs, "at_most_parameters": self.at_most_parameters}
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """best_recipe: the file that `qskd distill` takes. version: of the registered model, "" when that failed."""
+
+    folder: str
+    rows: tuple[TrialRow, ...]
+    best: TrialRow | None
+    best_recipe: str
+    run_id: str
+    version: str = ""
+
+
+def trial_recipe(config: Config, request: TuneRequest) -> Config:
+    """The recipe at a trial's length."""
+    if not request.trial_epochs:
+        return config
+    return replace_fields(config, {"training.epochs": request.trial_epochs}, "--trial-epochs")
+
+
+def parameters_limit(text: str, config: Config, labels: Sequence[str], space: SearchSpace) -> float | None:
+    """Millions of parameters, from the option's text."""
+    if not text:
+        return None
+    where = "--at-most-parameters"
+    if not any(field == "student" or field.startswith("student.") for field in space.fields):
+        log.warning("%s has no effect: no space changes the student", where)
+        return None
+    own = parameters_m(config, labels)
+    if text == "recipe":
+        return own
+    try:
+        limit = float(text)
+    except ValueError:
+        raise QskdError(where, text, 'a number of millions, or "recipe"') from None
+    if not own <= limit:
+        raise QskdError(
+            where,
+            f"{limit:g} M, and the recipe's own student has {own:.4g} M",
+            f"{own:.4g} or more: the first trial is the recipe",
+            "begin with a smaller student",
+        )
+    return limit
+
+
+def best_recipe(config: Config, best: TrialRow) -> str:
+    """The recipe with the best trial's settings at its full length, as YAML, with the command that trains it."""
+    name = f"{config.name}-best"
+    found = replace_fields(config, {**best.overrides, "name": name}, "the best trial")
+    where = f"{Folder(config).path}/best.yaml"
+    head = [
+        f"# Trial {best.number} of the sweep {config.name}: AP {best.best_ap:.4f} after {best.epochs:g} epoch(s).",
+        f"#   command:  qskd distill {where}",
+        *(f"#   {field}: {json.dumps(value)}" for field, value in best.overrides.items()),
+    ]
+    return "\n".join(head) + "\n" + to_yaml(found)
+
+
+def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
+    """Search, or go on with a search that was stopped. Raises QskdError; SystemExit(130) after Ctrl-C."""
+    config = prepare_config(config, "distill")
+    short = trial_recipe(config, request)
+    search = check_request(request.search, short)
+    cached = bool(short.teacher.cache.path)
+    plan = make_plan(replace_fields(short, {"teacher.cache.path": ""}, "qskd tune"), "distill")
+    folder = Folder(config)
+    if restart:
+        folder.delete()
+    records = Records(config)
+    check_same_run(folder, config)
+    facts = records.settle(request.settled([space.source for space in search.space.spaces]))
+    folder.write("config.yaml", to_yaml(config))
+    tracker = _open_run(config, folder, search.describe())
+    print(search.describe(), flush=True)
+    schedule = plan.stream.schedule
+    tracking = SweepTracking(tracker, schedule.steps_per_epoch, records.in_order())
+    try:
+        if is_done(search, records):
+            return finish(config, search.describe(), records, tracker)
+        _make_cache(short, cached)
+        limit = parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
+        if "recipe_latency_ms" not in facts:
+            from pipelines.models import device_here
+
+            facts["recipe_latency_ms"] = recipe_latency_ms(short, plan.train.labels, device_here(short))
+            records.note(**facts)
+        sweep = Sweep(
+            short,
+            search,
+            records,
+            tracking,
+            plan.train.labels,
+            _Slots(short, request.at_once),
+            facts["recipe_latency_ms"],
+            (schedule.total_steps, schedule.steps_per_epoch),
+            limit,
+        )
+        _search(sweep, plan)
+    except KeyboardInterrupt:
+        pass
+    except BaseException:
+        tracking.interrupt()
+        raise
+    if not is_done(search, records):
+        tracking.interrupt()
+        ended = sum(row.state in ENDED for row in records.rows.values())
+        print(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
+        print(f"the same command goes on with it: {_this_command()}", flush=True)
+        raise SystemExit(INTERRUPTED)
+    return finish(config, search.describe(), records, tracker)
+
+
+def _this_command() -> str:
+    return (
+        shlex.join(["qskd", *sys.argv[1:]])
+        if Path(sys.argv[0]).name == "qskd"
+        else shlex.join([sys.executable, *sys.argv])
+    )
+
+
+def _open_run(config: Config, folder: Folder, description: str) -> Tracker:
+    """The sweep's own MLflow run: the one it has, or a new one."""
+    run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
+    tracker = Tracker.open(config, "sweep", run_id, tags={"mlflow.note.content": description})
+    folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
+    return tracker
+
+
+def _make_cache(config: Config, cached: bool) -> None:
+    """One cache for all trials: what of it is missing is computed now."""
+    from pipelines import cache_teacher
+    from pipelines.cache_plan import make_cache_plan
+    from pipelines.cluster import node_resources, start_ray
+
+    start_ray()
+    if not cached:
+        log.warning("%s: teacher %s", config.name, SLOW_PATH)
+        return
+    if make_cache_plan(config).todo:
+        actors = max(1, int(sum(node.get("GPU", 0) or node.get("CPU", 0) for node in node_resources())))
+        compute = config.compute.model_copy(update={"workers": actors})
+        cache_teacher.run(config.model_copy(update={"compute": compute}))
+    make_plan(config, "distill")  # checks that the cache is enough for the recipe
+
+
+class _Slots:
+    """How many trials fit now: asked again every few seconds, for a cluster grows and shrinks."""
+
+    def __init__(self, config: Config, at_once: int, every_s: float = 5.0) -> None:
+        self.config, self.at_once, self.every_s = config, at_once, every_s
+        self.fits, self.asked_at = 0, -every_s
+
+    def __call__(self) -> int:
+        if time.monotonic() - self.asked_at >= self.every_s:
+            from pipelines.cluster import node_resources
+            from pipelines.tune_engine import trials_at_once
+
+            before, self.fits = self.fits, trials_at_once(self.config, node_resources())
+            self.asked_at = time.monotonic()
+            if self.fits != before:
+                print(f"{min(self.fits, self.at_once or self.fits)} trial(s) at a time", flush=True)
+        return min(self.fits, self.at_once or self.fits)
+
+
+def _search(sweep: Sweep, plan: Plan) -> None:
+    import ray
+
+    from pipelines.cluster import ask_for_nodes, joined
+    from pipelines.tune_engine import run_tuner, trial_resources
+
+    compute = sweep.config.compute
+    gpu = uses_gpu(sweep.config, ray.cluster_resources())
+    if gpu and compute.device == "cuda" and not ray.cluster_resources().get("GPU") and not joined():
+        raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
+    one = trial_resources(sweep.config, gpu) if compute.workers == 1 else {"GPU" if gpu else "CPU": 1.0}
+    schedule = plan.stream.schedule
+    with (
+        tempfile.TemporaryDirectory(prefix="qskd-tune-") as scratch,
+        ask_for_nodes(one, sweep.search.trials * compute.workers),
+    ):
+        run_tuner(
+            sweep,
+            sweep.config,
+            sweep.search,
+            schedule.total_steps / schedule.steps_per_epoch,
+            sweep.records.in_order(),
+            scratch,
+        )
+
+
+def foresee(config: Config, request: TuneRequest) -> str:
+    """What `--dry-run` prints: the plan, from a few steps of training tried here."""
+    from pipelines.calibration import Calibration, calibrate
+    from pipelines.tune_plan import make_tune_plan
+
+    short = trial_recipe(prepare_config(config, "distill"), request)
+    search = check_request(request.search, short)
+    students = {to_yaml(short): short}
+    if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's
+        for overrides in search.space.samples(CALIBRATED - 1, short.seed):
+            student = {name: value for name, value in overrides.items() if name.startswith("student")}
+            other = search.space.config(student)
+            students[to_yaml(other)] = other
+    budget_s = 2.0 / len(students)
+    measured = Calibration.mean([calibrate(student, budget_s) for student in students.values()])
+    return make_tune_plan(short, search, measured).describe()
+
+
+def finish(config: Config, description: str, records: Records, tracker: Tracker) -> SweepResult:
+    """The report, the best recipe, the registered model. May be run again: it makes the same of the same rows."""
+    from rich.console import Console
+
+    from pipelines.sweep_report import terminal_table, write_report
+
+    rows, folder = records.in_order(), records.folder
+    best = best_row(rows)
+    text, command, version = "", "", ""
+    if best is not None:
+        text, command = best_recipe(config, best), f"qskd distill {shlex.quote(folder.path + '/best.yaml')}"
+        folder.write("best.yaml", text)
+        tracker.text("best.yaml", text)
+        version = _register(config, records, best, tracker)
+    with tempfile.TemporaryDirectory(prefix="qskd-sweep-report-") as scratch:
+        write_report(Path(scratch), rows, config, text, f"{config.name}: {description}")
+        folder.upload(scratch, "report")
+        tracker.folder(scratch, "report")
+    Console().print(terminal_table(rows, command, config))
+    if version:
+        print(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
+    print(f"report: {folder.path}/report/index.html")
+    print(f"look at the sweep: {how_to_look(tracking_uri(config))}")
+    tracker.finish("FINISHED" if best is not None else "FAILED")
+    recipe_path = f"{folder.path}/best.yaml" if best is not None else ""
+    return SweepResult(folder.path, tuple(rows), best, recipe_path, tracker.run_id, version)
+
+
+def _register(config: Config, records: Records, best: TrialRow, parent: Tracker) -> str:
+    """The best student's folder into its trial's run, and from there into the registry."""
+    from pyarrow import fs
+
+    trial = records.trial_folder(best.number)
+    if not best.run_id or not trial.exists("student"):
+        return ""
+    child = Tracker(parent.uri, best.run_id)
+    with tempfile.TemporaryDirectory(prefix="qskd-best-") as scratch:
+        fs.copy_files(f"{trial.root}/student", scratch, source_filesystem=trial.filesystem)
+        child.folder(scratch, "student")
+    return child.register("student", config.name, ALIAS)
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("tune")

@@ -1,0 +1,228 @@
+"""One trial of a sweep, in a process of its own: what Ray Tune calls the trainable.
+
+A trial of one worker trains right here, with its reader in a thread beside it: no Ray Train, no Ray Data, so that it begins
+within a second. A trial of several workers is a TorchTrainer like any training's; its controller hands every evaluation on.
+Both leave checkpoints in the trial's own folder and go on from the last one, whoever began it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.distill import Plan, make_plan, make_trainer
+from pipelines.models import device_here
+from pipelines.progress import mean_rows, read_history
+from pipelines.storage import FAILURE, Folder, raise_failure
+from pipelines.streaming import Share, local_stream
+from pipelines.student_costs import costs
+from pipelines.trial_job import Job
+from pipelines.workers import Worker, restore, write_checkpoint
+from qskd.errors import QskdError
+from qskd.evaluation import CocoResult
+from qskd.recipe import build
+
+POINTER = "checkpoint.json"
+READ_AHEAD = 2  # batches
+Send = Callable[[dict[str, Any]], None]
+
+
+def run_trial(job: Job, send: Send) -> None:
+    """Train, and `send` every evaluation. What goes wrong is sent too, as {"failed": reason}: an error that is raised would
+    be taken for a lost machine, and tried again."""
+    try:
+        config = build(job.config)
+        plan = make_plan(config, "distill")
+        if config.compute.threads_per_worker:
+            torch.set_num_threads(config.compute.threads_per_worker)
+        if job.recipe is not None:
+            recipe = build(job.recipe)
+            measured = costs(config, plan.train.labels, device_here(config), recipe, job.recipe_latency_ms)
+            send({"costs": measured})
+        folder = Folder(config)
+        for entry in read_history(folder):  # the driver was killed before it heard of these
+            if entry["evaluation"] and epochs_of(entry, plan) > job.seen:
+                send(evaluated(entry, plan, [], 0.0))
+        if config.compute.workers == 1:
+            _train_here(job, plan, folder, send)
+        else:
+            _train_with_workers(plan, folder)
+    except Exception as error:
+        send({"failed": str(error) if isinstance(error, QskdError) else f"{type(error).__name__}: {error}"})
+
+
+def epochs_of(entry: dict[str, Any], plan: Plan) -> float:
+    """Epochs trained at an entry of the history; the last may end within one."""
+    return float(entry["step"] / plan.stream.schedule.steps_per_epoch)
+
+
+def evaluated(
+    entry: dict[str, Any], plan: Plan, rows: list[tuple[int, dict[str, float]]], seconds: float
+) -> dict[str, Any]:
+    """The report of an evaluation. rows: the loss terms since the one before."""
+    return {
+        "epochs": epochs_of(entry, plan),
+        "step": entry["step"],
+        "last": entry["step"] >= plan.stream.schedule.total_steps,
+        "metrics": entry["evaluation"],
+        "rows": rows,
+        "seconds": seconds,
+    }
+
+
+def _train_here(job: Job, plan: Plan, folder: Folder, send: Send) -> None:
+    worker = TrialWorker(job, plan, folder, send)
+    start = worker.start()
+    if start < worker.last_step:
+        worker.run(start)
+
+
+class TrialWorker(Worker):
+    """The house's worker, without Ray Train around it: it keeps its own checkpoints and sends its evaluations."""
+
+    def __init__(self, job: Job, plan: Plan, folder: Folder, send: Send) -> None:
+        super().__init__(plan.config, plan.stream, 1, 0, device_here(plan.config))
+        self.job, self.plan, self.folder, self.send = job, plan, folder, send
+        schedule = plan.stream.schedule
+        self.last_step = min(schedule.total_steps, round((job.until or schedule.epochs) * schedule.steps_per_epoch))
+        self.kept: list[tuple[int, dict[str, float]]] = []  # rows that no evaluation has taken along yet
+        self.begun_at, self.since = 0, time.perf_counter()
+
+    def start(self) -> int:
+        """Load the weights to go on from; the number of steps they have had."""
+        pointer = json.loads(self.folder.read(POINTER)) if self.folder.exists(POINTER) else None
+        mine = pointer is not None and pointer["generation"] == self.job.generation
+        if self.job.donor is not None and not mine:
+            source = Folder(self.config.model_copy(update={"name": f"{self.job.donor:04d}"}))
+            self.begun_at = restore(self.training, _checkpoint(source, self.job.donor_step))
+        elif pointer is not None:
+            self.begun_at = restore(self.training, _checkpoint(self.folder, pointer["step"]))
+        return self.begun_at
+
+    def shares(self, start_step: int) -> Iterator[Share]:
+        last = self.last_step / self.stream.schedule.steps_per_epoch
+        return read_ahead(itertools.takewhile(lambda share: share.epoch < last, local_stream(self.stream, start_step)))
+
+    def report(self, epoch: int, result: CocoResult | None) -> None:
+        self.kept += self.meter.flush()
+        step = self.training.step
+        entry: dict[str, Any] = {"step": step, "epoch": epoch + 1, "evaluation": result.metrics if result else {}}
+        if self.kept:
+            entry["training"] = self.kept[-1][1]
+        with tempfile.TemporaryDirectory(prefix="qskd-trial-") as scratch:
+            write_checkpoint(Path(scratch), self.training, self.config, result)
+            before = self._prune_history(step)
+            if result is not None and result.metrics["AP"] > max(
+                (e["evaluation"].get("AP", -1.0) for e in before), default=-1.0
+            ):
+                self.folder.upload(Path(scratch) / "student", "student")
+            self.folder.upload(scratch, _name(step))
+        self.folder.write("history.json", json.dumps([*before, entry]))
+        self.folder.write(POINTER, json.dumps({"step": step, "generation": self.job.generation}))
+        # In a population another may still begin from where this one began.
+        _keep(self.folder, {step, self.begun_at} if self.job.until else {step})
+        if result is not None:
+            now = time.perf_counter()
+            rows, self.kept = self.kept, []
+            self.send(evaluated(entry, self.plan, rows, now - self.since))
+            self.since = time.perf_counter()
+
+    def _prune_history(self, step: int) -> list[dict[str, Any]]:
+        return [entry for entry in read_history(self.folder) if entry["step"] < step]
+
+
+def _name(step: int) -> str:
+    return f"checkpoints/{step:09d}"
+
+
+def _checkpoint(folder: Folder, step: int) -> Any:
+    import ray.train
+
+    return ray.train.Checkpoint(f"{folder.root}/{_name(step)}", filesystem=folder.filesystem)
+
+
+def _keep(folder: Folder, steps: set[int]) -> None:
+    """Delete all other checkpoints."""
+    from pyarrow import fs
+
+    names = {Path(_name(step)).name for step in steps}
+    for info in folder.filesystem.get_file_info(fs.FileSelector(f"{folder.root}/checkpoints")):
+        if info.base_name not in names:
+            folder.filesystem.delete_dir(info.path)
+
+
+def read_ahead(shares: Iterator[Share]) -> Iterator[Share]:
+    """The same, read by a thread that stays a few batches ahead; decoding leaves Python's lock to the training."""
+    ready: queue.Queue[Any] = queue.Queue(READ_AHEAD)
+    stop = threading.Event()
+    end = object()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for share in shares:
+                if not put(share):
+                    return
+            put(end)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while (item := ready.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+
+
+# --- several workers -----------------------------------------------------------------------------------------------------
+def _train_with_workers(plan: Plan, folder: Folder) -> None:
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    class EveryEvaluation(TuneReportCallback):
+        """In the controller: history and best student into the trial's folder, every evaluation to Tune."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[tuple[int, dict[str, float]]] = []
+            self.since = time.perf_counter()
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            first = metrics[0]
+            self.rows += mean_rows([worker["rows"] for worker in metrics])
+            entry = {"step": first["step"], "epoch": first["epoch"] + 1, "evaluation": first.get("evaluation", {})}
+            before = [each for each in read_history(folder) if each["step"] < entry["step"]]
+            folder.write("history.json", json.dumps([*before, entry]))
+            if not entry["evaluation"]:
+                return
+            if entry["evaluation"]["AP"] > max((e["evaluation"].get("AP", -1.0) for e in before), default=-1.0):
+                with checkpoint.as_directory() as local:
+                    folder.upload(Path(local) / "student", "student")
+            report = evaluated(entry, plan, self.rows, time.perf_counter() - self.since)
+            self.rows, self.since = [], time.perf_counter()
+            super().after_report(run_context, [{"report": json.dumps(report)}], None)
+
+    folder.delete(FAILURE)
+    try:
+        make_trainer(plan, folder, [EveryEvaluation()]).fit()
+    finally:
+        raise_failure(folder)
