@@ -234,7 +234,7 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=folder.path,
+            **folder.for_ray(),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
             callbacks=[TrackingCallback(tracker, folder)],
@@ -258,7 +258,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         metrics = json.loads((Path(checkpoint) / "state.json").read_text())["metrics"]
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
-    done = RunResult(folder.path, f"{folder.path}/student", metrics, tracker.run_id, round(seconds, 2))
+    done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))
     folder.write("result.json", json.dumps(done.__dict__, indent=2))
     return done
 

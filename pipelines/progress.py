@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from typing import Any
 
@@ -10,6 +11,9 @@ import ray.train
 
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker
+from qskd.errors import QskdError
+
+log = logging.getLogger("qskd")
 
 
 class TrackingCallback(ray.train.UserCallback):
@@ -80,7 +84,10 @@ class ProgressPrinter:
 
     def _watch(self) -> None:
         while not self.stopped.wait(self.every_s):
-            self._print_new()
+            try:
+                self._print_new()
+            except (QskdError, OSError) as error:  # only lines on a terminal: the training may well go on
+                log.warning("no progress can be shown for now: %s", error)
 
     def __enter__(self) -> ProgressPrinter:
         self.thread.start()
