@@ -1,7 +1,7 @@
 """Patience with stores. Object stores answer slowly, or not at all for a while: what may pass is tried again, for so long;
 then the store is named.
 
-pyarrow's own clients try each request about three times within seconds. What is here comes on top, for outages of minutes.
+pyarrow's S3 client tries each request for some six seconds by itself. What is here comes on top, for outages of minutes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ class ObjectStore:
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
         self._failures, self._status, self._matches = 0, 503, lambda _: True
