@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from pipelines.logs import start_logs
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
 from qskd.recipe import load, to_yaml
@@ -231,7 +231,7 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; a QskdError is told without a traceback, with exit code 1."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    start_logs()
     with told_without_traceback():
         app(arguments)
 

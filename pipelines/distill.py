@@ -17,7 +17,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.cluster import start_ray
+from pipelines.cluster import in_a_job, start_ray
+from pipelines.logs import start_logs
 from pipelines.models import make_teacher
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig
@@ -157,11 +158,15 @@ def prepare_config(config: Config, kind: str) -> Config:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).resolve())
 
+    def model(path: str) -> str:
+        # A job's working folder is a copy, in the same place for every worker but in another for the next job: a path in
+        # it is left relative, or a run could not be continued.
+        return absolute(path) if os.path.isdir(path) and not (in_a_job() and not os.path.isabs(path)) else path
+
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
     update: dict[str, Any] = {"data": data}
-    teacher_path = config.teacher.path
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
-    teacher = {"cache": cache} | ({"path": absolute(teacher_path)} if os.path.isdir(teacher_path) else {})
+    teacher = {"cache": cache, "path": model(config.teacher.path)}
     update["teacher"] = config.teacher.model_copy(update=teacher)
     if kind == "train":
         update["distillation"] = config.distillation.model_copy(update={"method": "none"})
@@ -191,6 +196,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     folder.delete(FAILURE)
     run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
     tracker = Tracker.open(config, kind, run_id)
+    start_logs(run=config.name, run_id=tracker.run_id)
     folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
     start_ray()
     started = time.perf_counter()
@@ -227,7 +233,7 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     )
     trainer = TorchTrainer(
         train,
-        train_loop_config={"config": to_tree(plan.config), "stream": plan.stream},
+        train_loop_config={"config": to_tree(plan.config), "stream": plan.stream, "run_id": tracker.run_id},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=compute.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
