@@ -181,8 +181,13 @@ def predict(
 def doctor(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server to ask; otherwise MLFLOW_TRACKING_URI.")] = "",
     storage: Annotated[str, typer.Option(help="Folder or URI to write to, read from and delete from.")] = "",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the Ray cluster instead.")] = False,
 ) -> None:
     """What this machine offers: devices, decoders, evaluators, versions; whether tracking and storage answer."""
+    if cluster:
+        from pipelines.cluster_doctor import cluster_doctor
+
+        raise typer.Exit(cluster_doctor(storage))
     from pipelines.doctor import doctor as program
 
     raise typer.Exit(program(tracking_uri, storage))
