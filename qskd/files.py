@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,17 @@ from numpy.typing import NDArray
 from qskd.errors import QskdError
 from qskd.stores import is_local, join, patiently, redacted
 
-__all__ = ["UNFINISHED", "ParquetFiles", "is_local", "join", "open_folder", "publish", "publish_bytes", "read_bytes"]
+__all__ = [
+    "UNFINISHED",
+    "ParquetFiles",
+    "fetched",
+    "is_local",
+    "join",
+    "open_folder",
+    "publish",
+    "publish_bytes",
+    "read_bytes",
+]
 __all__ += ["remove", "sha256_of"]
 UNFINISHED = ".writing-"  # what a name begins with until its file is whole
 # Where a file appears only when its writer closes it: no name of its own is needed until then. A rename, which these stores
@@ -130,6 +141,22 @@ def sha256_of(stream: Any) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def fetched(uri: str) -> Iterator[str]:
+    """A local copy of a folder with files, for what reads only local ones, until the block ends. A local path (or a Hub
+    name) is given back as it is."""
+    if "://" not in uri:
+        yield uri
+        return
+    filesystem, root = open_folder(uri)
+    with tempfile.TemporaryDirectory(prefix="qskd-fetched-") as local:
+        try:
+            patiently(uri, filesystem, lambda: pafs.copy_files(root, local, source_filesystem=filesystem))
+        except (OSError, pa.ArrowException) as error:
+            raise QskdError(redacted(uri), f"can't be read: {error}", "a folder with files in it") from None
+        yield local
 
 
 class ParquetFiles:

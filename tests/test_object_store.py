@@ -17,17 +17,21 @@ pytest.importorskip("moto", reason="moto (the S3 server of these tests) is not i
 pytest.importorskip("flask", reason="flask, which moto's server needs, is not installed")
 
 from object_store import ENVIRONMENT, ObjectStore, object_store
+from tiny import recipe, silent_student
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines.cache_plan import clean
+from pipelines.evaluate import evaluate
 from pipelines.services import check_storage
 from pipelines.storage import Folder
 from qskd import files
 from qskd.cache_manifest import CacheManifest, CacheSizes, load_cache_manifest, save_cache_manifest
 from qskd.coco import read_coco
 from qskd.config import Config
+from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.files import open_folder, publish, publish_bytes
+from qskd.manifest import load_manifest
 from qskd.shapes import ShapesConfig, make_shapes
 from qskd.shards import ShardReader, read_annotations, verify, write_shards
 from qskd.stores import PATIENCE, join, may_pass, patience_s
@@ -133,6 +137,18 @@ def test_a_runs_folder_works_on_a_store(store: Any, tmp_path: Path) -> None:
     assert not folder.exists("config.yaml")
     folder.delete()
     assert store.objects() == {}
+
+
+def test_a_student_on_a_store_is_evaluated_as_on_a_disk(store: Any, dataset: Any, tmp_path: Path) -> None:
+    write_shards(dataset, f"{store.uri}/val")
+    labels = load_manifest(f"{store.uri}/val").labels
+    config = recipe().student
+    save_detector(silent_student(config, labels, 0), tmp_path / "student", config.resize)
+    Folder(Config(name="one", output=store.uri)).upload(tmp_path / "student", "student")
+    there = evaluate(f"{store.uri}/one/student", f"{store.uri}/val", workers=0)
+    assert there == evaluate(str(tmp_path / "student"), f"{store.uri}/val", workers=0)
+    with pytest.raises(QskdError, match=r"nothing: can't be read"):
+        evaluate(f"{store.uri}/nothing", f"{store.uri}/val", workers=0)
 
 
 def test_an_upload_that_breaks_off_leaves_no_file(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
