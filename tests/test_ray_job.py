@@ -74,6 +74,7 @@ def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "AWS_ENDPOINT_URL": store.url, "AWS_EC2_METADATA_DISABLED": "true", "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "RAY_raylet_start_wait_time_s": "120",  # on a busy machine a node takes its time
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     gcs, dashboard, *ports = free_ports(9)
@@ -93,24 +94,22 @@ def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Ite
                 *listen,
                 *options,
             ]
-            with (folder / f"node{len(processes)}.log").open("wb") as log:
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            wait_for(dashboard)
+            log = folder / f"node{len(processes)}.log"
+            with log.open("wb") as said:
+                processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
+            wait_for_start(processes[-1], log)
         yield SimpleNamespace(environment=environment, address=f"http://127.0.0.1:{dashboard}", metrics_port=ports[5])
     finally:
         end(processes, folder)
         subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
-def wait_for(port: int, seconds: float = 90) -> None:
+def wait_for_start(process: subprocess.Popen[bytes], log: Path, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, f"nothing listens on port {port}"
-            time.sleep(0.2)
+    while "Ray runtime started" not in log.read_text():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
 
 
 def submit(cluster: Any, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
