@@ -74,7 +74,6 @@ def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "AWS_ENDPOINT_URL": store.url, "AWS_EC2_METADATA_DISABLED": "true", "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "RAY_raylet_start_wait_time_s": "120",  # on a busy machine a node takes its time
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     gcs, dashboard, *ports = free_ports(9)
@@ -85,31 +84,27 @@ def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Ite
     try:
         for options, (agent, grpc, metrics) in ((head, ports[:3]), (node, ports[3:6])):
             listen = [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
-            command = [
-                RAY,
-                "start",
-                "--block",
-                "--disable-usage-stats",
-                f"--metrics-export-port={metrics}",
-                *listen,
-                *options,
-            ]
+            command = [RAY, "start", "--block", "--disable-usage-stats", f"--metrics-export-port={metrics}"]
             log = folder / f"node{len(processes)}.log"
-            with log.open("wb") as said:
-                processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
-            wait_for_start(processes[-1], log)
+            processes.append(start_node([*command, *listen, *options], environment, log))
         yield SimpleNamespace(environment=environment, address=f"http://127.0.0.1:{dashboard}", metrics_port=ports[5])
     finally:
         end(processes, folder)
         subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
-def wait_for_start(process: subprocess.Popen[bytes], log: Path, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while "Ray runtime started" not in log.read_text():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.2)
+def start_node(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Ray gives a node 30 s to start, which a busy machine may need more than: it is then started again, twice."""
+    for _ in range(3):
+        with log.open("wb") as said:
+            process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None and "Ray runtime started" not in log.read_text():
+            time.sleep(0.2)
+        if process.poll() is None:
+            return process
+        if "timed out during startup" not in log.read_text():
+            break
+    raise AssertionError(log.read_text()[-3000:])
 
 
 def submit(cluster: Any, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +135,7 @@ def test_a_job_from_a_folder_with_a_recipe_caches_and_distils_on_an_object_store
     ])  # fmt: skip
     (job / "student.yaml").write_text(to_yaml(recipe))
     verbs = "python -m pipelines.cache_teacher student.yaml && python -m pipelines.distill student.yaml"
-    done = submit(cluster, job, "bash", "-c", f"'{verbs}'")
+    done = submit(cluster, job, "bash", "-c", verbs)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     objects = store.objects("qskd-job")
     result = json.loads(objects["runs/one/result.json"])
