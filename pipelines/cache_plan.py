@@ -30,6 +30,7 @@ from qskd.errors import QskdError
 from qskd.files import UNFINISHED, open_folder
 from qskd.manifest import MANIFEST, Manifest, load_manifest
 from qskd.shards import ShardReader
+from qskd.stores import patiently
 from qskd.teacher import OnlineTeacher
 from qskd.teacher_cache import finished_file
 
@@ -164,9 +165,8 @@ def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
 def clean(path: str, everything: bool = False) -> None:
     """Remove what a killed job left unfinished; with `everything` the cache too. Other files are let alone."""
     filesystem, root = open_folder(path)
-    if filesystem.get_file_info(root).type == pafs.FileType.NotFound:
-        return
-    for info in filesystem.get_file_info(pafs.FileSelector(root)):
+    there = pafs.FileSelector(root, allow_not_found=True)
+    for info in patiently(path, filesystem, lambda: filesystem.get_file_info(there)):
         unfinished = info.base_name.startswith(UNFINISHED)
         if info.type == pafs.FileType.Directory and unfinished:
             filesystem.delete_dir(info.path)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from pipelines.cache_plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
 from pipelines.cache_workers import Progress, TeacherActor, decode
 from pipelines.cluster import quiet_ray_data, start_ray
 from pipelines.distill import prepare_config
+from pipelines.logs import say, start_logs
 from pipelines.models import device_here, make_teacher
 from qskd.cache_identity import teacher_preprocessing
 from qskd.cache_making import CacheMaker, row_batches
@@ -60,15 +60,16 @@ def foresee(config: Config, overwrite: bool = False) -> str:
 def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
     started, config = time.perf_counter(), prepare_config(config, "distill")
-    plan, console = make_cache_plan(config, overwrite), Console(quiet=quiet)
-    console.print(f"cache: {plan.describe()}", soft_wrap=True)
+    plan = make_cache_plan(config, overwrite)
+    start_logs(run=config.name)
+    say(f"cache: {plan.describe()}", quiet)
     if overwrite:
         clean(plan.path, everything=True)
     sizes, spent = dict(plan.done), (0.0, 0.0)
     if plan.todo:
         teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
         assert teacher is not None
-        console.print(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), soft_wrap=True)
+        say(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), quiet)
         manifest = plan.existing or CacheManifest(
             plan.identity,
             teacher.sizes(config.teacher.cache.all_layers),
@@ -78,7 +79,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         )
         save_cache_manifest(plan.path, manifest)
         del teacher
-        spent = _compute(plan, manifest, sizes, console)
+        spent = _compute(plan, manifest, sizes, quiet)
     elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
         _record(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
@@ -86,16 +87,19 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     done = plan.images(plan.todo)
     total = sum(sizes.values())
     images = plan.images(plan.units)
-    console.print(
+    say(
         f"{done} computed in {duration_text(seconds)}, start-up included; {images} in the cache, {bytes_text(total)} "
         f"({bytes_text(total / images)} an image) → {plan.path}",
-        soft_wrap=True,
+        quiet,
+        computed=done,
+        cached=images,
+        bytes=total,
     )
     worked, waited = spent
     if worked and waited > 0.1 * worked:
-        console.print(
+        say(
             f"the teacher waited for pixels {waited / worked:.0%} of its time: more compute.loader_workers may help",
-            soft_wrap=True,
+            quiet,
         )
     return CacheResult(plan.path, done, images, total, seconds, *spent)
 
@@ -111,7 +115,7 @@ def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int])
     return manifest
 
 
-def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], console: Console) -> tuple[float, float]:
+def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:
     """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work, and waited."""
     start_ray()
     import ray
@@ -133,7 +137,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], c
         num_gpus=1 if gpu else 0,
     )
     worked = waited = 0.0
-    with _Ticker(progress, plan.images(todo), console):
+    with _Ticker(progress, plan.images(todo), quiet):
         for batch in dataset.iter_batches(batch_size=None):
             for shard, view, size, failure in zip(
                 *(batch[n] for n in ("shard", "view", "bytes", "failure")), strict=True
@@ -150,8 +154,8 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], c
 class _Ticker:
     """Says every few seconds how far the actors are."""
 
-    def __init__(self, progress: Any, images: int, console: Console, every_s: float = 5.0) -> None:
-        self.progress, self.images, self.console, self.every_s = progress, images, console, every_s
+    def __init__(self, progress: Any, images: int, quiet: bool, every_s: float = 5.0) -> None:
+        self.progress, self.images, self.quiet, self.every_s = progress, images, quiet, every_s
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -179,7 +183,8 @@ class _Ticker:
             left = (
                 f", {speed:.1f} images/s, about {duration_text((self.images - done) / speed)} left" if speed > 0 else ""
             )
-            self.console.print(f"cache  {done}/{self.images} images{left}", soft_wrap=True)
+            text = f"cache  {done}/{self.images} images{left}"
+            say(text, self.quiet, done=done, images=self.images, images_per_s=round(speed, 1))
 
 
 def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:

@@ -67,6 +67,7 @@ class TeacherActor:
     def __init__(self, config: dict[str, Any], fingerprint: str, batch_size: int, progress: Any) -> None:
         import torch
 
+        from pipelines.logs import start_logs
         from pipelines.models import device_here, make_teacher
         from qskd.cache_identity import teacher_preprocessing
         from qskd.cache_making import CacheMaker
@@ -74,6 +75,7 @@ class TeacherActor:
         from qskd.shards import ShardReader
 
         self.config, self.fingerprint, self.batch_size, self.progress = build(config), fingerprint, batch_size, progress
+        start_logs(run=self.config.name)
         if self.config.compute.threads_per_worker:
             torch.set_num_threads(self.config.compute.threads_per_worker)
         self.reader = ShardReader(self.config.data.train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines import cli_deploy
+from pipelines.logs import start_logs
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
 from qskd.recipe import load, to_yaml
@@ -257,8 +257,13 @@ def explain(
 def doctor(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server to ask; otherwise MLFLOW_TRACKING_URI.")] = "",
     storage: Annotated[str, typer.Option(help="Folder or URI to write to, read from and delete from.")] = "",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the Ray cluster instead.")] = False,
 ) -> None:
     """What this machine offers: devices, decoders, evaluators, versions; whether tracking and storage answer."""
+    if cluster:
+        from pipelines.cluster_doctor import cluster_doctor
+
+        raise typer.Exit(cluster_doctor(storage))
     from pipelines.doctor import doctor as program
 
     raise typer.Exit(program(tracking_uri, storage))
@@ -311,7 +316,7 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; a QskdError is told without a traceback, with exit code 1."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    start_logs()
     with told_without_traceback():
         app(arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +19,14 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a sweep's re
 if not VERBOSE:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 
+# What workers are to have of this process's environment. A job's own runtime_env says the rest (runtime_env.yaml).
+FORWARDED = (
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+    "RAY_CHDIR_TO_TRIAL_DIR",
+    "OMP_NUM_THREADS",
+    "QSKD_LOG",
+    "QSKD_STORE_PATIENCE_S",
+)
 LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
 
 
@@ -28,17 +37,24 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
-    forwarded = {
-        name: os.environ[name]
-        for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_CHDIR_TO_TRIAL_DIR", "OMP_NUM_THREADS")
-        if name in os.environ
-    }
-    runtime_env = {"env_vars": forwarded}
+    runtime_env = {"env_vars": _for_workers()}
     if joined():
         ray.init(runtime_env=runtime_env, **quiet)
         return
     cores = os.cpu_count() or 1
     ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, runtime_env=runtime_env, **quiet)
+
+
+def _for_workers() -> dict[str, str]:
+    """Ray refuses a job whose runtime_env and `ray.init` both set a variable, even to the same value."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ[name] for name in FORWARDED if name in os.environ and name not in given}
+
+
+def in_a_job() -> bool:
+    """Whether `ray job submit` started this program: its working folder is then a copy that every worker has too."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def joined() -> bool:

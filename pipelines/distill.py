@@ -17,7 +17,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.cluster import start_ray
+from pipelines.cluster import in_a_job, start_ray
+from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig
@@ -161,11 +162,15 @@ def prepare_config(config: Config, kind: str) -> Config:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).resolve())
 
+    def model(path: str) -> str:
+        # A job's working folder is a copy, in the same place for every worker but in another for the next job: a path in
+        # it is left relative, or a run could not be continued.
+        return absolute(path) if os.path.isdir(path) and not (in_a_job() and not os.path.isabs(path)) else path
+
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
     update: dict[str, Any] = {"data": data}
-    teacher_path = config.teacher.path
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
-    teacher = {"cache": cache} | ({"path": absolute(teacher_path)} if os.path.isdir(teacher_path) else {})
+    teacher = {"cache": cache, "path": model(config.teacher.path)}
     update["teacher"] = config.teacher.model_copy(update=teacher)
     if kind == "train":
         update["distillation"] = config.distillation.model_copy(update={"method": "none"})
@@ -197,6 +202,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     folder.delete(FAILURE)
     run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
     tracker = Tracker.open(config, kind, run_id)
+    start_logs(run=config.name, run_id=tracker.run_id)
     folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
     if inherited:
         folder.write("inheritance.txt", inherited)
@@ -221,13 +227,14 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     """Ray Train. Goes on from the last checkpoint when OUTPUT/NAME/train has one."""
     from pipelines.progress import ProgressPrinter, TrackingCallback
 
-    trainer = make_trainer(plan, folder, [TrackingCallback(tracker, folder)])
+    trainer = make_trainer(plan, folder, [TrackingCallback(tracker, folder)], tracker.run_id)
     with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
         return trainer.fit()
 
 
-def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any]) -> Any:
-    """The TorchTrainer of a plan; its checkpoints go to OUTPUT/NAME/train. callbacks: Ray Train's, of the controller."""
+def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: str = "") -> Any:
+    """The TorchTrainer of a plan; its checkpoints go to OUTPUT/NAME/train. callbacks: Ray Train's, of the controller.
+    run_id: the MLflow run's, for the workers' logs."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -241,14 +248,14 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any]) -> Any:
     gpu = uses_gpu(plan.config, ray.cluster_resources())
     return TorchTrainer(
         train,
-        train_loop_config={"config": to_tree(plan.config), "stream": plan.stream},
+        train_loop_config={"config": to_tree(plan.config), "stream": plan.stream, "run_id": run_id},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=compute.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
         ),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=folder.path,
+            **folder.for_ray(),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
             callbacks=list(callbacks),
@@ -279,7 +286,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         write_card(student, card_of_run(plan.config, plan.kind, plan.train, plan.val, student, metrics))
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
-    done = RunResult(folder.path, f"{folder.path}/student", metrics, tracker.run_id, round(seconds, 2))
+    done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))
     folder.write("result.json", json.dumps(done.__dict__, indent=2))
     return done
 

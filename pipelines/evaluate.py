@@ -17,6 +17,7 @@ from qskd.classes import map_classes
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
 from qskd.evaluation import Backend, CocoResult, Detections, evaluate_coco
+from qskd.files import fetched
 from qskd.inference import predict_batch
 from qskd.loader import BatchLoader
 from qskd.manifest import load_manifest
@@ -31,7 +32,8 @@ class DetectorActor:
         torch.set_num_threads(threads)
         manifest = load_manifest(data)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.detector = load_detector(model).to(self.device).eval()
+        with fetched(model) as folder:
+            self.detector = load_detector(folder).to(self.device).eval()
         self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))
         self.category_ids = tuple(category.id for category in manifest.categories)
         self.preprocessing = preprocessing
@@ -54,16 +56,18 @@ def evaluate(
     threads: int = 1,
     backend: Backend | Literal["auto"] = "auto",
 ) -> CocoResult:
-    """COCO AP of a Hub name or folder. resize: None takes the checkpoint's own.
+    """COCO AP of a Hub name, folder or URI. resize: None takes the checkpoint's own.
 
     workers: the most detector actors, over the whole cluster; 0 does it all in this process, without Ray.
     """
     manifest = load_manifest(data)
-    preprocessing = read_preprocessing(model, resize)
+    with fetched(model) as folder:
+        preprocessing = read_preprocessing(folder, resize)
+        if workers:  # complain before anything starts
+            map_classes(manifest.labels, load_detector(folder).labels, class_map or {})
     arguments = (model, data, preprocessing, class_map or {}, threads)
     places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
     if workers:
-        map_classes(manifest.labels, load_detector(model).labels, class_map or {})  # complain before anything starts
         found = _on_cluster(arguments, places, batch_size, workers)
     else:
         actor = DetectorActor(*arguments)

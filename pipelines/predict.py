@@ -14,6 +14,7 @@ from PIL import Image
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.evaluation import Detections
+from qskd.files import fetched
 from qskd.inference import predict_image
 from qskd.plots import draw_boxes
 from qskd.views import decode_image
@@ -39,7 +40,8 @@ def predict(
 ) -> list[tuple[Path, Detections]]:
     """Write a picture with boxes for each image; the picture's path and what was found, for each."""
     pairs = targets(images, out)
-    detector, preprocessing = load_detector(model).eval(), read_preprocessing(model)
+    with fetched(model) as folder:
+        detector, preprocessing = load_detector(folder).eval(), read_preprocessing(folder)
     written = []
     for path, target in pairs:
         image = read_image(path)

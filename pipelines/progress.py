@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from typing import Any
 
 import ray.train
 
+from pipelines.logs import say
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker
+from qskd.errors import QskdError
+
+log = logging.getLogger("qskd")
 
 
 class TrackingCallback(ray.train.UserCallback):
@@ -39,9 +44,13 @@ class TrackingCallback(ray.train.UserCallback):
 
 def mean_rows(of_workers: list[list[tuple[int, dict[str, float]]]]) -> list[tuple[int, dict[str, float]]]:
     """Workers' rows averaged: each worker's value of a term is its own total over the mean count, so that the average is
-    the term of the global batch."""
+    the term of the global batch. Of memory the largest counts: it is the one that ends a run."""
+
+    def joined(name: str, values: list[float]) -> float:
+        return max(values) if name.startswith("memory/") else sum(values) / len(values)
+
     return [
-        (same_step[0][0], {name: sum(row[name] for _, row in same_step) / len(same_step) for name in same_step[0][1]})
+        (same_step[0][0], {name: joined(name, [row[name] for _, row in same_step]) for name in same_step[0][1]})
         for same_step in zip(*of_workers, strict=True)
     ]
 
@@ -76,11 +85,15 @@ class ProgressPrinter:
         for entry in read_history(self.folder):
             if entry["step"] not in self.printed:
                 self.printed.add(entry["step"])
-                print(progress_line(self.name, entry, self.total_steps), flush=True)
+                numbers = {"run": self.name, "step": entry["step"], **entry.get("training", {}), **entry["evaluation"]}
+                say(progress_line(self.name, entry, self.total_steps), **numbers)
 
     def _watch(self) -> None:
         while not self.stopped.wait(self.every_s):
-            self._print_new()
+            try:
+                self._print_new()
+            except (QskdError, OSError) as error:  # only lines on a terminal: the training may well go on
+                log.warning("no progress can be shown for now: %s", error)
 
     def __enter__(self) -> ProgressPrinter:
         self.thread.start()

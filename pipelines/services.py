@@ -15,7 +15,11 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from qskd.errors import QskdError
+from qskd.files import open_folder
+from qskd.stores import is_local, redacted
 
 _SERVER_TIMEOUT_S = 3.0
 _STORAGE_TIMEOUT_S = 30.0  # object stores retry by themselves, some for minutes
@@ -41,11 +45,6 @@ def guarded(name: str, step: Callable[[], Check]) -> Check:
 def short(error: BaseException) -> str:
     text = redacted(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"
-
-
-def redacted(text: str) -> str:
-    """Without the user and password of a URI: tables are pasted into bug reports."""
-    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def check_tracking(uri: str) -> Check:
@@ -111,20 +110,13 @@ def check_storage(storage: str) -> Check:
     return answers[0] if answers else slow
 
 
-def _filesystem(storage: str) -> tuple[Any, str]:
-    from pyarrow import fs
-
-    found: tuple[Any, str] = fs.FileSystem.from_uri(storage if "://" in storage else str(Path(storage).absolute()))
-    return found
-
-
 def _probe(storage: str) -> Check:
     shown, written = redacted(storage), uuid.uuid4().bytes
     remedy = "choose another output (a folder or URI that can be written to), or get the rights to this one"
     try:
-        filesystem, root = _filesystem(storage)
+        filesystem, root = open_folder(storage)
         folder = root
-        if filesystem.type_name == "local":
+        if is_local(filesystem):
             # nothing is left behind, so the folder is not made: the nearest one that exists has to take a file
             folder = str(next(place for place in (Path(root), *Path(root).parents) if place.exists()))
         probe = f"{folder.rstrip('/')}/.qskd-doctor-{written.hex()}"
@@ -135,6 +127,8 @@ def _probe(storage: str) -> Check:
                 read = stream.read()
         finally:
             filesystem.delete_file(probe)
+    except QskdError as error:
+        return Check("storage", "problem", f"{error.where}: {error.found}", error.remedy or remedy)
     except Exception as error:  # each filesystem has its own
         return Check("storage", "problem", f"{shown}: {short(error)}", remedy)
     if read != written:

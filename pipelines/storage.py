@@ -1,16 +1,19 @@
-"""The output folder of a run, OUTPUT/NAME, on any filesystem pyarrow knows."""
+"""The output folder of a run, OUTPUT/NAME, on any file system of pyarrow or fsspec."""
 
 from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pyarrow import fs
 
 from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.files import open_folder, publish_bytes, read_bytes
 from qskd.recipe import flatten, to_tree
+from qskd.stores import is_local, join, patiently
 
 # What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
@@ -18,38 +21,53 @@ FAILURE = "failure.json"  # why workers gave up; a later run of the same command
 
 
 class Folder:
-    """Small files by name; a write is whole or not there. Picklable."""
+    """Small files by name; a write is whole or not there, and a store that fails is tried again (`qskd.stores`). Picklable."""
 
     def __init__(self, config: Config) -> None:
         self.storage_path = config.output if "://" in config.output else str(Path(config.output).resolve())
-        self.path = f"{self.storage_path}/{config.name}"
-        self.filesystem, self.root = fs.FileSystem.from_uri(self.path)
+        self.path = join(self.storage_path, config.name)
+        self.filesystem, self.root = open_folder(self.path)
+
+    def where(self, name: str) -> str:
+        """A file's full name, for readers and for messages."""
+        return join(self.path, name)
 
     def exists(self, name: str = "") -> bool:
-        return bool(self.filesystem.get_file_info(f"{self.root}/{name}".rstrip("/")).type != fs.FileType.NotFound)
+        path = f"{self.root}/{name}".rstrip("/")
+        info = patiently(self.where(name), self.filesystem, lambda: self.filesystem.get_file_info(path))
+        return bool(info.type != fs.FileType.NotFound)
 
     def read(self, name: str) -> str:
-        with self.filesystem.open_input_stream(f"{self.root}/{name}") as stream:
-            return bytes(stream.read()).decode()
+        return read_bytes(self.filesystem, f"{self.root}/{name}", self.where(name)).decode()
 
     def write(self, name: str, text: str) -> None:
-        self.filesystem.create_dir(self.root, recursive=True)
-        with self.filesystem.open_output_stream(f"{self.root}/{name}.part") as stream:
-            stream.write(text.encode())
-        self.filesystem.move(f"{self.root}/{name}.part", f"{self.root}/{name}")
+        publish_bytes(text.encode(), self.filesystem, f"{self.root}/{name}")
 
     def delete(self, name: str = "") -> None:
         """A file; without a name, the folder and all in it. What is not there needs no deleting."""
-        if not self.exists(name):
-            return
-        if name:
-            self.filesystem.delete_file(f"{self.root}/{name}")
-        else:
-            self.filesystem.delete_dir(self.root)
+
+        def delete() -> None:
+            if not self.exists(name):
+                return
+            if name:
+                self.filesystem.delete_file(f"{self.root}/{name}")
+            else:
+                self.filesystem.delete_dir(self.root)
+
+        patiently(self.where(name), self.filesystem, delete)
 
     def upload(self, local: str | Path, name: str) -> None:
-        self.filesystem.create_dir(f"{self.root}/{name}", recursive=True)
-        fs.copy_files(str(local), f"{self.root}/{name}", destination_filesystem=self.filesystem)
+        def upload() -> None:
+            self.filesystem.create_dir(f"{self.root}/{name}", recursive=True)
+            fs.copy_files(str(local), f"{self.root}/{name}", destination_filesystem=self.filesystem)
+
+        patiently(self.where(name), self.filesystem, upload)
+
+    def for_ray(self) -> dict[str, Any]:
+        """Ray Train's and Tune's `storage_path`, and for a URI the file system too: Ray itself knows only pyarrow's."""
+        if is_local(self.filesystem):
+            return {"storage_path": self.root}
+        return {"storage_path": self.root, "storage_filesystem": self.filesystem}
 
 
 def check_same_run(folder: Folder, config: Config) -> None:

@@ -28,6 +28,7 @@ from qskd.teacher_cache import TeacherCacheReader
 
 RUN_BYTES = 24 * 2**20  # decoded pixels in one block, about
 MAX_RUN = 64
+LOADER_ROWS = "loader_rows"  # beside a batch's arrays: rows asked of the reader, and those it did not have in memory
 Arrays = dict[str, np.ndarray]
 Run = dict[str, Any]  # kind, epoch, and the batches `first` to before `last` of it
 
@@ -156,7 +157,9 @@ class RunReader:
             shares: list[Arrays] = [{} for _ in range(self.world_size)]
             for batch in self.config.batches(run):
                 for rank, share in enumerate(shares):
+                    asked, unheld = self.loader.asked, self.loader.unheld
                     arrays = self.loader.load(batch.kind, split(batch.rows, self.world_size, rank))
+                    arrays[LOADER_ROWS] = np.array([self.loader.asked - asked, self.loader.unheld - unheld])
                     share.update({f"{batch.index}/{name}": array for name, array in arrays.items()})
             for rank, share in enumerate(shares):
                 columns = {name: [value] for name, value in run.items()} | {"rank": [rank]}

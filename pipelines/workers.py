@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from pipelines.logs import as_json, start_logs
+from pipelines.meter import Gauges, Meter
 from pipelines.models import ground_truth, make_student, teacher_for_training
 from pipelines.storage import FAILURE, Folder, record_failure
-from pipelines.streaming import Share, StreamConfig, open_stream
+from pipelines.streaming import LOADER_ROWS, Share, StreamConfig, open_stream
 from qskd.config import Config
 from qskd.detectors import Preprocessing, save_detector
 from qskd.errors import QskdError
@@ -26,7 +28,7 @@ from qskd.manifest import load_manifest
 from qskd.recipe import build
 from qskd.training import Training, train_batch
 
-LOG_EVERY_STEPS = 20
+log = logging.getLogger("qskd")
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,46 +50,6 @@ def gather_detections(own: Detections, world_size: int) -> Detections | None:
     parts: list[Detections] | None = [Detections.empty()] * world_size if dist.get_rank() == 0 else None
     dist.gather_object(own, parts, dst=0)
     return Detections.concatenate(parts) if parts is not None else None
-
-
-class Meter:
-    """Term values and throughput, averaged over a few steps at a time; tensors stay on the device until then."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, float]]] = []
-        self.pending: list[dict[str, Tensor]] = []
-        self.step, self.images, self.waited_s, self.started = 0, 0, 0.0, time.perf_counter()
-
-    def add(self, step: int, values: dict[str, Tensor], images: int, waited_s: float) -> None:
-        self.step = step
-        self.pending.append(values)
-        self.images += images
-        self.waited_s += waited_s
-        if len(self.pending) == LOG_EVERY_STEPS:
-            self._close_row()
-
-    def _close_row(self) -> None:
-        names = list(self.pending[0])
-        means = torch.stack([torch.stack([v[name].float() for name in names]) for v in self.pending]).mean(0).tolist()
-        spent_s = max(time.perf_counter() - self.started, 1e-9)
-        row = {f"loss/{name}": value for name, value in zip(names, means, strict=True)}
-        row |= {"speed/images_per_s": self.images / spent_s, "speed/loader_wait_share": self.waited_s / spent_s}
-        self.rows.append((self.step, row))
-        self.pending, self.images, self.waited_s, self.started = [], 0, 0.0, time.perf_counter()
-
-    def flush(self) -> list[tuple[int, dict[str, float]]]:
-        """The rows since the last flush, (step, means): each worker's own share of every term."""
-        self.pause()
-        rows, self.rows = self.rows, []
-        return rows
-
-    def pause(self) -> None:
-        """What comes now is not training: close the row, so that images/s does not count it."""
-        if self.pending:
-            self._close_row()
-
-    def resume(self) -> None:
-        self.started = time.perf_counter()
 
 
 def write_checkpoint(folder: Path, training: Training, config: Config, result: CocoResult | None) -> None:
@@ -123,6 +85,12 @@ def train_worker(payload: dict[str, Any]) -> None:
     if folder.exists(FAILURE):
         return  # the driver reads it and says why
     context = ray.train.get_context()
+    start_logs(
+        run=config.name,
+        run_id=payload.get("run_id", ""),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+    )
     if config.compute.threads_per_worker:
         torch.set_num_threads(config.compute.threads_per_worker)
     try:
@@ -148,7 +116,7 @@ class Worker:
         teacher = teacher_for_training(config, manifest.labels)
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
-        self.meter = Meter()
+        self.meter = Meter(Gauges(config.name, rank))
 
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
@@ -173,7 +141,7 @@ class Worker:
         for share in shares:
             waited_s = time.perf_counter() - waiting_since
             values = self.training.train_step(train_batch(share.arrays, self.device))
-            self.meter.add(self.training.step, values, batch_size, waited_s)
+            self.meter.add(self.training.step, values, batch_size, waited_s, share.arrays.get(LOADER_ROWS))
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):
                     self.report(share.epoch, None)
@@ -200,6 +168,8 @@ class Worker:
         metrics: dict[str, Any] = {"epoch": epoch, "step": self.training.step, "rows": self.meter.flush()}
         if result is not None:
             metrics["evaluation"] = result.metrics
+        for step, row in metrics["rows"] if as_json() else ():
+            log.info("step %d", step, extra={"fields": {"step": step, "epoch": epoch} | row})
         if self.rank:
             ray.train.report(metrics)
             return

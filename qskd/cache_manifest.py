@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
-
 from qskd.errors import QskdError
-from qskd.files import UNFINISHED, is_local, open_folder, publish
+from qskd.files import join, open_folder, publish_bytes, read_bytes
 from qskd.manifest import MANIFEST, Manifest
 
 CODEC_VERSION = 1
@@ -144,22 +141,17 @@ def check_views(manifest: CacheManifest, count: int, where: str) -> None:
 def load_cache_manifest(uri: str) -> CacheManifest | None:
     """The manifest of a cache folder; None when there is none."""
     filesystem, root = open_folder(uri)
-    path = f"{root}/{MANIFEST}"
+    where = join(uri, MANIFEST)
     try:
-        if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
-            return None
-        with filesystem.open_input_stream(path) as stream:
-            text = bytes(stream.read())
+        text = read_bytes(filesystem, f"{root}/{MANIFEST}", where)
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        raise QskdError(f"{uri}/{MANIFEST}", f"can't be read: {error}", "a readable cache folder") from None
-    return CacheManifest.from_json(text, f"{uri}/{MANIFEST}")
+        raise QskdError(where, f"can't be read: {error}", "a readable cache folder") from None
+    return CacheManifest.from_json(text, where)
 
 
 def save_cache_manifest(uri: str, manifest: CacheManifest) -> None:
     """Written whole, in place of the one before."""
     filesystem, root = open_folder(uri)
-    filesystem.create_dir(root, recursive=True)
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder:
-        spool = Path(folder) / "manifest"
-        spool.write_text(manifest.to_json())
-        publish(spool, filesystem, f"{root}/{MANIFEST}")
+    publish_bytes(manifest.to_json().encode(), filesystem, f"{root}/{MANIFEST}")

@@ -6,13 +6,17 @@ Folders may be local paths, URIs of pyarrow's file systems or, failing those, of
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import re
 import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +25,24 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError
+from qskd.stores import is_local, join, patiently, redacted
 
+__all__ = [
+    "UNFINISHED",
+    "ParquetFiles",
+    "fetched",
+    "is_local",
+    "join",
+    "open_folder",
+    "publish",
+    "publish_bytes",
+    "read_bytes",
+]
+__all__ += ["remove", "sha256_of"]
 UNFINISHED = ".writing-"  # what a name begins with until its file is whole
+# Where a file appears only when its writer closes it: no name of its own is needed until then. A rename, which these stores
+# do not have, would be a copy.
+_APPEAR_WHOLE = ("s3", "gcs", "abfs")
 
 
 @lru_cache(maxsize=64)
@@ -30,10 +50,18 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
     """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    if re.match(r"[^:]+://[^/@?]*:[^/@?]*@", uri):
+        raise QskdError(
+            redacted(uri),
+            "a URI with a password in it, which recipes, MLflow and logs would all keep",
+            "credentials in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's own role",
+            "take them out of the URI (docs/cluster.md, Storage)",
+        )
     try:
         return pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass  # a scheme pyarrow doesn't know
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        if uri.startswith(("s3://", "gs://", "abfs://")):  # a scheme that pyarrow knows: what is wrong is the rest
+            raise QskdError(uri, f"can't be opened: {error}", "a URI of pyarrow's", "correct it") from None
     except OSError as error:
         raise QskdError(uri, f"can't be reached: {error}", "a reachable store", "check address and access") from None
     try:
@@ -46,19 +74,55 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
-def is_local(filesystem: pafs.FileSystem) -> bool:
-    return isinstance(filesystem, pafs.LocalFileSystem)
-
-
 def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
     """Make the local file appear at `path`, whole. On a local file system `spool` must be in the same one: a rename does
     not cross file systems."""
     if is_local(filesystem):
         os.replace(spool, path)
         return
-    with spool.open("rb") as source, filesystem.open_output_stream(path) as target:
-        shutil.copyfileobj(source, target, 1 << 22)
+    size = spool.stat().st_size
+    patiently(path, filesystem, lambda: _send(lambda: spool.open("rb"), size, filesystem, path))
     spool.unlink()
+
+
+def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> None:
+    """Make a small file appear at `path`, whole, in place of the one before. Its folder is made if it isn't there."""
+    folder = path.rpartition("/")[0]
+    if is_local(filesystem):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        spool = Path(folder, f"{UNFINISHED}{uuid.uuid4().hex}")
+        try:
+            spool.write_bytes(content)
+            os.replace(spool, path)
+        finally:
+            spool.unlink(missing_ok=True)
+        return
+    patiently(path, filesystem, lambda: filesystem.create_dir(folder, recursive=True))
+    patiently(path, filesystem, lambda: _send(lambda: io.BytesIO(content), len(content), filesystem, path))
+
+
+def _send(opened: Callable[[], BinaryIO], size: int, filesystem: pafs.FileSystem, path: str) -> None:
+    folder, _, name = path.rpartition("/")
+    target = path if filesystem.type_name in _APPEAR_WHOLE else f"{folder}/{UNFINISHED}{name}"
+    with opened() as source, filesystem.open_output_stream(target) as sink:
+        shutil.copyfileobj(source, sink, 1 << 22)
+    # pyarrow closes a stream, and with that finishes an upload, even when writing to it failed half-way.
+    arrived = filesystem.get_file_info(target).size
+    if arrived != size:
+        filesystem.delete_file(target)
+        raise OSError(f"{arrived} of {size} bytes arrived")
+    if target != path:
+        filesystem.move(target, path)
+
+
+def read_bytes(filesystem: pafs.FileSystem, path: str, where: str = "") -> bytes:
+    """A small file's content; OSError when there is none."""
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    return patiently(where or path, filesystem, read)
 
 
 def remove(filesystem: pafs.FileSystem, root: str, names: set[str]) -> None:
@@ -77,6 +141,22 @@ def sha256_of(stream: Any) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def fetched(uri: str) -> Iterator[str]:
+    """A local copy of a folder with files, for what reads only local ones, until the block ends. A local path (or a Hub
+    name) is given back as it is."""
+    if "://" not in uri:
+        yield uri
+        return
+    filesystem, root = open_folder(uri)
+    with tempfile.TemporaryDirectory(prefix="qskd-fetched-") as local:
+        try:
+            patiently(uri, filesystem, lambda: pafs.copy_files(root, local, source_filesystem=filesystem))
+        except (OSError, pa.ArrowException) as error:
+            raise QskdError(redacted(uri), f"can't be read: {error}", "a folder with files in it") from None
+        yield local
 
 
 class ParquetFiles:
@@ -103,7 +183,7 @@ class ParquetFiles:
 
     def where(self, number: int) -> str:
         """The file's full name, for messages."""
-        return f"{self.uri}/{self._expected(number)[0]}"
+        return redacted(join(self.uri, self._expected(number)[0]))
 
     def group_rows(self, number: int, row: int) -> range:
         """The rows stored together with `row`: reading one of them costs as much as reading all."""
@@ -131,10 +211,18 @@ class ParquetFiles:
 
     def read_table(self, number: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
         """These columns of some row groups, or of the whole file, as Arrow."""
+
+        def read() -> pa.Table:
+            try:
+                file = self.file(number)
+                wanted = range(file.metadata.num_row_groups) if groups is None else groups
+                return file.read_row_groups(list(wanted), columns=list(columns))
+            except OSError:
+                self._open.pop(number, None)  # its buffers may hold the failure
+                raise
+
         with self._damage_named(number):
-            file = self.file(number)
-            wanted = range(file.metadata.num_row_groups) if groups is None else groups
-            return file.read_row_groups(list(wanted), columns=list(columns))
+            return patiently(self.where(number), self._filesystem, read)
 
     def file(self, number: int) -> pq.ParquetFile:
         opened = self._open.pop(number, None)
@@ -149,16 +237,13 @@ class ParquetFiles:
         name, rows, size = self._expected(number)
         expected = f"{size} bytes, {rows} rows, as the manifest says"
         with self._damage_named(number):
-            info = self._filesystem.get_file_info(f"{self._root}/{name}")
+            path = f"{self._root}/{name}"
+            info = patiently(self.where(number), self._filesystem, lambda: self._filesystem.get_file_info(path))
             if info.type != pafs.FileType.File:
                 raise QskdError(self.where(number), "no such file", expected, self._remedy)
             if info.size != size:
                 raise QskdError(self.where(number), f"{info.size} bytes", expected, self._remedy)
-            opened = pq.ParquetFile(
-                self._filesystem.open_input_file(f"{self._root}/{name}"),
-                page_checksum_verification=True,
-                pre_buffer=not is_local(self._filesystem),  # a remote store: few large requests
-            )
+            opened = patiently(self.where(number), self._filesystem, lambda: self._opened(path))
             if opened.metadata.num_rows != rows or not self._columns <= set(opened.schema_arrow.names):
                 found = f"{opened.metadata.num_rows} rows with columns {opened.schema_arrow.names}"
                 raise QskdError(self.where(number), found, expected, self._remedy)
@@ -168,6 +253,13 @@ class ParquetFiles:
                     theirs = said.get(key, b"nothing").decode(errors="replace")
                     raise QskdError(self.where(number), f"{key.decode()} {theirs}", value.decode(), self._remedy)
         return opened
+
+    def _opened(self, path: str) -> pq.ParquetFile:
+        return pq.ParquetFile(
+            self._filesystem.open_input_file(path),
+            page_checksum_verification=True,
+            pre_buffer=not is_local(self._filesystem),  # a remote store: few large requests
+        )
 
     @contextmanager
     def _damage_named(self, number: int) -> Iterator[None]:

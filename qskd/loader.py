@@ -86,6 +86,7 @@ class BatchLoader:
             self._resizes.append(teacher_resize)
         self._cache = teacher_cache
         self._recent = _Recent(keep_bytes)
+        self.asked = self.unheld = 0  # rows (and teacher's rows) asked for so far; those that were not in memory then
         # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
         self._keep_views = self._estimated_bytes() <= keep_bytes
 
@@ -107,6 +108,7 @@ class BatchLoader:
         """
         rows = np.asarray(rows).reshape(-1, 3)
         wanted: list[tuple[int, int, int]] = [(int(s), int(r), int(v)) for s, r, v in rows]
+        self.asked += len(wanted) * (2 if self._cache is not None and kind == "train" else 1)
         examples = self._examples(kind, wanted)
         objects = max((len(example.labels) for example in examples), default=0)
         boxes_cxcywh = np.zeros((len(examples), objects, 4), np.float32)
@@ -138,6 +140,7 @@ class BatchLoader:
         for shard, row, view in wanted:
             kept = self._recent.get(("teacher", shard, row, view))
             if kept is None:
+                self.unheld += 1
                 unread.setdefault((shard, view), set()).update(cache.group_rows(shard, view, row))
             else:
                 found[shard, row, view] = kept
@@ -188,6 +191,7 @@ class BatchLoader:
         for shard, row in places:
             sample = self._recent.get(("row", kind, shard, row))
             if sample is None:
+                self.unheld += 1
                 unread.setdefault(shard, set()).update(reader.group_rows(shard, row))
             else:
                 found[shard, row] = sample

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from qskd.errors import QskdError
-from qskd.files import open_folder
+from qskd.files import join, open_folder, read_bytes
 from qskd.samples import Category, Problem
 
 MANIFEST = "manifest.json"
@@ -92,10 +92,9 @@ class Manifest:
 def load_manifest(uri: str) -> Manifest:
     """The manifest of a shard folder. QskdError when there is none or it isn't one."""
     filesystem, path = open_folder(str(uri))
-    where = f"{uri}/{MANIFEST}"
+    where = join(str(uri), MANIFEST)
     try:
-        with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
-            text = stream.read()
+        text = read_bytes(filesystem, f"{path}/{MANIFEST}", where)
     except OSError as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
         raise QskdError(where, problem, "a folder that `qskd prepare` made", "check the path, or prepare it") from None

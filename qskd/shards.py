@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +21,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError
-from qskd.files import UNFINISHED, ParquetFiles, is_local, open_folder, publish, remove, sha256_of
+from qskd.files import UNFINISHED, ParquetFiles, is_local, join, open_folder, publish, remove, sha256_of
 from qskd.manifest import MANIFEST, REMEDY, Manifest, Shard, load_manifest
 from qskd.samples import ARRAYS, SCHEMA, Category, Problem, Sample, flat_column, to_samples, to_table
+from qskd.stores import patiently
 
 __all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest"]
 __all__ += ["read_annotations", "verify", "write_shards"]
@@ -58,7 +60,7 @@ def write_shards(
     destination = str(destination)
     filesystem, root = open_folder(destination)
     old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
-    filesystem.create_dir(root, recursive=True)
+    patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     shards: list[Shard] = []
     tally = _Tally()
     rows = tally.counted(dataset.samples())
@@ -118,7 +120,8 @@ class _Tally:
 
 def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256: str, overwrite: bool) -> set[str]:
     """The shard files of the dataset already there, if any; QskdError when it must not be replaced."""
-    if filesystem.get_file_info(f"{root}/{MANIFEST}").type == pafs.FileType.NotFound:
+    info = patiently(uri, filesystem, lambda: filesystem.get_file_info(f"{root}/{MANIFEST}"))
+    if info.type == pafs.FileType.NotFound:
         return set()
     try:
         manifest = load_manifest(uri)
@@ -188,6 +191,10 @@ def read_annotations(uri: str) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
+def _checksum(filesystem: pafs.FileSystem, path: str) -> str:
+    return sha256_of(filesystem.open_input_stream(path))
+
+
 def verify(uri: str) -> Manifest:
     """Recompute every shard's checksum; QskdError naming all that differ, else the manifest."""
     manifest = load_manifest(uri)
@@ -195,7 +202,7 @@ def verify(uri: str) -> Manifest:
     damaged = []
     for shard in manifest.shards:
         try:
-            found = sha256_of(filesystem.open_input_stream(f"{root}/{shard.file}"))
+            found = patiently(join(uri, shard.file), filesystem, partial(_checksum, filesystem, f"{root}/{shard.file}"))
         except OSError as error:
             found = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
         if found != shard.sha256:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from qskd.cache_manifest import REMEDY, CacheSizes, file_name, load_cache_manifest
 from qskd.errors import QskdError
-from qskd.files import UNFINISHED, ParquetFiles, is_local, open_folder, publish
+from qskd.files import UNFINISHED, ParquetFiles, is_local, join, open_folder, publish
+from qskd.stores import patiently
 
 ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
 FINGERPRINT_KEY = b"qskd.fingerprint"
@@ -78,7 +79,7 @@ def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str
     The same rows give the same bytes.
     """
     filesystem, root = open_folder(uri)
-    filesystem.create_dir(root, recursive=True)
+    patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     schema = _SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
     count = 0
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder:
@@ -117,14 +118,22 @@ def _groups(rows: Iterable[TeacherRow]) -> Iterator[list[TeacherRow]]:
 
 
 def finished_file(uri: str, name: str, rows: int, fingerprint: str) -> int | None:
-    """The bytes of a cache's file that is there and whole, with so many rows and this fingerprint; otherwise None."""
+    """The bytes of a cache's file that is there and whole, with so many rows and this fingerprint; otherwise None.
+
+    A store that fails is an error: all would be computed again if its silence were taken for absence.
+    """
     filesystem, root = open_folder(uri)
-    info = filesystem.get_file_info(f"{root}/{name}")
+    path, where = f"{root}/{name}", join(uri, name)
+    info = patiently(where, filesystem, lambda: filesystem.get_file_info(path))
     if info.type != pafs.FileType.File:
         return None
+
+    def footer() -> pq.FileMetaData:
+        with filesystem.open_input_file(path) as stream:
+            return pq.read_metadata(stream)
+
     try:
-        with filesystem.open_input_file(f"{root}/{name}") as stream:
-            metadata = pq.read_metadata(stream)
+        metadata = patiently(where, filesystem, footer)
     except (pa.ArrowException, OSError):
         return None
     known = metadata.metadata or {}

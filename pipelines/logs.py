@@ -1,0 +1,76 @@
+"""What programs say: sentences for a terminal, or with QSKD_LOG=json one JSON object a line, for whatever collects logs.
+
+Every JSON line carries who speaks: run, MLflow run id, rank, Ray job and node, process. Workers' lines are in Ray's log
+files of their node (`ray logs`, the dashboard); the driver's are the job's own (`ray job logs`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+FORMAT = "QSKD_LOG"  # environment variable: text (the default) or json
+log = logging.getLogger("qskd")
+_speaker: dict[str, Any] = {}
+
+
+def as_json() -> bool:
+    return os.environ.get(FORMAT, "").lower() == "json"
+
+
+class JsonLines(logging.Formatter):
+    """time (UTC), level, logger, message, who speaks, what the caller added as `fields`, and an exception's traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        line: dict[str, Any] = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_speaker,
+            "pid": record.process,
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def start_logs(**speaker: Any) -> None:
+    """Set this process's logging up; `speaker` (run, run_id, rank, ...) is added to every JSON line from now on.
+
+    Text goes to standard error from WARNING on, JSON from INFO on: nobody reads it line by line.
+    """
+    _speaker.update({name: value for name, value in (_ray_ids() | speaker).items() if value not in ("", None)})
+    if not as_json():
+        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+        return
+    if any(isinstance(handler.formatter, JsonLines) for handler in log.handlers):
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # Ray Train has a handler of its own on the root logger: each line would be there twice
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+def _ray_ids() -> dict[str, str]:
+    ray = sys.modules.get("ray")  # a program that has not imported Ray is in no cluster
+    if ray is None or not ray.is_initialized():
+        return {}
+    context = ray.get_runtime_context()
+    return {"job": context.get_job_id(), "node": context.get_node_id()}
+
+
+def say(text: str, quiet: bool = False, **fields: Any) -> None:
+    """A line of progress: printed as it is (not when `quiet`), or in JSON with its numbers as fields of their own."""
+    if as_json():
+        log.info(text, extra={"fields": fields})
+    elif not quiet:
+        print(text, flush=True)
