@@ -346,8 +346,10 @@ def test_bfloat16_runs_and_keeps_weights_in_float32() -> None:
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler for inductor")
 def test_a_compiled_backbone_gives_the_same_losses_and_plain_names() -> None:
     runs = []
+    backbone = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]}  # each stage more is seconds of the C++ compiler's
     for compiled in (False, True):
-        training = make_training(recipe(None, f"compute.compile={compiled}", "training.ema_decay=0.9"))
+        options = (f"compute.compile={compiled}", "training.ema_decay=0.9")
+        training = make_training(recipe({"backbone": backbone}, *options))
         values = [training.train_step(batch_of(2, 1, seed=seed))["total"].item() for seed in range(2)]
         runs.append((values, set(training.state())))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
