@@ -90,7 +90,7 @@ def test_fewer_queries_are_spread_over_the_teachers_and_more_keep_their_own() ->
     assert torch.equal(many.model.model.query_position_embeddings.weight[9:], own[9:])
 
 
-def test_layers_of_another_width_are_left_whole() -> None:
+def test_a_wider_layer_is_left_whole() -> None:
     teacher, student = detector("conditional_detr", 1), detector("conditional_detr", 2, ffn_width=64)
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
     done = inherit(student, teacher, (0, 1, 2))
@@ -98,6 +98,33 @@ def test_layers_of_another_width_are_left_whole() -> None:
     assert "[64, 32]" in done.left["model.decoder.layers.0"]
     after = student.model.state_dict()
     assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("model.decoder.layers."))
+
+
+@pytest.mark.parametrize("family", ["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "d_fine"])
+def test_a_narrower_student_takes_the_same_channels_everywhere(family: str) -> None:
+    """A teacher of which every channel is there twice, side by side, is inherited by a student of half its widths."""
+    teacher = detector(family, 1, width=64, ffn_width=96)
+    narrow = detector(family, 3)
+    doubled = {}
+    for (name, wide), thin in zip(teacher.model.state_dict().items(), narrow.model.state_dict().values(), strict=True):
+        for axis, (many, few) in enumerate(zip(wide.shape, thin.shape, strict=True)):
+            if many == 2 * few:
+                thin = thin.repeat_interleave(2, axis)
+        doubled[name] = thin
+    teacher.model.load_state_dict(doubled)
+    student = detector(family, 2)
+    done = inherit(student, teacher, (0, 1, 2))
+    assert not done.left
+    assert done.copied["model.decoder.layers.1"] == "model.decoder.layers.1, channels evenly chosen"
+    expected, mine = narrow.model.state_dict(), student.model.state_dict()
+    assert all(torch.equal(mine[name], expected[name]) for name in mine if "num_batches" not in name)
+
+
+def test_channels_of_other_heads_are_not_chosen() -> None:
+    teacher = detector("conditional_detr", 1, width=64, ffn_width=96, heads=8)
+    with_fewer = detector("conditional_detr", 2)
+    done = inherit(with_fewer, teacher, (0, 1, 2))
+    assert "its 8 heads are not the student's 4" in done.left["model.decoder.layers.0"]
 
 
 def test_a_saved_teacher_s_backbone_is_inherited_too(tmp_path: Path) -> None:

@@ -77,8 +77,10 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     class_slots: the teacher's logit slot of each of the student's classes. A student with fewer layers takes the first,
     the last and evenly spaced ones between; a layer is copied whole or not at all, and so is the backbone. Class heads
     are copied row by row; of more queries than the student has, evenly spaced ones are taken, and of fewer, as many as
-    there are, the others starting as they were. Of a teacher of another family only the backbone is: its other parts
-    mean other things, whatever their shapes. Raises QskdError when that does not fit either.
+    there are, the others starting as they were. A narrower student of as many heads takes evenly chosen channels, the same
+    ones everywhere (weight selection, Xu et al., ICLR 2024), save in the backbone. Of a teacher of
+    another family only the backbone is copied: its other parts mean other things, whatever their shapes. Raises QskdError
+    when that does not fit either.
     """
     if student.family != teacher.family:
         return _backbone_only(student, teacher)
@@ -89,6 +91,8 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     queries = {
         name for name, module in own.named_modules() if isinstance(module, nn.Embedding) and "query" in name.lower()
     }
+    reading = {f"{name}." for name in _named(own, family.projections(own))}
+    narrow = _Narrowing.between(family.sizes(own.config), family.sizes(teacher.model.config))
     layers = {stem: spread(count, _counts(theirs)[stem]) for stem, count in _counts(mine).items()}
     # Rows after the classes' ("no object") are the last on both sides.
     more = range(teacher.model.config.num_labels, teacher.model.config.num_labels + family.no_object_rows)
@@ -100,22 +104,59 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
         if numbered and not part.startswith(prefix):
             source = f"{numbered['stem']}.{layers[numbered['stem']][int(numbered['layer'])]}"
         values: dict[str, Tensor] = {}
+        chosen = False
         for name in names:
             value = theirs.get(source + name[len(part) :])
             if value is not None and part in heads:
                 value = value[slots]
-            elif value is not None and part in queries and value.shape[1:] == mine[name].shape[1:]:
+            if value is not None and not name.startswith(prefix):
+                wanted, before = mine[name].shape, value.shape
+                if any(name.startswith(one) for one in reading):  # what they read is the backbone's, of another width
+                    wanted = torch.Size([*wanted[:1], *before[1:]])
+                value = narrow.channels(value, wanted)
+                chosen |= value.shape != before
+            if value is not None and part in queries and value.shape[1:] == mine[name].shape[1:]:
                 value = _rows(value, mine[name])
             if value is None or value.shape != mine[name].shape:
                 found = "nothing" if value is None else list(value.shape)
-                left[part] = f"{name[len(part) + 1 :]} is {list(mine[name].shape)}, the teacher's {found}"
+                left[part] = (
+                    f"{name[len(part) + 1 :]} is {list(mine[name].shape)}, the teacher's {found}{narrow.why_not}"
+                )
                 break
             values[name] = value
         else:
-            copied[part] = source
+            copied[part] = f"{source}, channels evenly chosen" if chosen else source
             for name, value in values.items():
                 mine[name].copy_(value)
     return Inheritance(copied, left)
+
+
+@dataclass(frozen=True)
+class _Narrowing:
+    """From a teacher's widths to a student's. pairs: (teacher's, student's) of d_model and of the FFN; none when the heads
+    differ, for a channel is one of a head's."""
+
+    pairs: tuple[tuple[int, int], ...]
+    why_not: str = ""
+
+    @staticmethod
+    def between(student: dict[str, int], teacher: dict[str, int]) -> _Narrowing:
+        pairs = tuple((teacher[name], student[name]) for name in ("width", "ffn_width"))
+        if student["heads"] == teacher["heads"] or pairs[0][0] == pairs[0][1]:
+            return _Narrowing(pairs)
+        return _Narrowing((), f" (its {teacher['heads']} heads are not the student's {student['heads']})")
+
+    def channels(self, value: Tensor, shape: torch.Size) -> Tensor:
+        """`value` with evenly chosen channels where it is wider than `shape` by what d_model or the FFN is narrower."""
+        if value.dim() != len(shape):
+            return value
+        (width, own), *ffn = self.pairs or ((0, 0),)
+        for axis, (theirs, mine) in enumerate(zip(value.shape, shape, strict=True)):
+            # Multiples of d_model too (queries of place and content): each block then gives the same channels.
+            if mine < theirs and ((theirs * own == mine * width and width) or (theirs, mine) in ffn):
+                index = [int((place + 0.5) * theirs / mine) for place in range(mine)]
+                value = value.index_select(axis, torch.tensor(index, device=value.device))
+        return value
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from qskd.config import ResizeConfig
 from qskd.detectors.families import find_family
-from qskd.detectors.weights import read_config
+from qskd.detectors.weights import check_path, read_config
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def read_preprocessing(folder_or_name: str | Path, resize: ResizeConfig | None =
     resize: instead of the processor's own, which is then not read. Raises QskdError when the processor asks for something
     that is not done here.
     """
-    where = str(folder_or_name)
+    where = check_path(folder_or_name, weights=False)
     said = _processor(where)
     if not said.get("do_rescale", True):
         # transformers then takes 0..255 for 0..1 where it normalises: nobody trains so, but a loader may do the dividing.
