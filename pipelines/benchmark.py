@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pipelines.export import square
 from qskd.benchmark import Cost, Runner, Size, Timing, compare_speed, cost_of, onnx_runner, torch_runner, usual_size
+from qskd.cost import busy_note
 from qskd.detectors import Detector, load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.export import export_onnx, open_session
@@ -66,6 +67,7 @@ class Benchmark:
     facts: str
     models: dict[str, tuple[str, Size, Cost]]  # name -> family, size of its input, cost
     rows: list[Row]
+    busy: str = ""  # `qskd.cost.busy_note`, when timing ended
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:
@@ -134,6 +136,7 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
             device,
             options.limit_s,
         )
+        busy = busy_note() if device.type == "cpu" else ""
         rows = []
         for label, (name, runtime) in labels.items():
             source, size = sources[name, runtime]
@@ -145,7 +148,7 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
     facts = f"{device}, {options.precision}, {options.threads} thread(s)"
     if device.type == "cpu":
         facts += f" of {os.cpu_count()} cores"
-    return Benchmark(facts, counted, rows)
+    return Benchmark(facts, counted, rows, busy)
 
 
 def show(found: Benchmark, console: Console | None = None) -> None:
@@ -170,6 +173,8 @@ def show(found: Benchmark, console: Console | None = None) -> None:
     console.print(times)
     if not all(row.memory for row in found.rows):
         console.print("–: not measured")
+    if found.busy:
+        console.print(found.busy)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pipelines.models import device_here
 from qskd.benchmark import Timing, compare_speed, cost_of, torch_runner, usual_size
 from qskd.cache_identity import teacher_preprocessing
 from qskd.config import Config, ResizeConfig
+from qskd.cost import busy_note
 from qskd.detectors import Detector, load_detector
 from qskd.errors import QskdError
 from qskd.files import open_folder
@@ -82,7 +83,7 @@ def figures(
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
     how = (
         f"Latency: PyTorch on {device}{threads}, float32, batch 1, models in turn; measured when training had just ended, "
-        "and other work may have been on the machine."
+        "and other work may have been on the machine." + f" {busy_note() if device.type == 'cpu' else ''}".rstrip()
     )
     return done, how if timed else ""
 

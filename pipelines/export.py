@@ -21,6 +21,7 @@ from pipelines.predict import read_image
 from qskd import onnx_detect
 from qskd.benchmark import Size, compare_speed, cost_of, onnx_runner, torch_runner
 from qskd.config import ResizeConfig
+from qskd.cost import busy_note
 from qskd.detectors import (
     FAMILIES,
     Detector,
@@ -120,10 +121,11 @@ def time_both(detector: Detector, session: object, size: Size, batch: int, optio
     runners = {"PyTorch": torch_runner(detector, size, torch.device("cpu")), "onnxruntime": onnx_runner(session, size)}
     timed = compare_speed(runners, (batch,), options.rounds, limit_s=TIMING_LIMIT_S)
     (mine,), (theirs,) = timed.values()
-    return (
+    said = (
         f"PyTorch {mine.ms_per_image:.1f} ms/image, onnxruntime {theirs.ms_per_image:.1f} ms/image, which takes "
         f"{theirs.ratio:.2f} times as long (batch {batch}, {options.threads} thread(s), CPU, {mine.rounds} rounds in turn)."
     )
+    return f"{said} {busy_note()}".rstrip()
 
 
 def parity_table(found: Sequence[Parity], tolerance: float) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,6 +103,14 @@ def alternate(
             taken[name].append(seconds(sides[name], device))
             spent_s += taken[name][-1]
     return taken
+
+
+def busy_note() -> str:
+    """A sentence when more wants to run here than there are cores, which no timing on the CPU survives; else empty."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load <= 1.5 * cores:
+        return ""
+    return f"The machine was busy (load average {load:.0f} on {cores} cores): its milliseconds mean little."
 
 
 def latency_ms(call: Side, warmup: int = 5, repeats: int = 30, device: torch.device | str = "cpu") -> dict[str, float]:

@@ -134,6 +134,14 @@ def test_cuda_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyP
     assert events == ["call", "clock", "call", "clock"]
 
 
+def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost.os, "cpu_count", lambda: 2)
+    for load, said in ((0.5, ""), (3.0, ""), (7.6, "load average 8 on 2 cores")):
+        monkeypatch.setattr(cost.os, "getloadavg", lambda load=load: (load, 0, 0))
+        assert said in cost.busy_note()
+        assert bool(cost.busy_note()) == bool(said)
+
+
 def test_no_repeats_are_refused() -> None:
     with pytest.raises(ValueError, match="repeats is 0"):
         latency_ms(lambda: None, 0, 0, "cpu")

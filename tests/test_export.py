@@ -295,4 +295,4 @@ def test_a_student_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     save_detector(student, tmp_path / "student", ResizeConfig(size=SIZE), {"made": "here"})
     out = export(str(tmp_path / "student"), tmp_path / "out", ExportOptions(rounds=0))
     require_parity(check_parity(student, open_session(out / "model.onnx"), random_batches(SIZE, (1,))), "student")
-    assert json.loads((out / "qskd.json").read_text()) == {"made": "here"}
+    assert json.loads((out / "qskd.json").read_text())["made"] == "here"
