@@ -75,10 +75,15 @@ def seer_of(
 
 def initial_student(
     config: Config, labels: Sequence[str], device: torch.device, teacher: OnlineTeacher | None = None
-) -> Seer:
-    """The student as it stood before its first step: the recipe and its seed make it again."""
-    student = make_student(config, labels, teacher.detector if teacher else None)
-    return seer_of(student, Preprocessing(config.student.resize), labels, device, "student")
+) -> dict[str, Seer]:
+    """The student as it stood before its first step, by its title: the recipe and its seed make it again. None, with a
+    warning, where they can't: the weights that it began from may be elsewhere."""
+    try:
+        student = make_student(config, labels, teacher.detector if teacher else None)
+    except QskdError as error:
+        log.warning("the student before training is left out: %s", error)
+        return {}
+    return {BEFORE: seer_of(student, Preprocessing(config.student.resize), labels, device, "student")}
 
 
 def title_of(before: str) -> str:
@@ -170,7 +175,7 @@ def write_explanations(
         log.warning("%s has no teacher: its pictures are of objects and students only", config.name)
     else:
         teacher.to(device)
-    seers = {} if before else {BEFORE: initial_student(config, labels, device, teacher)}
+    seers = {} if before else initial_student(config, labels, device, teacher)
     seers |= {title: seer_of(d, looks[title], labels, device, folders[title]) for title, d in students.items()}
     if AFTER not in seers:
         log.warning("%s has no trained student yet", config.name)
@@ -179,8 +184,12 @@ def write_explanations(
         shown = explain(subject, config, labels, teacher, seers, threshold)
         if warning_of(shown):
             log.warning("%s: %s", subject.name, warning_of(shown))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(explanation_picture(shown, about(config, teacher, before))).save(target)
+        picture = Image.fromarray(explanation_picture(shown, about(config, teacher, before)))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(target)
+        except (OSError, ValueError) as error:  # ValueError: an ending that names no image format
+            raise QskdError(str(target), f"can't be written: {error}", "a picture's file", "--out FILE.png") from None
         written.append((target, shown))
     return written
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.explain import AFTER, BEFORE, about, initial_student, seer_of
+from pipelines.explain import AFTER, about, initial_student, seer_of
 from pipelines.models import device_here, make_teacher
 from pipelines.subjects import subject_of_sample
 from pipelines.tracking import Tracker
@@ -41,12 +41,9 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
     teacher = make_teacher(config, labels)
     if teacher is not None:
         teacher.to(device)
-    seers = {
-        BEFORE: initial_student(config, labels, device, teacher),
-        AFTER: seer_of(
-            load_detector(student_folder), read_preprocessing(student_folder), labels, device, str(student_folder)
-        ),
-    }
+    student = load_detector(student_folder), read_preprocessing(student_folder)
+    seers = initial_student(config, labels, device, teacher)
+    seers[AFTER] = seer_of(*student, labels, device, str(student_folder))
     reader, shown = ShardReader(config.data.val), dict[int, Explanation]()
     samples = [s for s in reader.read(0, range(min(32, val.shards[0].rows))) if len(s.category_ids)][:SAMPLES]
     for sample in samples:

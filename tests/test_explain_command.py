@@ -141,6 +141,8 @@ def test_what_cannot_be_found_is_told(work: Path) -> None:
         write_explanations(source, ["1", "2"], out=work / "c.png")
     with pytest.raises(QskdError, match=r"no config\.yaml"):
         read_source(str(work / "teacher"))
+    with pytest.raises(QskdError, match="can't be written"):
+        write_explanations(source, ["101"], out=work / "picture.nonsense")
 
 
 def test_without_data_teacher_or_trained_student_there_is_still_a_picture(
@@ -154,6 +156,10 @@ def test_without_data_teacher_or_trained_student_there_is_still_a_picture(
     assert "no trained student" in caplog.text
     assert shown.stand_ins
     assert list(shown.students) == [BEFORE]
+    gone = load(work / "recipe.yaml", [f"student.backbone.init={work}/gone"])
+    ((_, shown),) = write_explanations(Source(gone, str(work / "runs/tiny/student")), ["101"], out=work / "d.png")
+    assert list(shown.students) == [AFTER]
+    assert "the student before training is left out" in caplog.text
     untaught = load(work / "recipe.yaml", ["distillation.method=none", "teacher.path="])
     ((_, alone),) = write_explanations(Source(untaught, str(work / "runs/tiny/student")), ["101"], out=work / "e.png")
     assert alone.teacher is None
