@@ -326,7 +326,7 @@ def test_as_many_trials_run_as_fit(compute: str, nodes: list[dict[str, float]], 
 def test_a_trial_holds_what_it_trains_on() -> None:
     assert trial_resources(load(None, ["compute.threads_per_worker=3"]), gpu=False) == {"CPU": 3}
     assert trial_resources(load(None, []), gpu=True) == {"CPU": 1, "GPU": 1}
-    assert trial_resources(load(None, ["compute.workers=2"]), gpu=True) == {"CPU": 0}
+    assert trial_resources(load(None, ["compute.workers=2"]), gpu=True) == {"CPU": 0.01}
 
 
 def test_costs_are_of_the_student_and_measured_beside_the_recipes() -> None:
