@@ -152,6 +152,7 @@ h1 { font-size: 24px; } h2 { font-size: 19px; margin: 34px 0 6px; } .note { colo
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th { position: sticky; top: 0; background: #f4f4f4; text-align: left; }
 th, td { padding: 5px 10px; border-bottom: 1px solid #eee; vertical-align: top; }
+td:last-child { min-width: 440px; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.failed td { color: #8a8a8a; } tr.recipe td { background: #fdf1e8; } tr.best td { background: #e9f1fa; }
 pre { background: #f7f7f7; border: 1px solid #ddd; padding: 12px; font-size: 12px; overflow: auto; max-height: 560px; }

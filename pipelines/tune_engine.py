@@ -100,7 +100,14 @@ class SweepScheduler(FIFOScheduler):
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         self.conductor.ended(trial.config["number"])
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+
+class LostTrials(tune.Callback):
+    """A scheduler hears of every process that died; a callback of those that are not started again."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.conductor = conductor
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.conductor.lost(trial.config["number"])
 
 
@@ -135,7 +142,7 @@ def trials_at_once(config: Config, nodes: Sequence[dict[str, float]]) -> int:
 def trial_resources(config: Config, gpu: bool) -> dict[str, float]:
     """What Tune holds for a trial: a one-worker trial trains in it; another asks for its workers itself."""
     if config.compute.workers > 1:
-        return {"CPU": 0}
+        return {"CPU": 0.01}  # Tune takes no 0
     return {"CPU": 1, "GPU": 1} if gpu else {"CPU": max(1, config.compute.threads_per_worker)}
 
 
@@ -174,6 +181,7 @@ def run_tuner(
             name="tune",
             storage_path=folder,
             verbose=0,
+            callbacks=[LostTrials(conductor)],
             # For processes that die; an error is reported (`run_trial`), since it would come again.
             failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
         ),

@@ -316,8 +316,8 @@ class StopAtOnce:
         if self.second_at:
             return DONE
         if self.stopped_at:
-            cpus = (ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"])
-            if not self.free_at and cpus[0] == cpus[1]:
+            free, there = ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"]
+            if not self.free_at and free > there - 0.5:
                 self.free_at = time.monotonic()
             if self.free_at or time.monotonic() - self.stopped_at > self.patience_s:
                 return DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,24 @@ def test_without_asha_and_at_its_last_epoch_no_trial_is_stopped() -> None:
     assert not any(decide(asha, heard, number, 9.0, 1 / (number + 1)) for number in range(6))
 
 
+def test_asha_played_again_stops_what_comes_after_better_ones() -> None:
+    from benchmarks.sweep import play
+
+    search = search_of("loss_weights", trials=9)
+    rows = [
+        TrialRow(number, "finished", curve=tuple((float(epoch), 0.1 * number + 0.01 * epoch) for epoch in range(1, 10)))
+        for number in range(9)
+    ]
+
+    def played(order: Sequence[int]) -> list[int]:
+        kept = play(rows, order, lambda: SweepScheduler(None, make_asha(search, 9), []))  # type: ignore[arg-type]
+        assert all(row.curve == rows[row.number].curve[: len(row.curve)] for row in kept)
+        return [len(row.curve) for row in kept]
+
+    assert played(range(9)) == [9] * 9
+    assert played(range(8, -1, -1)) == [9] + [1] * 8
+
+
 # ---- population
 
 
@@ -326,7 +345,7 @@ def test_as_many_trials_run_as_fit(compute: str, nodes: list[dict[str, float]], 
 def test_a_trial_holds_what_it_trains_on() -> None:
     assert trial_resources(load(None, ["compute.threads_per_worker=3"]), gpu=False) == {"CPU": 3}
     assert trial_resources(load(None, []), gpu=True) == {"CPU": 1, "GPU": 1}
-    assert trial_resources(load(None, ["compute.workers=2"]), gpu=True) == {"CPU": 0}
+    assert trial_resources(load(None, ["compute.workers=2"]), gpu=True) == {"CPU": 0.01}
 
 
 def test_costs_are_of_the_student_and_measured_beside_the_recipes() -> None:
