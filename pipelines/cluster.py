@@ -6,6 +6,7 @@ import json
 import logging
 import os
 
+log = logging.getLogger("qskd")
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
 
 # Set before Ray is imported anywhere. Reports are polled for every 2 s by default, which a small detector's epoch feels.
@@ -44,6 +45,17 @@ def _for_workers() -> dict[str, str]:
 def in_a_job() -> bool:
     """Whether `ray job submit` started this program: its working folder is then a copy that every worker has too."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def say_if_on_cpus(device: str) -> None:
+    """`auto` takes the GPUs that are there, and a cluster that starts them from zero has none yet."""
+    import ray
+
+    if device == "auto" and in_a_job() and not ray.cluster_resources().get("GPU"):
+        log.warning(
+            "no GPU is in the cluster now: CPUs do the work. compute.device=cuda asks for GPUs, and waits until an "
+            "autoscaler has brought them; compute.device=cpu silences this"
+        )
 
 
 def quiet_ray_data() -> None:
