@@ -3,7 +3,8 @@
     python -m benchmarks.inherit_widths                    # two seeds, 200 steps: four short trainings
 
 The quickstart's task and teacher, a student of half its width and FFN; plain training on the objects, no distillation, so
-that nothing but the start differs. Printed: the last layer's weighted detection loss, mean of 20 steps in the middle and at the end.
+that nothing but the start differs. Printed: the last layer's weighted detection loss, mean of 20 steps in the middle and at
+the end.
 """
 
 from __future__ import annotations

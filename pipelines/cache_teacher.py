@@ -16,7 +16,7 @@ import torch
 
 from pipelines.cache_plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
 from pipelines.cache_workers import Progress, TeacherActor, decode
-from pipelines.cluster import quiet_ray_data, start_ray
+from pipelines.cluster import quiet_ray_data, say_if_on_cpus, start_ray
 from pipelines.distill import prepare_config
 from pipelines.logs import say, start_logs
 from pipelines.models import device_here, make_teacher
@@ -121,6 +121,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
     import ray
 
     quiet_ray_data()
+    say_if_on_cpus(plan.config.compute.device)
     config, todo = plan.config, plan.todo
     progress = ray.remote(num_cpus=0)(Progress).remote()
     gpu = config.compute.device == "cuda" or (

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 
+log = logging.getLogger("qskd")
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
 
 # Set before Ray is imported anywhere. Reports are polled for every 2 s by default, which a small detector's epoch feels.
@@ -88,6 +89,17 @@ def ask_for_nodes(one: dict[str, float], count: int) -> Iterator[None]:
         yield
     finally:
         request_resources(bundles=[])
+
+
+def say_if_on_cpus(device: str) -> None:
+    """`auto` takes the GPUs that are there, and a cluster that starts them from zero has none yet."""
+    import ray
+
+    if device == "auto" and in_a_job() and not ray.cluster_resources().get("GPU"):
+        log.warning(
+            "no GPU is in the cluster now: CPUs do the work. compute.device=cuda asks for GPUs, and waits until an "
+            "autoscaler has brought them; compute.device=cpu silences this"
+        )
 
 
 def quiet_ray_data() -> None:

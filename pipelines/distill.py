@@ -17,7 +17,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.cluster import in_a_job, start_ray
+from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
@@ -62,13 +62,14 @@ class Plan:
     def describe(self) -> str:
         """What `--dry-run` prints below the configuration."""
         schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
+        workers = f"{compute.min_workers} to {compute.workers}" if compute.min_workers else f"{compute.workers}"
         lines = [
             f"student: {describe_student(self.config.student, len(self.train.labels))}",
             f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
             f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
             f"{schedule.steps_per_epoch} batches of {schedule.batch_size}",
-            f"{compute.workers} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
+            f"{workers} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
             f"output: {Folder(self.config).path}",
             f"MLflow: {tracking_uri(self.config)}",
         ]
@@ -208,6 +209,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
         folder.write("inheritance.txt", inherited)
         tracker.text("inheritance.txt", inherited)
     start_ray()
+    say_if_on_cpus(config.compute.device)
     started = time.perf_counter()
     try:
         try:
@@ -251,13 +253,17 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: s
         train_loop_config={"config": to_tree(plan.config), "stream": plan.stream, "run_id": run_id},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
+            num_workers=(compute.min_workers, compute.workers) if compute.min_workers else compute.workers,
+            use_gpu=gpu,
+            resources_per_worker={"GPU": 1} if gpu else {"CPU": 1},
         ),
         run_config=ray.train.RunConfig(
             name="train",
             **folder.for_ray(),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=compute.max_failures, max_preemption_failures=compute.max_preemptions
+            ),
             callbacks=list(callbacks),
         ),
     )

@@ -30,6 +30,8 @@ from qskd.training import Training, train_batch
 
 log = logging.getLogger("qskd")
 
+NOTICE_EVERY_STEPS = 10  # each asking is a rendezvous of all workers: some milliseconds
+
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
@@ -117,6 +119,7 @@ class Worker:
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
         self.meter = Meter(Gauges(config.name, rank))
+        self.notice: Any = None
 
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
@@ -145,11 +148,29 @@ class Worker:
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):
                     self.report(share.epoch, None)
-            elif every and self.training.step % every == 0:
+            elif (every and self.training.step % every == 0) or self.given_notice():
                 self.report(share.epoch, None)
                 self.meter.resume()
             waiting_since = time.perf_counter()
         self.meter.pause()
+
+    def given_notice(self) -> bool:
+        """Whether a worker's node is about to be taken away, once for each notice: a checkpoint is then due. Training goes on
+        until it happens. Asked at the same steps everywhere, as Ray wants it, and answered the same."""
+        import ray.train
+
+        if self.training.step % NOTICE_EVERY_STEPS:
+            return False
+        notice = ray.train.get_preemption_info()
+        if notice is None or notice == self.notice:
+            return False
+        self.notice = notice
+        log.warning(
+            "step %d: node(s) %s will be taken away: saving a checkpoint",
+            self.training.step,
+            ", ".join(node[:6] for node in notice.preempted_node_ids),
+        )
+        return True
 
     def evaluate(self, shares: Iterator[Share]) -> CocoResult | None:
         """COCO AP over the validation set; on rank 0, None elsewhere."""

@@ -235,12 +235,21 @@ class ComputeConfig(Section):
     """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm excepted)."""
 
     workers: Positive = 1
+    # Elastic: begin with so many workers when no more can be had, and take up to `workers` when they can. 0 = always `workers`.
+    min_workers: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
     loader_workers: Positive = 1  # processes that read and decode, over the whole cluster
     compile: bool = False
-    max_failures: Annotated[int, Field(ge=-1)] = 3
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers; -1 = any number
+    max_preemptions: Annotated[int, Field(ge=-1)] = -1  # nodes that were taken away after a notice count apart
+
+    @model_validator(mode="after")
+    def _a_range(self) -> ComputeConfig:
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
 
 
 class TrackingConfig(Section):

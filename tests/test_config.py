@@ -294,3 +294,9 @@ def test_flatten_gives_every_leaf_its_path() -> None:
     flat = flatten(to_tree(build(FULL)))
     overrides = [f"{path}={json.dumps(value)}" for path, value in flat.items()]
     assert load(None, overrides) == build(FULL)  # every leaf is an override, and together they are the whole
+
+
+def test_an_elastic_range_of_workers_is_one() -> None:
+    assert build({"compute": {"workers": 4, "min_workers": 4}}).compute.min_workers == 4
+    with pytest.raises(QskdError, match="min_workers 5 is more than workers 4"):
+        build({"compute": {"workers": 4, "min_workers": 5}})

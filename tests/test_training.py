@@ -346,7 +346,11 @@ def test_bfloat16_runs_and_keeps_weights_in_float32() -> None:
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler for inductor")
 def test_a_compiled_backbone_gives_the_same_losses_and_plain_names() -> None:
     runs = []
-    backbone = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]}  # each stage more is seconds of the C++ compiler's
+    backbone = {
+        "embedding_size": 8,
+        "hidden_sizes": [8],
+        "depths": [1],
+    }  # each stage more is seconds of the C++ compiler's
     for compiled in (False, True):
         options = (f"compute.compile={compiled}", "training.ema_decay=0.9")
         training = make_training(recipe({"backbone": backbone}, *options))

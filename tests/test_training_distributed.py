@@ -108,6 +108,15 @@ def resume(rank: int) -> dict[str, Tensor]:
     return results | {f"again/{key}": value for key, value in again.state().items()}
 
 
+def go_on(saved: Mapping[str, Tensor], world_size: int, rank: int) -> dict[str, Tensor]:
+    """The scenario "refined" from its state after one step (as `train` gives it) to its end."""
+    training = start(configured("refined"))
+    training.load_state(part(saved, "first/"), 1)
+    for step, counts in enumerate(BATCHES[1:], start=1):
+        training.train_step(share_of(counts, step, world_size, rank))
+    return {f"last/{key}": value for key, value in training.state().items()}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=TIMEOUT_S / 3)
@@ -116,6 +125,7 @@ def worker(rank: int, folder: str) -> None:
         save_file(train(name, WORKERS, rank), f"{folder}/{name}-{rank}.safetensors")
     save_file(evaluate(rank), f"{folder}/evaluate-{rank}.safetensors")
     save_file(resume(rank), f"{folder}/resume-{rank}.safetensors")
+    save_file(go_on(load_file(f"{folder}/alone.safetensors"), WORKERS, rank), f"{folder}/grown-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -123,6 +133,7 @@ def worker(rank: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two workers wrote. Fails, and does not wait, when they hang."""
     path = tmp_path_factory.mktemp("workers")
+    save_file(train("refined", 1, 0), path / "alone.safetensors")
     context = torch.multiprocessing.start_processes(worker, (str(path),), WORKERS, join=False, start_method="spawn")
     assert context is not None
     until = time.monotonic() + TIMEOUT_S
@@ -163,15 +174,29 @@ def test_two_workers_end_with_one_worker_s_weights(folder: Path, name: str) -> N
     one, two = train(name, 1, 0), results(folder, name)
     for moment in ("first/", "last/"):
         expected, *others = (part(values, f"{moment}module.") for values in (one, *two))
-        assert expected
         for found in others:
-            assert found.keys() == expected.keys()
-            far = [
-                key
-                for key, value in expected.items()
-                if not torch.allclose(found[key], value, atol=2e-6, rtol=1e-4) and not removed_by_norm(key)
-            ]
-            assert far == []
+            assert_near(found, expected)
+
+
+def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same weights but for rounding."""
+    assert expected
+    assert found.keys() == expected.keys()
+    far = [
+        key
+        for key, value in expected.items()
+        if not torch.allclose(found[key], value, atol=2e-6, rtol=1e-4) and not removed_by_norm(key)
+    ]
+    assert far == []
+
+
+def test_a_run_whose_number_of_workers_changes_ends_with_the_same_weights(folder: Path) -> None:
+    """Elastic training: global batch, learning rate and all averages are those of the run, not of its workers."""
+    alone, two = train("refined", 1, 0), results(folder, "refined")[0]
+    expected = part(alone, "last/module.")
+    for grown in results(folder, "grown"):
+        assert_near(part(grown, "last/module."), expected)
+    assert_near(part(go_on(two, 1, 0), "last/module."), expected)
 
 
 def removed_by_norm(key: str) -> bool:
