@@ -15,6 +15,9 @@ VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its wo
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a trial of a sweep finds relative paths as any worker does
+os.environ.setdefault(
+    "TUNE_FORCE_TRIAL_CLEANUP_S", "1"
+)  # by default a stopped trial's workers train on for ten minutes
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer printer ignores that it is to be silent
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a sweep's records are our own and MLflow's
 if not VERBOSE:
