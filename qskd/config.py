@@ -132,7 +132,9 @@ class StudentConfig(Section):
     backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
     train_backbone: bool = True
     resize: ResizeConfig = ResizeConfig()
-    inherit: bool = False  # start every part whose shapes fit from the teacher's weights: same family, same width
+    # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of
+    # another family the backbone alone.
+    inherit: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,74 @@
+"""Does a student of half the teacher's width gain from evenly chosen channels of its layers (`student.inherit`)?
+
+    python -m benchmarks.inherit_widths                    # two seeds, 200 steps: four short trainings
+
+The quickstart's task and teacher, a student of half its width and FFN; plain training on the objects, no distillation, so
+that nothing but the start differs. Printed: the last layer's weighted detection loss, mean of 20 steps in the middle and at
+the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from pipelines.distill import make_plan
+from pipelines.models import ground_truth, make_student
+from pipelines.prepare import prepare
+from pipelines.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN
+from pipelines.streaming import local_stream
+from qskd.recipe import load
+from qskd.shapes import make_shapes
+from qskd.training import Training, train_batch
+
+HALF = ("student.width=32", "student.ffn_width=64", f"student.backbone.init={BACKBONE}", f"teacher.path={TEACHER}")
+
+
+def losses(shards: str, seed: int, steps: int, inherit: bool) -> list[float]:
+    """The weighted detection loss of the last layer, step by step."""
+    own = [f"data.train={shards}", f"data.val={shards}", f"seed={seed}", f"training.max_steps={steps}"]
+    more = ["training.warmup_steps=20", "training.epochs=1000", f"student.inherit={str(inherit).lower()}"]
+    config = load(RECIPE, [*HALF, *own, *more, "distillation.method=none"])
+    labels = [name for _, name in ground_truth(shards).categories]
+    training = Training(config, make_student(config, labels), None, steps, torch.device("cpu"))
+    weights, found = training.module.weights, []
+    for share in local_stream(make_plan(config, "train").stream):
+        if share.kind == "train":
+            said = training.train_step(train_batch(share.arrays))
+            found.append(sum(float(said[name]) * weights[name] for name in ("class", "l1", "giou")))
+            if len(found) == steps:
+                break
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inherit_widths", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--images", type=int, default=3200)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="qskd-widths-") as scratch:
+        annotations, images = make_shapes(TRAIN.model_copy(update={"images": given.images}), Path(scratch) / "coco")
+        shards = f"{scratch}/shards"
+        prepare(annotations, images, shards, quiet=True)
+        print("| seed | start | middle | end |\n| --- | --- | ---: | ---: |")
+        for seed in range(given.seeds):
+            for inherit in (False, True):
+                found = losses(shards, seed, given.steps, inherit)
+                middle = found[max(0, given.steps // 2 - 10) : given.steps // 2 + 10]
+                start = "the teacher's channels" if inherit else "random"
+                print(f"| {seed} | {start} | {fmean(middle):.2f} | {fmean(found[-20:]):.2f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
