@@ -18,7 +18,7 @@ from qskd.distillation.features import pair_levels, resample
 from qskd.matching import assign
 from qskd.structures import DetectorOutput, TeacherNeeds, TeacherRecord
 from qskd.teacher import OnlineTeacher
-from qskd.training import TrainBatch
+from qskd.train_batch import TrainBatch
 
 _RIDGE = 1e-3  # of the mean square of the student's memory: keeps the read-out finite when channels agree
 

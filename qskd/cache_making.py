@@ -18,7 +18,7 @@ from qskd.structures import TeacherRecord
 from qskd.teacher import OnlineTeacher, queries_above
 from qskd.teacher_cache import TeacherRow
 from qskd.teacher_codec import encode, rounded
-from qskd.training import train_batch
+from qskd.train_batch import train_batch
 from qskd.views import make_view, viewed_size
 
 WINDOW_BATCHES = 8

@@ -1,7 +1,8 @@
 """The whole configuration: strict and frozen. A field no one knows is an error, never ignored (`qskd.recipe` reads it).
 
 Sizes of what is built, not how a machine runs it, decide a run's result; what only says where and how fast (`compute`,
-`tracking`) is kept in branches of its own.
+`tracking`) is kept in branches of its own. The distillation's sections are in `qskd.config_distillation`, and imported
+from here like all others.
 """
 
 from __future__ import annotations
@@ -9,26 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from qskd.config_distillation import DistillationConfig as DistillationConfig
+from qskd.config_distillation import FeatureDistillationConfig as FeatureDistillationConfig
+from qskd.config_distillation import PredictionDistillationConfig as PredictionDistillationConfig
+from qskd.config_distillation import QuerySelectionConfig as QuerySelectionConfig
+from qskd.section import Fraction, NonNegative, Positive, Section
 from qskd.student_sizes import SizeName, resolve
-
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A frozen group of fields; unknown names and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _number_is_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
-            raise ValueError("a number belongs here, not true or false")
-        return value
 
 
 class ResizeConfig(Section):
@@ -199,89 +188,7 @@ class TeacherConfig(Section):
     cache: TeacherCacheConfig = TeacherCacheConfig()
     resize: ResizeConfig | None = None  # None: what the checkpoint's own image processor says
     # Dataset category name -> the teacher's label (or its logit slot as text, "17"), where the names differ.
-    class_map: dict[str, str] = {}
-
-
-class QuerySelectionConfig(Section):
-    """Group Query Selection (METHODS 1.3 GQS; our reconstruction, the paper's boundaries are not known).
-
-    Ascending GIoU `boundaries` cut queries into bands; `band_weights` has one weight more than there are boundaries, lowest
-    band first; 0 drops a band. Positives (bipartite matches) have their own weight, whatever their GIoU.
-    """
-
-    boundaries: tuple[Annotated[float, Field(gt=-1.0, le=1.0)], ...] = (0.5,)
-    band_weights: tuple[NonNegative, ...] = (0.0, 1.0)
-    positive_weight: NonNegative = 1.0
-    relative: bool = False  # boundaries are fractions of the best GIoU any query reaches with the object (Q-DETR)
-    shuffled: bool = False  # an ablation's control: as many queries of each object and weight, but chosen at random
-    max_per_object: Annotated[int, Field(ge=0)] = 10  # hard negatives kept per object, largest GIoU first; 0 = no limit
-
-    @model_validator(mode="after")
-    def _ordered(self) -> QuerySelectionConfig:
-        if any(low >= high for low, high in zip(self.boundaries, self.boundaries[1:], strict=False)):
-            raise ValueError(f"boundaries {list(self.boundaries)} must ascend strictly")
-        if len(self.band_weights) != len(self.boundaries) + 1:
-            raise ValueError(
-                f"{len(self.boundaries)} boundaries make {len(self.boundaries) + 1} bands, "
-                f"but band_weights has {len(self.band_weights)} entries (lowest band first)"
-            )
-        return self
-
-    @property
-    def floor(self) -> float:
-        """The lowest absolute GIoU at which a query can be kept; -1 when that can't be bounded."""
-        if self.relative or self.shuffled or self.band_weights[0] > 0:
-            return -1.0
-        kept = [low for low, weight in zip(self.boundaries, self.band_weights[1:], strict=True) if weight > 0]
-        return min(kept, default=1.0)
-
-
-class FeatureDistillationConfig(Section):
-    """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
-
-    weight: NonNegative = (
-        50.0  # chosen by search on the quickstart's task (benchmarks/evidence); METHODS guesses 1 to 10
-    )
-    query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
-    quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
-    attention_layers: Literal["last", "mean"] = "last"
-    background: Fraction = 0.1  # least mask value in an image with objects, the largest being 1; 1 = plain mimicking
-
-
-class PredictionDistillationConfig(Section):
-    """Local Alignment Prediction Distillation (METHODS 1.3 LAPD; our reconstruction). Weight 0 turns it off."""
-
-    weight: NonNegative = 1.0
-    class_weight: NonNegative = 1.0
-    l1_weight: NonNegative = 5.0
-    giou_weight: NonNegative = 2.0
-    # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
-    pairing: Literal["rank", "hungarian", "index", "global"] = "rank"
-    pair_weight: Literal["confidence", "uniform"] = "confidence"
-    divide_by: Literal["pairs", "weights"] = (
-        "pairs"  # weights: the pairs' weights; hard negatives then dilute positives less
-    )
-    class_gamma: NonNegative = 0.0  # each class's BCE times |p_t - p_s|^gamma, as quality focal loss; 0 = plain BCE
-    student_layers: Literal["all", "last"] = "all"
-    teacher_layers: Literal["last", "same_index"] = "last"
-
-
-class DistillationConfig(Section):
-    """What is learned from the teacher. The weights of its terms may rise at the start and fall at the end; the detection
-    loss keeps its own throughout."""
-
-    method: Literal["none", "qskd"] = "qskd"
-    warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
-    decay: Fraction = 0.0  # part of all steps, at the end, in which they fall linearly to 0; 0 = they stay
-    selection: QuerySelectionConfig = QuerySelectionConfig()
-    features: FeatureDistillationConfig = FeatureDistillationConfig()
-    predictions: PredictionDistillationConfig = PredictionDistillationConfig()
-
-    @model_validator(mode="after")
-    def _room_for_both(self) -> DistillationConfig:
-        if self.warmup + self.decay > 1 + 1e-9:
-            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole training")
-        return self
+    class_map: dict[str, str] = Field(default={})
 
 
 class DetectionLossConfig(Section):

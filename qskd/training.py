@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qskd.config import Config, ResizeConfig, TrainingConfig
+from qskd.config import Config, TrainingConfig
 from qskd.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.detection_loss import combine, detection_terms, detection_weights
 from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
@@ -27,70 +26,12 @@ from qskd.distillation import build_method, distillation_factor
 from qskd.errors import QskdError
 from qskd.matching import assign
 from qskd.precision import autocast
-from qskd.structures import LossTerm, Targets, TeacherRecord, to_device
+from qskd.structures import LossTerm, Targets, TeacherRecord
 from qskd.teacher import CachedTeacher, OnlineTeacher, Teacher
-from qskd.teacher_codec import EncodedRecord, decode, encoded_record
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """A worker's share of one global batch, as tensors. n may be 0.
-
-    images: uint8 [n, H, W, 3]; sizes: int32 [n, 2], height and width of the real part. The teacher's are the same tensors
-    when both networks see the same resolution. cached: the teacher's outputs, where they come from a cache.
-    """
-
-    images: Tensor
-    sizes: Tensor
-    teacher_images: Tensor
-    teacher_sizes: Tensor
-    targets: Targets
-    cached: EncodedRecord | None = None
-
-
-def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> TrainBatch:
-    """The loader's arrays -> tensors on `device` (pinned on the way to a GPU, so that copies overlap with work)."""
-
-    def tensor(name: str) -> Tensor:
-        value = torch.from_numpy(np.require(arrays[name], requirements="W"))
-        return value.pin_memory() if torch.device(device).type == "cuda" else value
-
-    counts = tuple(int(count) for count in arrays["counts"])
-    slots = torch.arange(arrays["labels"].shape[1])
-    targets = Targets(
-        boxes_cxcywh=tensor("boxes_cxcywh"),
-        labels=tensor("labels"),
-        valid=slots[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None],
-        image_ids=tuple(int(image_id) for image_id in arrays["image_ids"]),
-        counts=counts,
-    )
-    images, sizes = tensor("images"), tensor("sizes")
-    own, cached = "teacher_images" in arrays, "teacher_logits" in arrays
-    batch = TrainBatch(
-        images=images,
-        sizes=sizes,
-        teacher_images=tensor("teacher_images") if own else images,
-        teacher_sizes=tensor("teacher_sizes") if own else sizes,
-        targets=targets,
-        cached=encoded_record({name: tensor(name) for name in arrays if name.startswith("teacher_")})
-        if cached
-        else None,
-    )
-    return to_device(batch, device)
-
-
-def _stand_in(device: torch.device, student: ResizeConfig, teacher: Teacher | None) -> TrainBatch:
-    """One black image without objects, for a worker whose share is empty: no detector takes a batch of none, and the
-    other workers wait for its gradients. Small, where a network does not insist on its own (square) size."""
-
-    def black(resize: ResizeConfig) -> tuple[Tensor, Tensor]:
-        side = resize.size if resize.mode == "square" else 64
-        return torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.full((1, 2), side, dtype=torch.int32)
-
-    none = torch.zeros(1, 0, dtype=torch.int64)
-    targets = Targets(torch.zeros(1, 0, 4), none, none.bool(), image_ids=(), counts=(0,))
-    own = teacher.preprocessing.resize if isinstance(teacher, OnlineTeacher) else student
-    return to_device(TrainBatch(*black(student), *black(own), targets), device)
+from qskd.teacher_codec import decode
+from qskd.train_batch import TrainBatch as TrainBatch
+from qskd.train_batch import stand_in
+from qskd.train_batch import train_batch as train_batch
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -230,7 +171,7 @@ class Training:
         settings = self.config.training
         # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
-        share = batch if len(batch.images) else _stand_in(self.device, self.config.student.resize, self.teacher)
+        share = batch if len(batch.images) else stand_in(self.device, self.config.student.resize, self.teacher)
         self.student.train(share is batch)  # a stand-in leaves no mark on batch statistics
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)

@@ -76,12 +76,12 @@ class Cell:
         overrides = (
             *STUDENTS[self.student].overrides,
             *variant.overrides,
-            *self.extra,
             f"name={self.name}",
             f"seed={self.seed}",
             f"training.max_steps={self.steps}",
             "training.epochs=1000000",
             f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
+            *self.extra,  # last: a search may set the number of steps, too
         )
         return make_config(work, self.split, overrides, variant.kind)
 

@@ -1,6 +1,7 @@
 """How long a step of one variant takes against a step without teacher: what equal time means in steps.
 
-Ratios of one run, sides in turn, loading included; written to records/clock.json, which is committed. Run it alone:
+Ratios of one run, sides in turn, loading included, in CPU seconds of this one-thread process, which other work on the
+machine disturbs less than seconds of the clock; written to records/clock.json, which is committed:
 `python -m benchmarks.evidence clock`.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 from benchmarks.evidence.cells import RECORDS, code_version
 from benchmarks.evidence.plan import STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
-from benchmarks.timing import Side, alternate
+from benchmarks.timing import Side
 from pipelines.distill import make_plan
 from pipelines.models import make_student, teacher_for_training
 from pipelines.streaming import local_stream
@@ -42,15 +45,26 @@ def side(work: Path, student: str, variant: str) -> Side:
     return go_on
 
 
+def cpu_seconds(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Of each side in each round, one round to warm up left out; every second round runs backwards."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in list(sides) if number % 2 else list(sides)[::-1]:
+            started = time.process_time()
+            sides[name]()
+            taken[name].append(time.process_time() - started)
+    return {name: values[1:] for name, values in taken.items()}
+
+
 def measure(work: Path) -> dict[str, dict[str, float]]:
-    """Median over rounds of each variant's seconds over those without teacher, by student."""
+    """Median over rounds of each variant's CPU seconds over those without teacher, by student."""
     torch.set_num_threads(1)
     ratios = {}
     for student in STUDENTS:
-        taken = alternate({variant: side(work, student, variant) for variant in TIMED}, ROUNDS)
+        taken = cpu_seconds({variant: side(work, student, variant) for variant in TIMED}, ROUNDS)
         rounds = {v: [a / b for a, b in zip(taken[v], taken["none"], strict=True)] for v in TIMED}
         ratios[student] = {v: round(statistics.median(rounds[v]), 3) for v in TIMED}
-        ratios[student]["step_ms_without_teacher"] = round(1000 * statistics.median(taken["none"]) / STEPS, 1)
+        ratios[student]["cpu_ms_without_teacher"] = round(1000 * statistics.median(taken["none"]) / STEPS, 1)
         print(student, ratios[student], flush=True)
     RECORDS.mkdir(exist_ok=True)
     said = {"ratios": ratios, "steps_a_round": STEPS, "rounds": ROUNDS, "code": code_version()}

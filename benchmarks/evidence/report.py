@@ -15,7 +15,7 @@ from scipy.stats import t
 from benchmarks.evidence.cells import RECORDS
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 
-BASELINE = "none"
+BASELINE, OURS = "none", "qskd"
 Scores = dict[int, float]  # by seed
 
 
@@ -67,20 +67,22 @@ def table(records: Sequence[Mapping[str, Any]], student: str, teacher: float) ->
     """One student's rows, both budgets side by side, as Markdown."""
     ap, ap50 = scores(records), scores(records, "AP50")
     budgets = [b for b in BUDGETS if (student, BASELINE, b) in ap]
-    head = [f"{b}: AP | AP50 | against no teacher | gap closed" for b in budgets]
-    lines = ["| variant | seeds | " + " | ".join(head) + " |", "| --- | --- |" + " --- |" * (4 * len(budgets))]
+    head = [f"{b}: AP | AP50 | against no teacher | gap closed | QSKD ahead by" for b in budgets]
+    lines = ["| variant | seeds | " + " | ".join(head) + " |", "| --- | --- |" + " --- |" * (5 * len(budgets))]
     for name, variant in VARIANTS.items():
         cells = []
         for budget in budgets:
             mine, base = ap.get((student, name, budget)), ap[student, BASELINE, budget]
             if not mine:
-                cells += ["–"] * 4
+                cells += ["–"] * 5
                 continue
+            ours = ap.get((student, OURS, budget), {})
             cells += [
                 Interval.of(list(mine.values())).show(100),
                 Interval.of(list(ap50[student, name, budget].values())).show(100),
                 "" if name == BASELINE else Interval.of(paired(mine, base)).show(100, sign="+"),
                 "" if name == BASELINE else Interval.of(shares(mine, base, teacher)).show(100, 0) + " %",
+                "" if name == OURS or not ours else Interval.of(paired(ours, mine)).show(100, sign="+"),
             ]
         counts = sorted({len(ap[student, name, b]) for b in budgets if (student, name, b) in ap})
         if counts:
