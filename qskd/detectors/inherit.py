@@ -30,7 +30,12 @@ class Inheritance:
 
     def describe(self) -> str:
         """One line a part."""
-        lines = [f"  {name} <- {'the same' if source == name else source}" for name, source in self.copied.items()]
+        said = {
+            name: f"the same{source[len(name) :]}"
+            for name, source in self.copied.items()
+            if source.split(",")[0] == name
+        }
+        lines = [f"  {name} <- {said.get(name, source)}" for name, source in self.copied.items()]
         return "\n".join([*lines, *(f"  {name}: not inherited, {why}" for name, why in self.left.items())])
 
 
