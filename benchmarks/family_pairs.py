@@ -5,15 +5,9 @@
 
 Each teacher first learns the eight photographs (the overfit recipe, wider and at a higher resolution than the students); then
 each student, from random weights, learns from it. Teacher and student differ in width, queries, layers and resolution. What
-<<<<<<< HEAD
 the method's two terms and the detection loss (the dense head's with it) come to, weighted, is shown as the mean of the
 first and of the last three steps on the same eight images. It proves that the terms of every pair have gradients that lead
 down, not that a pair is worth it.
-=======
-the method's two terms and the detection loss (the dense head's with it) come to, weighted, is shown as the mean of the first
-and of the last three steps on the same eight images. It proves that the terms of every pair have gradients that lead down, not
-that a pair is worth it.
->>>>>>> pretrained
 """
 
 from __future__ import annotations
