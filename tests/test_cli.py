@@ -16,7 +16,7 @@ from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
-VERBS = ("prepare", "train", "distill", "evaluate", "predict", "doctor", "shapes", "quickstart")
+VERBS = ("prepare", "train", "distill", "evaluate", "predict", "export", "benchmark", "doctor", "shapes", "quickstart")
 
 
 @pytest.fixture(scope="module")
