@@ -88,24 +88,26 @@ def export_onnx(
     if tracing:
         named |= {"dynamo": False, "dynamic_axes": {name: {0: "batch"} for name in (INPUT, *OUTPUTS)}}
     else:
-        named |= {"dynamo": True, "external_data": False, "verbose": False}
+        # Its optimiser breaks Deformable DETR's graph when boxes are refined; onnxruntime optimises what it loads itself.
+        named |= {"dynamo": True, "external_data": False, "verbose": False, "optimize": False}
         named |= {"dynamic_shapes": ({0: torch.export.Dim("batch")},)} if free else {}
         need("onnxscript")
     try:
         with _quiet(), torch.no_grad():
             torch.onnx.export(Predicting(detector.eval().model), (images,), str(file), **named)
+            _state_shapes(file, detector, size, batch)
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # dynamo wraps the reason in advice
+        said = (str(cause).strip() or "no reason given").splitlines()[0]
         raise QskdError(
             where,
-            f"torch's {exporter} exporter failed: {type(error).__name__}: {said[:300]}",
+            f"torch's {exporter} exporter failed: {type(cause).__name__}: {said[:300]}",
             remedy=f"try --exporter {'dynamo' if tracing else 'torchscript'}; docs/export.md has what was tried",
         ) from error
-    _state_shapes(file, detector, size, batch)
 
 
 def _state_shapes(file: Path, detector: Detector, size: int, batch: int | None) -> None:
-    """Write the shapes of input and outputs down in the file, the batch as a number where it is fixed."""
+    """Write the shapes of input and outputs down in the file, the batch as a number where it is fixed; check the file."""
     onnx = need("onnx")
     model = onnx.load(str(file))
     classes = detector.model.config.num_labels + FAMILIES[detector.family].no_object_rows
@@ -135,6 +137,7 @@ def open_session(file: Path, threads: int = 1, device: torch.device | str = "cpu
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors: it warns of every constant that it leaves for later
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=[wanted])
     except Exception as error:
@@ -216,7 +219,14 @@ def check_parity(detector: Detector, session: Any, batches: Sequence[tuple[str, 
     for name, pixels in batches:
         with torch.inference_mode():
             mine = [value.numpy() for value in model(pixels)]
-        theirs = session.run(list(OUTPUTS), {INPUT: pixels.numpy()})
+        try:
+            theirs = session.run(list(OUTPUTS), {INPUT: pixels.numpy()})
+        except Exception as error:
+            raise QskdError(
+                f"{detector.family} as ONNX",
+                f"onnxruntime fails on {len(pixels)} image(s): {str(error).splitlines()[0][:300]}",
+                remedy="the other --exporter, or without --dynamic-batch; docs/export.md has what was tried",
+            ) from error
         found.append(compare(name, mine, theirs, detector.family, detector.chooses_queries))
     return found
 

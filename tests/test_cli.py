@@ -17,7 +17,10 @@ from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
-VERBS = ("prepare", "train", "distill", "evaluate", "predict", "explain", "doctor", "shapes", "quickstart")
+VERBS = (
+    *("prepare", "cache", "train", "distill", "tune", "evaluate", "predict", "explain", "export", "benchmark"),
+    *("doctor", "shapes", "quickstart"),
+)
 
 
 @pytest.fixture(scope="module")
