@@ -112,6 +112,10 @@ class TrialWorker(Worker):
         last = self.last_step / self.stream.schedule.steps_per_epoch
         return read_ahead(itertools.takewhile(lambda share: share.epoch < last, local_stream(self.stream, start_step)))
 
+    def given_notice(self) -> bool:
+        """Only Ray Train's workers are told; a trial whose node goes away is begun again from its last checkpoint."""
+        return False
+
     def report(self, epoch: int, result: CocoResult | None) -> None:
         self.kept += self.meter.flush()
         step = self.training.step
