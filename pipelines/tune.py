@@ -21,11 +21,10 @@ from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
 from pipelines.sweep import Sweep, is_done
+from pipelines.sweep_end import SweepResult, finish
 from pipelines.sweep_records import ENDED, Records
-from pipelines.sweep_results import best_row
-from pipelines.sweep_tracking import ALIAS, SweepTracking
-from pipelines.sweep_trials import TrialRow
-from pipelines.tracking import Tracker, how_to_look, tracking_uri
+from pipelines.sweep_tracking import SweepTracking
+from pipelines.tracking import Tracker
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.recipe import replace_fields, to_yaml
@@ -50,18 +49,6 @@ class TuneRequest:
         """What may not change while the sweep lasts, and the number of trials, which may. spaces: with their whole paths."""
         asked = {**asdict(self.search), "spaces": list(spaces)}
         return {**asked, "trial_epochs": self.trial_epochs, "at_most_parameters": self.at_most_parameters}
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """best_recipe: the file that `qskd distill` takes. version: of the registered model, "" when that failed."""
-
-    folder: str
-    rows: tuple[TrialRow, ...]
-    best: TrialRow | None
-    best_recipe: str
-    run_id: str
-    version: str = ""
 
 
 def trial_recipe(config: Config, request: TuneRequest) -> Config:
@@ -94,19 +81,6 @@ def parameters_limit(text: str, config: Config, labels: Sequence[str], space: Se
             "begin with a smaller student",
         )
     return limit
-
-
-def best_recipe(config: Config, best: TrialRow) -> str:
-    """The recipe with the best trial's settings at its full length, as YAML, with the command that trains it."""
-    name = f"{config.name}-best"
-    found = replace_fields(config, {**best.overrides, "name": name}, "the best trial")
-    where = f"{Folder(config).path}/best.yaml"
-    head = [
-        f"# Trial {best.number} of the sweep {config.name}: AP {best.best_ap:.4f} after {best.epochs:g} epoch(s).",
-        f"#   command:  qskd distill {where}",
-        *(f"#   {field}: {json.dumps(value)}" for field, value in best.overrides.items()),
-    ]
-    return "\n".join(head) + "\n" + to_yaml(found)
 
 
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
@@ -257,48 +231,6 @@ def foresee(config: Config, request: TuneRequest) -> str:
     budget_s = 2.0 / len(students)
     measured = Calibration.mean([calibrate(student, budget_s) for student in students.values()])
     return make_tune_plan(short, search, measured).describe()
-
-
-def finish(config: Config, description: str, records: Records, tracker: Tracker) -> SweepResult:
-    """The report, the best recipe, the registered model. May be run again: it makes the same of the same rows."""
-    from rich.console import Console
-
-    from pipelines.sweep_report import terminal_table, write_report
-
-    rows, folder = records.in_order(), records.folder
-    best = best_row(rows)
-    text, command, version = "", "", ""
-    if best is not None:
-        text, command = best_recipe(config, best), f"qskd distill {shlex.quote(folder.path + '/best.yaml')}"
-        folder.write("best.yaml", text)
-        tracker.text("best.yaml", text)
-        version = _register(config, records, best, tracker)
-    with tempfile.TemporaryDirectory(prefix="qskd-sweep-report-") as scratch:
-        write_report(Path(scratch), rows, config, text, f"{config.name}: {description}")
-        folder.upload(scratch, "report")
-        tracker.folder(scratch, "report")
-    Console().print(terminal_table(rows, command, config))
-    if version:
-        print(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
-    print(f"report: {folder.path}/report/index.html")
-    print(f"look at the sweep: {how_to_look(tracking_uri(config))}")
-    tracker.finish("FINISHED" if best is not None else "FAILED")
-    recipe_path = f"{folder.path}/best.yaml" if best is not None else ""
-    return SweepResult(folder.path, tuple(rows), best, recipe_path, tracker.run_id, version)
-
-
-def _register(config: Config, records: Records, best: TrialRow, parent: Tracker) -> str:
-    """The best student's folder into its trial's run, and from there into the registry."""
-    from pyarrow import fs
-
-    trial = records.trial_folder(best.number)
-    if not best.run_id or not trial.exists("student"):
-        return ""
-    child = Tracker(parent.uri, best.run_id)
-    with tempfile.TemporaryDirectory(prefix="qskd-best-") as scratch:
-        fs.copy_files(f"{trial.root}/student", scratch, source_filesystem=trial.filesystem)
-        child.folder(scratch, "student")
-    return child.register("student", config.name, ALIAS)
 
 
 if __name__ == "__main__":

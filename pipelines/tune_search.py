@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.search_request import Search
 from pipelines.sweep_records import Refusal
 from pipelines.sweep_trials import TrialRow
-from search_spaces import OVERRIDES, RandomTrial, Range
+from search_spaces import OVERRIDES, RandomTrial
 
 FAILED_EXCESS = 10.0  # a trial that failed is worse than any that is only too large
 
@@ -27,18 +27,6 @@ class Proposal:
 
     parameters: dict[str, Any]
     overrides: dict[str, Any]
-
-
-class _Drawn(RandomTrial):
-    """Remembers its answers."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.answers: dict[str, Any] = {}
-
-    def answer(self, name: str, range_: Range) -> Any:
-        self.answers[name] = super().answer(name, range_)
-        return self.answers[name]
 
 
 def propose(
@@ -54,7 +42,7 @@ def propose(
         return Proposal(search.space.recipe_point, search.space.overrides(search.space.recipe_point))
     own_seed = (seed * 1_000_003 + number) * 1_009 + attempt
     if search.algorithm != "tpe":
-        drawn = _Drawn(own_seed)
+        drawn = RandomTrial(own_seed)
         overrides = search.space(drawn)[OVERRIDES]
         return Proposal(drawn.answers, overrides)
     study = _study(search, rows, refused)
@@ -168,7 +156,7 @@ def succession(search: Search, seed: int, number: int, generation: int, scores: 
     own = scores[number]
     if not count or number not in ranked[-count:]:
         return Succession(own.parameters, own.overrides)
-    drawn = _Drawn(((seed * 1_000_003 + number) * 1_009 + generation) * 31)
+    drawn = RandomTrial(((seed * 1_000_003 + number) * 1_009 + generation) * 31)
     donor = ranked[drawn.random.randrange(count)]
     search.space(drawn)  # what a draw anew would give
     moved = {}

@@ -102,12 +102,17 @@ class PointTrial(_Asked):
 
 
 class RandomTrial(_Asked):
-    """A trial that answers at random, evenly over each range (over its logarithm where it says so)."""
+    """A trial that answers at random, evenly over each range (over its logarithm where it says so), and remembers."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.answers: dict[str, Any] = {}
 
     def answer(self, name: str, range_: Range) -> Any:
+        self.answers[name] = self._draw(range_)
+        return self.answers[name]
+
+    def _draw(self, range_: Range) -> Any:
         if range_.kind == "categorical":
             return self.random.choice(range_.choices)
         if range_.log:

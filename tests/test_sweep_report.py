@@ -30,29 +30,17 @@ from pipelines.sweep_style import RECIPE_COLOUR
 from pipelines.sweep_trials import TrialRow
 from qskd.config import Config
 from qskd.recipe import build, flatten, to_tree, to_yaml
-from search_spaces import RandomTrial, Range, SearchSpace
+from search_spaces import RandomTrial, SearchSpace
 
 RECIPE = build({"student": {"queries": 30, "resize": {"size": 64}}, "training": {"epochs": 27}})
 SPACES = ("student_architecture", "query_groups", "loss_weights")
-
-
-class Remembered(RandomTrial):
-    """Random answers, kept as a searcher keeps them."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.answers: dict[str, Any] = {}
-
-    def answer(self, name: str, range_: Range) -> Any:
-        self.answers[name] = super().answer(name, range_)
-        return self.answers[name]
 
 
 def sweep_rows(trials: int, spaces: Sequence[str] = SPACES, seed: int = 0) -> list[TrialRow]:
     """As ASHA leaves them: most stopped early, some failed, the recipe first."""
     space, draw, rows = SearchSpace(spaces, RECIPE), random.Random(seed), []
     for number in range(trials):
-        trial = Remembered(1000 * seed + number)
+        trial = RandomTrial(1000 * seed + number)
         overrides = space(trial)["overrides"] if number else {}
         student = space.config(overrides).student
         size = 1e-5 * student.width**1.5 * (student.encoder_layers + student.decoder_layers)

@@ -16,10 +16,11 @@ from tiny import recipe, silent_student
 from pipelines.population import Population
 from pipelines.search_request import Search, SearchRequest, check_request
 from pipelines.student_costs import costs, parameters_m, recipe_latency_ms
+from pipelines.sweep_end import best_recipe
 from pipelines.sweep_records import Records, Refusal
 from pipelines.sweep_trials import TrialRow
 from pipelines.trial_job import Job
-from pipelines.tune import TuneRequest, best_recipe, parameters_limit
+from pipelines.tune import TuneRequest, parameters_limit
 from pipelines.tune_engine import SweepScheduler, make_asha, trial_resources, trials_at_once
 from pipelines.tune_search import propose, succession
 from qskd.config import Config

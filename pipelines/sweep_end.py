@@ -1,0 +1,85 @@
+"""What a sweep leaves: the winner's recipe, the report, the best student in MLflow's registry. Made of the rows alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.storage import Folder
+from pipelines.sweep_records import Records
+from pipelines.sweep_results import best_row
+from pipelines.sweep_tracking import ALIAS
+from pipelines.sweep_trials import TrialRow
+from pipelines.tracking import Tracker, how_to_look, tracking_uri
+from qskd.config import Config
+from qskd.recipe import replace_fields, to_yaml
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """best_recipe: the file that `qskd distill` takes. version: of the registered model, "" when that failed."""
+
+    folder: str
+    rows: tuple[TrialRow, ...]
+    best: TrialRow | None
+    best_recipe: str
+    run_id: str
+    version: str = ""
+
+
+def best_recipe(config: Config, best: TrialRow) -> str:
+    """The recipe with the best trial's settings at its full length, as YAML, with the command that trains it."""
+    name = f"{config.name}-best"
+    found = replace_fields(config, {**best.overrides, "name": name}, "the best trial")
+    where = f"{Folder(config).path}/best.yaml"
+    head = [
+        f"# Trial {best.number} of the sweep {config.name}: AP {best.best_ap:.4f} after {best.epochs:g} epoch(s).",
+        f"#   command:  qskd distill {where}",
+        *(f"#   {field}: {json.dumps(value)}" for field, value in best.overrides.items()),
+    ]
+    return "\n".join(head) + "\n" + to_yaml(found)
+
+
+def finish(config: Config, description: str, records: Records, tracker: Tracker) -> SweepResult:
+    """The report, the best recipe, the registered model. May be run again: it makes the same of the same rows."""
+    from rich.console import Console
+
+    from pipelines.sweep_report import terminal_table, write_report
+
+    rows, folder = records.in_order(), records.folder
+    best = best_row(rows)
+    text, command, version = "", "", ""
+    if best is not None:
+        text, command = best_recipe(config, best), f"qskd distill {shlex.quote(folder.path + '/best.yaml')}"
+        folder.write("best.yaml", text)
+        tracker.text("best.yaml", text)
+        version = _register(config, records, best, tracker)
+    with tempfile.TemporaryDirectory(prefix="qskd-sweep-report-") as scratch:
+        write_report(Path(scratch), rows, config, text, f"{config.name}: {description}")
+        folder.upload(scratch, "report")
+        tracker.folder(scratch, "report")
+    Console().print(terminal_table(rows, command, config))
+    if version:
+        print(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
+    print(f"report: {folder.path}/report/index.html")
+    print(f"look at the sweep: {how_to_look(tracking_uri(config))}")
+    tracker.finish("FINISHED" if best is not None else "FAILED")
+    recipe_path = f"{folder.path}/best.yaml" if best is not None else ""
+    return SweepResult(folder.path, tuple(rows), best, recipe_path, tracker.run_id, version)
+
+
+def _register(config: Config, records: Records, best: TrialRow, parent: Tracker) -> str:
+    """The best student's folder into its trial's run, and from there into the registry."""
+    from pyarrow import fs
+
+    trial = records.trial_folder(best.number)
+    if not best.run_id or not trial.exists("student"):
+        return ""
+    child = Tracker(parent.uri, best.run_id)
+    with tempfile.TemporaryDirectory(prefix="qskd-best-") as scratch:
+        fs.copy_files(f"{trial.root}/student", scratch, source_filesystem=trial.filesystem)
+        child.folder(scratch, "student")
+    return child.register("student", config.name, ALIAS)
