@@ -6,9 +6,10 @@ python -m benchmarks.sweep overhead    # seconds that Tune adds to a trial
 
 All on the quickstart's task (its student, its teacher, images made as its are; --images of them), on whatever cores there are.
 cache: random search over all three spaces without early stopping, so that both sides train the same trials; sides take
-turns. asha: ASHA decides by the curves alone and changes nothing in a trial but its end, so the sweep at full budgets has
-all it would have seen; it is played again over many orders of arrival. overhead: sweeps of n and of 2 n short trials, one at
-a time; their difference over n, less the same trials in a bare loop.
+turns; each round has a seed of its own, for the trials of one seed share initial weights, order, and luck. asha: ASHA decides
+by the curves alone and changes nothing in a trial but its end, so the sweep at full budgets has all it would have seen; it is
+played again over many orders of arrival. overhead: sweeps of n and of 2 n short trials, one at a time; their difference
+over n, less the same trials in a bare loop.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def data(images: int, val_images: int) -> Iterator[Path]:
         yield folder
 
 
-def recipe(folder: Path, name: str, epochs: int, cached: bool = True) -> Config:
+def recipe(folder: Path, name: str, epochs: int, cached: bool = True, seed: int = 0) -> Config:
     overrides = [
+        f"seed={seed}",
         *(f"name={name}", f"output={folder}/runs", f"data.train={folder}/train", f"data.val={folder}/val"),
         *(f"student.backbone.init={BACKBONE}", f"teacher.path={TEACHER}", "teacher.cache.all_layers=true"),
         *(f"tracking.uri=sqlite:///{folder}/mlflow.db", f"training.epochs={epochs}"),
@@ -89,16 +91,17 @@ def measure_cache(images: int, val_images: int, trials: int, epochs: int, rounds
     report = Report("A sweep from the cache over the same sweep with the teacher online")
     request = tune.TuneRequest(SearchRequest(SPACES, trials=trials, algorithm="random", asha=False))
     taken: dict[str, list[float]] = {"cached": [], "online": []}
-    found: dict[str, tuple[TrialRow, ...]] = {}
+    found: dict[str, list[TrialRow]] = {"cached": [], "online": []}
     with data(images, val_images) as folder:
         started = time.perf_counter()
         cache_teacher.run(recipe(folder, "cache", epochs), quiet=True)
         making_s = time.perf_counter() - started
         for number in range(rounds):
             for side in list(taken)[:: 1 if number % 2 == 0 else -1]:
-                config = recipe(folder, f"{side}-{number}", epochs, cached=side == "cached")
-                seconds, found[side] = sweep(config, request)
+                config = recipe(folder, f"{side}-{number}", epochs, cached=side == "cached", seed=number)
+                seconds, rows = sweep(config, request)
                 taken[side].append(seconds)
+                found[side] += rows
     pairs = list(zip(found["cached"], found["online"], strict=True))
     if any(one.overrides != other.overrides for one, other in pairs):
         raise SystemExit("the sides did not train the same trials")

@@ -39,7 +39,7 @@ def wanted(given: argparse.Namespace) -> list[Cell]:
         for seed in seeds
         for budget in given.budgets or list(BUDGETS)
         for student in given.students or list(STUDENTS)
-        for variant in given.variants or STUDENTS[student].rows(budget)
+        for variant in given.variants or STUDENTS[student].rows.get(budget, ())
     ]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 # The recipe all cells share is the quickstart's own (pipelines/assets/quickstart.yaml): its defaults are judged here.
 REPORT_SEEDS = (0, 1, 2, 3, 4)  # on the test split
 SEARCH_SEEDS = (100, 101)  # on the validation split: every setting was chosen there
-BUDGETS = {"short": 750, "long": 3000}  # training steps of 16 images
+BUDGETS = {"short": 750, "long": 3000, "longest": 9000}  # training steps of 16 images
 
 _NO_FEATURES = "distillation.features.weight=0"
 _NO_PREDICTIONS = "distillation.predictions.weight=0"
@@ -52,32 +53,30 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Student:
-    """overrides: of the shared recipe. variants, long_variants: the rows at the short and at the long budget."""
+    """overrides: of the shared recipe. rows: the variants that are compared, by budget."""
 
     title: str
     overrides: tuple[str, ...] = ()
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    long_variants: tuple[str, ...] = ()
-
-    def rows(self, budget: str) -> tuple[str, ...]:
-        """The variants that are compared at this budget."""
-        return self.variants if budget == "short" else self.long_variants
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 MAIN = ("none", "agfd", "lapd", "qskd")
 LONG = (*MAIN, "none_equal_time", "positives", "all", "mimic", "global")
+PAIR = ("none", "qskd")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
 # Each row: what is varied, about which student, at which budgets.
 STUDENTS = {
-    "inherit": Student("The quickstart's student, started from its teacher's layers", long_variants=LONG),
+    "inherit": Student(
+        "The quickstart's student, started from its teacher's layers",
+        rows={"short": tuple(VARIANTS), "long": LONG, "longest": PAIR},
+    ),
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",
         ("student.inherit=false",),
-        MAIN,
-        ("none", "qskd"),
+        {"short": MAIN, "long": PAIR},
     ),
-    "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, ("none", "qskd"), ()),
-    "conditional": Student("A second family: Conditional DETR, random layers", _CONDITIONAL, MAIN, ()),
+    "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
+    "conditional": Student("A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN}),
 }

@@ -63,31 +63,34 @@ def shares(a: Scores, base: Scores, teacher: float) -> list[float]:
     return [(a[seed] - base[seed]) / (teacher - base[seed]) for seed in sorted(a.keys() & base.keys())]
 
 
-def table(records: Sequence[Mapping[str, Any]], student: str, teacher: float) -> str:
-    """One student's rows, both budgets side by side, as Markdown."""
+def budgets_of(records: Sequence[Mapping[str, Any]], student: str) -> list[str]:
+    """The budgets at which there is an untaught student to compare with."""
+    found = scores(records)
+    return [budget for budget in BUDGETS if (student, BASELINE, budget) in found]
+
+
+def table(records: Sequence[Mapping[str, Any]], student: str, budget: str, teacher: float) -> str:
+    """One student's rows at one budget, as Markdown."""
     ap, ap50 = scores(records), scores(records, "AP50")
-    budgets = [b for b in BUDGETS if (student, BASELINE, b) in ap]
-    head = [f"{b}: AP | AP50 | against no teacher | gap closed | QSKD ahead by" for b in budgets]
-    lines = ["| variant | seeds | " + " | ".join(head) + " |", "| --- | --- |" + " --- |" * (5 * len(budgets))]
+    base, ours = ap[student, BASELINE, budget], ap.get((student, OURS, budget), {})
+    lines = [
+        "| variant | seeds | AP | AP50 | against no teacher | gap closed | QSKD ahead by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name, variant in VARIANTS.items():
-        cells = []
-        for budget in budgets:
-            mine, base = ap.get((student, name, budget)), ap[student, BASELINE, budget]
-            if not mine:
-                cells += ["–"] * 5
-                continue
-            ours = ap.get((student, OURS, budget), {})
-            cells += [
-                Interval.of(list(mine.values())).show(100),
-                Interval.of(list(ap50[student, name, budget].values())).show(100),
-                "" if name == BASELINE else Interval.of(paired(mine, base)).show(100, sign="+"),
-                "" if name == BASELINE else Interval.of(shares(mine, base, teacher)).show(100, 0) + " %",
-                "" if name == OURS or not ours else Interval.of(paired(ours, mine)).show(100, sign="+"),
-            ]
-        counts = sorted({len(ap[student, name, b]) for b in budgets if (student, name, b) in ap})
-        if counts:
-            seeds = "/".join(map(str, counts))
-            lines.append(f"| {variant.title} | {seeds} | " + " | ".join(cells) + " |")
+        mine = ap.get((student, name, budget))
+        if not mine:
+            continue
+        cells = [
+            variant.title,
+            str(len(mine)),
+            Interval.of(list(mine.values())).show(100),
+            Interval.of(list(ap50[student, name, budget].values())).show(100),
+            "" if name == BASELINE else Interval.of(paired(mine, base)).show(100, sign="+"),
+            "" if name == BASELINE else Interval.of(shares(mine, base, teacher)).show(100, 0) + " %",
+            "" if name == OURS or not ours else Interval.of(paired(ours, mine)).show(100, sign="+"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -97,7 +100,7 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
     from matplotlib.figure import Figure
 
     ap = scores(records)
-    budgets = [b for b in BUDGETS if (student, BASELINE, b) in ap]
+    budgets = budgets_of(records, student)
     names = [name for name in VARIANTS if any((student, name, b) in ap for b in budgets)]
     drawing = Figure(figsize=(4.6 * len(budgets) + 2.6, 0.36 * len(names) + 1.3), dpi=150, layout="constrained")
     FigureCanvasAgg(drawing)
@@ -126,9 +129,11 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
 
 
 def markdown(records: Sequence[Mapping[str, Any]], teacher: float) -> str:
-    """Every student's table."""
+    """Every student's tables."""
     parts = []
     for name, student in STUDENTS.items():
-        if any(record["cell"].startswith(f"{name}-") for record in records):
-            parts.append(f"### {student.title}\n\n{table(records, name, teacher)}")
+        budgets = budgets_of(records, name)
+        if budgets:
+            parts.append(f"### {student.title}")
+        parts += [f"{BUDGETS[budget]:,} steps:\n\n{table(records, name, budget, teacher)}" for budget in budgets]
     return "\n\n".join(parts) + "\n"
