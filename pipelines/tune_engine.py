@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import pipelines.cluster  # sets Ray's environment, before anything imports Ray
 
 # isort: split
-from ray import tune
+import ray
+from ray import PlacementGroupID, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipelines.distill import uses_gpu
 from pipelines.search_request import Search
@@ -69,12 +71,18 @@ class SweepScheduler(FIFOScheduler):
 
     ASHA is Ray's. It is told of the trials by their numbers, and of all that earlier drivers heard, in the order of the
     trials (its rungs are sets of results: the order makes no difference); what it said to those was acted on then.
+
+    reuse: a trial's process trains the next. Otherwise a stopped trial's is killed at once (`_release`).
     """
 
-    def __init__(self, conductor: Conductor, asha: AsyncHyperBandScheduler | None, past: Sequence[TrialRow]) -> None:
+    def __init__(
+        self, conductor: Conductor, asha: AsyncHyperBandScheduler | None, past: Sequence[TrialRow], reuse: bool = True
+    ) -> None:
         super().__init__()
-        self.conductor, self.asha = conductor, asha
+        self.conductor, self.asha, self.reuse = conductor, asha, reuse
         self.known: set[int] = set()
+        self.stopped: set[int] = set()
+        self.groups: dict[int, str] = {}
         for row in past:
             for epochs, ap in row.curve:
                 self._ask(row.number, epochs, ap)
@@ -94,11 +102,34 @@ class SweepScheduler(FIFOScheduler):
         number, report = trial.config["number"], json.loads(result["report"])
         metrics = report.get("metrics")
         stop = bool(metrics) and self._ask(number, report["epochs"], metrics["AP"]) and not report["last"]
+        self.groups[number] = report.pop("placement_group", "")
         self.conductor.heard(number, report, stop)
+        if stop:
+            self.stopped.add(number)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self.conductor.ended(trial.config["number"])
+        number = trial.config["number"]
+        if number in self.stopped:
+            self._release(trial)
+        self.conductor.ended(number)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self._release(trial)
+
+    def _release(self, trial: Any) -> None:
+        """Kill the process of a trial of several workers, with Ray Train's, which it owns; give back what its workers held.
+
+        Asked to leave, the process would wait for its training to end, until Tune kills it ten seconds later. In either case
+        Ray keeps the workers' placement group for as long as the driver lives, unless it runs a dashboard.
+        """
+        if self.reuse:
+            return
+        if trial.temporary_state.ray_actor is not None:
+            ray.kill(trial.temporary_state.ray_actor)
+        group = self.groups.pop(trial.config["number"], "")
+        if group:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 class LostTrials(tune.Callback):
@@ -150,7 +181,6 @@ def run_tuner(
     conductor: Conductor, config: Config, search: Search, epochs: float, past: Sequence[TrialRow], folder: str
 ) -> None:
     """Run until the sweep has nothing left to start and all have ended, or until Ctrl-C. folder: for Tune's own files."""
-    import ray
 
     def trial(config: dict[str, Any]) -> None:
         # Pickled by value, with its imports inside: the driver's own modules stay out of it.
@@ -169,7 +199,7 @@ def run_tuner(
         tune.with_resources(trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=SweepSearcher(conductor),
-            scheduler=SweepScheduler(conductor, make_asha(search, epochs), past),
+            scheduler=SweepScheduler(conductor, make_asha(search, epochs), past, reuse=one),
             num_samples=-1,
             # A process that has trained one trial trains the next: starting one and importing torch takes seconds. Not for
             # trials of several workers, whose training can't be ended from within.

@@ -223,6 +223,7 @@ def _train_with_workers(plan: Plan, folder: Folder) -> None:
                     folder.upload(Path(local) / "student", "student")
             report = evaluated(entry, plan, self.rows, time.perf_counter() - self.since)
             self.rows, self.since = [], time.perf_counter()
+            report["placement_group"] = first["placement_group"]
             super().after_report(run_context, [{"report": json.dumps(report)}], None)
 
     folder.delete(FAILURE)

@@ -183,10 +183,14 @@ class Worker:
         return evaluate_coco(self.truth, everything) if everything is not None and self.truth is not None else None
 
     def report(self, epoch: int, result: CocoResult | None) -> None:
-        """Metrics to the controller; from rank 0 with a checkpoint, with a student folder in it after an evaluation."""
+        """Metrics to the controller; from rank 0 with a checkpoint, with a student folder in it after an evaluation.
+        "placement_group": what to give back when the training is killed (a sweep's `SweepScheduler`)."""
         import ray.train
+        import ray.util
 
         metrics: dict[str, Any] = {"epoch": epoch, "step": self.training.step, "rows": self.meter.flush()}
+        group = ray.util.get_current_placement_group()
+        metrics["placement_group"] = group.id.hex() if group is not None else ""
         if result is not None:
             metrics["evaluation"] = result.metrics
         for step, row in metrics["rows"] if as_json() else ():
