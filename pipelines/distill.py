@@ -17,7 +17,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
+from pipelines.cluster import in_a_job, may_be_preempted, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
@@ -250,7 +250,12 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: s
     gpu = uses_gpu(plan.config, ray.cluster_resources())
     return TorchTrainer(
         train,
-        train_loop_config={"config": to_tree(plan.config), "stream": plan.stream, "run_id": run_id},
+        train_loop_config={
+            "config": to_tree(plan.config),
+            "stream": plan.stream,
+            "run_id": run_id,
+            "preemptible": may_be_preempted(plan.config),
+        },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if compute.min_workers else compute.workers,
