@@ -21,7 +21,7 @@ from pipelines.cluster import in_a_job, may_be_preempted, say_if_on_cpus, start_
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
-from pipelines.streaming import StreamConfig
+from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, tracking_uri
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
@@ -154,6 +154,8 @@ def make_plan(config: Config, kind: str) -> Plan:
             teacher_columns=columns_for(needs.memory, needs.attention),
             teacher_row_bytes=cache.num_bytes // (train.num_images * len(cache.views)),
         )
+    row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
+    stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
     return Plan(config, train, val, stream, kind)
 
 

@@ -38,6 +38,12 @@ Arrays = dict[str, np.ndarray]
 Run = dict[str, Any]  # kind, epoch, and the batches `first` to before `last` of it
 
 
+def keep_bytes_for(window_images: int, row_bytes: float) -> int:
+    """Memory in which a reader can hold what it has read and not yet used of a shuffling window. The last of an epoch is up to
+    twice as long. With less, rows that were read along with others are lost before their turn and read again, many times."""
+    return max(2**30, 2 * int(window_images * (row_bytes + 3000)))
+
+
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Arrays of any shapes -> one buffer: header length, JSON header, the raw bytes, each at a multiple of 64."""
     header: dict[str, tuple[str, list[int], int]] = {}
