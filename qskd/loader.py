@@ -95,12 +95,12 @@ class BatchLoader:
         self._recent = _Recent(keep_bytes)
         self.asked = self.unheld = 0  # rows (and teacher's rows) asked for so far; those that were not in memory then
         # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
-        rows, views = self._estimated_bytes()
-        self._keep_views = rows + views <= keep_bytes
+        stored, finished = self._estimated_bytes()
+        self._keep_views = stored + finished <= keep_bytes
         # When the rows alone don't fit, one that was used would only push out others that are yet to be, and be gone itself
         # before its next turn: an epoch later.
-        self._held = self._recent.get if rows <= keep_bytes else self._recent.take
-        self._keep_rows = rows <= keep_bytes
+        self._keep_rows = stored <= keep_bytes
+        self._held = self._recent.get if self._keep_rows else self._recent.take
 
     def manifest(self, kind: Kind) -> Manifest:
         """The manifest behind "train" or "val"."""
