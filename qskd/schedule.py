@@ -120,10 +120,12 @@ class EpochOrder:
         return int(self._starts[-1])
 
     def _window(self, number: int) -> NDArray[np.int32]:
-        if self._latest[0] != number:  # runs come in order: the last window is the one that is asked for again
+        made_for, rows = self._latest  # read and written whole: readers in several threads may share an order
+        if made_for != number:  # runs come in order: the last window is the one that is asked for again
             rows = _all_rows(self._shard_rows, self._windows[number])
-            self._latest = number, rows[_permutation(len(rows), "rows", self._seed, self._epoch, number)]
-        return self._latest[1]
+            rows = rows[_permutation(len(rows), "rows", self._seed, self._epoch, number)]
+            self._latest = number, rows
+        return rows
 
     def rows(self, first: int, stop: int) -> NDArray[np.int32]:
         """Places `first` to before `stop` of the order: int32 [n, 2] of (shard, row); fewer where the epoch ends."""
