@@ -7,6 +7,10 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qskd.config import Config
 
 log = logging.getLogger("qskd")
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
@@ -64,6 +68,12 @@ def in_a_job() -> bool:
 def joined() -> bool:
     """Whether this process belongs to a cluster that others started."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def may_be_preempted(config: Config) -> bool:
+    """Whether a node of a training of this recipe may go away after a notice: on a cluster of others, and where the recipe
+    says so by asking for elastic workers. A Ray that `start_ray` started here goes with this machine."""
+    return joined() or config.compute.min_workers > 0
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -17,11 +17,11 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
+from pipelines.cluster import in_a_job, may_be_preempted, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
-from pipelines.streaming import StreamConfig
+from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, tracking_uri
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
@@ -154,6 +154,8 @@ def make_plan(config: Config, kind: str) -> Plan:
             teacher_columns=columns_for(needs.memory, needs.attention),
             teacher_row_bytes=cache.num_bytes // (train.num_images * len(cache.views)),
         )
+    row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
+    stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
     return Plan(config, train, val, stream, kind)
 
 
@@ -250,7 +252,12 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: s
     gpu = uses_gpu(plan.config, ray.cluster_resources())
     return TorchTrainer(
         train,
-        train_loop_config={"config": to_tree(plan.config), "stream": plan.stream, "run_id": run_id},
+        train_loop_config={
+            "config": to_tree(plan.config),
+            "stream": plan.stream,
+            "run_id": run_id,
+            "preemptible": may_be_preempted(plan.config),
+        },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if compute.min_workers else compute.workers,

@@ -1,4 +1,4 @@
-"""Ray Data: shards -> batches on the worker that trains. One execution is the whole schedule.
+"""Ray Data: shards -> batches on the worker that trains. One execution spans epochs: the whole of a short schedule.
 
 The schedule is cut into runs of consecutive steps. A reader process takes a run, reads the rows it needs and emits one row
 for each worker: that worker's share of every step in it. Ray deals rows out in turn (`preserve_order`), every row says
@@ -6,13 +6,17 @@ whose it is, and the worker checks it: sample order depends on (seed, epoch, wor
 
 Why runs: a Ray Data block costs about 90 ms of driver time on two cores, whatever its size; a step of a small detector
 takes as long. Blocks of tens of steps make that vanish.
+
+Why not one execution whatever the length: Ray makes all of its input before the first block flows, at about a millisecond
+for each run of steps. COCO's fifty epochs are 120,000 runs on eight workers. So an execution takes a stretch of them, and the
+next begins when it ends.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +33,15 @@ from qskd.teacher_cache import TeacherCacheReader
 RUN_BYTES = 24 * 2**20  # decoded pixels in one block, about
 MAX_RUN = 64
 LOADER_ROWS = "loader_rows"  # beside a batch's arrays: rows asked of the reader, and those it did not have in memory
+REPORT = "this is a fault of qskd or of this Ray version: please report it with the versions `qskd doctor` prints"
 Arrays = dict[str, np.ndarray]
 Run = dict[str, Any]  # kind, epoch, and the batches `first` to before `last` of it
+
+
+def keep_bytes_for(window_images: int, row_bytes: float) -> int:
+    """Memory in which a reader can hold what it has read and not yet used of a shuffling window. The last of an epoch is up to
+    twice as long. With less, rows that were read along with others are lost before their turn and read again, many times."""
+    return max(2**30, 2 * int(window_images * (row_bytes + 3000)))
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -93,6 +104,7 @@ class StreamConfig:
     teacher_cache: str = ""  # folder of the teacher's outputs; empty: none
     teacher_columns: tuple[str, ...] = ()
     teacher_row_bytes: int = 0  # of one image's columns, about
+    stretch_runs: int = 4096  # runs in one execution of Ray Data
 
     def run_length(self, world_size: int) -> int:
         """Steps in a block, from the size of a decoded batch."""
@@ -107,22 +119,26 @@ class StreamConfig:
         size = self.schedule.evaluation_batch_size or self.schedule.batch_size
         return self.schedule.steps_in(epoch) if kind == "train" else -(-sum(self.schedule.val_shard_rows) // size)
 
-    def runs(self, start_step: int, world_size: int) -> list[Run]:
+    def runs(self, start_step: int, world_size: int) -> Iterator[Run]:
         """The schedule from a training step on, cut into runs; none crosses from training to evaluation or back."""
         schedule, length = self.schedule, self.run_length(world_size)
         if start_step == schedule.total_steps:
-            return []
+            return
         first_epoch, first = divmod(start_step, schedule.steps_per_epoch)
-        parts: list[tuple[Kind, int, int]] = []
         for epoch in range(first_epoch, schedule.epochs_begun):
-            parts.append(("train", epoch, first if epoch == first_epoch else 0))
+            parts: list[tuple[Kind, int]] = [("train", first if epoch == first_epoch else 0)]
             if schedule.evaluates_after(epoch):
-                parts.append(("val", epoch, 0))
-        return [
-            {"kind": kind, "epoch": epoch, "first": at, "last": min(at + length, self.batch_count(kind, epoch))}
-            for kind, epoch, begin in parts
-            for at in range(begin, self.batch_count(kind, epoch), length)
-        ]
+                parts.append(("val", 0))
+            for kind, begin in parts:
+                count = self.batch_count(kind, epoch)
+                for at in range(begin, count, length):
+                    yield {"kind": kind, "epoch": epoch, "first": at, "last": min(at + length, count)}
+
+    def stretches(self, start_step: int, world_size: int) -> Iterator[list[Run]]:
+        """The runs, as many together as one execution takes."""
+        runs = self.runs(start_step, world_size)
+        while stretch := list(itertools.islice(runs, self.stretch_runs)):
+            yield stretch
 
     def loader(self) -> BatchLoader:
         cache = TeacherCacheReader(self.teacher_cache, self.teacher_columns) if self.teacher_cache else None
@@ -166,8 +182,8 @@ class RunReader:
                 yield pa.table({**columns, "payload": pa.array([pack(share)], type=pa.large_binary())})
 
 
-def build_dataset(config: StreamConfig, start_step: int, world_size: int, loader_workers: int) -> Any:
-    """The Ray Dataset of the schedule from a training step on: one row for each run and worker, in order."""
+def build_dataset(config: StreamConfig, runs: Sequence[Run], world_size: int, loader_workers: int) -> Any:
+    """The Ray Dataset of some consecutive runs: one row for each run and worker, in order."""
     import ray
     from ray.data import DataContext
 
@@ -175,8 +191,7 @@ def build_dataset(config: StreamConfig, start_step: int, world_size: int, loader
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # never merge rows into one block: a block is what a worker is dealt
-    runs = config.runs(start_step, world_size)
-    return ray.data.from_items(runs, override_num_blocks=len(runs)).map_batches(
+    return ray.data.from_items(list(runs), override_num_blocks=len(runs)).map_batches(
         RunReader,
         fn_constructor_args=(config, world_size),
         batch_size=1,
@@ -187,10 +202,10 @@ def build_dataset(config: StreamConfig, start_step: int, world_size: int, loader
     )
 
 
-def read_stream(iterator: Any, config: StreamConfig, start_step: int, world_size: int, rank: int) -> Iterator[Share]:
-    """What a worker sees, each run checked to be the next one and this worker's."""
+def read_stream(iterator: Any, config: StreamConfig, runs: Sequence[Run], rank: int) -> Iterator[Share]:
+    """What a worker sees of these runs, each checked to be the next one and this worker's."""
     rows = iter(iterator.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"))
-    for run in config.runs(start_step, world_size):
+    for run in runs:
         table = next(rows, None)
         found = "the end" if table is None else table.drop_columns("payload").to_pylist()
         if found != [{**run, "rank": rank}] or table is None:
@@ -198,7 +213,7 @@ def read_stream(iterator: Any, config: StreamConfig, start_step: int, world_size
                 "data stream",
                 str(found),
                 str([{**run, "rank": rank}]),
-                "this is a fault of qskd or of this Ray version: please report it with the versions `qskd doctor` prints",
+                REPORT,
             )
         chunk = table["payload"].chunk(0)
         start, stop = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + 2]
@@ -207,23 +222,27 @@ def read_stream(iterator: Any, config: StreamConfig, start_step: int, world_size
             prefix = f"{index}/"
             own = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
             yield Share(run["kind"], run["epoch"], index, config.batch_count(run["kind"], run["epoch"]), own)
+    if next(rows, None) is not None:  # asking also lets the execution end, and its readers go
+        raise QskdError("data stream", "more than its runs", f"{len(runs)} runs", REPORT)
 
 
 def open_stream(
     config: StreamConfig, start_step: int, world_size: int, rank: int, loader_workers: int
 ) -> Iterator[Share]:
-    """This worker's batches. With several workers rank 0 starts the one execution and hands the others their parts."""
-    if world_size == 1:
-        dataset = build_dataset(config, start_step, world_size, loader_workers)
-        return read_stream(dataset.iterator(), config, start_step, world_size, rank)
-    import torch.distributed as dist
+    """This worker's batches. With several workers rank 0 starts each execution and hands the others their parts."""
+    for runs in config.stretches(start_step, world_size):
+        if world_size == 1:
+            part = build_dataset(config, runs, world_size, loader_workers).iterator()
+        else:
+            import torch.distributed as dist
 
-    parts: list[Any] = [None]
-    if rank == 0:
-        dataset = build_dataset(config, start_step, world_size, loader_workers)
-        parts = [dataset.streaming_split(world_size, equal=False)]
-    dist.broadcast_object_list(parts, src=0)
-    return read_stream(parts[0][rank], config, start_step, world_size, rank)
+            parts: list[Any] = [None]
+            if rank == 0:
+                dataset = build_dataset(config, runs, world_size, loader_workers)
+                parts = [dataset.streaming_split(world_size, equal=False)]
+            dist.broadcast_object_list(parts, src=0)
+            part = parts[0][rank]
+        yield from read_stream(part, config, runs, rank)
 
 
 def local_stream(config: StreamConfig, start_step: int = 0, world_size: int = 1, rank: int = 0) -> Iterator[Share]:

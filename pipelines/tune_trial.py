@@ -90,7 +90,8 @@ class TrialWorker(Worker):
     """The house's worker, without Ray Train around it: it keeps its own checkpoints and sends its evaluations."""
 
     def __init__(self, job: Job, plan: Plan, folder: Folder, send: Send) -> None:
-        super().__init__(plan.config, plan.stream, 1, 0, device_here(plan.config))
+        # Not preemptible: only Ray Train's workers are told; a trial whose node goes is begun again from its checkpoint.
+        super().__init__(plan.config, plan.stream, 1, 0, device_here(plan.config), preemptible=False)
         self.job, self.plan, self.folder, self.send = job, plan, folder, send
         schedule = plan.stream.schedule
         self.last_step = min(schedule.total_steps, round((job.until or schedule.epochs) * schedule.steps_per_epoch))
@@ -111,10 +112,6 @@ class TrialWorker(Worker):
     def shares(self, start_step: int) -> Iterator[Share]:
         last = self.last_step / self.stream.schedule.steps_per_epoch
         return read_ahead(itertools.takewhile(lambda share: share.epoch < last, local_stream(self.stream, start_step)))
-
-    def given_notice(self) -> bool:
-        """Only Ray Train's workers are told; a trial whose node goes away is begun again from its last checkpoint."""
-        return False
 
     def report(self, epoch: int, result: CocoResult | None) -> None:
         self.kept += self.meter.flush()

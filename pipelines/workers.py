@@ -79,7 +79,8 @@ NOT_WORTH_RETRYING = (
 
 
 def train_worker(payload: dict[str, Any]) -> None:
-    """The function TorchTrainer runs on every worker. payload: "config" (nested dict) and "stream" (StreamConfig)."""
+    """The function TorchTrainer runs on every worker. payload: "config" (nested dict), "stream" (StreamConfig), "run_id"
+    (MLflow's, for the logs) and "preemptible" (whether a node may be taken away after a notice)."""
     import ray.train
 
     config, stream = build(payload["config"]), payload["stream"]
@@ -96,7 +97,8 @@ def train_worker(payload: dict[str, Any]) -> None:
     if config.compute.threads_per_worker:
         torch.set_num_threads(config.compute.threads_per_worker)
     try:
-        worker = Worker(config, stream, context.get_world_size(), context.get_world_rank())
+        world_size, rank = context.get_world_size(), context.get_world_rank()
+        worker = Worker(config, stream, world_size, rank, preemptible=payload.get("preemptible", True))
         checkpoint = ray.train.get_checkpoint()
         worker.run(restore(worker.training, checkpoint) if checkpoint else 0)
     except NOT_WORTH_RETRYING as error:
@@ -105,12 +107,22 @@ def train_worker(payload: dict[str, Any]) -> None:
 
 
 class Worker:
-    """One worker's training, its share of the evaluations, and its reports."""
+    """One worker's training, its share of the evaluations, and its reports.
+
+    preemptible: Ray is asked for notices that a node goes away; without it no time is spent on asking.
+    """
 
     def __init__(
-        self, config: Config, stream: StreamConfig, world_size: int, rank: int, device: torch.device | None = None
+        self,
+        config: Config,
+        stream: StreamConfig,
+        world_size: int,
+        rank: int,
+        device: torch.device | None = None,
+        preemptible: bool = False,
     ) -> None:
         self.config, self.stream, self.world_size, self.rank = config, stream, world_size, rank
+        self.preemptible = preemptible
         self.device = device or pick_device(config.compute.device)
         manifest = load_manifest(stream.train_uri)
         self.category_ids = tuple(category.id for category in manifest.categories)
@@ -159,7 +171,7 @@ class Worker:
         until it happens. Asked at the same steps everywhere, as Ray wants it, and answered the same."""
         import ray.train
 
-        if self.training.step % NOTICE_EVERY_STEPS:
+        if not self.preemptible or self.training.step % NOTICE_EVERY_STEPS:
             return False
         notice = ray.train.get_preemption_info()
         if notice is None or notice == self.notice:

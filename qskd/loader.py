@@ -51,6 +51,12 @@ class _Recent:
         self._entries.move_to_end(key)
         return entry[0]
 
+    def take(self, key: Key) -> Any:
+        """`get`, and let it go."""
+        value, size_bytes = self._entries.pop(key, (None, 0))
+        self.held_bytes -= size_bytes
+        return value
+
     def put(self, key: Key, value: Any, size_bytes: int) -> None:
         if size_bytes > self._limit:
             return
@@ -63,8 +69,9 @@ class _Recent:
 class BatchLoader:
     """Loads batches of rows from a train and a val shard folder (an empty URI: there is none). Not for several threads.
 
-    keep_bytes bounds what is kept in memory: encoded rows, so that rows stored together are read together once; and
-    finished views too, when all of them fit beside the rows. teacher_resize equal to student_resize counts as none.
+    keep_bytes bounds what is kept in memory: encoded rows, so that rows stored together are read together once, for good when
+    all of them fit, else until each was asked for; and finished views too, when all of them fit beside the rows.
+    teacher_resize equal to student_resize counts as none.
     teacher_cache: where the teacher's outputs on the training views are read from; its pixels are then not needed.
     """
 
@@ -88,7 +95,12 @@ class BatchLoader:
         self._recent = _Recent(keep_bytes)
         self.asked = self.unheld = 0  # rows (and teacher's rows) asked for so far; those that were not in memory then
         # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
-        self._keep_views = self._estimated_bytes() <= keep_bytes
+        stored, finished = self._estimated_bytes()
+        self._keep_views = stored + finished <= keep_bytes
+        # When the rows alone don't fit, one that was used would only push out others that are yet to be, and be gone itself
+        # before its next turn: an epoch later.
+        self._keep_rows = stored <= keep_bytes
+        self._held = self._recent.get if self._keep_rows else self._recent.take
 
     def manifest(self, kind: Kind) -> Manifest:
         """The manifest behind "train" or "val"."""
@@ -136,9 +148,9 @@ class BatchLoader:
     def _teacher_rows(
         self, cache: TeacherCacheReader, wanted: Sequence[tuple[int, int, int]], image_ids: Sequence[int]
     ) -> list[TeacherRow]:
-        found, unread = dict[Key, TeacherRow](), dict[tuple[int, int], set[int]]()
-        for shard, row, view in wanted:
-            kept = self._recent.get(("teacher", shard, row, view))
+        found, unread, asked = dict[Key, TeacherRow](), dict[tuple[int, int], set[int]](), dict.fromkeys(wanted)
+        for shard, row, view in asked:
+            kept = self._held(("teacher", shard, row, view))
             if kept is None:
                 self.unheld += 1
                 unread.setdefault((shard, view), set()).update(cache.group_rows(shard, view, row))
@@ -147,7 +159,8 @@ class BatchLoader:
         for (shard, view), rows in unread.items():
             ordered = sorted(rows)
             for row, said in zip(ordered, cache.read(shard, view, ordered), strict=True):
-                self._recent.put(("teacher", shard, row, view), said, said.nbytes + 2000)
+                if self._keep_rows or (shard, row, view) not in asked:
+                    self._recent.put(("teacher", shard, row, view), said, said.nbytes + 2000)
                 found[shard, row, view] = said
         for (shard, row, view), image_id in zip(wanted, image_ids, strict=True):
             if found[shard, row, view].image_id != image_id:
@@ -160,14 +173,15 @@ class BatchLoader:
             raise QskdError(f"data.{kind}", "not given", "a folder of shards", "make one with `qskd prepare`")
         return self._readers[kind]
 
-    def _estimated_bytes(self) -> int:
-        total = 0
+    def _estimated_bytes(self) -> tuple[int, int]:
+        """Of all rows as they are stored, the teacher's too, and of all finished views."""
+        stored = finished = 0
         for kind, reader in self._readers.items():
             pixels = sum(resize.usual_pixels for resize in self._resizes)  # an estimate is enough: the store is bounded
             views = self._views.count if kind == "train" else 1
-            total += sum(shard.bytes for shard in reader.manifest.shards)
-            total += reader.manifest.num_images * views * (3 * pixels + 1000)
-        return total + (self._cache.manifest.num_bytes if self._cache is not None else 0)
+            stored += sum(shard.bytes for shard in reader.manifest.shards)
+            finished += reader.manifest.num_images * views * (3 * pixels + 1000)
+        return stored + (self._cache.manifest.num_bytes if self._cache is not None else 0), finished
 
     def _examples(self, kind: Kind, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
         found: dict[Key, Example] = {}
@@ -188,18 +202,19 @@ class BatchLoader:
         reader = self._reader(kind)
         found: dict[tuple[int, int], Sample] = {}
         unread: dict[int, set[int]] = {}
-        for shard, row in places:
-            sample = self._recent.get(("row", kind, shard, row))
+        asked = dict.fromkeys(places)
+        for shard, row in asked:
+            sample = self._held(("row", kind, shard, row))
             if sample is None:
                 self.unheld += 1
                 unread.setdefault(shard, set()).update(reader.group_rows(shard, row))
             else:
                 found[shard, row] = sample
-        asked = set(places)
         for shard, shard_rows in unread.items():
             ordered = sorted(shard_rows)
             for row, sample in zip(ordered, reader.read(shard, ordered), strict=True):
-                self._recent.put(("row", kind, shard, row), sample, len(sample.encoded) + 1000)
+                if self._keep_rows or (shard, row) not in asked:
+                    self._recent.put(("row", kind, shard, row), sample, len(sample.encoded) + 1000)
                 if (shard, row) in asked:
                     found[shard, row] = sample
         return found

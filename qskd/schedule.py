@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -93,28 +94,58 @@ def _permutation(length: int, *key: int | str) -> NDArray[np.int64]:
     return np.argsort(bits, kind="stable")
 
 
-def epoch_order(shard_rows: Sequence[int], seed: int, epoch: int, window_images: int) -> NDArray[np.int32]:
-    """All rows in an epoch's order: int32 [N, 2] of (shard, row). Depends on the arguments only.
+class EpochOrder:
+    """An epoch's order, made window by window as it is asked for: a run of steps late in a billion images costs what one
+    in a thousand does, beyond the shards' own permutation. Depends on the arguments only.
 
     Shards are permuted; neighbours are joined to windows of at least `window_images` rows (too few left at the end join
     the last window); rows are permuted inside their window. So few shards are in use at any time.
     """
-    shards = _permutation(len(shard_rows), "shards", seed, epoch)
-    windows: list[list[int]] = [[]]
-    held = 0
-    left = sum(shard_rows)
-    for shard in shards.tolist():
-        if held >= window_images and left >= window_images:
-            windows.append([])
-            held = 0
-        windows[-1].append(shard)
-        held += shard_rows[shard]
-        left -= shard_rows[shard]
-    parts = [np.zeros((0, 2), np.int32)]
-    for number, members in enumerate(windows):
-        rows = _all_rows(shard_rows, members)
-        parts.append(rows[_permutation(len(rows), "rows", seed, epoch, number)])
-    return np.concatenate(parts)
+
+    def __init__(self, shard_rows: Sequence[int], seed: int, epoch: int, window_images: int) -> None:
+        self._shard_rows, self._seed, self._epoch = shard_rows, seed, epoch
+        self._windows: list[list[int]] = [[]]
+        sizes, left = [0], sum(shard_rows)
+        for shard in _permutation(len(shard_rows), "shards", seed, epoch).tolist():
+            if sizes[-1] >= window_images and left >= window_images:
+                self._windows.append([])
+                sizes.append(0)
+            self._windows[-1].append(shard)
+            sizes[-1] += shard_rows[shard]
+            left -= shard_rows[shard]
+        self._starts = np.cumsum([0, *sizes])
+        self._latest: tuple[int, NDArray[np.int32]] = (-1, np.zeros((0, 2), np.int32))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _window(self, number: int) -> NDArray[np.int32]:
+        made_for, rows = self._latest  # read and written whole: readers in several threads may share an order
+        if made_for != number:  # runs come in order: the last window is the one that is asked for again
+            rows = _all_rows(self._shard_rows, self._windows[number])
+            rows = rows[_permutation(len(rows), "rows", self._seed, self._epoch, number)]
+            self._latest = number, rows
+        return rows
+
+    def rows(self, first: int, stop: int) -> NDArray[np.int32]:
+        """Places `first` to before `stop` of the order: int32 [n, 2] of (shard, row); fewer where the epoch ends."""
+        parts, stop = [np.zeros((0, 2), np.int32)], min(stop, len(self))
+        number = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while first < stop:
+            begin, end = int(self._starts[number]), min(stop, int(self._starts[number + 1]))
+            parts.append(self._window(number)[first - begin : end - begin])
+            first, number = end, number + 1
+        return np.concatenate(parts)
+
+
+def epoch_order(shard_rows: Sequence[int], seed: int, epoch: int, window_images: int) -> NDArray[np.int32]:
+    """All rows in an epoch's order: int32 [N, 2] of (shard, row)."""
+    return EpochOrder(shard_rows, seed, epoch, window_images).rows(0, sum(shard_rows))
+
+
+@lru_cache(maxsize=1)  # a reader is asked for an epoch's runs one after the other
+def _order_of(shard_rows: tuple[int, ...], seed: int, epoch: int, window_images: int) -> EpochOrder:
+    return EpochOrder(shard_rows, seed, epoch, window_images)
 
 
 def _all_rows(shard_rows: Sequence[int], shards: Sequence[int]) -> NDArray[np.int32]:
@@ -132,9 +163,9 @@ def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator
     count, size = schedule.steps_in(epoch), schedule.batch_size
     if first >= count:
         return
-    order = epoch_order(schedule.train_shard_rows, schedule.seed, epoch, schedule.window_images)
+    order = _order_of(schedule.train_shard_rows, schedule.seed, epoch, schedule.window_images)
     for index in range(first, count):
-        rows = _with_view(order[index * size : (index + 1) * size], epoch % schedule.views)
+        rows = _with_view(order.rows(index * size, (index + 1) * size), epoch % schedule.views)
         yield Batch("train", epoch * schedule.steps_per_epoch + index, epoch, rows, index, count)
 
 

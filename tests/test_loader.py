@@ -17,7 +17,7 @@ from qskd.coco import Category, Sample, read_coco
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.errors import QskdError
 from qskd.loader import BatchLoader, label_index, pad
-from qskd.schedule import Kind, Schedule, split, stream
+from qskd.schedule import Kind, Schedule, split, stream, training_batches
 from qskd.shards import ShardReader, load_manifest, write_shards
 from qskd.views import View, make_view, view_boxes, view_image
 
@@ -149,6 +149,29 @@ def test_what_is_kept_changes_no_batch(uri: str, keep_bytes: int) -> None:
         for name, array in bounded.load(batch.kind, batch.rows).items():
             np.testing.assert_array_equal(array, expected[name], err_msg=name)
         assert bounded._recent.held_bytes <= keep_bytes
+
+
+def test_each_group_is_read_once_an_epoch_where_two_windows_fit_and_the_dataset_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(Pictures(240), str(tmp_path), rows_per_shard=8, rows_per_group=4)
+    manifest = load_manifest(str(tmp_path))
+    window, row_bytes = 32, sum(shard.bytes for shard in manifest.shards) / 240 + 1000
+    reads: list[tuple[int, int]] = []
+    original = ShardReader.read
+
+    def counting(self: ShardReader, shard: int, rows: Any, columns: Any = None) -> list[Sample]:
+        reads.extend((shard, row) for row in rows)
+        return original(self, shard, rows, columns)
+
+    monkeypatch.setattr(ShardReader, "read", counting)
+    bounded = BatchLoader(str(tmp_path), "", VIEWS, SQUARE, keep_bytes=int(2 * window * row_bytes))
+    schedule = Schedule(manifest.shard_rows, (), 0, epochs=2, batch_size=6, window_images=window)
+    for epoch in range(2):
+        reads.clear()
+        for batch in training_batches(schedule, epoch):
+            bounded.load("train", batch.rows)
+        assert len(reads) == len(set(reads)) == 240
 
 
 def test_a_dataset_that_fits_is_read_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def killing(part: str, when: Callable[[], object]) -> Iterator[list[int]]:
     killer.join(5)
 
 
+def in_stretches(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+    """Runs of this test take several executions of Ray Data, of so many runs of steps each."""
+    whole = distill.make_plan
+
+    def plan(config: Config, kind: str) -> distill.Plan:
+        made = whole(config, kind)
+        return replace(made, stream=replace(made.stream, stretch_runs=runs))
+
+    monkeypatch.setattr(distill, "make_plan", plan)
+
+
 # Long enough to be stopped on the way.
 LONGER = [
     "training.epochs=6",
@@ -219,8 +231,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, dist
 
 
 def test_a_worker_that_dies_is_replaced_and_changes_nothing(
-    work: Path, cluster: str, distilled: distill.RunResult
+    work: Path, cluster: str, distilled: distill.RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_stretches(monkeypatch, 3)  # nor does it change anything that the data comes in several executions
     disturbed = config(work, "disturbed", *LONGER)
     with killing("RayTrainWorker", lambda: read_history(Folder(disturbed))) as victims:
         result = distill.run(disturbed, "distill")
@@ -229,7 +242,10 @@ def test_a_worker_that_dies_is_replaced_and_changes_nothing(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_two_workers_train_as_this_process_does_without_ray(work: Path, cluster: str) -> None:
+def test_two_workers_train_as_this_process_does_without_ray(
+    work: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_stretches(monkeypatch, 2)  # of three: an epoch each, and the evaluation
     # Frozen norms: the statistics of a batch norm are each worker's own, by design.
     settings = ["student.backbone_norm=frozen", "training.checkpoint_every_steps=1", "training.evaluate_every_epochs=2"]
     two = config(work, "two", *settings, "compute.workers=2")

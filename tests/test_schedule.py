@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from qskd import schedule
 from qskd.errors import QskdError
-from qskd.schedule import Batch, Schedule, epoch_order, evaluation_batches, split, stream, training_batches
+from qskd.schedule import Batch, EpochOrder, Schedule, epoch_order, evaluation_batches, split, stream, training_batches
 
 SHARDS = (10, 7, 13, 1, 10, 9)
 SCHEDULE = Schedule(SHARDS, (5, 4), seed=3, epochs=4, batch_size=8, window_images=20, views=3, evaluate_every_epochs=2)
@@ -36,6 +38,32 @@ def test_the_order_depends_on_seed_and_on_epoch() -> None:
     assert pairs(epoch_order(SHARDS, 0, 0, 20)) == first
     assert pairs(epoch_order(SHARDS, 1, 0, 20)) != first
     assert pairs(epoch_order(SHARDS, 0, 1, 20)) != first
+
+
+@pytest.mark.parametrize("window", [1, 9, 20, 1000])
+def test_any_part_of_an_order_is_that_part_of_the_whole(window: int) -> None:
+    whole = epoch_order(SHARDS, 3, 1, window)
+    order = EpochOrder(SHARDS, 3, 1, window)
+    for first in range(len(whole) + 2):
+        for stop in range(first, len(whole) + 3, 5):
+            np.testing.assert_array_equal(order.rows(first, stop), whole[first:stop])
+    np.testing.assert_array_equal(order.rows(0, 3), whole[:3])  # back at the start
+
+
+def test_a_late_part_of_a_large_order_makes_no_rows_but_its_window_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    all_rows = schedule._all_rows
+
+    def counted(shard_rows: Sequence[int], shards: Sequence[int]) -> np.ndarray:
+        made.append(sum(shard_rows[shard] for shard in shards))
+        return all_rows(shard_rows, shards)
+
+    monkeypatch.setattr(schedule, "_all_rows", counted)
+    large = Schedule((512,) * 20_000, (), 0, epochs=1, batch_size=16, window_images=4096)
+    for first in (600_000, 600_001):  # of 640,000 batches; they share a window of 256
+        batch = next(training_batches(large, 0, first))
+        assert (batch.step, len(batch.rows)) == (first, 16)
+    assert made == [4096]
 
 
 def test_the_order_is_the_same_in_another_process() -> None:

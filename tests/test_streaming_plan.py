@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_runs_cover_the_schedule_exactly_from_any_step(name: str, world_size: in
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_run_crosses_an_epoch_or_the_border_between_training_and_evaluation(name: str) -> None:
     config = plan(SCHEDULES[name], size=100)
-    runs = config.runs(0, 1)
+    runs = list(config.runs(0, 1))
     for run in runs:
         batches = list(config.batches(run))
         assert {(batch.kind, batch.epoch) for batch in batches} == {(run["kind"], run["epoch"])}
@@ -124,7 +125,25 @@ def test_a_run_s_pixels_stay_within_bounds(size: int, teacher: ResizeConfig | No
 
 def test_runs_from_the_end_are_none() -> None:
     for schedule in SCHEDULES.values():
-        assert plan(schedule).runs(schedule.total_steps, 1) == []
+        assert list(plan(schedule).runs(schedule.total_steps, 1)) == []
+
+
+@pytest.mark.parametrize("runs", [1, 2, 7, 1000])
+def test_stretches_joined_are_the_runs_and_none_is_too_long(runs: int) -> None:
+    config = replace(plan(SCHEDULES["many views"], size=1000), stretch_runs=runs)
+    for start in (0, 1, 200, 374):
+        stretches = list(config.stretches(start, 2))
+        assert [run for stretch in stretches for run in stretch] == list(config.runs(start, 2))
+        assert {len(stretch) for stretch in stretches[:-1]} <= {runs}
+        assert 0 < len(stretches[-1]) <= runs
+
+
+def test_a_long_schedule_s_first_stretch_does_not_wait_for_its_last() -> None:
+    # A billion images, a hundred epochs: some 10^9 runs that no one could list.
+    schedule = Schedule((10**6,) * 1000, (8,), 0, epochs=100, batch_size=64, window_images=4096)
+    stretch = next(plan(schedule, size=1000).stretches(schedule.total_steps // 2, 1))
+    assert len(stretch) == 4096
+    assert stretch[0]["epoch"] == 50
 
 
 # ---- the stream in one process

@@ -1,0 +1,71 @@
+"""Asking whether a node goes away is a rendezvous of all workers: done where one can be given notice, and only there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import pipelines.cluster
+from pipelines import distill
+from pipelines.prepare import prepare
+from pipelines.storage import Folder
+from pipelines.workers import NOTICE_EVERY_STEPS, Worker
+from qskd.config import Config
+from qskd.recipe import load
+from qskd.shapes import ShapesConfig, make_shapes
+
+SIZES = [
+    "student.backbone={embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1]}",
+    *(f"student.{name}={value}" for name, value in {"width": 32, "encoder_layers": 1, "decoder_layers": 2}.items()),
+    *("student.heads=4", "student.ffn_width=32", "student.queries=8", "student.resize.size=64"),
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    root = tmp_path_factory.mktemp("notice")
+    annotations, images = make_shapes(ShapesConfig(images=8), root / "coco")
+    prepare(annotations, images, str(root / "data"), quiet=True)
+    paths = [f"data.train={root}/data", f"data.val={root}/data", f"output={root}/runs"]
+    return load(None, [*SIZES, *paths, "training.batch_size=4"])
+
+
+@pytest.mark.parametrize(("preemptible", "expected"), [(False, 0), (True, 3)])
+def test_a_worker_asks_every_ten_steps_or_never(
+    recipe: Config, monkeypatch: pytest.MonkeyPatch, preemptible: bool, expected: int
+) -> None:
+    import ray.train
+
+    asked: list[int] = []
+    plan = distill.make_plan(distill.prepare_config(recipe, "train"), "train")
+    worker = Worker(plan.config, plan.stream, 1, 0, preemptible=preemptible)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: asked.append(worker.training.step))
+    for worker.training.step in range(1, 3 * NOTICE_EVERY_STEPS + 1):
+        assert not worker.given_notice()
+    assert asked == [NOTICE_EVERY_STEPS * time for time in range(1, expected + 1)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "address", "expected"),
+    [
+        ([], "", False),
+        (["compute.workers=4"], "", False),
+        (["compute.workers=4", "compute.min_workers=1"], "", True),
+        ([], "10.0.0.1:6379", True),
+    ],
+)
+def test_workers_are_told_to_ask_when_elastic_or_on_a_cluster_of_others(
+    recipe: Config, monkeypatch: pytest.MonkeyPatch, overrides: list[str], address: str, expected: bool
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    config = recipe.model_copy(update={"compute": load(None, overrides).compute})
+    made: dict[str, Any] = {}
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda _, **settings: made.update(settings))
+    distill.make_trainer(distill.make_plan(distill.prepare_config(config, "train"), "train"), Folder(config), [])
+    assert made["train_loop_config"]["preemptible"] is expected
+    assert pipelines.cluster.may_be_preempted(config) is expected
