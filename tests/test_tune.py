@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sweeps import config, rows_of
+from sweeps import cluster, config, rows_of, work  # noqa: F401  (fixtures)
 
 from pipelines import cache_teacher, tune
 from pipelines.search_request import SearchRequest

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from sweeps import config, rows_of
+from sweeps import cluster, config, rows_of, work  # noqa: F401  (fixtures)
 
 from pipelines import cache_teacher, tune
 from pipelines.search_request import SearchRequest, check_request
