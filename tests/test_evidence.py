@@ -42,6 +42,19 @@ def test_a_committed_record_is_of_the_recipe_as_it_is_today(path: Path) -> None:
     assert record["steps"] == cell.steps
 
 
+def test_the_documents_say_what_the_records_do() -> None:
+    records = report.read_records()
+    teacher = json.loads((RECORDS / "teacher.json").read_text())["AP"]
+    for path, document in report.published(program.ROOT, records, teacher).items():
+        assert path.read_text() == document, f"{path.name}: run python -m benchmarks.evidence table"
+    assert (RECORDS / "table.md").read_text() == report.markdown(records, teacher)
+
+
+def test_a_document_without_marks_is_not_written_into() -> None:
+    with pytest.raises(ValueError, match="no <!-- benchmarks"):
+        report.between_marks("text", "table")
+
+
 def test_a_record_is_the_cells_whatever_fields_came_after_it(tmp_path: Path) -> None:
     config = Cell("scratch", "qskd", "short", 0).config(tmp_path)
     recorded = meaning(config)
@@ -70,6 +83,11 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     monkeypatch.setitem(plan.BUDGETS, "short", 4)
     for module in (evidence.cells, evidence.report, program):
         monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
+    marks = "before <!-- benchmarks.evidence --> old <!-- end of benchmarks.evidence --> after"
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/evidence.md"):
+        (tmp_path / name).write_text(marks)
+    monkeypatch.setattr(program, "ROOT", tmp_path)
     work = tmp_path / "work"
     task.make_task(work)
     found = {}
@@ -90,4 +108,6 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     told = capsys.readouterr().out
     assert "2 of them have a record" in told
     assert "| QSKD | 1 |" in told
+    assert "before" in (tmp_path / "docs/evidence.md").read_text()
+    assert "| QSKD | 1 |" in (tmp_path / "docs/evidence.md").read_text()
     assert (tmp_path / "records" / "scratch.png").stat().st_size > 10_000

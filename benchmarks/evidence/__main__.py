@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from benchmarks.evidence.task import make_config, make_task
 from pipelines.quickstart import TEACHER
 from qskd.errors import QskdError
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"students": ["inherit"], "variants": ["none", "lapd", "qskd"], "budgets": ["short"], "seeds": [0, 1]}
 
 
@@ -100,13 +102,17 @@ def teacher_ap(work: Path) -> float:
 
 
 def write_table(work: Path) -> None:
-    """records/table.md and a figure for each student."""
+    """records/table.md, a figure for each student, and the tables in README.md and docs/evidence.md."""
     records, teacher = report.read_records(), teacher_ap(work)
     text = report.markdown(records, teacher)
     (RECORDS / "table.md").write_text(text)
     for student in STUDENTS:
         if any(record["cell"].startswith(f"{student}-") for record in records):
             report.figure(records, student, teacher, RECORDS / f"{student}.png")
+    for path, document in report.published(ROOT, records, teacher).items():
+        path.write_text(document)
+    if (RECORDS / "inherit.png").exists():
+        shutil.copyfile(RECORDS / "inherit.png", ROOT / "docs/evidence.png")
     print(f"teacher: AP {100 * teacher:.1f}\n\n{text}")
 
 

@@ -137,3 +137,40 @@ def markdown(records: Sequence[Mapping[str, Any]], teacher: float) -> str:
             parts.append(f"### {student.title}")
         parts += [f"{BUDGETS[budget]:,} steps:\n\n{table(records, name, budget, teacher)}" for budget in budgets]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(records: Sequence[Mapping[str, Any]], student: str) -> str:
+    """One student's rows with both of the plan's budgets side by side, for a reader who wants the main thing."""
+    ap = scores(records)
+    budgets = [budget for budget in ("short", "long") if (student, BASELINE, budget) in ap]
+    head = [f"{BUDGETS[budget]:,} steps: AP | against no teacher | QSKD ahead by | seeds" for budget in budgets]
+    lines = ["| | " + " | ".join(head) + " |", "| --- |" + " --- |" * (4 * len(budgets))]
+    for name, variant in VARIANTS.items():
+        cells = []
+        for budget in budgets:
+            mine, base, ours = (ap.get((student, each, budget), {}) for each in (name, BASELINE, OURS))
+            cells += [
+                Interval.of(list(mine.values())).show(100) if mine else "–",
+                Interval.of(paired(mine, base)).show(100, sign="+") if mine and name != BASELINE else "",
+                Interval.of(paired(ours, mine)).show(100, sign="+") if mine and ours and name != OURS else "",
+                str(len(mine)) if mine else "",
+            ]
+        if any((student, name, budget) in ap for budget in budgets):
+            lines.append(f"| {variant.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def between_marks(document: str, text: str) -> str:
+    """The document with `text` in place of what stands between its marks. ValueError without marks."""
+    begin, end = "<!-- benchmarks.evidence -->", "<!-- end of benchmarks.evidence -->"
+    before, found, rest = document.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"no {begin} ... {end}")
+    return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
+
+
+def published(root: Path, records: Sequence[Mapping[str, Any]], teacher: float) -> dict[Path, str]:
+    """What README and docs/evidence.md are to say, by file."""
+    parts = {root / "README.md": summary(records, "inherit"), root / "docs/evidence.md": markdown(records, teacher)}
+    return {path: between_marks(path.read_text(), text) for path, text in parts.items()}
