@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +39,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--moments", type=int, default=20, help="of each verb and fault")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no moment later than this; 0: no limit")
-    parser.add_argument("--work", type=Path, default=Path(f"/tmp/qskd-chaos-{os.getpid()}"), help="a short name")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(f"/tmp/qskd-chaos-{os.getpid()}"),
+        help="a short name; data in it is used again",
+    )
     parser.add_argument("--keep", action="store_true", help="leave the folder of work, for its logs")
     return parser.parse_args(arguments)
 
@@ -46,9 +52,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def references(verbs: Sequence[str], made: World) -> dict[str, Undisturbed]:
     """The undisturbed runs, and the cache that distill and tune read."""
     found = {}
-    cache = made.folder / "data" / "cache"
-    if not cache.exists():
+    if not (made.folder / "data" / "cached").exists():
         moments.make_cache(made)
+        (made.folder / "data" / "cached").touch()
     for verb in verbs:
         found[verb] = Undisturbed.read(verb) or Undisturbed.make(verb, made)
         print(f"undisturbed {verb}: {found[verb].seconds:.0f} s", flush=True)
@@ -61,7 +67,10 @@ def run_all(wanted: Sequence[Moment], made: World, minutes: float) -> int:
     expected = references(sorted({moment.verb for moment in wanted}), made)
     for number, moment in enumerate(wanted, 1):
         if minutes and time.monotonic() - began > 60 * minutes:
-            print(f"{minutes:g} minutes are over; {len(wanted) - number + 1} moments are left for another time", flush=True)
+            print(
+                f"{minutes:g} minutes are over; {len(wanted) - number + 1} moments are left for another time",
+                flush=True,
+            )
             break
         started = time.monotonic()
         record = moments.run(moment, made, expected[moment.verb])
@@ -90,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "disk" in given.faults and (os.geteuid() != 0 or not shutil.which("mount")):
         print("error: --faults disk mounts a small tmpfs, which takes root; leave it out", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster is ended on the way out
     with world(given.work, given.keep) as made:
         return int(run_all(wanted, made, given.minutes) > 0)
 

@@ -23,6 +23,11 @@ from qskd.manifest import MANIFEST
 
 PATIENCE_S = 30.0  # for processes that are about to go
 LOST_CLUSTER_PATIENCE_S = 120.0  # a raylet looks for its lost GCS for a minute
+# Detached actors of Ray Data's, one a cluster, which stay while it does.
+OF_RAY = tuple(
+    f"ray::{name}"
+    for name in ("IDLE", "_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor", "ActorLocationTracker")
+)
 METRICS = {"distill": ("loss/total", "val/AP"), "tune": ("loss/total", "val/AP")}
 
 
@@ -112,14 +117,16 @@ def runs_of(config: Config, verb: str) -> dict[str, Any]:
 
 
 def compare_content(expected: Left, found: Left) -> str:
-    """"" or in words how the results differ."""
+    """ "" or in words how the results differ."""
     wrong = [f"no {name}" for name in sorted(expected.content.keys() - found.content.keys())]
-    wrong += [f"{name} has other bytes" for name, sha in expected.content.items() if found.content.get(name, sha) != sha]
+    wrong += [
+        f"{name} has other bytes" for name, sha in expected.content.items() if found.content.get(name, sha) != sha
+    ]
     return "; ".join(wrong)
 
 
 def compare_files(expected: Left, found: Left, scratch: Sequence[str]) -> str:
-    """"" or what lies about: in the run's folder, or in the folder for temporary files."""
+    """ "" or what lies about: in the run's folder, or in the folder for temporary files."""
     wrong = [
         f"{found.files.get(name, 0)} {name} instead of {expected.files.get(name, 0)}"
         for name in sorted(expected.files.keys() | found.files.keys())
@@ -145,7 +152,11 @@ def check_once(config: Config, before: Mapping[str, Any]) -> str:
     wrong = [f"image {image} of {view} {times} times" for (view, image), times in seen.items() if times != 1]
     if len(seen) != said:
         wrong.append(f"{len(seen)} images and views, {said} by the manifest")
-    wrong += [f"{name} was there before the fault and was written again" for name, was in before.items() if now.get(name) != was]
+    wrong += [
+        f"{name} was there before the fault and was written again"
+        for name, was in before.items()
+        if now.get(name) != was
+    ]
     return "; ".join(wrong)
 
 
@@ -174,7 +185,7 @@ def check_mlflow(expected: Left, found: Left, first_id: str, told_id: str) -> st
 def at_work(cluster: Cluster, own: set[int]) -> list[str]:
     """Titles of processes with something in them that were not there before. Idle ones are Ray's to keep."""
     return [
-        name for process in cluster.workers() if process.pid not in own and not (name := title(process)).startswith("ray::IDLE")
+        name for process in cluster.workers() if process.pid not in own and not (name := title(process)).startswith(OF_RAY)
     ]  # fmt: skip
 
 
@@ -187,7 +198,7 @@ def wait_until_none(found: Callable[[], list[str]], patience_s: float) -> list[s
 
 
 def check_processes(cluster: Cluster, own: set[int], lost: Sequence[Cluster]) -> str:
-    """"" or what still runs: of the run on the cluster, or of the clusters whose head was killed."""
+    """ "" or what still runs: of the run on the cluster, or of the clusters whose head was killed."""
     wrong = [f"still at work: {name}" for name in wait_until_none(lambda: at_work(cluster, own), PATIENCE_S)]
     for gone in lost:
         mark = str(gone.folder)

@@ -24,7 +24,7 @@ from benchmarks.chaos.plan import ROOT
 
 RAY = [sys.executable, "-m", "benchmarks.chaos.node"]
 MARK = "QSKD_CHAOS_CLUSTER"  # in the environment of all of a cluster's processes
-NODE_CPUS = 3
+NODE_CPUS = 4
 START_TRIES = 5
 STORE_BYTES = 200 * 2**20
 
@@ -136,10 +136,10 @@ class Cluster:
         return [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={NODE_CPUS}"]
 
     def _node(self, options: list[str]) -> Node:
-        agent, grpc, metrics = free_ports(3)
+        agent, grpc, metrics, runtime = free_ports(4)
         command = [*RAY, "start", "--block", "--disable-usage-stats", f"--metrics-export-port={metrics}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
-        command += [f"--object-store-memory={STORE_BYTES}", *options]
+        command += [f"--runtime-env-agent-port={runtime}", f"--object-store-memory={STORE_BYTES}", *options]
         self.count += 1
         return Node(command, self._without_address(), self.folder / f"node{self.count}.log")
 

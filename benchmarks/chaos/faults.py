@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.chaos.cluster import kill, title
 from benchmarks.chaos.plan import TITLES, Moment
@@ -48,11 +50,17 @@ def strike(moment: Moment, world: World, driver: Driver) -> Blow:
         return Blow(f"the head's {count} processes and the driver", again=True)
     if moment.fault == "disk":
         free = world.disk.fill()
-        return Blow(f"the disk's last {free // 1024} KiB, for {outage_s:.1f} s", outage=True, mend_at=time.monotonic() + outage_s)
+        return Blow(
+            f"the disk's last {free // 1024} KiB, for {outage_s:.1f} s",
+            outage=True,
+            mend_at=time.monotonic() + outage_s,
+        )
     torn = world.proxy.cut()
     if moment.variant == "for good":
         return Blow(f"{torn} connections to the store, until the run gave up", outage=True)
-    return Blow(f"{torn} connections to the store, for {outage_s:.1f} s", outage=True, mend_at=time.monotonic() + outage_s)
+    return Blow(
+        f"{torn} connections to the store, for {outage_s:.1f} s", outage=True, mend_at=time.monotonic() + outage_s
+    )
 
 
 def mend(moment: Moment, world: World) -> None:
@@ -69,3 +77,18 @@ NAMED = {"disk": ("No space left", "errno 28", "ENOSPC"), "store": ("s3://", "qs
 
 def names_the_cause(moment: Moment, said: str) -> bool:
     return any(word in said for word in NAMED[moment.fault])
+
+
+def judge_end(moment: Moment, blow: Blow, commands: Sequence[Mapping[str, Any]], limit_s: float) -> str:
+    """"" or what is wrong with how the commands ended, in their order. A run goes on by itself, unless its driver is gone,
+    or an outage has ended it with an error that names it; then the same command finishes it."""
+    ends = [command["ended"] for command in commands]
+    if ends[-1] != "exit code 0":
+        return f"never ended well: {', '.join(ends)}"
+    if "hung" in ends:
+        return f"hung for {limit_s:.0f} s, and ended when the command was given again"
+    if len(ends) > (2 if blow.again or blow.outage else 1):
+        return f"the command had to be given {len(ends)} times: {', '.join(ends)}"
+    if blow.outage and len(ends) == 2 and not names_the_cause(moment, commands[0]["said"]):
+        return "the outage ended it with an error that does not name it"
+    return ""

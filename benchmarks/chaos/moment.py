@@ -12,15 +12,15 @@ from typing import Any
 
 from benchmarks.chaos import checks
 from benchmarks.chaos.checks import Left
-from benchmarks.chaos.faults import Blow, mend, names_the_cause, strike
+from benchmarks.chaos.faults import Blow, judge_end, mend, strike
 from benchmarks.chaos.plan import RECORDS, Moment, applicable_checks, code_checksum
-from benchmarks.chaos.work import Driver, Places, leave_out, recipe
+from benchmarks.chaos.work import Driver, Places, job_checksum, leave_out, recipe
 from benchmarks.chaos.world import World
 from benchmarks.timing import machine
 from qskd.config import Config
 from qskd.files import open_folder, read_bytes
 
-LIMIT_S = 240.0  # a command that takes longer hangs
+LIMIT_S = 600.0  # a command that takes longer hangs; an undisturbed one takes a minute on a busy machine
 MOST_COMMANDS = 4
 LOOK_EVERY_S = 0.02
 
@@ -48,7 +48,8 @@ class Undisturbed:
         """The one on record, if it is of this code on a machine like this."""
         path = cls.path(verb)
         record = json.loads(path.read_text()) if path.exists() else {}
-        if (record.get("code"), record.get("machine")) != (code_checksum(), machine("ray")):
+        known = tuple(record.get(name) for name in ("job", "code", "machine"))
+        if known != (job_checksum(verb), code_checksum(), machine("ray")):
             return None
         return cls(verb, record["seconds"], Left(**record["left"]))
 
@@ -62,16 +63,18 @@ class Undisturbed:
         if driver.wait(LIMIT_S) != 0:
             raise RuntimeError(f"the undisturbed {verb} failed:\n{driver.log.read_text()[-3000:]}")
         seconds, left = round(time.monotonic() - began, 1), checks.look(verb, config)
-        record = {"verb": verb, "seconds": seconds, "code": code_checksum(), "machine": machine("ray")}
+        record = {"verb": verb, "seconds": seconds, "job": job_checksum(verb), "code": code_checksum()}
         cls.path(verb).parent.mkdir(parents=True, exist_ok=True)
-        cls.path(verb).write_text(json.dumps(record | {"left": left.to_json()}, indent=1) + "\n")
+        cls.path(verb).write_text(
+            json.dumps(record | {"machine": machine("ray"), "left": left.to_json()}, indent=1) + "\n"
+        )
         return cls(verb, seconds, left)
 
 
 def make_cache(world: World) -> None:
     """The teacher's outputs that distill and tune read."""
     config, folder = recipe("distill", "shared", world.places("")), world.logs / "shared"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     driver = Driver("cache", config, world.cluster, folder, 0)
     if driver.wait(LIMIT_S) != 0:
         raise RuntimeError(f"the cache could not be made:\n{driver.log.read_text()[-3000:]}")
@@ -143,15 +146,16 @@ class Trial:
         return {
             "verb": self.moment.verb, "fault": self.moment.fault, "number": self.moment.number,
             "variant": self.moment.variant, "seed": self.moment.seed, "fraction": round(fraction, 3), "after_s": after_s,
-            "struck": blow.struck, "commands": self.commands, "checks": verdicts, "code": code_checksum(),
+            "struck": blow.struck, "commands": self.commands, "checks": verdicts,
+            "job": job_checksum(self.moment.verb), "code": code_checksum(),
             "machine": machine("ray"), "date": datetime.date.today().isoformat(),
         }  # fmt: skip
 
     def verdicts(self, blow: Blow) -> dict[str, str]:
         """Check -> "" or in words what is wrong."""
-        wrong: dict[str, str] = {"ended": self.judge_end(blow)}
+        wrong: dict[str, str] = {"ended": judge_end(self.moment, blow, self.commands, LIMIT_S)}
         verb, cluster = self.moment.verb, self.world.cluster
-        own = self.own if not self.moment.fault == "head" else set()
+        own = self.own if self.moment.fault != "head" else set()
         wrong["processes"] = checks.check_processes(cluster, own, self.world.lost)
         found = checks.look(verb, self.config)
         wrong["weights"] = checks.compare_content(self.expected.left, found)
@@ -161,20 +165,6 @@ class Trial:
         else:
             wrong["mlflow"] = checks.check_mlflow(self.expected.left, found, self.first_id, first_id(self.config))
         return {name: self.short(wrong[name]) for name in applicable_checks(verb)}
-
-    def judge_end(self, blow: Blow) -> str:
-        """A run goes on by itself unless its driver is gone, or an outage has ended it with an error that names it."""
-        ends = [command["ended"] for command in self.commands]
-        if ends[-1] != "exit code 0":
-            return f"never ended well: {', '.join(ends)}"
-        if "hung" in ends:
-            return f"hung for {LIMIT_S:.0f} s, and ended when the command was given again"
-        wanted = 2 if blow.again or blow.outage else 1
-        if len(ends) > wanted:
-            return f"the command had to be given {len(ends)} times: {', '.join(ends)}"
-        if blow.outage and len(ends) == 2 and not names_the_cause(self.moment, self.commands[0]["said"]):
-            return "the outage ended it with an error that does not name it"
-        return ""
 
 
 def run(moment: Moment, world: World, expected: Undisturbed) -> dict[str, Any]:

@@ -75,13 +75,12 @@ class Proxy:
             threading.Thread(target=self._pass_on, args=(near, far), daemon=True).start()
 
     def _pass_on(self, near: socket.socket, far: socket.socket) -> None:
-        other = {near: far, far: near}
+        other, open_still = {near: far, far: near}, True
         with contextlib.suppress(OSError, ValueError):
-            while True:
+            while open_still:
                 for ready in select.select([near, far], [], [])[0]:
                     data = ready.recv(1 << 16)
-                    if not data:
-                        return self._close(near, far)
+                    open_still = open_still and bool(data)
                     other[ready].sendall(data)
         self._close(near, far)
 

@@ -36,7 +36,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             alone = sum(len(record["commands"]) == 1 for record in mine)
             cells = [verb, words, str(len(mine)), str(alone)]
             for check in CHECKS:
-                passed = sum(not record["checks"][check] for record in mine) if check in applicable_checks(verb) else None
+                passed = (
+                    sum(not record["checks"][check] for record in mine) if check in applicable_checks(verb) else None
+                )
                 cells.append("" if passed is None else str(passed) if passed == len(mine) else f"**{passed}**")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -35,14 +37,20 @@ SIZES = [
 OF_VERB = {
     "cache": ["data.views.count=2", "data.views.crop_probability=0.5", "teacher.cache.batch_size=8"],
     "distill": [
-        "training.epochs=6",
+        "training.epochs=4",
         "training.checkpoint_every_steps=2",
         "training.evaluate_every_epochs=2",
         "teacher.cache.attention_giou_floor=-1",
     ],
-    "tune": ["training.epochs=3", "training.checkpoint_every_steps=2", "teacher.cache.attention_giou_floor=-1"],
+    "tune": ["training.epochs=2", "training.checkpoint_every_steps=2", "teacher.cache.attention_giou_floor=-1"],
 }
-TUNE = ["--space", "loss_weights", "--space", "query_groups", "--trials", "4", "--at-once", "1"]
+TUNE = ["--space", "loss_weights", "--space", "query_groups", "--trials", "3", "--at-once", "1"]
+
+
+def job_checksum(verb: str) -> str:
+    """Of all that decides what a verb's run computes, code and machine left out."""
+    decides = json.dumps([SIZES, OF_VERB[verb], TUNE if verb == "tune" else [], IMAGES, ROWS_PER_SHARD])
+    return hashlib.sha256(decides.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,12 @@ class Driver:
         command = [sys.executable, "-m", VERBS[verb], str(path), *(TUNE if verb == "tune" else [])]
         with self.log.open("wb") as said:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=cluster.environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=cluster.environment,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self.began = time.monotonic()
 

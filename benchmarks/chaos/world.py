@@ -12,18 +12,18 @@ from benchmarks.chaos.cluster import Cluster, base_environment
 from benchmarks.chaos.outage import BUCKET, KEYS, Proxy, SmallDisk, Store
 from benchmarks.chaos.work import Places, copy_folder, make_data
 
-NODES = 2
+NODES = 1
 STORE_PATIENCE_S = 10  # the default is 120: an outage "for good" would take the afternoon
 
 
 class World:
-    """All of it lies below `folder`, which should have a short name: Ray's sockets are in it."""
+    """All of it lies below `folder`, which should have a short name: Ray's sockets are in it. Data that is there is kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.scratch, self.logs = folder / "tmp", folder / "logs"
         for each in (self.scratch, self.logs, folder / "out"):
-            each.mkdir(parents=True)
+            each.mkdir(parents=True, exist_ok=True)
         token = folder / "token"
         token.write_text("a" * 64)
         self.proxy = Proxy()
@@ -39,7 +39,8 @@ class World:
         self.lost: list[Cluster] = []
         self._store: Store | None = None
         self._disk: SmallDisk | None = None
-        make_data(folder / "data")
+        if not (folder / "data" / "teacher").exists():
+            make_data(folder / "data")
 
     @property
     def cluster(self) -> Cluster:
@@ -48,7 +49,7 @@ class World:
             self.drop_cluster()
         if self._cluster is None:
             self._clusters += 1
-            self._cluster = Cluster(self.folder / f"c{self._clusters}", self.environment, NODES)
+            self._cluster = Cluster(self.folder / f"c{os.getpid()}-{self._clusters}", self.environment, NODES)
         return self._cluster
 
     def drop_cluster(self) -> None:
