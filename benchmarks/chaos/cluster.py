@@ -48,7 +48,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 def title(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()  # Ray pads its titles
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return ""
 
@@ -67,6 +67,10 @@ def marked(mark: str) -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
                 found.append(process)
     return found
+
+
+def _is_agent(process: psutil.Process) -> bool:
+    return title(process) in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Node:
@@ -166,7 +170,7 @@ class Cluster:
     def workers(self) -> list[psutil.Process]:
         """The processes in which tasks and actors of the nodes and the head run, idle ones included."""
         everyone = [process for node in (self.head, *self.nodes) for process in node.family()]
-        return [process for process in everyone if title(process).startswith("ray::")]
+        return [process for process in everyone if title(process).startswith("ray::") and not _is_agent(process)]
 
     def end(self) -> None:
         """Stop all that is left, and delete its folder."""
@@ -184,5 +188,8 @@ def base_environment(scratch: Path, token: Path, more: dict[str, str]) -> dict[s
         "TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
-    environment.pop("RAY_ADDRESS", None)
+    # Where Python is told to keep no bytecode, each of Ray's processes would compile all that it imports.
+    environment["PYTHONPYCACHEPREFIX"] = str(scratch.with_name("bytecode"))
+    for name in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE"):
+        environment.pop(name, None)
     return environment

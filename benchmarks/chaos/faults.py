@@ -80,7 +80,7 @@ def names_the_cause(moment: Moment, said: str) -> bool:
 
 
 def judge_end(moment: Moment, blow: Blow, commands: Sequence[Mapping[str, Any]], limit_s: float) -> str:
-    """"" or what is wrong with how the commands ended, in their order. A run goes on by itself, unless its driver is gone,
+    """ "" or what is wrong with how the commands ended, in their order. A run goes on by itself, unless its driver is gone,
     or an outage has ended it with an error that names it; then the same command finishes it."""
     ends = [command["ended"] for command in commands]
     if ends[-1] != "exit code 0":

@@ -22,8 +22,9 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.scratch, self.logs = folder / "tmp", folder / "logs"
-        for each in (self.scratch, self.logs, folder / "out"):
-            each.mkdir(parents=True, exist_ok=True)
+        for each in (self.scratch, self.logs, folder / "out", folder / "mlflow"):
+            shutil.rmtree(each, ignore_errors=True)
+            each.mkdir(parents=True)
         token = folder / "token"
         token.write_text("a" * 64)
         self.proxy = Proxy()
@@ -75,7 +76,7 @@ class World:
 
     def places(self, fault: str) -> Places:
         """Where a run of this fault reads and writes."""
-        teacher, tracking = str(self.folder / "data/teacher"), str(self.folder / "mlflow.db")
+        teacher, tracking = str(self.folder / "data/teacher"), str(self.folder / "mlflow" / "mlflow.db")
         local = str(self.folder / "data")
         if fault == "store":
             uri = f"s3://{BUCKET}"
@@ -93,7 +94,7 @@ class World:
         if self._disk is not None:
             self._disk.free()
             shutil.rmtree(self._disk.folder / "out", ignore_errors=True)
-        for path in self.scratch.iterdir():
+        for path in (*self.scratch.iterdir(), *(self.folder / "out").iterdir()):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def end(self) -> None:
