@@ -72,6 +72,11 @@ class Undisturbed:
         )
         return cls(verb, seconds, left)
 
+    def took(self, seconds: float) -> None:
+        """A run was over before anything struck it: with other work on the machine than before, this is how long one takes."""
+        self.seconds, path = seconds, self.path(self.verb)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}, indent=1) + "\n")
+
 
 def make_cache(world: World) -> None:
     """The teacher's outputs that distill and tune read."""
@@ -109,7 +114,8 @@ class Trial:
         self.commands.append({"ended": how, "seconds": seconds, "said": said})
 
     def short(self, text: str) -> str:
-        return leave_out(text, {str(self.world.folder): "WORK", f"{ROOT}/": "", sys.prefix: "VENV", sys.base_prefix: "PYTHON"})[-1500:]
+        ours = {str(self.world.folder): "WORK", f"{ROOT}/": "", sys.prefix: "VENV", sys.base_prefix: "PYTHON"}
+        return leave_out(text, ours)[-1500:]
 
     def disturb(self) -> tuple[Blow, Driver, float]:
         """Start, and strike at the moment; later when there is nothing to strike yet."""

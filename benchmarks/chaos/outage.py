@@ -95,7 +95,7 @@ class Store:
     """moto's S3 server in a process of its own, behind the proxy. Its objects outlive every outage."""
 
     def __init__(self, proxy: Proxy, log: Path) -> None:
-        import boto3
+        import boto3  # type: ignore[import-untyped]
 
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
