@@ -70,7 +70,7 @@ def look(verb: str, config: Config) -> Left:
     if verb == "cache":
         kept = [name for name in names if name.endswith(".parquet") or name == MANIFEST]
     else:
-        kept = [name for name in names if name.endswith("student/model.safetensors")]
+        kept = [name for name in names if re.fullmatch(r"(trials/\d+/)?student/model\.safetensors", name)]
     content = {name: hashlib.sha256(read_bytes(filesystem, f"{root}/{name}")).hexdigest() for name in kept}
     if verb == "tune":
         content |= {name: outcome(read_bytes(filesystem, f"{root}/{name}")) for name in names if "/trial.json" in name}
