@@ -127,13 +127,17 @@ class Cluster:
             "RAY_prestart_worker_first_driver": "0",  # not six idle interpreters for two cores
         }
         self.count = 0
+        self.nodes: list[Node] = []
         options = ["--head", f"--port={self.gcs_port}", "--include-dashboard=false", "--num-cpus=0", "--no-monitor"]
         self.head = self._node(options)
-        self.head.wait_until_up()
-        self.nodes: list[Node] = []
-        for _ in range(nodes):  # one after the other: each is in haste
-            self.nodes.append(self._node(self._joining()))
-            self.nodes[-1].wait_until_up()
+        try:
+            self.head.wait_until_up()
+            for _ in range(nodes):  # one after the other: each is in haste
+                self.nodes.append(self._node(self._joining()))
+                self.nodes[-1].wait_until_up()
+        except BaseException:
+            self.end()
+            raise
         self.environment["RAY_ADDRESS"] = f"127.0.0.1:{self.gcs_port}"
 
     def _joining(self) -> list[str]:
