@@ -12,6 +12,8 @@ from benchmarks.chaos.plan import TITLES, Moment
 from benchmarks.chaos.work import Driver
 from benchmarks.chaos.world import World
 
+NOT_AT_WORK = {"ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+
 
 @dataclass
 class Blow:
@@ -38,7 +40,7 @@ def strike(moment: Moment, world: World, driver: Driver) -> Blow:
         return Blow(f"1 of {len(victims)} processes {name}")
     if moment.fault == "node":
         node = world.cluster.nodes[int(chance * len(world.cluster.nodes))]
-        busy = sorted({name for p in node.family() if (name := title(p)).startswith("ray::") and "IDLE" not in name})
+        busy = sorted({name for process in node.family() if (name := title(process)).startswith("ray::")} - NOT_AT_WORK)
         count = world.cluster.lose_node(node)
         return Blow(f"a node's {count} processes, at work: {', '.join(busy) or 'none'}")
     if moment.fault == "driver":
