@@ -4,6 +4,8 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+# Ray starts dozens of processes: without kept bytecode each of them compiles torch, transformers and Ray again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # --no-compile: compiling all 25 000 modules takes a minute; Python compiles the few it imports, and keeps them.
 .venv/installed: pyproject.toml constraints.txt
