@@ -32,7 +32,7 @@ def checks(tracking_uri: str = "", storage: str = "") -> list[Check]:
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     storage = storage or "runs"
     steps: list[tuple[str, Callable[[], Check]]] = [
-        ("python", lambda: Check("python", "ok", f"{platform.python_version()} at {sys.executable}")),
+        ("python", _python),
         ("machine", _machine),
         ("packages", _packages),
         ("constraints.txt", _constraints),
@@ -47,6 +47,19 @@ def checks(tracking_uri: str = "", storage: str = "") -> list[Check]:
         ("Ray authentication", _ray_authentication),
     ]
     return [guarded(name, step) for name, step in steps]
+
+
+def _python() -> Check:
+    """Kept bytecode decides how long a process of Ray takes to start, and a run starts some twenty."""
+    found = f"{platform.python_version()} at {sys.executable}"
+    if not sys.dont_write_bytecode:
+        return Check("python", "ok", found)
+    return Check(
+        "python",
+        "note",
+        f"{found}; it keeps no bytecode, so that each process of Ray may compile torch, transformers and Ray anew",
+        "unset PYTHONDONTWRITEBYTECODE, or run `python -m compileall` on its site-packages",
+    )
 
 
 def _version(package: str) -> str:

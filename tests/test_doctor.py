@@ -267,6 +267,16 @@ def test_rays_mode_is_the_shells_and_not_what_qskd_sets_for_itself() -> None:
         assert done.stdout.strip() == expected
 
 
+@pytest.mark.parametrize(("kept", "status"), [(True, "ok"), (False, "note")])
+def test_a_python_that_keeps_no_bytecode_is_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: bool, status: str
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", not kept)
+    (found,) = [check for check in checks(storage=str(tmp_path)) if check.name == "python"]
+    assert found.status == status
+    assert ("PYTHONDONTWRITEBYTECODE" in found.remedy) is not kept
+
+
 def test_versions_other_than_the_tested_ones_are_noted(tmp_path: Path) -> None:
     text = "# a comment\n\ntorch==1.0\nnumpy>=1  # fine\nno-such-package==3\nray==0.1; python_version < '3'\n-r other.txt\n"
     (tmp_path / "constraints.txt").write_text(text)
