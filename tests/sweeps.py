@@ -16,13 +16,16 @@ from qskd.manifest import load_manifest
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
-__all__ = ("cluster", "config", "rows_of", "work")
+__all__ = ("cluster", "config", "make_work", "rows_of", "work")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_work(tmp_path_factory.mktemp("tune"))
+
+
+def make_work(root: Path) -> Path:
     """Shards of 48 + 12 images, a teacher of other sizes."""
-    root = tmp_path_factory.mktemp("tune")
     for name, images, first in (("train", 48, 0), ("val", 12, 1000)):
         annotations, folder = make_shapes(ShapesConfig(images=images, first_image=first), root / f"{name}-coco")
         prepare(annotations, folder, str(root / name), rows_per_shard=40, quiet=True)
