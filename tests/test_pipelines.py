@@ -62,17 +62,20 @@ SIZES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 96 + 24 images, one shard of each broken into several, and a teacher of other sizes."""
-    root = tmp_path_factory.mktemp("pipelines")
-    for name, images, first in (("train", 96, 0), ("val", 24, 1000)):
+def make_work(root: Path, train_images: int, val_images: int) -> Path:
+    """Shards of so many images, one shard of each broken into several, and a teacher of other sizes."""
+    for name, images, first in (("train", train_images, 0), ("val", val_images, 1000)):
         annotations, folder = make_shapes(ShapesConfig(images=images, first_image=first), root / f"{name}-coco")
         prepare(annotations, folder, str(root / name), rows_per_shard=40, quiet=True)
     labels = load_manifest(str(root / "train")).labels
     teacher = load(None, [*SIZES, "student.queries=11", "student.width=64", "student.decoder_layers=3"]).student
     save_detector(build_student(teacher, labels[::-1], seed=7).eval(), root / "teacher", teacher.resize)
     return root
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_work(tmp_path_factory.mktemp("pipelines"), 96, 24)
 
 
 @pytest.fixture(scope="session")

@@ -184,7 +184,7 @@ def stop_two_workers(root: Path) -> None:
 
     import pipelines.cluster
 
-    make_work(root)
+    make_work(root, 48, 12)
     pipelines.cluster.start_ray()
     there = ray.cluster_resources()["CPU"]
 
