@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ class SweepScheduler(FIFOScheduler):
         self.conductor, self.asha, self.reuse = conductor, asha, reuse
         self.known: set[int] = set()
         self.stopped: set[int] = set()
-        self.groups: dict[int, str] = {}
+        self.held: dict[int, dict[str, str]] = {}
         for row in past:
             for epochs, ap in row.curve:
                 self._ask(row.number, epochs, ap)
@@ -102,7 +103,7 @@ class SweepScheduler(FIFOScheduler):
         number, report = trial.config["number"], json.loads(result["report"])
         metrics = report.get("metrics")
         stop = bool(metrics) and self._ask(number, report["epochs"], metrics["AP"]) and not report["last"]
-        self.groups[number] = report.pop("placement_group", "")
+        self.held[number] = report.pop("held", {})
         self.conductor.heard(number, report, stop)
         if stop:
             self.stopped.add(number)
@@ -118,18 +119,33 @@ class SweepScheduler(FIFOScheduler):
         self._release(trial)
 
     def _release(self, trial: Any) -> None:
-        """Kill the process of a trial of several workers, with Ray Train's, which it owns; give back what its workers held.
+        """Kill the process of a trial of several workers, and Ray Train's controller; give back what its workers held.
 
         Asked to leave, the process would wait for its training to end, until Tune kills it ten seconds later. In either case
-        Ray keeps the workers' placement group for as long as the driver lives, unless it runs a dashboard.
+        Ray keeps the workers' placement group for as long as the driver lives, unless it runs a dashboard. The controller has
+        to be gone before: one that sees its workers go starts others, in a new group that nobody would give back.
         """
         if self.reuse:
             return
         if trial.temporary_state.ray_actor is not None:
             ray.kill(trial.temporary_state.ray_actor)
-        group = self.groups.pop(trial.config["number"], "")
-        if group:
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+        held = self.held.pop(trial.config["number"], {})
+        if held:
+            end_controller(ray.cloudpickle.loads(bytes.fromhex(held["controller"])))
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(held["placement_group"]))))
+
+
+def end_controller(controller: Any, timeout_s: float = 10.0) -> None:
+    """Kill an actor and wait until it is dead: the kill alone is a message that arrives some time."""
+    ray.kill(controller)
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        try:
+            ray.get(controller.__ray_ready__.remote(), timeout=1.0)
+        except ray.exceptions.RayActorError:
+            return
+        except ray.exceptions.GetTimeoutError:
+            continue
 
 
 class LostTrials(tune.Callback):

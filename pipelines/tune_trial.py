@@ -197,6 +197,7 @@ def read_ahead(shares: Iterator[Share]) -> Iterator[Share]:
 
 # --- several workers -----------------------------------------------------------------------------------------------------
 def _train_with_workers(plan: Plan, folder: Folder) -> None:
+    import ray
     from ray.tune.integration.ray_train import TuneReportCallback
 
     class EveryEvaluation(TuneReportCallback):
@@ -220,7 +221,9 @@ def _train_with_workers(plan: Plan, folder: Folder) -> None:
                     folder.upload(Path(local) / "student", "student")
             report = evaluated(entry, plan, self.rows, time.perf_counter() - self.since)
             self.rows, self.since = [], time.perf_counter()
-            report["placement_group"] = first["placement_group"]
+            # Of what is to be ended and given back when the trial is stopped (`SweepScheduler._release`).
+            controller = ray.cloudpickle.dumps(ray.get_runtime_context().current_actor)
+            report["held"] = {"placement_group": first["placement_group"], "controller": controller.hex()}
             super().after_report(run_context, [{"report": json.dumps(report)}], None)
 
     folder.delete(FAILURE)

@@ -114,13 +114,13 @@ def test_a_population_moves_its_weights_and_its_worst_go_on_from_its_best(
 TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "RayTrainWorker")
 
 
-def trial_processes() -> list[psutil.Process]:
-    """This test's own processes of Ray that belong to a trial."""
+def trial_processes() -> list[int]:
+    """The ids of this test's own processes of Ray that belong to a trial."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(name in word for word in process.cmdline() for name in TRIAL_PROCESSES):
-                found.append(process)
+                found.append(process.pid)
     return found
 
 
@@ -128,10 +128,10 @@ class StopAtOnce:
     """A conductor of trials that ASHA stops at their first evaluation, one after the other. Notes which processes each had
     when it was stopped. The sweep ends when `released` says so of the last one's, or else when patience does."""
 
-    def __init__(self, jobs: list[Job], released: Callable[[list[psutil.Process]], bool], patience_s: float) -> None:
+    def __init__(self, jobs: list[Job], released: Callable[[list[int]], bool], patience_s: float) -> None:
         self.jobs, self.released, self.patience_s = jobs, released, patience_s
         self.others = trial_processes()  # of sweeps before this one, on the same Ray
-        self.stopped: list[list[psutil.Process]] = []
+        self.stopped: list[list[int]] = []
         self.begun, self.stopped_at, self.in_time = 0, 0.0, False
 
     def next_job(self) -> Any:
@@ -188,9 +188,9 @@ def stop_two_workers(root: Path) -> None:
     pipelines.cluster.start_ray()
     there = ray.cluster_resources()["CPU"]
 
-    def released(processes: list[psutil.Process]) -> bool:
+    def released(processes: list[int]) -> bool:
         free = ray.available_resources().get("CPU", 0.0)  # Tune keeps a hundredth while it waits for the next trial
-        return not any(each.is_running() for each in processes) and free > there - 0.5
+        return not set(processes) & set(trial_processes()) and free > there - 0.5
 
     long = config(root, "stopped-2", "training.epochs=200", "compute.workers=2")
     cache_teacher.run(long, quiet=True)
