@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class QskdError(Exception):
@@ -37,10 +41,30 @@ class QskdError(Exception):
 
 
 @contextlib.contextmanager
+def full_disk_named(path: str) -> Iterator[None]:
+    """An OSError that says that a disk is full gets the name of the file: one of writing, unlike one of opening, has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), path) from error
+        raise
+
+
+@contextlib.contextmanager
 def told_without_traceback() -> Iterator[None]:
-    """For a program's outermost level: a QskdError becomes its message on standard error and exit code 1."""
+    """For a program's outermost level: a QskdError becomes its message on standard error and exit code 1; a full disk too."""
     try:
         yield
     except QskdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        told = error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = error.filename or "a folder for outputs or temporary files"
+        remedy = "free some, or set TMPDIR or the output elsewhere; the same command goes on with a run that was begun"
+        told = QskdError(str(where), os.strerror(error.errno), "room on the disk", remedy)
+    else:
+        return
+    print(f"error: {told}", file=sys.stderr)
+    sys.exit(1)

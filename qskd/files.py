@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qskd.errors import QskdError
+from qskd.errors import QskdError, full_disk_named
 from qskd.stores import is_local, join, patiently, redacted
 
 __all__ = [
@@ -92,7 +92,8 @@ def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> Non
         Path(folder).mkdir(parents=True, exist_ok=True)
         spool = Path(folder, f"{UNFINISHED}{uuid.uuid4().hex}")
         try:
-            spool.write_bytes(content)
+            with full_disk_named(path):
+                spool.write_bytes(content)
             os.replace(spool, path)
         finally:
             spool.unlink(missing_ok=True)

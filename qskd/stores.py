@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pyarrow.fs as pafs
 
-from qskd.errors import QskdError
+from qskd.errors import QskdError, full_disk_named
 
 log = logging.getLogger("qskd")
 PATIENCE = "QSKD_STORE_PATIENCE_S"  # environment variable: how long a store that fails is tried again
@@ -64,7 +64,8 @@ def patiently(where: str, filesystem: pafs.FileSystem, request: Callable[[], T])
     while True:
         tries += 1
         try:
-            answer = request()
+            with full_disk_named(where):
+                answer = request()
         except OSError as error:
             if is_local(filesystem) or not may_pass(error):
                 raise

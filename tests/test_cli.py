@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from pyarrow.fs import LocalFileSystem
 from typer.testing import CliRunner
 
 from pipelines.cli import app, main
 from pipelines.prepare import prepare
 from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
+from qskd.errors import told_without_traceback
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
+from qskd.stores import patiently
 
 VERBS = (
     *("prepare", "cache", "train", "distill", "tune", "evaluate", "predict", "explain", "export", "benchmark"),
@@ -136,3 +139,21 @@ def test_the_quickstarts_assets_are_small_and_whole() -> None:
     assert (TEACHER / "model.safetensors").stat().st_size < 4 * 2**20
     assert (BACKBONE / "model.safetensors").stat().st_size < 2**18
     assert load(RECIPE).distillation.method == "qskd"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
+@pytest.mark.parametrize("by", ["pyarrow", "python"])
+def test_a_full_disk_is_told_with_the_name_of_the_file(by: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        if by == "pyarrow":
+            with LocalFileSystem().open_output_stream("/dev/full") as stream:
+                stream.write(b"x")
+        else:
+            Path("/dev/full").write_bytes(b"x")
+
+    with pytest.raises(SystemExit) as caught, told_without_traceback():
+        patiently("runs/mine/history.json", LocalFileSystem(), write)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: runs/mine/history.json: No space left on device")
+    assert "the same command goes on" in said
