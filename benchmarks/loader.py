@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import timing
 from benchmarks.timing import Difference, Pass, Ratio, Report
 from pipelines.cluster import start_ray
-from pipelines.streaming import StreamConfig, open_stream
+from pipelines.streaming import Readers, StreamConfig, open_stream
 from qskd.coco import read_coco
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.loader import label_index, pad
@@ -221,7 +221,7 @@ def data_loader(data: Data) -> Iterator[Any]:
 
 
 def ray_stream(config: StreamConfig) -> Iterator[Any]:
-    return (share.arrays for share in open_stream(config, 0, world_size=1, rank=0, loader_workers=1))
+    return (share.arrays for share in open_stream(config, 0, world_size=1, rank=0, readers=Readers()))
 
 
 def in_two_processes(data: Data, rounds: int) -> tuple[list[Ratio], list[tuple[str, str]], Difference]:

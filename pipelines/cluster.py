@@ -9,8 +9,10 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qskd.errors import QskdError
+
 if TYPE_CHECKING:
-    from qskd.config import Config
+    from qskd.config import ComputeConfig, Config
 
 log = logging.getLogger("qskd")
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
@@ -84,6 +86,35 @@ def node_resources() -> list[dict[str, float]]:
     if len(nodes) == 1 and not joined():
         nodes[0]["CPU"] = min(nodes[0].get("CPU", 0.0), float(os.cpu_count() or 1))
     return nodes
+
+
+def worker_resources(compute: ComputeConfig, gpu: bool) -> dict[str, float]:
+    """Of a training worker. Elastic workers on CPUs ask for a little more than one, that they can't take all of a node: their
+    number is made to fit what is there, and readers that find no room let all workers wait."""
+    if gpu:
+        return {"GPU": 1}
+    return {"CPU": 1.001 if compute.min_workers else 1}
+
+
+def reader_cpus(compute: ComputeConfig, gpu: bool) -> float:
+    """Of a reader of a training: what is left of a node that is full of elastic workers is less than one."""
+    return 0.5 if compute.min_workers and not gpu else 1
+
+
+def check_room(compute: ComputeConfig, gpu: bool) -> None:
+    """Complain when the cluster has fewer CPUs than a training on CPUs waits for: an error where none will come."""
+    import ray
+
+    if gpu:
+        return
+    there, workers = ray.cluster_resources().get("CPU", 0.0), compute.min_workers or compute.workers
+    wanted = workers * worker_resources(compute, gpu)["CPU"] + reader_cpus(compute, gpu)
+    if there >= wanted:
+        return
+    found = f"{workers} worker(s) and a reader, on CPUs, are {wanted:g} of Ray's logical CPUs; there are {there:g}"
+    if not joined():
+        raise QskdError("compute.workers", found, "room for all of them", "set fewer compute.workers")
+    log.warning("%s now: the training waits until nodes join", found)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,14 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.cluster import in_a_job, may_be_preempted, say_if_on_cpus, start_ray
+from pipelines.cluster import (
+    check_room,
+    in_a_job,
+    may_be_preempted,
+    say_if_on_cpus,
+    start_ray,
+    worker_resources,
+)
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
@@ -250,6 +257,7 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: s
 
     compute = plan.config.compute
     gpu = uses_gpu(plan.config, ray.cluster_resources())
+    check_room(compute, gpu)
     return TorchTrainer(
         train,
         train_loop_config={
@@ -262,7 +270,7 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: s
         scaling_config=ray.train.ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if compute.min_workers else compute.workers,
             use_gpu=gpu,
-            resources_per_worker={"GPU": 1} if gpu else {"CPU": 1},
+            resources_per_worker=worker_resources(compute, gpu),
         ),
         run_config=ray.train.RunConfig(
             name="train",
@@ -277,9 +285,10 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: s
 
 
 def uses_gpu(config: Config, resources: Mapping[str, float]) -> bool:
-    """Whether a training of this recipe has a GPU for each worker, on a cluster of these resources."""
+    """Whether a training of this recipe has a GPU for each worker that it must have, on a cluster of these resources."""
     compute = config.compute
-    return compute.device == "cuda" or (compute.device == "auto" and resources.get("GPU", 0) >= compute.workers)
+    least = compute.min_workers or compute.workers
+    return compute.device == "cuda" or (compute.device == "auto" and resources.get("GPU", 0) >= least)
 
 
 def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:

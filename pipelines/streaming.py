@@ -18,7 +18,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -182,7 +182,14 @@ class RunReader:
                 yield pa.table({**columns, "payload": pa.array([pack(share)], type=pa.large_binary())})
 
 
-def build_dataset(config: StreamConfig, runs: Sequence[Run], world_size: int, loader_workers: int) -> Any:
+class Readers(NamedTuple):
+    """Reader processes of a stream, over the whole cluster: how many at most, and the logical CPUs of each."""
+
+    processes: int = 1
+    cpus: float = 1
+
+
+def build_dataset(config: StreamConfig, runs: Sequence[Run], world_size: int, readers: Readers) -> Any:
     """The Ray Dataset of some consecutive runs: one row for each run and worker, in order."""
     import ray
     from ray.data import DataContext
@@ -196,8 +203,8 @@ def build_dataset(config: StreamConfig, runs: Sequence[Run], world_size: int, lo
         fn_constructor_args=(config, world_size),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=loader_workers),
-        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers.processes),
+        num_cpus=readers.cpus,
         zero_copy_batch=True,
     )
 
@@ -226,19 +233,17 @@ def read_stream(iterator: Any, config: StreamConfig, runs: Sequence[Run], rank: 
         raise QskdError("data stream", "more than its runs", f"{len(runs)} runs", REPORT)
 
 
-def open_stream(
-    config: StreamConfig, start_step: int, world_size: int, rank: int, loader_workers: int
-) -> Iterator[Share]:
+def open_stream(config: StreamConfig, start_step: int, world_size: int, rank: int, readers: Readers) -> Iterator[Share]:
     """This worker's batches. With several workers rank 0 starts each execution and hands the others their parts."""
     for runs in config.stretches(start_step, world_size):
         if world_size == 1:
-            part = build_dataset(config, runs, world_size, loader_workers).iterator()
+            part = build_dataset(config, runs, world_size, readers).iterator()
         else:
             import torch.distributed as dist
 
             parts: list[Any] = [None]
             if rank == 0:
-                dataset = build_dataset(config, runs, world_size, loader_workers)
+                dataset = build_dataset(config, runs, world_size, readers)
                 parts = [dataset.streaming_split(world_size, equal=False)]
             dist.broadcast_object_list(parts, src=0)
             part = parts[0][rank]

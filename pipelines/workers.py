@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines.cluster import reader_cpus
 from pipelines.logs import as_json, start_logs
 from pipelines.meter import Gauges, Meter
 from pipelines.models import ground_truth, make_student, teacher_for_training
 from pipelines.storage import FAILURE, Folder, record_failure
-from pipelines.streaming import LOADER_ROWS, Share, StreamConfig, open_stream
+from pipelines.streaming import LOADER_ROWS, Readers, Share, StreamConfig, open_stream
 from qskd.config import Config
 from qskd.detectors import Preprocessing, save_detector
 from qskd.errors import QskdError
@@ -145,8 +146,9 @@ class Worker:
 
     def shares(self, start_step: int) -> Iterator[Share]:
         """This worker's batches from a training step on."""
-        loaders = self.config.compute.loader_workers
-        return open_stream(self.stream, start_step, self.world_size, self.rank, loaders)
+        compute = self.config.compute
+        readers = Readers(compute.loader_workers, reader_cpus(compute, self.device.type == "cuda"))
+        return open_stream(self.stream, start_step, self.world_size, self.rank, readers)
 
     def train(self, shares: Iterator[Share]) -> None:
         """One epoch, or the rest of one. Reports every so many steps, and at an end that no evaluation follows."""

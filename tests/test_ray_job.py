@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import psutil
 from object_store import ENVIRONMENT, ObjectStore, object_store
 from test_pipelines import SIZES
 
+from benchmarks.chaos.cluster import free_ports
 from pipelines.prepare import prepare
 from qskd.detectors import build_student, save_detector
 from qskd.manifest import load_manifest
@@ -31,14 +31,6 @@ from qskd.shapes import ShapesConfig, make_shapes
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def end(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:

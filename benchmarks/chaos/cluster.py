@@ -116,8 +116,8 @@ class Node:
 class Cluster:
     """`environment` is what a driver on its head needs."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], nodes: int) -> None:
-        self.folder, self.wanted = folder, nodes
+    def __init__(self, folder: Path, environment: dict[str, str], nodes: int, node_cpus: int = NODE_CPUS) -> None:
+        self.folder, self.wanted, self.node_cpus = folder, nodes, node_cpus
         folder.mkdir(parents=True)
         (self.gcs_port,) = free_ports(1)
         self.environment = environment | {
@@ -141,7 +141,7 @@ class Cluster:
         self.environment["RAY_ADDRESS"] = f"127.0.0.1:{self.gcs_port}"
 
     def _joining(self) -> list[str]:
-        return [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={NODE_CPUS}"]
+        return [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={self.node_cpus}"]
 
     def _node(self, options: list[str]) -> Node:
         agent, grpc, metrics, runtime = free_ports(4)
@@ -160,12 +160,20 @@ class Cluster:
 
     def lose_node(self, node: Node) -> int:
         """Kill it, and start a fresh one, as an autoscaler would; how many processes were killed."""
-        struck = node.kill()
+        struck = self.take_away(node)
+        self.join()
+        return struck
+
+    def take_away(self, node: Node) -> int:
+        """Kill it; how many processes were killed."""
         self.nodes.remove(node)
+        return node.kill()
+
+    def join(self) -> None:
+        """One more node, up in some seconds."""
         fresh = self._node(self._joining())
         self.nodes.append(fresh)
         threading.Thread(target=fresh.wait_until_up, daemon=True).start()
-        return struck
 
     def lose_head(self) -> int:
         """GCS, the head's raylet and all on it. The nodes are left to find out for themselves."""

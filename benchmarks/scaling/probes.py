@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.distill import Plan
-from pipelines.streaming import RUN_BYTES, build_dataset, read_stream
+from pipelines.streaming import RUN_BYTES, Readers, build_dataset, read_stream
 
 SMALL_FLOATS = 32  # as many as a step's counts, about
 
@@ -115,7 +115,7 @@ def block_seconds(plan: Plan, workers: int, blocks: int) -> float:
     tiny = replace(plan.stream, schedule=schedule, teacher_cache="", teacher_columns=(), teacher_row_bytes=RUN_BYTES)
     runs = list(islice(tiny.runs(0, workers), 10 + blocks // workers))
     assert {run["last"] - run["first"] for run in runs} == {1}
-    dataset = build_dataset(tiny, runs, workers, 1)
+    dataset = build_dataset(tiny, runs, workers, Readers())
     parts = [dataset.iterator()] if workers == 1 else dataset.streaming_split(workers, equal=False)
     arrivals: list[list[float]] = [[] for _ in parts]
 
