@@ -32,6 +32,7 @@ VARIANTS = {
     "agfd": Variant("AGFD alone", (_NO_PREDICTIONS,)),
     "lapd": Variant("LAPD alone", (_NO_FEATURES,)),
     "qskd": Variant("QSKD"),
+    "qskd_decay": Variant("QSKD, its weights falling to 0 over the last half", ("distillation.decay=0.5",)),
     "qskd_online": Variant("QSKD, teacher online", ("teacher.cache.path=",)),
     "positives": Variant("positives only", ("distillation.selection.band_weights=[0.0, 0.0]",)),
     "hard_0.3": Variant("hard negatives from GIoU 0.3", ("distillation.selection.boundaries=[0.3]",)),
@@ -61,7 +62,7 @@ class Student:
 
 
 MAIN = ("none", "agfd", "lapd", "qskd")
-LONG = (*MAIN, "none_equal_time", "positives", "all", "mimic", "global")
+LONG = (*MAIN, "qskd_decay", "none_equal_time", "positives", "all", "mimic", "global")
 PAIR = ("none", "qskd")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
