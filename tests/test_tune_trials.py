@@ -192,8 +192,7 @@ def stop_two_workers(root: Path) -> None:
         free = ray.available_resources().get("CPU", 0.0)  # Tune keeps a hundredth while it waits for the next trial
         return not set(processes) & set(trial_processes()) and free > there - 0.5
 
-    long = config(root, "stopped-2", "training.epochs=200", "compute.workers=2")
-    cache_teacher.run(long, quiet=True)
+    long = config(root, "stopped-2", "training.epochs=200", "compute.workers=2", "teacher.cache.path=")
     # It takes a second, and a busy machine more; what is not ended on purpose is there when the sweep ends.
     conductor = StopAtOnce([Job(0, to_tree(trial_config(long, 0)))], released, patience_s=120)
     stop_at_once(long, conductor, root)
