@@ -3,7 +3,7 @@
 python -m benchmarks.cache_codec
 
 Three tables. Bytes an image by column and the largest errors of each precision, for the quickstart's trained teacher (8 x 8
-memory, 128 wide, 20 queries, 8 classes). The same bytes for the geometry of a COCO detector (25 x 34 memory, 256 wide, 300
+memory, 64 wide, 30 queries, 16 classes). The same bytes for the geometry of a COCO detector (25 x 34 memory, 256 wide, 300
 queries, 80 classes): the shapes are real, the numbers are noise of a bell shape, which no compressor can shorten, and the
 attention is the small teacher's, enlarged. And the loss curves of the quickstart's student, trained from each precision's
 cache with the same seed: their distance from the curve of the float32 cache, beside the distance that another order of the

@@ -1,6 +1,7 @@
 """What grows with a dataset outside the training step, at the sizes of COCO, Objects365 and a billion images: seconds and memory.
 
 python -m benchmarks.limits                  all but the last two rows of a billion (they take 6 GB)
+python -m benchmarks.limits --large          those too
 python -m benchmarks.limits --ray            also what Ray Data's input costs for each run of steps
 
 Each row is a process of its own, so that its peak of memory is its own. Manifests, orders and detections are real objects made

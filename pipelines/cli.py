@@ -1,4 +1,4 @@
-"""The `qskd` command: one verb a program. Each is also `python -m pipelines.NAME`."""
+"""The `qskd` command: one verb a program. Each but `shapes` is also `python -m pipelines.NAME` (cache: `cache_teacher`)."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def quickstart(
     dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
-    """Distil a small detector on built-in data beside its baseline, and compare: about five minutes on two cores."""
+    """Distil a small detector on built-in data beside its baseline, and compare: three to four minutes on two cores."""
     from pipelines import quickstart as program
 
     program.quickstart(folder, dry_run, restart)

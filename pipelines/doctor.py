@@ -91,7 +91,12 @@ def _machine() -> Check:
     memory = _memory_bytes()
     found = f"{platform.platform()}, {_cores()} cores, {memory / _GIB:.1f} GiB memory"
     if 0 < memory < 6 * _GIB:
-        return Check("machine", "note", found, "Ray and two workers want about 6 GiB: use --set compute.workers=0")
+        return Check(
+            "machine",
+            "note",
+            found,
+            "Ray and two workers want about 6 GiB: keep compute.workers and compute.loader_workers at 1",
+        )
     return Check("machine", "ok", found)
 
 

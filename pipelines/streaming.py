@@ -4,8 +4,8 @@ The schedule is cut into runs of consecutive steps. A reader process takes a run
 for each worker: that worker's share of every step in it. Ray deals rows out in turn (`preserve_order`), every row says
 whose it is, and the worker checks it: sample order depends on (seed, epoch, world size) and on nothing else.
 
-Why runs: a Ray Data block costs about 90 ms of driver time on two cores, whatever its size; a step of a small detector
-takes as long. Blocks of tens of steps make that vanish.
+Why runs: a Ray Data block costs some 10 ms of driver time, and more with each worker (docs/scale.md), whatever its size. Blocks of
+tens of steps make that vanish.
 
 Why not one execution whatever the length: Ray makes all of its input before the first block flows, at about a millisecond
 for each run of steps. COCO's fifty epochs are 120,000 runs on eight workers. So an execution takes a stretch of them, and the

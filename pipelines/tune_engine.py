@@ -1,6 +1,6 @@
 """Ray Tune's side of a sweep: it starts the trials where there is room, hands their reports over and stops the hopeless.
 
-What to try, what is known and what is written down is the sweep's (`pipelines.tune`); Tune is asked for nothing that has to
+What to try, what is known and what is written down is the sweep's (`pipelines.sweep`); Tune is asked for nothing that has to
 survive the driver. So its own saved state is left alone: a sweep that goes on makes a new Tuner for the trials that remain.
 """
 

@@ -240,7 +240,9 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
-    loader_workers: Positive = 1  # processes that read and decode, over the whole cluster
+    loader_workers: Positive = (
+        1  # that read and decode: a training's, over the whole cluster; of `qskd cache`, tasks ahead for each teacher
+    )
     compile: bool = False
     max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers; -1 = any number
     max_preemptions: Annotated[int, Field(ge=-1)] = -1  # nodes that were taken away after a notice count apart

@@ -47,7 +47,7 @@ class FeatureDistillationConfig(Section):
     """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
 
     weight: NonNegative = (
-        50.0  # chosen by search on the quickstart's task (benchmarks/evidence); METHODS guesses 1 to 10
+        50.0  # chosen by search on the quickstart's task (benchmarks/evidence); the guess before it was 1 to 10
     )
     query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
     quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)

@@ -47,7 +47,9 @@ def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise QskdError("qskd export", f"no {package}", "onnx, onnxruntime", "pip install 'qskd[export]'") from None
+        raise QskdError(
+            "qskd export", f"no {package}", "onnx, onnxruntime", "in the project's folder: pip install -e '.[export]'"
+        ) from None
 
 
 @contextmanager

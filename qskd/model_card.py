@@ -171,8 +171,8 @@ def _table(card: Card) -> str:
         return NOT_MEASURED if value is None else text.format(value)
 
     lines = [
-        "| | AP | AP50 | AP75 | parameters | GFLOPs | ms/image |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | AP | AP50 | AP75 | parameters | input | GFLOPs | ms/image |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in card.rows:
         metrics = [cell(row.metrics.get(name), "{:.3f}") for name in SHOWN]

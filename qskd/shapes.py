@@ -1,7 +1,7 @@
 """The built-in synthetic dataset in COCO format: shapes on textured backgrounds, with a dial for each difficulty.
 
 Image i depends only on the configuration and i, so any prefix or part of a dataset is the same wherever it is made.
-Defaults are the benchmark's `easy64`: 64 px, 1 to 5 objects from 12 px.
+Defaults are easy: 64 px, 1 to 5 objects from 12 px.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and, if `qskd tune --algorithm pbt` may change its fields in the middle of a tra
 (WHY_NOT_WHILE_TRAINING = "..." tells those who ask for it why not). Parameters are named by the space; no two spaces'
 meet, for a composition puts the space's name before each. docs/search_spaces.md has an example.
 
-This package imports neither Ray nor torch nor Optuna.
+Importing this package imports neither Ray nor torch nor Optuna; checking a space about a recipe with a cache imports torch.
 """
 
 from search_spaces._composition import OVERRIDES, SearchSpace

@@ -47,8 +47,8 @@ class SearchSpace:
     Raises QskdError, before anything starts, for a space there isn't, a field the configuration doesn't know or that no
     trial may set, two spaces that set the same field, and a space whose trials are no valid configurations.
 
-    Calling it with an Optuna trial is the define-by-run function that Ray Tune's OptunaSearch takes. It can be pickled
-    (the searcher is, when a sweep is saved): a space from a file is then read again from that file.
+    Calling it with a trial of Optuna's gives what it sets (define-by-run). It can be pickled: a space from a file is then read
+    again from that file.
     """
 
     def __init__(self, names: Sequence[str], config: Config) -> None:
@@ -85,7 +85,7 @@ class SearchSpace:
         return dict(self._ranges)
 
     def __call__(self, trial: Trial) -> dict[str, Any]:
-        """{"overrides": {dotted field: value}}: what Ray Tune adds to the trial's parameters."""
+        """{"overrides": {dotted field: value}}: what the trial sets."""
         return {OVERRIDES: {field: value for space in self.spaces for field, value in self._ask(space, trial).items()}}
 
     def overrides(self, parameters: Mapping[str, Any], clip: bool = False) -> dict[str, Any]:

@@ -74,6 +74,9 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
 
 def test_every_fact_is_in_the_text() -> None:
     text = render(CARD)
+    table = text[text.index("| | AP |") :].split("\n\n")[0].splitlines()
+    assert len(table) == 2 + len(CARD.rows)
+    assert {line.count("|") for line in table} == {9}  # a header for each cell
     assert table_row(text, "this model") == ["0.331", "0.510", "0.373", "1.23 M", "320 x 320", "0.5", "12.3"]
     assert table_row(text, "teacher, `owner/large`") == [
         "0.604",

@@ -1,10 +1,10 @@
 """What becomes of a run that is disturbed at a random moment? A table of verb x fault, and every loss with its cause.
 
-    python -m benchmarks.chaos run --moments 20       every moment that has no record yet (some 40 s each)
+    python -m benchmarks.chaos run --moments 20       every moment that has no record yet (one to six minutes each)
     python -m benchmarks.chaos run --verbs cache --faults actor node --moments 3
     python -m benchmarks.chaos table                  the table, from the committed records
 
-A simulated cluster, on loopback: a head without CPUs for work, and two nodes. One run at a time, as a user would start it; at
+A simulated cluster, on loopback: a head without CPUs for work, and a node. One run at a time, as a user would start it; at
 a moment drawn from a seed (the pair and the number of the moment) a process, a node or the head is killed, the disk is
 filled, or the store is cut off. Then the same command again, where the driver is gone. A record each, in
 benchmarks/chaos/records, whatever came of it; it is not made again. Wants root (a small tmpfs is mounted) for `disk`,

@@ -1,4 +1,4 @@
-"""Where training starts: class prior, box head and reference points (STACK §G; boxes of about a fifth of the image)."""
+"""Where training starts: class prior, box head and reference points (boxes of about a fifth of the image)."""
 
 from __future__ import annotations
 

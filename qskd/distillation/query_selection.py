@@ -73,7 +73,7 @@ def select_queries(
 
     1. A query's group is the object of largest GIoU (ties: the first); a positive is in the group of its own object.
     2. Its band is the number of `config.boundaries` its GIoU reaches. With `relative` they are fractions of the best
-       GIoU that any query of the image has with the object (Q-DETR's rule, METHODS 6); an object that none reaches with
+       GIoU that any query of the image has with the object (Q-DETR's rule, METHODS 4); an object that none reaches with
        a GIoU above 0 then keeps no hard negative.
     3. A positive weighs `positive_weight`, any other query its band's weight.
     4. Of the others with a weight, an object keeps the `max_per_object` of largest GIoU (ties: the lower index; 0 =
