@@ -79,7 +79,9 @@ class DistillationConfig(Section):
 
     method: Literal["none", "qskd"] = "qskd"
     warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
-    decay: Fraction = 0.0  # part of all steps, at the end, in which they fall linearly to 0; 0 = they stay
+    decay: Fraction = (
+        0.5  # part of all steps, at the end, in which they fall linearly to 0 (chosen by search); 0 = they stay
+    )
     selection: QuerySelectionConfig = QuerySelectionConfig()
     features: FeatureDistillationConfig = FeatureDistillationConfig()
     predictions: PredictionDistillationConfig = PredictionDistillationConfig()

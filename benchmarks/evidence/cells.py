@@ -96,6 +96,8 @@ def meaning(config: Config) -> dict[str, Any]:
         "precision": tree["teacher"]["cache"]["precision"],
         "path": "cached" if tree["teacher"]["cache"]["path"] else "",
     }
+    if kept["distillation"]["method"] == "none":
+        kept["distillation"] = {"method": "none"}
     kept["teacher"] = {"cache": cache, "resize": tree["teacher"]["resize"]}
     return json.loads(json.dumps(kept))
 

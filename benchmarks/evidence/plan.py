@@ -12,6 +12,7 @@ BUDGETS = {"short": 750, "long": 3000, "longest": 9000}  # training steps of 16 
 
 _NO_FEATURES = "distillation.features.weight=0"
 _NO_PREDICTIONS = "distillation.predictions.weight=0"
+_CONSTANT = "distillation.decay=0"
 _ALL_QUERIES = ("distillation.selection.band_weights=[1.0, 1.0]", "distillation.selection.max_per_object=0")
 
 
@@ -32,7 +33,8 @@ VARIANTS = {
     "agfd": Variant("AGFD alone", (_NO_PREDICTIONS,)),
     "lapd": Variant("LAPD alone", (_NO_FEATURES,)),
     "qskd": Variant("QSKD"),
-    "qskd_decay": Variant("QSKD, its weights falling to 0 over the last half", ("distillation.decay=0.5",)),
+    "qskd_constant": Variant("QSKD, its weights constant", (_CONSTANT,)),
+    "agfd_constant": Variant("AGFD alone, its weight constant", (_NO_PREDICTIONS, _CONSTANT)),
     "qskd_online": Variant("QSKD, teacher online", ("teacher.cache.path=",)),
     "positives": Variant("positives only", ("distillation.selection.band_weights=[0.0, 0.0]",)),
     "hard_0.3": Variant("hard negatives from GIoU 0.3", ("distillation.selection.boundaries=[0.3]",)),
@@ -62,7 +64,7 @@ class Student:
 
 
 MAIN = ("none", "agfd", "lapd", "qskd")
-LONG = (*MAIN, "qskd_decay", "none_equal_time", "positives", "all", "mimic", "global")
+LONG = (*MAIN, "qskd_constant", "agfd_constant", "none_equal_time", "positives", "all", "mimic", "global")
 PAIR = ("none", "qskd")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
