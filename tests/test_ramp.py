@@ -1,4 +1,4 @@
-"""The teacher's weight over a training: as the recipe says, a function of the step alone, and by default always whole."""
+"""The teacher's weight over a training: a function of the step alone, and by default falling over the second half."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qskd.training import Training
 
 
 def factors(steps: int, **fields: float) -> list[float]:
-    config = DistillationConfig.model_validate(fields)
+    config = DistillationConfig.model_validate({"decay": 0.0} | fields)
     return [distillation_factor(step, steps, config) for step in range(steps)]
 
 
@@ -29,6 +29,11 @@ def test_weights_rise_to_one_and_fall_from_it() -> None:
     assert factors(3, warmup=0.01, decay=0.01) == [1.0] * 3
 
 
+def test_by_default_weights_fall_over_the_second_half() -> None:
+    config = DistillationConfig()
+    assert [distillation_factor(step, 8, config) for step in range(8)] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
 def test_a_ramp_longer_than_the_training_is_refused() -> None:
     with pytest.raises(QskdError, match=r"warmup 0\.6 and decay 0\.5 are more than the whole training"):
         build({"distillation": {"warmup": 0.6, "decay": 0.5}})
@@ -38,7 +43,7 @@ def test_a_ramp_longer_than_the_training_is_refused() -> None:
 
 def training(**distillation: float) -> Training:
     config = recipe()
-    changed = config.distillation.model_copy(update=distillation)
+    changed = config.distillation.model_copy(update={"decay": 0.0} | distillation)
     return make_training(config.model_copy(update={"distillation": changed}), random_teacher(), total_steps=8)
 
 
@@ -84,7 +89,7 @@ def test_a_resumed_run_weighs_as_the_first_would_have() -> None:
 def test_a_run_begun_before_a_field_was_known_goes_on(tmp_path: object) -> None:
     config = Config(output=str(tmp_path))
     folder = Folder(config)
-    older = [line for line in to_yaml(config).splitlines() if line.strip() not in ("warmup: 0.0", "decay: 0.0")]
+    older = [line for line in to_yaml(config).splitlines() if line.strip() not in ("warmup: 0.0", "decay: 0.5")]
     folder.write("config.yaml", "\n".join(older))
     check_same_run(folder, config)
     changed = config.distillation.model_copy(update={"warmup": 0.1})
