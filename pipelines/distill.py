@@ -27,6 +27,7 @@ from pipelines.cluster import (
 )
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
+from pipelines.ray_checkpoints import mend_list
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, tracking_uri
@@ -238,7 +239,9 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     """Ray Train. Goes on from the last checkpoint when OUTPUT/NAME/train has one."""
     from pipelines.progress import ProgressPrinter, TrackingCallback
 
-    trainer = make_trainer(plan, folder, [TrackingCallback(tracker, folder)], tracker.run_id)
+    tracking = TrackingCallback(tracker, folder)
+    trainer = make_trainer(plan, folder, [tracking], tracker.run_id)
+    tracking.catch_up(plan.config.compute.workers)
     with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
         return trainer.fit()
 
@@ -258,6 +261,7 @@ def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: s
     compute = plan.config.compute
     gpu = uses_gpu(plan.config, ray.cluster_resources())
     check_room(compute, gpu)
+    mend_list(folder)
     return TorchTrainer(
         train,
         train_loop_config={

@@ -10,6 +10,7 @@ from typing import Any
 import ray.train
 
 from pipelines.logs import say
+from pipelines.ray_checkpoints import keep_list, last_report
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker
 from qskd.errors import QskdError
@@ -22,17 +23,25 @@ class TrackingCallback(ray.train.UserCallback):
 
     def __init__(self, tracker: Tracker, folder: Folder) -> None:
         self.tracker, self.folder = tracker, folder
-        self.logged: int | None = None
+        self.logged: dict[str, int] = {}  # metric -> its last step in MLflow
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Called when all workers have reported; metrics[0] is rank 0's (see `Worker.report`)."""
-        report = {**metrics[0], "rows": mean_rows([worker["rows"] for worker in metrics])}
-        if self.logged is None:  # after a restart some steps are reported a second time
-            self.logged = self.tracker.last_step("loss/total")
-        rows = [(step, row) for step, row in report["rows"] if step > self.logged]
-        self.logged = max([self.logged, *(step for step, _ in report["rows"])])
+        keep_list(self.folder)
+        self.write({**metrics[0], "rows": mean_rows([worker["rows"] for worker in metrics])})
+
+    def catch_up(self, workers: int) -> None:
+        """Write down a report that Ray took and the run did not: the controller died in between. Of the losses Ray keeps only
+        rank 0's; those of one among several workers are left out."""
+        report = last_report(self.folder)
+        if report is not None and report["step"] > max((e["step"] for e in read_history(self.folder)), default=0):
+            self.write({**report, "rows": report["rows"] if workers == 1 else []})
+
+    def write(self, report: dict[str, Any]) -> None:
+        """To MLflow and the progress file."""
+        rows = [(step, row) for step, row in report["rows"] if self._is_new("loss/total", step)]
         evaluation = {f"val/{name}": value for name, value in report.get("evaluation", {}).items() if value >= 0}
-        if evaluation:
+        if evaluation and self._is_new("val/AP", report["step"]):
             rows.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
         self.tracker.metrics(rows)
         entry = {"step": report["step"], "epoch": report["epoch"] + 1, "evaluation": report.get("evaluation", {})}
@@ -40,6 +49,14 @@ class TrackingCallback(ray.train.UserCallback):
             entry["training"] = report["rows"][-1][1]
         history = [e for e in read_history(self.folder) if e["step"] < entry["step"]]
         self.folder.write("history.json", json.dumps([*history, entry]))
+
+    def _is_new(self, metric: str, step: int) -> bool:
+        """After a restart some steps are reported a second time."""
+        if metric not in self.logged:
+            self.logged[metric] = self.tracker.last_step(metric)
+        is_new = step > self.logged[metric]
+        self.logged[metric] = max(step, self.logged[metric])
+        return is_new
 
 
 def mean_rows(of_workers: list[list[tuple[int, dict[str, float]]]]) -> list[tuple[int, dict[str, float]]]:

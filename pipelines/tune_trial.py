@@ -22,6 +22,7 @@ import torch
 from pipelines.distill import Plan, make_plan, make_trainer
 from pipelines.models import device_here
 from pipelines.progress import mean_rows, read_history
+from pipelines.ray_checkpoints import keep_list
 from pipelines.storage import FAILURE, Folder, raise_failure
 from pipelines.streaming import Share, local_stream
 from pipelines.student_costs import costs
@@ -210,6 +211,7 @@ def _train_with_workers(plan: Plan, folder: Folder) -> None:
 
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             first = metrics[0]
+            keep_list(folder)
             self.rows += mean_rows([worker["rows"] for worker in metrics])
             entry = {"step": first["step"], "epoch": first["epoch"] + 1, "evaluation": first.get("evaluation", {})}
             before = [each for each in read_history(folder) if each["step"] < entry["step"]]

@@ -33,6 +33,7 @@ from pipelines.models import make_student, teacher_for_training
 from pipelines.predict import predict
 from pipelines.prepare import prepare
 from pipelines.progress import read_history
+from pipelines.ray_checkpoints import COPY, LIST, keep_list, last_report, mend_list
 from pipelines.storage import Folder
 from pipelines.streaming import local_stream
 from qskd.config import Config
@@ -206,6 +207,8 @@ def test_another_configuration_under_the_same_name_is_refused(work: Path, distil
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, distilled: distill.RunResult) -> None:
+    import mlflow
+
     killed = config(work, "killed", *LONGER)
     recipe = work / "killed.yaml"
     recipe.write_text(to_yaml(killed))
@@ -221,16 +224,40 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, dist
     assert 0 < reached < 36
     assert not folder.exists("result.json")
     run_id = json.loads(folder.read("mlflow.json"))["run_id"]
+    # As if the controller had died while Ray wrote its list of checkpoints, and before the run heard of the last one.
+    folder.write(LIST, folder.read(LIST)[:100])
+    folder.write("history.json", json.dumps(read_history(folder)[:-1]))
 
     result = distill.run(killed, "distill")
     assert result.run_id == run_id
-    steps = [entry["step"] for entry in read_history(folder)]
-    assert steps == sorted(set(steps))
-    assert steps[-1] == 36
+    assert [entry["step"] for entry in read_history(folder)] == list(range(2, 37, 2))
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    logged = [[m.step for m in client.get_metric_history(run, "loss/total")] for run in (run_id, distilled.run_id)]
+    assert logged[0] == logged[1]
     expected, found = weights(distilled.student), weights(result.student)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert result.metrics == distilled.metrics
+
+
+def test_half_a_list_of_checkpoints_becomes_its_copy_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Folder(Config(output=str(tmp_path)))
+    mend_list(folder)  # there is none, as before a first run
+    whole = json.dumps({"latest_checkpoint_result": {"metrics": {"step": 7}}})
+    folder.write(LIST, whole)
+    keep_list(folder)
+    for broken in ("", whole[:20]):
+        folder.write(LIST, broken)
+        keep_list(folder)  # half a list is no copy
+        mend_list(folder)
+        assert folder.read(LIST) == whole
+        assert last_report(folder) == {"step": 7}
+    folder.delete(COPY)
+    folder.write(LIST, "")
+    mend_list(folder)
+    assert not folder.exists(LIST)
+    assert last_report(folder) is None
+    assert "the training begins anew" in caplog.text
 
 
 def test_a_worker_that_dies_is_replaced_and_changes_nothing(

@@ -1,0 +1,55 @@
+"""Ray Train's list of checkpoints, by which a run goes on: kept whole, and never ahead of what the run has written down.
+
+Ray overwrites the list in place. A controller killed, or a disk full, in the middle of that leaves half of it, and every later
+start would fail. So a copy is kept. And between the list and the run's own history (`pipelines.progress`) a controller can die.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from pipelines.storage import Folder
+
+log = logging.getLogger("qskd")
+LIST = "train/checkpoint_manager_snapshot.json"  # Ray's
+COPY = "checkpoints.json"
+
+
+def keep_list(folder: Folder) -> None:
+    """Copy the list. For callbacks of the controller, which Ray calls when it has written it."""
+    if folder.exists(LIST):
+        text = folder.read(LIST)
+        if _parsed(text):
+            folder.write(COPY, text)
+
+
+def mend_list(folder: Folder) -> None:
+    """Before Ray reads it: half a list becomes its copy, or none. Ray deletes a checkpoint only when a list without it is whole."""
+    if not folder.exists(LIST) or _parsed(folder.read(LIST)):
+        return
+    copy = folder.read(COPY) if folder.exists(COPY) else ""
+    if _parsed(copy):
+        log.warning("%s was not written to its end: its copy of one report before takes its place", folder.where(LIST))
+        folder.write(LIST, copy)
+    else:
+        log.warning("%s was not written to its end: the training begins anew", folder.where(LIST))
+        folder.delete(LIST)
+
+
+def last_report(folder: Folder) -> dict[str, Any] | None:
+    """What rank 0 said with the checkpoint that the run will go on from."""
+    found = _parsed(folder.read(LIST)) if folder.exists(LIST) else {}
+    latest = found.get("latest_checkpoint_result") or {}
+    metrics: dict[str, Any] | None = latest.get("metrics")
+    return metrics
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """{} for what is no whole JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
