@@ -130,7 +130,7 @@ class SweepScheduler(FIFOScheduler):
         if trial.temporary_state.ray_actor is not None:
             ray.kill(trial.temporary_state.ray_actor)
         held = self.held.pop(trial.config["number"], {})
-        if held:
+        if held.get("placement_group"):
             end_controller(ray.cloudpickle.loads(bytes.fromhex(held["controller"])))
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(held["placement_group"]))))
 
