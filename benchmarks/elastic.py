@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.chaos.cluster import Cluster, base_environment, title
 from benchmarks.chaos.work import Driver, Places, make_data, recipe
 from benchmarks.timing import machine
-from pipelines.progress import read_history
+from pipelines.history import read_history
 from pipelines.storage import Folder
 from qskd.config import Config
 from qskd.recipe import replace_fields

@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.timing import Ratio, Report, load_note, machine, ratios
 from pipelines import cache_teacher, distill
+from pipelines.history import read_history
 from pipelines.models import make_teacher
 from pipelines.prepare import prepare
-from pipelines.progress import read_history
 from pipelines.quickstart import RECIPE, TEACHER
 from pipelines.storage import Folder
 from pipelines.streaming import local_stream

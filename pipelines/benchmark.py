@@ -6,7 +6,6 @@ python -m pipelines.benchmark TEACHER runs/quickstart/qskd/student --onnx
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from qskd.detectors import Detector, load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.export import export_onnx, open_session
 from qskd.memory import peak_memory
+from qskd.scratch import scratch_folder
 
 TORCH, ONNX = "PyTorch", "onnxruntime"
 
@@ -117,12 +117,12 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
     runners: dict[tuple[str, str], Runner] = {}
     counted: dict[str, tuple[str, Size, Cost]] = {}
     sources: dict[tuple[str, str], tuple[Any, Size]] = {}
-    with tempfile.TemporaryDirectory(prefix="qskd-benchmark-") as scratch:
+    with scratch_folder("benchmark") as scratch:
         for name, model in named.items():
             detector, size = load_detector(model), input_size(model, options.size)
             counted[name] = (detector.family, size, cost_of(detector, size))
             if options.onnx:
-                file, side = graph_of(model, detector, options, Path(scratch))
+                file, side = graph_of(model, detector, options, scratch)
                 runners[name, ONNX] = onnx_runner(open_session(file, options.threads, device), side)
                 sources[name, ONNX] = (file, side)
             runners[name, TORCH] = torch_runner(detector, size, device, options.precision)

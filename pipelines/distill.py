@@ -8,29 +8,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
-from pipelines.cluster import (
-    check_room,
-    in_a_job,
-    may_be_preempted,
-    say_if_on_cpus,
-    start_ray,
-    worker_resources,
-)
+from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
-from pipelines.ray_checkpoints import mend_list
+from pipelines.ray_checkpoints import delete_unlisted
 from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, tracking_uri
+from pipelines.trainer import make_trainer
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 from qskd.config import Config
@@ -38,8 +31,9 @@ from qskd.detectors import describe_student
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
-from qskd.recipe import to_tree, to_yaml
+from qskd.recipe import to_yaml
 from qskd.schedule import Schedule
+from qskd.scratch import scratch_folder
 from qskd.teacher_cache import columns_for
 
 log = logging.getLogger("qskd")
@@ -240,78 +234,30 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     from pipelines.progress import ProgressPrinter, TrackingCallback
 
     tracking = TrackingCallback(tracker, folder)
-    trainer = make_trainer(plan, folder, [tracking], tracker.run_id)
+    trainer = make_trainer(plan.config, plan.stream, folder, [tracking], tracker.run_id)
     tracking.catch_up(plan.config.compute.workers)
     with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
         return trainer.fit()
 
 
-def make_trainer(plan: Plan, folder: Folder, callbacks: Sequence[Any], run_id: str = "") -> Any:
-    """The TorchTrainer of a plan; its checkpoints go to OUTPUT/NAME/train. callbacks: Ray Train's, of the controller.
-    run_id: the MLflow run's, for the workers' logs."""
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    def train(payload: dict[str, Any]) -> None:
-        # Pickled by value, with its import inside: the controller then starts without importing transformers.
-        from pipelines.workers import train_worker
-
-        train_worker(payload)
-
-    compute = plan.config.compute
-    gpu = uses_gpu(plan.config, ray.cluster_resources())
-    check_room(compute, gpu)
-    mend_list(folder)
-    return TorchTrainer(
-        train,
-        train_loop_config={
-            "config": to_tree(plan.config),
-            "stream": plan.stream,
-            "run_id": run_id,
-            "preemptible": may_be_preempted(plan.config),
-        },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(compute.min_workers, compute.workers) if compute.min_workers else compute.workers,
-            use_gpu=gpu,
-            resources_per_worker=worker_resources(compute, gpu),
-        ),
-        run_config=ray.train.RunConfig(
-            name="train",
-            **folder.for_ray(),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(
-                max_failures=compute.max_failures, max_preemption_failures=compute.max_preemptions
-            ),
-            callbacks=list(callbacks),
-        ),
-    )
-
-
-def uses_gpu(config: Config, resources: Mapping[str, float]) -> bool:
-    """Whether a training of this recipe has a GPU for each worker that it must have, on a cluster of these resources."""
-    compute = config.compute
-    least = compute.min_workers or compute.workers
-    return compute.device == "cuda" or (compute.device == "auto" and resources.get("GPU", 0) >= least)
-
-
 def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:
     """Copy the student out of the last checkpoint, log it, and write result.json: the mark of a finished run."""
     from pipelines.cards import card_of_run
-    from pipelines.progress import read_history
+    from pipelines.history import read_history
     from pipelines.report import write_report
     from qskd.model_card import write_card
 
     if result.error is not None or result.checkpoint is None:
         raise result.error or QskdError(folder.path, "training ended without a checkpoint")
-    with tempfile.TemporaryDirectory(prefix="qskd-finish-") as scratch, result.checkpoint.as_directory() as checkpoint:
-        student = Path(scratch) / "student"
+    with scratch_folder("finish") as scratch, result.checkpoint.as_directory() as checkpoint:
+        student = scratch / "student"
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = json.loads((Path(checkpoint) / "state.json").read_text())["metrics"]
         write_card(student, card_of_run(plan.config, plan.kind, plan.train, plan.val, student, metrics))
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
+    delete_unlisted(folder)  # a lost worker may have written one until now
     done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))
     folder.write("result.json", json.dumps(done.__dict__, indent=2))
     return done

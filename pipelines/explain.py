@@ -6,7 +6,6 @@ python -m pipelines.explain runs/quickstart/qskd photo.jpg --before runs/quickst
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from qskd.explain import Explanation, Seer, explain
 from qskd.files import open_folder
 from qskd.pictures import explanation_picture, warning_of
 from qskd.recipe import apply_overrides, build, load
+from qskd.scratch import scratch_folder
 from qskd.teacher import OnlineTeacher
 
 log = logging.getLogger("qskd")
@@ -140,7 +140,7 @@ def _local(folder: str, scratch: ExitStack) -> str:
     """A folder that transformers can read: what is elsewhere is copied here for as long as `scratch` lives."""
     if "://" not in folder:
         return folder
-    here = scratch.enter_context(tempfile.TemporaryDirectory(prefix="qskd-student-"))
+    here = str(scratch.enter_context(scratch_folder("student")))
     filesystem, root = open_folder(folder)
     fs.copy_files(root, here, source_filesystem=filesystem)
     return here

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from typing import Any
 
 import ray.train
 
+from pipelines.history import add_report, read_history
 from pipelines.logs import say
 from pipelines.ray_checkpoints import keep_list, last_report
 from pipelines.storage import Folder
@@ -44,11 +44,9 @@ class TrackingCallback(ray.train.UserCallback):
         if evaluation and self._is_new("val/AP", report["step"]):
             rows.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
         self.tracker.metrics(rows)
-        entry = {"step": report["step"], "epoch": report["epoch"] + 1, "evaluation": report.get("evaluation", {})}
-        if report["rows"]:
-            entry["training"] = report["rows"][-1][1]
-        history = [e for e in read_history(self.folder) if e["step"] < entry["step"]]
-        self.folder.write("history.json", json.dumps([*history, entry]))
+        add_report(
+            self.folder, report["step"], report["epoch"] + 1, report.get("evaluation", {}), report["rows"]
+        )  # fmt: skip
 
     def _is_new(self, metric: str, step: int) -> bool:
         """After a restart some steps are reported a second time."""
@@ -70,12 +68,6 @@ def mean_rows(of_workers: list[list[tuple[int, dict[str, float]]]]) -> list[tupl
         (same_step[0][0], {name: joined(name, [row[name] for _, row in same_step]) for name in same_step[0][1]})
         for same_step in zip(*of_workers, strict=True)
     ]
-
-
-def read_history(folder: Folder) -> list[dict[str, Any]]:
-    """One entry a report: step, epoch, evaluation (metrics, possibly empty), training (the last means)."""
-    history: list[dict[str, Any]] = json.loads(folder.read("history.json")) if folder.exists("history.json") else []
-    return history
 
 
 def progress_line(name: str, entry: dict[str, Any], total_steps: int) -> str:

@@ -10,6 +10,8 @@ import json
 import logging
 from typing import Any
 
+from pyarrow import fs
+
 from pipelines.storage import Folder
 
 log = logging.getLogger("qskd")
@@ -36,6 +38,23 @@ def mend_list(folder: Folder) -> None:
     else:
         log.warning("%s was not written to its end: the training begins anew", folder.where(LIST))
         folder.delete(LIST)
+
+
+def delete_unlisted(folder: Folder) -> None:
+    """Delete the checkpoints that Ray's list does not name: of processes that died, or were still writing when the run had been
+    begun again elsewhere. For when no worker of this run is at work."""
+    if not folder.exists(LIST) or not (found := _parsed(folder.read(LIST))):
+        return
+    results = [*found["checkpoint_results"], *found["pending_training_results"], found["latest_checkpoint_result"]]
+    listed = {result["checkpoint_dir_name"] for result in results if result}
+    root = f"{folder.root}/{LIST.rpartition('/')[0]}"
+    for info in folder.filesystem.get_file_info(fs.FileSelector(root)):
+        if (
+            info.type == fs.FileType.Directory
+            and info.base_name.startswith("checkpoint_")
+            and info.base_name not in listed
+        ):
+            folder.filesystem.delete_dir(info.path)
 
 
 def last_report(folder: Folder) -> dict[str, Any] | None:

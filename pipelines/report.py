@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from qskd.explain import Explanation, explain
 from qskd.manifest import Manifest
 from qskd.pictures import explanation_picture
 from qskd.plots import curve_plot, draw_boxes, picture_grid
+from qskd.scratch import scratch_folder
 from qskd.shards import ShardReader
 from qskd.views import View
 
@@ -117,10 +117,10 @@ def write_report(
     """Log the student's folder, curves and pictures. What fails of the last two is said in a warning: the training is
     done, and its result matters more."""
     tracker.folder(student_folder, "student")
-    with tempfile.TemporaryDirectory(prefix="qskd-report-") as folder:
+    with scratch_folder("report") as folder:
         parts: dict[str, Callable[[], None]] = {
-            "curves": lambda: log_curves(history, tracker, Path(folder)),
-            "pictures": lambda: log_pictures(config, val, student_folder, tracker, Path(folder)),
+            "curves": lambda: log_curves(history, tracker, folder),
+            "pictures": lambda: log_pictures(config, val, student_folder, tracker, folder),
         }
         for what, part in parts.items():
             try:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipelines.storage import Folder
 from pipelines.sweep_records import Records
@@ -16,6 +14,7 @@ from pipelines.sweep_trials import TrialRow
 from pipelines.tracking import Tracker, how_to_look, tracking_uri
 from qskd.config import Config
 from qskd.recipe import replace_fields, to_yaml
+from qskd.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def finish(config: Config, description: str, records: Records, tracker: Tracker)
         folder.write("best.yaml", text)
         tracker.text("best.yaml", text)
         version = _register(config, records, best, tracker)
-    with tempfile.TemporaryDirectory(prefix="qskd-sweep-report-") as scratch:
-        write_report(Path(scratch), rows, config, text, f"{config.name}: {description}")
+    with scratch_folder("sweep-report") as scratch:
+        write_report(scratch, rows, config, text, f"{config.name}: {description}")
         folder.upload(scratch, "report")
         tracker.folder(scratch, "report")
     Console().print(terminal_table(rows, command, config))
@@ -79,7 +78,7 @@ def _register(config: Config, records: Records, best: TrialRow, parent: Tracker)
     if not best.run_id or not trial.exists("student"):
         return ""
     child = Tracker(parent.uri, best.run_id)
-    with tempfile.TemporaryDirectory(prefix="qskd-best-") as scratch:
-        fs.copy_files(f"{trial.root}/student", scratch, source_filesystem=trial.filesystem)
+    with scratch_folder("best") as scratch:
+        fs.copy_files(f"{trial.root}/student", str(scratch), source_filesystem=trial.filesystem)
         child.folder(scratch, "student")
     return child.register("student", config.name, ALIAS)

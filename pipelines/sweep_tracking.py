@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from pipelines.sweep_records import ENDED
+from pipelines.history import Rows, read_history, rows_until
+from pipelines.sweep_records import ENDED, Records
 from pipelines.sweep_trials import TrialRow
 from pipelines.tracking import Tracker
 from qskd.config import Config
@@ -21,8 +22,9 @@ TAG_LENGTH = 5000  # MLflow's limit, for servers of any age
 class SweepTracking:
     """The parent run and its children by trial number."""
 
-    def __init__(self, parent: Tracker, steps_per_epoch: int, past: Sequence[TrialRow] = ()) -> None:
-        self.parent, self.steps_per_epoch = parent, steps_per_epoch
+    def __init__(self, parent: Tracker, steps_per_epoch: int, records: Records) -> None:
+        self.parent, self.steps_per_epoch, self.records = parent, steps_per_epoch, records
+        past = records.in_order()
         self.trials: dict[int, Tracker] = {}
         self.there = parent.children(NUMBER) if past else {}
         for row in past:  # ended, but the driver was killed before it could say so
@@ -55,17 +57,24 @@ class SweepTracking:
     def _catch_up(self, row: TrialRow) -> None:
         """An evaluation is in the row before it is in MLflow: log what a killed driver had no time to."""
         tracker = self.trials[row.number]
-        logged = tracker.last_step("val/AP")
-        points = [(round(epochs * self.steps_per_epoch), epochs, ap) for epochs, ap in row.curve]
-        tracker.metrics([(step, {"val/AP": ap, "epoch": epochs}) for step, epochs, ap in points if step > logged])
+        logged, lost = tracker.last_step("val/AP"), tracker.last_step("loss/total")
+        history = read_history(self.records.trial_folder(row.number))
+        evaluations = {entry["step"]: entry["evaluation"] for entry in history}
+        for epochs, ap in row.curve:
+            step = round(epochs * self.steps_per_epoch)
+            if step > logged:
+                rows = [(at, values) for at, values in rows_until(history, step) if at > lost]
+                self._log(tracker, step, epochs, evaluations.get(step) or {"AP": ap}, rows)
 
     def report(self, number: int, report: Mapping[str, Any]) -> None:
-        tracker = self.trials.get(number)
-        if tracker is None:
-            return
-        rows = [(int(step), values) for step, values in report["rows"]]
-        found = {f"val/{name}": value for name, value in report["metrics"].items() if value >= 0}
-        tracker.metrics([*rows, (report["step"], {**found, "epoch": report["epochs"]})])
+        if number in self.trials:
+            rows = [(int(step), values) for step, values in report["rows"]]
+            self._log(self.trials[number], report["step"], report["epochs"], report["metrics"], rows)
+
+    @staticmethod
+    def _log(tracker: Tracker, step: int, epochs: float, metrics: Mapping[str, float], rows: Rows) -> None:
+        found = {f"val/{name}": value for name, value in metrics.items() if value >= 0}
+        tracker.metrics([*rows, (step, {**found, "epoch": epochs})])
 
     def costs(self, number: int, measured: Mapping[str, float]) -> None:
         if number in self.trials:

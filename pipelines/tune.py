@@ -9,14 +9,13 @@ import json
 import logging
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config, uses_gpu
+from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config
 from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
@@ -25,9 +24,11 @@ from pipelines.sweep_end import SweepResult, finish
 from pipelines.sweep_records import ENDED, Records
 from pipelines.sweep_tracking import SweepTracking
 from pipelines.tracking import Tracker
+from pipelines.trainer import uses_gpu
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.recipe import replace_fields, to_yaml
+from qskd.scratch import scratch_folder
 from search_spaces import SearchSpace
 
 log = logging.getLogger("qskd")
@@ -100,7 +101,7 @@ def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepRes
     tracker = _open_run(config, folder, search.describe())
     print(search.describe(), flush=True)
     schedule = plan.stream.schedule
-    tracking = SweepTracking(tracker, schedule.steps_per_epoch, records.in_order())
+    tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
     try:
         if is_done(search, records):
             return finish(config, search.describe(), records, tracker)
@@ -202,7 +203,7 @@ def _search(sweep: Sweep, plan: Plan) -> None:
     one = trial_resources(sweep.config, gpu) if compute.workers == 1 else {"GPU" if gpu else "CPU": 1.0}
     schedule = plan.stream.schedule
     with (
-        tempfile.TemporaryDirectory(prefix="qskd-tune-") as scratch,
+        scratch_folder("tune") as scratch,
         ask_for_nodes(one, sweep.search.trials * compute.workers),
     ):
         run_tuner(
@@ -211,7 +212,7 @@ def _search(sweep: Sweep, plan: Plan) -> None:
             sweep.search,
             schedule.total_steps / schedule.steps_per_epoch,
             sweep.records.in_order(),
-            scratch,
+            str(scratch),
         )
 
 

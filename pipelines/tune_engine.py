@@ -23,9 +23,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from pipelines.distill import uses_gpu
 from pipelines.search_request import Search
 from pipelines.sweep_trials import TrialRow
+from pipelines.trainer import uses_gpu
 from pipelines.trial_job import Job
 from qskd.config import Config
 

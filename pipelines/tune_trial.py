@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,18 +18,21 @@ from typing import Any
 
 import torch
 
-from pipelines.distill import Plan, make_plan, make_trainer
+from pipelines.distill import Plan, make_plan
+from pipelines.history import Rows, add_trial_report, best_ap, read_history, rows_until
 from pipelines.models import device_here
-from pipelines.progress import mean_rows, read_history
+from pipelines.progress import mean_rows
 from pipelines.ray_checkpoints import keep_list
 from pipelines.storage import FAILURE, Folder, raise_failure
 from pipelines.streaming import Share, local_stream
 from pipelines.student_costs import costs
+from pipelines.trainer import make_trainer
 from pipelines.trial_job import Job
 from pipelines.workers import Worker, restore, write_checkpoint
 from qskd.errors import QskdError
 from qskd.evaluation import CocoResult
 from qskd.recipe import build
+from qskd.scratch import scratch_folder
 
 POINTER = "checkpoint.json"
 READ_AHEAD = 2  # batches
@@ -50,9 +52,10 @@ def run_trial(job: Job, send: Send) -> None:
             measured = costs(config, plan.train.labels, device_here(config), recipe, job.recipe_latency_ms)
             send({"costs": measured})
         folder = Folder(config)
-        for entry in read_history(folder):  # the driver was killed before it heard of these
+        history = read_history(folder)
+        for entry in history:  # the driver was killed before it heard of these
             if entry["evaluation"] and epochs_of(entry, plan) > job.seen:
-                send(evaluated(entry, plan, [], 0.0))
+                send(evaluated(entry, plan, rows_until(history, entry["step"]), 0.0))
         if config.compute.workers == 1:
             _train_here(job, plan, folder, send)
         else:
@@ -66,9 +69,7 @@ def epochs_of(entry: dict[str, Any], plan: Plan) -> float:
     return float(entry["step"] / plan.stream.schedule.steps_per_epoch)
 
 
-def evaluated(
-    entry: dict[str, Any], plan: Plan, rows: list[tuple[int, dict[str, float]]], seconds: float
-) -> dict[str, Any]:
+def evaluated(entry: dict[str, Any], plan: Plan, rows: Rows, seconds: float) -> dict[str, Any]:
     """The report of an evaluation. rows: the loss terms since the one before."""
     return {
         "epochs": epochs_of(entry, plan),
@@ -96,7 +97,6 @@ class TrialWorker(Worker):
         self.job, self.plan, self.folder, self.send = job, plan, folder, send
         schedule = plan.stream.schedule
         self.last_step = min(schedule.total_steps, round((job.until or schedule.epochs) * schedule.steps_per_epoch))
-        self.kept: list[tuple[int, dict[str, float]]] = []  # rows that no evaluation has taken along yet
         self.begun_at, self.since = 0, time.perf_counter()
 
     def start(self) -> int:
@@ -115,31 +115,21 @@ class TrialWorker(Worker):
         return read_ahead(itertools.takewhile(lambda share: share.epoch < last, local_stream(self.stream, start_step)))
 
     def report(self, epoch: int, result: CocoResult | None) -> None:
-        self.kept += self.meter.flush()
-        step = self.training.step
-        entry: dict[str, Any] = {"step": step, "epoch": epoch + 1, "evaluation": result.metrics if result else {}}
-        if self.kept:
-            entry["training"] = self.kept[-1][1]
-        with tempfile.TemporaryDirectory(prefix="qskd-trial-") as scratch:
-            write_checkpoint(Path(scratch), self.training, self.config, result)
-            before = self._prune_history(step)
-            if result is not None and result.metrics["AP"] > max(
-                (e["evaluation"].get("AP", -1.0) for e in before), default=-1.0
-            ):
-                self.folder.upload(Path(scratch) / "student", "student")
+        step, rows = self.training.step, self.meter.flush()
+        evaluation = result.metrics if result else {}
+        with scratch_folder("trial") as scratch:
+            write_checkpoint(scratch, self.training, self.config, result)
+            if evaluation and evaluation["AP"] > best_ap(read_history(self.folder), step):
+                self.folder.upload(scratch / "student", "student")
             self.folder.upload(scratch, _name(step))
-        self.folder.write("history.json", json.dumps([*before, entry]))
+        entry = add_trial_report(self.folder, step, epoch + 1, evaluation, rows)
         self.folder.write(POINTER, json.dumps({"step": step, "generation": self.job.generation}))
         # In a population another may still begin from where this one began.
         _keep(self.folder, {step, self.begun_at} if self.job.until else {step})
-        if result is not None:
+        if evaluation:
             now = time.perf_counter()
-            rows, self.kept = self.kept, []
-            self.send(evaluated(entry, self.plan, rows, now - self.since))
+            self.send(evaluated(entry, self.plan, rows_until(read_history(self.folder), step), now - self.since))
             self.since = time.perf_counter()
-
-    def _prune_history(self, step: int) -> list[dict[str, Any]]:
-        return [entry for entry in read_history(self.folder) if entry["step"] < step]
 
 
 def _name(step: int) -> str:
@@ -206,23 +196,23 @@ def _train_with_workers(plan: Plan, folder: Folder) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.rows: list[tuple[int, dict[str, float]]] = []
             self.since = time.perf_counter()
 
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             first = metrics[0]
             keep_list(folder)
-            self.rows += mean_rows([worker["rows"] for worker in metrics])
-            entry = {"step": first["step"], "epoch": first["epoch"] + 1, "evaluation": first.get("evaluation", {})}
-            before = [each for each in read_history(folder) if each["step"] < entry["step"]]
-            folder.write("history.json", json.dumps([*before, entry]))
-            if not entry["evaluation"]:
+            step, evaluation = first["step"], first.get("evaluation", {})
+            entry = add_trial_report(
+                folder, step, first["epoch"] + 1, evaluation, mean_rows([worker["rows"] for worker in metrics])
+            )
+            if not evaluation:
                 return
-            if entry["evaluation"]["AP"] > max((e["evaluation"].get("AP", -1.0) for e in before), default=-1.0):
+            history = read_history(folder)
+            if evaluation["AP"] > best_ap(history, step):
                 with checkpoint.as_directory() as local:
                     folder.upload(Path(local) / "student", "student")
-            report = evaluated(entry, plan, self.rows, time.perf_counter() - self.since)
-            self.rows, self.since = [], time.perf_counter()
+            report = evaluated(entry, plan, rows_until(history, step), time.perf_counter() - self.since)
+            self.since = time.perf_counter()
             # Of what is to be ended and given back when the trial is stopped (`SweepScheduler._release`).
             controller = ray.cloudpickle.dumps(ray.get_runtime_context().current_actor)
             report["held"] = {"placement_group": first["placement_group"], "controller": controller.hex()}
@@ -230,6 +220,6 @@ def _train_with_workers(plan: Plan, folder: Folder) -> None:
 
     folder.delete(FAILURE)
     try:
-        make_trainer(plan, folder, [EveryEvaluation()]).fit()
+        make_trainer(plan.config, plan.stream, folder, [EveryEvaluation()]).fit()
     finally:
         raise_failure(folder)

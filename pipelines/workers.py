@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from qskd.evaluation import CocoResult, Detections, evaluate_coco
 from qskd.inference import predict_batch
 from qskd.manifest import load_manifest
 from qskd.recipe import build
+from qskd.scratch import scratch_folder
 from qskd.training import Training, train_batch
 
 log = logging.getLogger("qskd")
@@ -212,6 +212,6 @@ class Worker:
         if self.rank:
             ray.train.report(metrics)
             return
-        with tempfile.TemporaryDirectory(prefix="qskd-checkpoint-") as folder:
-            write_checkpoint(Path(folder), self.training, self.config, result)
+        with scratch_folder("checkpoint") as folder:
+            write_checkpoint(folder, self.training, self.config, result)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder))

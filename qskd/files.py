@@ -10,7 +10,6 @@ import io
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError, full_disk_named
+from qskd.scratch import scratch_folder
 from qskd.stores import is_local, join, patiently, redacted
 
 __all__ = [
@@ -152,12 +152,12 @@ def fetched(uri: str) -> Iterator[str]:
         yield uri
         return
     filesystem, root = open_folder(uri)
-    with tempfile.TemporaryDirectory(prefix="qskd-fetched-") as local:
+    with scratch_folder("fetched") as local:
         try:
             patiently(uri, filesystem, lambda: pafs.copy_files(root, local, source_filesystem=filesystem))
         except (OSError, pa.ArrowException) as error:
             raise QskdError(redacted(uri), f"can't be read: {error}", "a folder with files in it") from None
-        yield local
+        yield str(local)
 
 
 class ParquetFiles:

@@ -19,7 +19,7 @@ from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F
 
 from pipelines import distill
 from pipelines.cache_teacher import complain, foresee, run, verify
-from pipelines.progress import read_history
+from pipelines.history import read_history
 from pipelines.storage import Folder
 from qskd.cache_manifest import load_cache_manifest, save_cache_manifest
 from qskd.config import Config

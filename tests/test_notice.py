@@ -10,6 +10,7 @@ import pipelines.cluster
 from pipelines import distill
 from pipelines.prepare import prepare
 from pipelines.storage import Folder
+from pipelines.trainer import make_trainer
 from pipelines.workers import NOTICE_EVERY_STEPS, Worker
 from qskd.config import Config
 from qskd.recipe import load
@@ -66,6 +67,7 @@ def test_workers_are_told_to_ask_when_elastic_or_on_a_cluster_of_others(
     made: dict[str, Any] = {}
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda _, **settings: made.update(settings))
-    distill.make_trainer(distill.make_plan(distill.prepare_config(config, "train"), "train"), Folder(config), [])
+    plan = distill.make_plan(distill.prepare_config(config, "train"), "train")
+    make_trainer(plan.config, plan.stream, Folder(config), [])
     assert made["train_loop_config"]["preemptible"] is expected
     assert pipelines.cluster.may_be_preempted(config) is expected

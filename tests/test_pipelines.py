@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 import pipelines.cluster
 from pipelines import distill
 from pipelines.evaluate import evaluate
+from pipelines.history import read_history
 from pipelines.models import make_student, teacher_for_training
 from pipelines.predict import predict
 from pipelines.prepare import prepare
-from pipelines.progress import read_history
-from pipelines.ray_checkpoints import COPY, LIST, keep_list, last_report, mend_list
+from pipelines.ray_checkpoints import COPY, LIST, delete_unlisted, keep_list, last_report, mend_list
 from pipelines.storage import Folder
 from pipelines.streaming import local_stream
 from qskd.config import Config
@@ -238,6 +238,25 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, dist
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert result.metrics == distilled.metrics
+
+
+def test_checkpoints_that_no_list_names_are_deleted_and_all_others_stay(tmp_path: Path) -> None:
+    folder = Folder(Config(output=str(tmp_path)))
+    delete_unlisted(folder)  # nothing there, as before a first run
+    names = [f"checkpoint_{number}" for number in range(5)]
+    for name in names:
+        folder.write(f"train/{name}/state.json", "{}")
+    folder.write("train/notes.json", "{}")
+    of = [{"checkpoint_dir_name": name} for name in names]
+    whole = {"checkpoint_results": of[:1], "pending_training_results": of[1:2], "latest_checkpoint_result": of[2]}
+    for unreadable in ("", json.dumps(whole)[:30]):
+        folder.write(LIST, unreadable)
+        delete_unlisted(folder)
+        assert all(folder.exists(f"train/{name}/state.json") for name in names)
+    folder.write(LIST, json.dumps(whole))
+    delete_unlisted(folder)
+    assert [folder.exists(f"train/{name}") for name in names] == [True, True, True, False, False]
+    assert folder.exists("train/notes.json")
 
 
 def test_half_a_list_of_checkpoints_becomes_its_copy_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ def drain_when_begun(folder: object) -> None:
     from ray._raylet import GcsClient
     from ray.core.generated import autoscaler_pb2
 
-    from pipelines.progress import read_history
+    from pipelines.history import read_history
 
     while not read_history(folder):  # type: ignore[arg-type]
         time.sleep(0.1)
@@ -42,8 +42,8 @@ def run(root: Path) -> None:
 
     import pipelines.cluster
     from pipelines import distill
+    from pipelines.history import read_history
     from pipelines.prepare import prepare
-    from pipelines.progress import read_history
     from pipelines.storage import Folder
     from qskd.recipe import load
     from qskd.shapes import ShapesConfig, make_shapes

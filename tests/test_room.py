@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from pipelines.cluster import check_room, reader_cpus, worker_resources
-from pipelines.distill import uses_gpu
+from pipelines.trainer import uses_gpu
 from qskd.config import ComputeConfig, Config
 from qskd.errors import QskdError
 

@@ -165,6 +165,10 @@ def test_killing_the_driver_twice_and_ctrl_c_change_nothing(
     for row in result.rows:
         steps = [metric.step for metric in client.get_metric_history(row.run_id, "val/AP")]
         assert steps == [3 * round(epochs) for epochs, _ in row.curve]
+        same = next(each for each in undisturbed.rows if each.number == row.number)
+        for metric in ("loss/total", "val/AP50"):  # none lost with the process that had them, none twice
+            of_both = [[m.step for m in client.get_metric_history(each.run_id, metric)] for each in (row, same)]
+            assert of_both[0] == of_both[1]
         assert client.get_run(row.run_id).info.status == "FINISHED"
 
 

@@ -1,0 +1,65 @@
+"""Ray Train, as all trainings of several processes use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.cluster import check_room, may_be_preempted, worker_resources
+from pipelines.ray_checkpoints import delete_unlisted, mend_list
+from pipelines.storage import Folder
+from pipelines.streaming import StreamConfig
+from qskd.config import Config
+from qskd.recipe import to_tree
+
+
+def make_trainer(
+    config: Config, stream: StreamConfig, folder: Folder, callbacks: Sequence[Any], run_id: str = ""
+) -> Any:
+    """The TorchTrainer of a recipe; its checkpoints go to OUTPUT/NAME/train. callbacks: Ray Train's, of the controller.
+    run_id: the MLflow run's, for the workers' logs."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def train(payload: dict[str, Any]) -> None:
+        # Pickled by value, with its import inside: the controller then starts without importing transformers.
+        from pipelines.workers import train_worker
+
+        train_worker(payload)
+
+    compute = config.compute
+    gpu = uses_gpu(config, ray.cluster_resources())
+    check_room(compute, gpu)
+    mend_list(folder)
+    delete_unlisted(folder)
+    return TorchTrainer(
+        train,
+        train_loop_config={
+            "config": to_tree(config),
+            "stream": stream,
+            "run_id": run_id,
+            "preemptible": may_be_preempted(config),
+        },
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(compute.min_workers, compute.workers) if compute.min_workers else compute.workers,
+            use_gpu=gpu,
+            resources_per_worker=worker_resources(compute, gpu),
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            **folder.for_ray(),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=compute.max_failures, max_preemption_failures=compute.max_preemptions
+            ),
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def uses_gpu(config: Config, resources: Mapping[str, float]) -> bool:
+    """Whether a training of this recipe has a GPU for each worker that it must have, on a cluster of these resources."""
+    compute = config.compute
+    least = compute.min_workers or compute.workers
+    return compute.device == "cuda" or (compute.device == "auto" and resources.get("GPU", 0) >= least)

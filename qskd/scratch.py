@@ -1,0 +1,63 @@
+"""Folders for temporary files that a killed process does not leave behind for ever."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+PREFIX = "qskd-scratch-"
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """An empty folder below the one for temporary files, removed with the block.
+
+    A process killed in the block can't remove it; the next one on the machine that wants a folder does. Who is still there
+    holds a lock on his, which the system lets go with the process.
+    """
+    _remove_orphans(tempfile.gettempdir())
+    folder, lock = _locked(purpose)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(purpose: str) -> tuple[Path, int]:
+    while True:
+        folder = tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-")
+        lock = os.open(folder, os.O_RDONLY)
+        if _lock(lock, wait=True) and not os.path.exists(folder):
+            os.close(lock)  # another process removed it before it was locked
+            continue
+        return Path(folder), lock
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Whether the lock is ours; False too where the file system has none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+@cache  # once a process: a folder with many other files takes a while to list
+def _remove_orphans(parent: str) -> None:
+    for folder in Path(parent).glob(f"{PREFIX}*"):
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone meanwhile, or another user's
+        try:
+            if os.fstat(handle).st_uid == os.getuid() and _lock(handle, wait=False):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)

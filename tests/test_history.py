@@ -1,0 +1,61 @@
+"""A run's record of its reports: rows survive the process that made them until a sweep's driver has heard of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.history import Rows, add_report, add_trial_report, best_ap, read_history, rows_until
+from pipelines.storage import Folder
+from qskd.recipe import load
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(load(None, [f"output={tmp_path}", "name=it"]))
+
+
+def row(step: int) -> Rows:
+    return [(step, {"loss/total": float(step)})]
+
+
+def steps(rows: Any) -> list[int]:
+    return [step for step, _ in rows]
+
+
+def trial(folder: Folder, step: int) -> None:
+    """A row every 2 steps, a report every 4, an evaluation every 8."""
+    add_trial_report(folder, step, 1, {"AP": step / 100} if step % 8 == 0 else {}, row(step - 2) + row(step))
+
+
+def test_an_evaluation_takes_along_all_rows_since_the_one_before(folder: Folder) -> None:
+    for step in range(4, 25, 4):
+        trial(folder, step)
+        if step % 8 == 0:
+            assert steps(rows_until(read_history(folder), step)) == [step - 6, step - 4, step - 2, step]
+
+
+def test_rows_of_the_last_evaluation_and_later_ones_are_kept_and_older_ones_are_not(folder: Folder) -> None:
+    for step in range(4, 29, 4):
+        trial(folder, step)
+    history = read_history(folder)
+    assert steps(rows_until(history, 24)) == [18, 20, 22, 24]
+    assert steps(rows_until(history, 32)) == [26, 28]
+    assert steps(rows_until(history, 16)) == []
+
+
+def test_what_was_done_after_the_checkpoint_is_replaced_when_it_is_done_again(folder: Folder) -> None:
+    for step in (4, 8, 12, 16, 12, 16):
+        trial(folder, step)
+    assert [entry["step"] for entry in read_history(folder)] == [4, 8, 12, 16]
+    assert steps(rows_until(read_history(folder), 16)) == [10, 12, 14, 16]
+    add_report(folder, 8, 1, {}, row(8))
+    assert [entry["step"] for entry in read_history(folder)] == [4, 8]
+
+
+def test_the_best_ap_is_of_earlier_evaluations_only(folder: Folder) -> None:
+    assert best_ap(read_history(folder), 100) == -1.0
+    for step in (8, 16, 24):
+        trial(folder, step)
+    assert best_ap(read_history(folder), 24) == 0.16
+    assert best_ap(read_history(folder), 8) == -1.0
