@@ -47,6 +47,10 @@ def rows_until(history: list[dict[str, Any]], step: int) -> Rows:
     ]  # fmt: skip
 
 
+def last_step(history: list[dict[str, Any]]) -> int:
+    return max((entry["step"] for entry in history), default=0)
+
+
 def best_ap(history: list[dict[str, Any]], before_step: int) -> float:
     """The highest AP of the evaluations before a step; -1 where there is none."""
     return max((entry["evaluation"].get("AP", -1.0) for entry in history if entry["step"] < before_step), default=-1.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray.train
 
-from pipelines.history import add_report, read_history
+from pipelines.history import add_report, last_step, read_history
 from pipelines.logs import say
 from pipelines.ray_checkpoints import keep_list, last_report
 from pipelines.storage import Folder
@@ -33,9 +33,9 @@ class TrackingCallback(ray.train.UserCallback):
     def catch_up(self, workers: int) -> None:
         """Write down a report that Ray took and the run did not: the controller died in between. Of the losses Ray keeps only
         rank 0's; those of one among several workers are left out."""
-        report = last_report(self.folder)
-        if report is not None and report["step"] > max((e["step"] for e in read_history(self.folder)), default=0):
-            self.write({**report, "rows": report["rows"] if workers == 1 else []})
+        last = last_report(self.folder)
+        if last is not None and last[0]["step"] > last_step(read_history(self.folder)):
+            self.write({**last[0], "rows": last[0]["rows"] if workers == 1 else []})
 
     def write(self, report: dict[str, Any]) -> None:
         """To MLflow and the progress file."""

@@ -15,7 +15,8 @@ from pyarrow import fs
 from pipelines.storage import Folder
 
 log = logging.getLogger("qskd")
-LIST = "train/checkpoint_manager_snapshot.json"  # Ray's
+TRAIN = "train"  # what Ray calls the run
+LIST = f"{TRAIN}/checkpoint_manager_snapshot.json"
 COPY = "checkpoints.json"
 
 
@@ -47,7 +48,7 @@ def delete_unlisted(folder: Folder) -> None:
         return
     results = [*found["checkpoint_results"], *found["pending_training_results"], found["latest_checkpoint_result"]]
     listed = {result["checkpoint_dir_name"] for result in results if result}
-    root = f"{folder.root}/{LIST.rpartition('/')[0]}"
+    root = f"{folder.root}/{TRAIN}"
     for info in folder.filesystem.get_file_info(fs.FileSelector(root)):
         if (
             info.type == fs.FileType.Directory
@@ -57,12 +58,11 @@ def delete_unlisted(folder: Folder) -> None:
             folder.filesystem.delete_dir(info.path)
 
 
-def last_report(folder: Folder) -> dict[str, Any] | None:
-    """What rank 0 said with the checkpoint that the run will go on from."""
+def last_report(folder: Folder) -> tuple[dict[str, Any], str] | None:
+    """What rank 0 said with the checkpoint that the run will go on from, and that checkpoint's name in the run's folder."""
     found = _parsed(folder.read(LIST)) if folder.exists(LIST) else {}
-    latest = found.get("latest_checkpoint_result") or {}
-    metrics: dict[str, Any] | None = latest.get("metrics")
-    return metrics
+    latest = found.get("latest_checkpoint_result")
+    return (latest["metrics"], f"{TRAIN}/{latest['checkpoint_dir_name']}") if latest else None
 
 
 def _parsed(text: str) -> dict[str, Any]:

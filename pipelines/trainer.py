@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.cluster import check_room, may_be_preempted, worker_resources
-from pipelines.ray_checkpoints import delete_unlisted, mend_list
+from pipelines.ray_checkpoints import TRAIN, delete_unlisted, mend_list
 from pipelines.storage import Folder
 from pipelines.streaming import StreamConfig
 from qskd.config import Config
@@ -47,7 +47,7 @@ def make_trainer(
             resources_per_worker=worker_resources(compute, gpu),
         ),
         run_config=ray.train.RunConfig(
-            name="train",
+            name=TRAIN,
             **folder.for_ray(),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(

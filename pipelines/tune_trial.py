@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from pipelines.distill import Plan, make_plan
-from pipelines.history import Rows, add_trial_report, best_ap, read_history, rows_until
+from pipelines.history import Rows, add_trial_report, best_ap, last_step, read_history, rows_until
 from pipelines.models import device_here
 from pipelines.progress import mean_rows
-from pipelines.ray_checkpoints import keep_list
+from pipelines.ray_checkpoints import keep_list, last_report
 from pipelines.storage import FAILURE, Folder, raise_failure
 from pipelines.streaming import Share, local_stream
 from pipelines.student_costs import costs
@@ -52,6 +52,8 @@ def run_trial(job: Job, send: Send) -> None:
             measured = costs(config, plan.train.labels, device_here(config), recipe, job.recipe_latency_ms)
             send({"costs": measured})
         folder = Folder(config)
+        if config.compute.workers > 1:
+            catch_up(folder)
         history = read_history(folder)
         for entry in history:  # the driver was killed before it heard of these
             if entry["evaluation"] and epochs_of(entry, plan) > job.seen:
@@ -105,9 +107,9 @@ class TrialWorker(Worker):
         mine = pointer is not None and pointer["generation"] == self.job.generation
         if self.job.donor is not None and not mine:
             source = Folder(self.config.model_copy(update={"name": f"{self.job.donor:04d}"}))
-            self.begun_at = restore(self.training, _checkpoint(source, self.job.donor_step))
+            self.begun_at = restore(self.training, _checkpoint(source, _name(self.job.donor_step)))
         elif pointer is not None:
-            self.begun_at = restore(self.training, _checkpoint(self.folder, pointer["step"]))
+            self.begun_at = restore(self.training, _checkpoint(self.folder, _name(pointer["step"])))
         return self.begun_at
 
     def shares(self, start_step: int) -> Iterator[Share]:
@@ -136,10 +138,10 @@ def _name(step: int) -> str:
     return f"checkpoints/{step:09d}"
 
 
-def _checkpoint(folder: Folder, step: int) -> Any:
+def _checkpoint(folder: Folder, name: str) -> Any:
     import ray.train
 
-    return ray.train.Checkpoint(f"{folder.root}/{_name(step)}", filesystem=folder.filesystem)
+    return ray.train.Checkpoint(f"{folder.root}/{name}", filesystem=folder.filesystem)
 
 
 def _keep(folder: Folder, steps: set[int]) -> None:
@@ -187,6 +189,23 @@ def read_ahead(shares: Iterator[Share]) -> Iterator[Share]:
 
 
 # --- several workers -----------------------------------------------------------------------------------------------------
+def note_report(folder: Folder, report: dict[str, Any], rows: Rows, checkpoint: Any) -> dict[str, Any]:
+    """A report into the trial's folder, after its student if that is the best so far. The entry of the history."""
+    step, evaluation = report["step"], report.get("evaluation", {})
+    if evaluation and evaluation["AP"] > best_ap(read_history(folder), step):
+        with checkpoint.as_directory() as local:
+            folder.upload(Path(local) / "student", "student")
+    return add_trial_report(folder, step, report["epoch"] + 1, evaluation, rows)
+
+
+def catch_up(folder: Folder) -> None:
+    """Note a report that Ray took and the trial did not: the controller died in between. Its losses are left out: Ray keeps
+    rank 0's, not those of all workers."""
+    last = last_report(folder)
+    if last is not None and last[0]["step"] > last_step(read_history(folder)):
+        note_report(folder, last[0], [], _checkpoint(folder, last[1]))
+
+
 def _train_with_workers(plan: Plan, folder: Folder) -> None:
     import ray
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -201,17 +220,11 @@ def _train_with_workers(plan: Plan, folder: Folder) -> None:
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             first = metrics[0]
             keep_list(folder)
-            step, evaluation = first["step"], first.get("evaluation", {})
-            entry = add_trial_report(
-                folder, step, first["epoch"] + 1, evaluation, mean_rows([worker["rows"] for worker in metrics])
-            )
-            if not evaluation:
+            entry = note_report(folder, first, mean_rows([worker["rows"] for worker in metrics]), checkpoint)
+            if not entry["evaluation"]:
                 return
-            history = read_history(folder)
-            if evaluation["AP"] > best_ap(history, step):
-                with checkpoint.as_directory() as local:
-                    folder.upload(Path(local) / "student", "student")
-            report = evaluated(entry, plan, rows_until(history, step), time.perf_counter() - self.since)
+            rows = rows_until(read_history(folder), entry["step"])
+            report = evaluated(entry, plan, rows, time.perf_counter() - self.since)
             self.since = time.perf_counter()
             # Of what is to be ended and given back when the trial is stopped (`SweepScheduler._release`).
             controller = ray.cloudpickle.dumps(ray.get_runtime_context().current_actor)

@@ -1,12 +1,15 @@
 """A run's record of its reports: rows survive the process that made them until a sweep's driver has heard of them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.history import Rows, add_report, add_trial_report, best_ap, read_history, rows_until
+from pipelines.ray_checkpoints import LIST
 from pipelines.storage import Folder
+from pipelines.tune_trial import catch_up
 from qskd.recipe import load
 
 
@@ -59,3 +62,34 @@ def test_the_best_ap_is_of_earlier_evaluations_only(folder: Folder) -> None:
         trial(folder, step)
     assert best_ap(read_history(folder), 24) == 0.16
     assert best_ap(read_history(folder), 8) == -1.0
+
+
+def test_a_report_that_only_ray_heard_of_is_noted_with_its_student(folder: Folder) -> None:
+    catch_up(folder)  # nothing there yet
+    assert not read_history(folder)
+    trial(folder, 8)
+    folder.write("student/model.safetensors", "of step 8")
+    folder.write("train/checkpoint_2/student/model.safetensors", "of step 16")
+    said = {"step": 16, "epoch": 1, "evaluation": {"AP": 0.5}, "rows": row(16)}
+    listed = {"latest_checkpoint_result": {"metrics": said, "checkpoint_dir_name": "checkpoint_2"}}
+    folder.write(LIST, json.dumps(listed))
+    for _ in range(2):  # the second finds it noted
+        catch_up(folder)
+        assert [(entry["step"], entry["evaluation"]) for entry in read_history(folder)] == [
+            (8, {"AP": 0.08}),
+            (16, {"AP": 0.5}),
+        ]
+        assert folder.read("student/model.safetensors") == "of step 16"
+
+
+def test_a_worse_report_that_only_ray_heard_of_leaves_the_student(folder: Folder) -> None:
+    trial(folder, 8)
+    folder.write("student/model.safetensors", "of step 8")
+    folder.write("train/checkpoint_2/student/model.safetensors", "of step 16")
+    said = {"step": 16, "epoch": 1, "evaluation": {"AP": 0.01}, "rows": row(16)}
+    folder.write(
+        LIST, json.dumps({"latest_checkpoint_result": {"metrics": said, "checkpoint_dir_name": "checkpoint_2"}})
+    )
+    catch_up(folder)
+    assert read_history(folder)[-1]["step"] == 16
+    assert folder.read("student/model.safetensors") == "of step 8"

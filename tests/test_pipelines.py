@@ -262,7 +262,7 @@ def test_checkpoints_that_no_list_names_are_deleted_and_all_others_stay(tmp_path
 def test_half_a_list_of_checkpoints_becomes_its_copy_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = Folder(Config(output=str(tmp_path)))
     mend_list(folder)  # there is none, as before a first run
-    whole = json.dumps({"latest_checkpoint_result": {"metrics": {"step": 7}}})
+    whole = json.dumps({"latest_checkpoint_result": {"metrics": {"step": 7}, "checkpoint_dir_name": "checkpoint_x"}})
     folder.write(LIST, whole)
     keep_list(folder)
     for broken in ("", whole[:20]):
@@ -270,7 +270,7 @@ def test_half_a_list_of_checkpoints_becomes_its_copy_or_none(tmp_path: Path, cap
         keep_list(folder)  # half a list is no copy
         mend_list(folder)
         assert folder.read(LIST) == whole
-        assert last_report(folder) == {"step": 7}
+        assert last_report(folder) == ({"step": 7}, "train/checkpoint_x")
     folder.delete(COPY)
     folder.write(LIST, "")
     mend_list(folder)
