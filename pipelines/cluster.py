@@ -47,12 +47,12 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
-    runtime_env = {"env_vars": _for_workers()}
     if joined():
-        ray.init(runtime_env=runtime_env, **quiet)
+        ray.init(runtime_env={"env_vars": _for_workers()}, **quiet)
         return
+    # No runtime_env: processes inherit this one's variables, and with one Ray would start none ahead (seconds each).
     cores = os.cpu_count() or 1
-    ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, runtime_env=runtime_env, **quiet)
+    ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
 
 
 def _for_workers() -> dict[str, str]:
