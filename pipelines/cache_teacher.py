@@ -5,6 +5,7 @@ python -m pipelines.cache_teacher student.yaml --set teacher.cache.path=shards/t
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from qskd.shards import ShardReader
 from qskd.teacher_cache import TeacherCacheReader, collate
 from qskd.teacher_codec import decode as decode_record
 from qskd.teacher_codec import encoded_record, largest_errors
+
+log = logging.getLogger("qskd")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         )
         save_cache_manifest(plan.path, manifest)
         del teacher
-        spent = _compute(plan, manifest, sizes, quiet)
+        spent = _persist(plan, manifest, sizes, quiet)
     elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
         _record(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
@@ -113,6 +116,30 @@ def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int])
             manifest = manifest.with_view(view, files)
             save_cache_manifest(plan.path, manifest)
     return manifest
+
+
+def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:
+    """`_compute`, begun again with what is missing when Ray itself gives up: Ray Data's own helpers, which it does not replace
+    within a job, may be on a node that goes. At most `compute.max_failures` times."""
+    import ray
+
+    allowed, tries, spent = plan.config.compute.max_failures, 0, [(0.0, 0.0)]
+    while True:
+        try:
+            spent.append(_compute(plan, manifest, sizes, quiet))
+            return sum(worked for worked, _ in spent), sum(waited for _, waited in spent)
+        except ray.exceptions.RayError as error:
+            tries += 1
+            # An error in the code that ran, which would come again, is a RayTaskError.
+            if isinstance(error, ray.exceptions.RayTaskError) or tries > allowed >= 0:
+                raise
+            log.warning("Ray gave up on the job, which is begun again with what is missing: %s", error)
+            plan = make_cache_plan(plan.config)
+            sizes.update(plan.done)
+            manifest = plan.existing or manifest
+            if not plan.todo:
+                _record(plan, manifest, sizes)
+                return spent[0]
 
 
 def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:

@@ -12,12 +12,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F401  (fixtures)
 
-from pipelines import distill
+from pipelines import cache_teacher, distill
+from pipelines.cache_plan import CachePlan
 from pipelines.cache_teacher import complain, foresee, run, verify
 from pipelines.history import read_history
 from pipelines.storage import Folder
@@ -103,6 +105,61 @@ def test_an_actor_that_dies_is_replaced_and_the_bytes_are_the_same(
         run(config(work, "disturbed", f"teacher.cache.path={folder}"))
     assert victims
     assert digests(folder) == cached
+
+
+def test_a_job_that_ray_gives_up_on_is_begun_again_with_what_is_missing(
+    work: Path,  # noqa: F811
+    cached: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import ray
+
+    folder, compute = tmp_path / "cache", cache_teacher._compute
+    written: dict[Path, int] = {}
+    gone = ray.exceptions.ActorUnschedulableError("a helper of Ray Data's went with its node")
+
+    def lose_the_rest_once(plan: CachePlan, *rest: Any) -> tuple[float, float]:
+        if written:
+            return compute(plan, *rest)
+        computed = dict.fromkeys(plan.todo[2:], 1)
+        compute(replace(plan, done=computed), *rest)
+        written.update({path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")})
+        raise gone
+
+    monkeypatch.setattr(cache_teacher, "_compute", lose_the_rest_once)
+    run(config(work, "given-up", f"teacher.cache.path={folder}"))
+    assert len(written) == 2
+    assert "begun again with what is missing" in caplog.text
+    assert digests(folder) == cached
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+@pytest.mark.parametrize("kind", ["of Ray's", "of the code"])
+def test_a_job_that_fails_again_and_again_ends_with_the_reason(
+    kind: str,
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    error = (
+        ray.exceptions.ActorUnschedulableError("gone")
+        if kind == "of Ray's"
+        else ray.exceptions.RayTaskError("decode", "", ValueError("gone"))
+    )
+    tries = []
+
+    def fail(*_: Any) -> None:
+        tries.append(kind)
+        raise error
+
+    monkeypatch.setattr(cache_teacher, "_compute", fail)
+    with pytest.raises(ray.exceptions.RayError):
+        run(config(work, "failing", f"teacher.cache.path={tmp_path / 'cache'}", "compute.max_failures=2"))
+    assert len(tries) == (3 if kind == "of Ray's" else 1)
 
 
 def test_a_killed_job_goes_on_to_the_same_bytes(
