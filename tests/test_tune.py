@@ -124,9 +124,7 @@ def start(recipe: Path, spaces: Sequence[str], options: Sequence[str], cluster: 
     )
 
 
-def test_killing_the_driver_twice_and_ctrl_c_change_nothing(
-    work: Path, cluster: str, undisturbed: tune.SweepResult
-) -> None:
+def test_killing_the_driver_and_ctrl_c_change_nothing(work: Path, cluster: str, undisturbed: tune.SweepResult) -> None:
     killed = config(work, "killed")
     recipe = work / "killed.yaml"
     recipe.write_text(to_yaml(killed))
@@ -135,7 +133,7 @@ def test_killing_the_driver_twice_and_ctrl_c_change_nothing(
         return sum(len(row.curve) for row in rows_of(killed))
 
     reached = [0]
-    for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
+    for how in (signal.SIGKILL, signal.SIGINT):
         process = start(recipe, SEARCH, ONE_AT_A_TIME, cluster)
         wait_for(lambda: heard() > reached[-1], process)
         os.killpg(process.pid, how) if how == signal.SIGKILL else process.send_signal(how)
