@@ -120,14 +120,13 @@ def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int])
 
 def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:
     """`_compute`, begun again with what is missing when Ray itself gives up: Ray Data's own helpers, which it does not replace
-    within a job, may be on a node that goes. At most `compute.max_failures` times."""
+    within a job, may be on a node that goes. At most `compute.max_failures` times. The seconds are of the last try."""
     import ray
 
-    allowed, tries, spent = plan.config.compute.max_failures, 0, [(0.0, 0.0)]
+    allowed, tries = plan.config.compute.max_failures, 0
     while True:
         try:
-            spent.append(_compute(plan, manifest, sizes, quiet))
-            return sum(worked for worked, _ in spent), sum(waited for _, waited in spent)
+            return _compute(plan, manifest, sizes, quiet)
         except ray.exceptions.RayError as error:
             tries += 1
             # An error in the code that ran, which would come again, is a RayTaskError.
@@ -139,7 +138,7 @@ def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
             manifest = plan.existing or manifest
             if not plan.todo:
                 _record(plan, manifest, sizes)
-                return spent[0]
+                return 0.0, 0.0
 
 
 def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:

@@ -24,9 +24,11 @@ def add_report(folder: Folder, step: int, epoch: int, evaluation: dict[str, floa
     folder.write(NAME, json.dumps([*before, _entry(step, epoch, evaluation, rows)]))
 
 
-def add_trial_report(folder: Folder, step: int, epoch: int, evaluation: dict[str, float], rows: Rows) -> dict[str, Any]:
+def add_trial_report(
+    folder: Folder, step: int, epoch: int, evaluation: dict[str, float], rows: Rows
+) -> list[dict[str, Any]]:
     """The same, with the rows kept until a sweep's driver has surely heard of them: they travel with evaluations only, and
-    a process that dies must not take them along. Gives the entry back."""
+    a process that dies must not take them along. Gives back the history, the new entry last."""
     before = [entry for entry in read_history(folder) if entry["step"] < step]
     evaluations = [entry["step"] for entry in before if entry["evaluation"]]
     # The last evaluation may not have been heard of; the one before has been, or the trial would not have gone on.
@@ -34,17 +36,16 @@ def add_trial_report(folder: Folder, step: int, epoch: int, evaluation: dict[str
     for entry in before:
         if entry["step"] <= heard:
             entry.pop("rows", None)
-    entry = _entry(step, epoch, evaluation, rows) | {"rows": rows}
-    folder.write(NAME, json.dumps([*before, entry]))
-    return entry
+    history = [*before, _entry(step, epoch, evaluation, rows) | {"rows": rows}]
+    folder.write(NAME, json.dumps(history))
+    return history
 
 
 def rows_until(history: list[dict[str, Any]], step: int) -> Rows:
     """The rows that travel with the evaluation at `step`: all since the evaluation before it."""
     earlier = max((entry["step"] for entry in history if entry["evaluation"] and entry["step"] < step), default=0)
-    return [
-        (at, row) for entry in history if earlier < entry["step"] <= step for at, row in entry.get("rows", ())
-    ]  # fmt: skip
+    entries = [entry for entry in history if earlier < entry["step"] <= step]
+    return [(at, row) for entry in entries for at, row in entry.get("rows", ())]
 
 
 def last_step(history: list[dict[str, Any]]) -> int:

@@ -44,9 +44,8 @@ class TrackingCallback(ray.train.UserCallback):
         if evaluation and self._is_new("val/AP", report["step"]):
             rows.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
         self.tracker.metrics(rows)
-        add_report(
-            self.folder, report["step"], report["epoch"] + 1, report.get("evaluation", {}), report["rows"]
-        )  # fmt: skip
+        found = report.get("evaluation", {})
+        add_report(self.folder, report["step"], report["epoch"] + 1, found, report["rows"])
 
     def _is_new(self, metric: str, step: int) -> bool:
         """After a restart some steps are reported a second time."""

@@ -13,6 +13,7 @@ from typing import Any
 from pyarrow import fs
 
 from pipelines.storage import Folder
+from qskd.stores import patiently
 
 log = logging.getLogger("qskd")
 TRAIN = "train"  # what Ray calls the run
@@ -48,14 +49,14 @@ def delete_unlisted(folder: Folder) -> None:
         return
     results = [*found["checkpoint_results"], *found["pending_training_results"], found["latest_checkpoint_result"]]
     listed = {result["checkpoint_dir_name"] for result in results if result}
-    root = f"{folder.root}/{TRAIN}"
-    for info in folder.filesystem.get_file_info(fs.FileSelector(root)):
-        if (
-            info.type == fs.FileType.Directory
-            and info.base_name.startswith("checkpoint_")
-            and info.base_name not in listed
-        ):
-            folder.filesystem.delete_dir(info.path)
+
+    def delete() -> None:
+        for info in folder.filesystem.get_file_info(fs.FileSelector(f"{folder.root}/{TRAIN}")):
+            mine = info.type == fs.FileType.Directory and info.base_name.startswith("checkpoint_")
+            if mine and info.base_name not in listed:
+                folder.filesystem.delete_dir(info.path)
+
+    patiently(folder.where(TRAIN), folder.filesystem, delete)
 
 
 def last_report(folder: Folder) -> tuple[dict[str, Any], str] | None:

@@ -124,13 +124,13 @@ class TrialWorker(Worker):
             if evaluation and evaluation["AP"] > best_ap(read_history(self.folder), step):
                 self.folder.upload(scratch / "student", "student")
             self.folder.upload(scratch, _name(step))
-        entry = add_trial_report(self.folder, step, epoch + 1, evaluation, rows)
+        history = add_trial_report(self.folder, step, epoch + 1, evaluation, rows)
         self.folder.write(POINTER, json.dumps({"step": step, "generation": self.job.generation}))
         # In a population another may still begin from where this one began.
         _keep(self.folder, {step, self.begun_at} if self.job.until else {step})
         if evaluation:
             now = time.perf_counter()
-            self.send(evaluated(entry, self.plan, rows_until(read_history(self.folder), step), now - self.since))
+            self.send(evaluated(history[-1], self.plan, rows_until(history, step), now - self.since))
             self.since = time.perf_counter()
 
 
@@ -189,8 +189,8 @@ def read_ahead(shares: Iterator[Share]) -> Iterator[Share]:
 
 
 # --- several workers -----------------------------------------------------------------------------------------------------
-def note_report(folder: Folder, report: dict[str, Any], rows: Rows, checkpoint: Any) -> dict[str, Any]:
-    """A report into the trial's folder, after its student if that is the best so far. The entry of the history."""
+def note_report(folder: Folder, report: dict[str, Any], rows: Rows, checkpoint: Any) -> list[dict[str, Any]]:
+    """A report into the trial's folder, after its student if that is the best so far. The history, the new entry last."""
     step, evaluation = report["step"], report.get("evaluation", {})
     if evaluation and evaluation["AP"] > best_ap(read_history(folder), step):
         with checkpoint.as_directory() as local:
@@ -220,10 +220,11 @@ def _train_with_workers(plan: Plan, folder: Folder) -> None:
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             first = metrics[0]
             keep_list(folder)
-            entry = note_report(folder, first, mean_rows([worker["rows"] for worker in metrics]), checkpoint)
+            history = note_report(folder, first, mean_rows([worker["rows"] for worker in metrics]), checkpoint)
+            entry = history[-1]
             if not entry["evaluation"]:
                 return
-            rows = rows_until(read_history(folder), entry["step"])
+            rows = rows_until(history, entry["step"])
             report = evaluated(entry, plan, rows, time.perf_counter() - self.since)
             self.since = time.perf_counter()
             # Of what is to be ended and given back when the trial is stopped (`SweepScheduler._release`).
