@@ -10,9 +10,10 @@ from scipy import stats
 
 from benchmarks import evidence
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import cells, plan, report, task
+from benchmarks.evidence import cells, plan, report, task, teachers
 from benchmarks.evidence.cells import RECORDS, Cell, meaning, same
 from benchmarks.evidence.report import Interval
+from qskd.detectors import load_detector
 
 REPORTED = sorted((RECORDS / "report").glob("*.json"))
 
@@ -44,10 +45,14 @@ def test_a_committed_record_is_of_the_recipe_as_it_is_today(path: Path) -> None:
 
 def test_the_documents_say_what_the_records_do() -> None:
     records = report.read_records()
-    teacher = json.loads((RECORDS / "teacher.json").read_text())["AP"]
-    for path, document in report.published(program.ROOT, records, teacher).items():
+    known = {
+        student.teacher: json.loads((RECORDS / f"{student.teacher}.json").read_text())["AP"]
+        for name, student in plan.STUDENTS.items()
+        if any(record["cell"].startswith(f"{name}-") for record in records)
+    }
+    for path, document in report.published(program.ROOT, records, known).items():
         assert path.read_text() == document, f"{path.name}: run python -m benchmarks.evidence table"
-    assert (RECORDS / "table.md").read_text() == report.markdown(records, teacher)
+    assert (RECORDS / "table.md").read_text() == report.markdown(records, known)
 
 
 def test_a_document_without_marks_is_not_written_into() -> None:
@@ -88,8 +93,9 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     for name in ("README.md", "docs/evidence.md"):
         (tmp_path / name).write_text(marks)
     monkeypatch.setattr(program, "ROOT", tmp_path)
+    monkeypatch.setattr(teachers, "STEPS", 2)
     work = tmp_path / "work"
-    task.make_task(work)
+    task.make_task(work, (teachers.OWN, teachers.MANY))
     found = {}
     for variant in ("none", "qskd", "global", "random"):
         cell = Cell("scratch", variant, "short", 7)
@@ -100,6 +106,9 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
         assert {"matched_kl", "matched_iou", "memory_cosine"} <= found[variant]["curve"][-1].keys()
     assert "agfd" in found["qskd"]["losses_of_last_epoch"]
     assert "agfd" not in found["none"]["losses_of_last_epoch"]
+    many = cells.run(Cell("many", "qskd", "short", 7), work)
+    assert many["config"]["teacher"]["path"] == teachers.MANY
+    assert load_detector(work / teachers.MANY).model.config.num_queries == many["config"]["student"]["queries"] == 300
     changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
     assert cells.finished(changed, work) is None
     program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)

@@ -46,6 +46,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a short name; data in it is used again",
     )
     parser.add_argument("--keep", action="store_true", help="leave the folder of work, for its logs")
+    parser.add_argument(
+        "--dashboard", action="store_true", help="a cluster with Ray's, as real ones have; slower to start"
+    )
     return parser.parse_args(arguments)
 
 
@@ -100,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: --faults disk mounts a small tmpfs, which takes root; leave it out", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster is ended on the way out
-    with world(given.work, given.keep) as made:
+    with world(given.work, given.keep, given.dashboard) as made:
         return int(run_all(wanted, made, given.minutes) > 0)
 
 

@@ -114,21 +114,30 @@ class Node:
 
 
 class Cluster:
-    """`environment` is what a driver on its head needs."""
+    """`environment` is what a driver on its head needs. dashboard: with Ray's, hence its State API."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], nodes: int, node_cpus: int = NODE_CPUS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        nodes: int,
+        node_cpus: int = NODE_CPUS,
+        dashboard: bool = False,
+    ) -> None:
         self.folder, self.wanted, self.node_cpus = folder, nodes, node_cpus
         folder.mkdir(parents=True)
         (self.gcs_port,) = free_ports(1)
         self.environment = environment | {
             MARK: str(folder),
+            "QSKD_CHAOS_DASHBOARD": str(int(dashboard)),
             "RAY_TMPDIR": str(folder),
             "PYTHONPATH": str(ROOT),
             "RAY_prestart_worker_first_driver": "0",  # not six idle interpreters for two cores
         }
         self.count = 0
         self.nodes: list[Node] = []
-        options = ["--head", f"--port={self.gcs_port}", "--include-dashboard=false", "--num-cpus=0", "--no-monitor"]
+        options = ["--head", f"--port={self.gcs_port}", "--num-cpus=0", "--no-monitor"]
+        options += [f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-port={free_ports(1)[0]}"]
         self.head = self._node(options)
         try:
             self.head.wait_until_up()

@@ -157,7 +157,7 @@ class Trial:
             "variant": self.moment.variant, "seed": self.moment.seed, "fraction": round(fraction, 3), "after_s": after_s,
             "missed": self.missed, "struck": blow.struck, "commands": self.commands, "checks": verdicts,
             "job": job_checksum(self.moment.verb), "code": code_checksum(),
-            "machine": machine("ray"), "date": datetime.date.today().isoformat(),
+            "machine": machine("ray"), "dashboard": self.world.dashboard, "date": datetime.date.today().isoformat(),
         }  # fmt: skip
 
     def verdicts(self, blow: Blow) -> dict[str, str]:

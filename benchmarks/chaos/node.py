@@ -4,13 +4,14 @@ python -m benchmarks.chaos.node start --head ...
 
 Ray gives a node 30 s to register, and its raylet 15 s to a dashboard agent that may import for longer when there are more
 programs than cores. So the node is waited for; the raylet finds the agent's port, which is given, written down already; and
-Ray takes this for an installation without ray[default]: no dashboard, small agents, no Ray Client. GCS, raylets, workers and
-object stores are Ray's as they are.
+Ray takes this for an installation without ray[default]: no dashboard, small agents, no Ray Client; with QSKD_CHAOS_DASHBOARD=1
+it has them. GCS, raylets, workers and object stores are Ray's as they are.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import ray._private.services as services
 import ray._private.utils as utils
 import ray.scripts.scripts as scripts
 
+DASHBOARD = "QSKD_CHAOS_DASHBOARD"
 PATIENCE_S = 60.0
 _ask = services.get_node
 
@@ -50,5 +52,6 @@ def _not_wanted() -> str:
 if __name__ == "__main__":
     services.get_node = _ask_patiently
     services.start_raylet = _start_raylet_in_peace
-    utils.get_dashboard_dependency_error = scripts.get_ray_client_dependency_error = _not_wanted
+    if os.environ.get(DASHBOARD) != "1":
+        utils.get_dashboard_dependency_error = scripts.get_ray_client_dependency_error = _not_wanted
     scripts.main()

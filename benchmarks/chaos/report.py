@@ -64,7 +64,9 @@ def markdown() -> str:
     records = read_records()
     struck = len(records) - missed(records)
     codes = sorted({record["code"] for record in records})
+    seen = sum(record.get("dashboard", False) for record in records)
     text = f"{struck} moments, {missed(records)} more in which the run was over before anything could be struck; "
+    text += f"{seen} on a cluster with a dashboard; " if seen else ""
     text += f"{len(codes)} version(s) of the code: {', '.join(codes)}.\n\n{table(records)}\n"
     listed = loss_list(records)
     return text + (f"\nLosses:\n\n{listed}\n" if listed else "\nNo loss.\n")

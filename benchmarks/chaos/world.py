@@ -19,8 +19,8 @@ STORE_PATIENCE_S = 10  # the default is 120: an outage "for good" would take the
 class World:
     """All of it lies below `folder`, which should have a short name: Ray's sockets are in it. Data that is there is kept."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dashboard: bool = False) -> None:
+        self.folder, self.dashboard = folder, dashboard
         self.scratch, self.logs = folder / "tmp", folder / "logs"
         for each in (self.scratch, self.logs, folder / "out", folder / "mlflow"):
             shutil.rmtree(each, ignore_errors=True)
@@ -50,7 +50,8 @@ class World:
             self.drop_cluster()
         if self._cluster is None:
             self._clusters += 1
-            self._cluster = Cluster(self.folder / f"c{os.getpid()}-{self._clusters}", self.environment, NODES)
+            name = f"c{os.getpid()}-{self._clusters}"
+            self._cluster = Cluster(self.folder / name, self.environment, NODES, dashboard=self.dashboard)
         return self._cluster
 
     def drop_cluster(self) -> None:
@@ -108,11 +109,11 @@ class World:
 
 
 @contextlib.contextmanager
-def world(folder: Path, keep: bool = False) -> Iterator[World]:
+def world(folder: Path, keep: bool = False, dashboard: bool = False) -> Iterator[World]:
     """keep: the folder, for a look at its logs."""
     made: World | None = None
     try:
-        made = World(folder)
+        made = World(folder, dashboard)
         yield made
     finally:
         if made is not None:

@@ -26,7 +26,7 @@ from benchmarks.evidence import cells, clock, diagnose, report
 from benchmarks.evidence.cells import RECORDS, Cell
 from benchmarks.evidence.plan import BUDGETS, REPORT_SEEDS, SEARCH_SEEDS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config, make_task
-from pipelines.quickstart import TEACHER
+from benchmarks.evidence.teachers import teacher_path
 from qskd.errors import QskdError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,32 +88,35 @@ def track(cell: Cell, record: dict[str, Any], work: Path) -> None:
     tracker.finish()
 
 
-def teacher_ap(work: Path) -> float:
-    """The teacher's AP on the test split; measured once, kept with the records."""
-    place = RECORDS / "teacher.json"
+def teacher_ap(work: Path, name: str) -> float:
+    """A teacher's AP on the test split; measured once, kept with the records."""
+    place = RECORDS / f"{name}.json"
     if not place.exists():
         from pipelines.evaluate import evaluate
 
-        make_task(work)
-        metrics = evaluate(str(TEACHER), make_config(work, "test", (), "train").data.val, workers=0, threads=1).metrics
+        make_task(work, [name])
+        test = make_config(work, "test", (), "train").data.val
+        metrics = evaluate(str(teacher_path(work, name)), test, workers=0, threads=1).metrics
         RECORDS.mkdir(exist_ok=True)
-        place.write_text(json.dumps({name: round(value, 5) for name, value in metrics.items()}, indent=1) + "\n")
+        place.write_text(json.dumps({key: round(value, 5) for key, value in metrics.items()}, indent=1) + "\n")
     return float(json.loads(place.read_text())["AP"])
 
 
 def write_table(work: Path) -> None:
     """records/table.md, a figure for each student, and the tables in README.md and docs/evidence.md."""
-    records, teacher = report.read_records(), teacher_ap(work)
-    text = report.markdown(records, teacher)
+    records = report.read_records()
+    recorded = {record["cell"].split("-")[0] for record in records}
+    students = {name: student for name, student in STUDENTS.items() if name in recorded}
+    teachers = {name: teacher_ap(work, name) for name in {student.teacher for student in students.values()}}
+    text = report.markdown(records, teachers)
     (RECORDS / "table.md").write_text(text)
-    for student in STUDENTS:
-        if any(record["cell"].startswith(f"{student}-") for record in records):
-            report.figure(records, student, teacher, RECORDS / f"{student}.png")
-    for path, document in report.published(ROOT, records, teacher).items():
+    for name, student in students.items():
+        report.figure(records, name, teachers[student.teacher], RECORDS / f"{name}.png")
+    for path, document in report.published(ROOT, records, teachers).items():
         path.write_text(document)
     if (RECORDS / "inherit.png").exists():
         shutil.copyfile(RECORDS / "inherit.png", ROOT / "docs/evidence.png")
-    print(f"teacher: AP {100 * teacher:.1f}\n\n{text}")
+    print(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,14 +144,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.action == "table":
             write_table(work)
             return 0
-        make_task(work)
+        named = wanted(given)
+        diagnosed = given.students or [diagnose.STUDENT]
+        needed = (
+            STUDENTS
+            if given.action == "clock"
+            else diagnosed
+            if given.action == "diagnose"
+            else {c.student for c in named}
+        )
+        make_task(work, sorted({STUDENTS[name].teacher for name in needed}))
         if given.action == "clock":
             clock.measure(work)
             return 0
         if given.action == "diagnose":
-            diagnose.diagnose(work)
+            for name in diagnosed:
+                diagnose.diagnose(work, name)
             return 0
-        named = wanted(given)
         if given.action == "cell":
             for cell in named:
                 cells.run(cell, work)

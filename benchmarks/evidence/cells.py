@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
+from benchmarks.evidence.teachers import OWN
 from pipelines.distill import make_plan
 from pipelines.models import ground_truth, make_student, make_teacher, teacher_for_training
 from pipelines.streaming import Share, local_stream
@@ -83,7 +84,7 @@ class Cell:
             f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
             *self.extra,  # last: a search may set the number of steps, too
         )
-        return make_config(work, self.split, overrides, variant.kind)
+        return make_config(work, self.split, overrides, variant.kind, STUDENTS[self.student].teacher)
 
 
 def meaning(config: Config) -> dict[str, Any]:
@@ -99,6 +100,8 @@ def meaning(config: Config) -> dict[str, Any]:
     if kept["distillation"]["method"] == "none":
         kept["distillation"] = {"method": "none"}
     kept["teacher"] = {"cache": cache, "resize": tree["teacher"]["resize"]}
+    if (teacher := Path(tree["teacher"]["path"]).name) not in ("", OWN):
+        kept["teacher"]["path"] = teacher
     return json.loads(json.dumps(kept))
 
 
@@ -140,7 +143,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     teacher = teacher_for_training(config, labels)
     student = make_student(config, labels)
     training = Training(config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
-    judge = make_teacher(make_config(work, cell.split, (), "distill"), labels)
+    judge = make_teacher(make_config(work, cell.split, (), "distill", STUDENTS[cell.student].teacher), labels)
     assert judge is not None
     curve: list[dict[str, float]] = []
     losses: dict[str, float] = {}

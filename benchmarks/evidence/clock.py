@@ -32,7 +32,8 @@ STEPS, ROUNDS = 10, 12
 def side(work: Path, student: str, variant: str) -> Side:
     """A training that goes on by `STEPS` steps each time it is called."""
     one = VARIANTS[variant]
-    config = make_config(work, "val", (*STUDENTS[student].overrides, *one.overrides, "training.epochs=100"), one.kind)
+    fields = (*STUDENTS[student].overrides, *one.overrides, "training.epochs=100")
+    config = make_config(work, "val", fields, one.kind, STUDENTS[student].teacher)
     plan = make_plan(config, one.kind)
     teacher = teacher_for_training(config, plan.train.labels)
     training = Training(config, make_student(config, plan.train.labels), teacher, 100_000, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Why the numbers are what they are: what each selection keeps, where its mask lies, whose gradient drives the student.
 
-python -m benchmarks.evidence diagnose     two tables, records/diagnosis.json, mask.png and gradients.png (docs/ has copies)
+python -m benchmarks.evidence diagnose [--students many]     of the quickstart's student, or of others: two tables,
+                                                             records/diagnosis*.json, two pictures (docs/ has copies)
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from qskd.structures import Targets
 from qskd.teacher import OnlineTeacher
 from qskd.training import TrainBatch, Training, train_batch
 
+STUDENT = "inherit"
 SELECTIONS = ("positives", "hard_0.7", "qskd", "hard_0.3", "all", "random")
 BATCHES, PROBE_EVERY = 16, 50
 GROUPS = {
@@ -170,14 +172,15 @@ def picture(teacher: OnlineTeacher, configs: Mapping[str, Config], batch: TrainB
     return picture_grid(rows, titles)
 
 
-def diagnose(work: Path) -> None:
+def diagnose(work: Path, student: str = STUDENT) -> None:
     """Everything; see the module's head."""
     torch.set_num_threads(1)
+    ending = "" if student == STUDENT else f"-{student}"
 
     def config_of(variant: str) -> Config:
         steps = f"training.max_steps={BUDGETS['short']}"
-        fields = (*STUDENTS["inherit"].overrides, *VARIANTS[variant].overrides, steps, "training.epochs=1000000")
-        return make_config(work, "val", fields, "distill")
+        fields = (*STUDENTS[student].overrides, *VARIANTS[variant].overrides, steps, "training.epochs=1000000")
+        return make_config(work, "val", fields, "distill", STUDENTS[student].teacher)
 
     configs = {name: config_of(name) for name in SELECTIONS}
     teacher = make_teacher(configs["qskd"], make_plan(configs["qskd"], "train").train.labels)
@@ -191,20 +194,20 @@ def diagnose(work: Path) -> None:
         cells = ["" if np.isnan(values[column]) else f"{values[column]:.2f}" for column in columns]
         print(f"| {VARIANTS[name].title} | " + " | ".join(cells) + " |")
     shown = {name: configs[name] for name in ("positives", "qskd", "all")}
-    Image.fromarray(picture(teacher, shown, batches[0])).save(RECORDS / "mask.png")
+    Image.fromarray(picture(teacher, shown, batches[0])).save(RECORDS / f"mask{ending}.png")
     seen = watch(configs["qskd"])
     steps = seen.pop("step")
     curve_plot(
         {group: (steps, values) for group, values in seen.items()},
         "training step",
         "share of the gradient norms",
-        RECORDS / "gradients.png",
+        RECORDS / f"gradients{ending}.png",
     )
     for group, shares in seen.items():
         print(
             f"{group}: gradient share {shares[0]:.2f} at first, {np.mean(shares):.2f} on average, {shares[-1]:.2f} at last"
         )
     said = {"kept": kept, "gradient_shares": {"step": steps, **seen}, "code": code_version()}
-    (RECORDS / "diagnosis.json").write_text(json.dumps(said, indent=1) + "\n")
+    (RECORDS / f"diagnosis{ending}.json").write_text(json.dumps(said, indent=1) + "\n")
     for name in ("mask", "gradients"):
-        shutil.copyfile(RECORDS / f"{name}.png", RECORDS.parents[2] / f"docs/evidence-{name}.png")
+        shutil.copyfile(RECORDS / f"{name}{ending}.png", RECORDS.parents[2] / f"docs/evidence-{name}{ending}.png")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from benchmarks.evidence.teachers import MANY, OWN
+
 # The recipe all cells share is the quickstart's own (pipelines/assets/quickstart.yaml): its defaults are judged here.
 REPORT_SEEDS = (0, 1, 2, 3, 4)  # on the test split
 SEARCH_SEEDS = (100, 101)  # on the validation split: every setting was chosen there
@@ -56,16 +58,18 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Student:
-    """overrides: of the shared recipe. rows: the variants that are compared, by budget."""
+    """overrides: of the shared recipe. rows: the variants that are compared, by budget. teacher: a name in `teachers`."""
 
     title: str
     overrides: tuple[str, ...] = ()
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    teacher: str = OWN
 
 
 MAIN = ("none", "agfd", "lapd", "qskd")
 LONG = (*MAIN, "qskd_constant", "agfd_constant", "none_equal_time", "positives", "all", "mimic", "global")
 PAIR = ("none", "qskd")
+QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
@@ -81,5 +85,13 @@ STUDENTS = {
         {"short": MAIN, "long": PAIR},
     ),
     "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
-    "conditional": Student("A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN}),
+    "many": Student(
+        "The quickstart's student with 300 queries, of a teacher with 300",
+        ("student.queries=300",),
+        {"short": QUERIES, "long": ("none", "agfd", "qskd", "positives", "all")},
+        MANY,
+    ),
+    "conditional": Student(
+        "A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN, "long": MAIN}
+    ),
 }

@@ -128,14 +128,17 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
     drawing.savefig(path)
 
 
-def markdown(records: Sequence[Mapping[str, Any]], teacher: float) -> str:
-    """Every student's tables."""
+def markdown(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]) -> str:
+    """Every student's tables. teachers: AP by name."""
     parts = []
     for name, student in STUDENTS.items():
         budgets = budgets_of(records, name)
         if budgets:
-            parts.append(f"### {student.title}")
-        parts += [f"{BUDGETS[budget]:,} steps:\n\n{table(records, name, budget, teacher)}" for budget in budgets]
+            parts.append(f"### {student.title}\n\nIts teacher: AP {100 * teachers[student.teacher]:.1f}.")
+        parts += [
+            f"{BUDGETS[budget]:,} steps:\n\n{table(records, name, budget, teachers[student.teacher])}"
+            for budget in budgets
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -170,7 +173,7 @@ def between_marks(document: str, text: str) -> str:
     return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
 
 
-def published(root: Path, records: Sequence[Mapping[str, Any]], teacher: float) -> dict[Path, str]:
+def published(root: Path, records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]) -> dict[Path, str]:
     """What README and docs/evidence.md are to say, by file."""
-    parts = {root / "README.md": summary(records, "inherit"), root / "docs/evidence.md": markdown(records, teacher)}
+    parts = {root / "README.md": summary(records, "inherit"), root / "docs/evidence.md": markdown(records, teachers)}
     return {path: between_marks(path.read_text(), text) for path, text in parts.items()}

@@ -1,17 +1,18 @@
-"""The task of the evidence: the quickstart's images, teacher and recipe, made once into a work folder and shared by all cells."""
+"""The task of the evidence: the quickstart's images and recipe, made once into a work folder and shared by all cells."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from benchmarks.evidence.teachers import MANY, OWN, make_many, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.distill import prepare_config
 from pipelines.models import make_teacher
 from pipelines.prepare import prepare
-from pipelines.quickstart import BACKBONE, RECIPE, TEACHER, TEST, TRAIN, VAL
+from pipelines.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from qskd.cache_identity import cache_identity, teacher_preprocessing
 from qskd.cache_manifest import load_cache_manifest
 from qskd.config import Config
@@ -22,14 +23,15 @@ from qskd.shapes import make_shapes
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
 
 
-def base_overrides(work: Path, split: str) -> list[str]:
+def base_overrides(work: Path, split: str, teacher: str) -> list[str]:
     """Where things are. Attention is cached of all queries, so that every variant can read one cache."""
+    cache_name = "train.teacher" if teacher == OWN else f"train.{teacher}"
     return [
         f"data.train={work}/train",
         f"data.val={work}/{split}",
         f"student.backbone.init={BACKBONE}",
-        f"teacher.path={TEACHER}",
-        f"teacher.cache.path={work}/train.teacher",
+        f"teacher.path={teacher_path(work, teacher)}",
+        f"teacher.cache.path={work}/{cache_name}",
         "teacher.cache.attention_giou_floor=-1.0",
         "teacher.cache.all_layers=true",
         f"tracking.uri=sqlite:///{work}/mlflow.db",
@@ -37,28 +39,24 @@ def base_overrides(work: Path, split: str) -> list[str]:
     ]
 
 
-def make_config(work: Path, split: str, overrides: tuple[str, ...], kind: str) -> Config:
+def make_config(work: Path, split: str, overrides: tuple[str, ...], kind: str, teacher: str = OWN) -> Config:
     """A cell's whole configuration: the quickstart's recipe, this folder, the cell's own fields."""
-    return prepare_config(load(RECIPE, [*base_overrides(work, split), *overrides]), kind)
+    return prepare_config(load(RECIPE, [*base_overrides(work, split, teacher), *overrides]), kind)
 
 
-def make_task(work: Path) -> None:
-    """Images, shards and the teacher's cache; what is there is kept."""
+def make_task(work: Path, teachers: Iterable[str] = (OWN,)) -> None:
+    """Images, shards, teachers and their caches; what is there is kept."""
     for name, shapes in SPLITS.items():
         if not (work / name / "manifest.json").exists():
             annotations, images = make_shapes(shapes, work / f"{name}-coco")
             prepare(annotations, images, str(work / name), quiet=True)
-    config = make_config(work, "val", (), "distill")
-    if load_cache_manifest(config.teacher.cache.path) is None:
-        torch.set_num_threads(1)
-        manifest = load_manifest(config.data.train)
-        teacher = make_teacher(config, manifest.labels)
-        assert teacher is not None
-        make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))
-
-
-@cache
-def teacher_here(work: Path) -> tuple[Config, object]:
-    """For evaluators: the teacher as the recipe has it."""
-    config = make_config(work, "test", (), "distill")
-    return config, make_teacher(config, load_manifest(config.data.train).labels)
+    for name in teachers:
+        if name == MANY:
+            make_many(work)
+        config = make_config(work, "val", (), "distill", name)
+        if load_cache_manifest(config.teacher.cache.path) is None:
+            torch.set_num_threads(1)
+            manifest = load_manifest(config.data.train)
+            teacher = make_teacher(config, manifest.labels)
+            assert teacher is not None
+            make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))

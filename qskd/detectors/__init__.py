@@ -1,12 +1,15 @@
 """transformers' DETR families behind one `DetectorOutput`: load, build, run, look into and save them."""
 
-from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
-from qskd.detectors.detector import Detector, labels_of
-from qskd.detectors.families import FAMILIES
-from qskd.detectors.inherit import Inheritance, inherit
-from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
-from qskd.detectors.student import build_student, describe_student, student_cost
-from qskd.detectors.weights import read_config
+from qskd.imports import without_collecting
+
+with without_collecting():
+    from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
+    from qskd.detectors.detector import Detector, labels_of
+    from qskd.detectors.families import FAMILIES
+    from qskd.detectors.inherit import Inheritance, inherit
+    from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
+    from qskd.detectors.student import build_student, describe_student, student_cost
+    from qskd.detectors.weights import read_config
 
 __all__ = [
     "FAMILIES",
