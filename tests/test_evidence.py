@@ -108,7 +108,8 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     assert "agfd" not in found["none"]["losses_of_last_epoch"]
     many = cells.run(Cell("many", "qskd", "short", 7), work)
     assert many["config"]["teacher"]["path"] == teachers.MANY
-    assert load_detector(work / teachers.MANY).model.config.num_queries == many["config"]["student"]["queries"] == 300
+    assert many["config"]["student"]["queries"] == 100
+    assert load_detector(work / teachers.MANY).model.config.num_queries == 300
     changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
     assert cells.finished(changed, work) is None
     program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)

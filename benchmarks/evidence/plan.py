@@ -86,8 +86,8 @@ STUDENTS = {
     ),
     "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
     "many": Student(
-        "The quickstart's student with 300 queries, of a teacher with 300",
-        ("student.queries=300",),
+        "The quickstart's student with 100 queries, of a teacher with 300",
+        ("student.queries=100",),
         {"short": QUERIES, "long": ("none", "agfd", "qskd", "positives", "all")},
         MANY,
     ),
