@@ -1,47 +1,18 @@
-"""The training step: who learns, at what rate, exactly again after a stop; and distillation end to end."""
+"""The training step: who learns, at what rate, and what goes wrong."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, LABELS, STUDENT, arrays, batch_of, make_training, random_teacher, recipe
-from torch import Tensor
+from tiny import FAMILIES, arrays, assert_equal, batch_of, make_training, random_teacher, recipe, trained_weights
 
-from pipelines.streaming import StreamConfig, local_stream
-from qskd.coco import CocoDataset, Sample, read_coco
-from qskd.config import ResizeConfig, TrainingConfig, ViewConfig
+from qskd.config import TrainingConfig
 from qskd.errors import QskdError
-from qskd.schedule import Schedule
-from qskd.shards import load_manifest, write_shards
-from qskd.teacher import OnlineTeacher
-from qskd.training import TrainBatch, Training, learning_rate_factor, parameter_groups, train_batch
-
-REAL = Path(__file__).parents[2] / "shared" / "coco-sample"
-FULL = ("detection.dense_weight=1.0", "training.ema_decay=0.9", "training.clip_norm=1.0", "student.dropout=0.1")
-
-
-def trained_weights(training: Training) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in training.module.named_parameters() if value.requires_grad}
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-
-
-def full_training(total_steps: int = 5, **changes: Any) -> Training:
-    """With everything that has state: batch norm, dropout, a dense head, a projector, a teacher, a moving average."""
-    return make_training(recipe({**FAMILIES["refined"], **changes}, *FULL), random_teacher("conditional"), total_steps)
-
+from qskd.training import Training, learning_rate_factor, parameter_groups, train_batch
 
 # ---- who learns
 
@@ -176,116 +147,6 @@ def test_gradients_are_clipped_to_the_norm(clip_norm: float) -> None:
     assert norm == pytest.approx(clip_norm, rel=1e-3) if clip_norm else norm > 1.0
 
 
-# ---- the same again
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
-    runs: list[dict[str, Tensor]] = []
-    for seed in (0, 0, 1):
-        training = make_training(recipe(None, *FULL, f"seed={seed}"), random_teacher())
-        torch.rand(seed + len(runs))  # what else drew random numbers must not matter
-        for step in range(3):
-            training.train_step(batch_of(2, 1, seed=step))
-        runs.append(training.state())
-    assert_equal(runs[1], runs[0])
-    assert any(not torch.equal(runs[2][name], runs[0][name]) for name in runs[0])
-
-
-@pytest.mark.parametrize("changes", [{}, {"box_refinement": False}, {"family": "conditional_detr"}])
-def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(changes: dict[str, Any], tmp_path: Path) -> None:
-    batches = [batch_of(2, 1, seed=0), batch_of(0, 3, seed=1), batch_of(0, 0, seed=2), batch_of(1, 1, seed=3)]
-    batches.append(batch_of(4, 2, seed=4))
-    whole = full_training(**changes)
-    for step, batch in enumerate(batches):
-        whole.train_step(batch)
-        if step == 1:
-            save_file(whole.state(), tmp_path / "state.safetensors")
-    resumed = full_training(**changes)
-    resumed.load_state(load_file(tmp_path / "state.safetensors"), step=2)
-    torch.rand(17)
-    for batch in batches[2:]:
-        resumed.train_step(batch)
-    assert resumed.step == whole.step == 5
-    state, expected = resumed.state(), whole.state()
-    assert {name.split(".")[0] for name in state} == {"module", "average", "optimizer"}
-    assert any("projectors" in name for name in state)
-    assert any("dense_head" in name for name in state)
-    assert_equal(state, expected)
-
-
-def test_a_state_holds_copies(tmp_path: Path) -> None:
-    training = full_training()
-    training.train_step(batch_of(2))
-    state = training.state()
-    kept = {name: value.clone() for name, value in state.items()}
-    training.train_step(batch_of(2))
-    assert_equal(state, kept)
-
-
-def test_a_state_of_another_student_is_refused() -> None:
-    state = make_training(recipe({"width": 64})).state()
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        make_training(recipe()).load_state(state, 0)
-
-
-# ---- the moving average
-
-
-def test_evaluation_takes_the_average_and_gives_the_weights_back() -> None:
-    training = full_training()
-    for seed in range(3):
-        training.train_step(batch_of(2, 1, seed=seed))
-    own = {name: value.clone() for name, value in training.student.state_dict().items()}
-    assert any(not torch.equal(value, own[name]) for name, value in training.average.items())
-    with training.evaluation_weights() as student:
-        assert not student.training
-        assert_equal(student.state_dict(), training.average)
-    assert training.student.training
-    assert_equal(training.student.state_dict(), own)
-
-
-def test_without_an_average_evaluation_takes_the_weights() -> None:
-    training = make_training(recipe())
-    training.train_step(batch_of(2))
-    own = {name: value.clone() for name, value in training.student.state_dict().items()}
-    assert training.average == {}
-    with training.evaluation_weights() as student:
-        assert_equal(student.state_dict(), own)
-
-
-def test_evaluation_that_fails_gives_the_weights_back() -> None:
-    training = full_training()
-    training.train_step(batch_of(2, 1))
-    own = {name: value.clone() for name, value in training.student.state_dict().items()}
-    with pytest.raises(RuntimeError, match="broken"), training.evaluation_weights():
-        raise RuntimeError("broken")
-    assert_equal(training.student.state_dict(), own)
-
-
-def test_the_average_of_weights_that_stand_still_is_those_weights() -> None:
-    training = make_training(recipe(None, "training.ema_decay=0.9"))
-    for value in training.average.values():
-        if value.is_floating_point():
-            value += 1.0
-    for _ in range(200):
-        training._update_average()
-        training.step += 1
-    current = training.student.state_dict()
-    for name, value in training.average.items():
-        torch.testing.assert_close(value, current[name], atol=1e-5, rtol=1e-5)
-
-
-def test_the_average_is_that_of_the_formula() -> None:
-    training = make_training(recipe(None, "training.ema_decay=0.3", "training.learning_rate=0.01"))
-    name = "model.class_labels_classifier.bias"
-    expected = training.student.state_dict()[name].clone()
-    for step in range(4):
-        training.train_step(batch_of(2, 1, seed=step))
-        decay = min(0.3, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * training.student.state_dict()[name]
-    torch.testing.assert_close(training.average[name], expected)
-
-
 # ---- what goes wrong
 
 
@@ -358,104 +219,3 @@ def test_a_compiled_backbone_gives_the_same_losses_and_plain_names() -> None:
         runs.append((values, set(training.state())))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
     assert runs[1][1] == runs[0][1]
-
-
-# ---- distillation end to end
-
-
-class FirstImages:
-    """The first images of a dataset that have at most so many objects."""
-
-    def __init__(self, dataset: CocoDataset, count: int, most_objects: int) -> None:
-        self.source, self.source_sha256 = dataset.source, dataset.source_sha256
-        self.categories, self.problems = dataset.categories, dataset.problems
-        fitting = (sample for sample in dataset.samples() if 1 <= len(sample.category_ids) <= most_objects)
-        self.chosen = list(itertools.islice(fitting, count))
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def samples(self) -> Iterator[Sample]:
-        return iter(self.chosen)
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    if not REAL.is_dir():
-        pytest.skip(f"the COCO sample is not at {REAL}")
-    folder = str(tmp_path_factory.mktemp("photographs"))
-    dataset = read_coco(REAL / "annotations" / "instances_val2017.json", REAL / "val2017")
-    write_shards(FirstImages(dataset, 8, 6), folder)
-    return folder
-
-
-def coco_slots(labels: tuple[str, ...]) -> list[str]:
-    """91 slots as in COCO's heads, with the dataset's classes in another order and "N/A" between them."""
-    slots = ["N/A"] * 91
-    for index, label in enumerate(reversed(labels)):
-        slots[index + 1 + index // 9] = label
-    return slots
-
-
-def photograph_batches(uri: str, epochs: int) -> list[TrainBatch]:
-    """All eight photographs each step, for the teacher at another size."""
-    schedule = Schedule(load_manifest(uri).shard_rows, (), 0, epochs, batch_size=8, window_images=8)
-    stream = StreamConfig(uri, "", schedule, ViewConfig(), ResizeConfig(size=64), ResizeConfig(size=80))
-    return [train_batch(share.arrays) for share in local_stream(stream)]
-
-
-FAST = (
-    *("training.learning_rate=2e-3", "training.backbone_learning_rate_scale=1.0", "training.clip_norm=1.0"),
-    *("training.schedule=constant", "detection.dense_weight=1.0"),
-)
-
-
-def teach(teacher: OnlineTeacher, batches: list[TrainBatch], labels: tuple[str, ...]) -> None:
-    """Train it on the photographs, in its own class order, so that it knows something."""
-    config = recipe(None, *FAST, "distillation.method=none")
-    teacher.detector.requires_grad_(True)
-    training = Training(config, teacher.detector, None, len(batches), torch.device("cpu"))
-    for batch in batches:
-        targets = replace(batch.targets, labels=teacher.get_buffer("class_slots")[batch.targets.labels])
-        training.train_step(replace(batch, images=batch.teacher_images, sizes=batch.teacher_sizes, targets=targets))
-    training.check_finite()
-    teacher.detector.eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize(("teacher_family", "student_family"), [("conditional", "refined"), ("refined", "conditional")])
-def test_distillation_lowers_every_term(photographs: str, teacher_family: str, student_family: str) -> None:
-    labels = load_manifest(photographs).labels
-    slots = coco_slots(labels)
-    assert slots.count("N/A") == 11
-    teacher = random_teacher(teacher_family, labels, slots)
-    assert teacher.detector.num_queries != STUDENT["queries"]
-    assert teacher.memory_channels[0] != STUDENT["width"]
-    assert teacher.get_buffer("class_slots").tolist() == [slots.index(label) for label in labels]
-    batches = photograph_batches(photographs, 30)
-    teach(teacher, batches, labels)
-    training = make_training(recipe(FAMILIES[student_family], *FAST), teacher, len(batches), labels)
-    rows = [training.train_step(batch) for batch in batches]
-    training.check_finite()
-    assert {"agfd", "lapd_class", "lapd_l1", "lapd_giou", "class_0", "l1", "dense_giou"} <= rows[0].keys()
-    first, last = (
-        {name: float(np.mean([row[name].item() for row in part])) for name in rows[0]} for part in (rows[:5], rows[-5:])
-    )
-    assert {name: (first[name], last[name]) for name in first if not 0 <= last[name] < first[name]} == {}
-
-
-def test_a_teacher_s_hard_negatives_are_aligned_beyond_its_positives() -> None:
-    counted = {}
-    for name, boundaries in (("with", [-0.9]), ("without", [0.99])):
-        selection = {"boundaries": boundaries, "band_weights": [0.0, 1.0]}
-        config = recipe(None, distillation={"selection": selection})
-        training = make_training(config, random_teacher())
-        batch = batch_of(2, 1)
-        record = training._ask_teacher(batch)
-        terms = training.module.forward(batch.images, batch.sizes, batch.targets, record)
-        counted[name] = terms["lapd_class"].count.item()
-    assert counted["without"] == 3  # the positives alone
-    assert counted["with"] > 6
-
-
-def test_labels_of_the_student_are_the_dataset_s() -> None:
-    assert make_training(recipe(), random_teacher()).student.labels == LABELS

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qskd.classes import map_classes
 from qskd.config import HYBRID_FAMILIES, Config, StudentConfig
@@ -33,6 +34,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 # Random networks have few good boxes: keep nearly every query, so that all terms have something to say.
 EASY_SELECTION = {"boundaries": [-0.9], "band_weights": [0.0, 1.0]}
+
+FULL = ("detection.dense_weight=1.0", "training.ema_decay=0.9", "training.clip_norm=1.0", "student.dropout=0.1")
 
 
 def recipe(student: Mapping[str, Any] | None = None, *overrides: str, **sections: Any) -> Config:
@@ -111,3 +114,17 @@ def make_training(
 ) -> Training:
     student = silent_student(config.student, labels, config.seed)
     return Training(config, student, teacher, total_steps, torch.device("cpu"))
+
+
+def trained_weights(training: Training) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in training.module.named_parameters() if value.requires_grad}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def full_training(total_steps: int = 5, **changes: Any) -> Training:
+    """With everything that has state: batch norm, dropout, a dense head, a projector, a teacher, a moving average."""
+    return make_training(recipe({**FAMILIES["refined"], **changes}, *FULL), random_teacher("conditional"), total_steps)
