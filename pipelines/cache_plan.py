@@ -165,13 +165,16 @@ def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
 def clean(path: str, everything: bool = False) -> None:
     """Remove what a killed job left unfinished; with `everything` the cache too. Other files are let alone."""
     filesystem, root = open_folder(path)
-    there = pafs.FileSelector(root, allow_not_found=True)
-    for info in patiently(path, filesystem, lambda: filesystem.get_file_info(there)):
-        unfinished = info.base_name.startswith(UNFINISHED)
-        if info.type == pafs.FileType.Directory and unfinished:
-            filesystem.delete_dir(info.path)
-        elif unfinished or (everything and (info.base_name == MANIFEST or _is_cache_file(info.base_name))):
-            filesystem.delete_file(info.path)
+
+    def delete() -> None:
+        for info in filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)):
+            unfinished = info.base_name.startswith(UNFINISHED)
+            if info.type == pafs.FileType.Directory and unfinished:
+                filesystem.delete_dir(info.path)
+            elif unfinished or (everything and (info.base_name == MANIFEST or _is_cache_file(info.base_name))):
+                filesystem.delete_file(info.path)
+
+    patiently(path, filesystem, delete)
 
 
 def _is_cache_file(name: str) -> bool:

@@ -178,11 +178,13 @@ def evaluate(
     """COCO AP of any detector, distilled or not."""
     from pipelines import evaluate as program
     from qskd.detectors import read_preprocessing
+    from qskd.files import fetched
     from qskd.manifest import load_manifest
 
     config = load(recipe, set or ())
     if dry_run:
-        manifest, seen_as = load_manifest(data), read_preprocessing(model, config.teacher.resize).resize
+        with fetched(model) as folder:
+            manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
         print(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
         return
     result = program.evaluate(

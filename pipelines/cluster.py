@@ -117,6 +117,24 @@ def check_room(compute: ComputeConfig, gpu: bool) -> None:
     log.warning("%s now: the training waits until nodes join", found)
 
 
+def actors_that_fit(wanted: int, cpus_each: int) -> tuple[int, int]:
+    """How many actors of the cache job to start, and the CPUs of each. They wait for tasks that decode: were all CPUs theirs,
+    they would wait for ever."""
+    import ray
+
+    there = int(ray.cluster_resources().get("CPU", 0))
+    if there == 0:  # a cluster that starts from nothing; tasks that wait make it grow
+        return wanted, cpus_each
+    if there == 1:
+        log.warning("Ray has 1 logical CPU now, and the cache job needs 2: it waits until nodes join")
+        return 1, 1
+    cpus_each = min(cpus_each, there - 1)
+    fits = (there - 1) // cpus_each
+    if fits < wanted:
+        log.warning("%d actors instead of %d: of %d logical CPUs one stays free for decoding", fits, wanted, there)
+    return min(wanted, fits), cpus_each
+
+
 @contextlib.contextmanager
 def ask_for_nodes(one: dict[str, float], count: int) -> Iterator[None]:
     """Meanwhile, tell an autoscaling cluster that `count` times `one` could be used: it grows as far as its own limits let it.

@@ -20,7 +20,7 @@ from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.ray_checkpoints import delete_unlisted
-from pipelines.storage import FAILURE, Folder, check_same_run, raise_failure
+from pipelines.storage import FAILURE, SWEEP, Folder, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.trainer import make_trainer
@@ -177,6 +177,8 @@ def prepare_config(config: Config, kind: str) -> Config:
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
     teacher = {"cache": cache, "path": model(config.teacher.path)}
     update["teacher"] = config.teacher.model_copy(update=teacher)
+    start = config.student.backbone.model_copy(update={"init": model(config.student.backbone.init)})
+    update["student"] = config.student.model_copy(update={"init": model(config.student.init), "backbone": start})
     if kind == "train":
         update["distillation"] = config.distillation.model_copy(update={"method": "none"})
     return config.model_copy(update=update)
@@ -190,8 +192,10 @@ def read_result(folder: Folder) -> RunResult:
 def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
     config = prepare_config(config, kind)
-    plan = make_plan(config, kind)
     folder = Folder(config)
+    if folder.exists(SWEEP):
+        raise QskdError(folder.path, "holds a sweep", "a training, or nothing", "choose another name: --set name=...")
+    plan = make_plan(config, kind)
     if restart:
         folder.delete()
     check_same_run(folder, config)
@@ -220,11 +224,10 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
             result = fit(plan, tracker, folder)
         finally:
             raise_failure(folder)  # says more than what Ray makes of it
+        done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException:
         tracker.finish("FAILED")
         raise
-    seconds = time.perf_counter() - started
-    done = finish(plan, folder, tracker, result, seconds)
     tracker.finish()
     return done
 

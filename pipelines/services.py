@@ -86,7 +86,8 @@ def _tracking_file(path: Path) -> Check:
     remedy = "choose a file in a folder you can write to: tracking.uri=sqlite:///FILE"
     try:
         if not path.exists():
-            with tempfile.TemporaryFile(dir=path.parent):
+            there = next(folder for folder in path.parents if folder.exists())  # a run makes what is missing below it
+            with tempfile.TemporaryFile(dir=there):
                 return Check(name, "ok", f"sqlite, will be made at {path}")
         connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=1)
         try:

@@ -17,6 +17,7 @@ from qskd.stores import is_local, join, patiently
 
 # What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
+SWEEP = "sweep.json"  # what a sweep was asked for
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.storage import Folder
+from pipelines.storage import SWEEP, Folder
 from pipelines.sweep_trials import TrialRow
 from qskd.config import Config
 from qskd.errors import QskdError
 
-TRIAL, REFUSED, SWEEP = "trial.json", "refused.json", "sweep.json"
+TRIAL, REFUSED = "trial.json", "refused.json"
 ENDED = ("finished", "stopped", "failed")
 # What may differ between a sweep and its continuation: how much of it, not of what. (A population keeps its size.)
 FREE_TO_CHANGE = ("trials",)

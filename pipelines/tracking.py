@@ -28,7 +28,9 @@ PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 def tracking_uri(config: Config | None = None) -> str:
     """The URI of the recipe, else MLFLOW_TRACKING_URI, else sqlite in the working folder."""
     named = config.tracking.uri if config else ""
-    return named or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = named or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    relative = re.match(r"^sqlite:///(?!/)(.+)$", uri)  # the controller, which writes to it, may work elsewhere
+    return f"sqlite:///{Path.cwd() / relative[1]}" if relative else uri
 
 
 def _client(uri: str) -> Any:

@@ -165,7 +165,9 @@ def _make_cache(config: Config, cached: bool) -> None:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         return
     if make_cache_plan(config).todo:
-        actors = max(1, int(sum(node.get("GPU", 0) or node.get("CPU", 0) for node in node_resources())))
+        actors = max(
+            config.compute.workers, int(sum(node.get("GPU", 0) or node.get("CPU", 0) for node in node_resources()))
+        )
         compute = config.compute.model_copy(update={"workers": actors})
         cache_teacher.run(config.model_copy(update={"compute": compute}))
     make_plan(config, "distill")  # checks that the cache is enough for the recipe

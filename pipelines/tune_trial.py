@@ -33,6 +33,7 @@ from qskd.errors import QskdError
 from qskd.evaluation import CocoResult
 from qskd.recipe import build
 from qskd.scratch import scratch_folder
+from qskd.stores import patiently
 
 POINTER = "checkpoint.json"
 READ_AHEAD = 2  # batches
@@ -149,9 +150,13 @@ def _keep(folder: Folder, steps: set[int]) -> None:
     from pyarrow import fs
 
     names = {Path(_name(step)).name for step in steps}
-    for info in folder.filesystem.get_file_info(fs.FileSelector(f"{folder.root}/checkpoints")):
-        if info.base_name not in names:
-            folder.filesystem.delete_dir(info.path)
+
+    def delete() -> None:
+        for info in folder.filesystem.get_file_info(fs.FileSelector(f"{folder.root}/checkpoints")):
+            if info.base_name not in names:
+                folder.filesystem.delete_dir(info.path)
+
+    patiently(folder.where("checkpoints"), folder.filesystem, delete)
 
 
 def read_ahead(shares: Iterator[Share]) -> Iterator[Share]:

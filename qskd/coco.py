@@ -164,7 +164,7 @@ class CocoDataset:
                 found = f"`{key}` is {'not a list' if key in document else 'missing'}; keys there: {sorted(document)}"
                 raise QskdError(str(path), found, expected, "give the instances file, not captions or results")
         if not self._root.is_dir():
-            raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check --images")
+            raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
         return document, hashlib.sha256(raw).hexdigest()
 
     def _read_categories(self, entries: list[Any]) -> tuple[Category, ...]:

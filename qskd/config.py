@@ -144,6 +144,10 @@ class StudentConfig(Section):
             self._check_hybrid()
         return self
 
+    def cells(self, size: int) -> int:
+        """Cells of a square image's maps, of all levels."""
+        return sum((size * 2**level // self.backbone.stride) ** 2 for level in range(self.feature_levels))
+
     def _check_hybrid(self) -> None:
         """The hybrid encoder lays doubled maps on finer ones, and its cells are the queries to choose from."""
         stride, size = self.backbone.stride, self.resize.size
@@ -157,7 +161,7 @@ class StudentConfig(Section):
                 f"{self.family} needs images whose sides are multiples of the backbone's stride {stride}: "
                 f"set resize: {{mode: square, size: {max(round(size / stride), 1) * stride}}}"
             )
-        cells = sum((size * 2**level // stride) ** 2 for level in range(self.feature_levels))
+        cells = self.cells(size)
         if cells < self.queries:
             raise ValueError(
                 f"{self.family} chooses queries among the cells of its maps: queries {self.queries} are more than the "

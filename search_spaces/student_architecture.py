@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qskd.config import TWO_LAYER_FAMILIES, BackboneConfig, Config, StudentConfig
+from qskd.config import HYBRID_FAMILIES, TWO_LAYER_FAMILIES, BackboneConfig, Config, StudentConfig
 from qskd.errors import QskdError
 from search_spaces._trials import Trial
 
@@ -58,10 +58,14 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
         # transformers can't build a Deformable DETR with a single decoder layer.
         least = 2 if name == "decoder_layers" and student.family in TWO_LAYER_FAMILIES else 1
         found[f"student.{name}"] = trial.suggest_int(name, max(least, layers - more), layers + more)
+    most = student.queries
     if config.distillation.predictions.pairing != "index":
         low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)
+        if student.family in HYBRID_FAMILIES:  # whose queries are chosen among the cells
+            high -= step * max(0, -(-(high - student.cells(student.resize.size)) // step))
         found["student.queries"] = trial.suggest_int("queries", low, high, step=step)
-    return found | _input_size(trial, student)
+        most = high
+    return found | _input_size(trial, student, most)
 
 
 def around(value: int, step: int, down: int, up: int, least: int) -> tuple[int, int, int]:
@@ -106,12 +110,15 @@ def _width(trial: Trial, student: StudentConfig) -> dict[str, Any]:
     }
 
 
-def _input_size(trial: Trial, student: StudentConfig) -> dict[str, Any]:
-    """The side, in steps of whole cells of the backbone's last map; the longest side with it."""
-    resize = student.resize
-    stride = 4 * 2 ** (len(student.backbone.depths) - 1)
+def _input_size(trial: Trial, student: StudentConfig, queries: int) -> dict[str, Any]:
+    """The side, in steps of whole cells of the backbone's last map; the longest side with it. queries: the most on offer,
+    which a hybrid encoder's cells have to be enough for."""
+    resize, stride = student.resize, student.backbone.stride
     step = stride * max(1, round(resize.size / 8 / stride))
-    low, high, step = around(resize.size, step, 3, 1, least=2 * stride)
+    least = 2 * stride
+    while student.family in HYBRID_FAMILIES and student.cells(least) < queries:
+        least += stride
+    low, high, step = around(resize.size, step, 3, 1, least=least)
     size = trial.suggest_int("input_size", low, high, step=step)
     if resize.mode == "square":
         return {"student.resize.size": size}

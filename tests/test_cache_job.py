@@ -21,6 +21,7 @@ from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F
 from pipelines import cache_teacher, distill
 from pipelines.cache_plan import CachePlan
 from pipelines.cache_teacher import complain, foresee, run, verify
+from pipelines.cluster import actors_that_fit
 from pipelines.history import read_history
 from pipelines.storage import Folder
 from qskd.cache_manifest import load_cache_manifest, save_cache_manifest
@@ -93,6 +94,27 @@ def test_a_finished_cache_is_not_computed_again(
     assert run(config(work, "again")).images == 0
     assert {path: path.stat().st_mtime_ns for path in (work / "cache").iterdir()} == before
     assert "nothing is missing" in foresee(config(work, "again"))
+
+
+def test_actors_that_want_every_cpu_leave_one_for_decoding(work: Path, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    import ray
+
+    everything = int(ray.cluster_resources()["CPU"])
+    greedy = [f"compute.threads_per_worker={everything}", f"teacher.cache.path={tmp_path / 'cache'}"]
+    assert run(config(work, "greedy", *greedy)).images == 192  # it waited for ever
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "each", "expected"),
+    [(64, 8, 1, (8, 1)), (8, 8, 1, (7, 1)), (8, 4, 3, (2, 3)), (2, 1, 4, (1, 1)), (1, 3, 2, (1, 1)), (0, 8, 2, (8, 2))],
+)
+def test_of_all_cpus_at_least_one_stays_free_of_actors(
+    there: int, wanted: int, each: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(there)})
+    assert actors_that_fit(wanted, each) == expected
 
 
 def test_an_actor_that_dies_is_replaced_and_the_bytes_are_the_same(

@@ -178,9 +178,11 @@ def test_sqlite_is_opened_for_writing_without_being_changed(tmp_path: Path) -> N
 
 
 def test_sqlite_that_can_not_be_written_is_a_problem(tmp_path: Path) -> None:
-    assert tracking(f"sqlite:///{tmp_path / 'missing' / 'a.db'}").status == "problem"
+    assert tracking(f"sqlite:///{tmp_path / 'made by a run' / 'a.db'}").status == "ok"
+    assert not list(tmp_path.iterdir())
     other = tmp_path / "text.db"
     other.write_text("this is no database, and long enough to be seen as such" * 30)
+    assert tracking(f"sqlite:///{other / 'a.db'}").status == "problem"
     assert "not a database" in tracking(f"sqlite:///{other}").found
     assert other.read_text().startswith("this is")
     locked = tmp_path / "locked.db"

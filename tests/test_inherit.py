@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
 from qskd.config import BackboneConfig, StudentConfig
 from qskd.detectors import Detector, build_student, inherit, load_detector, save_detector
@@ -162,3 +163,30 @@ def test_another_family_on_another_backbone_is_refused() -> None:
 )
 def test_spread_keeps_the_ends(count: int, available: int, chosen: list[int]) -> None:
     assert spread(count, available) == chosen
+
+
+def tiny_teacher(**options: object) -> Detector:
+    """A Deformable DETR whose configuration is what build_student never makes."""
+    own = detector("deformable_detr", 1).model.config
+    model = DeformableDetrForObjectDetection(DeformableDetrConfig(**{**own.to_dict(), **options}))
+    return Detector(model.eval())
+
+
+def test_of_a_teacher_in_two_stages_heads_go_with_their_layers_and_the_proposals_are_left_out() -> None:
+    teacher = tiny_teacher(two_stage=True, with_box_refine=True, two_stage_num_proposals=9)
+    student = detector("deformable_detr", 2, decoder_layers=2)
+    assert len(teacher.model.class_embed) == 4  # three layers', and the proposals'
+    done = inherit(student, teacher, (0, 1, 2))
+    for mine, theirs in enumerate((0, 2)):
+        for part in ("model.decoder.layers", "class_embed"):
+            assert done.copied[f"{part}.{mine}"] == f"{part}.{theirs}"
+    # transformers ties a student's class heads: the last one written is the last layer's.
+    assert torch.equal(student.model.class_embed[1].weight, teacher.model.class_embed[2].weight)
+    assert torch.equal(student.model.bbox_embed[1].layers[0].weight, teacher.model.bbox_embed[2].layers[0].weight)
+
+
+def test_parts_that_an_unrefined_teacher_has_not_are_left_and_told() -> None:
+    teacher, student = tiny_teacher(with_box_refine=False), detector("deformable_detr", 2)
+    done = inherit(student, teacher, (0, 1, 2))
+    assert done.copied["model.decoder.layers.0"] == "model.decoder.layers.0"
+    assert any("bbox_embed" in part and "nothing" in why for part, why in done.left.items()), done.describe()

@@ -55,6 +55,13 @@ RECIPES: Mapping[str, Config] = {
             "distillation": {"selection": {"max_per_object": 0}, "predictions": {"student_layers": "last"}},
         }
     ),
+    # Hybrids choose queries among their cells: more queries than small images have cells are no student.
+    **{
+        f"hybrid of {levels}, {size} px": build(
+            {"student": {"family": "rt_detr", "feature_levels": levels, "queries": queries, "resize": {"size": size}}}
+        )
+        for levels, size, queries in ((3, 224, 300), (3, 128, 100), (2, 320, 300), (1, 320, 100))
+    },
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import recipe, silent_student
 
+from pipelines import distill
 from pipelines.population import Population
 from pipelines.search_request import Search, SearchRequest, check_request
 from pipelines.student_costs import costs, parameters_m, recipe_latency_ms
@@ -306,6 +307,10 @@ def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) ->
     training.folder.write("result.json", "{}")
     with pytest.raises(QskdError, match="holds a training"):
         training.settle(asked)
+    for restart in (False, True):
+        with pytest.raises(QskdError, match="holds a sweep"):
+            distill.run(sweep_config(tmp_path), "distill", restart)
+    assert records.folder.exists("sweep.json")
 
 
 def test_the_best_recipe_has_its_settings_at_the_full_length(tmp_path: Path) -> None:

@@ -70,6 +70,24 @@ def _counts(state: dict[str, Tensor]) -> dict[str, int]:
     return counts
 
 
+def _sources(mine: dict[str, int], theirs: dict[str, int]) -> dict[str, list[int]]:
+    """For each numbered stem that both have, the teacher's number for each of the student's.
+
+    Heads go with the decoder layers they read; one more than those is the proposals' (Deformable DETR in two stages).
+    """
+
+    def decoder(counts: dict[str, int], stem: str) -> int:
+        whole = counts[stem]
+        layers = max((count for name, count in counts.items() if name.endswith("decoder.layers")), default=whole)
+        return min(whole, layers) if stem.endswith("_embed") else whole
+
+    found = {}
+    for stem in mine.keys() & theirs.keys():
+        own, other = decoder(mine, stem), decoder(theirs, stem)
+        found[stem] = spread(own, other) + [other + place for place in range(mine[stem] - own)]
+    return found
+
+
 def _named(model: nn.Module, modules: Sequence[nn.Module]) -> set[str]:
     wanted = {id(module) for module in modules}
     return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in wanted}
@@ -98,7 +116,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     }
     reading = {f"{name}." for name in _named(own, family.projections(own))}
     narrow = _Narrowing.between(family.sizes(own.config), family.sizes(teacher.model.config))
-    layers = {stem: spread(count, _counts(theirs)[stem]) for stem, count in _counts(mine).items()}
+    layers = _sources(_counts(mine), _counts(theirs))
     # Rows after the classes' ("no object") are the last on both sides.
     more = range(teacher.model.config.num_labels, teacher.model.config.num_labels + family.no_object_rows)
     slots = torch.tensor([*class_slots, *more], dtype=torch.int64)
@@ -106,7 +124,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     for part, names in _parts(mine, prefix).items():
         numbered = _NUMBERED.match(part + ".")
         source = part
-        if numbered and not part.startswith(prefix):
+        if numbered and not part.startswith(prefix) and numbered["stem"] in layers:
             source = f"{numbered['stem']}.{layers[numbered['stem']][int(numbered['layer'])]}"
         values: dict[str, Tensor] = {}
         chosen = False
