@@ -29,6 +29,7 @@ from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.files import UNFINISHED, open_folder
 from qskd.manifest import MANIFEST, Manifest, load_manifest
+from qskd.scratch import remove_orphan
 from qskd.shards import ShardReader
 from qskd.stores import patiently
 from qskd.teacher import OnlineTeacher
@@ -170,7 +171,7 @@ def clean(path: str, everything: bool = False) -> None:
         for info in filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)):
             unfinished = info.base_name.startswith(UNFINISHED)
             if info.type == pafs.FileType.Directory and unfinished:
-                filesystem.delete_dir(info.path)
+                remove_orphan(info.path)  # on local disks only: elsewhere there are none
             elif unfinished or (everything and (info.base_name == MANIFEST or _is_cache_file(info.base_name))):
                 filesystem.delete_file(info.path)
 

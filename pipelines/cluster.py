@@ -52,7 +52,8 @@ def start_ray() -> None:
         return
     # No runtime_env: processes inherit this one's variables, and with one Ray would start none ahead (seconds each).
     cores = os.cpu_count() or 1
-    ray.init(num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
+    # "local": Ray would else look for a cluster on this machine, and take one that was ended badly for it.
+    ray.init(address="local", num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
 
 
 def _for_workers() -> dict[str, str]:

@@ -20,7 +20,7 @@ from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.ray_checkpoints import delete_unlisted
-from pipelines.storage import FAILURE, SWEEP, Folder, check_same_run, raise_failure
+from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.trainer import make_trainer
@@ -165,9 +165,10 @@ def prepare_config(config: Config, kind: str) -> Config:
     """Resolve what the verb implies: `train` has no teacher; paths become absolute, since workers run elsewhere."""
 
     def absolute(path: str) -> str:
-        return path if not path or "://" in path else str(Path(path).resolve())
+        return path if not path or "://" in path else str(Path(path).expanduser().resolve())
 
     def model(path: str) -> str:
+        path = os.path.expanduser(path)
         # A job's working folder is a copy, in the same place for every worker but in another for the next job: a path in
         # it is left relative, or a run could not be continued.
         return absolute(path) if os.path.isdir(path) and not (in_a_job() and not os.path.isabs(path)) else path
@@ -196,6 +197,12 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     if folder.exists(SWEEP):
         raise QskdError(folder.path, "holds a sweep", "a training, or nothing", "choose another name: --set name=...")
     plan = make_plan(config, kind)
+    with alone_on(folder):
+        return _run(plan, folder, restart)
+
+
+def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
+    config, kind = plan.config, plan.kind
     if restart:
         folder.delete()
     check_same_run(folder, config)

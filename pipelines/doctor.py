@@ -146,11 +146,13 @@ def _constraints(folders: Iterable[Path] | None = None) -> Check:
 def _torch() -> Check:
     import torch
 
+    from qskd.precision import has_bfloat16
+
     build = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)}))
-        half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        half = "bfloat16" if has_bfloat16() else "no bfloat16"
         return Check("torch", "ok", f"{build}, {count} CUDA devices ({names}), {half}")
     if shutil.which("nvidia-smi"):
         remedy = "install the CUDA build: https://pytorch.org/get-started/locally"

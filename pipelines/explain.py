@@ -17,6 +17,7 @@ from PIL import Image
 from pyarrow import fs
 
 from pipelines.models import device_here, make_student, make_teacher
+from pipelines.predict import check_all_differ
 from pipelines.storage import Folder
 from pipelines.subjects import Dataset, classes, find_subject
 from qskd.classes import map_classes
@@ -29,6 +30,7 @@ from qskd.files import open_folder
 from qskd.pictures import explanation_picture, warning_of
 from qskd.recipe import apply_overrides, build, load
 from qskd.scratch import scratch_folder
+from qskd.stores import join
 from qskd.teacher import OnlineTeacher
 
 log = logging.getLogger("qskd")
@@ -49,7 +51,7 @@ def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
     if "://" not in recipe_or_run and not Path(recipe_or_run).is_dir():
         config = load(recipe_or_run, overrides)
         folder = Folder(config)
-        return Source(config, f"{folder.path}/student" if folder.exists("student/config.json") else "")
+        return Source(config, folder.where("student") if folder.exists("student/config.json") else "")
     filesystem, root = open_folder(recipe_or_run)
     try:
         with filesystem.open_input_stream(f"{root}/config.yaml") as stream:
@@ -57,9 +59,9 @@ def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
     except OSError:
         found = "no config.yaml in it"
         raise QskdError(recipe_or_run, found, "a run's folder, as in runs/NAME, or a YAML recipe") from None
-    config = build(apply_overrides(tree, overrides), f"{recipe_or_run}/config.yaml")
+    config = build(apply_overrides(tree, overrides), join(recipe_or_run, "config.yaml"))
     there = filesystem.get_file_info(f"{root}/student/config.json").type != fs.FileType.NotFound
-    return Source(config, f"{recipe_or_run.rstrip('/')}/student" if there else "")
+    return Source(config, join(recipe_or_run, "student") if there else "")
 
 
 def seer_of(
@@ -133,7 +135,9 @@ def targets(images: Sequence[str], out: Path | None) -> list[tuple[str, Path]]:
         path = Path(image)
         return (path if path.is_file() else Path(path.name)).with_name(f"{path.stem}.explained.png")
 
-    return [(image, out or beside(image)) for image in images]
+    pairs = [(image, out or beside(image)) for image in images]
+    check_all_differ(pairs)
+    return pairs
 
 
 def _local(folder: str, scratch: ExitStack) -> str:

@@ -32,7 +32,19 @@ def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]
     """The picture to write for each image: beside it, or `out` for one image."""
     if out is not None and len(images) > 1:
         raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
-    return [(path, out or path.with_name(f"{path.stem}.boxes.png")) for path in images]
+    pairs = [(path, out or path.with_name(f"{path.stem}.boxes.png")) for path in images]
+    check_all_differ(pairs)
+    return pairs
+
+
+def check_all_differ(pairs: Sequence[tuple[str | Path, Path]]) -> None:
+    """QskdError when two images would be drawn into one file."""
+    first: dict[Path, str | Path] = {}
+    for image, target in pairs:
+        if target in first and str(first[target]) != str(image):
+            found = f"{first[target]} and {image} would both be drawn there"
+            raise QskdError(str(target), found, "a picture each", "give them one after the other, with --out")
+        first[target] = image
 
 
 def predict(

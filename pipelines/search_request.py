@@ -116,6 +116,9 @@ def _check_population(request: SearchRequest, space: SearchSpace, config: Config
             "spaces that can bear it: loss_weights",
             f"leave out --space {' --space '.join(each.source for each in refused)}, or use --algorithm tpe",
         )
+    if config.compute.workers > 1:  # a generation ends, and weights are taken over, inside a trial's own process
+        found = f"compute.workers = {config.compute.workers}"
+        raise QskdError(where, found, "one worker a member", "--set compute.workers=1, or --algorithm tpe")
     if evaluations(config) < 2:
         raise _no_early_ap(where, config)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from qskd.files import open_folder, publish_bytes, read_bytes
 from qskd.recipe import flatten, to_tree
 from qskd.stores import is_local, join, patiently
 
+log = logging.getLogger("qskd")
 # What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
 SWEEP = "sweep.json"  # what a sweep was asked for
@@ -25,7 +30,7 @@ class Folder:
     """Small files by name; a write is whole or not there, and a store that fails is tried again (`qskd.stores`). Picklable."""
 
     def __init__(self, config: Config) -> None:
-        self.storage_path = config.output if "://" in config.output else str(Path(config.output).resolve())
+        self.storage_path = config.output if "://" in config.output else str(Path(config.output).expanduser().resolve())
         self.path = join(self.storage_path, config.name)
         self.filesystem, self.root = open_folder(self.path)
 
@@ -69,6 +74,26 @@ class Folder:
         if is_local(self.filesystem):
             return {"storage_path": self.root}
         return {"storage_path": self.root, "storage_filesystem": self.filesystem}
+
+
+@contextmanager
+def alone_on(folder: Folder) -> Iterator[None]:
+    """One driver at a time: two would delete each other's checkpoints and mix their records. QskdError when another, on a
+    machine that shares this file system, is at work; object stores have no locks, and the system lets a dead driver's go."""
+    if not is_local(folder.filesystem):
+        yield
+        return
+    path = Path(folder.root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:  # beside it: --restart deletes the folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait for it, end it, or choose another name: --set name=..."
+            raise QskdError(folder.path, "another program works on it now", "one at a time", remedy) from None
+        except OSError:
+            log.warning("%s: its file system has no locks; see that no other program works on it", folder.path)
+        yield
 
 
 def check_same_run(folder: Folder, config: Config) -> None:

@@ -33,7 +33,7 @@ def best_recipe(config: Config, best: TrialRow) -> str:
     """The recipe with the best trial's settings at its full length, as YAML, with the command that trains it."""
     name = f"{config.name}-best"
     found = replace_fields(config, {**best.overrides, "name": name}, "the best trial")
-    where = f"{Folder(config).path}/best.yaml"
+    where = Folder(config).where("best.yaml")
     head = [
         f"# Trial {best.number} of the sweep {config.name}: AP {best.best_ap:.4f} after {best.epochs:g} epoch(s).",
         f"#   command:  qskd distill {where}",
@@ -52,7 +52,7 @@ def finish(config: Config, description: str, records: Records, tracker: Tracker)
     best = best_row(rows)
     text, command, version = "", "", ""
     if best is not None:
-        text, command = best_recipe(config, best), f"qskd distill {shlex.quote(folder.path + '/best.yaml')}"
+        text, command = best_recipe(config, best), f"qskd distill {shlex.quote(folder.where('best.yaml'))}"
         folder.write("best.yaml", text)
         tracker.text("best.yaml", text)
         version = _register(config, records, best, tracker)
@@ -63,10 +63,10 @@ def finish(config: Config, description: str, records: Records, tracker: Tracker)
     Console().print(terminal_table(rows, command, config))
     if version:
         print(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
-    print(f"report: {folder.path}/report/index.html")
+    print(f"report: {folder.where('report/index.html')}")
     print(f"look at the sweep: {how_to_look(tracking_uri(config))}")
     tracker.finish("FINISHED" if best is not None else "FAILED")
-    recipe_path = f"{folder.path}/best.yaml" if best is not None else ""
+    recipe_path = folder.where("best.yaml") if best is not None else ""
     return SweepResult(folder.path, tuple(rows), best, recipe_path, tracker.run_id, version)
 
 

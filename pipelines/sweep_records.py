@@ -40,7 +40,13 @@ def row_from_json(text: str) -> TrialRow:
 
 def trial_config(sweep: Config, number: int) -> Config:
     """The sweep's recipe as the one of this trial, whose folder it then names."""
-    return sweep.model_copy(update={"output": f"{Folder(sweep).path}/trials", "name": f"{number:04d}"})
+    return sweep.model_copy(update={"output": Folder(sweep).where("trials"), "name": f"{number:04d}"})
+
+
+def check_no_training(folder: Folder) -> None:
+    """QskdError where a training is."""
+    if not folder.exists(SWEEP) and (folder.exists("train") or folder.exists("result.json")):
+        raise QskdError(folder.path, "holds a training", "a sweep, or nothing", "choose another name: --set name=...")
 
 
 class Records:
@@ -85,13 +91,7 @@ class Records:
         QskdError where the two differ, or where the folder holds a training."""
         folder = self.folder
         if not folder.exists(SWEEP):
-            if folder.exists("train") or folder.exists("result.json"):
-                raise QskdError(
-                    folder.path,
-                    "holds a training",
-                    "a sweep, or nothing",
-                    "choose another name: --set name=...",
-                )
+            check_no_training(folder)
             folder.write(SWEEP, json.dumps({"asked": dict(asked)}, indent=1))
             return {}
         written = json.loads(folder.read(SWEEP))

@@ -62,6 +62,20 @@ def _alone_on(uri: str) -> Iterator[None]:
         yield
 
 
+def _continues(client: Any, uri: str, run_id: str) -> bool:
+    """Open a run again; False, and a warning, where the server has none, or only a deleted one, of that id."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_terminated(run_id, "RUNNING")
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
+            raise
+        log.warning("MLflow at %s has no active run %s, which this run had: a new one is begun", uri, run_id)
+        return False
+    return True
+
+
 class Tracker:
     """One MLflow run, addressed by id; picklable, so that any process can hold it (and only one does)."""
 
@@ -84,8 +98,7 @@ class Tracker:
         uri = tracking_uri(config)
         try:
             client = _client(uri)
-            if run_id:
-                client.set_terminated(run_id, "RUNNING")
+            if run_id and _continues(client, uri, run_id):
                 return cls(uri, run_id)
             found = client.get_experiment_by_name(config.tracking.experiment)
             experiment = found.experiment_id if found else _create_experiment(client, config.tracking.experiment, uri)

@@ -17,11 +17,11 @@ from typing import Any
 
 from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config
 from pipelines.search_request import SearchRequest, check_request
-from pipelines.storage import Folder, check_same_run
+from pipelines.storage import Folder, alone_on, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
 from pipelines.sweep import Sweep, is_done
 from pipelines.sweep_end import SweepResult, finish
-from pipelines.sweep_records import ENDED, Records
+from pipelines.sweep_records import ENDED, Records, check_no_training
 from pipelines.sweep_tracking import SweepTracking
 from pipelines.tracking import Tracker
 from pipelines.trainer import uses_gpu
@@ -87,11 +87,17 @@ def parameters_limit(text: str, config: Config, labels: Sequence[str], space: Se
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
     """Search, or go on with a search that was stopped. Raises QskdError; SystemExit(130) after Ctrl-C."""
     config = prepare_config(config, "distill")
+    with alone_on(Folder(config)):
+        return _run(config, request, restart)
+
+
+def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     short = trial_recipe(config, request)
-    search = check_request(request.search, short)
+    search = check_request(request.search, as_long_as_it_trains(short))
     cached = bool(short.teacher.cache.path)
     plan = make_plan(replace_fields(short, {"teacher.cache.path": ""}, "qskd tune"), "distill")
     folder = Folder(config)
+    check_no_training(folder)
     if restart:
         folder.delete()
     records = Records(config)
@@ -173,6 +179,14 @@ def _make_cache(config: Config, cached: bool) -> None:
     make_plan(config, "distill")  # checks that the cache is enough for the recipe
 
 
+def as_long_as_it_trains(config: Config) -> Config:
+    """The same training, said with the epochs that `training.max_steps` leaves of it: what early stopping counts in."""
+    if not config.training.max_steps:
+        return config
+    plan = make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
+    return replace_fields(config, {"training.epochs": plan.stream.schedule.epochs_begun}, "qskd tune")
+
+
 class _Slots:
     """How many trials fit now: asked again every few seconds, for a cluster grows and shrinks."""
 
@@ -224,7 +238,7 @@ def foresee(config: Config, request: TuneRequest) -> str:
     from pipelines.tune_plan import make_tune_plan
 
     short = trial_recipe(prepare_config(config, "distill"), request)
-    search = check_request(request.search, short)
+    search = check_request(request.search, as_long_as_it_trains(short))
     students = {to_yaml(short): short}
     if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's
         for overrides in search.space.samples(CALIBRATED - 1, short.seed):

@@ -110,7 +110,9 @@ class TrialWorker(Worker):
             source = Folder(self.config.model_copy(update={"name": f"{self.job.donor:04d}"}))
             self.begun_at = restore(self.training, _checkpoint(source, _name(self.job.donor_step)))
         elif pointer is not None:
-            self.begun_at = restore(self.training, _checkpoint(self.folder, _name(pointer["step"])))
+            start = restore(self.training, _checkpoint(self.folder, _name(pointer["step"])))
+            self.begun_at = pointer.get("begun_at", start) if mine else start
+            return start
         return self.begun_at
 
     def shares(self, start_step: int) -> Iterator[Share]:
@@ -126,7 +128,9 @@ class TrialWorker(Worker):
                 self.folder.upload(scratch / "student", "student")
             self.folder.upload(scratch, _name(step))
         history = add_trial_report(self.folder, step, epoch + 1, evaluation, rows)
-        self.folder.write(POINTER, json.dumps({"step": step, "generation": self.job.generation}))
+        self.folder.write(
+            POINTER, json.dumps({"step": step, "generation": self.job.generation, "begun_at": self.begun_at})
+        )
         # In a population another may still begin from where this one began.
         _keep(self.folder, {step, self.begun_at} if self.job.until else {step})
         if evaluation:

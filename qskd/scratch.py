@@ -22,7 +22,14 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     holds a lock on his, which the system lets go with the process.
     """
     _remove_orphans(tempfile.gettempdir())
-    folder, lock = _locked(purpose)
+    with locked_folder(f"{PREFIX}{purpose}-") as folder:
+        yield folder
+
+
+@contextmanager
+def locked_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
+    """An empty folder of that beginning, removed with the block; of a process that was killed in it, `remove_orphan` knows."""
+    folder, lock = _locked(prefix, parent)
     try:
         yield folder
     finally:
@@ -30,9 +37,9 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _locked(purpose: str) -> tuple[Path, int]:
+def _locked(prefix: str, parent: str | None) -> tuple[Path, int]:
     while True:
-        folder = tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-")
+        folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
         lock = os.open(folder, os.O_RDONLY)
         if _lock(lock, wait=True) and not os.path.exists(folder):
             os.close(lock)  # another process removed it before it was locked
@@ -52,12 +59,17 @@ def _lock(handle: int, wait: bool) -> bool:
 @cache  # once a process: a folder with many other files takes a while to list
 def _remove_orphans(parent: str) -> None:
     for folder in Path(parent).glob(f"{PREFIX}*"):
-        try:
-            handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:
-            continue  # gone meanwhile, or another user's
-        try:
-            if os.fstat(handle).st_uid == os.getuid() and _lock(handle, wait=False):
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(handle)
+        remove_orphan(folder)
+
+
+def remove_orphan(folder: str | Path) -> None:
+    """Delete a `locked_folder` unless its process lives, or it is another user's."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return  # gone meanwhile, or another user's
+    try:
+        if os.fstat(handle).st_uid == os.getuid() and _lock(handle, wait=False):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)

@@ -7,10 +7,8 @@ Free of torch, so that the processes that read it start fast; `qskd.teacher_code
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from qskd.cache_manifest import REMEDY, CacheSizes, file_name, load_cache_manifest
 from qskd.errors import QskdError
 from qskd.files import UNFINISHED, ParquetFiles, is_local, join, open_folder, publish
+from qskd.scratch import locked_folder, scratch_folder
 from qskd.stores import patiently
 
 ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
@@ -82,8 +81,9 @@ def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str
     patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     schema = _SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
     count = 0
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder:
-        spool = Path(folder) / "spool"
+    # Locked: another job's end deletes what killed ones left unfinished.
+    with locked_folder(UNFINISHED, root) if is_local(filesystem) else scratch_folder("rows") as folder:
+        spool = folder / "spool"
         with pq.ParquetWriter(
             spool,
             schema,

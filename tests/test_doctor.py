@@ -328,7 +328,7 @@ def test_gpus_are_named_and_an_unusable_one_is_noted(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Imaginary 9000")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     check = doctor_module._torch()
     assert check.status == "ok"
     assert "2 CUDA devices (Imaginary 9000), bfloat16" in check.found

@@ -11,8 +11,10 @@ from PIL import Image
 from tiny import FAMILIES, LABELS, SIZE, recipe, shake, silent_student
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from pipelines import explain, predict
 from qskd.config import ResizeConfig
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing, save_detector
+from qskd.errors import QskdError
 from qskd.inference import predict_batch, predict_image
 from qskd.loader import pad
 from qskd.views import View, view_image
@@ -133,3 +135,11 @@ def test_an_empty_batch_has_no_detections(detector: Detector) -> None:
 def test_top_k_bounds_each_image_not_the_batch(detector: Detector) -> None:
     found = predict_batch(detector, batch_of(SQUARE), Preprocessing(SQUARE), range(3), top_k=4)
     assert found.image_ids.tolist() == [5] * 4 + [3] * 4 + [9] * 4
+
+
+def test_two_images_are_not_drawn_into_one_file(tmp_path: Path) -> None:
+    with pytest.raises(QskdError, match="would both be drawn there"):
+        predict.targets([tmp_path / "a.jpg", tmp_path / "a.png"], None)
+    assert len(predict.targets([tmp_path / "a.jpg", tmp_path / "b.jpg"], None)) == 2
+    with pytest.raises(QskdError, match="would both be drawn there"):
+        explain.targets(["one/7.jpg", "two/7.jpg"], None)

@@ -152,6 +152,16 @@ def test_equal_predictions_give_no_box_loss_and_the_classes_own_entropy() -> Non
     assert terms["lapd_class"].total.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_gradients_are_finite_where_student_and_teacher_agree(gamma: float) -> None:
+    targets = make_targets([3, 2], classes=CLASSES)
+    logits, boxes = network(targets, 1, 12, 3)
+    mine = logits.clone().requires_grad_()
+    run(only_predictions(class_gamma=gamma), targets, (mine, boxes), (logits, boxes))["lapd_class"].total.backward()
+    assert mine.grad is not None
+    assert mine.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("pairing", ["rank", "hungarian"])
 @pytest.mark.parametrize("slots", [0, 2])
 def test_without_objects_the_terms_are_zero_and_attached(slots: int, pairing: Any) -> None:

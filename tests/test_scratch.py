@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.cache_plan import clean
 from qskd import scratch
 from qskd.scratch import scratch_folder
 
@@ -52,6 +53,22 @@ def test_a_killed_process_s_folder_goes_with_the_next_one_and_a_living_one_s_sta
         with scratch_folder("next"):
             assert not folders[0].exists()
             assert (folders[1] / "file").exists()
+    finally:
+        alive.kill()
+        alive.wait(10)
+
+
+def test_what_a_killed_cache_job_left_goes_and_a_living_ones_stays(tmp_path: Path) -> None:
+    hold = "import time; from qskd.scratch import locked_folder\n"
+    hold += "with locked_folder('.writing-', FOLDER) as folder: print(folder, flush=True); time.sleep(100)"
+    command = [sys.executable, "-c", hold.replace("FOLDER", repr(str(tmp_path)))]
+    dead, alive = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2))
+    try:
+        folders = [Path(process.stdout.readline().strip()) for process in (dead, alive) if process.stdout]
+        dead.kill()
+        dead.wait(10)
+        clean(str(tmp_path))
+        assert [folder.exists() for folder in folders] == [False, True]
     finally:
         alive.kill()
         alive.wait(10)

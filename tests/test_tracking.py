@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlflow
 import pytest
 
-from pipelines.tracking import tracking_uri
+from pipelines.tracking import Tracker, tracking_uri
 from qskd.recipe import load
 
 
@@ -26,3 +27,14 @@ def test_a_file_is_the_same_for_processes_that_work_elsewhere(
     monkeypatch.chdir(tmp_path)
     config = load(None, [f"tracking.uri={given}"])
     assert tracking_uri(config) == expected.replace("HERE", str(tmp_path))
+
+
+def test_a_run_that_the_server_does_not_have_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load(None, [f"tracking.uri=sqlite:///{tmp_path}/a.db", "tracking.experiment=e"])
+    first = Tracker.open(config, "train")
+    assert Tracker.open(config, "train", first.run_id).run_id == first.run_id
+    mlflow.MlflowClient(first.uri).delete_run(first.run_id)
+    for lost in (first.run_id, "0" * 32):
+        caplog.clear()
+        assert Tracker.open(config, "train", lost).run_id not in (first.run_id, lost)
+        assert "a new one is begun" in caplog.text

@@ -95,6 +95,11 @@ def test_two_objectives_have_their_directions() -> None:
         ),
         (request("loss_weights", "query_groups", algorithm="pbt"), epochs(9), ["query_groups: PBT moves each number"]),
         (request("loss_weights", algorithm="pbt", asha=True), epochs(9), ["both decide which trials go on"]),
+        (
+            request("loss_weights", algorithm="pbt"),
+            replace_fields(epochs(9), {"compute.workers": 2}, "test"),
+            ["--algorithm pbt: compute.workers = 2", "--algorithm tpe"],
+        ),
         (request("loss_weights", algorithm="pbt"), epochs(3, every=3), ["the first AP comes at the end"]),
         (
             request("loss_weights", algorithm="pbt", objectives=("AP", "latency_ms")),

@@ -16,9 +16,10 @@ from tiny import recipe, silent_student
 from pipelines import distill
 from pipelines.population import Population
 from pipelines.search_request import Search, SearchRequest, check_request
+from pipelines.storage import Folder, alone_on
 from pipelines.student_costs import costs, parameters_m, recipe_latency_ms
 from pipelines.sweep_end import best_recipe
-from pipelines.sweep_records import Records, Refusal
+from pipelines.sweep_records import Records, Refusal, check_no_training, trial_config
 from pipelines.sweep_trials import TrialRow
 from pipelines.trial_job import Job
 from pipelines.tune import TuneRequest, parameters_limit
@@ -307,10 +308,28 @@ def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) ->
     training.folder.write("result.json", "{}")
     with pytest.raises(QskdError, match="holds a training"):
         training.settle(asked)
+    with pytest.raises(QskdError, match="holds a training"):
+        check_no_training(training.folder)
+    check_no_training(records.folder)
     for restart in (False, True):
         with pytest.raises(QskdError, match="holds a sweep"):
             distill.run(sweep_config(tmp_path), "distill", restart)
     assert records.folder.exists("sweep.json")
+
+
+def test_one_program_at_a_time_works_on_a_folder(tmp_path: Path) -> None:
+    folder = Folder(sweep_config(tmp_path))
+    with alone_on(folder), pytest.raises(QskdError, match="another program works on it"), alone_on(folder):
+        raise AssertionError
+    with alone_on(folder):
+        assert not folder.exists()
+
+
+def test_a_trials_folder_is_below_the_sweeps_whatever_the_uri_says_of_its_store() -> None:
+    uri = "s3://bucket/runs?scheme=http&region=us-east-1"
+    trial = trial_config(nine_epochs(f"output={uri}", "name=sweep"), 7)
+    assert trial.output == "s3://bucket/runs/sweep/trials?scheme=http&region=us-east-1"
+    assert Folder(trial).root == "bucket/runs/sweep/trials/0007"
 
 
 def test_the_best_recipe_has_its_settings_at_the_full_length(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def alignment_terms(
     count = (weight.sum() if config.divide_by == "weights" else paired.sum().float()) / len(paired)
     classes = F.binary_cross_entropy_with_logits(student.logits, goal, reduction="none")
     if config.class_gamma:
-        classes = classes * (goal - student.logits.sigmoid()).abs() ** config.class_gamma
+        # Below 1 a power's gradient is infinite at 0, where student and teacher agree.
+        classes = classes * (goal - student.logits.sigmoid()).abs().clamp(min=1e-6) ** config.class_gamma
     losses = {
         "lapd_class": classes.sum(-1),
         "lapd_l1": (mine - theirs).abs().sum(-1),
