@@ -22,7 +22,7 @@ from pipelines.models import make_teacher, start_student
 from pipelines.ray_checkpoints import delete_unlisted
 from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
-from pipelines.tracking import Tracker, tracking_uri
+from pipelines.tracking import Tracker, open_for, tracking_uri
 from pipelines.trainer import make_trainer
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
@@ -216,10 +216,8 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     inherited = start_student(config, plan.train.labels)[1] if config.student.inherit else ""
     folder.write("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
-    run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
-    tracker = Tracker.open(config, kind, run_id)
+    tracker = open_for(folder, config, kind)
     start_logs(run=config.name, run_id=tracker.run_id)
-    folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
     if inherited:
         folder.write("inheritance.txt", inherited)
         tracker.text("inheritance.txt", inherited)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import re
@@ -16,11 +17,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.storage import Folder
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.recipe import flatten, to_tree, to_yaml
 
 log = logging.getLogger("qskd")
+RUN = "mlflow.json"  # in a run's folder: which MLflow run is its
 PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
@@ -218,6 +221,25 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED") -> None:
         self._call("set_terminated", status)
+
+    def delete(self) -> None:
+        """As the UI does: it is kept, out of sight, until `mlflow gc`."""
+        self._call("set_terminated", "FAILED")
+        self._call("delete_run")
+
+
+def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] | None = None) -> Tracker:
+    """The MLflow run that a run's folder names, or a new one, which the folder then names. One that can't be written down
+    there (the disk is full) is deleted: the next try would not know of it."""
+    run_id = json.loads(folder.read(RUN))["run_id"] if folder.exists(RUN) else ""
+    tracker = Tracker.open(config, kind, run_id, tags=tags)
+    try:
+        folder.write(RUN, json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
+    except BaseException:
+        if tracker.run_id != run_id:
+            tracker.delete()
+        raise
+    return tracker
 
 
 def _create_experiment(client: Any, name: str, uri: str) -> str:

@@ -5,7 +5,6 @@ python -m pipelines.tune configs/sweep_quickstart.yaml --space loss_weights --tr
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
@@ -23,7 +22,7 @@ from pipelines.sweep import Sweep, is_done
 from pipelines.sweep_end import SweepResult, finish
 from pipelines.sweep_records import ENDED, Records, check_no_training
 from pipelines.sweep_tracking import SweepTracking
-from pipelines.tracking import Tracker
+from pipelines.tracking import open_for
 from pipelines.trainer import uses_gpu
 from qskd.config import Config
 from qskd.errors import QskdError
@@ -104,7 +103,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     check_same_run(folder, config)
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
     folder.write("config.yaml", to_yaml(config))
-    tracker = _open_run(config, folder, search.describe())
+    tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
     print(search.describe(), flush=True)
     schedule = plan.stream.schedule
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
@@ -150,14 +149,6 @@ def _this_command() -> str:
         if Path(sys.argv[0]).name == "qskd"
         else shlex.join([sys.executable, *sys.argv])
     )
-
-
-def _open_run(config: Config, folder: Folder, description: str) -> Tracker:
-    """The sweep's own MLflow run: the one it has, or a new one."""
-    run_id = json.loads(folder.read("mlflow.json"))["run_id"] if folder.exists("mlflow.json") else ""
-    tracker = Tracker.open(config, "sweep", run_id, tags={"mlflow.note.content": description})
-    folder.write("mlflow.json", json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
-    return tracker
 
 
 def _make_cache(config: Config, cached: bool) -> None:

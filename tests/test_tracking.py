@@ -7,7 +7,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipelines.tracking import Tracker, tracking_uri
+from pipelines.storage import Folder
+from pipelines.tracking import Tracker, open_for, tracking_uri
 from qskd.recipe import load
 
 
@@ -38,3 +39,21 @@ def test_a_run_that_the_server_does_not_have_is_begun_anew(tmp_path: Path, caplo
         caplog.clear()
         assert Tracker.open(config, "train", lost).run_id not in (first.run_id, lost)
         assert "a new one is begun" in caplog.text
+
+
+def test_a_run_that_could_not_be_written_down_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(None, [f"tracking.uri=sqlite:///{tmp_path}/a.db", "tracking.experiment=e", f"output={tmp_path}/out"])
+    folder = Folder(config)
+
+    def full(name: str, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            open_for(folder, config, "train")
+    tracker = open_for(folder, config, "train")
+    assert open_for(folder, config, "train").run_id == tracker.run_id
+    client = mlflow.MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name("e")
+    assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [tracker.run_id]
