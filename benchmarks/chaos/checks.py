@@ -207,6 +207,11 @@ def check_processes(cluster: Cluster, own: set[int], lost: Sequence[Cluster]) ->
     return "; ".join(wrong)
 
 
-def temporary(folder: Path) -> set[str]:
-    """What lies in the folder for temporary files."""
-    return {path.name for path in folder.iterdir()}
+def temporary(folder: Path, dashboard: bool) -> set[str]:
+    """What lies in the folder for temporary files, but for the sockets of Ray's dashboard, which are the cluster's."""
+    return {path.name for path in folder.iterdir() if not (dashboard and is_of_a_dashboard(path))}
+
+
+def is_of_a_dashboard(path: Path) -> bool:
+    """Its forkserver's folder. Nothing of qskd's makes one: none was ever found on a cluster without a dashboard."""
+    return path.name.startswith("pymp-")

@@ -168,7 +168,8 @@ class Trial:
         wrong["processes"] = checks.check_processes(cluster, own, self.world.lost)
         found = checks.look(verb, self.config)
         wrong["weights"] = checks.compare_content(self.expected.left, found)
-        wrong["files"] = checks.compare_files(self.expected.left, found, sorted(checks.temporary(self.world.scratch)))
+        left = checks.temporary(self.world.scratch, self.world.dashboard)
+        wrong["files"] = checks.compare_files(self.expected.left, found, sorted(left))
         if verb == "cache":
             wrong["once"] = checks.check_once(self.config, self.before)
         else:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.chaos.checks import is_of_a_dashboard
 from benchmarks.chaos.cluster import Cluster, base_environment
 from benchmarks.chaos.outage import BUCKET, KEYS, Proxy, SmallDisk, Store
 from benchmarks.chaos.work import Places, copy_folder, make_data
@@ -96,6 +97,8 @@ class World:
             self._disk.free()
             shutil.rmtree(self._disk.folder / "out", ignore_errors=True)
         for path in (*self.scratch.iterdir(), *(self.folder / "out").iterdir()):
+            if self.dashboard and is_of_a_dashboard(path):
+                continue
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def end(self) -> None:
