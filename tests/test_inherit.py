@@ -10,6 +10,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
 from qskd.config import BackboneConfig, StudentConfig
 from qskd.detectors import Detector, build_student, inherit, load_detector, save_detector
+from qskd.detectors.families import find_family
 from qskd.detectors.inherit import spread
 from qskd.errors import QskdError
 
@@ -79,16 +80,26 @@ def test_class_rows_follow_their_names_whatever_their_order() -> None:
         assert mine.bias[slot] == theirs.bias[source]
 
 
-def test_fewer_queries_are_spread_over_the_teachers_and_more_keep_their_own() -> None:
+def test_fewer_queries_are_spread_over_the_teachers() -> None:
     teacher = detector("conditional_detr", 1)
     rows = teacher.model.model.query_position_embeddings.weight
-    few, many = detector("conditional_detr", 2, queries=5), detector("conditional_detr", 2, queries=12)
-    own = many.model.model.query_position_embeddings.weight.detach().clone()
+    few = detector("conditional_detr", 2, queries=5)
     inherit(few, teacher, (0, 1, 2))
-    inherit(many, teacher, (0, 1, 2))
     assert torch.equal(few.model.model.query_position_embeddings.weight, rows[[0, 2, 4, 6, 8]])
-    assert torch.equal(many.model.model.query_position_embeddings.weight[:9], rows)
-    assert torch.equal(many.model.model.query_position_embeddings.weight[9:], own[9:])
+
+
+@pytest.mark.parametrize("family", ["conditional_detr", "deformable_detr"])
+def test_more_queries_than_the_teachers_look_first_at_places_spread_over_the_image(family: str) -> None:
+    teacher, student = detector(family, 1), detector(family, 2, queries=34)
+    done = inherit(student, teacher, (0, 1, 2))
+    mine, theirs = (find_family(family, "test").reference_points(one.model) for one in (student, teacher))
+    assert mine is not None
+    assert theirs is not None
+    assert "model.query_position_embeddings" in done.copied
+    torch.testing.assert_close(mine[:9], theirs)
+    # An even grid of 25: every new query has its own cell of 0.2, most within a few hundredths of its middle.
+    cells = {(int(x * 5), int(y * 5)) for x, y in mine[9:].tolist()}
+    assert len(cells) == 25
 
 
 def test_a_wider_layer_is_left_whole() -> None:

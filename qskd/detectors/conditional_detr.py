@@ -80,6 +80,12 @@ class ConditionalDetr(Family):
         embedding = model.model.query_position_embeddings.weight
         fit_points(embedding, model.model.decoder.ref_point_head, grid_points(embedding.shape[0]))
 
+    def place_queries(self, model: Any, first: int) -> None:
+        embedding = model.model.query_position_embeddings.weight
+        added = torch.nn.Parameter(embedding.detach()[first:].clone())
+        fit_points(added, model.model.decoder.ref_point_head, grid_points(len(added)), head_too=False)
+        embedding.detach()[first:] = added.detach()
+
     def prepare_student(self, model: Any) -> None:
         if len(model.model.decoder.layers) == 1:  # read from the second layer on
             model.model.decoder.query_scale.requires_grad_(False)

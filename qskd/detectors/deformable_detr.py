@@ -114,6 +114,10 @@ class DeformableDetr(Family):
         embedding = model.model.query_position_embeddings.weight.detach()[:, : model.config.d_model]
         solve_points(embedding, model.model.reference_points, grid_points(embedding.shape[0]))
 
+    def place_queries(self, model: Any, first: int) -> None:
+        embedding = model.model.query_position_embeddings.weight.detach()[first:, : model.config.d_model]
+        solve_points(embedding, model.model.reference_points, grid_points(len(embedding)))
+
     def chooses_queries(self, config: Any) -> bool:
         return bool(config.two_stage)
 

@@ -128,6 +128,10 @@ class Family(ABC):
     def initialise(self, model: Any) -> None:
         """Start the detection parts of a random model where training gets going (in place)."""
 
+    def place_queries(self, model: Any, first: int) -> None:  # noqa: B027
+        """Spread the reference points of the queries from `first` on over the image (in place): they were not there when the
+        network that reads points off them was trained, and would all lie near the middle."""
+
     def prepare_student(self, model: Any) -> None:  # noqa: B027
         """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random
         students and of those that start from a checkpoint alike."""

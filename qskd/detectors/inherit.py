@@ -100,9 +100,9 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     class_slots: the teacher's logit slot of each of the student's classes. A student with fewer layers takes the first,
     the last and evenly spaced ones between; a layer is copied whole or not at all, and so is the backbone. Class heads
     are copied row by row; of more queries than the student has, evenly spaced ones are taken, and of fewer, as many as
-    there are, the others starting as they were. A narrower student of as many heads takes evenly chosen channels, the same
-    ones everywhere (weight selection, Xu et al., ICLR 2024), save in the backbone. Of a teacher of
-    another family only the backbone is copied: its other parts mean other things, whatever their shapes. Raises QskdError
+    there are, the others looking first at places of their own, spread over the image. A narrower student of as many
+    heads takes evenly chosen channels, the same ones everywhere (weight selection, Xu et al., ICLR 2024), save in the
+    backbone. Of a teacher of another family only the backbone is copied: its other parts mean other things, whatever their shapes. Raises QskdError
     when that does not fit either.
     """
     if student.family != teacher.family:
@@ -151,6 +151,9 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
             copied[part] = f"{source}, channels evenly chosen" if chosen else source
             for name, value in values.items():
                 mine[name].copy_(value)
+    had = family.num_queries(teacher.model.config)
+    if family.num_queries(own.config) > had and queries & copied.keys():
+        family.place_queries(own, had)
     return Inheritance(copied, left)
 
 

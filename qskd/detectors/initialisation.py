@@ -42,9 +42,11 @@ def zero_box_head(last: nn.Linear, size_logit: float = START_SIZE_LOGIT) -> None
         last.bias[2:] = size_logit
 
 
-def fit_points(embedding: nn.Parameter, head: nn.Module, points: Tensor, steps: int = 300) -> None:
-    """Fit query embeddings [Q, D], and the network that reads logits of points off them, to `points` [Q, 2]."""
-    parameters = [embedding, *head.parameters()]
+def fit_points(
+    embedding: nn.Parameter, head: nn.Module, points: Tensor, steps: int = 300, head_too: bool = True
+) -> None:
+    """Fit query embeddings [Q, D] to `points` [Q, 2]; the network that reads logits of points off them too, or not."""
+    parameters = [embedding, *(head.parameters() if head_too else ())]
     optimizer = torch.optim.Adam(parameters, lr=5e-3)
     with torch.enable_grad():
         for _ in range(steps):
