@@ -102,8 +102,8 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     are copied row by row; of more queries than the student has, evenly spaced ones are taken, and of fewer, as many as
     there are, the others looking first at places of their own, spread over the image. A narrower student of as many
     heads takes evenly chosen channels, the same ones everywhere (weight selection, Xu et al., ICLR 2024), save in the
-    backbone. Of a teacher of another family only the backbone is copied: its other parts mean other things, whatever their shapes. Raises QskdError
-    when that does not fit either.
+    backbone. Of a teacher of another family only the backbone is copied: its other parts mean other things, whatever their
+    shapes. Raises QskdError when that does not fit either.
     """
     if student.family != teacher.family:
         return _backbone_only(student, teacher)
