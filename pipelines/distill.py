@@ -20,7 +20,7 @@ from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
 from pipelines.ray_checkpoints import delete_unlisted
-from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_run, raise_failure
+from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_data, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, open_for, tracking_uri
 from pipelines.trainer import make_trainer
@@ -60,6 +60,10 @@ class Plan:
     val: Manifest
     stream: StreamConfig
     kind: str
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint}
 
     def describe(self) -> str:
         """What `--dry-run` prints below the configuration."""
@@ -206,6 +210,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     if restart:
         folder.delete()
     check_same_run(folder, config)
+    check_same_data(folder, plan.fingerprints)
     if folder.exists("result.json"):
         log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
         return read_result(folder)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qskd.stores import is_local, join, patiently
 log = logging.getLogger("qskd")
 # What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
+DATA = "data.json"  # fingerprints of the shards that a run was begun on
 SWEEP = "sweep.json"  # what a sweep was asked for
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
@@ -113,6 +115,22 @@ def check_same_run(folder: Folder, config: Config) -> None:
             folder.path,
             f"holds a run with another configuration: {'; '.join(changed)}",
             "the same configuration, to go on with it",
+            "choose another name (--set name=...), or add --restart, which deletes that run",
+        )
+
+
+def check_same_data(folder: Folder, data: Mapping[str, str]) -> None:
+    """Refuse to continue a run on other data than it was begun on. data: fingerprint by field, of `Manifest`."""
+    if not folder.exists(DATA):
+        folder.write(DATA, json.dumps(dict(data), indent=1))
+        return
+    before = json.loads(folder.read(DATA))
+    changed = [name for name, fingerprint in data.items() if before.get(name) != fingerprint]
+    if changed:
+        raise QskdError(
+            folder.path,
+            f"was begun on other data: {' and '.join(changed)} changed since (the shards were made anew)",
+            "the same images and annotations, to go on with it",
             "choose another name (--set name=...), or add --restart, which deletes that run",
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config
 from pipelines.search_request import SearchRequest, check_request
-from pipelines.storage import Folder, alone_on, check_same_run
+from pipelines.storage import Folder, alone_on, check_same_data, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
 from pipelines.sweep import Sweep, is_done
 from pipelines.sweep_end import SweepResult, finish
@@ -101,6 +101,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
         folder.delete()
     records = Records(config)
     check_same_run(folder, config)
+    check_same_data(folder, plan.fingerprints)
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
     folder.write("config.yaml", to_yaml(config))
     tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})

@@ -16,7 +16,7 @@ from tiny import recipe, silent_student
 from pipelines import distill
 from pipelines.population import Population
 from pipelines.search_request import Search, SearchRequest, check_request
-from pipelines.storage import Folder, alone_on
+from pipelines.storage import Folder, alone_on, check_same_data
 from pipelines.student_costs import costs, parameters_m, recipe_latency_ms
 from pipelines.sweep_end import best_recipe
 from pipelines.sweep_records import Records, Refusal, check_no_training, trial_config
@@ -315,6 +315,14 @@ def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) ->
         with pytest.raises(QskdError, match="holds a sweep"):
             distill.run(sweep_config(tmp_path), "distill", restart)
     assert records.folder.exists("sweep.json")
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    folder = Folder(sweep_config(tmp_path))
+    for _ in range(2):
+        check_same_data(folder, {"data.train": "a", "data.val": "b"})
+    with pytest.raises(QskdError, match=r"begun on other data: data.val changed since"):
+        check_same_data(folder, {"data.train": "a", "data.val": "c"})
 
 
 def test_one_program_at_a_time_works_on_a_folder(tmp_path: Path) -> None:

@@ -105,8 +105,7 @@ def teacher_ap(work: Path, name: str) -> float:
 def write_table(work: Path) -> None:
     """records/table.md, a figure for each student, and the tables in README.md and docs/evidence.md."""
     records = report.read_records()
-    recorded = {record["cell"].split("-")[0] for record in records}
-    students = {name: student for name, student in STUDENTS.items() if name in recorded}
+    students = {name: student for name, student in STUDENTS.items() if report.budgets_of(records, name)}
     teachers = {name: teacher_ap(work, name) for name in {student.teacher for student in students.values()}}
     text = report.markdown(records, teachers)
     (RECORDS / "table.md").write_text(text)
