@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.chaos.plan import ROOT
+from benchmarks.chaos.plan import DASHBOARD, ROOT
 
 RAY = [sys.executable, "-m", "benchmarks.chaos.node"]
 MARK = "QSKD_CHAOS_CLUSTER"  # in the environment of all of a cluster's processes
@@ -129,7 +129,7 @@ class Cluster:
         (self.gcs_port,) = free_ports(1)
         self.environment = environment | {
             MARK: str(folder),
-            "QSKD_CHAOS_DASHBOARD": str(int(dashboard)),
+            DASHBOARD: str(int(dashboard)),
             "RAY_TMPDIR": str(folder),
             "PYTHONPATH": str(ROOT),
             "RAY_prestart_worker_first_driver": "0",  # not six idle interpreters for two cores

@@ -20,7 +20,8 @@ import ray._private.services as services
 import ray._private.utils as utils
 import ray.scripts.scripts as scripts
 
-DASHBOARD = "QSKD_CHAOS_DASHBOARD"
+from benchmarks.chaos.plan import DASHBOARD
+
 PATIENCE_S = 60.0
 _ask = services.get_node
 

@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = Path(__file__).parent / "records"
+DASHBOARD = "QSKD_CHAOS_DASHBOARD"  # in the environment of a cluster that has Ray's: 1
 VERBS = {"cache": "pipelines.cache_teacher", "distill": "pipelines.distill", "tune": "pipelines.tune"}
 # What the table calls them.
 FAULTS = {
