@@ -92,9 +92,9 @@ def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepRes
 
 def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     short = trial_recipe(config, request)
-    search = check_request(request.search, as_long_as_it_trains(short))
+    plan = plan_without_cache(short)
+    search = check_request(request.search, as_long_as_it_trains(short, plan))
     cached = bool(short.teacher.cache.path)
-    plan = make_plan(replace_fields(short, {"teacher.cache.path": ""}, "qskd tune"), "distill")
     folder = Folder(config)
     check_no_training(folder)
     if restart:
@@ -171,11 +171,13 @@ def _make_cache(config: Config, cached: bool) -> None:
     make_plan(config, "distill")  # checks that the cache is enough for the recipe
 
 
-def as_long_as_it_trains(config: Config) -> Config:
+def plan_without_cache(config: Config) -> Plan:
+    """Of a trial, whose cache is yet to be made."""
+    return make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
+
+
+def as_long_as_it_trains(config: Config, plan: Plan) -> Config:
     """The same training, said with the epochs that `training.max_steps` leaves of it: what early stopping counts in."""
-    if not config.training.max_steps:
-        return config
-    plan = make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
     return replace_fields(config, {"training.epochs": plan.stream.schedule.epochs_begun}, "qskd tune")
 
 
@@ -230,7 +232,7 @@ def foresee(config: Config, request: TuneRequest) -> str:
     from pipelines.tune_plan import make_tune_plan
 
     short = trial_recipe(prepare_config(config, "distill"), request)
-    search = check_request(request.search, as_long_as_it_trains(short))
+    search = check_request(request.search, as_long_as_it_trains(short, plan_without_cache(short)))
     students = {to_yaml(short): short}
     if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's
         for overrides in search.space.samples(CALIBRATED - 1, short.seed):

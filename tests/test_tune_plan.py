@@ -16,6 +16,7 @@ from tiny import recipe, silent_student
 
 from pipelines.calibration import Calibration, calibrate
 from pipelines.search_request import Search, SearchRequest, check_request
+from pipelines.tune import as_long_as_it_trains, plan_without_cache
 from pipelines.tune_plan import TunePlan, halving_epochs, make_tune_plan
 from qskd.config import Config, StudentConfig
 from qskd.detectors import save_detector
@@ -169,6 +170,17 @@ def plan_of(work: Path, *overrides: str, **changes: Any) -> TunePlan:
     config = sweep_config(work, *overrides)
     search: Search = check_request(request(**{"trials": 9, **changes}), config)
     return make_tune_plan(config, search, MEASURED)
+
+
+def test_early_stopping_counts_the_epochs_that_the_most_steps_leave(work: Path) -> None:
+    short = sweep_config(work, "training.max_steps=7")  # five steps an epoch
+    found = as_long_as_it_trains(short, plan_without_cache(short))
+    assert found.training.epochs == 2
+    assert check_request(request(), found).grace_epochs == 1
+    with pytest.raises(QskdError, match="--grace-epochs: 5"):
+        check_request(request(grace_epochs=5), found)
+    whole = sweep_config(work)
+    assert as_long_as_it_trains(whole, plan_without_cache(whole)) == whole
 
 
 def test_a_plan_adds_up(work: Path) -> None:
