@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks import evidence
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import cells, plan, report, task, teachers
+from benchmarks.evidence import backbone, cells, plan, report, task, teachers
 from benchmarks.evidence.cells import RECORDS, Cell, meaning, same
 from benchmarks.evidence.report import Interval
 from qskd.detectors import load_detector
@@ -94,8 +94,9 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
         (tmp_path / name).write_text(marks)
     monkeypatch.setattr(program, "ROOT", tmp_path)
     monkeypatch.setattr(teachers, "STEPS", 2)
+    monkeypatch.setattr(backbone, "IMAGES", backbone.IMAGES.model_copy(update={"images": 32}))
     work = tmp_path / "work"
-    task.make_task(work, (teachers.OWN, teachers.MANY))
+    task.make_task(work, ("scratch", "many", "near"))
     found = {}
     for variant in ("none", "qskd", "global", "random"):
         cell = Cell("scratch", variant, "short", 7)
@@ -110,6 +111,9 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     assert many["config"]["teacher"]["path"] == teachers.MANY
     assert many["config"]["student"]["queries"] == 100
     assert load_detector(work / teachers.MANY).model.config.num_queries == 300
+    near = cells.run(Cell("near", "none", "short", 7), work)
+    assert near["config"]["student"]["backbone"]["init"] == plan.STUDENTS["near"].backbone
+    assert near["config"]["student"]["backbone"]["hidden_sizes"] == [48, 96]
     changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
     assert cells.finished(changed, work) is None
     program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)

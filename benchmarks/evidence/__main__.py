@@ -88,14 +88,15 @@ def track(cell: Cell, record: dict[str, Any], work: Path) -> None:
     tracker.finish()
 
 
-def teacher_ap(work: Path, name: str) -> float:
-    """A teacher's AP on the test split; measured once, kept with the records."""
+def teacher_ap(work: Path, student: str) -> float:
+    """A student's teacher's AP on the test split; measured once, kept with the records."""
+    name = STUDENTS[student].teacher
     place = RECORDS / f"{name}.json"
     if not place.exists():
         from pipelines.evaluate import evaluate
 
-        make_task(work, [name])
-        test = make_config(work, "test", (), "train").data.val
+        make_task(work, [student])
+        test = make_config(work, "test", STUDENTS[student]).data.val
         metrics = evaluate(str(teacher_path(work, name)), test, workers=0, threads=1).metrics
         RECORDS.mkdir(exist_ok=True)
         place.write_text(json.dumps({key: round(value, 5) for key, value in metrics.items()}, indent=1) + "\n")
@@ -106,7 +107,7 @@ def write_table(work: Path) -> None:
     """records/table.md, a figure for each student, and the tables in README.md and docs/evidence.md."""
     records = report.read_records()
     students = {name: student for name, student in STUDENTS.items() if report.budgets_of(records, name)}
-    teachers = {name: teacher_ap(work, name) for name in {student.teacher for student in students.values()}}
+    teachers = {student.teacher: teacher_ap(work, name) for name, student in students.items()}
     text = report.markdown(records, teachers)
     (RECORDS / "table.md").write_text(text)
     for name, student in students.items():
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.action == "diagnose"
             else {c.student for c in named}
         )
-        make_task(work, sorted({STUDENTS[name].teacher for name in needed}))
+        make_task(work, sorted(needed))
         if given.action == "clock":
             clock.measure(work)
             return 0

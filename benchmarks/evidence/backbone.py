@@ -3,14 +3,15 @@
 python -m benchmarks.evidence.backbone FOLDER        12,000 other images of the same kind, the dense head's loss alone
 
 Each cell of the backbone's map learns which object it lies in and where that object is (`qskd.dense_head`); no query, no
-matching, no teacher. Every cell of the evidence, taught or not, starts from the one result (pipelines/assets/shapes_backbone).
+matching, no teacher. Cells of the evidence, taught or not, start from the one result (pipelines/assets/shapes_backbone); a
+student whose backbone has other sizes gets one of its own, made the same way into the work folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from qskd.shapes import make_shapes
 from qskd.training import train_batch
 
 IMAGES = TRAIN.model_copy(update={"images": 12_000, "seed": 1})  # another seed: none of them is in any other split
+EPOCHS = 8
 
 
 def save_backbone(detector: Detector, folder: Path) -> None:
@@ -42,15 +44,15 @@ def save_backbone(detector: Detector, folder: Path) -> None:
         plain.half().save_pretrained(folder)
 
 
-def pretrain(work: Path, folder: Path, epochs: int) -> None:
-    """Train and save. Prints the mean loss of each epoch."""
+def pretrain(work: Path, folder: Path, epochs: int, overrides: Iterable[str] = ()) -> None:
+    """Train and save. overrides: of the student. Prints the mean loss of each epoch."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if not (work / "backbone" / "manifest.json").exists():
         annotations, images = make_shapes(IMAGES, work / "backbone-coco")
         prepare(annotations, images, str(work / "backbone"), quiet=True)
     given = [f"data.train={work}/backbone", f"data.val={work}/val", "student.backbone.init=", "student.inherit=false"]
-    config = load(RECIPE, [*given, f"training.epochs={epochs}", f"training.evaluate_every_epochs={epochs}"])
+    config = load(RECIPE, [*overrides, *given, f"training.epochs={epochs}", f"training.evaluate_every_epochs={epochs}"])
     plan = make_plan(prepare_config(config, "train"), "train")
     student = build_student(config.student, plan.train.labels, config.seed)
     head = DenseHead(config.student.backbone.hidden_sizes[-1], len(plan.train.labels))
@@ -78,12 +80,18 @@ def pretrain(work: Path, folder: Path, epochs: int) -> None:
     save_backbone(student, folder)
 
 
+def make_backbone(work: Path, folder: Path, overrides: Iterable[str]) -> None:
+    """A student's own backbone, unless its folder is there already; overrides: the student's (eight minutes on one core)."""
+    if not folder.exists():
+        pretrain(work, folder, EPOCHS, overrides)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.backbone", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     given = parser.parse_args(arguments)
     pretrain(given.work.resolve(), given.folder, given.epochs)
     return 0

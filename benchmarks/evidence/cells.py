@@ -75,7 +75,6 @@ class Cell:
         """The whole recipe of this cell."""
         variant = VARIANTS[self.variant]
         overrides = (
-            *STUDENTS[self.student].overrides,
             *variant.overrides,
             f"name={self.name}",
             f"seed={self.seed}",
@@ -84,7 +83,7 @@ class Cell:
             f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
             *self.extra,  # last: a search may set the number of steps, too
         )
-        return make_config(work, self.split, overrides, variant.kind, STUDENTS[self.student].teacher)
+        return make_config(work, self.split, STUDENTS[self.student], overrides, variant.kind)
 
 
 def meaning(config: Config) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     teacher = teacher_for_training(config, labels)
     student = make_student(config, labels)
     training = Training(config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
-    judge = make_teacher(make_config(work, cell.split, (), "distill", STUDENTS[cell.student].teacher), labels)
+    judge = make_teacher(make_config(work, cell.split, STUDENTS[cell.student]), labels)
     assert judge is not None
     curve: list[dict[str, float]] = []
     losses: dict[str, float] = {}

@@ -32,8 +32,8 @@ STEPS, ROUNDS = 10, 12
 def side(work: Path, student: str, variant: str) -> Side:
     """A training that goes on by `STEPS` steps each time it is called."""
     one = VARIANTS[variant]
-    fields = (*STUDENTS[student].overrides, *one.overrides, "training.epochs=100")
-    config = make_config(work, "val", fields, one.kind, STUDENTS[student].teacher)
+    fields = (*one.overrides, "training.epochs=100")
+    config = make_config(work, "val", STUDENTS[student], fields, one.kind)
     plan = make_plan(config, one.kind)
     teacher = teacher_for_training(config, plan.train.labels)
     training = Training(config, make_student(config, plan.train.labels), teacher, 100_000, torch.device("cpu"))

@@ -179,8 +179,8 @@ def diagnose(work: Path, student: str = STUDENT) -> None:
 
     def config_of(variant: str) -> Config:
         steps = f"training.max_steps={BUDGETS['short']}"
-        fields = (*STUDENTS[student].overrides, *VARIANTS[variant].overrides, steps, "training.epochs=1000000")
-        return make_config(work, "val", fields, "distill", STUDENTS[student].teacher)
+        fields = (*VARIANTS[variant].overrides, steps, "training.epochs=1000000")
+        return make_config(work, "val", STUDENTS[student], fields)
 
     configs = {name: config_of(name) for name in SELECTIONS}
     teacher = make_teacher(configs["qskd"], make_plan(configs["qskd"], "train").train.labels)

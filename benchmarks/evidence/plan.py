@@ -58,12 +58,16 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Student:
-    """overrides: of the shared recipe. rows: the variants that are compared, by budget. teacher: a name in `teachers`."""
+    """overrides: of the shared recipe. rows: the variants that are compared, by budget. teacher: a name in `teachers`.
+
+    backbone: the name of its own pretrained one (`backbone.make_backbone`); the package's when empty.
+    """
 
     title: str
     overrides: tuple[str, ...] = ()
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     teacher: str = OWN
+    backbone: str = ""
 
 
 MAIN = ("none", "agfd", "lapd", "qskd")
@@ -71,6 +75,7 @@ LONG = (*MAIN, "qskd_constant", "agfd_constant", "none_equal_time", "positives",
 PAIR = ("none", "qskd")
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
+_NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
 # Each row: what is varied, about which student, at which budgets.
@@ -85,6 +90,12 @@ STUDENTS = {
         {"short": MAIN, "long": PAIR},
     ),
     "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
+    "near": Student(
+        "A third size: all of the teacher's layers, a backbone of twice the channels",
+        _NEAR,
+        {"short": PAIR, "long": PAIR},
+        backbone="backbone48",
+    ),
     "many": Student(
         "The quickstart's student with 100 queries, of a teacher with 300",
         ("student.queries=100",),

@@ -1,4 +1,7 @@
-"""The task of the evidence: the quickstart's images and recipe, made once into a work folder and shared by all cells."""
+"""The task of the evidence: the quickstart's images and recipe, made once into a work folder and shared by all cells.
+
+What a student needs besides (its teacher, the teacher's cache, its backbone) is made when it is first needed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.evidence.backbone import make_backbone
+from benchmarks.evidence.plan import STUDENTS, Student
 from benchmarks.evidence.teachers import MANY, OWN, make_many, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.distill import prepare_config
@@ -23,13 +28,15 @@ from qskd.shapes import make_shapes
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
 
 
-def base_overrides(work: Path, split: str, teacher: str) -> list[str]:
+def base_overrides(work: Path, split: str, student: Student) -> list[str]:
     """Where things are. Attention is cached of all queries, so that every variant can read one cache."""
+    teacher = student.teacher
     cache_name = "train.teacher" if teacher == OWN else f"train.{teacher}"
+    backbone = work / student.backbone if student.backbone else BACKBONE
     return [
         f"data.train={work}/train",
         f"data.val={work}/{split}",
-        f"student.backbone.init={BACKBONE}",
+        f"student.backbone.init={backbone}",
         f"teacher.path={teacher_path(work, teacher)}",
         f"teacher.cache.path={work}/{cache_name}",
         "teacher.cache.attention_giou_floor=-1.0",
@@ -39,21 +46,25 @@ def base_overrides(work: Path, split: str, teacher: str) -> list[str]:
     ]
 
 
-def make_config(work: Path, split: str, overrides: tuple[str, ...], kind: str, teacher: str = OWN) -> Config:
-    """A cell's whole configuration: the quickstart's recipe, this folder, the cell's own fields."""
-    return prepare_config(load(RECIPE, [*base_overrides(work, split, teacher), *overrides]), kind)
+def make_config(
+    work: Path, split: str, student: Student, overrides: Iterable[str] = (), kind: str = "distill"
+) -> Config:
+    """A cell's whole configuration: the quickstart's recipe, this folder, the student's fields, the cell's own."""
+    return prepare_config(load(RECIPE, [*base_overrides(work, split, student), *student.overrides, *overrides]), kind)
 
 
-def make_task(work: Path, teachers: Iterable[str] = (OWN,)) -> None:
-    """Images, shards, teachers and their caches; what is there is kept."""
+def make_task(work: Path, students: Iterable[str]) -> None:
+    """Images, shards, and the students' teachers, caches and backbones; what is there is kept."""
     for name, shapes in SPLITS.items():
         if not (work / name / "manifest.json").exists():
             annotations, images = make_shapes(shapes, work / f"{name}-coco")
             prepare(annotations, images, str(work / name), quiet=True)
-    for name in teachers:
-        if name == MANY:
+    for student in (STUDENTS[name] for name in students):
+        if student.backbone:
+            make_backbone(work, work / student.backbone, student.overrides)
+        if student.teacher == MANY:
             make_many(work)
-        config = make_config(work, "val", (), "distill", name)
+        config = make_config(work, "val", student)
         if load_cache_manifest(config.teacher.cache.path) is None:
             torch.set_num_threads(1)
             manifest = load_manifest(config.data.train)
