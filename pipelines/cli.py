@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
-from pipelines import cli_deploy
+from pipelines import cli_deploy, cli_look
+from pipelines.cli_options import DryRun, Recipe, Restart, Set
 from pipelines.logs import start_logs
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
@@ -23,16 +24,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Recipe = Annotated[
-    Path | None, typer.Argument(help="YAML recipe; without one, the defaults. See configs/.", show_default=False)
-]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field of the recipe; may be repeated.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved configuration and what would happen; do nothing.")
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
 SkipBroken = Annotated[
     str, typer.Option(help="stop: name the first broken sample and stop. skip: leave it out, and record it.")
 ]
@@ -158,101 +149,9 @@ def prepare(
     print(program.describe(manifest, destination))
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of a detector.")],
-    data: Annotated[str, typer.Argument(help="Shard folder made by `qskd prepare`.")],
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML recipe; its teacher.resize and teacher.class_map count.")
-    ] = None,
-    set: Set = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Most detector processes, over the cluster; 0: here, no Ray.")
-    ] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
-    backend: Annotated[str, typer.Option(help="auto, hotcoco, faster_coco_eval or pycocotools.")] = "auto",
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also print each class's AP.")] = False,
-    dry_run: DryRun = False,
-) -> None:
-    """COCO AP of any detector, distilled or not."""
-    from pipelines import evaluate as program
-    from qskd.detectors import read_preprocessing
-    from qskd.files import fetched
-    from qskd.manifest import load_manifest
-
-    config = load(recipe, set or ())
-    if dry_run:
-        with fetched(model) as folder:
-            manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
-        print(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
-        return
-    result = program.evaluate(
-        model,
-        data,
-        config.teacher.resize,
-        config.teacher.class_map,
-        batch_size,
-        workers,
-        threads,
-        backend,  # type: ignore[arg-type]
-    )
-    print("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    if per_class:
-        print("\n".join(f"{value:.4f}  {name}" for name, value in result.per_class.items()))
-
-
-@app.command()
-def predict(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of a detector.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Picture to write, for one image. Otherwise IMAGE.boxes.png.")
-    ] = None,
-    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is drawn.")] = 0.5,
-    dry_run: DryRun = False,
-) -> None:
-    """Draw a detector's boxes on images."""
-    from pipelines import predict as program
-
-    if dry_run:
-        print("\n".join(f"{model} on {path} → {target}" for path, target in program.targets(images, out)))
-        return
-    for path, found in program.predict(model, images, out, threshold):
-        print(f"{path}: {len(found.scores)} object(s)")
-
-
-@app.command()
-def explain(
-    recipe_or_run: Annotated[str, typer.Argument(help="YAML recipe, or the folder of a run (OUTPUT/NAME).")],
-    images: Annotated[list[str], typer.Argument(help="Image files; or ids or file names of the recipe's data.")],
-    annotations: Annotated[Path | None, typer.Option(help="COCO JSON that describes the image files.")] = None,
-    before: Annotated[
-        str, typer.Option(help="Folder of another student to compare with. Otherwise the student before its training.")
-    ] = "",
-    out: Annotated[
-        Path | None, typer.Option(help="Picture to write, for one image. Otherwise IMAGE.explained.png.")
-    ] = None,
-    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is drawn.")] = 0.3,
-    view: Annotated[
-        int | None, typer.Option(min=0, help="Show this view (crop, flip) of the recipe's instead of the whole image.")
-    ] = None,
-    set: Set = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Picture what a distillation does with an image: objects, teacher, its selected queries, AGFD's mask, the student.
-
-    An image that no one annotated takes the teacher's own confident detections for its objects, and the picture says so.
-    """
-    from pipelines import explain as program
-
-    source = program.read_source(recipe_or_run, set or ())
-    if dry_run:
-        print(f"student: {source.student or 'none yet'}; teacher: {source.config.teacher.path or 'none'}")
-        print("\n".join(f"{image} → {target}" for image, target in program.targets(images, out)))
-        return
-    for path, shown in program.write_explanations(source, images, annotations, before, out, threshold, view):
-        print(f"{shown.name}: {program.summary(shown)} → {path}")
+app.command()(cli_look.evaluate)
+app.command()(cli_look.predict)
+app.command()(cli_look.explain)
 
 
 @app.command()

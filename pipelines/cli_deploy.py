@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.cli_options import DryRun, Model
 from qskd.errors import QskdError
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would happen; do nothing.")]
 Size = Annotated[
     int | None, typer.Option("--size", min=1, help="Side of square images, in pixels; otherwise the checkpoint's own.")
 ]
@@ -22,7 +22,7 @@ def _one_of(option: str, value: str, *known: str) -> Any:
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of a detector.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     size: Size = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, of a graph of fixed batch.")] = 1,

@@ -18,9 +18,11 @@ pytest.importorskip("flask", reason="flask, which moto's server needs, is not in
 
 from object_store import ENVIRONMENT, ObjectStore, object_store
 from tiny import recipe, silent_student
+from typer.testing import CliRunner
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines.cache_plan import clean
+from pipelines.cli import app
 from pipelines.evaluate import evaluate
 from pipelines.services import check_storage
 from pipelines.storage import Folder
@@ -34,7 +36,7 @@ from qskd.files import open_folder, publish, publish_bytes
 from qskd.manifest import load_manifest
 from qskd.shapes import ShapesConfig, make_shapes
 from qskd.shards import ShardReader, read_annotations, verify, write_shards
-from qskd.stores import PATIENCE, join, may_pass, patience_s
+from qskd.stores import PATIENCE
 from qskd.teacher_cache import ARRAYS, TeacherCacheReader, TeacherRow, finished_file, write_rows
 
 
@@ -147,6 +149,11 @@ def test_a_student_on_a_store_is_evaluated_as_on_a_disk(store: Any, dataset: Any
     Folder(Config(name="one", output=store.uri)).upload(tmp_path / "student", "student")
     there = evaluate(f"{store.uri}/one/student", f"{store.uri}/val", workers=0)
     assert there == evaluate(str(tmp_path / "student"), f"{store.uri}/val", workers=0)
+    asked = ["evaluate", f"{store.uri}/one/student", f"{store.uri}/val", "--dry-run"]
+    foreseen = CliRunner().invoke(app, asked, catch_exceptions=False).output
+    assert foreseen.startswith(
+        f"{store.uri}/one/student on 12 images of {store.uri}/val, resized: mode='square' size=64"
+    )
     with pytest.raises(QskdError, match=r"nothing: can't be read"):
         evaluate(f"{store.uri}/nothing", f"{store.uri}/val", workers=0)
 
@@ -255,19 +262,3 @@ def test_the_address_may_be_in_the_uri_but_no_password(server: ObjectStore, stor
     assert "hunter2" not in str(caught.value)
     assert check_storage("s3://key:hunter2@bucket/a").status == "problem"
     assert "hunter2" not in check_storage("s3://key:hunter2@bucket/a").found
-
-
-def test_names_are_joined_before_a_query() -> None:
-    assert join("s3://b/x?region=y", "run", "file") == "s3://b/x/run/file?region=y"
-    assert join("/a/what?", "file") == "/a/what?/file"
-    assert join("s3://b/", "file") == "s3://b/file"
-    assert join("/", "file") == "//file"
-
-
-def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wrong in ("soon", "-1", "nan", "inf"):
-        monkeypatch.setenv(PATIENCE, wrong)
-        with pytest.raises(QskdError, match=PATIENCE):
-            patience_s()
-    assert may_pass(OSError("AWS Error NETWORK_CONNECTION during HeadObject operation"))
-    assert not may_pass(FileNotFoundError("x"))

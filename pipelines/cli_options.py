@@ -1,0 +1,23 @@
+"""Arguments and options that several verbs of the `qskd` command have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[
+    Path | None, typer.Argument(help="YAML recipe; without one, the defaults. See configs/.", show_default=False)
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field of the recipe; may be repeated.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print what would happen (train and distill: the resolved recipe, too); do nothing."
+    ),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
+Model = Annotated[str, typer.Argument(help="Hub name or folder of a detector.")]
