@@ -157,7 +157,7 @@ class Training:
         )
         self.step = 0
         self.shared_buffers_at = -1  # the step at which every worker had rank 0's buffers
-        self._last: tuple[Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
+        self._last: tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
 
     @property
     def student(self) -> Detector:
@@ -166,7 +166,8 @@ class Training:
     def train_step(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Forward, backward, update. Returns each term's value and "total", as tensors still on the device.
 
-        Raises QskdError when the step before this one had a non-finite loss: looking one step late means never waiting.
+        Raises QskdError when the step before this one had a non-finite loss or gradient: looking one step late means never
+        waiting.
         """
         settings = self.config.training
         # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
@@ -190,8 +191,7 @@ class Training:
         factor = learning_rate_factor(self.step, self.total_steps, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * group["scale"] * factor
-        if settings.clip_norm:
-            nn.utils.clip_grad_norm_(self.module.parameters(), settings.clip_norm)
+        norm = self._clip(settings.clip_norm)
         self.optimizer.step()
         if self.average:
             self._update_average()
@@ -199,7 +199,7 @@ class Training:
         values = {k: (t.total.detach() / counts[k].clamp(min=t.floor)) for k, t in terms.items()} | {
             "total": total.detach()
         }
-        self._last = (values["total"], values, batch.targets.image_ids)
+        self._last = (values["total"], norm, values, batch.targets.image_ids)
         return values
 
     def _ask_teacher(self, batch: TrainBatch) -> TeacherRecord | None:
@@ -210,18 +210,26 @@ class Training:
         record: TeacherRecord = self.teacher(batch.teacher_images, batch.teacher_sizes, self.module.method.needs)
         return record
 
+    def _clip(self, most: float) -> Tensor:
+        """The norm of all gradients, which are cut to `most` where that is not 0. All workers have the same gradients, so
+        that it tells each of them of any one's broken batch."""
+        if most:
+            return nn.utils.clip_grad_norm_(self.module.parameters(), most)
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
     def check_finite(self) -> None:
-        """Raise QskdError, with the terms and the image ids, if the last step's loss was not finite."""
+        """Raise QskdError, with the terms and the image ids, if the last step's loss or gradient was not finite."""
         if self._last is None:
             return
-        total, values, image_ids = self._last
+        total, norm, values, image_ids = self._last
         self._last = None
-        if not math.isfinite(total.item()):
+        if not math.isfinite((total + norm).item()):
             listed = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
+            broken = "gradient" if math.isfinite(total.item()) else "loss"
             raise QskdError(
                 f"training step {self.step - 1}",
-                f"the loss is not finite: {listed}; images {list(image_ids)}",
-                "finite loss terms",
+                f"the {broken} is not finite: {listed}; gradient norm {norm.item():.4g}; images {list(image_ids)}",
+                "finite loss terms, and a finite gradient of them on every worker",
                 "look at these images and their boxes; lower training.learning_rate, or set training.clip_norm",
             )
 

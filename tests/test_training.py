@@ -179,6 +179,19 @@ def test_a_loss_that_is_not_finite_at_the_last_step_is_found_too() -> None:
     training.check_finite()  # said once
 
 
+@pytest.mark.parametrize("clip_norm", [0.1, 0.0])
+def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(clip_norm: float) -> None:
+    training = make_training(recipe(None, f"training.clip_norm={clip_norm}"))
+    training.train_step(batch_of(2, 1))
+    weight = next(p for name, p in training.student.named_parameters() if "class_labels_classifier.weight" in name)
+    hook = weight.register_hook(lambda gradient: gradient * float("inf"))
+    values = training.train_step(batch_of(2, 1, seed=5))
+    assert torch.isfinite(values["total"])
+    hook.remove()
+    with pytest.raises(QskdError, match=r"training step 1: the gradient is not finite: .*images \[600, 601\]"):
+        training.state()
+
+
 def test_a_checkpoint_of_a_broken_run_is_not_written() -> None:
     training = poisoned(float("nan"), teacher=False)
     training.train_step(batch_of(2, 1))

@@ -19,6 +19,7 @@ from tiny import FAMILIES, arrays, make_training, random_teacher, recipe
 from torch import Tensor
 
 from qskd.config import Config
+from qskd.errors import QskdError
 from qskd.schedule import split
 from qskd.training import TrainBatch, Training, train_batch
 
@@ -117,6 +118,22 @@ def go_on(saved: Mapping[str, Tensor], world_size: int, rank: int) -> dict[str, 
     return {f"last/{key}": value for key, value in training.state().items()}
 
 
+def broken(rank: int) -> dict[str, Tensor]:
+    """Worker 1's gradient alone is not finite, at the second step; its loss is. What each worker says of it, as bytes."""
+    training = start(configured("refined"))
+    training.train_step(share_of(BATCHES[0], 0, WORKERS, rank))
+    weight = next(p for name, p in training.student.named_parameters() if name.endswith("bbox_embed.0.layers.0.weight"))
+    hook = weight.register_hook(lambda gradient: gradient * (float("nan") if rank == 1 else 1.0))
+    training.train_step(share_of(BATCHES[2], 7, WORKERS, rank))
+    hook.remove()
+    try:
+        training.state()
+        said = ""
+    except QskdError as error:
+        said = str(error)
+    return {"said": torch.tensor(list(said.encode()), dtype=torch.uint8)}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=TIMEOUT_S / 3)
@@ -124,6 +141,7 @@ def worker(rank: int, folder: str) -> None:
     for name in SCENARIOS:
         save_file(train(name, WORKERS, rank), f"{folder}/{name}-{rank}.safetensors")
     save_file(evaluate(rank), f"{folder}/evaluate-{rank}.safetensors")
+    save_file(broken(rank), f"{folder}/broken-{rank}.safetensors")
     save_file(resume(rank), f"{folder}/resume-{rank}.safetensors")
     save_file(go_on(load_file(f"{folder}/alone.safetensors"), WORKERS, rank), f"{folder}/grown-{rank}.safetensors")
     dist.destroy_process_group()
@@ -222,6 +240,14 @@ def test_all_workers_evaluate_the_same_weights_and_statistics(folder: Path) -> N
         assert torch.equal(evaluated[key], value), key
     assert part(first, "saved/").keys() == evaluated.keys()
     assert [key for key, value in part(first, "saved/").items() if not torch.equal(value, evaluated[key])] == []
+
+
+def test_one_worker_s_broken_gradient_stops_them_all_before_a_checkpoint(folder: Path) -> None:
+    for ids, values in zip(("[800]", "[801, 802]"), results(folder, "broken"), strict=True):
+        said = bytes(values["said"].tolist()).decode()
+        assert "training step 1: the gradient is not finite" in said
+        assert "gradient norm nan" in said
+        assert f"images {ids}" in said  # each names its own share of the batch
 
 
 def test_two_workers_resume_exactly(folder: Path) -> None:
