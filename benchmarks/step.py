@@ -30,7 +30,7 @@ from benchmarks.host_waits import HostWaits
 from benchmarks.step_cases import QUICK, Arrays, Case, quickstart, r18
 from benchmarks.timing import Ratio, Report, alternate, load_note, machine, milliseconds, print_table, ratios
 from qskd.dense_head import DenseHead
-from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
+from qskd.detectors import Detector, to_pixels
 from qskd.distillation import QSKD
 from qskd.distillation.features import AttentionGuidedFeatureDistillation
 from qskd.matching import assign
@@ -166,7 +166,7 @@ def backward_split(case: Case, rounds: int) -> list[list[str]]:
     assert method is not None
     assert batch.cached is not None
     teacher = decode(batch.cached)
-    pixels, mask = to_pixels(batch.images, batch.sizes, IMAGENET_MEAN, IMAGENET_STD)
+    pixels, mask = to_pixels(batch.images, batch.sizes, training.student.mean, training.student.std)
     with torch.no_grad():
         output = training.student(pixels, mask, with_attention=False)
     said = [(output.logits, output.boxes_cxcywh), (teacher.logits, teacher.boxes_cxcywh)]

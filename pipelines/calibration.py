@@ -19,7 +19,6 @@ from pipelines.models import device_here, make_student, make_teacher
 from pipelines.streaming import local_stream
 from qskd.cache_making import CacheMaker
 from qskd.config import Config
-from qskd.detectors import Preprocessing
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.inference import predict_batch
@@ -120,7 +119,7 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
     def evaluate() -> None:
         categories = tuple(category.id for category in plan.train.categories)
         with training.evaluation_weights() as weights:
-            predict_batch(weights, batches[-1], Preprocessing(config.student.resize), categories, device=device)
+            predict_batch(weights, batches[-1], weights.preprocessing(config.student.resize), categories, device=device)
 
     evaluate()
     evaluate_s = _timed(evaluate, device)

@@ -27,7 +27,7 @@ from pipelines.trainer import make_trainer
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 from qskd.config import Config
-from qskd.detectors import describe_student
+from qskd.detectors import describe_student, read_preprocessing
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
@@ -166,7 +166,8 @@ def make_plan(config: Config, kind: str) -> Plan:
 
 
 def prepare_config(config: Config, kind: str) -> Config:
-    """Resolve what the verb implies: `train` has no teacher; paths become absolute, since workers run elsewhere."""
+    """Resolve what the verb implies: `train` has no teacher; paths become absolute, since workers run elsewhere. A student
+    that starts from a detector sees images of that one's size, unless the recipe says another."""
 
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())
@@ -183,7 +184,10 @@ def prepare_config(config: Config, kind: str) -> Config:
     teacher = {"cache": cache, "path": model(config.teacher.path)}
     update["teacher"] = config.teacher.model_copy(update=teacher)
     start = config.student.backbone.model_copy(update={"init": model(config.student.backbone.init)})
-    update["student"] = config.student.model_copy(update={"init": model(config.student.init), "backbone": start})
+    student: dict[str, Any] = {"init": model(config.student.init), "backbone": start}
+    if student["init"] and "resize" not in config.student.model_fields_set:
+        student["resize"] = read_preprocessing(student["init"]).resize
+    update["student"] = config.student.model_copy(update=student)
     if kind == "train":
         update["distillation"] = config.distillation.model_copy(update={"method": "none"})
     return config.model_copy(update=update)

@@ -85,7 +85,7 @@ def initial_student(
     except QskdError as error:
         log.warning("the student before training is left out: %s", error)
         return {}
-    return {BEFORE: seer_of(student, Preprocessing(config.student.resize), labels, device, "student")}
+    return {BEFORE: seer_of(student, student.preprocessing(config.student.resize), labels, device, "student")}
 
 
 def title_of(before: str) -> str:

@@ -64,6 +64,9 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
             "at least one of the same shape",
             "give the student the teacher's width, heads and ffn_width, or set student.inherit: false",
         )
+    if done.backbone:
+        seen_as = teacher_preprocessing(config)
+        student.mean, student.std = seen_as.mean, seen_as.std
     said = f"student.inherit: {len(done.copied)} parts of {config.teacher.path}\n{done.describe()}"
     log.info(said)
     return student, said

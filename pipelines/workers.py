@@ -20,7 +20,7 @@ from pipelines.models import ground_truth, make_student, teacher_for_training
 from pipelines.storage import FAILURE, Folder, record_failure
 from pipelines.streaming import LOADER_ROWS, Readers, Share, StreamConfig, open_stream
 from qskd.config import Config
-from qskd.detectors import Preprocessing, save_detector
+from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.evaluation import CocoResult, Detections, evaluate_coco
 from qskd.inference import predict_batch
@@ -188,8 +188,8 @@ class Worker:
 
     def evaluate(self, shares: Iterator[Share]) -> CocoResult | None:
         """COCO AP over the validation set; on rank 0, None elsewhere."""
-        seen_as = Preprocessing(self.config.student.resize)
         with self.training.evaluation_weights() as student:
+            seen_as = student.preprocessing(self.config.student.resize)
             found = [
                 predict_batch(student, share.arrays, seen_as, self.category_ids, device=self.device) for share in shares
             ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config import DetectionLossConfig
-from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
+from qskd.detectors import Detector, to_pixels
 from qskd.distillation.features import pair_levels, resample
 from qskd.matching import assign
 from qskd.structures import DetectorOutput, TeacherNeeds, TeacherRecord
@@ -83,6 +83,6 @@ def agreement(
 
 
 def _ask(student: Detector, teacher: OnlineTeacher, batch: TrainBatch) -> tuple[DetectorOutput, TeacherRecord]:
-    pixels, mask = to_pixels(batch.images, batch.sizes, IMAGENET_MEAN, IMAGENET_STD)
+    pixels, mask = to_pixels(batch.images, batch.sizes, student.mean, student.std)
     needs = TeacherNeeds(memory=True)
     return student(pixels, mask, with_attention=False), teacher(batch.teacher_images, batch.teacher_sizes, needs)

@@ -96,7 +96,8 @@ TWO_LAYER_FAMILIES = ("deformable_detr", "d_fine")  # transformers ties a second
 
 
 class StudentConfig(Section):
-    """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone.
+    """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone, and `resize`
+    is that detector's own unless it is given.
 
     `size` sets backbone, width, layers, heads, ffn_width, queries, feature_levels and resize, each unless it is given
     (docs/students.md); what it set is kept, the name is not. docs/families.md has what each family offers. A field that has

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qskd.config import Config, TrainingConfig
 from qskd.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.detection_loss import combine, detection_terms, detection_weights
-from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, to_pixels
+from qskd.detectors import Detector, to_pixels
 from qskd.distillation import build_method, distillation_factor
 from qskd.errors import QskdError
 from qskd.matching import assign
@@ -81,7 +81,7 @@ class StepModule(nn.Module):
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Targets, teacher: TeacherRecord | None
     ) -> dict[str, LossTerm]:
-        pixels, mask = to_pixels(images, sizes, IMAGENET_MEAN, IMAGENET_STD)
+        pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
         output = self.student(pixels, mask, with_attention=False)
         early, kind = self.student.num_early, self.student.classification
         logits, boxes = output.logits, output.boxes_cxcywh

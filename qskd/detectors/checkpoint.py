@@ -20,7 +20,7 @@ from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.detector import Detector
 from qskd.detectors.families import FAMILIES, find_family
-from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
+from qskd.detectors.preprocessing import Channels, Preprocessing
 from qskd.detectors.timm_resnet import dilate, find_timm, is_dilated, rename, resnet_config
 from qskd.detectors.weights import (
     check_keys,
@@ -119,10 +119,11 @@ def save_detector(
     folder: str | Path,
     resize: ResizeConfig,
     extra: dict[str, Any] | None = None,
-    mean: Channels = IMAGENET_MEAN,
-    std: Channels = IMAGENET_STD,
+    mean: Channels | None = None,
+    std: Channels | None = None,
 ) -> None:
-    """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`.
+    """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`, and with
+    `mean` and `std` (the detector's own where they are not given).
 
     `extra` (JSON values) goes to qskd.json, which transformers does not read. The folder appears whole or not at all; a
     detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
@@ -135,7 +136,7 @@ def save_detector(
             "choose a checkpoint without dilation; this one can be a teacher",
         )
     with replacing(folder) as fresh:
-        _write(detector, fresh, Preprocessing(resize, mean, std))
+        _write(detector, fresh, Preprocessing(resize, mean or detector.mean, std or detector.std))
         if extra is not None:
             (fresh / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
 

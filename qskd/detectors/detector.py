@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qskd.config import ResizeConfig
 from qskd.detectors.families import find_family
 from qskd.detectors.family import Family, Predictions
+from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.detectors.taps import Tap, listening
 from qskd.structures import DetectorOutput
 
@@ -74,7 +76,8 @@ class Detector(nn.Module):
     model: transformers' own module; what is saved. labels: class names by slot. family: its `model_type`.
     num_queries: Q. num_layers: L, decoder layers. memory_channels, feature_channels: C of each memory map and of each
     projected backbone map, finest first. classification: the class term of its training loss. num_early: E, predictions
-    before the decoder's layers. chooses_queries: queries are chosen in each image, their numbers mean nothing.
+    before the decoder's layers. chooses_queries: queries are chosen in each image, their numbers mean nothing. mean, std: what
+    the pixels that its weights know were normalised with (of values in 0..1, RGB); ImageNet's until someone who knows says so.
     """
 
     def __init__(self, model: Any) -> None:
@@ -82,6 +85,8 @@ class Detector(nn.Module):
         config = model.config
         config.auxiliary_loss = False  # True changes the forward pass of Conditional DETR
         self.model = model
+        self.mean: Channels = IMAGENET_MEAN
+        self.std: Channels = IMAGENET_STD
         self.family: str = config.model_type
         self._family = family = find_family(self.family, type(model).__name__)
         family.check(config)
@@ -102,6 +107,10 @@ class Detector(nn.Module):
     def labels(self) -> tuple[str, ...]:
         """Class names by slot of the logits."""
         return labels_of(self.model.config)
+
+    def preprocessing(self, resize: ResizeConfig) -> Preprocessing:
+        """What it is to be given, at this size."""
+        return Preprocessing(resize, self.mean, self.std)
 
     @property
     def backbone(self) -> nn.Module:

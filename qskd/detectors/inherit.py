@@ -23,10 +23,12 @@ _NUMBERED = re.compile(
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What came of it. copied: student's part -> teacher's part; left: parts that start as they were, and why."""
+    """What came of it. copied: student's part -> teacher's part; left: parts that start as they were, and why. backbone:
+    whether it is copied, and with it what pixels are to be normalised with."""
 
     copied: dict[str, str]
     left: dict[str, str]
+    backbone: bool
 
     def describe(self) -> str:
         """One line a part."""
@@ -154,7 +156,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     had = family.num_queries(teacher.model.config)
     if family.num_queries(own.config) > had and queries & copied.keys():
         family.place_queries(own, had)
-    return Inheritance(copied, left)
+    return Inheritance(copied, left, backbone=prefix.rstrip(".") in copied)
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _backbone_only(student: Detector, teacher: Detector) -> Inheritance:
         value.copy_(theirs[name])
     (part,) = (name for name, module in student.model.named_modules() if module is student.backbone)
     why = f"the teacher is a {teacher.family}, whose parts mean other things"
-    return Inheritance({part: f"the backbone of the {teacher.family}"}, {"everything else": why})
+    return Inheritance({part: f"the backbone of the {teacher.family}"}, {"everything else": why}, backbone=True)
 
 
 def _rows(theirs: Tensor, mine: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from qskd.detectors.checkpoint import load_detector
 from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.families import find_family
 from qskd.detectors.initialisation import set_class_prior
+from qskd.detectors.preprocessing import read_preprocessing
 from qskd.detectors.timm_resnet import is_dilated
 from qskd.errors import QskdError
 
@@ -35,6 +36,9 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
         model = _from_checkpoint(config, labels) if config.init else _from_sizes(config, labels)
         find_family(model.config.model_type, "student").prepare_student(model)
         detector = Detector(model).train()
+    if config.init:
+        seen_as = read_preprocessing(config.init, config.resize)
+        detector.mean, detector.std = seen_as.mean, seen_as.std
     _set_backbone(detector.backbone, config)
     return detector
 
