@@ -59,6 +59,7 @@ def agreement(
     objects. matched_iou: IoU of those two boxes. memory_cosine: `readable_cosine` of the finest pair of memory maps.
     """
     kls, ious, mine, theirs = [], [], [], []
+    met: list[tuple[int, int]] = []
     for batch in batches:
         output, record = _ask(student, teacher, batch)
         last = output.logits[-1:], output.boxes_cxcywh[-1:]
@@ -69,8 +70,9 @@ def agreement(
         kls.append(bernoulli_kl(record.logits[-1][image, goal], last[0][0][image, own]))
         boxes = [cxcywh_to_xyxy(b[image, q]) for b, q in ((last[1][0], own), (record.boxes_cxcywh[-1], goal))]
         ious.append(iou(boxes[0], boxes[1]))
-        sizes = [[(int(m.shape[-2]), int(m.shape[-1])) for m in maps] for maps in (output.memory, record.memory)]
-        student_level, teacher_level = pair_levels(*sizes)[0]
+        if not met:  # the first batch decides for all
+            met = pair_levels(*([m.shape[-2] * m.shape[-1] for m in maps] for maps in (output.memory, record.memory)))
+        student_level, teacher_level = met[0]
         valid = output.memory_valid[student_level]
         goal_map = resample(record.memory[teacher_level], record.memory_valid[teacher_level], valid)
         mine.append(output.memory[student_level].float().movedim(1, -1)[valid].cpu())

@@ -25,12 +25,14 @@ _SHORT = 12  # letters of a checksum that a message shows
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """What is the same in every row. channels: the width of each memory map, finest first."""
+    """What is the same in every row. channels: the width of each memory map, finest first. cells: of each, in an image of the
+    usual size; caches of before this was asked don't say."""
 
     layers: int
     queries: int
     classes: int
     channels: tuple[int, ...]
+    cells: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class CacheManifest:
                 found = " ".join(map(str, version))
                 raise QskdError(where, found, f"qskd-teacher-cache {CODEC_VERSION}", REMEDY)
             fingerprint = tree.pop("fingerprint")
-            sizes = CacheSizes(**tree["sizes"] | {"channels": tuple(tree["sizes"]["channels"])})
+            sizes = CacheSizes(**tree["sizes"])
+            sizes = replace(sizes, channels=tuple(sizes.channels), cells=tuple(sizes.cells))
             views = {int(view): tuple((int(r), int(b)) for r, b in files) for view, files in tree["views"].items()}
             names = tuple(str(name) for name in tree["shards"])
             if any(len(files) != len(names) for files in views.values()) or not all(map(_is_plain, names)):

@@ -35,10 +35,14 @@ class OnlineTeacher(nn.Module):
     def memory_channels(self) -> tuple[int, ...]:
         return self.detector.memory_channels
 
+    @property
+    def memory_cells(self) -> tuple[float, ...]:
+        return self.detector.memory_cells(self.preprocessing.resize)
+
     def sizes(self, all_layers: bool) -> CacheSizes:
         """What a cache of its outputs has in every row."""
         layers, classes = self.detector.num_layers if all_layers else 1, len(self.class_slots)  # type: ignore[arg-type]
-        return CacheSizes(layers, self.detector.num_queries, classes, self.memory_channels)
+        return CacheSizes(layers, self.detector.num_queries, classes, self.memory_channels, self.memory_cells)
 
     def train(self, mode: bool = True) -> OnlineTeacher:
         """Stays in evaluation mode, whatever it is part of."""
@@ -81,6 +85,10 @@ class CachedTeacher:
     @property
     def memory_channels(self) -> tuple[int, ...]:
         return self.sizes.channels
+
+    @property
+    def memory_cells(self) -> tuple[float, ...]:
+        return self.sizes.cells
 
     def blank(self, images: int, device: torch.device) -> TeacherRecord:
         """A record of zeros for images that stand in for none; its values are never used, its shapes are."""

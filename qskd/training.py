@@ -22,7 +22,8 @@ from qskd.config import Config, TrainingConfig
 from qskd.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.detection_loss import combine, detection_terms, detection_weights
 from qskd.detectors import Detector, to_pixels
-from qskd.distillation import build_method, distillation_factor
+from qskd.distillation import QSKD, build_method, distillation_factor
+from qskd.distillation.features import pair_levels
 from qskd.errors import QskdError
 from qskd.matching import assign
 from qskd.precision import autocast
@@ -53,9 +54,7 @@ class StepModule(nn.Module):
         super().__init__()
         self.config = config
         self.student = student
-        self.method = (
-            build_method(config.distillation, student.memory_channels, teacher.memory_channels) if teacher else None
-        )
+        self.method = _method(config, student, teacher) if teacher else None
         if self.method is not None and student.chooses_queries and config.distillation.predictions.pairing == "index":
             raise QskdError(
                 "distillation.predictions.pairing = index",
@@ -100,6 +99,13 @@ class StepModule(nn.Module):
         if self.method is not None and teacher is not None:
             terms |= self.method(output, teacher, targets, assignments[0][early:], assignments[1])
         return terms
+
+
+def _method(config: Config, student: Detector, teacher: Teacher) -> QSKD | None:
+    channels, pairs = (student.memory_channels, teacher.memory_channels), None
+    if len(channels[0]) != len(channels[1]) and teacher.memory_cells:
+        pairs = pair_levels(student.memory_cells(config.student.resize), teacher.memory_cells)
+    return build_method(config.distillation, *channels, pairs)
 
 
 def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:

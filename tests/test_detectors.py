@@ -128,6 +128,7 @@ def test_maps_are_the_encoder_s_tokens_and_what_it_was_given(kind: str) -> None:
     assert [tuple(part.shape) for part in ours.memory] == [(2, 32, *shape) for shape in shapes]
     assert [tuple(part.shape) for part in ours.features] == [(2, 32, *shape) for shape in shapes]
     assert detector.memory_channels == tuple(part.shape[1] for part in ours.memory)
+    assert detector.memory_strides == tuple(pixels.shape[-1] // part.shape[-1] for part in ours.memory)
 
     def tokens(maps: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([part.flatten(2).transpose(1, 2) for part in maps], dim=1)

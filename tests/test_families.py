@@ -164,6 +164,7 @@ def test_memory_is_what_the_cross_attention_reads(kind: str) -> None:
     ours = detector(pixels, mask)
     shapes = [(6, 8)] if kind in DENSE else [(12, 16), (6, 8)]
     assert [tuple(part.shape) for part in ours.memory] == [(2, 32, *shape) for shape in shapes]
+    assert detector.memory_strides == tuple(pixels.shape[-1] // part.shape[-1] for part in ours.memory)
     wide = 24 if kind in ("rt_detr", "rt_detr_v2", "discrete") else 32
     assert [tuple(part.shape) for part in ours.features] == [(2, wide, *shape) for shape in shapes]
     assert (detector.memory_channels, detector.feature_channels) == ((32,) * len(shapes), (wide,) * len(shapes))

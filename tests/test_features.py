@@ -7,12 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from reference import make_targets, near, random_boxes, random_logits, slow_resample
 from torch import Tensor
 
-from qskd.config import DetectionLossConfig, DistillationConfig, FeatureDistillationConfig, QuerySelectionConfig
+from qskd.config import (
+    DetectionLossConfig,
+    DistillationConfig,
+    FeatureDistillationConfig,
+    QuerySelectionConfig,
+    ResizeConfig,
+)
 from qskd.detection_loss import combine, detection_terms, detection_weights
+from qskd.detectors import Preprocessing
 from qskd.distillation.features import (
     AttentionGuidedFeatureDistillation,
     foreground_mask,
@@ -24,6 +32,8 @@ from qskd.distillation.query_selection import QuerySelection, select_queries
 from qskd.errors import QskdError
 from qskd.matching import assign
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherRecord
+from qskd.teacher import CachedTeacher, OnlineTeacher
+from qskd.training import StepModule
 
 Size = tuple[int, int]
 
@@ -143,10 +153,30 @@ def test_resampling_to_a_far_coarser_grid_keeps_a_narrow_peak() -> None:
 
 
 def test_levels_pair_in_order_or_by_size() -> None:
-    assert pair_levels([(40, 40), (20, 20)], [(20, 20), (10, 10)]) == [(0, 0), (1, 1)]
-    assert pair_levels([(20, 20)], [(80, 80), (40, 40), (21, 19), (10, 10)]) == [(0, 2)]
-    assert pair_levels([(80, 80), (40, 40), (20, 20)], [(22, 26)]) == [(2, 0)]
-    assert pair_levels([(20, 20), (19, 19)], [(40, 40), (20, 20), (5, 5)]) == [(0, 1), (1, 0)]
+    assert pair_levels([1600, 400], [400, 100]) == [(0, 0), (1, 1)]
+    assert pair_levels([400], [6400, 1600, 399, 100]) == [(0, 2)]
+    assert pair_levels([6400, 1600, 400], [572]) == [(2, 0)]
+    assert pair_levels([400, 361], [1600, 400, 25]) == [(0, 1), (1, 0)]
+
+
+def test_which_maps_meet_is_the_same_in_every_batch_however_its_images_are_shaped() -> None:
+    """A student of squares (640) and a teacher that keeps shapes (800 / 1333): by a batch's own sizes, maps met now one and
+    now another, and a projector learnt towards both."""
+    three = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}
+    config = tiny.recipe({"family": "rt_detr", "feature_levels": 3, "backbone": three, "resize": {"size": 640}})
+    levels = {"family": "deformable_detr", "feature_levels": 4, "backbone": three}
+    teacher = tiny.silent_student(tiny.recipe(levels).student, tiny.LABELS, 0)
+    seen_as = Preprocessing(ResizeConfig(mode="shortest_edge", size=800, longest=1333))
+    online = OnlineTeacher(teacher, (0, 1, 2), seen_as)
+    assert teacher.memory_strides == (8, 16, 32, 64)
+    for known in (online, CachedTeacher(online.sizes(all_layers=False))):
+        method = StepModule(config, tiny.silent_student(config.student, tiny.LABELS, 0), known).method
+        assert method is not None
+        assert method.features is not None
+        assert method.features.pairs == ((0, 1), (1, 2), (2, 3))
+    silent = replace(online.sizes(all_layers=False), cells=())  # a cache of before this was asked
+    with pytest.raises(QskdError, match="make the cache of teacher outputs anew"):
+        StepModule(config, tiny.silent_student(config.student, tiny.LABELS, 0), CachedTeacher(silent))
 
 
 @pytest.mark.parametrize("uniform", [False, True])
@@ -164,7 +194,8 @@ def test_loss_equals_the_loops(grids: list[Size], extents: list[list[Size]], uni
     config = FeatureDistillationConfig(background=float(uniform))
     mask = foreground_mask(selection_of(record, targets), record, record.logits[-1].sigmoid().amax(-1), config)
     torch.manual_seed(0)
-    module = AttentionGuidedFeatureDistillation([4] * len(grids), [6, 6], config)
+    pairs = pair_levels([h * w for h, w in grids], [h * w for h, w in GRIDS])
+    module = AttentionGuidedFeatureDistillation([4] * len(grids), [6, 6], config, pairs)
     student = random_maps(3, 4, grids, seed=9)
     valid = [rectangles(extent, grid) for extent, grid in zip(extents, grids, strict=True)]
     term = module(student, valid, record, None if uniform else mask)
@@ -172,11 +203,11 @@ def test_loss_equals_the_loops(grids: list[Size], extents: list[list[Size]], uni
     expected, images = 0.0, 0
     for image in range(3):
         above = below = 0.0
-        for level, teacher_level in pair_levels(grids, GRIDS):
+        for level, teacher_level in pairs:
             source, target, grid = EXTENTS[teacher_level][image], extents[level][image], grids[level]
             goal = slow_resample(record.memory[teacher_level][image], source, target, grid)
             shade = slow_resample(mask[teacher_level][image][None], source, target, grid)[0]
-            weight, bias = (item.detach() for item in module.projectors[level].parameters())
+            weight, bias = (item.detach() for item in module.projectors[str(level)].parameters())
             for y in range(target[0]):
                 for x in range(target[1]):
                     m = 1.0 if uniform else float(shade[y, x])
@@ -207,7 +238,7 @@ def test_gradients_reach_every_projector_and_the_student_inside_the_mask_only() 
     record = make_record(targets, GRIDS[1:], EXTENTS[1:])  # one teacher map, two student maps
     record = replace(record, memory=tuple(part.requires_grad_() for part in record.memory))
     mask = foreground_mask(selection_of(record, targets), record, torch.ones(3, 20), FeatureDistillationConfig())
-    module = AttentionGuidedFeatureDistillation([4, 4], [6], FeatureDistillationConfig())
+    module = AttentionGuidedFeatureDistillation([4, 4], [6], FeatureDistillationConfig(), [(1, 0)])
     student = [part.requires_grad_() for part in random_maps(3, 4, GRIDS, seed=9)]
     valid = [rectangles(extent, grid) for extent, grid in zip(EXTENTS, GRIDS, strict=True)]
     module(student, valid, record, mask).total.backward()
@@ -220,7 +251,7 @@ def test_gradients_reach_every_projector_and_the_student_inside_the_mask_only() 
 
 def test_maps_that_do_not_fit_are_named() -> None:
     config = FeatureDistillationConfig()
-    with pytest.raises(QskdError, match="widths"):
+    with pytest.raises(QskdError, match="1 student maps and 2 teacher maps of unknown sizes"):
         AttentionGuidedFeatureDistillation([4], [6, 8], config)
     module = AttentionGuidedFeatureDistillation([6], [6], config)
     empty = TeacherRecord(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 4))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -111,6 +112,26 @@ class Detector(nn.Module):
     def preprocessing(self, resize: ResizeConfig) -> Preprocessing:
         """What it is to be given, at this size."""
         return Preprocessing(resize, self.mean, self.std)
+
+    @cached_property
+    def memory_strides(self) -> tuple[int, ...]:
+        """Pixels that a cell of each memory map is wide, finest first."""
+        side = 256
+        # A copy without numbers: the forward pass costs nothing and leaves no mark on batch statistics.
+        backbone = copy.deepcopy(self.backbone).to("meta").eval()
+        with torch.no_grad():
+            maps = backbone(
+                torch.zeros(1, 3, side, side, device="meta"), torch.ones(1, side, side, dtype=torch.bool, device="meta")
+            )
+        levels = len(self.memory_channels)
+        strides = [side // int(map_.shape[-1]) for map_, _ in maps][-levels:]
+        while len(strides) < levels:
+            strides.append(2 * strides[-1])
+        return tuple(strides)
+
+    def memory_cells(self, resize: ResizeConfig) -> tuple[float, ...]:
+        """Cells of each memory map for an image of the usual size (`ResizeConfig.usual_pixels`)."""
+        return tuple(resize.usual_pixels / stride**2 for stride in self.memory_strides)
 
     @property
     def backbone(self) -> nn.Module:

@@ -15,13 +15,19 @@ METHODS: Mapping[str, type[QSKD]] = {"qskd": QSKD}
 
 
 def build_method(
-    config: DistillationConfig, student_channels: Sequence[int], teacher_channels: Sequence[int]
+    config: DistillationConfig,
+    student_channels: Sequence[int],
+    teacher_channels: Sequence[int],
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> QSKD | None:
     """The method that `config.method` names, or None for "none".
 
-    student_channels, teacher_channels: the width of each encoder memory map, finest first.
+    student_channels, teacher_channels: the width of each encoder memory map, finest first. pairs: (student map, teacher map),
+    which meet (`features.pair_levels`); in order, where they are not given.
     """
-    return None if config.method == "none" else METHODS[config.method](config, student_channels, teacher_channels)
+    if config.method == "none":
+        return None
+    return METHODS[config.method](config, student_channels, teacher_channels, pairs)
 
 
 def teacher_needs(config: DistillationConfig) -> TeacherNeeds | None:

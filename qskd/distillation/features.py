@@ -102,23 +102,20 @@ def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor) -> Tensor:
     return moved
 
 
-def pair_levels(
-    student_sizes: Sequence[tuple[int, int]], teacher_sizes: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """(student level, teacher level) of the maps to compare. Sizes are (H, W), finest first.
+def pair_levels(student_cells: Sequence[float], teacher_cells: Sequence[float]) -> list[tuple[int, int]]:
+    """(student level, teacher level) of the maps to compare. Cells: of each map in an image of the usual size, finest first.
 
     Equally many: in order. Otherwise each map of the smaller set, in order, takes the map of the other set that is
-    nearest in size (ratio of areas) and not yet taken. Sizes with padding are used: they are known on the host, and
-    levels lie a factor 4 in area apart.
+    nearest in cells (by their ratio) and not yet taken. One batch's own sizes would not do: where one side squeezes its
+    images into squares and the other keeps their shape, the nearest is another one from batch to batch.
     """
-    if len(student_sizes) == len(teacher_sizes):
-        return [(level, level) for level in range(len(student_sizes))]
-    swapped = len(student_sizes) > len(teacher_sizes)
-    few, many = (teacher_sizes, student_sizes) if swapped else (student_sizes, teacher_sizes)
+    if len(student_cells) == len(teacher_cells):
+        return [(level, level) for level in range(len(student_cells))]
+    swapped = len(student_cells) > len(teacher_cells)
+    few, many = (teacher_cells, student_cells) if swapped else (student_cells, teacher_cells)
     free, pairs = list(range(len(many))), []
-    for level, (height, width) in enumerate(few):
-        areas = {other: many[other][0] * many[other][1] for other in free}
-        nearest = min(free, key=lambda other: abs(math.log(areas[other] / (height * width))))
+    for level, cells in enumerate(few):
+        nearest = min(free, key=lambda other: abs(math.log(many[other] / cells)))
         free.remove(nearest)
         pairs.append((nearest, level) if swapped else (level, nearest))
     return pairs
@@ -148,29 +145,33 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         L = sum_p M_p * mean_c (phi(F_S)_p - F_T,p)^2 / sum_p M_p,   for each image over all its levels and valid
         positions
 
-    METHODS 1.3 AGFD, our reconstruction. The projectors (one a student level, the identity at first when the widths
-    agree) are for training only and belong to this module, never to the exported student.
+    METHODS 1.3 AGFD, our reconstruction. The projectors (one for each student map that meets one of the teacher's, the
+    identity at first when the widths agree) are for training only and belong to this module, never to the exported student.
     """
 
     def __init__(
-        self, student_channels: Sequence[int], teacher_channels: Sequence[int], config: FeatureDistillationConfig
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        config: FeatureDistillationConfig,
+        pairs: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """student_channels, teacher_channels: the width of each memory map; all of the teacher's must be equal when the
-        numbers of maps differ, for which meets which is only known with their sizes."""
+        """student_channels, teacher_channels: the width of each memory map. pairs: (student map, teacher map), by
+        `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given."""
         super().__init__()
         self.config = config
-        if len(student_channels) == len(teacher_channels):
-            outputs = list(teacher_channels)
-        elif len(set(teacher_channels)) == 1:
-            outputs = [teacher_channels[0]] * len(student_channels)
-        else:
+        self.maps = len(student_channels), len(teacher_channels)
+        if pairs is None and len(student_channels) != len(teacher_channels):
             raise QskdError(
                 "distillation.features",
-                f"{len(student_channels)} student maps and teacher maps of widths {list(teacher_channels)}",
-                "equally many maps, or teacher maps of one width",
-                "set distillation.features.weight to 0",
+                f"{len(student_channels)} student maps and {len(teacher_channels)} teacher maps of unknown sizes",
+                "to know which of them are alike",
+                "make the cache of teacher outputs anew (qskd cache RECIPE --overwrite), or set distillation.features.weight=0",
             )
-        self.projectors = nn.ModuleList(_projector(*widths) for widths in zip(student_channels, outputs, strict=True))
+        self.pairs = tuple(pairs or pair_levels(student_channels, teacher_channels))
+        self.projectors = nn.ModuleDict(
+            {str(own): _projector(student_channels[own], teacher_channels[other]) for own, other in self.pairs}
+        )
 
     def forward(
         self,
@@ -184,20 +185,15 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         total: sum of the losses of images whose mask is not empty; count: the number of those images. The teacher and
         its mask are detached and resampled to the student's grid.
         """
-        if not teacher.memory or len(student_memory) != len(self.projectors):
-            found = f"{len(student_memory)} student maps, {len(teacher.memory)} teacher maps"
-            raise QskdError(
-                "distillation.features", found, f"{len(self.projectors)} student maps, at least one teacher map"
-            )
-        sizes = [
-            [(int(item.shape[-2]), int(item.shape[-1])) for item in maps] for maps in (student_memory, teacher.memory)
-        ]
-        pairs = pair_levels(*sizes)
+        found = len(student_memory), len(teacher.memory)
+        if found != self.maps:
+            said = ("{} student maps, {} teacher maps".format(*numbers) for numbers in (found, self.maps))
+            raise QskdError("distillation.features", *said)
         above = below = student_memory[0].new_zeros(len(student_memory[0]), dtype=torch.float32)
-        for student_level, teacher_level in pairs:
+        for student_level, teacher_level in self.pairs:
             valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
             goal = resample(teacher.memory[teacher_level].detach(), teacher_valid, valid)
-            shown = _project(self.projectors[student_level], student_memory[student_level]).float()
+            shown = _project(self.projectors[str(student_level)], student_memory[student_level]).float()
             weight = valid.float()
             if mask is not None:
                 weight = weight * resample(mask[teacher_level].detach().unsqueeze(1), teacher_valid, valid).squeeze(1)
@@ -206,8 +202,4 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             below = below + weight.flatten(1).sum(1)
         has_mask = below > 0
         total = (above / torch.where(has_mask, below, 1.0)).sum()  # an empty mask leaves 0 above
-        used = {student_level for student_level, _ in pairs}
-        for level, projector in enumerate(self.projectors):
-            if level not in used:  # DDP waits for every parameter's gradient
-                total = total + 0.0 * sum(parameter.sum() for parameter in projector.parameters())
         return LossTerm(total, has_mask.sum().float())

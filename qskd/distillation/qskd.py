@@ -27,16 +27,20 @@ class QSKD(nn.Module):
     """
 
     def __init__(
-        self, config: DistillationConfig, student_channels: Sequence[int], teacher_channels: Sequence[int]
+        self,
+        config: DistillationConfig,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        pairs: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """student_channels, teacher_channels: the width of each encoder memory map, finest first."""
+        """As `qskd.distillation.build_method` has it."""
         super().__init__()
         self.config = config
         features, predictions = config.features, config.predictions
         self.features: AttentionGuidedFeatureDistillation | None = None
         self.weights: dict[str, float] = {}
         if features.weight > 0:
-            self.features = AttentionGuidedFeatureDistillation(student_channels, teacher_channels, features)
+            self.features = AttentionGuidedFeatureDistillation(student_channels, teacher_channels, features, pairs)
             self.weights["agfd"] = features.weight
         if predictions.weight > 0:
             self.weights["lapd_class"] = predictions.weight * predictions.class_weight
