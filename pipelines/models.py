@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -72,10 +73,18 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
     return student, said
 
 
+def gpus_are_ours() -> bool:
+    """Whether this process may use the machine's GPUs: a worker of Ray that holds none may not, though Ray hides none from it."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return True
+    return bool(ray.get_gpu_ids())
+
+
 def device_here(config: Config) -> torch.device:
     """For a process that holds one model: a GPU where this machine has one, unless the recipe asks for the CPU. A cluster's
     head may have none though its workers do: what it tries out, it tries on its CPU."""
-    wanted = config.compute.device != "cpu" and torch.cuda.is_available()
+    wanted = config.compute.device != "cpu" and torch.cuda.is_available() and gpus_are_ours()
     return torch.device("cuda" if wanted else "cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from pipelines.storage import Folder
 from pipelines.streaming import StreamConfig
 from qskd.config import Config
 from qskd.recipe import to_tree
+
+log = logging.getLogger("qskd")
 
 
 def make_trainer(
@@ -29,6 +32,8 @@ def make_trainer(
 
     compute = config.compute
     gpu = uses_gpu(config, ray.cluster_resources())
+    if not gpu:
+        say_if_gpus_are_idle(config, ray.cluster_resources())
     check_room(compute, gpu)
     mend_list(folder)
     delete_unlisted(folder)
@@ -56,6 +61,17 @@ def make_trainer(
             callbacks=list(callbacks),
         ),
     )
+
+
+def say_if_gpus_are_idle(config: Config, resources: Mapping[str, float]) -> None:
+    """`auto` is all or none: some workers on GPUs would wait for those on CPUs in every step."""
+    gpus, compute = int(resources.get("GPU", 0)), config.compute
+    if compute.device == "auto" and gpus:
+        log.warning(
+            "%d GPU(s) for %d workers: ALL OF THEM TRAIN ON CPUS. Set compute.workers=%d, or compute.device=cuda to wait for "
+            "more GPUs; compute.device=cpu silences this",
+            *(gpus, compute.min_workers or compute.workers, gpus),
+        )
 
 
 def uses_gpu(config: Config, resources: Mapping[str, float]) -> bool:

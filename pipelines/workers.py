@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.cluster import reader_cpus
 from pipelines.logs import as_json, start_logs
 from pipelines.meter import Gauges, Meter
-from pipelines.models import ground_truth, make_student, teacher_for_training
+from pipelines.models import gpus_are_ours, ground_truth, make_student, teacher_for_training
 from pipelines.storage import FAILURE, Folder, record_failure
 from pipelines.streaming import LOADER_ROWS, Readers, Share, StreamConfig, open_stream
 from qskd.config import Config
@@ -35,8 +35,9 @@ NOTICE_EVERY_STEPS = 10  # each asking is a rendezvous of all workers: some mill
 
 
 def pick_device(name: str) -> torch.device:
+    """A worker's of Ray Train. auto: the GPU that the driver reserved for it, if it did; never one that it merely sees."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and gpus_are_ours() else "cpu"
     if name == "cuda":
         import ray.train.torch
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 
 import pytest
 
 from pipelines.cluster import check_room, reader_cpus, worker_resources
-from pipelines.trainer import uses_gpu
+from pipelines.trainer import say_if_gpus_are_idle, uses_gpu
 from qskd.config import ComputeConfig, Config
 from qskd.errors import QskdError
 
@@ -52,3 +55,41 @@ def test_elastic_training_takes_gpus_when_there_are_enough_for_the_fewest_worker
     assert uses_gpu(elastic, {"GPU": 2.0})
     assert not uses_gpu(elastic, {"GPU": 1.0})
     assert not uses_gpu(fixed, {"GPU": 3.0})
+
+
+def test_a_few_gpus_for_more_workers_are_idle_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    for config, gpus, said in (
+        (Config(compute=FIXED), 3.0, True),
+        (Config(compute=FIXED), 0.0, False),
+        (Config(compute=FIXED.model_copy(update={"device": "cpu"})), 3.0, False),
+    ):
+        caplog.clear()
+        say_if_gpus_are_idle(config, {"GPU": gpus})
+        assert ("3 GPU(s) for 4 workers: ALL OF THEM TRAIN ON CPUS" in caplog.text) == said
+
+
+SEES_A_GPU = """
+import json, ray, torch
+from pipelines.models import device_here
+from qskd.config import Config
+torch.cuda.is_available = lambda: True  # as on a machine with a GPU, for nobody hides it from a worker that asked for none
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+
+@ray.remote
+def device():
+    import torch
+    from pipelines.models import device_here
+    from qskd.config import Config
+    torch.cuda.is_available = lambda: True
+    return str(device_here(Config()))
+
+found = [device.options(num_gpus=gpus).remote() for gpus in (0, 1)]
+print(json.dumps([str(device_here(Config())), *ray.get(found)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_takes_no_gpu_that_it_does_not_hold() -> None:
+    done = subprocess.run([sys.executable, "-c", SEES_A_GPU], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["cuda", "cpu", "cuda"]
