@@ -39,7 +39,12 @@ TEACHER = ("student.decoder_layers=2", "training.warmup_steps=20", "training.ste
 STUDENT = (
     *("student.width=64", "student.heads=4", "student.ffn_width=64", "student.decoder_layers=3", "student.queries=30"),
     "student.resize.size=96",
-    *("distillation.method=qskd", "training.warmup_steps=5", "training.step_at=1"),
+    *(
+        "distillation.method=qskd",
+        "distillation.features.background=0.1",
+        "training.warmup_steps=5",
+        "training.step_at=1",
+    ),
 )
 
 

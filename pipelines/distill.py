@@ -19,6 +19,7 @@ from pyarrow import fs
 from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
 from pipelines.models import make_teacher, start_student
+from pipelines.notices import notices
 from pipelines.ray_checkpoints import delete_unlisted
 from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_data, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
@@ -65,6 +66,10 @@ class Plan:
     def fingerprints(self) -> dict[str, str]:
         return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint}
 
+    @property
+    def notices(self) -> list[str]:
+        return notices(self.config, self.stream.schedule.total_steps / self.stream.schedule.steps_per_epoch)
+
     def describe(self) -> str:
         """What `--dry-run` prints below the configuration."""
         schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
@@ -82,6 +87,7 @@ class Plan:
         if self.kind == "distill":
             how = f"its outputs from {self.stream.teacher_cache}" if self.stream.teacher_cache else SLOW_PATH
             lines.insert(0, f"teacher: {self.config.teacher.path}, {how}")
+        lines += [f"notice: {notice}" for notice in self.notices]
         if self.config.student.inherit:
             lines.append(start_student(self.config, self.train.labels)[1])
         return "\n".join(lines)
@@ -230,6 +236,8 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     if inherited:
         folder.write("inheritance.txt", inherited)
         tracker.text("inheritance.txt", inherited)
+    for notice in plan.notices:
+        log.warning(notice)
     start_ray()
     say_if_on_cpus(config.compute.device)
     started = time.perf_counter()

@@ -73,7 +73,8 @@ def assign(
     the objects left over when an image has more objects than queries.
 
     Equal to transformers' `DeformableDetrHungarianMatcher` at its alpha of 0.25. The host copy of the costs is the only
-    point at which a training step waits for the device.
+    point at which our part of a training step waits for the device (families of one map ask twice more, inside transformers,
+    whether a mask hides anything; RT-DETRv2 and D-FINE whether sizes fit).
     """
     device, slots = targets.boxes_cxcywh.device, targets.valid.shape[1]
     shapes = [(len(logits), len(targets.counts), slots) for logits, _ in predictions]

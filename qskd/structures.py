@@ -13,11 +13,14 @@ T = TypeVar("T")
 
 
 def to_device(value: T, device: torch.device | str, non_blocking: bool = True) -> T:
-    """Move every tensor in a dataclass, tuple or tensor to `device`; leave all else as it is."""
+    """Move every tensor in a dataclass, tuple or tensor to `device`, one that is there twice once; leave all else as it is."""
+    there: dict[int, Tensor] = {}
 
     def move(item: Any) -> Any:
         if isinstance(item, Tensor):
-            return item.to(device, non_blocking=non_blocking)
+            if id(item) not in there:
+                there[id(item)] = item.to(device, non_blocking=non_blocking)
+            return there[id(item)]
         if isinstance(item, tuple):
             return tuple(move(part) for part in item)
         if hasattr(item, "__dataclass_fields__"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny
 import torch
 
 from benchmarks import step
@@ -37,6 +38,31 @@ def test_qskd_waits_for_the_device_no_more_than_the_plain_step() -> None:
     # Constants for normalising pixels may be copied to the device; nothing else may be there.
     allowed = {"qskd/matching.py assign", "qskd/training.py check_finite", "qskd/detectors/preprocessing.py to_pixels"}
     assert set(counted["qskd"]) <= allowed
+
+
+@pytest.mark.parametrize("family", ["detr", "conditional_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"])
+def test_encoder_layers_do_not_ask_the_device_whether_they_are_finite(family: str) -> None:
+    levels = 1 if family in ("detr", "conditional_detr") else 2
+    sizes = {"family": family, "feature_levels": levels, "queries": 20, "encoder_layers": 1}
+    training = tiny.make_training(tiny.recipe(sizes, "distillation.method=none"))
+    layers = [m for m in training.student.modules() if type(m).__name__.endswith("EncoderLayer")]
+    assert layers
+    batch = tiny.batch_of(2, 1)
+
+    def asked() -> list[str]:
+        training.student.train()
+        with HostWaits() as waits:
+            output = training.student(torch.zeros(1, 3, 64, 64), torch.ones(1, 64, 64, dtype=torch.bool))
+        seen.append(output.logits)
+        return [where for what, where in waits.found if what == "reads a value" and f"modeling_{family}.py" in where]
+
+    seen: list[torch.Tensor] = []
+    training.train_step(batch)
+    assert asked() == []
+    for layer in layers:
+        layer.dropout = 1e-9  # as good as none, but the layer can't know
+    assert len(asked()) == 1
+    torch.testing.assert_close(*seen, atol=1e-5, rtol=1e-5)
 
 
 def test_waits_are_counted_where_a_value_or_a_size_is_asked_for() -> None:

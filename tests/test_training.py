@@ -12,6 +12,7 @@ from tiny import FAMILIES, arrays, assert_equal, batch_of, make_training, random
 
 from qskd.config import TrainingConfig
 from qskd.errors import QskdError
+from qskd.structures import to_device
 from qskd.training import Training, learning_rate_factor, parameter_groups, train_batch
 
 # ---- who learns
@@ -232,3 +233,12 @@ def test_a_compiled_backbone_gives_the_same_losses_and_plain_names() -> None:
         runs.append((values, set(training.state())))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
     assert runs[1][1] == runs[0][1]
+
+
+def test_images_that_both_networks_see_go_to_the_device_once() -> None:
+    moved = to_device(batch_of(2, 1), "meta")
+    assert moved.images.device.type == "meta"
+    assert moved.teacher_images is moved.images
+    assert moved.teacher_sizes is moved.sizes
+    own = to_device(train_batch(arrays((2, 1), teacher_size=96)), "meta")
+    assert own.teacher_images.shape != own.images.shape

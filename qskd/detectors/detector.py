@@ -101,6 +101,7 @@ class Detector(nn.Module):
         levels = max(len(self._projections), len(self._memory))
         self.memory_channels: tuple[int, ...] = (family.memory_channels(config),) * levels
         self.feature_channels: tuple[int, ...] = (family.feature_channels(config),) * len(self._projections)
+        self._encoder_layers = [m for m in model.modules() if type(m).__name__.endswith("EncoderLayer")]
         self._layers = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
 
@@ -108,6 +109,16 @@ class Detector(nn.Module):
     def labels(self) -> tuple[str, ...]:
         """Class names by slot of the logits."""
         return labels_of(self.model.config)
+
+    def train(self, mode: bool = True) -> Detector:
+        """As any module's; but encoder layers without dropout stay as in evaluation themselves (not what is in them): all they
+        do otherwise in training is to ask the device whether every number is finite, and to wait for the answer. The step
+        asks that once (`qskd.training`)."""
+        super().train(mode)
+        for layer in self._encoder_layers:
+            if not layer.dropout and not getattr(layer, "activation_dropout", 0.0):
+                layer.training = False
+        return self
 
     def preprocessing(self, resize: ResizeConfig) -> Preprocessing:
         """What it is to be given, at this size."""
