@@ -127,6 +127,23 @@ def test_kuberay_jobs_run_a_verb_with_the_one_runtime_env(path: Path) -> None:
     load(None, [words[i + 1] for i, word in enumerate(words) if word == "--set"])  # the recipe knows these fields
 
 
+def test_the_mlflow_server_is_where_the_jobs_look_for_it() -> None:
+    claim, deployment, service = yaml.safe_load_all((ROOT / "deploy" / "kuberay" / "mlflow.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    (port,) = service["spec"]["ports"]
+    (container,) = pod["spec"]["containers"]
+    address = f"{service['metadata']['name']}:{port['port']}"
+    for path in JOBS:
+        said = yaml.safe_load(yaml.safe_load(path.read_text())["spec"]["runtimeEnvYAML"])
+        assert said["env_vars"]["MLFLOW_TRACKING_URI"] == f"http://{address}"
+    (allowed,) = (word for word in container["command"] if word.startswith("--allowed-hosts="))
+    assert address in allowed.partition("=")[2].split(",")
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert not pod["spec"]["enableServiceLinks"]  # MLFLOW_PORT would be tcp://...
+
+
 def test_the_readers_of_the_distillation_job_fit_its_gpu_pods() -> None:
     """Of a teacher with three maps at 640 pixels, and of COCO's images, at the default window (docs/cache.md)."""
     words = yaml.safe_load((ROOT / "deploy/kuberay/job-distill.yaml").read_text())["spec"]["entrypoint"].split()
