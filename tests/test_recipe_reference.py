@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def test_a_comment_is_found_behind_a_field_above_it_and_inside_brackets() -> Non
     assert comments_of(TrainingConfig)["max_steps"].startswith("end after so many steps")  # ( ... # comment ... )
     assert comments_of(Config)["name"].startswith("Of the run, which is OUTPUT/NAME")  # above
     assert comments_of(DataConfig)["views"] == ""
+
+
+def test_every_environment_variable_of_ours_is_in_the_page() -> None:
+    code = "".join(path.read_text() for room in ("qskd", "pipelines") for path in sorted((ROOT / room).rglob("*.py")))
+    ours = set(re.findall(r"\bQSKD_[A-Z_]+\b", code))
+    assert ours
+    assert ours == set(re.findall(r"^\| `(QSKD_[A-Z_]+)` \|", PAGE, re.MULTILINE))
 
 
 def test_types_and_defaults_are_in_a_readers_words() -> None:
