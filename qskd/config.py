@@ -2,7 +2,8 @@
 
 Sizes of what is built, not how a machine runs it, decide a run's result; what only says where and how fast (`compute`,
 `tracking`) is kept in branches of its own. The distillation's sections are in `qskd.config_distillation`, and imported
-from here like all others.
+from here like all others. A field's comment and a section's docstring are what docs/recipe.md says of them
+(`qskd.recipe_reference`).
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from qskd.student_sizes import SizeName, resolve
 
 
 class ResizeConfig(Section):
-    """How a view becomes the pixels a model sees.
+    """How a view becomes the pixels a model sees."""
 
-    square: to height = width = `size`. shortest_edge: shorter side to `size`, longer at most `longest`, aspect ratio kept,
-    and the batch padded to its largest image (DETR's own way).
-    """
-
+    # square: height = width = `size`. shortest_edge: shorter side to `size`, longer at most `longest`, aspect ratio kept, and
+    # the batch padded to its largest image (DETR's own way).
     mode: Literal["square", "shortest_edge"] = "square"
-    size: Positive = 320
-    longest: Positive = 1333
+    size: Positive = 320  # pixels: both sides, or the shorter one
+    longest: Positive = 1333  # pixels, for shortest_edge
 
     @property
     def usual_pixels(self) -> int:
@@ -43,10 +42,10 @@ class ViewConfig(Section):
     Their seed is not the run's: runs of other seeds see the same views and share one cache of teacher outputs.
     """
 
-    count: Positive = 1
-    seed: int = 0
-    flip_probability: Fraction = 0.5
-    crop_probability: Fraction = 0.0
+    count: Positive = 1  # different views of an image; every one in an epoch is number epoch % count
+    seed: int = 0  # with the image's id and the view's number, it decides the view
+    flip_probability: Fraction = 0.5  # of a view that is mirrored left and right
+    crop_probability: Fraction = 0.0  # of a view that is a crop
     crop_min_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # smallest crop side over the image's side
     min_visible: Fraction = 0.25  # a box that keeps less of its area than this in a crop is dropped
 
@@ -54,23 +53,21 @@ class ViewConfig(Section):
 class DataConfig(Section):
     """Shard folders made by `qskd prepare`."""
 
-    train: str = ""
-    val: str = ""
+    train: str = ""  # a path or a URI
+    val: str = ""  # the same, of the images for evaluation
     views: ViewConfig = ViewConfig()
-    shuffle_window_images: Positive = 4096  # images mixed with one another; shards are mixed whole before that
+    shuffle_window_images: Positive = 4096  # mixed with one another; a reader holds up to two windows in memory
 
 
 class BackboneConfig(Section):
-    """A ResNet as transformers builds it. Stride is 4 after the first stage and doubles with each further one.
+    """A ResNet as transformers builds it. Stride is 4 after the first stage and doubles with each further one."""
 
-    Any family reads either type; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging shortcuts).
-    """
-
+    # Any family reads either; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging shortcuts).
     type: Literal["resnet", "rt_detr_resnet"] = "resnet"
-    layer_type: Literal["basic", "bottleneck"] = "basic"
-    embedding_size: Positive = 64
-    hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)
-    depths: tuple[Positive, ...] = (2, 2, 2, 2)
+    layer_type: Literal["basic", "bottleneck"] = "basic"  # ResNet-18's and 34's; ResNet-50's and larger ones'
+    embedding_size: Positive = 64  # channels before the first stage
+    hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)  # channels of each stage
+    depths: tuple[Positive, ...] = (2, 2, 2, 2)  # residual layers of each stage
     init: str = ""  # Hub name or folder of a ResNet whose weights to start from; empty: random
 
     @model_validator(mode="after")
@@ -104,23 +101,23 @@ class StudentConfig(Section):
     no effect on the family is said in a warning.
     """
 
-    size: SizeName = ""
+    size: SizeName = ""  # sets what is named above; empty: nothing
     init: str = ""  # Hub name or folder of a detector to start from (its head is re-made when the classes differ)
-    family: Family = "conditional_detr"
+    family: Family = "conditional_detr"  # of transformers' DETR families
     backbone: BackboneConfig = BackboneConfig()
     width: Positive = 256  # d_model
-    encoder_layers: Positive = 6
-    decoder_layers: Positive = 6
-    heads: Positive = 8
-    ffn_width: Positive = 1024
-    queries: Positive = 300
-    dropout: Fraction = 0.0
+    encoder_layers: Positive = 6  # of the transformer
+    decoder_layers: Positive = 6  # of the transformer
+    heads: Positive = 8  # of each attention; they divide `width`
+    ffn_width: Positive = 1024  # inner width of each feed-forward part
+    queries: Positive = 300  # for objects, in each image
+    dropout: Fraction = 0.0  # in the transformer, while it is trained
     # The last backbone stages, at most 3. deformable_detr makes further levels by stride 2; RT-DETR and D-FINE were made
     # with 3. The other families read one map.
     feature_levels: Positive = 1
     box_refinement: bool = True  # deformable_detr only: the others always refine, or never
     backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
-    train_backbone: bool = True
+    train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
     resize: ResizeConfig = ResizeConfig()
     # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of
     # another family the backbone alone.
@@ -171,28 +168,25 @@ class StudentConfig(Section):
 
 
 class TeacherCacheConfig(Section):
-    """The teacher's outputs, computed once by `qskd cache` and read by every `qskd distill` of the same recipe.
+    """The teacher's outputs, computed once by `qskd cache` and read by every `qskd distill` of the same recipe."""
 
-    path: the cache's folder, a path or a URI; empty: no cache, the teacher runs in every training step.
-    """
-
-    path: str = ""
+    path: str = ""  # the cache's folder, a path or a URI; empty: no cache, the teacher runs in every training step
     # int8: memory in 255 steps of its channel's largest value, logits float16, attention in 255 steps. Or all float16/32.
     precision: Literal["int8", "float16", "float32"] = "int8"
     # Attention is kept of queries whose GIoU with some object reaches this: no boundary can go below it later. -1: of all.
     attention_giou_floor: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
-    attention_layers: Literal["last", "mean"] = "last"
+    attention_layers: Literal["last", "mean"] = "last"  # the last decoder layer's attention, or the mean of all layers'
     all_layers: bool = False  # logits and boxes of every decoder layer, for predictions.teacher_layers: same_index
     batch_size: Positive = 16  # images the teacher sees at once while the cache is made
 
 
 class TeacherConfig(Section):
-    """The large detector: a Hub name or a folder that transformers can load."""
+    """The large detector."""
 
-    path: str = ""
+    path: str = ""  # a Hub name, or a folder that transformers can load
     cache: TeacherCacheConfig = TeacherCacheConfig()
-    resize: ResizeConfig | None = None  # None: what the checkpoint's own image processor says
-    # Dataset category name -> the teacher's label (or its logit slot as text, "17"), where the names differ.
+    resize: ResizeConfig | None = None  # null: what the checkpoint's own image processor says
+    # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ.
     class_map: dict[str, str] = Field(default={})
 
 
@@ -205,13 +199,13 @@ class DetectionLossConfig(Section):
     is 1).
     """
 
-    class_cost: NonNegative = 2.0
-    l1_cost: NonNegative = 5.0
-    giou_cost: NonNegative = 2.0
-    class_weight: NonNegative = 1.0
-    l1_weight: NonNegative = 5.0
-    giou_weight: NonNegative = 2.0
-    focal_alpha: Fraction = 0.25
+    class_cost: NonNegative = 2.0  # of matching a query with an object, the teacher's queries too
+    l1_cost: NonNegative = 5.0  # of matching
+    giou_cost: NonNegative = 2.0  # of matching
+    class_weight: NonNegative = 1.0  # of the loss
+    l1_weight: NonNegative = 5.0  # of the loss
+    giou_weight: NonNegative = 2.0  # of the loss
+    focal_alpha: Fraction = 0.25  # of the focal loss, and of the class cost of matching
     auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
     dense_weight: NonNegative = (
         0.0  # a training-only dense head on the encoder's input: lets a random backbone learn fast
@@ -219,36 +213,38 @@ class DetectionLossConfig(Section):
 
 
 class TrainingConfig(Section):
-    epochs: Positive = 50
+    """How long, and by what steps: AdamW, on batches over all workers."""
+
+    epochs: Positive = 50  # passes over `data.train`
     max_steps: Annotated[int, Field(ge=0)] = (
         0  # end after so many steps, if that comes before the last epoch; 0 = no limit
     )
     batch_size: Positive = 16  # over all workers
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    backbone_learning_rate_scale: NonNegative = 0.1
-    weight_decay: NonNegative = 1e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["cosine", "step", "constant"] = "step"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # the highest
+    backbone_learning_rate_scale: NonNegative = 0.1  # the backbone's learning rate over that of the rest
+    weight_decay: NonNegative = 1e-4  # of all weights that are trained
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises linearly
+    schedule: Literal["cosine", "step", "constant"] = "step"  # of the learning rate; cosine: down to 0
     step_at: Fraction = 0.8  # of the schedule, for "step": learning rate / 10
-    clip_norm: NonNegative = 0.1  # 0 = no clipping
-    evaluate_every_epochs: Positive = 1
+    clip_norm: NonNegative = 0.1  # of all gradients together; 0 = no clipping
+    evaluate_every_epochs: Positive = 1  # and after the last in any case
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0  # besides the one at each epoch's end; 0 = none
-    ema_decay: Fraction = 0.0  # 0 = off
+    ema_decay: Fraction = 0.0  # of a moving average of the weights, which is what is evaluated and kept; 0 = off
 
 
 class ComputeConfig(Section):
     """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm excepted)."""
 
-    workers: Positive = 1
+    workers: Positive = 1  # processes that train; of `qskd cache`, actors that hold the teacher
     # Elastic: begin with so many workers when no more can be had, and take up to `workers` when they can. 0 = always `workers`.
     min_workers: Annotated[int, Field(ge=0)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each worker where Ray has so many now, else CPUs
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
     loader_workers: Positive = (
         1  # that read and decode: a training's, over the whole cluster; of `qskd cache`, tasks ahead for each teacher
     )
-    compile: bool = False
+    compile: bool = False  # the student's backbone, by torch.compile
     max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers; -1 = any number
     max_preemptions: Annotated[int, Field(ge=-1)] = -1  # nodes that were taken away after a notice count apart
 
@@ -260,7 +256,9 @@ class ComputeConfig(Section):
 
 
 class TrackingConfig(Section):
-    experiment: str = "qskd"
+    """MLflow."""
+
+    experiment: str = "qskd"  # made where there is none of the name
     uri: str = ""  # empty: MLFLOW_TRACKING_URI, else sqlite in the working folder
     run_name: str = ""  # empty: the recipe's name
 
@@ -269,16 +267,19 @@ class CardConfig(Section):
     """What the student's model card (README.md) says and a run can't know. Empty: the card says that it is not stated."""
 
     data: str = ""  # the data's name
-    data_licence: str = ""
-    teacher_licence: str = ""
+    data_licence: str = ""  # as text
+    teacher_licence: str = ""  # as text
     licence: str = ""  # of the student itself, as the Hub spells it: apache-2.0
     baseline: str = ""  # folder of a finished run of the same student without a teacher, whose AP stands beside
     evaluate_teacher: bool = False  # run the teacher over the validation images at the end, for its AP
 
 
 class Config(Section):
+    """What stands at the top of a recipe, beside the sections."""
+
+    # Of the run, which is OUTPUT/NAME: letters, digits, dots, underscores and hyphens.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "qskd"
-    seed: int = 0
+    seed: int = 0  # of random weights, of dropout and of the images' order; of a sweep's proposals
     output: str = "runs"  # checkpoints and results go to OUTPUT/NAME; a path or a pyarrow filesystem URI
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()

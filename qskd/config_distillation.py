@@ -16,9 +16,9 @@ class QuerySelectionConfig(Section):
     band first; 0 drops a band. Positives (bipartite matches) have their own weight, whatever their GIoU.
     """
 
-    boundaries: tuple[Annotated[float, Field(gt=-1.0, le=1.0)], ...] = (0.5,)
-    band_weights: tuple[NonNegative, ...] = (0.0, 1.0)
-    positive_weight: NonNegative = 1.0
+    boundaries: tuple[Annotated[float, Field(gt=-1.0, le=1.0)], ...] = (0.5,)  # ascending
+    band_weights: tuple[NonNegative, ...] = (0.0, 1.0)  # lowest band first
+    positive_weight: NonNegative = 1.0  # of the matched queries
     relative: bool = False  # boundaries are fractions of the best GIoU any query reaches with the object (Q-DETR)
     shuffled: bool = False  # an ablation's control: as many queries of each object and weight, but chosen at random
     max_per_object: Annotated[int, Field(ge=0)] = 10  # hard negatives kept per object, largest GIoU first; 0 = no limit
@@ -49,9 +49,10 @@ class FeatureDistillationConfig(Section):
     weight: NonNegative = (
         50.0  # chosen by search on the quickstart's task (benchmarks/evidence); the guess before it was 1 to 10
     )
+    # What a query's attention counts in the mask: the teacher's largest class probability; that and its GIoU; 1.
     query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
     quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
-    attention_layers: Literal["last", "mean"] = "last"
+    attention_layers: Literal["last", "mean"] = "last"  # of the teacher's decoder, as `teacher.cache.attention_layers`
     # Least mask value in an image with objects, the largest being 1; 1 = plain mimicking. It counts in every cell, and so
     # for more on more cells: 0.1 is about half of the mask's sum on the quickstart's 8 x 8, and would drown it at COCO's size.
     background: Fraction = 0.0
@@ -60,18 +61,20 @@ class FeatureDistillationConfig(Section):
 class PredictionDistillationConfig(Section):
     """Local Alignment Prediction Distillation (METHODS 1.3 LAPD; our reconstruction). Weight 0 turns it off."""
 
-    weight: NonNegative = 1.0
-    class_weight: NonNegative = 1.0
-    l1_weight: NonNegative = 5.0
-    giou_weight: NonNegative = 2.0
+    weight: NonNegative = 1.0  # of all three terms
+    class_weight: NonNegative = 1.0  # of the classes' BCE
+    l1_weight: NonNegative = 5.0  # of the boxes' L1 distance
+    giou_weight: NonNegative = 2.0  # of 1 - GIoU
+    # rank: inside each object's group, positive with positive, then by GIoU; hungarian: then by the cheapest assignment;
     # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
     pairing: Literal["rank", "hungarian", "index", "global"] = "rank"
-    pair_weight: Literal["confidence", "uniform"] = "confidence"
+    pair_weight: Literal["confidence", "uniform"] = "confidence"  # times the teacher's largest class probability, or 1
     divide_by: Literal["pairs", "weights"] = (
-        "pairs"  # weights: the pairs' weights; hard negatives then dilute positives less
+        "pairs"  # their number; weights: the sum of their weights, so that hard negatives dilute positives less
     )
     class_gamma: NonNegative = 0.0  # each class's BCE times |p_t - p_s|^gamma, as quality focal loss; 0 = plain BCE
-    student_layers: Literal["all", "last"] = "all"
+    student_layers: Literal["all", "last"] = "all"  # the decoder layers that learn
+    # The decoder layer each learns from; same_index: the student's are spread evenly over the teacher's (DETRDistill).
     teacher_layers: Literal["last", "same_index"] = "last"
 
 
@@ -79,7 +82,7 @@ class DistillationConfig(Section):
     """What is learned from the teacher. The weights of its terms may rise at the start and fall at the end; the detection
     loss keeps its own throughout."""
 
-    method: Literal["none", "qskd"] = "qskd"
+    method: Literal["none", "qskd"] = "qskd"  # none: no teacher, as `qskd train` has it
     warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
     decay: Fraction = (
         0.5  # part of all steps, at the end, in which they fall linearly to 0 (chosen by search); 0 = they stay

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import pipelines.cluster
+from pipelines.streaming import keep_bytes_for
 from qskd import __version__
 from qskd.recipe import load
 
@@ -124,6 +125,41 @@ def test_kuberay_jobs_run_a_verb_with_the_one_runtime_env(path: Path) -> None:
     assert words[:2] == ["python", "-m"]
     assert (ROOT / f"{words[2].replace('.', '/')}.py").exists()
     load(None, [words[i + 1] for i, word in enumerate(words) if word == "--set"])  # the recipe knows these fields
+
+
+def test_the_mlflow_server_is_where_the_jobs_look_for_it() -> None:
+    claim, deployment, service = yaml.safe_load_all((ROOT / "deploy" / "kuberay" / "mlflow.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    (port,) = service["spec"]["ports"]
+    (container,) = pod["spec"]["containers"]
+    address = f"{service['metadata']['name']}:{port['port']}"
+    for path in JOBS:
+        said = yaml.safe_load(yaml.safe_load(path.read_text())["spec"]["runtimeEnvYAML"])
+        assert said["env_vars"]["MLFLOW_TRACKING_URI"] == f"http://{address}"
+    (allowed,) = (word for word in container["command"] if word.startswith("--allowed-hosts="))
+    assert address in allowed.partition("=")[2].split(",")
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert not pod["spec"]["enableServiceLinks"]  # MLFLOW_PORT would be tcp://...
+
+
+def test_the_readers_of_the_distillation_job_fit_its_gpu_pods() -> None:
+    """Of a teacher with three maps at 640 pixels, and of COCO's images, at the default window (docs/cache.md)."""
+    words = yaml.safe_load((ROOT / "deploy/kuberay/job-distill.yaml").read_text())["spec"]["entrypoint"].split()
+    config = load(None, [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    groups = yaml.safe_load((ROOT / "deploy/kuberay/raycluster.yaml").read_text())["spec"]["workerGroupSpecs"]
+    (pod,) = (group["template"]["spec"] for group in groups if group["groupName"] == "gpu")
+
+    def gib(text: str) -> float:
+        return float(text.removesuffix("Gi")) * 2**30
+
+    room = gib(pod["containers"][0]["resources"]["limits"]["memory"]) - gib(pod["volumes"][0]["emptyDir"]["sizeLimit"])
+    reader = keep_bytes_for(config.data.shuffle_window_images, 166_800 + 2_200_000)
+    assert reader == pytest.approx(19.4e9, rel=0.01)
+    per_pod = -(-config.compute.loader_workers // config.compute.workers)
+    assert per_pod * reader < room
+    assert (per_pod + 1) * reader > room  # not fewer than fit
 
 
 def test_there_is_a_kuberay_job_for_cache_distillation_and_sweep() -> None:
