@@ -22,6 +22,7 @@ from qskd.files import open_folder
 from qskd.stores import is_local, redacted
 
 _SERVER_TIMEOUT_S = 3.0
+_HEALTH, _API = "/health", "/api/2.0/mlflow/experiments/search?max_results=1"
 _STORAGE_TIMEOUT_S = 30.0  # object stores retry by themselves, some for minutes
 
 
@@ -59,25 +60,36 @@ def check_tracking(uri: str) -> Check:
     return Check(name, "note", f"{shown}: this kind of store is not checked")
 
 
-def _tracking_server(uri: str) -> Check:
-    name, shown, parts = "MLflow tracking", redacted(uri), urllib.parse.urlsplit(uri)
+def _ask_server(uri: str, path: str) -> str:
+    """The beginning of what an MLflow server answers to a GET of this path, with the URI's login."""
+    parts = urllib.parse.urlsplit(uri)
     login, _, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health")
+    request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path.rstrip('/')}{path}")
     if login:
         request.add_header("Authorization", f"Basic {base64.b64encode(urllib.parse.unquote(login).encode()).decode()}")
+    with urllib.request.urlopen(request, timeout=_SERVER_TIMEOUT_S) as answer:
+        return str(answer.read(64).decode(errors="replace").strip())
+
+
+def _tracking_server(uri: str) -> Check:
+    name, shown, path = "MLflow tracking", redacted(uri), _HEALTH
     try:
-        with urllib.request.urlopen(request, timeout=_SERVER_TIMEOUT_S) as answer:
-            body = answer.read(64).decode(errors="replace").strip()
+        body = _ask_server(uri, path)
+        if body != "OK":
+            return Check(name, "note", f"{shown}{path} says {body!r}, not OK", "is this an MLflow server?")
+        path = _API  # any name reaches /health, but not what runs are written through
+        _ask_server(uri, path)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            return Check(name, "note", f"{shown} answers and wants a login (HTTP {error.code})", remedy)
-        return Check(name, "problem", f"{shown}/health answers HTTP {error.code}", "is this an MLflow server?")
+            if path == _API and error.code == 403:
+                remedy = f"name this host to it (mlflow server --allowed-hosts); or, where it has logins: {remedy}"
+                return Check(name, "problem", f"{shown} is healthy and refuses all else (HTTP 403)", remedy)
+            return Check(name, "note", f"{shown} answers and lets no one in (HTTP {error.code})", remedy)
+        return Check(name, "problem", f"{shown}{path} answers HTTP {error.code}", "is this an MLflow server?")
     except (OSError, ValueError, http.client.HTTPException) as error:
         remedy = "start it (mlflow server --host 127.0.0.1 --port 5000), or correct tracking.uri / MLFLOW_TRACKING_URI"
         return Check(name, "problem", f"{shown} does not answer: {short(error)}", remedy)
-    if body != "OK":
-        return Check(name, "note", f"{shown}/health says {body!r}, not OK", "is this an MLflow server?")
     return Check(name, "ok", f"{shown} answers")
 
 

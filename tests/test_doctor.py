@@ -29,13 +29,14 @@ from qskd import evaluation
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """An HTTP server on loopback: `.url`, `.status` and `.body` of its answers, `.seen` requests (path, authorization)."""
-    state = SimpleNamespace(status=200, body=b"OK", seen=[])
+    """An HTTP server on loopback: `.url`, `.status` and `.body` of its answers, `.seen` requests (path, authorization);
+    403 for paths with `.refused` in them."""
+    state = SimpleNamespace(status=200, body=b"OK", seen=[], refused="nothing")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.seen.append((self.path, self.headers.get("Authorization")))
-            self.send_response(state.status)
+            self.send_response(403 if state.refused in self.path else state.status)
             self.end_headers()
             self.wfile.write(state.body)
 
@@ -120,10 +121,21 @@ def test_a_check_that_breaks_is_a_problem_and_the_others_go_on(monkeypatch: pyte
     ]
 
 
-def test_a_server_that_answers_is_ok_and_is_asked_for_its_health(server: Any) -> None:
+def test_a_server_that_answers_is_ok_and_is_asked_for_its_health_and_for_runs(server: Any) -> None:
     assert tracking(server.url).status == "ok"
     assert tracking(f"{server.url}/mlflow/").status == "ok"
-    assert [path for path, _ in server.seen] == ["/health", "/mlflow/health"]
+    assert [path.partition("?")[0] for path, _ in server.seen] == [
+        *("/health", "/api/2.0/mlflow/experiments/search"),
+        *("/mlflow/health", "/mlflow/api/2.0/mlflow/experiments/search"),
+    ]
+
+
+def test_a_server_that_is_healthy_under_any_name_but_keeps_no_runs_for_this_one_is_found_out(server: Any) -> None:
+    server.refused = "/api/"
+    check = tracking(server.url)
+    assert check.status == "problem"
+    assert "HTTP 403" in check.found
+    assert "--allowed-hosts" in check.remedy
 
 
 def test_a_closed_port_is_a_problem_with_the_address_and_a_remedy() -> None:
@@ -149,7 +161,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_answers_of_a_server_are_told_apart(server: Any) -> None:
-    for status, expected, words in ((401, "note", "login"), (404, "problem", "404"), (500, "problem", "500")):
+    for status, expected, words in ((401, "note", "lets no one in"), (404, "problem", "404"), (500, "problem", "500")):
         server.status = status
         check = tracking(server.url)
         assert (check.status, words in check.found) == (expected, True)
@@ -162,7 +174,7 @@ def test_a_password_in_a_uri_is_used_but_never_shown(server: Any) -> None:
         check = tracking(f"http://me:s3cret@{address}")
         assert check.status == status
         assert "s3cret" not in str(check)
-    assert server.seen == [("/health", "Basic bWU6czNjcmV0")]  # me:s3cret
+    assert {sent for _, sent in server.seen} == {"Basic bWU6czNjcmV0"}  # me:s3cret
     assert "s3cret" not in str(storage("nonsense://me:s3cret@bucket"))
 
 
