@@ -17,7 +17,7 @@ import torch
 
 from pipelines.cache_plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
 from pipelines.cache_workers import Progress, TeacherActor, decode
-from pipelines.cluster import actors_that_fit, quiet_ray_data, say_if_on_cpus, start_ray
+from pipelines.cluster import actors_that_fit, check_gpus, quiet_ray_data, say_if_on_cpus, start_ray
 from pipelines.distill import prepare_config
 from pipelines.logs import say, start_logs
 from pipelines.models import device_here, make_teacher
@@ -153,6 +153,8 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
     gpu = config.compute.device == "cuda" or (
         config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
+    if gpu:
+        check_gpus(1)
     actors, cpus = actors_that_fit(plan.actors, max(1, config.compute.threads_per_worker))
     units = [{"shard": shard, "view": view} for shard, view in todo]
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(

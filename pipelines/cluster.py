@@ -103,12 +103,14 @@ def reader_cpus(compute: ComputeConfig, gpu: bool) -> float:
 
 
 def check_room(compute: ComputeConfig, gpu: bool) -> None:
-    """Complain when the cluster has fewer CPUs than a training on CPUs waits for: an error where none will come."""
+    """Complain when the cluster has less than a training waits for: an error where no more will come."""
     import ray
 
+    workers = compute.min_workers or compute.workers
     if gpu:
+        check_gpus(workers)
         return
-    there, workers = ray.cluster_resources().get("CPU", 0.0), compute.min_workers or compute.workers
+    there = ray.cluster_resources().get("CPU", 0.0)
     wanted = workers * worker_resources(compute, gpu)["CPU"] + reader_cpus(compute, gpu)
     if there >= wanted:
         return
@@ -116,6 +118,18 @@ def check_room(compute: ComputeConfig, gpu: bool) -> None:
     if not joined():
         raise QskdError("compute.workers", found, "room for all of them", "set fewer compute.workers")
     log.warning("%s now: the training waits until nodes join", found)
+
+
+def check_gpus(wanted: int) -> None:
+    """Complain when Ray has fewer GPUs: what needs them would wait, for ever where no node will join."""
+    import ray
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if there >= wanted:
+        return
+    if not joined():
+        raise QskdError("compute.device", f"cuda, {wanted} GPU(s) wanted, {there} here", "cpu, auto, or as many GPUs")
+    log.warning("%d GPU(s) are wanted, and Ray has %d now: the work waits until nodes join", wanted, there)
 
 
 def actors_that_fit(wanted: int, cpus_each: int) -> tuple[int, int]:

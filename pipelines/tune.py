@@ -203,13 +203,13 @@ class _Slots:
 def _search(sweep: Sweep, plan: Plan) -> None:
     import ray
 
-    from pipelines.cluster import ask_for_nodes, joined
+    from pipelines.cluster import ask_for_nodes, check_gpus
     from pipelines.tune_engine import run_tuner, trial_resources
 
     compute = sweep.config.compute
     gpu = uses_gpu(sweep.config, ray.cluster_resources())
-    if gpu and compute.device == "cuda" and not ray.cluster_resources().get("GPU") and not joined():
-        raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
+    if gpu:
+        check_gpus(compute.min_workers or compute.workers)
     one = trial_resources(sweep.config, gpu) if compute.workers == 1 else {"GPU" if gpu else "CPU": 1.0}
     schedule = plan.stream.schedule
     with (

@@ -41,13 +41,32 @@ def test_too_few_cpus_are_an_error_on_this_machine_and_a_warning_on_a_cluster(
     monkeypatch.delenv("RAY_JOB_ID", raising=False)
     check_room(compute, gpu=False)
     there["CPU"] = least - 0.25
-    check_room(compute, gpu=True)
     with pytest.raises(QskdError, match=r"compute.workers: .* worker\(s\) and a reader, on CPUs"):
         check_room(compute, gpu=False)
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     with caplog.at_level(logging.WARNING, "qskd"):
         check_room(compute, gpu=False)
     assert "the training waits until nodes join" in caplog.text
+
+
+@pytest.mark.parametrize(("compute", "least"), [(FIXED, 4), (ELASTIC, 2)])
+def test_too_few_gpus_are_an_error_on_this_machine_and_a_warning_on_a_cluster(
+    compute: ComputeConfig, least: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    there = {"CPU": 1.0, "GPU": float(least)}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    check_room(compute, gpu=True)
+    there["GPU"] -= 1
+    with pytest.raises(QskdError, match=rf"compute.device: cuda, {least} GPU\(s\) wanted, {least - 1} here"):
+        check_room(compute, gpu=True)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    with caplog.at_level(logging.WARNING, "qskd"):
+        check_room(compute, gpu=True)
+    assert "waits until nodes join" in caplog.text
 
 
 def test_elastic_training_takes_gpus_when_there_are_enough_for_the_fewest_workers() -> None:
