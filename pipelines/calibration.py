@@ -25,7 +25,7 @@ from qskd.inference import predict_batch
 from qskd.recipe import replace_fields
 from qskd.teacher import CachedTeacher, OnlineTeacher
 from qskd.teacher_cache import TeacherRow, collate, columns_for
-from qskd.training import Training, train_batch
+from qskd.training import Training, parts_of, train_batch
 
 Arrays = Mapping[str, np.ndarray]
 BATCHES = 3  # held in memory; steps go round
@@ -148,7 +148,8 @@ def _seconds_per_step(training: Training, batches: Sequence[Arrays], budget_s: f
     """The median over as many steps as fit into the budget, the first left out; the way to the device included."""
 
     def step(arrays: Arrays) -> None:
-        training.train_step(train_batch(arrays, training.device))
+        parts = parts_of(arrays, training.config.training, training.world)
+        training.train_step(*(train_batch(part, training.device) for part in parts))
 
     times: list[float] = []
     for arrays in itertools.cycle(batches):

@@ -27,7 +27,7 @@ from qskd.inference import predict_batch
 from qskd.manifest import load_manifest
 from qskd.recipe import build
 from qskd.scratch import scratch_folder
-from qskd.training import Training, train_batch
+from qskd.training import Training, parts_of, train_batch
 
 log = logging.getLogger("qskd")
 
@@ -158,8 +158,11 @@ class Worker:
         waiting_since = time.perf_counter()
         for share in shares:
             waited_s = time.perf_counter() - waiting_since
-            values = self.training.train_step(train_batch(share.arrays, self.device))
-            self.meter.add(self.training.step, values, batch_size, waited_s, share.arrays.get(LOADER_ROWS))
+            asked = share.arrays.get(LOADER_ROWS)
+            arrays = {name: array for name, array in share.arrays.items() if name != LOADER_ROWS}
+            parts = parts_of(arrays, self.config.training, self.world_size)
+            values = self.training.train_step(*(train_batch(part, self.device) for part in parts))
+            self.meter.add(self.training.step, values, batch_size, waited_s, asked)
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):
                     self.report(share.epoch, None)

@@ -220,6 +220,9 @@ class TrainingConfig(Section):
         0  # end after so many steps, if that comes before the last epoch; 0 = no limit
     )
     batch_size: Positive = 16  # over all workers
+    # Images that a worker runs at once: where its share of a batch does not fit into memory, it takes it in parts of at most so
+    # many, adds up their gradients (each part's terms are averaged over its own objects) and steps once. 0 = all at once.
+    micro_batch_size: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # the highest
     backbone_learning_rate_scale: NonNegative = 0.1  # the backbone's learning rate over that of the rest
     weight_decay: NonNegative = 1e-4  # of all weights that are trained

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qskd.config import ResizeConfig
+from qskd.config import ResizeConfig, TrainingConfig
+from qskd.schedule import split
 from qskd.structures import Targets, to_device
 from qskd.teacher import OnlineTeacher, Teacher
 from qskd.teacher_codec import EncodedRecord, encoded_record
@@ -60,6 +61,18 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         else None,
     )
     return to_device(batch, device)
+
+
+def parts_of(
+    arrays: Mapping[str, np.ndarray], config: TrainingConfig, world_size: int
+) -> list[Mapping[str, np.ndarray]]:
+    """A worker's share in the parts that it runs one after the other (`training.micro_batch_size`): as many on every worker,
+    which wait for each other, and in every step; some may be empty."""
+    if not config.micro_batch_size:
+        return [arrays]
+    share = -(-config.batch_size // world_size)  # the largest worker's
+    count = -(-share // config.micro_batch_size)
+    return [{name: split(array, count, part) for name, array in arrays.items()} for part in range(count)]
 
 
 def stand_in(device: torch.device, student: ResizeConfig, teacher: Teacher | None) -> TrainBatch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from qskd.structures import LossTerm, Targets, TeacherRecord
 from qskd.teacher import CachedTeacher, OnlineTeacher, Teacher
 from qskd.teacher_codec import decode
 from qskd.train_batch import TrainBatch as TrainBatch
+from qskd.train_batch import parts_of as parts_of
 from qskd.train_batch import stand_in
 from qskd.train_batch import train_batch as train_batch
 
@@ -169,8 +170,9 @@ class Training:
     def student(self) -> Detector:
         return self.module.student
 
-    def train_step(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """Forward, backward, update. Returns each term's value and "total", as tensors still on the device.
+    def train_step(self, *parts: TrainBatch) -> dict[str, Tensor]:
+        """Forward and backward of this worker's share of a batch, whole or in parts (as many on every worker), and one update.
+        Returns each term's value and "total" (means over the parts), as tensors still on the device.
 
         Raises QskdError when the step before this one had a non-finite loss or gradient: looking one step late means never
         waiting.
@@ -178,22 +180,15 @@ class Training:
         settings = self.config.training
         # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
-        share = batch if len(batch.images) else stand_in(self.device, self.config.student.resize, self.teacher)
-        self.student.train(share is batch)  # a stand-in leaves no mark on batch statistics
-        with autocast(self.config.compute.precision, self.device):
-            record = self._ask_teacher(share)
-            terms: dict[str, LossTerm] = self.step_module(share.images, share.sizes, share.targets, record)
-        if share is not batch:
-            terms = {
-                name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
-            }
-        # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
-        terms = {name: replace(term, floor=term.floor / self.world) for name, term in terms.items()}
-        counts = _mean_counts(terms)
-        total = combine(terms, self.module.weights_at(self.step, self.total_steps), counts)
-        self.check_finite()
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        said: list[dict[str, Tensor]] = []
+        for part in parts:
+            with self._syncing(len(said) == len(parts) - 1):
+                total, values = self._forward(part, len(parts))
+                if not said:
+                    self.check_finite()
+                    self.optimizer.zero_grad(set_to_none=True)
+                (total / len(parts)).backward()
+            said.append(values)
         factor = learning_rate_factor(self.step, self.total_steps, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * group["scale"] * factor
@@ -202,11 +197,36 @@ class Training:
         if self.average:
             self._update_average()
         self.step += 1
-        values = {k: (t.total.detach() / counts[k].clamp(min=t.floor)) for k, t in terms.items()} | {
-            "total": total.detach()
-        }
-        self._last = (values["total"], norm, values, batch.targets.image_ids)
-        return values
+        mean = said[0]
+        if len(said) > 1:
+            mean = {name: torch.stack([values[name] for values in said]).mean() for name in mean}
+        self._last = (mean["total"], norm, mean, tuple(image for part in parts for image in part.targets.image_ids))
+        return mean
+
+    def _syncing(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over workers once a step, with the last part's."""
+        if last or not isinstance(self.step_module, DistributedDataParallel):
+            return nullcontext()
+        no_sync: AbstractContextManager[Any] = self.step_module.no_sync()
+        return no_sync
+
+    def _forward(self, part: TrainBatch, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms, with its gradient's graph, and each term's value."""
+        share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
+        self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
+        with autocast(self.config.compute.precision, self.device):
+            record = self._ask_teacher(share)
+            terms: dict[str, LossTerm] = self.step_module(share.images, share.sizes, share.targets, record)
+        if share is not part:
+            terms = {
+                name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
+            }
+        # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
+        terms = {name: replace(term, floor=term.floor / (self.world * parts)) for name, term in terms.items()}
+        counts = _mean_counts(terms)
+        total = combine(terms, self.module.weights_at(self.step, self.total_steps), counts)
+        values = {k: t.total.detach() / counts[k].clamp(min=t.floor) for k, t in terms.items()}
+        return total, values | {"total": total.detach()}
 
     def _ask_teacher(self, batch: TrainBatch) -> TeacherRecord | None:
         if self.teacher is None or self.module.method is None:

@@ -6,14 +6,18 @@ import itertools
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, arrays, assert_equal, batch_of, make_training, random_teacher, recipe, trained_weights
 
 from qskd.config import TrainingConfig
 from qskd.errors import QskdError
+from qskd.schedule import split
 from qskd.structures import to_device
-from qskd.training import Training, learning_rate_factor, parameter_groups, train_batch
+from qskd.training import Training, learning_rate_factor, parameter_groups, parts_of, train_batch
+
+FULL_BUT_BATCHES = ("detection.dense_weight=1.0", "training.ema_decay=0.9", "training.clip_norm=1.0")
 
 # ---- who learns
 
@@ -233,6 +237,71 @@ def test_a_compiled_backbone_gives_the_same_losses_and_plain_names() -> None:
         runs.append((values, set(training.state())))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
     assert runs[1][1] == runs[0][1]
+
+
+FROZEN = {**FAMILIES["refined"], "backbone_norm": "frozen"}
+
+
+def in_parts(training: Training, counts: tuple[int, ...], seed: int) -> dict[str, torch.Tensor]:
+    parts = parts_of(arrays(counts, seed), training.config.training, 1)
+    return training.train_step(*map(train_batch, parts))
+
+
+def test_a_share_in_parts_is_the_mean_of_its_parts() -> None:
+    """One that consists of the same images twice, in two parts, is one of those images."""
+    once = make_training(recipe(FROZEN, *FULL_BUT_BATCHES), random_teacher("conditional"))
+    twice = make_training(
+        recipe(FROZEN, *FULL_BUT_BATCHES, "training.batch_size=4", "training.micro_batch_size=2"),
+        random_teacher("conditional"),
+    )
+    for seed in range(3):
+        single = arrays((2, 1), seed)
+        double = {name: np.concatenate([array, array]) for name, array in single.items()}
+        expected = once.train_step(train_batch(single))
+        parts = parts_of(double, twice.config.training, 1)
+        assert len(parts) == 2
+        found = twice.train_step(*map(train_batch, parts))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+    for name, weight in trained_weights(twice).items():
+        torch.testing.assert_close(weight, trained_weights(once)[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(3,), (), (0, 0, 0), (1, 0, 2)])
+def test_a_part_may_be_empty(counts: tuple[int, ...]) -> None:
+    options = ("training.batch_size=4", "training.micro_batch_size=1")
+    training = make_training(recipe(FROZEN, *FULL_BUT_BATCHES, *options), random_teacher("conditional"))
+    values = in_parts(training, counts, 1)
+    training.check_finite()
+    assert all(torch.isfinite(value) for value in values.values())
+    assert (values["total"] > 0) == bool(counts)
+
+
+def test_all_images_of_all_parts_are_named_when_one_is_broken() -> None:
+    options = ("training.batch_size=2", "training.micro_batch_size=1")
+    training = make_training(recipe(None, *options))
+    with torch.no_grad():
+        next(p for n, p in training.student.named_parameters() if "class_labels_classifier.bias" in n)[0] = float("nan")
+    in_parts(training, (2, 1), 5)
+    with pytest.raises(QskdError, match=r"images \[600, 601\]"):
+        training.state()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world", "micro", "count"), [(16, 1, 0, 1), (16, 1, 4, 4), (16, 3, 4, 2), (5, 2, 2, 2), (4, 8, 2, 1)]
+)
+def test_every_worker_has_as_many_parts_and_none_is_larger_than_asked(
+    batch_size: int, world: int, micro: int, count: int
+) -> None:
+    config = TrainingConfig(batch_size=batch_size, micro_batch_size=micro)
+    rows = {"images": np.arange(batch_size)}
+    for rank in range(world):
+        own = {name: split(array, world, rank) for name, array in rows.items()}
+        parts = parts_of(own, config, world)
+        assert len(parts) == count
+        assert np.concatenate([part["images"] for part in parts]).tolist() == own["images"].tolist()
+        assert not micro or max(len(part["images"]) for part in parts) <= micro
 
 
 def test_images_that_both_networks_see_go_to_the_device_once() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.schedule import split
-from qskd.training import TrainBatch, Training, train_batch
+from qskd.training import TrainBatch, Training, parts_of, train_batch
 
 WORKERS = 2
 TIMEOUT_S = 300  # for the workers together; one collective may take a third of it
@@ -134,6 +134,28 @@ def broken(rank: int) -> dict[str, Tensor]:
     return {"said": torch.tensor(list(said.encode()), dtype=torch.uint8)}
 
 
+def in_parts(world_size: int, rank: int) -> dict[str, Tensor]:
+    """Each share in two parts. Part by part the two workers have images 0 and 2, then 1 and 3; alone they come in that order."""
+    micro = 2 // world_size
+    training = start(
+        recipe(
+            {**FAMILIES["refined"], "backbone_norm": "frozen"},
+            DENSE,
+            "training.batch_size=4",
+            f"training.micro_batch_size={micro}",
+        )
+    )
+    for step, counts in enumerate(((2, 0, 1, 3), (1, 1, 2, 1))):
+        whole = arrays(counts, step)
+        if world_size == 1:
+            whole = {name: array[[0, 2, 1, 3]] for name, array in whole.items()}
+        own = {name: split(array, world_size, rank) for name, array in whole.items()}
+        parts = parts_of(own, training.config.training, world_size)
+        assert len(parts) == 2
+        training.train_step(*map(train_batch, parts))
+    return training.state()
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=TIMEOUT_S / 3)
@@ -142,6 +164,7 @@ def worker(rank: int, folder: str) -> None:
         save_file(train(name, WORKERS, rank), f"{folder}/{name}-{rank}.safetensors")
     save_file(evaluate(rank), f"{folder}/evaluate-{rank}.safetensors")
     save_file(broken(rank), f"{folder}/broken-{rank}.safetensors")
+    save_file(in_parts(WORKERS, rank), f"{folder}/parts-{rank}.safetensors")
     save_file(resume(rank), f"{folder}/resume-{rank}.safetensors")
     save_file(go_on(load_file(f"{folder}/alone.safetensors"), WORKERS, rank), f"{folder}/grown-{rank}.safetensors")
     dist.destroy_process_group()
@@ -248,6 +271,13 @@ def test_one_worker_s_broken_gradient_stops_them_all_before_a_checkpoint(folder:
         assert "training step 1: the gradient is not finite" in said
         assert "gradient norm nan" in said
         assert f"images {ids}" in said  # each names its own share of the batch
+
+
+def test_shares_in_parts_are_one_worker_s_of_the_same_images(folder: Path) -> None:
+    expected = part(in_parts(1, 0), "module.")
+    first, second = results(folder, "parts")
+    assert_near(part(first, "module."), expected)
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
 def test_two_workers_resume_exactly(folder: Path) -> None:
