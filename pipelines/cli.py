@@ -29,7 +29,7 @@ SkipBroken = Annotated[
 ]
 
 
-def _train(kind: str, recipe: Path | None, overrides: list[str] | None, dry_run: bool, restart: bool) -> None:
+def _train(kind: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, restart: bool) -> None:
     from pipelines import distill
     from pipelines.tracking import how_to_look, tracking_uri
 

@@ -36,7 +36,7 @@ def best_recipe(config: Config, best: TrialRow) -> str:
     where = Folder(config).where("best.yaml")
     head = [
         f"# Trial {best.number} of the sweep {config.name}: AP {best.best_ap:.4f} after {best.epochs:g} epoch(s).",
-        f"#   command:  qskd distill {where}",
+        f"#   command:  qskd distill {shlex.quote(where)}",
         *(f"#   {field}: {json.dumps(value)}" for field, value in best.overrides.items()),
     ]
     return "\n".join(head) + "\n" + to_yaml(found)

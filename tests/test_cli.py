@@ -16,6 +16,7 @@ from pipelines.cli import app, main
 from pipelines.prepare import prepare
 from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
 from qskd.errors import told_without_traceback
+from qskd.files import open_folder, publish_bytes
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 from qskd.stores import patiently
@@ -88,6 +89,34 @@ def test_errors_are_told_without_a_traceback(
     assert code == 1
     assert "Traceback" not in stderr
     assert all(part in stderr for part in said), stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([verb, "RECIPE", "--dry-run"] for verb in ("cache", "train", "distill", "tune")),
+        ["evaluate", "model", "shards", "--recipe", "RECIPE"],
+        ["explain", "RECIPE", "image.jpg"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_every_verb_reads_a_recipe_from_a_uri_and_names_it_as_it_was_given(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fsspec")
+    uri = "memory://runs/sweep/best.yaml"
+    publish_bytes(b"training: {epoch: 3}", *open_folder(uri))
+    code, stderr = run(capsys, *(uri if word == "RECIPE" else word for word in arguments))
+    assert code == 1
+    assert stderr.startswith(f"error: {uri}: unknown field training.epoch (did you mean epochs?)")
+
+
+def test_a_recipe_from_a_uri_is_the_local_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fsspec")
+    publish_bytes(RECIPE.read_bytes(), *open_folder("memory://runs/quickstart.yaml"))
+    assert load("memory://runs/quickstart.yaml", ["seed=5"]) == load(RECIPE, ["seed=5"])
+    code, stderr = run(capsys, "train", "memory://runs/none.yaml")
+    assert (code, stderr.splitlines()[0]) == (1, "error: memory://runs/none.yaml: no such recipe")
 
 
 def test_a_verb_s_module_is_the_command_in_a_process_of_its_own_too() -> None:
