@@ -126,8 +126,8 @@ def tune(
 
 @app.command()
 def prepare(
-    annotations: Annotated[Path, typer.Argument(help="COCO JSON (instances).")],
-    images: Annotated[Path, typer.Argument(help="Folder that the JSON's file names are relative to.")],
+    annotations: Annotated[str, typer.Argument(help="COCO JSON (instances), on a local disk.")],
+    images: Annotated[str, typer.Argument(help="Local folder that the JSON's file names are relative to.")],
     destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
     on_error: SkipBroken = "stop",
@@ -140,12 +140,13 @@ def prepare(
 
     if on_error not in ("stop", "skip"):
         raise QskdError("--on-error", on_error, "stop or skip")
+    source = program.local(annotations, "the annotations"), program.local(images, "the images")
     if dry_run:
-        dataset = read_coco(annotations, images, on_error)  # type: ignore[arg-type]
+        dataset = read_coco(*source, on_error)  # type: ignore[arg-type]
         shards = -(-len(dataset) // rows_per_shard)
         print(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
         return
-    manifest = program.prepare(annotations, images, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
+    manifest = program.prepare(*source, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
     print(program.describe(manifest, destination))
 
 

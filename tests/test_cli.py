@@ -78,6 +78,8 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_starts_nothing(shar
         (["train", "--set", "training.epoch=3"], ["unknown field training.epoch", "did you mean epochs"]),
         (["distill", "nowhere.yaml"], ["nowhere.yaml: no such recipe"]),
         (["prepare", "none.json", "images", "out"], ["none.json"]),
+        (["prepare", "s3://b/a.json", "images", "out"], ["s3://b/a.json: a URI, for the annotations", "aws s3 sync"]),
+        (["prepare", "a.json", "s3://b/i", "out", "--dry-run"], ["s3://b/i: a URI, for the images", "a local path"]),
         (["predict", "nowhere/model", "image.jpg"], ["nowhere/model"]),
         (["explain", "nowhere.yaml", "image.jpg"], ["nowhere.yaml: no such recipe"]),
     ],
