@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.logs import start_logs
-from pipelines.models import make_teacher, start_student
+from pipelines.models import check_teacher, make_teacher, start_student
 from pipelines.ray_checkpoints import delete_unlisted
 from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_data, check_same_run, raise_failure
 from pipelines.streaming import StreamConfig, keep_bytes_for
@@ -116,6 +116,8 @@ def check_cache(config: Config, train: Manifest) -> CacheManifest:
 def make_plan(config: Config, kind: str) -> Plan:
     """Read the manifests and check what can be checked before anything is started. Raises QskdError."""
     check_data(config, ("train", "val"))
+    if kind == "distill":
+        check_teacher(config)
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
     if train.categories != val.categories:
         raise QskdError(

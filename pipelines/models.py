@@ -29,14 +29,18 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     return CachedTeacher(TeacherCacheReader(path).manifest.sizes)
 
 
+def check_teacher(config: Config) -> None:
+    """QskdError when no teacher is named."""
+    if not config.teacher.path:
+        remedy = "--set teacher.path=..., or train without one: `qskd train`"
+        raise QskdError("teacher.path", "empty", "a Hub name or folder of a detector", remedy)
+
+
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     """The teacher the recipe names, or None for plain training."""
     if config.distillation.method == "none":
         return None
-    if not config.teacher.path:
-        raise QskdError(
-            "teacher.path", "empty", "a Hub name or folder of a detector", "--set teacher.path=..., or use `qskd train`"
-        )
+    check_teacher(config)
     detector = load_detector(config.teacher.path)
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))

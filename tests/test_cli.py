@@ -129,6 +129,20 @@ def test_a_verb_s_module_is_the_command_in_a_process_of_its_own_too() -> None:
     assert "data.train: empty" in result.stderr
 
 
+@pytest.mark.parametrize("verb", ["cache", "distill", "tune"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_teacher_left_out_is_asked_for_by_its_field(
+    verb: str, dry: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = [f"data.train={shards}", f"data.val={shards}", f"output={tmp_path}"]
+    fields += [f"teacher.cache.path={tmp_path}/cache"] if verb == "cache" else []
+    spaces = ["--space", "loss_weights"] if verb == "tune" else []
+    code, stderr = run(capsys, verb, *dry, *spaces, *(part for field in fields for part in ("--set", field)))
+    assert code == 1
+    assert stderr.startswith("error: teacher.path: empty\n  expected: a Hub name or folder of a detector\n")
+    assert "--set teacher.path=" in stderr
+
+
 def test_prepare_prints_the_map_from_category_ids_to_classes(tmp_path: Path) -> None:
     annotations, images = make_shapes(ShapesConfig(images=3), tmp_path / "coco")
     result = CliRunner().invoke(app, ["prepare", str(annotations), str(images), str(tmp_path / "shards")])
