@@ -10,7 +10,7 @@ import torch
 from qskd.cache_identity import teacher_preprocessing
 from qskd.classes import map_classes
 from qskd.config import Config
-from qskd.detectors import Detector, build_student, inherit, load_detector
+from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
 from qskd.errors import QskdError
 from qskd.evaluation import GroundTruth
 from qskd.manifest import load_manifest
@@ -62,11 +62,12 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
     teacher = teacher or load_detector(config.teacher.path)
     done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
     if not done.copied:
+        fields = [f"student.{name}: {size}, the teacher's" for name, size in fitting_sizes(student, teacher).items()]
         raise QskdError(
             "student.inherit",
-            f"no part of {config.teacher.path} fits: {done.describe()}",
+            f"no part of {config.teacher.path} fits:\n{done.describe(3)}",
             "at least one of the same shape",
-            "give the student the teacher's width, heads and ffn_width, or set student.inherit: false",
+            f"set {'; '.join([*fields, 'or student.inherit: false' if fields else 'student.inherit: false'])}",
         )
     said = f"student.inherit: {len(done.copied)} parts of {config.teacher.path}\n{done.describe()}"
     log.info(said)
