@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,8 +36,9 @@ def _train(kind: str, recipe: str | None, overrides: list[str] | None, dry_run: 
 
     config = distill.prepare_config(load(recipe, overrides or ()), kind)
     if dry_run:
-        plan = distill.make_plan(config, kind)
-        print(to_yaml(config), plan.describe(), sep="\n")
+        plan = distill.make_plan(config, kind, dry=True)
+        same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
+        print(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
         return
     result = distill.run(config, kind, restart)
     print(f"student: {result.student}")

@@ -26,8 +26,9 @@ from pipelines.tracking import Tracker, open_for, tracking_uri
 from pipelines.trainer import make_trainer
 from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
+from qskd.classes import map_classes
 from qskd.config import Config
-from qskd.detectors import describe_student
+from qskd.detectors import describe_student, labels_of, read_config
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
@@ -60,13 +61,14 @@ class Plan:
     val: Manifest
     stream: StreamConfig
     kind: str
+    cache_is_missing: bool = False  # of a dry run alone
 
     @property
     def fingerprints(self) -> dict[str, str]:
         return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint}
 
-    def describe(self) -> str:
-        """What `--dry-run` prints below the configuration."""
+    def describe(self, cache_command: str = "qskd cache RECIPE") -> str:
+        """What `--dry-run` prints below the configuration. cache_command: makes the cache that is missing."""
         schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
         workers = f"{compute.min_workers} to {compute.workers}" if compute.min_workers else f"{compute.workers}"
         lines = [
@@ -80,7 +82,10 @@ class Plan:
             f"MLflow: {tracking_uri(self.config)}",
         ]
         if self.kind == "distill":
-            how = f"its outputs from {self.stream.teacher_cache}" if self.stream.teacher_cache else SLOW_PATH
+            cache = self.config.teacher.cache.path
+            how = f"its outputs from {cache}" if self.stream.teacher_cache else SLOW_PATH
+            if self.cache_is_missing:
+                how = f"its outputs from {cache}, where no cache is yet. To be made first: {cache_command}"
             lines.insert(0, f"teacher: {self.config.teacher.path}, {how}")
         if self.config.student.inherit:
             lines.append(start_student(self.config, self.train.labels)[1])
@@ -113,8 +118,15 @@ def check_cache(config: Config, train: Manifest) -> CacheManifest:
     return manifest
 
 
-def make_plan(config: Config, kind: str) -> Plan:
-    """Read the manifests and check what can be checked before anything is started. Raises QskdError."""
+def check_classes(config: Config, train: Manifest) -> None:
+    """QskdError where the teacher does not know all classes. Reads no weights."""
+    if config.distillation.method != "none":
+        map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+
+
+def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
+    """Read the manifests and check what can be checked before anything is started. Raises QskdError. dry: nothing will be
+    started, so that a cache may be missing."""
     check_data(config, ("train", "val"))
     if kind == "distill":
         check_teacher(config)
@@ -144,7 +156,16 @@ def make_plan(config: Config, kind: str) -> Plan:
         evaluate_every_epochs=config.training.evaluate_every_epochs,
         max_steps=config.training.max_steps,
     )
-    cache = check_cache(config, train) if kind == "distill" and config.teacher.cache.path else None
+    cache, missing = None, False
+    if kind == "distill":
+        path = config.teacher.cache.path
+        missing = dry and bool(path) and load_cache_manifest(path) is None
+        if missing:
+            check_enough(config)
+        elif path:
+            cache = check_cache(config, train)
+        if cache is None:  # else its identity was compared, classes included
+            check_classes(config, train)
     own = teacher_preprocessing(config).resize if kind == "distill" and not cache else config.student.resize
     stream = StreamConfig(
         train_uri=config.data.train,
@@ -164,7 +185,7 @@ def make_plan(config: Config, kind: str) -> Plan:
         )
     row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
     stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
-    return Plan(config, train, val, stream, kind)
+    return Plan(config, train, val, stream, kind, missing)
 
 
 def prepare_config(config: Config, kind: str) -> Config:

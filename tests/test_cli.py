@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -151,8 +152,11 @@ def test_prepare_prints_the_map_from_category_ids_to_classes(tmp_path: Path) -> 
     assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["num_images"] == 3
 
 
+@pytest.mark.parametrize(
+    ("dry", "more"), [([], []), (["--dry-run"], []), (["--dry-run"], ["teacher.cache.path=nowhere"])]
+)
 def test_a_teacher_whose_classes_do_not_fit_is_refused_with_both_vocabularies(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dry: list[str], more: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = json.loads((shards.parent / "coco" / "annotations.json").read_text())
     for category in document["categories"]:
@@ -161,14 +165,29 @@ def test_a_teacher_whose_classes_do_not_fit_is_refused_with_both_vocabularies(
     renamed.write_text(json.dumps(document))
     prepare(renamed, shards.parent / "coco" / "images", str(tmp_path / "shards"), quiet=True)
     data = [f"data.{split}={tmp_path}/shards" for split in ("train", "val")]
-    overrides = [
-        part for item in (*data, f"teacher.path={TEACHER}", f"output={tmp_path}/runs") for part in ("--set", item)
-    ]
-    code, stderr = run(capsys, "distill", *overrides)
+    fields = (*data, f"teacher.path={TEACHER}", f"output={tmp_path}/runs", *more)
+    code, stderr = run(capsys, "distill", *dry, *(part for field in fields for part in ("--set", field)))
     assert code == 1
     assert "thing 1" in stderr
     assert "circle" in stderr
     assert "teacher.class_map" in stderr
+
+
+def test_a_missing_cache_is_told_by_a_dry_run_with_the_rest_of_the_plan_and_refused_by_a_run(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = [f"data.train={shards}", f"data.val={shards}", f"teacher.path={TEACHER}", f"output={tmp_path}"]
+    fields += [f"teacher.cache.path={tmp_path}/cache", f"student.backbone.init={BACKBONE}", "card.data=two words"]
+    words = [str(RECIPE), *(part for field in fields for part in ("--set", field))]
+    planned = CliRunner().invoke(app, ["distill", *words, "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert f"its outputs from {tmp_path}/cache, where no cache is yet" in planned.output
+    assert f"To be made first: {shlex.join(['qskd', 'cache', *words])}" in planned.output
+    assert "student.inherit: " in planned.output
+    assert not list(tmp_path.iterdir())
+    code, stderr = run(capsys, "distill", *words)
+    assert code == 1
+    assert stderr.startswith(f"error: {tmp_path}/cache: no cache of teacher outputs")
 
 
 def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path: Path) -> None:
