@@ -34,8 +34,9 @@ def _train(kind: str, recipe: str | None, overrides: list[str] | None, dry_run: 
     from pipelines import distill
     from pipelines.tracking import how_to_look, tracking_uri
 
-    config = distill.prepare_config(load(recipe, overrides or ()), kind)
+    config = load(recipe, overrides or ())
     if dry_run:
+        config = distill.prepare_config(config, kind)
         plan = distill.make_plan(config, kind, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
         print(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")

@@ -17,6 +17,7 @@ from typing import Any
 from pyarrow import fs
 
 from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
+from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
 from pipelines.models import check_teacher, make_teacher, start_student
 from pipelines.ray_checkpoints import delete_unlisted
@@ -189,7 +190,9 @@ def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
 
 
 def prepare_config(config: Config, kind: str) -> Config:
-    """Resolve what the verb implies: `train` has no teacher; paths become absolute, since workers run elsewhere."""
+    """Resolve what the verb implies (`kind`: cache, distill or train): `train` has no teacher; paths become absolute, since
+    workers run elsewhere, those that a job would lose are told first."""
+    check_job_folder(config, kind)
 
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())
