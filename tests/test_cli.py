@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from pyarrow.fs import LocalFileSystem
 from typer.testing import CliRunner
 
@@ -82,6 +83,12 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_starts_nothing(shar
         (["prepare", "s3://b/a.json", "images", "out"], ["s3://b/a.json: a URI, for the annotations", "aws s3 sync"]),
         (["prepare", "a.json", "s3://b/i", "out", "--dry-run"], ["s3://b/i: a URI, for the images", "a local path"]),
         (["predict", "nowhere/model", "image.jpg"], ["nowhere/model"]),
+        (
+            ["evaluate", "model", "shards", "--set", "data.val=x"],
+            ["--set data.val=x: data.val has no effect", "teacher.resize and teacher.class_map"],
+        ),
+        (["evaluate", "model", "shards", "--set", "compute.workers=2"], ["compute.workers has no effect"]),
+        (["evaluate", "model", "shards", "--set", "teacher.rezise.size=2"], ["unknown field", "did you mean resize"]),
         (["explain", "nowhere.yaml", "image.jpg"], ["nowhere.yaml: no such recipe"]),
     ],
 )
@@ -188,6 +195,23 @@ def test_a_missing_cache_is_told_by_a_dry_run_with_the_rest_of_the_plan_and_refu
     code, stderr = run(capsys, "distill", *words)
     assert code == 1
     assert stderr.startswith(f"error: {tmp_path}/cache: no cache of teacher outputs")
+
+
+def test_an_evaluation_reads_the_fields_that_count_and_its_recipe_may_hold_others(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole.yaml").write_text("training: {epochs: 7}\nteacher: {class_map: {nothing: nothing}}\n")
+    command = ["evaluate", str(TEACHER), str(shards), "--workers", "0", "--recipe", str(tmp_path / "whole.yaml")]
+    code, stderr = run(capsys, *command)
+    assert (code, "nothing" in stderr) == (1, True)  # the file's class map counts
+    mended = [*command, "--set", "teacher.class_map={}", "--set", "teacher.resize.size=48"]
+    if not torch.cuda.is_available():
+        code, stderr = run(capsys, *mended, "--set", "compute.device=cuda")
+        assert (code, stderr.splitlines()[0]) == (1, "error: compute.device: cuda, and there is no GPU here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # moving to it would fail
+    result = CliRunner().invoke(app, [*mended, "--set", "compute.device=cpu"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("AP ")
 
 
 def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path: Path) -> None:
