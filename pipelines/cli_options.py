@@ -21,4 +21,4 @@ DryRun = Annotated[
     ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
-Model = Annotated[str, typer.Argument(help="Hub name or folder of a detector.")]
+Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector.")]

@@ -29,7 +29,7 @@ from qskd.cache_identity import cache_identity, check_enough, teacher_preprocess
 from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 from qskd.classes import map_classes
 from qskd.config import Config
-from qskd.detectors import describe_student, labels_of, read_config
+from qskd.detectors import describe_student, labels_of, read_config, uri_refused
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
@@ -197,7 +197,9 @@ def prepare_config(config: Config, kind: str) -> Config:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())
 
-    def model(path: str) -> str:
+    def model(field: str, path: str) -> str:
+        if "://" in path:
+            raise uri_refused(path, field)
         path = os.path.expanduser(path)
         # A job's working folder is a copy, in the same place for every worker but in another for the next job: a path in
         # it is left relative, or a run could not be continued.
@@ -206,10 +208,11 @@ def prepare_config(config: Config, kind: str) -> Config:
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
     update: dict[str, Any] = {"data": data}
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
-    teacher = {"cache": cache, "path": model(config.teacher.path)}
+    teacher = {"cache": cache, "path": model("teacher.path", config.teacher.path)}
     update["teacher"] = config.teacher.model_copy(update=teacher)
-    start = config.student.backbone.model_copy(update={"init": model(config.student.backbone.init)})
-    update["student"] = config.student.model_copy(update={"init": model(config.student.init), "backbone": start})
+    student, backbone = config.student, config.student.backbone
+    start = backbone.model_copy(update={"init": model("student.backbone.init", backbone.init)})
+    update["student"] = student.model_copy(update={"init": model("student.init", student.init), "backbone": start})
     if kind == "train":
         update["distillation"] = config.distillation.model_copy(update={"method": "none"})
     return config.model_copy(update=update)

@@ -214,6 +214,18 @@ def test_an_evaluation_reads_the_fields_that_count_and_its_recipe_may_hold_other
     assert result.output.startswith("AP ")
 
 
+@pytest.mark.parametrize("field", ["teacher.path", "student.init", "student.backbone.init"])
+@pytest.mark.parametrize("verb", ["distill", "cache", "tune"])
+def test_a_checkpoint_at_a_uri_is_refused_by_its_field(
+    verb: str, field: str, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = [f"data.train={shards}", f"data.val={shards}", f"teacher.path={TEACHER}", f"{field}=s3://b/teacher"]
+    code, stderr = run(capsys, verb, *(part for each in fields for part in ("--set", each)))
+    assert code == 1
+    assert stderr.startswith(f"error: {field}: s3://b/teacher, a URI\n  expected: a local folder or a Hub name\n")
+    assert "aws s3 sync" in stderr
+
+
 def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path: Path) -> None:
     taught, untaught = (recipe(tmp_path, name).model_dump() for name in ("qskd", "baseline"))
     assert set(KINDS) == {"qskd", "baseline"}

@@ -9,7 +9,7 @@ with without_collecting():
     from qskd.detectors.inherit import Inheritance, fitting_sizes, inherit
     from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
     from qskd.detectors.student import build_student, describe_student, student_cost
-    from qskd.detectors.weights import read_config
+    from qskd.detectors.weights import read_config, uri_refused
 
 __all__ = [
     "FAMILIES",
@@ -31,4 +31,5 @@ __all__ = [
     "save_detector",
     "student_cost",
     "to_pixels",
+    "uri_refused",
 ]
