@@ -77,6 +77,7 @@ def test_a_sweep_in_mlflow_is_a_parent_with_children_and_a_registered_model(
         assert run.data.tags["qskd.state"] == row.state
         logged = [metric.value for metric in client.get_metric_history(row.run_id, "val/AP")]
         assert logged == pytest.approx([ap for _, ap in row.curve])
+        assert run.data.metrics["best/AP"] == pytest.approx(row.best_ap)
         assert run.data.params["student.queries"] == str(row.overrides.get("student.queries", 8))
         assert client.get_metric_history(row.run_id, "loss/total")
     listed = {each.path for each in client.list_artifacts(undisturbed.run_id)}
