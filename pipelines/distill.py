@@ -21,7 +21,16 @@ from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
 from pipelines.models import check_teacher, make_teacher, start_student
 from pipelines.ray_checkpoints import delete_unlisted
-from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_data, check_same_run, raise_failure
+from pipelines.storage import (
+    FAILURE,
+    SWEEP,
+    Folder,
+    alone_on,
+    check_no_trial,
+    check_same_data,
+    check_same_run,
+    raise_failure,
+)
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, open_for, tracking_uri
 from pipelines.trainer import make_trainer
@@ -229,6 +238,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     folder = Folder(config)
     if folder.exists(SWEEP):
         raise QskdError(folder.path, "holds a sweep", "a training, or nothing", "choose another name: --set name=...")
+    check_no_trial(folder)
     plan = make_plan(config, kind)
     with alone_on(folder):
         return _run(plan, folder, restart)

@@ -100,6 +100,10 @@ def test_the_best_recipe_is_one_that_distill_takes(work: Path, undisturbed: tune
     flat = flatten(to_tree(found))
     assert {name: flat[name] for name in best.overrides} == best.overrides
     make_plan(found, "distill")
+    for row in undisturbed.rows:
+        own = load(Path(undisturbed.folder, "trials", f"{row.number:04d}", "recipe.yaml"))
+        assert own == found.model_copy(update={"name": own.name}) or row.number != best.number
+        assert own.name == f"undisturbed-trial-{row.number:04d}"
 
 
 def test_the_same_command_again_trains_nothing(work: Path, undisturbed: tune.SweepResult) -> None:
