@@ -202,7 +202,7 @@ def quickstart(
     dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
-    """Distil a small detector on built-in data beside its baseline, and compare: three to four minutes on two cores."""
+    """Distil a small detector on built-in data beside its baseline, and compare: two to four minutes on two cores."""
     from pipelines import quickstart as program
 
     program.quickstart(folder, dry_run, restart)

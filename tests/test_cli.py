@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -233,6 +234,19 @@ def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path
     assert differing == {"name", "distillation", "student"}
     assert {key for key, value in taught["student"].items() if untaught["student"][key] != value} == {"inherit"}
     assert untaught["distillation"]["method"] == "none"
+
+
+def test_the_quickstarts_recipe_names_the_fields_that_distill_needs_with_it(shards: Path, tmp_path: Path) -> None:
+    head = "".join(line for line in RECIPE.read_text().splitlines() if line.startswith("#"))
+    fields = dict.fromkeys(re.findall(r"--set ([\w.]+)=\.\.\.", head), str(shards))
+    assert "teacher.path" in fields
+    words = [
+        part
+        for name, value in (fields | {"teacher.path": str(TEACHER)}).items()
+        for part in ("--set", f"{name}={value}")
+    ]
+    result = CliRunner().invoke(app, ["distill", str(RECIPE), *words, "--set", f"output={tmp_path}", "--dry-run"])
+    assert result.exit_code == 0, result.exception
 
 
 def test_the_quickstarts_assets_are_small_and_whole() -> None:
