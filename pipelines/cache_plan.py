@@ -13,8 +13,8 @@ import pyarrow.fs as pafs
 import torch
 
 from pipelines.cache_workers import decode
-from pipelines.distill import check_data
 from pipelines.models import check_teacher, device_here
+from pipelines.plan_checks import check_data
 from qskd.cache_identity import cache_identity, teacher_preprocessing
 from qskd.cache_making import CacheMaker, row_batches
 from qskd.cache_manifest import (

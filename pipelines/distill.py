@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
 from pipelines.models import check_teacher, make_teacher, start_student
+from pipelines.plan_checks import check_cache, check_classes, check_data
 from pipelines.ray_checkpoints import delete_unlisted
 from pipelines.storage import (
     FAILURE,
@@ -34,11 +34,10 @@ from pipelines.storage import (
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, open_for, tracking_uri
 from pipelines.trainer import make_trainer
-from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
-from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
-from qskd.classes import map_classes
+from qskd.cache_identity import check_enough, teacher_preprocessing
+from qskd.cache_manifest import load_cache_manifest
 from qskd.config import Config
-from qskd.detectors import describe_student, labels_of, read_config, uri_refused
+from qskd.detectors import describe_student, uri_refused
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
@@ -100,38 +99,6 @@ class Plan:
         if self.config.student.inherit:
             lines.append(start_student(self.config, self.train.labels)[1])
         return "\n".join(lines)
-
-
-def check_data(config: Config, fields: Sequence[str]) -> None:
-    """QskdError when a shard folder is not given."""
-    for field in fields:
-        if not getattr(config.data, field):
-            raise QskdError(
-                f"data.{field}", "empty", "a shard folder made by `qskd prepare`", f"--set data.{field}=FOLDER"
-            )
-
-
-def check_cache(config: Config, train: Manifest) -> CacheManifest:
-    """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough."""
-    path, views = config.teacher.cache.path, config.data.views.count
-    check_enough(config)
-    manifest = load_cache_manifest(path)
-    if manifest is None:
-        raise QskdError(
-            path,
-            "no cache of teacher outputs",
-            "one made by `qskd cache` with this recipe",
-            "run `qskd cache RECIPE`; or run the teacher in every step, which is slower: --set teacher.cache.path=",
-        )
-    check_identity(manifest, cache_identity(config, train), path)
-    check_views(manifest, views, path)
-    return manifest
-
-
-def check_classes(config: Config, train: Manifest) -> None:
-    """QskdError where the teacher does not know all classes. Reads no weights."""
-    if config.distillation.method != "none":
-        map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
 
 
 def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
