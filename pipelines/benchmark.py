@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qskd.cost import busy_note
 from qskd.detectors import Detector, load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.export import export_onnx, open_session
+from qskd.files import fetched
 from qskd.memory import peak_memory
 from qskd.scratch import scratch_folder
 
@@ -100,9 +102,10 @@ def graph_of(model: str, detector: Detector, options: BenchmarkOptions, scratch:
 def foresee(models: Sequence[str], options: BenchmarkOptions) -> str:
     """What `--dry-run` prints."""
     runtimes = f"{TORCH} and {ONNX}" if options.onnx else TORCH
-    lines = [
-        f"{name}: {model}, images of {input_size(model, options.size)}" for name, model in names_of(models).items()
-    ]
+    lines = []
+    for name, model in names_of(models).items():
+        with fetched(model) as folder:
+            lines.append(f"{name}: {model}, images of {input_size(folder, options.size)}")
     batches = ", ".join(map(str, options.batches))
     return "\n".join(
         [*lines, f"{runtimes} on {options.torch_device()}, batches of {batches}, {options.threads} thread(s)"]
@@ -110,15 +113,18 @@ def foresee(models: Sequence[str], options: BenchmarkOptions) -> str:
 
 
 def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
-    """Measure. Counts are taken first, then all models take turns, then each has a process to itself for its memory."""
+    """Measure Hub names, folders or URIs. Counts are taken first, then all models take turns, then each has a process to
+    itself for its memory."""
     device = options.torch_device()
     torch.set_num_threads(options.threads)
     named = names_of(models)
     runners: dict[tuple[str, str], Runner] = {}
     counted: dict[str, tuple[str, Size, Cost]] = {}
     sources: dict[tuple[str, str], tuple[Any, Size]] = {}
-    with scratch_folder("benchmark") as scratch:
-        for name, model in named.items():
+    with ExitStack() as copies:
+        scratch = copies.enter_context(scratch_folder("benchmark"))
+        for name, uri in named.items():
+            model = copies.enter_context(fetched(uri))
             detector, size = load_detector(model), input_size(model, options.size)
             counted[name] = (detector.family, size, cost_of(detector, size))
             if options.onnx:

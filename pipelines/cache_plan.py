@@ -13,8 +13,8 @@ import pyarrow.fs as pafs
 import torch
 
 from pipelines.cache_workers import decode
-from pipelines.distill import check_data
-from pipelines.models import device_here
+from pipelines.models import check_teacher, device_here
+from pipelines.plan_checks import check_data
 from qskd.cache_identity import cache_identity, teacher_preprocessing
 from qskd.cache_making import CacheMaker, row_batches
 from qskd.cache_manifest import (
@@ -86,8 +86,7 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
     if not config.teacher.cache.path:
         remedy = "--set teacher.cache.path=FOLDER, best in the recipe: `qskd distill` then finds it"
         raise QskdError("teacher.cache.path", "empty", "the folder or URI the cache is to be in", remedy)
-    if not config.teacher.path:
-        raise QskdError("teacher.path", "empty", "a Hub name or folder of a detector", "--set teacher.path=...")
+    check_teacher(config)
     check_data(config, ("train",))
     data, path = load_manifest(config.data.train), config.teacher.cache.path
     identity = cache_identity(config, data)

@@ -52,7 +52,7 @@ class CacheResult:
 
 def foresee(config: Config, overwrite: bool = False) -> str:
     """What `--dry-run` prints: what there is, and what the rest will cost, tried on a few images."""
-    plan = make_cache_plan(prepare_config(config, "distill"), overwrite)
+    plan = make_cache_plan(prepare_config(config, "cache"), overwrite)
     if not plan.todo:
         return f"{plan.describe()}\nnothing is missing"
     teacher = make_teacher(plan.config, plan.data.labels)
@@ -62,7 +62,7 @@ def foresee(config: Config, overwrite: bool = False) -> str:
 
 def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
-    started, config = time.perf_counter(), prepare_config(config, "distill")
+    started, config = time.perf_counter(), prepare_config(config, "cache")
     plan = make_cache_plan(config, overwrite)
     start_logs(run=config.name)
     say(f"cache: {plan.describe()}", quiet)
@@ -219,7 +219,7 @@ class _Ticker:
 
 def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
     """Recompute random rows, each in the batch it was computed in, and compare: the largest error of each column."""
-    config = prepare_config(config, "distill")
+    config = prepare_config(config, "cache")
     plan = make_cache_plan(config)
     if plan.existing is None or not plan.existing.views:
         raise QskdError(plan.path, "no finished view", "a cache made with this recipe", "run `qskd cache RECIPE`")

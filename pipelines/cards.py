@@ -58,7 +58,7 @@ def teacher_metrics(config: Config) -> dict[str, float]:
     compute, seen_as = config.compute, teacher_preprocessing(config).resize
     threads = compute.threads_per_worker or 1
     teacher = (config.teacher.path, config.data.val, seen_as, config.teacher.class_map)
-    return evaluate(*teacher, workers=compute.workers, threads=threads).metrics
+    return evaluate(*teacher, workers=compute.workers, threads=threads, device=compute.device).metrics
 
 
 def figures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,14 +30,16 @@ SkipBroken = Annotated[
 ]
 
 
-def _train(kind: str, recipe: Path | None, overrides: list[str] | None, dry_run: bool, restart: bool) -> None:
+def _train(kind: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, restart: bool) -> None:
     from pipelines import distill
     from pipelines.tracking import how_to_look, tracking_uri
 
-    config = distill.prepare_config(load(recipe, overrides or ()), kind)
+    config = load(recipe, overrides or ())
     if dry_run:
-        plan = distill.make_plan(config, kind)
-        print(to_yaml(config), plan.describe(), sep="\n")
+        config = distill.prepare_config(config, kind)
+        plan = distill.make_plan(config, kind, dry=True)
+        same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
+        print(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
         return
     result = distill.run(config, kind, restart)
     print(f"student: {result.student}")
@@ -126,8 +129,8 @@ def tune(
 
 @app.command()
 def prepare(
-    annotations: Annotated[Path, typer.Argument(help="COCO JSON (instances).")],
-    images: Annotated[Path, typer.Argument(help="Folder that the JSON's file names are relative to.")],
+    annotations: Annotated[str, typer.Argument(help="COCO JSON (instances), on a local disk.")],
+    images: Annotated[str, typer.Argument(help="Local folder that the JSON's file names are relative to.")],
     destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
     on_error: SkipBroken = "stop",
@@ -140,12 +143,13 @@ def prepare(
 
     if on_error not in ("stop", "skip"):
         raise QskdError("--on-error", on_error, "stop or skip")
+    source = program.local(annotations, "the annotations"), program.local(images, "the images")
     if dry_run:
-        dataset = read_coco(annotations, images, on_error)  # type: ignore[arg-type]
+        dataset = read_coco(*source, on_error)  # type: ignore[arg-type]
         shards = -(-len(dataset) // rows_per_shard)
         print(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
         return
-    manifest = program.prepare(annotations, images, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
+    manifest = program.prepare(*source, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
     print(program.describe(manifest, destination))
 
 
@@ -198,7 +202,7 @@ def quickstart(
     dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
-    """Distil a small detector on built-in data beside its baseline, and compare: three to four minutes on two cores."""
+    """Distil a small detector on built-in data beside its baseline, and compare: two to four minutes on two cores."""
     from pipelines import quickstart as program
 
     program.quickstart(folder, dry_run, restart)

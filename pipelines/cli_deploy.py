@@ -61,7 +61,8 @@ def export(
 
 def benchmark(
     models: Annotated[
-        list[str], typer.Argument(help="Hub names or folders of detectors; the others are compared with the first.")
+        list[str],
+        typer.Argument(help="Hub names, folders or URIs of detectors; the others are compared with the first."),
     ],
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Images at a time; may be repeated. [default: 1 2 4 8]")

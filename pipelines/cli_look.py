@@ -15,7 +15,7 @@ def evaluate(
     model: Model,
     data: Annotated[str, typer.Argument(help="Shard folder made by `qskd prepare`.")],
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML recipe; its teacher.resize and teacher.class_map count.")
+        str | None, typer.Option(help="YAML recipe; its teacher.resize, teacher.class_map and compute.device count.")
     ] = None,
     set: Set = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
@@ -34,6 +34,7 @@ def evaluate(
     from qskd.manifest import load_manifest
 
     config = load(recipe, set or ())
+    program.check_overrides(set or ())
     if dry_run:
         with fetched(model) as folder:
             manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
@@ -48,6 +49,7 @@ def evaluate(
         workers,
         threads,
         backend,  # type: ignore[arg-type]
+        config.compute.device,
     )
     print("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
     if per_class:
@@ -74,7 +76,9 @@ def predict(
 
 
 def explain(
-    recipe_or_run: Annotated[str, typer.Argument(help="YAML recipe, or the folder of a run (OUTPUT/NAME).")],
+    recipe_or_run: Annotated[
+        str, typer.Argument(help="YAML recipe, or the folder of a run (OUTPUT/NAME); a path or a URI.")
+    ],
     images: Annotated[list[str], typer.Argument(help="Image files; or ids or file names of the recipe's data.")],
     annotations: Annotated[Path | None, typer.Option(help="COCO JSON that describes the image files.")] = None,
     before: Annotated[

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+# Text, not a Path, which would make `s3:/bucket` of a URI.
 Recipe = Annotated[
-    Path | None, typer.Argument(help="YAML recipe; without one, the defaults. See configs/.", show_default=False)
+    str | None,
+    typer.Argument(help="YAML recipe, a path or a URI; without one, the defaults. See configs/.", show_default=False),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field of the recipe; may be repeated.")
@@ -20,4 +21,4 @@ DryRun = Annotated[
     ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
-Model = Annotated[str, typer.Argument(help="Hub name or folder of a detector.")]
+Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector.")]

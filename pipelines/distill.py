@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,29 @@ from typing import Any
 from pyarrow import fs
 
 from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
+from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
-from pipelines.models import make_teacher, start_student
+from pipelines.models import check_teacher, make_teacher, start_student
 from pipelines.notices import notices
+from pipelines.plan_checks import check_cache, check_classes, check_data
 from pipelines.ray_checkpoints import delete_unlisted
-from pipelines.storage import FAILURE, SWEEP, Folder, alone_on, check_same_data, check_same_run, raise_failure
+from pipelines.storage import (
+    FAILURE,
+    SWEEP,
+    Folder,
+    alone_on,
+    check_no_trial,
+    check_same_data,
+    check_same_run,
+    raise_failure,
+)
 from pipelines.streaming import StreamConfig, keep_bytes_for
 from pipelines.tracking import Tracker, open_for, tracking_uri
 from pipelines.trainer import make_trainer
-from qskd.cache_identity import cache_identity, check_enough, teacher_preprocessing
-from qskd.cache_manifest import CacheManifest, check_identity, check_views, load_cache_manifest
+from qskd.cache_identity import check_enough, teacher_preprocessing
+from qskd.cache_manifest import load_cache_manifest
 from qskd.config import Config
-from qskd.detectors import describe_student, read_preprocessing
+from qskd.detectors import describe_student, read_preprocessing, uri_refused
 from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
@@ -61,6 +71,7 @@ class Plan:
     val: Manifest
     stream: StreamConfig
     kind: str
+    cache_is_missing: bool = False  # of a dry run alone
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -70,8 +81,8 @@ class Plan:
     def notices(self) -> list[str]:
         return notices(self.config, self.stream.schedule.total_steps / self.stream.schedule.steps_per_epoch)
 
-    def describe(self) -> str:
-        """What `--dry-run` prints below the configuration."""
+    def describe(self, cache_command: str = "qskd cache RECIPE") -> str:
+        """What `--dry-run` prints below the configuration. cache_command: makes the cache that is missing."""
         schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
         workers = f"{compute.min_workers} to {compute.workers}" if compute.min_workers else f"{compute.workers}"
         lines = [
@@ -85,7 +96,10 @@ class Plan:
             f"MLflow: {tracking_uri(self.config)}",
         ]
         if self.kind == "distill":
-            how = f"its outputs from {self.stream.teacher_cache}" if self.stream.teacher_cache else SLOW_PATH
+            cache = self.config.teacher.cache.path
+            how = f"its outputs from {cache}" if self.stream.teacher_cache else SLOW_PATH
+            if self.cache_is_missing:
+                how = f"its outputs from {cache}, where no cache is yet. To be made first: {cache_command}"
             lines.insert(0, f"teacher: {self.config.teacher.path}, {how}")
         lines += [f"notice: {notice}" for notice in self.notices]
         if self.config.student.inherit:
@@ -93,35 +107,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def check_data(config: Config, fields: Sequence[str]) -> None:
-    """QskdError when a shard folder is not given."""
-    for field in fields:
-        if not getattr(config.data, field):
-            raise QskdError(
-                f"data.{field}", "empty", "a shard folder made by `qskd prepare`", f"--set data.{field}=FOLDER"
-            )
-
-
-def check_cache(config: Config, train: Manifest) -> CacheManifest:
-    """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough."""
-    path, views = config.teacher.cache.path, config.data.views.count
-    check_enough(config)
-    manifest = load_cache_manifest(path)
-    if manifest is None:
-        raise QskdError(
-            path,
-            "no cache of teacher outputs",
-            "one made by `qskd cache` with this recipe",
-            "run `qskd cache RECIPE`; or run the teacher in every step, which is slower: --set teacher.cache.path=",
-        )
-    check_identity(manifest, cache_identity(config, train), path)
-    check_views(manifest, views, path)
-    return manifest
-
-
-def make_plan(config: Config, kind: str) -> Plan:
-    """Read the manifests and check what can be checked before anything is started. Raises QskdError."""
+def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
+    """Read the manifests and check what can be checked before anything is started. Raises QskdError. dry: nothing will be
+    started, so that a cache may be missing."""
     check_data(config, ("train", "val"))
+    if kind == "distill":
+        check_teacher(config)
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
     if train.categories != val.categories:
         raise QskdError(
@@ -148,7 +139,16 @@ def make_plan(config: Config, kind: str) -> Plan:
         evaluate_every_epochs=config.training.evaluate_every_epochs,
         max_steps=config.training.max_steps,
     )
-    cache = check_cache(config, train) if kind == "distill" and config.teacher.cache.path else None
+    cache, missing = None, False
+    if kind == "distill":
+        path = config.teacher.cache.path
+        missing = dry and bool(path) and load_cache_manifest(path) is None
+        if missing:
+            check_enough(config)
+        elif path:
+            cache = check_cache(config, train)
+        if cache is None:  # else its identity was compared, classes included
+            check_classes(config, train)
     own = teacher_preprocessing(config).resize if kind == "distill" and not cache else config.student.resize
     stream = StreamConfig(
         train_uri=config.data.train,
@@ -168,17 +168,21 @@ def make_plan(config: Config, kind: str) -> Plan:
         )
     row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
     stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
-    return Plan(config, train, val, stream, kind)
+    return Plan(config, train, val, stream, kind, missing)
 
 
 def prepare_config(config: Config, kind: str) -> Config:
-    """Resolve what the verb implies: `train` has no teacher; paths become absolute, since workers run elsewhere. A student
-    that starts from a detector sees images of that one's size, unless the recipe says another."""
+    """Resolve what the verb implies (`kind`: cache, distill or train): `train` has no teacher; paths become absolute, since
+    workers run elsewhere, those that a job would lose are told first. A student that starts from a detector sees images of
+    that one's size, unless the recipe says another."""
+    check_job_folder(config, kind)
 
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())
 
-    def model(path: str) -> str:
+    def model(field: str, path: str) -> str:
+        if "://" in path:
+            raise uri_refused(path, field)
         path = os.path.expanduser(path)
         # A job's working folder is a copy, in the same place for every worker but in another for the next job: a path in
         # it is left relative, or a run could not be continued.
@@ -187,10 +191,11 @@ def prepare_config(config: Config, kind: str) -> Config:
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
     update: dict[str, Any] = {"data": data}
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
-    teacher = {"cache": cache, "path": model(config.teacher.path)}
+    teacher = {"cache": cache, "path": model("teacher.path", config.teacher.path)}
     update["teacher"] = config.teacher.model_copy(update=teacher)
-    start = config.student.backbone.model_copy(update={"init": model(config.student.backbone.init)})
-    student: dict[str, Any] = {"init": model(config.student.init), "backbone": start}
+    backbone = config.student.backbone
+    start = backbone.model_copy(update={"init": model("student.backbone.init", backbone.init)})
+    student: dict[str, Any] = {"init": model("student.init", config.student.init), "backbone": start}
     if student["init"] and "resize" not in config.student.model_fields_set:
         student["resize"] = read_preprocessing(student["init"]).resize
     update["student"] = config.student.model_copy(update=student)
@@ -210,6 +215,7 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     folder = Folder(config)
     if folder.exists(SWEEP):
         raise QskdError(folder.path, "holds a sweep", "a training, or nothing", "choose another name: --set name=...")
+    check_no_trial(folder)
     plan = make_plan(config, kind)
     with alone_on(folder):
         return _run(plan, folder, restart)

@@ -30,7 +30,7 @@ from qskd.files import open_folder
 from qskd.pictures import explanation_picture, warning_of
 from qskd.recipe import apply_overrides, build, load
 from qskd.scratch import scratch_folder
-from qskd.stores import join
+from qskd.stores import join, patiently
 from qskd.teacher import OnlineTeacher
 
 log = logging.getLogger("qskd")
@@ -48,11 +48,13 @@ class Source:
 
 def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
     """A run's folder (OUTPUT/NAME, a path or a URI; it may have been moved), or a recipe and the run that it describes."""
-    if "://" not in recipe_or_run and not Path(recipe_or_run).is_dir():
+    filesystem, root = open_folder(recipe_or_run)
+    # An object store's "folder" need not be a thing of its own: there, what is not a file is taken for one.
+    kind = patiently(recipe_or_run, filesystem, lambda: filesystem.get_file_info(root).type)
+    if kind == fs.FileType.File or ("://" not in recipe_or_run and kind != fs.FileType.Directory):
         config = load(recipe_or_run, overrides)
         folder = Folder(config)
         return Source(config, folder.where("student") if folder.exists("student/config.json") else "")
-    filesystem, root = open_folder(recipe_or_run)
     try:
         with filesystem.open_input_stream(f"{root}/config.yaml") as stream:
             tree = yaml.safe_load(stream.read())

@@ -45,6 +45,7 @@ from qskd.export import (
     require_parity,
     together,
 )
+from qskd.files import fetched
 from qskd.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, write_card
 from qskd.views import View, view_image
 
@@ -140,7 +141,8 @@ def parity_table(found: Sequence[Parity], tolerance: float) -> Table:
 
 def foresee(model: str, out: Path, options: ExportOptions) -> str:
     """What `--dry-run` prints."""
-    size, images = square(model, options.size).resize.size, image_files(options.images)
+    with fetched(model) as folder:
+        size, images = square(folder, options.size).resize.size, image_files(options.images)
     if not options.onnx:
         return f"{model} → {out}: a Hugging Face folder, images of {size} x {size} pixels"
     batch = "any batch" if options.dynamic_batch else f"batch {options.batch_size}"
@@ -152,8 +154,14 @@ def foresee(model: str, out: Path, options: ExportOptions) -> str:
 
 
 def export(model: str, out: Path, options: ExportOptions, console: Console | None = None) -> Path:
-    """Write the folder `out`, whole or not at all; prints what it checks and measures. Raises QskdError."""
-    console = console or Console()
+    """Write the folder `out`, whole or not at all, of a Hub name, folder or URI; prints what it checks and measures. Raises
+    QskdError."""
+    with fetched(model) as folder:
+        return _export(folder, model, out, options, console or Console())
+
+
+def _export(model: str, named: str, out: Path, options: ExportOptions, console: Console) -> Path:
+    """model: a Hub name or a local folder; named: as the user named it."""
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise QskdError("--out", f"{out}, the model's own folder", "another folder")
     seen_as = square(model, options.size)
@@ -165,18 +173,19 @@ def export(model: str, out: Path, options: ExportOptions, console: Console | Non
         extra = json.loads(own.read_text()) if own.is_file() else None
         save_detector(detector, fresh, seen_as.resize, extra, seen_as.mean, seen_as.std)
         onnx = _add_onnx(detector, fresh, seen_as, options, console) if options.onnx else None
-        write_card(fresh, card_of(model, detector, seen_as, onnx))
+        write_card(fresh, card_of(model, named, detector, seen_as, onnx))
     console.print(f"→ {out}: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
     return out
 
 
-def card_of(model: str, detector: Detector, seen_as: Preprocessing, onnx: OnnxFacts | None) -> Card:
+def card_of(model: str, named: str, detector: Detector, seen_as: Preprocessing, onnx: OnnxFacts | None) -> Card:
     """The card that the model came with, or a new one, with what this export found. AP that was measured at another size
     of the images is left out."""
     size = Size(seen_as.resize.size, seen_as.resize.size)
     cost, card = cost_of(detector, size), read_card(model)
     if card is None:
-        name = model if is_hub_name(model) else Path(model).resolve().name
+        path = named.partition("?")[0] if "://" in named else named  # a URI's query is no part of its name
+        name = named if is_hub_name(named) else Path(path).resolve().name
         own = Figures("this model", {}, cost.parameters, cost.gflops, input=str(size))
         return Card(name, detector.family, len(detector.labels), (own,), onnx=onnx)
     rows = card.rows

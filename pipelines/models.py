@@ -11,7 +11,7 @@ import torch
 from qskd.cache_identity import teacher_preprocessing
 from qskd.classes import map_classes
 from qskd.config import Config
-from qskd.detectors import Detector, build_student, inherit, load_detector
+from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
 from qskd.errors import QskdError
 from qskd.evaluation import GroundTruth
 from qskd.manifest import load_manifest
@@ -30,14 +30,18 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     return CachedTeacher(TeacherCacheReader(path).manifest.sizes)
 
 
+def check_teacher(config: Config) -> None:
+    """QskdError when no teacher is named."""
+    if not config.teacher.path:
+        remedy = "--set teacher.path=..., or train without one: `qskd train`"
+        raise QskdError("teacher.path", "empty", "a Hub name or folder of a detector", remedy)
+
+
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     """The teacher the recipe names, or None for plain training."""
     if config.distillation.method == "none":
         return None
-    if not config.teacher.path:
-        raise QskdError(
-            "teacher.path", "empty", "a Hub name or folder of a detector", "--set teacher.path=..., or use `qskd train`"
-        )
+    check_teacher(config)
     detector = load_detector(config.teacher.path)
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))
@@ -59,11 +63,12 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
     teacher = teacher or load_detector(config.teacher.path)
     done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
     if not done.copied:
+        fields = [f"student.{name}: {size}, the teacher's" for name, size in fitting_sizes(student, teacher).items()]
         raise QskdError(
             "student.inherit",
-            f"no part of {config.teacher.path} fits: {done.describe()}",
+            f"no part of {config.teacher.path} fits:\n{done.describe(3)}",
             "at least one of the same shape",
-            "give the student the teacher's width, heads and ffn_width, or set student.inherit: false",
+            f"set {'; '.join([*fields, 'or student.inherit: false' if fields else 'student.inherit: false'])}",
         )
     if done.backbone:
         seen_as = teacher_preprocessing(config)

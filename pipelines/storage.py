@@ -25,6 +25,8 @@ log = logging.getLogger("qskd")
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
 DATA = "data.json"  # fingerprints of the shards that a run was begun on
 SWEEP = "sweep.json"  # what a sweep was asked for
+TRIAL = "trial.json"  # what is known of a trial of a sweep
+RECIPE = "recipe.yaml"  # beside it, at the sweep's end: the trial as a training of its own
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
 
@@ -76,6 +78,17 @@ class Folder:
         if is_local(self.filesystem):
             return {"storage_path": self.root}
         return {"storage_path": self.root, "storage_filesystem": self.filesystem}
+
+
+def check_no_trial(folder: Folder) -> None:
+    """QskdError where a trial of a sweep is: another program there would train on in it, or replace its student. The
+    configuration that a trial's MLflow run has names that folder."""
+    if not folder.exists(TRIAL):
+        return
+    remedy = "choose another folder: --set name=... --set output=..."
+    if folder.exists(RECIPE):
+        remedy = f"its recipe as a run of its own is {folder.where(RECIPE)}; or {remedy}"
+    raise QskdError(folder.path, "holds a trial of a sweep", "a folder of its own", remedy)
 
 
 @contextmanager

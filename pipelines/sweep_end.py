@@ -6,9 +6,9 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from pipelines.storage import Folder
+from pipelines.storage import RECIPE, Folder
 from pipelines.sweep_records import Records
-from pipelines.sweep_results import best_row
+from pipelines.sweep_results import best_row, has_ap
 from pipelines.sweep_tracking import ALIAS
 from pipelines.sweep_trials import TrialRow
 from pipelines.tracking import Tracker, how_to_look, tracking_uri
@@ -31,15 +31,27 @@ class SweepResult:
 
 def best_recipe(config: Config, best: TrialRow) -> str:
     """The recipe with the best trial's settings at its full length, as YAML, with the command that trains it."""
-    name = f"{config.name}-best"
-    found = replace_fields(config, {**best.overrides, "name": name}, "the best trial")
-    where = Folder(config).where("best.yaml")
+    return _recipe(config, best, f"{config.name}-best", Folder(config).where("best.yaml"))
+
+
+def _recipe(config: Config, row: TrialRow, name: str, where: str) -> str:
+    """A trial as a training of its own, which is to be called `name`. where: the file that this becomes."""
+    found = replace_fields(config, {**row.overrides, "name": name}, f"trial {row.number}")
     head = [
-        f"# Trial {best.number} of the sweep {config.name}: AP {best.best_ap:.4f} after {best.epochs:g} epoch(s).",
-        f"#   command:  qskd distill {where}",
-        *(f"#   {field}: {json.dumps(value)}" for field, value in best.overrides.items()),
+        f"# Trial {row.number} of the sweep {config.name}: AP {row.best_ap:.4f} after {row.epochs:g} epoch(s).",
+        f"#   command:  qskd distill {shlex.quote(where)}",
+        *(f"#   {field}: {json.dumps(value)}" for field, value in row.overrides.items()),
     ]
     return "\n".join(head) + "\n" + to_yaml(found)
+
+
+def write_recipes(config: Config, records: Records) -> None:
+    """The same of every trial with an AP, in its folder: with two goals any of the Pareto front may be the one that is wanted,
+    and the configuration in a trial's MLflow run is of a trial, and names its folder."""
+    for row in filter(has_ap, records.in_order()):
+        folder = records.trial_folder(row.number)
+        name = f"{config.name}-trial-{row.number:04d}"
+        folder.write(RECIPE, _recipe(config, row, name, folder.where(RECIPE)))
 
 
 def finish(config: Config, description: str, records: Records, tracker: Tracker) -> SweepResult:
@@ -55,12 +67,15 @@ def finish(config: Config, description: str, records: Records, tracker: Tracker)
         text, command = best_recipe(config, best), f"qskd distill {shlex.quote(folder.where('best.yaml'))}"
         folder.write("best.yaml", text)
         tracker.text("best.yaml", text)
+        write_recipes(config, records)
         version = _register(config, records, best, tracker)
     with scratch_folder("sweep-report") as scratch:
         write_report(scratch, rows, config, text, f"{config.name}: {description}")
         folder.upload(scratch, "report")
         tracker.folder(scratch, "report")
     Console().print(terminal_table(rows, command, config))
+    if best is not None:
+        print(f"any other trial at full length: qskd distill {folder.where(f'trials/NUMBER/{RECIPE}')}")
     if version:
         print(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
     print(f"report: {folder.where('report/index.html')}")

@@ -10,12 +10,12 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.storage import SWEEP, Folder
+from pipelines.storage import SWEEP, TRIAL, Folder, check_no_trial
 from pipelines.sweep_trials import TrialRow
 from qskd.config import Config
 from qskd.errors import QskdError
 
-TRIAL, REFUSED = "trial.json", "refused.json"
+REFUSED = "refused.json"
 ENDED = ("finished", "stopped", "failed")
 # What may differ between a sweep and its continuation: how much of it, not of what. (A population keeps its size.)
 FREE_TO_CHANGE = ("trials",)
@@ -44,7 +44,8 @@ def trial_config(sweep: Config, number: int) -> Config:
 
 
 def check_no_training(folder: Folder) -> None:
-    """QskdError where a training is."""
+    """QskdError where a training is, or a trial of another sweep."""
+    check_no_trial(folder)
     if not folder.exists(SWEEP) and (folder.exists("train") or folder.exists("result.json")):
         raise QskdError(folder.path, "holds a training", "a sweep, or nothing", "choose another name: --set name=...")
 
@@ -63,6 +64,8 @@ class Records:
             return
         found = self.folder.filesystem.get_file_info(fs.FileSelector(f"{self.folder.root}/trials"))
         for info in sorted(found, key=lambda each: str(each.base_name)):
+            if not info.base_name.isdigit():  # someone else's: a run that was given this folder as its output
+                continue
             trial = self.trial_folder(int(info.base_name))
             if trial.exists(TRIAL):  # not there when the driver was killed between the folder and its first file
                 yield row_from_json(trial.read(TRIAL))

@@ -60,20 +60,24 @@ class SweepTracking:
         logged, lost = tracker.last_step("val/AP"), tracker.last_step("loss/total")
         history = read_history(self.records.trial_folder(row.number))
         evaluations = {entry["step"]: entry["evaluation"] for entry in history}
+        best = -1.0
         for epochs, ap in row.curve:
-            step = round(epochs * self.steps_per_epoch)
+            step, best = round(epochs * self.steps_per_epoch), max(best, ap)
             if step > logged:
                 rows = [(at, values) for at, values in rows_until(history, step) if at > lost]
-                self._log(tracker, step, epochs, evaluations.get(step) or {"AP": ap}, rows)
+                self._log(tracker, step, epochs, evaluations.get(step) or {"AP": ap}, best, rows)
 
     def report(self, number: int, report: Mapping[str, Any]) -> None:
         if number in self.trials:
             rows = [(int(step), values) for step, values in report["rows"]]
-            self._log(self.trials[number], report["step"], report["epochs"], report["metrics"], rows)
+            best = self.records.rows[number].best_ap  # the row has heard this evaluation
+            self._log(self.trials[number], report["step"], report["epochs"], report["metrics"], best, rows)
 
     @staticmethod
-    def _log(tracker: Tracker, step: int, epochs: float, metrics: Mapping[str, float], rows: Rows) -> None:
+    def _log(tracker: Tracker, step: int, epochs: float, metrics: Mapping[str, float], best: float, rows: Rows) -> None:
         found = {f"val/{name}": value for name, value in metrics.items() if value >= 0}
+        if best >= 0:  # MLflow sorts runs by a metric's last value, and a sweep chooses by the best evaluation
+            found["best/AP"] = best
         tracker.metrics([*rows, (step, {**found, "epoch": epochs})])
 
     def costs(self, number: int, measured: Mapping[str, float]) -> None:

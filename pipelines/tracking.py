@@ -28,12 +28,21 @@ PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of M
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
 
+def _named_uri(config: Config | None) -> str:
+    named = config.tracking.uri if config else ""
+    return named or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def relative_store(config: Config | None = None) -> str:
+    """The sqlite file that runs are kept in, where it is named from the working folder; empty otherwise."""
+    relative = re.match(r"^sqlite:///(?!/)(.+)$", _named_uri(config))
+    return relative[1] if relative else ""
+
+
 def tracking_uri(config: Config | None = None) -> str:
     """The URI of the recipe, else MLFLOW_TRACKING_URI, else sqlite in the working folder."""
-    named = config.tracking.uri if config else ""
-    uri = named or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    relative = re.match(r"^sqlite:///(?!/)(.+)$", uri)  # the controller, which writes to it, may work elsewhere
-    return f"sqlite:///{Path.cwd() / relative[1]}" if relative else uri
+    relative = relative_store(config)  # the controller, which writes to it, may work elsewhere
+    return f"sqlite:///{Path.cwd() / relative}" if relative else _named_uri(config)
 
 
 def _client(uri: str) -> Any:

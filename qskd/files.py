@@ -157,7 +157,11 @@ def fetched(uri: str) -> Iterator[str]:
             patiently(uri, filesystem, lambda: pafs.copy_files(root, local, source_filesystem=filesystem))
         except (OSError, pa.ArrowException) as error:
             raise QskdError(redacted(uri), f"can't be read: {error}", "a folder with files in it") from None
-        yield str(local)
+        try:
+            yield str(local)
+        except QskdError as error:  # it names the copy, which the user never saw
+            words = (error.where, error.found, error.expected, error.remedy)
+            raise QskdError(*(word.replace(str(local), redacted(uri)) for word in words)) from None
 
 
 class ParquetFiles:

@@ -107,12 +107,21 @@ def replace_fields(config: Config, fields: Mapping[str, Any], where: str) -> Con
     return build(tree, where)
 
 
+def _read(path: str) -> str:
+    if "://" not in path:
+        return Path(path).read_text(encoding="utf-8")
+    from qskd.files import open_folder, read_bytes  # pyarrow: a while to import, and few recipes are elsewhere
+
+    filesystem, inside = open_folder(path)
+    return read_bytes(filesystem, inside, path).decode("utf-8")
+
+
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML recipe (or start from the defaults when `path` is None) and apply `a.b=c` overrides."""
+    """Read a YAML recipe, a path or a URI (or start from the defaults when `path` is None); apply `a.b=c` overrides."""
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = yaml.safe_load(_read(str(path))) or {}
         except FileNotFoundError:
             raise QskdError(str(path), "no such recipe", "a YAML file", "see configs/ for examples") from None
         except yaml.YAMLError as error:

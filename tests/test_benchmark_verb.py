@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     long = ResizeConfig(mode="shortest_edge", size=SIZE, longest=80)
     save_detector(Detector(test_families.tiny_model("detr")), root / "long", long)
     return [str(root / "square"), str(root / "long")]
+
+
+def test_a_model_at_a_uri_is_measured_as_its_folder_is(models: list[str]) -> None:
+    uri, options = Path(models[0]).as_uri(), BenchmarkOptions(batches=(1,), rounds=1)
+    here, there = benchmark(models[:1], replace(options, memory=False)), benchmark([uri], options)
+    assert here.models == there.models  # sizes and counts, by the same short name
+    (row,) = there.rows
+    assert (row.name, list(row.memory)) == (here.rows[0].name, [1])  # another process reads the copy too
+    said = CliRunner().invoke(app, ["benchmark", uri, "--dry-run"], catch_exceptions=False).output
+    assert said.startswith(f"square: {uri}, images of 64 x 64")
 
 
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:

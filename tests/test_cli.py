@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from pyarrow.fs import LocalFileSystem
 from typer.testing import CliRunner
 
@@ -16,6 +19,7 @@ from pipelines.cli import app, main
 from pipelines.prepare import prepare
 from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
 from qskd.errors import told_without_traceback
+from qskd.files import open_folder, publish_bytes
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 from qskd.stores import patiently
@@ -77,7 +81,15 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_starts_nothing(shar
         (["train", "--set", "training.epoch=3"], ["unknown field training.epoch", "did you mean epochs"]),
         (["distill", "nowhere.yaml"], ["nowhere.yaml: no such recipe"]),
         (["prepare", "none.json", "images", "out"], ["none.json"]),
+        (["prepare", "s3://b/a.json", "images", "out"], ["s3://b/a.json: a URI, for the annotations", "aws s3 sync"]),
+        (["prepare", "a.json", "s3://b/i", "out", "--dry-run"], ["s3://b/i: a URI, for the images", "a local path"]),
         (["predict", "nowhere/model", "image.jpg"], ["nowhere/model"]),
+        (
+            ["evaluate", "model", "shards", "--set", "data.val=x"],
+            ["--set data.val=x: data.val has no effect", "teacher.resize and teacher.class_map"],
+        ),
+        (["evaluate", "model", "shards", "--set", "compute.workers=2"], ["compute.workers has no effect"]),
+        (["evaluate", "model", "shards", "--set", "teacher.rezise.size=2"], ["unknown field", "did you mean resize"]),
         (["explain", "nowhere.yaml", "image.jpg"], ["nowhere.yaml: no such recipe"]),
     ],
 )
@@ -90,12 +102,54 @@ def test_errors_are_told_without_a_traceback(
     assert all(part in stderr for part in said), stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([verb, "RECIPE", "--dry-run"] for verb in ("cache", "train", "distill", "tune")),
+        ["evaluate", "model", "shards", "--recipe", "RECIPE"],
+        ["explain", "RECIPE", "image.jpg"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_every_verb_reads_a_recipe_from_a_uri_and_names_it_as_it_was_given(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fsspec")
+    uri = "memory://runs/sweep/best.yaml"
+    publish_bytes(b"training: {epoch: 3}", *open_folder(uri))
+    code, stderr = run(capsys, *(uri if word == "RECIPE" else word for word in arguments))
+    assert code == 1
+    assert stderr.startswith(f"error: {uri}: unknown field training.epoch (did you mean epochs?)")
+
+
+def test_a_recipe_from_a_uri_is_the_local_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fsspec")
+    publish_bytes(RECIPE.read_bytes(), *open_folder("memory://runs/quickstart.yaml"))
+    assert load("memory://runs/quickstart.yaml", ["seed=5"]) == load(RECIPE, ["seed=5"])
+    code, stderr = run(capsys, "train", "memory://runs/none.yaml")
+    assert (code, stderr.splitlines()[0]) == (1, "error: memory://runs/none.yaml: no such recipe")
+
+
 def test_a_verb_s_module_is_the_command_in_a_process_of_its_own_too() -> None:
     command = [sys.executable, "-m", "pipelines.train"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "data.train: empty" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["cache", "distill", "tune"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_teacher_left_out_is_asked_for_by_its_field(
+    verb: str, dry: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = [f"data.train={shards}", f"data.val={shards}", f"output={tmp_path}"]
+    fields += [f"teacher.cache.path={tmp_path}/cache"] if verb == "cache" else []
+    spaces = ["--space", "loss_weights"] if verb == "tune" else []
+    code, stderr = run(capsys, verb, *dry, *spaces, *(part for field in fields for part in ("--set", field)))
+    assert code == 1
+    assert stderr.startswith("error: teacher.path: empty\n  expected: a Hub name or folder of a detector\n")
+    assert "--set teacher.path=" in stderr
 
 
 def test_prepare_prints_the_map_from_category_ids_to_classes(tmp_path: Path) -> None:
@@ -106,8 +160,11 @@ def test_prepare_prints_the_map_from_category_ids_to_classes(tmp_path: Path) -> 
     assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["num_images"] == 3
 
 
+@pytest.mark.parametrize(
+    ("dry", "more"), [([], []), (["--dry-run"], []), (["--dry-run"], ["teacher.cache.path=nowhere"])]
+)
 def test_a_teacher_whose_classes_do_not_fit_is_refused_with_both_vocabularies(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dry: list[str], more: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = json.loads((shards.parent / "coco" / "annotations.json").read_text())
     for category in document["categories"]:
@@ -116,14 +173,58 @@ def test_a_teacher_whose_classes_do_not_fit_is_refused_with_both_vocabularies(
     renamed.write_text(json.dumps(document))
     prepare(renamed, shards.parent / "coco" / "images", str(tmp_path / "shards"), quiet=True)
     data = [f"data.{split}={tmp_path}/shards" for split in ("train", "val")]
-    overrides = [
-        part for item in (*data, f"teacher.path={TEACHER}", f"output={tmp_path}/runs") for part in ("--set", item)
-    ]
-    code, stderr = run(capsys, "distill", *overrides)
+    fields = (*data, f"teacher.path={TEACHER}", f"output={tmp_path}/runs", *more)
+    code, stderr = run(capsys, "distill", *dry, *(part for field in fields for part in ("--set", field)))
     assert code == 1
     assert "thing 1" in stderr
     assert "circle" in stderr
     assert "teacher.class_map" in stderr
+
+
+def test_a_missing_cache_is_told_by_a_dry_run_with_the_rest_of_the_plan_and_refused_by_a_run(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = [f"data.train={shards}", f"data.val={shards}", f"teacher.path={TEACHER}", f"output={tmp_path}"]
+    fields += [f"teacher.cache.path={tmp_path}/cache", f"student.backbone.init={BACKBONE}", "card.data=two words"]
+    words = [str(RECIPE), *(part for field in fields for part in ("--set", field))]
+    planned = CliRunner().invoke(app, ["distill", *words, "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert f"its outputs from {tmp_path}/cache, where no cache is yet" in planned.output
+    assert f"To be made first: {shlex.join(['qskd', 'cache', *words])}" in planned.output
+    assert "student.inherit: " in planned.output
+    assert not list(tmp_path.iterdir())
+    code, stderr = run(capsys, "distill", *words)
+    assert code == 1
+    assert stderr.startswith(f"error: {tmp_path}/cache: no cache of teacher outputs")
+
+
+def test_an_evaluation_reads_the_fields_that_count_and_its_recipe_may_hold_others(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole.yaml").write_text("training: {epochs: 7}\nteacher: {class_map: {nothing: nothing}}\n")
+    command = ["evaluate", str(TEACHER), str(shards), "--workers", "0", "--recipe", str(tmp_path / "whole.yaml")]
+    code, stderr = run(capsys, *command)
+    assert (code, "nothing" in stderr) == (1, True)  # the file's class map counts
+    mended = [*command, "--set", "teacher.class_map={}", "--set", "teacher.resize.size=48"]
+    if not torch.cuda.is_available():
+        code, stderr = run(capsys, *mended, "--set", "compute.device=cuda")
+        assert (code, stderr.splitlines()[0]) == (1, "error: compute.device: cuda, and there is no GPU here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # moving to it would fail
+    result = CliRunner().invoke(app, [*mended, "--set", "compute.device=cpu"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("AP ")
+
+
+@pytest.mark.parametrize("field", ["teacher.path", "student.init", "student.backbone.init"])
+@pytest.mark.parametrize("verb", ["distill", "cache", "tune"])
+def test_a_checkpoint_at_a_uri_is_refused_by_its_field(
+    verb: str, field: str, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = [f"data.train={shards}", f"data.val={shards}", f"teacher.path={TEACHER}", f"{field}=s3://b/teacher"]
+    code, stderr = run(capsys, verb, *(part for each in fields for part in ("--set", each)))
+    assert code == 1
+    assert stderr.startswith(f"error: {field}: s3://b/teacher, a URI\n  expected: a local folder or a Hub name\n")
+    assert "aws s3 sync" in stderr
 
 
 def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path: Path) -> None:
@@ -133,6 +234,19 @@ def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path
     assert differing == {"name", "distillation", "student"}
     assert {key for key, value in taught["student"].items() if untaught["student"][key] != value} == {"inherit"}
     assert untaught["distillation"]["method"] == "none"
+
+
+def test_the_quickstarts_recipe_names_the_fields_that_distill_needs_with_it(shards: Path, tmp_path: Path) -> None:
+    head = "".join(line for line in RECIPE.read_text().splitlines() if line.startswith("#"))
+    fields = dict.fromkeys(re.findall(r"--set ([\w.]+)=\.\.\.", head), str(shards))
+    assert "teacher.path" in fields
+    words = [
+        part
+        for name, value in (fields | {"teacher.path": str(TEACHER)}).items()
+        for part in ("--set", f"{name}={value}")
+    ]
+    result = CliRunner().invoke(app, ["distill", str(RECIPE), *words, "--set", f"output={tmp_path}", "--dry-run"])
+    assert result.exit_code == 0, result.exception
 
 
 def test_the_quickstarts_assets_are_small_and_whole() -> None:

@@ -228,6 +228,21 @@ def test_a_checkpoints_own_mean_and_deviation_stay(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model.onnx").exists()
 
 
+def test_a_uri_is_exported_as_its_folder_is_and_named_as_it_was_given(tmp_path: Path) -> None:
+    save_detector(random_detector("conditional"), tmp_path / "mine", ResizeConfig(size=64))
+    there, options = (tmp_path / "mine").as_uri(), ExportOptions(onnx=False)
+    assert foresee(there, tmp_path / "out", options).startswith(f"{there} → {tmp_path}/out: a Hugging Face folder")
+    for model, out in ((there, "there"), (str(tmp_path / "mine"), "here")):
+        export(model, tmp_path / out, options)
+    names = sorted(file.name for file in (tmp_path / "here").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "there").iterdir())
+    assert all((tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes() for name in names)
+    (tmp_path / "mine" / "model.safetensors").unlink()
+    with pytest.raises(QskdError) as told:
+        export(there, tmp_path / "again", options)
+    assert told.value.where == there  # not the copy, which the user never saw
+
+
 def likeness() -> tuple[list[np.ndarray], list[np.ndarray]]:
     logits, boxes = (value.numpy() for value in outputs_of(2, 8, 5, 1))
     other = [logits + 1e-6, boxes.copy()]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
-from qskd.config import BackboneConfig, StudentConfig
-from qskd.detectors import Detector, build_student, inherit, load_detector, save_detector
+from pipelines.models import start_student
+from qskd.config import BackboneConfig, Config, StudentConfig
+from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector, save_detector
 from qskd.detectors.families import find_family
 from qskd.detectors.inherit import spread
 from qskd.errors import QskdError
@@ -137,6 +138,40 @@ def test_channels_of_other_heads_are_not_chosen() -> None:
     with_fewer = detector("conditional_detr", 2)
     done = inherit(with_fewer, teacher, (0, 1, 2))
     assert "its 8 heads are not the student's 4" in done.left["model.decoder.layers.0"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"width": 48, "heads": 6}, {"heads": 8}),
+        ({"width": 36, "heads": 6, "ffn_width": 128}, {"width": 64, "heads": 8, "ffn_width": 96}),  # 36 % 8 is not 0
+        ({"width": 128, "heads": 8}, {"width": 64}),
+    ],
+)
+def test_where_nothing_fits_the_fields_that_are_named_make_it_fit(
+    sizes: dict[str, int], named: dict[str, int], tmp_path: Path
+) -> None:
+    other = BackboneConfig(embedding_size=4, hidden_sizes=(4, 4), depths=(1, 1))
+    teacher = detector("conditional_detr", 1, width=64, ffn_width=96, heads=8, backbone=other)
+    student = detector("conditional_detr", 2, **sizes)
+    done = inherit(student, teacher, (0, 1, 2))
+    assert not done.copied
+    assert "heads" not in done.left["model.backbone"]
+    assert fitting_sizes(student, teacher) == named
+    assert inherit(detector("conditional_detr", 2, **{**sizes, **named}), teacher, (0, 1, 2)).copied
+    save_detector(teacher, tmp_path / "teacher", StudentConfig().resize)
+    tree = {"backbone": BACKBONE, "encoder_layers": 2, "decoder_layers": 3, **TINY, **sizes, "inherit": True}
+    recipe = Config.model_validate({"student": tree, "teacher": {"path": str(tmp_path / "teacher")}})
+    with pytest.raises(QskdError, match="no part of") as told:
+        start_student(recipe, LABELS)
+    assert all(f"student.{name}: {size}, the teacher's" in told.value.remedy for name, size in named.items())
+    assert told.value.remedy.endswith("or student.inherit: false")
+    assert len(str(told.value).splitlines()) == 7  # three parts, how many more, what was expected, what to do
+    assert " more" in told.value.found.splitlines()[-1]
+
+
+def test_sizes_are_not_named_where_they_are_not_in_the_way() -> None:
+    assert fitting_sizes(detector("detr", 2, width=16), detector("detr", 1)) == {}
 
 
 def test_a_saved_teacher_s_backbone_is_inherited_too(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_a_sweep_in_mlflow_is_a_parent_with_children_and_a_registered_model(
         assert run.data.tags["qskd.state"] == row.state
         logged = [metric.value for metric in client.get_metric_history(row.run_id, "val/AP")]
         assert logged == pytest.approx([ap for _, ap in row.curve])
+        assert run.data.metrics["best/AP"] == pytest.approx(row.best_ap)
         assert run.data.params["student.queries"] == str(row.overrides.get("student.queries", 8))
         assert client.get_metric_history(row.run_id, "loss/total")
     listed = {each.path for each in client.list_artifacts(undisturbed.run_id)}
@@ -99,6 +100,10 @@ def test_the_best_recipe_is_one_that_distill_takes(work: Path, undisturbed: tune
     flat = flatten(to_tree(found))
     assert {name: flat[name] for name in best.overrides} == best.overrides
     make_plan(found, "distill")
+    for row in undisturbed.rows:
+        own = load(Path(undisturbed.folder, "trials", f"{row.number:04d}", "recipe.yaml"))
+        assert own == found.model_copy(update={"name": own.name}) or row.number != best.number
+        assert own.name == f"undisturbed-trial-{row.number:04d}"
 
 
 def test_the_same_command_again_trains_nothing(work: Path, undisturbed: tune.SweepResult) -> None:

@@ -18,7 +18,7 @@ from pipelines.population import Population
 from pipelines.search_request import Search, SearchRequest, check_request
 from pipelines.storage import Folder, alone_on, check_same_data
 from pipelines.student_costs import costs, parameters_m, recipe_latency_ms
-from pipelines.sweep_end import best_recipe
+from pipelines.sweep_end import best_recipe, write_recipes
 from pipelines.sweep_records import Records, Refusal, check_no_training, trial_config
 from pipelines.sweep_trials import TrialRow
 from pipelines.trial_job import Job
@@ -348,6 +348,37 @@ def test_the_best_recipe_has_its_settings_at_the_full_length(tmp_path: Path) -> 
     assert found == replace_fields(
         config, {"student.queries": 12, "distillation.warmup": 0.2, "name": "sweep-best"}, "test"
     )
+
+
+def test_every_trial_with_an_ap_leaves_a_recipe_of_its_own_and_its_folder_is_refused(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, "training.epochs=30")
+    records = Records(replace_fields(config, {"training.epochs": 3}, "test"))  # trials are shorter
+    narrow = {"student.queries": 12}
+    records.put(TrialRow(0, "finished", curve=((3.0, 0.4),)))
+    records.put(TrialRow(7, "stopped", overrides=narrow, curve=((1.0, 0.3),)))
+    records.put(TrialRow(8, "failed", reason="broken"))
+    of_a_trial = replace_fields(trial_config(config, 7), narrow, "test")  # as its MLflow run has it
+    for name in ("before", "after"):
+        for run in (lambda: distill.run(of_a_trial, "distill", restart=True), lambda: distill.run(of_a_trial, "train")):
+            with pytest.raises(QskdError, match=r"trials/0007: holds a trial of a sweep") as told:
+                run()
+            assert ("trials/0007/recipe.yaml" in told.value.remedy) == (name == "after")
+        with pytest.raises(QskdError, match="holds a trial"):
+            check_no_training(Folder(of_a_trial))
+        write_recipes(config, records)
+    found = load(tmp_path / "sweep/trials/0007/recipe.yaml")
+    assert found == replace_fields(config, {**narrow, "name": "sweep-trial-0007"}, "test")
+    assert Folder(found).root == str(tmp_path / "sweep-trial-0007")
+    assert load(tmp_path / "sweep/trials/0000/recipe.yaml").name == "sweep-trial-0000"
+    assert not (tmp_path / "sweep/trials/0008/recipe.yaml").exists()
+
+
+def test_what_others_put_among_the_trials_is_not_taken_for_one(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    row = Records(config).put(TrialRow(0, "finished", curve=((1.0, 0.4),)))
+    for name in ("mine", ".mine.lock"):
+        (tmp_path / "sweep" / "trials" / name).mkdir()
+    assert Records(config).in_order() == [row]
 
 
 def test_a_job_survives_its_way() -> None:

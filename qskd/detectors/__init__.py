@@ -6,10 +6,10 @@ with without_collecting():
     from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
     from qskd.detectors.detector import Detector, labels_of
     from qskd.detectors.families import FAMILIES
-    from qskd.detectors.inherit import Inheritance, inherit
+    from qskd.detectors.inherit import Inheritance, fitting_sizes, inherit
     from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
     from qskd.detectors.student import build_student, describe_student, student_cost
-    from qskd.detectors.weights import read_config
+    from qskd.detectors.weights import read_config, uri_refused
 
 __all__ = [
     "FAMILIES",
@@ -21,6 +21,7 @@ __all__ = [
     "build_student",
     "checkpoint_digests",
     "describe_student",
+    "fitting_sizes",
     "inherit",
     "labels_of",
     "load_detector",
@@ -30,4 +31,5 @@ __all__ = [
     "save_detector",
     "student_cost",
     "to_pixels",
+    "uri_refused",
 ]

@@ -30,15 +30,18 @@ class Inheritance:
     left: dict[str, str]
     backbone: bool
 
-    def describe(self) -> str:
-        """One line a part."""
+    def describe(self, most: int | None = None) -> str:
+        """One line a part; of more than `most`, how many more there are."""
         said = {
             name: f"the same{source[len(name) :]}"
             for name, source in self.copied.items()
             if source.split(",")[0] == name
         }
         lines = [f"  {name} <- {said.get(name, source)}" for name, source in self.copied.items()]
-        return "\n".join([*lines, *(f"  {name}: not inherited, {why}" for name, why in self.left.items())])
+        lines += [f"  {name}: not inherited, {why}" for name, why in self.left.items()]
+        if most is not None and len(lines) > most:
+            lines[most:] = [f"  and {len(lines) - most} more"]
+        return "\n".join(lines)
 
 
 def spread(count: int, available: int) -> list[int]:
@@ -144,9 +147,8 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
                 value = _rows(value, mine[name])
             if value is None or value.shape != mine[name].shape:
                 found = "nothing" if value is None else list(value.shape)
-                left[part] = (
-                    f"{name[len(part) + 1 :]} is {list(mine[name].shape)}, the teacher's {found}{narrow.why_not}"
-                )
+                why = "" if name.startswith(prefix) else narrow.why_not  # the backbone's channels are no head's
+                left[part] = f"{name[len(part) + 1 :]} is {list(mine[name].shape)}, the teacher's {found}{why}"
                 break
             values[name] = value
         else:
@@ -157,6 +159,19 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     if family.num_queries(own.config) > had and queries & copied.keys():
         family.place_queries(own, had)
     return Inheritance(copied, left, backbone=prefix.rstrip(".") in copied)
+
+
+def fitting_sizes(student: Detector, teacher: Detector) -> dict[str, int]:
+    """The fields of `student` in a recipe by which parts of this teacher would fit, of those that now keep them out: as many
+    heads, and nothing wider. Empty where the sizes are not what is in the way."""
+    family = find_family(student.family, "student.inherit")
+    own, theirs = family.sizes(student.model.config), family.sizes(teacher.model.config)
+    found = {name: theirs[name] for name in ("width", "ffn_width") if own[name] > theirs[name]}
+    if own["heads"] != theirs["heads"]:
+        found["heads"] = theirs["heads"]
+        if own["width"] % theirs["heads"]:  # no such student could be built
+            found["width"] = theirs["width"]
+    return {name: found[name] for name in ("width", "heads", "ffn_width") if name in found}
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,20 @@ from transformers.utils import logging as transformers_logging
 from qskd.detectors.families import find_family
 from qskd.detectors.timm_resnet import spell_out
 from qskd.errors import QskdError
+from qskd.stores import redacted
 
 _ONLY_SAFETENSORS = "model.safetensors (a pickle can run code when it is read, so none is)"
 _CONVERT = (
     "where you trust the file: AutoModelForObjectDetection.from_pretrained(path, use_safetensors=False)"
     ".save_pretrained(new_folder), which writes safetensors"
 )
+
+
+def uri_refused(uri: str, field: str = "") -> QskdError:
+    """What is said of a checkpoint's URI, where it is read from a disk. field: of the recipe, that has it."""
+    remedy = "copy it to a local disk first, for example with `aws s3 sync`"
+    where, found = (field, f"{redacted(uri)}, a URI") if field else (redacted(uri), "a URI")
+    return QskdError(where, found, "a local folder or a Hub name", remedy)
 
 
 def check_path(path: str | Path, weights: bool = True) -> str:
@@ -33,6 +41,8 @@ def check_path(path: str | Path, weights: bool = True) -> str:
     """
     if not str(path):
         raise QskdError("checkpoint", "an empty path", "a folder saved by transformers, or a Hub name")
+    if "://" in str(path):
+        raise uri_refused(str(path))
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
