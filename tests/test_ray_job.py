@@ -138,6 +138,7 @@ def test_a_job_from_a_folder_with_a_recipe_caches_and_distils_on_an_object_store
     assert len([name for name in objects if name.startswith("cache/") and name.endswith(".parquet")]) == 2
     assert any(name.startswith("runs/one/train/checkpoint_") for name in objects)
     assert not [name for name in objects if ".writing-" in name or name.endswith(".part")]
+    assert json.loads(objects["runs/one/history.json"])[-1]["training"]["loss/agfd"] > 0  # the cache's maps reached it
     lines = [json.loads(line) for line in (done.stdout + done.stderr).splitlines() if line.startswith("{")]
     (progress,) = [line for line in lines if line.get("step") == 3 and "AP" in line]
     assert (progress["run"], progress["run_id"]) == ("one", result["run_id"])
