@@ -143,8 +143,8 @@ def test_a_job_that_ray_gives_up_on_is_begun_again_with_what_is_missing(
     def lose_the_rest_once(plan: CachePlan, *rest: Any) -> tuple[float, float]:
         if written:
             return compute(plan, *rest)
-        computed = dict.fromkeys(plan.todo[2:], 1)
-        compute(replace(plan, done=computed), *rest)
+        for path in sorted((work / "cache").glob("*.view-000.parquet"))[:2]:  # as good as computed: the same bytes
+            shutil.copy(path, folder)
         written.update({path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")})
         raise gone
 
