@@ -8,10 +8,10 @@ from typing import Any
 
 from pipelines.cluster import check_room, may_be_preempted, worker_resources
 from pipelines.ray_checkpoints import TRAIN, delete_unlisted, mend_list
-from pipelines.storage import Folder
+from pipelines.storage import FAILURE, Folder
 from pipelines.streaming import StreamConfig
 from qskd.config import Config
-from qskd.recipe import to_tree
+from qskd.recipe import build, to_tree
 
 log = logging.getLogger("qskd")
 
@@ -25,6 +25,8 @@ def make_trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     def train(payload: dict[str, Any]) -> None:
+        if Folder(build(payload["config"])).exists(FAILURE):
+            return  # the workers were begun again in vain: the driver reads it and says why
         # Pickled by value, with its import inside: the controller then starts without importing transformers.
         from pipelines.workers import train_worker
 

@@ -17,7 +17,7 @@ from pipelines.cluster import reader_cpus
 from pipelines.logs import as_json, start_logs
 from pipelines.meter import Gauges, Meter
 from pipelines.models import gpus_are_ours, ground_truth, make_student, teacher_for_training
-from pipelines.storage import FAILURE, Folder, record_failure
+from pipelines.storage import Folder, record_failure
 from pipelines.streaming import LOADER_ROWS, Readers, Share, StreamConfig, open_stream
 from qskd.config import Config
 from qskd.detectors import save_detector
@@ -87,8 +87,6 @@ def train_worker(payload: dict[str, Any]) -> None:
 
     config, stream = build(payload["config"]), payload["stream"]
     folder = Folder(config)
-    if folder.exists(FAILURE):
-        return  # the driver reads it and says why
     context = ray.train.get_context()
     start_logs(
         run=config.name,

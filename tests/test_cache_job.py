@@ -22,8 +22,6 @@ from pipelines import cache_teacher, distill
 from pipelines.cache_plan import CachePlan
 from pipelines.cache_teacher import complain, foresee, run, verify
 from pipelines.cluster import actors_that_fit
-from pipelines.history import read_history
-from pipelines.storage import Folder
 from qskd.cache_manifest import load_cache_manifest, save_cache_manifest
 from qskd.config import Config
 from qskd.errors import QskdError
@@ -145,8 +143,8 @@ def test_a_job_that_ray_gives_up_on_is_begun_again_with_what_is_missing(
     def lose_the_rest_once(plan: CachePlan, *rest: Any) -> tuple[float, float]:
         if written:
             return compute(plan, *rest)
-        computed = dict.fromkeys(plan.todo[2:], 1)
-        compute(replace(plan, done=computed), *rest)
+        for path in sorted((work / "cache").glob("*.view-000.parquet"))[:2]:  # as good as computed: the same bytes
+            shutil.copy(path, folder)
         written.update({path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")})
         raise gone
 
@@ -213,22 +211,18 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
 
 def test_training_from_the_cache_equals_training_with_the_teacher(
     work: Path,  # noqa: F811
-    cluster: str,  # noqa: F811
     cached: dict[str, str],
 ) -> None:
     floor = "distillation.selection.boundaries=[0.3]"
-    settings = [floor, "training.evaluate_every_epochs=2"]
-    from_cache = config(work, "from-cache", *settings)
-    distill.run(from_cache, "distill")
-    online = without_ray(config(work, "online", *settings, "teacher.cache.path="))
-    epochs = read_history(Folder(from_cache))
-    assert [entry["step"] for entry in epochs] == [6, 12]
-    for epoch, mine in enumerate(epochs):
-        assert "loss/agfd" in mine["training"]
-        theirs = online[6 * epoch : 6 * epoch + 6]
+    # What Ray Data brings of a cache is looked at in test_ray_job: here it is the numbers, which a run's own cost would hide.
+    from_cache, online = (without_ray(config(work, "equal", floor, *more)) for more in ((), ("teacher.cache.path=",)))
+    assert len(from_cache) == len(online) == 12
+    for epoch in (slice(0, 6), slice(6, 12)):
+        mine, theirs = from_cache[epoch], online[epoch]
+        assert "loss/agfd" in mine[0]
         for name in theirs[0]:
-            mean = float(np.mean([values[name] for values in theirs]))
-            assert mine["training"][name] == pytest.approx(mean, rel=0.02, abs=1e-3), name
+            mean, expected = (float(np.mean([values[name] for values in steps])) for steps in (mine, theirs))
+            assert mean == pytest.approx(expected, rel=0.02, abs=1e-3), name
 
 
 def test_a_recipe_that_the_cache_does_not_fit_is_refused_before_anything_starts(

@@ -65,7 +65,7 @@ def run(root: Path) -> None:
 @pytest.mark.slow
 def test_a_notice_makes_one_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
+    environment |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)

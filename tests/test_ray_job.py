@@ -66,6 +66,8 @@ def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "AWS_ENDPOINT_URL": store.url, "AWS_EC2_METADATA_DISABLED": "true", "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # as on a cluster of others, whose nodes may go away
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node that is told to end would wait half a minute for its work
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     gcs, dashboard, *ports = free_ports(9)
@@ -138,6 +140,7 @@ def test_a_job_from_a_folder_with_a_recipe_caches_and_distils_on_an_object_store
     assert len([name for name in objects if name.startswith("cache/") and name.endswith(".parquet")]) == 2
     assert any(name.startswith("runs/one/train/checkpoint_") for name in objects)
     assert not [name for name in objects if ".writing-" in name or name.endswith(".part")]
+    assert json.loads(objects["runs/one/history.json"])[-1]["training"]["loss/agfd"] > 0  # the cache's maps reached it
     lines = [json.loads(line) for line in (done.stdout + done.stderr).splitlines() if line.startswith("{")]
     (progress,) = [line for line in lines if line.get("step") == 3 and "AP" in line]
     assert (progress["run"], progress["run_id"]) == ("one", result["run_id"])

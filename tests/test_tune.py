@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sweeps import cluster, config, rows_of, work  # noqa: F401  (fixtures)
+from test_pipelines import killing
 
 from pipelines import cache_teacher, tune
 from pipelines.search_request import SearchRequest
@@ -129,7 +130,9 @@ def start(recipe: Path, spaces: Sequence[str], options: Sequence[str], cluster: 
     )
 
 
-def test_killing_the_driver_and_ctrl_c_change_nothing(work: Path, cluster: str, undisturbed: tune.SweepResult) -> None:
+def test_killing_a_trial_killing_the_driver_and_ctrl_c_change_nothing(
+    work: Path, cluster: str, undisturbed: tune.SweepResult
+) -> None:
     killed = config(work, "killed")
     recipe = work / "killed.yaml"
     recipe.write_text(to_yaml(killed))
@@ -137,17 +140,18 @@ def test_killing_the_driver_and_ctrl_c_change_nothing(work: Path, cluster: str, 
     def heard() -> int:
         return sum(len(row.curve) for row in rows_of(killed))
 
-    reached = [0]
-    for how in (signal.SIGKILL, signal.SIGINT):
-        process = start(recipe, SEARCH, ONE_AT_A_TIME, cluster)
-        wait_for(lambda: heard() > reached[-1], process)
-        os.killpg(process.pid, how) if how == signal.SIGKILL else process.send_signal(how)
-        out, _ = process.communicate(timeout=300)
-        reached.append(heard())
-        if how == signal.SIGINT:
-            assert process.returncode == tune.INTERRUPTED
-            assert "the same command goes on with it" in out
-            assert "killed.yaml --space loss_weights" in out
+    reached = [1]  # the first driver lives to hear of an epoch after its trial's process died
+    with killing("ImplicitFunc", heard) as victims:
+        for how in (signal.SIGKILL, signal.SIGINT):
+            process = start(recipe, SEARCH, ONE_AT_A_TIME, cluster)
+            wait_for(lambda: bool(victims) and heard() > reached[-1], process)
+            os.killpg(process.pid, how) if how == signal.SIGKILL else process.send_signal(how)
+            out, _ = process.communicate(timeout=300)
+            reached.append(heard())
+            if how == signal.SIGINT:
+                assert process.returncode == tune.INTERRUPTED
+                assert "the same command goes on with it" in out
+                assert "killed.yaml --space loss_weights" in out
     total = sum(len(row.curve) for row in undisturbed.rows)
     assert reached[-1] < total
     result = tune.run(killed, ASKED)

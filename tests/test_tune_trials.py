@@ -1,4 +1,4 @@
-"""Trials of sweeps on a real Ray: failed, lost, stopped early, members of a population."""
+"""Trials of sweeps on a real Ray: failed, stopped early, members of a population."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from sweeps import cluster, config, make_work, rows_of, work  # noqa: F401  (fixtures)
+from sweeps import cluster, config, make_work, work  # noqa: F401  (fixtures)
 
 from pipelines import cache_teacher, tune
 from pipelines.search_request import SearchRequest, check_request
@@ -64,28 +63,6 @@ def test_trials_that_cannot_be_trained_fail_with_their_reason_and_the_sweep_goes
         else:
             assert (row.state, len(row.curve), run.info.status) == ("finished", 1, "FINISHED")
     assert result.best is not None
-
-
-def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(work: Path, cluster: str) -> None:
-    asked = tune.TuneRequest(SearchRequest(("loss_weights",), trials=1), at_once=1)
-    lost = config(work, "lost")
-    victims: list[int] = []
-
-    def kill_one() -> None:
-        while not (rows_of(lost) and rows_of(lost)[0].curve):
-            time.sleep(0.02)
-        for process in psutil.process_iter(["cmdline"]):
-            if any("ImplicitFunc" in part for part in process.info["cmdline"] or []):
-                victims.append(process.pid)
-                process.kill()
-
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
-    result = tune.run(lost, asked)
-    killer.join(5)
-    assert victims
-    assert result.rows[0].state == "finished"
-    assert [epochs for epochs, _ in result.rows[0].curve] == [1, 2, 3]
 
 
 def test_a_population_moves_its_weights_and_its_worst_go_on_from_its_best(
