@@ -11,7 +11,7 @@ import typer
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines import cli_deploy, cli_look
-from pipelines.cli_options import DryRun, Recipe, Restart, Set
+from pipelines.cli_options import DryRun, Recipe, Restart, Set, local_path
 from pipelines.logs import start_logs
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
@@ -129,8 +129,11 @@ def tune(
 
 @app.command()
 def prepare(
-    annotations: Annotated[str, typer.Argument(help="COCO JSON (instances), on a local disk.")],
-    images: Annotated[str, typer.Argument(help="Local folder that the JSON's file names are relative to.")],
+    annotations: Annotated[Path, typer.Argument(parser=local_path, help="COCO JSON (instances), on a local disk.")],
+    images: Annotated[
+        Path,
+        typer.Argument(parser=local_path, help="Local folder that the JSON's file names are relative to."),
+    ],
     destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
     on_error: SkipBroken = "stop",
@@ -143,13 +146,12 @@ def prepare(
 
     if on_error not in ("stop", "skip"):
         raise QskdError("--on-error", on_error, "stop or skip")
-    source = program.local(annotations, "the annotations"), program.local(images, "the images")
     if dry_run:
-        dataset = read_coco(*source, on_error)  # type: ignore[arg-type]
+        dataset = read_coco(annotations, images, on_error)  # type: ignore[arg-type]
         shards = -(-len(dataset) // rows_per_shard)
         print(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
         return
-    manifest = program.prepare(*source, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
+    manifest = program.prepare(annotations, images, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
     print(program.describe(manifest, destination))
 
 

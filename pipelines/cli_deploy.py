@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli_options import DryRun, Model
+from pipelines.cli_options import DryRun, Model, local_path
 from qskd.errors import QskdError
 
 Size = Annotated[
@@ -23,12 +23,17 @@ def _one_of(option: str, value: str, *known: str) -> Any:
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(parser=local_path, metavar="PATH", help="Folder to write.")],
     size: Size = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, of a graph of fixed batch.")] = 1,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="A graph for any number of images.")] = False,
     images: Annotated[
-        list[Path] | None, typer.Option(help="Image or folder of images to check with, besides noise; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            parser=local_path,
+            metavar="PATH",
+            help="Image or folder of images to check with, besides noise; may be repeated.",
+        ),
     ] = None,
     onnx: Annotated[bool, typer.Option(help="Without: the Hugging Face folder only.")] = True,
     exporter: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli_options import DryRun, Model, Set
+from pipelines.cli_options import DryRun, Model, Set, local_path
 from qskd.recipe import load
 
 
@@ -58,9 +58,12 @@ def evaluate(
 
 def predict(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(parser=local_path, help="Image files.")],
     out: Annotated[
-        Path | None, typer.Option(help="Picture to write, for one image. Otherwise IMAGE.boxes.png.")
+        Path | None,
+        typer.Option(
+            parser=local_path, metavar="PATH", help="Picture to write, for one image. Otherwise IMAGE.boxes.png."
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is drawn.")] = 0.5,
     dry_run: DryRun = False,
@@ -80,12 +83,17 @@ def explain(
         str, typer.Argument(help="YAML recipe, or the folder of a run (OUTPUT/NAME); a path or a URI.")
     ],
     images: Annotated[list[str], typer.Argument(help="Image files; or ids or file names of the recipe's data.")],
-    annotations: Annotated[Path | None, typer.Option(help="COCO JSON that describes the image files.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(parser=local_path, metavar="PATH", help="COCO JSON that describes the image files.")
+    ] = None,
     before: Annotated[
         str, typer.Option(help="Folder of another student to compare with. Otherwise the student before its training.")
     ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Picture to write, for one image. Otherwise IMAGE.explained.png.")
+        Path | None,
+        typer.Option(
+            parser=local_path, metavar="PATH", help="Picture to write, for one image. Otherwise IMAGE.explained.png."
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is drawn.")] = 0.3,
     view: Annotated[

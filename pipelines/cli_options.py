@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from qskd.errors import QskdError
+from qskd.stores import redacted
+
+
+def local_path(given: str) -> Path:
+    """A path of the command line's. QskdError when it is a URI, of which a Path would make `s3:/bucket`."""
+    if "://" in given:
+        remedy = "copy it there, or from there, for example with `aws s3 sync`"
+        raise QskdError(redacted(given), "a URI", "a path on a local disk", remedy)
+    return Path(given)
+
 
 # Text, not a Path, which would make `s3:/bucket` of a URI.
 Recipe = Annotated[

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipelines.cluster import joined, quiet_ray_data, say_if_on_cpus, start_ray
-from pipelines.models import ground_truth
+from pipelines.models import device_of, ground_truth
 from qskd.classes import map_classes
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
@@ -42,7 +42,7 @@ class DetectorActor:
     ) -> None:
         torch.set_num_threads(threads)
         manifest = load_manifest(data)
-        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.device = device_of(device)
         with fetched(model) as folder:
             self.detector = load_detector(folder).to(self.device).eval()
         self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))

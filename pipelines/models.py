@@ -86,11 +86,16 @@ def gpus_are_ours() -> bool:
     return bool(ray.get_gpu_ids())
 
 
+def device_of(name: str) -> torch.device:
+    """Of auto, cpu and cuda: a GPU where there is one that this process may use, unless the CPU is asked for."""
+    wanted = name != "cpu" and torch.cuda.is_available() and gpus_are_ours()
+    return torch.device("cuda" if wanted else "cpu")
+
+
 def device_here(config: Config) -> torch.device:
     """For a process that holds one model: a GPU where this machine has one, unless the recipe asks for the CPU. A cluster's
     head may have none though its workers do: what it tries out, it tries on its CPU."""
-    wanted = config.compute.device != "cpu" and torch.cuda.is_available() and gpus_are_ours()
-    return torch.device("cuda" if wanted else "cpu")
+    return device_of(config.compute.device)
 
 
 def ground_truth(uri: str) -> GroundTruth:

@@ -11,20 +11,8 @@ from typing import Literal
 from rich.progress import Progress
 
 from qskd.coco import read_coco
-from qskd.errors import QskdError
 from qskd.manifest import Manifest
 from qskd.shards import write_shards
-from qskd.stores import redacted
-
-
-def local(given: str, what: str) -> Path:
-    """A path of the command line's. QskdError when it is a URI: only the shards that are written may be elsewhere."""
-    if "://" in given:
-        remedy = "copy it to a local disk first, for example with `aws s3 sync`"
-        raise QskdError(
-            redacted(given), f"a URI, for {what}", "a local path: JSON and images are read from disk", remedy
-        )
-    return Path(given)
 
 
 def prepare(
