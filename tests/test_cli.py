@@ -90,12 +90,13 @@ def test_errors_are_told_without_a_traceback(
     assert all(part in stderr for part in said), stderr
 
 
-def test_a_verb_s_module_is_the_command_in_a_process_of_its_own_too() -> None:
-    command = [sys.executable, "-m", "pipelines.train"]
+def test_a_verb_s_module_is_the_command_in_a_process_of_its_own_too(tmp_path: Path) -> None:
+    """`prepare` is the verb that imports no torch."""
+    command = [sys.executable, "-m", "pipelines.prepare", "/nowhere.json", "/nowhere", str(tmp_path / "shards")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "data.train: empty" in result.stderr
+    assert "/nowhere.json: can't be read" in result.stderr
 
 
 def test_prepare_prints_the_map_from_category_ids_to_classes(tmp_path: Path) -> None:
