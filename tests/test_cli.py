@@ -133,12 +133,13 @@ def test_a_recipe_from_a_uri_is_the_local_one(tmp_path: Path, capsys: pytest.Cap
     assert (code, stderr.splitlines()[0]) == (1, "error: memory://runs/none.yaml: no such recipe")
 
 
-def test_a_verb_s_module_is_the_command_in_a_process_of_its_own_too() -> None:
-    command = [sys.executable, "-m", "pipelines.train"]
+def test_a_verb_s_module_is_the_command_in_a_process_of_its_own_too(tmp_path: Path) -> None:
+    """`prepare` is the verb that imports no torch."""
+    command = [sys.executable, "-m", "pipelines.prepare", "/nowhere.json", "/nowhere", str(tmp_path / "shards")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "data.train: empty" in result.stderr
+    assert "/nowhere.json: can't be read" in result.stderr
 
 
 @pytest.mark.parametrize("verb", ["cache", "distill", "tune"])

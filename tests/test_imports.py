@@ -1,10 +1,12 @@
-"""Imports: the collector waits for them, and only for them."""
+"""Imports: the collector waits for them, and only for them; what plans a sweep does without Ray."""
 
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -23,9 +25,31 @@ def test_the_collector_is_as_it_was_before_whatever_the_import_did() -> None:
     assert gc.isenabled()
 
 
-def test_the_detectors_are_imported_without_a_collection_of_the_oldest() -> None:
-    """Torch is imported before: what counts is that transformers' half adds none."""
-    count = "import gc, torch; old = lambda: gc.get_stats()[2]['collections']; before = old(); import qskd.detectors; "
-    count += "print(gc.isenabled(), old() - before)"
-    said = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True, timeout=120)
-    assert said.stdout.split() == ["True", "0"]
+@pytest.fixture(scope="module")
+def new_process() -> dict[str, Any]:
+    """What a process says that imports the detectors, and then the plan of a sweep: importing torch takes seconds.
+
+    Torch is imported before: what counts is that transformers' half adds no collection.
+    """
+    code = """if True:
+        import gc, json, sys, torch
+        old = lambda: gc.get_stats()[2]["collections"]
+        before = old()
+        import qskd.detectors
+        said = {"collects": gc.isenabled(), "collections": old() - before}
+        import pipelines.tune_plan
+        print(json.dumps({**said, "modules": list(sys.modules)}))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+def test_the_detectors_are_imported_without_a_collection_of_the_oldest(new_process: dict[str, Any]) -> None:
+    assert new_process["collects"]
+    assert new_process["collections"] == 0
+
+
+def test_planning_a_sweep_imports_no_ray(new_process: dict[str, Any]) -> None:
+    assert "pipelines.tune_plan" in new_process["modules"]
+    assert not {"ray", "optuna"} & set(new_process["modules"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -259,9 +257,3 @@ def test_a_calibration_without_data_or_distillation_says_what_is_missing(work: P
         calibrate(recipe())
     with pytest.raises(QskdError, match=r"distillation\.method: none"):
         calibrate(sweep_config(work, "distillation.method=none"))
-
-
-def test_planning_imports_no_ray() -> None:
-    code = "import pipelines.tune_plan, sys; print('ray' in sys.modules, 'optuna' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
