@@ -1,9 +1,8 @@
 """The teachers of the evidence: the package's own, of 30 queries, and one of 300, as many as detectors on COCO have.
 
 The package's has six queries an object, which leaves one hard negative; so it can't say whether hard negatives help. The other
-goes on from its weights with 270 queries more, on the same images. It is made when a cell first needs it (20 minutes on one
-core) and is not part of the package. The committed rows are of one whose new queries all began in the middle of the image; one
-that is made today begins with them spread over it (`qskd.detectors.inherit`).
+goes on from its weights with 270 queries more, which begin spread over the image (`qskd.detectors.inherit`), on the same images.
+It is made when a cell first needs it (half an hour on one core) and is not part of the package.
 """
 
 from __future__ import annotations
