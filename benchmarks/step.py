@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import qskd.distillation.qskd
+import qskd.step_module
 import qskd.training
 from benchmarks.detection_loss import threads
 from benchmarks.host_waits import HostWaits
@@ -86,8 +87,8 @@ _PLACES: tuple[tuple[Any, str, str], ...] = (
     (qskd.training, "train_batch", "arrays to tensors"),
     (qskd.training, "decode", "decode the record"),
     (Detector, "forward", "student"),
-    (qskd.training, "assign", "matching"),
-    (qskd.training, "detection_terms", "detection loss"),
+    (qskd.step_module, "assign", "matching"),
+    (qskd.step_module, "detection_terms", "detection loss"),
     (DenseHead, "forward", "dense head"),
     (qskd.distillation.qskd, "select_both", "query selection (student and teacher)"),
     (qskd.distillation.qskd, "foreground_mask", "foreground mask"),

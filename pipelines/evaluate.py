@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipelines.cluster import joined, quiet_ray_data, say_if_on_cpus, start_ray
+from pipelines.cluster import check_gpus, quiet_ray_data, say_if_on_cpus, start_ray
 from pipelines.models import device_of, ground_truth
 from qskd.classes import map_classes
 from qskd.config import ResizeConfig, ViewConfig
@@ -25,7 +25,6 @@ from qskd.manifest import load_manifest
 from qskd.recipe import parse_override
 
 COUNT = ("teacher.resize", "teacher.class_map", "compute.device")  # the fields of a recipe that an evaluation reads
-NO_GPU = ("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
 
 
 class DetectorActor:
@@ -97,7 +96,7 @@ def evaluate(
         found = _on_cluster(arguments, places, batch_size, workers, device)
     else:
         if device == "cuda" and not torch.cuda.is_available():
-            raise QskdError(*NO_GPU)
+            raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
         actor = DetectorActor(*arguments)
         chunks = np.split(places, range(batch_size, len(places), batch_size))
         found = [actor({"shard": chunk[:, 0], "row": chunk[:, 1]}) for chunk in chunks]
@@ -114,8 +113,8 @@ def _on_cluster(
     quiet_ray_data()
     say_if_on_cpus(device)
     there = bool(ray.cluster_resources().get("GPU"))
-    if device == "cuda" and not there and not joined():  # a cluster of others may bring some yet
-        raise QskdError(*NO_GPU)
+    if device == "cuda":
+        check_gpus(1)
     rows = [{"shard": shard, "row": row} for shard, row in places.tolist()]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows) // batch_size, 8 * workers)))
     detections = dataset.map_batches(

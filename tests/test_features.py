@@ -31,9 +31,9 @@ from qskd.distillation.qskd import QSKD
 from qskd.distillation.query_selection import QuerySelection, select_queries
 from qskd.errors import QskdError
 from qskd.matching import assign
+from qskd.step_module import StepModule
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherRecord
 from qskd.teacher import CachedTeacher, OnlineTeacher
-from qskd.training import StepModule
 
 Size = tuple[int, int]
 
