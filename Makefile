@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # --no-compile: compiling all 25 000 modules takes a minute; Python compiles the few it imports, and keeps them.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qskd needs Python 3.10 or later, this is " + sys.version)'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qskd needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) -e '.[dev]'
 	touch $@

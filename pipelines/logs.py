@@ -26,7 +26,7 @@ class JsonLines(logging.Formatter):
     """time (UTC), level, logger, message, who speaks, what the caller added as `fields`, and an exception's traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": when.isoformat(timespec="milliseconds"),
             "level": record.levelname,
