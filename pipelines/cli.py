@@ -13,6 +13,7 @@ import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything 
 from pipelines import cli_deploy, cli_look
 from pipelines.cli_options import DryRun, Recipe, Restart, Set, local_path
 from pipelines.logs import start_logs
+from pipelines.stopping import ended_by_signals
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
 from qskd.recipe import load, to_yaml
@@ -224,7 +225,7 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; a QskdError is told without a traceback, with exit code 1."""
     start_logs()
-    with told_without_traceback():
+    with told_without_traceback(), ended_by_signals():
         app(arguments)
 
 

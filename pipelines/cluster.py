@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipelines.loopback import choose_loopback, make_token
+from pipelines.stopping import sigterm_kept
 from qskd.errors import QskdError
 
 if TYPE_CHECKING:
@@ -48,12 +50,16 @@ def start_ray() -> None:
         return
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
     if joined():
-        ray.init(runtime_env={"env_vars": _for_workers()}, **quiet)
+        with sigterm_kept():
+            ray.init(runtime_env={"env_vars": _for_workers()}, **quiet)
         return
+    choose_loopback()
+    make_token()
     # No runtime_env: processes inherit this one's variables, and with one Ray would start none ahead (seconds each).
     cores = os.cpu_count() or 1
     # "local": Ray would else look for a cluster on this machine, and take one that was ended badly for it.
-    ray.init(address="local", num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
+    with sigterm_kept():
+        ray.init(address="local", num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
 
 
 def _for_workers() -> dict[str, str]:

@@ -22,6 +22,7 @@ from pipelines.models import check_teacher, make_teacher, start_student
 from pipelines.notices import notices
 from pipelines.plan_checks import check_cache, check_classes, check_data
 from pipelines.ray_checkpoints import delete_unlisted
+from pipelines.stopping import was_stopped
 from pipelines.storage import (
     FAILURE,
     SWEEP,
@@ -244,17 +245,17 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         tracker.text("inheritance.txt", inherited)
     for notice in plan.notices:
         log.warning(notice)
-    start_ray()
-    say_if_on_cpus(config.compute.device)
-    started = time.perf_counter()
     try:
+        start_ray()
+        say_if_on_cpus(config.compute.device)
+        started = time.perf_counter()
         try:
             result = fit(plan, tracker, folder)
         finally:
             raise_failure(folder)  # says more than what Ray makes of it
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
-    except BaseException:
-        tracker.finish("FAILED")
+    except BaseException as error:
+        tracker.finish("KILLED" if was_stopped(error) else "FAILED")
         raise
     tracker.finish()
     return done

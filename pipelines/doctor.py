@@ -249,6 +249,8 @@ def _ray_authentication() -> Check:
         return Check(name, "problem", f"RAY_AUTH_MODE is {mode!r}, which Ray does not know", remedy)
     if mode.lower() == "disabled":
         return Check(name, "note", "disabled: whoever reaches the cluster can run code on it", remedy)
+    if token.exists() and token.stat().st_mode & 0o077:
+        return Check(name, "note", f"token; others on this machine can read {token}", f"chmod 600 {token}")
     given = token.exists() or shell.get("RAY_AUTH_TOKEN") or shell.get("RAY_AUTH_TOKEN_PATH")
     return Check(name, "ok", "token" if given else "token; Ray will make one when it starts here")
 

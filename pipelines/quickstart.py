@@ -7,6 +7,7 @@ one starts from the teacher's layers: the other stands for having no teacher at 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from pipelines.cluster import start_ray
 from pipelines.distill import RunResult, make_plan, prepare_config, read_result, run
 from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare
+from pipelines.stopping import ended_by_signals
 from pipelines.storage import Folder
 from pipelines.tracking import how_to_look
 from qskd.config import Config
@@ -54,6 +56,7 @@ TRAIN = ShapesConfig(
 VAL = TRAIN.model_copy(update={"images": 500, "first_image": 1_000_000})
 TEST = TRAIN.model_copy(update={"images": 1000, "first_image": 2_000_000})  # for `benchmarks.evidence` alone
 KINDS = {"baseline": "train", "qskd": "distill"}
+CLOSING_S = 20  # for a training that was told to stop
 
 
 def make_data(folder: Path) -> None:
@@ -122,7 +125,10 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
         name: [sys.executable, "-m", "pipelines.quickstart", str(folder), name, *(["--restart"] if restart else [])]
         for name in KINDS
     }
-    processes = {name: subprocess.Popen(command, env=environment) for name, command in commands.items()}
+    # Sessions of their own: Ctrl-C would reach them too, and the SIGTERM below would be a second signal, which ends at once.
+    processes = {
+        name: subprocess.Popen(command, env=environment, start_new_session=True) for name, command in commands.items()
+    }
     try:
         while any(process.poll() is None for process in processes.values()):
             failed = [name for name, process in processes.items() if process.poll()]
@@ -134,6 +140,10 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
     finally:
         for process in processes.values():
             process.terminate()
+        for process in processes.values():  # each closes its MLflow run, while Ray is there
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(CLOSING_S)
+            process.kill()
     return {name: read_result(Folder(recipe(folder, name))) for name in KINDS}
 
 
@@ -190,5 +200,5 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
 
 if __name__ == "__main__":
     student_folder, student = Path(sys.argv[1]), sys.argv[2]
-    with told_without_traceback():
+    with told_without_traceback(), ended_by_signals(quiet=True):
         run(recipe(student_folder, student), KINDS[student], restart="--restart" in sys.argv)

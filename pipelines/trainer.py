@@ -22,7 +22,9 @@ def make_trainer(
     """The TorchTrainer of a recipe; its checkpoints go to OUTPUT/NAME/train. callbacks: Ray Train's, of the controller.
     run_id: the MLflow run's, for the workers' logs."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.rendezvous import torch_config
 
     def train(payload: dict[str, Any]) -> None:
         if Folder(build(payload["config"])).exists(FAILURE):
@@ -32,6 +34,10 @@ def make_trainer(
 
         train_worker(payload)
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's would end this process within the signal, with 0; `pipelines.stopping` has one that ends it in order."""
+
     compute = config.compute
     gpu = uses_gpu(config, ray.cluster_resources())
     if not gpu:
@@ -39,7 +45,7 @@ def make_trainer(
     check_room(compute, gpu)
     mend_list(folder)
     delete_unlisted(folder)
-    return TorchTrainer(
+    return Trainer(
         train,
         train_loop_config={
             "config": to_tree(config),
@@ -47,7 +53,7 @@ def make_trainer(
             "run_id": run_id,
             "preemptible": may_be_preempted(config),
         },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=torch_config("nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if compute.min_workers else compute.workers,
             use_gpu=gpu,

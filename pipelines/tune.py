@@ -6,12 +6,9 @@ python -m pipelines.tune configs/sweep_quickstart.yaml --space loss_weights --tr
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config
@@ -32,7 +29,6 @@ from search_spaces import SearchSpace
 
 log = logging.getLogger("qskd")
 CALIBRATED = 3  # students that a dry run tries, where a space changes them
-INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def parameters_limit(text: str, config: Config, labels: Sequence[str], space: Se
 
 
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
-    """Search, or go on with a search that was stopped. Raises QskdError; SystemExit(130) after Ctrl-C."""
+    """Search, or go on with a search that was stopped. Raises QskdError; KeyboardInterrupt after Ctrl-C and SIGTERM."""
     config = prepare_config(config, "distill")
     with alone_on(Folder(config)):
         return _run(config, request, restart)
@@ -139,17 +135,8 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
         tracking.interrupt()
         ended = sum(row.state in ENDED for row in records.rows.values())
         print(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
-        print(f"the same command goes on with it: {_this_command()}", flush=True)
-        raise SystemExit(INTERRUPTED)
+        raise KeyboardInterrupt
     return finish(config, search.describe(), records, tracker)
-
-
-def _this_command() -> str:
-    return (
-        shlex.join(["qskd", *sys.argv[1:]])
-        if Path(sys.argv[0]).name == "qskd"
-        else shlex.join([sys.executable, *sys.argv])
-    )
 
 
 def _make_cache(config: Config, cached: bool) -> None:

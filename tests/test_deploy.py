@@ -40,6 +40,12 @@ JOB_FIELDS |= {"jobId", "submissionMode", "entrypointResources", "entrypointNumC
 JOB_FIELDS |= {"ttlSecondsAfterFinished", "shutdownAfterJobFinishes"}
 
 
+def ray_cluster() -> dict[str, Any]:
+    """The manifest of the RayCluster; a NetworkPolicy is beside it."""
+    manifest, _policy = yaml.safe_load_all((ROOT / "deploy" / "kuberay" / "raycluster.yaml").read_text())
+    return dict(manifest)
+
+
 def test_ray_accepts_the_cluster_file() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -75,7 +81,7 @@ def test_everything_names_the_tested_ray_and_this_release() -> None:
         f"{ray}-py311",
         f"{ray}-py311-gpu",
     }
-    manifest = yaml.safe_load(texts[ROOT / "deploy" / "kuberay" / "raycluster.yaml"])
+    manifest = ray_cluster()
     assert manifest["spec"]["rayVersion"] == ray
 
 
@@ -92,7 +98,7 @@ def check_pod(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_kuberay_cluster_has_kuberays_fields_and_the_same_shape() -> None:
-    manifest = yaml.safe_load((ROOT / "deploy" / "kuberay" / "raycluster.yaml").read_text())
+    manifest = ray_cluster()
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayCluster")
     spec = manifest["spec"]
     assert set(spec) <= CLUSTER_FIELDS
@@ -128,7 +134,7 @@ def test_kuberay_jobs_run_a_verb_with_the_one_runtime_env(path: Path) -> None:
 
 
 def test_the_mlflow_server_is_where_the_jobs_look_for_it() -> None:
-    claim, deployment, service = yaml.safe_load_all((ROOT / "deploy" / "kuberay" / "mlflow.yaml").read_text())
+    claim, deployment, service, _policy = yaml.safe_load_all((ROOT / "deploy" / "kuberay" / "mlflow.yaml").read_text())
     pod = deployment["spec"]["template"]
     (port,) = service["spec"]["ports"]
     (container,) = pod["spec"]["containers"]
@@ -148,7 +154,7 @@ def test_the_readers_of_the_distillation_job_fit_its_gpu_pods() -> None:
     """Of a teacher with three maps at 640 pixels, and of COCO's images, at the default window (docs/cache.md)."""
     words = yaml.safe_load((ROOT / "deploy/kuberay/job-distill.yaml").read_text())["spec"]["entrypoint"].split()
     config = load(None, [words[i + 1] for i, word in enumerate(words) if word == "--set"])
-    groups = yaml.safe_load((ROOT / "deploy/kuberay/raycluster.yaml").read_text())["spec"]["workerGroupSpecs"]
+    groups = ray_cluster()["spec"]["workerGroupSpecs"]
     (pod,) = (group["template"]["spec"] for group in groups if group["groupName"] == "gpu")
 
     def gib(text: str) -> float:

@@ -267,16 +267,26 @@ def test_ray_authentication_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for mode, status in (("token", "ok"), ("TOKEN", "ok"), ("disabled", "note"), ("yes", "problem")):
         shell["RAY_AUTH_MODE"] = mode
         assert doctor_module._ray_authentication().status == status
+    shell["RAY_AUTH_MODE"] = "token"
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("a" * 64)
+    for mode, status in ((0o644, "note"), (0o640, "note"), (0o600, "ok")):
+        token.chmod(mode)
+        check = doctor_module._ray_authentication()
+        assert check.status == status
+        assert (check.remedy == f"chmod 600 {token}") is (status == "note")
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux tells what a process was started with")
-def test_rays_mode_is_the_shells_and_not_what_qskd_sets_for_itself() -> None:
+def test_rays_mode_is_the_shells_and_not_what_qskd_sets_for_itself(tmp_path: Path) -> None:
     code = (
         "import pipelines.cluster, os; from pipelines.doctor import _ray_authentication as check\n"
         "print(os.environ['RAY_AUTH_MODE'], check().status)"
     )
     for exported, expected in (({}, "token note"), ({"RAY_AUTH_MODE": "token"}, "token ok")):
         environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | exported
+        environment["HOME"] = str(tmp_path)  # where no token is
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
         assert done.stdout.strip() == expected
 

@@ -213,17 +213,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, dist
     recipe = work / "killed.yaml"
     recipe.write_text(to_yaml(killed))
     command = [sys.executable, "-m", "pipelines.distill", str(recipe)]
-    process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster}, start_new_session=True)
-    folder = Folder(killed)
-    deadline = time.monotonic() + 400  # a busy machine takes minutes to start
-    while not read_history(folder) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    reached = read_history(folder)[-1]["step"]
-    assert 0 < reached < 36
-    assert not folder.exists("result.json")
-    run_id = json.loads(folder.read("mlflow.json"))["run_id"]
+    folder, reached = Folder(killed), 0
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    for how in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster}, start_new_session=True)
+        deadline = time.monotonic() + 400  # a busy machine takes minutes to start
+        while process.poll() is None and time.monotonic() < deadline:
+            if (read_history(folder) or [{"step": 0}])[-1]["step"] > reached:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, how)
+        assert process.wait(100) == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how]
+        before, reached = reached, read_history(folder)[-1]["step"]
+        assert before < reached < 36
+        assert not folder.exists("result.json")
+        run_id = json.loads(folder.read("mlflow.json"))["run_id"]
+        assert client.get_run(run_id).info.status == ("KILLED" if how == signal.SIGINT else "RUNNING")
     # As if the controller had died while Ray wrote its list of checkpoints, and before the run heard of the last one.
     folder.write(LIST, folder.read(LIST)[:100])
     folder.write("history.json", json.dumps(read_history(folder)[:-1]))
@@ -231,7 +236,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, dist
     result = distill.run(killed, "distill")
     assert result.run_id == run_id
     assert [entry["step"] for entry in read_history(folder)] == list(range(2, 37, 2))
-    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
     logged = [[m.step for m in client.get_metric_history(run, "loss/total")] for run in (run_id, distilled.run_id)]
     assert logged[0] == logged[1]
     expected, found = weights(distilled.student), weights(result.student)

@@ -22,6 +22,7 @@ from object_store import ENVIRONMENT, ObjectStore, object_store
 from test_pipelines import SIZES
 
 from benchmarks.chaos.cluster import free_ports
+from pipelines.loopback import SWITCH
 from pipelines.prepare import prepare
 from qskd.detectors import build_student, save_detector
 from qskd.manifest import load_manifest
@@ -69,7 +70,8 @@ def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # as on a cluster of others, whose nodes may go away
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node that is told to end would wait half a minute for its work
     }  # fmt: skip
-    environment.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", SWITCH):  # the other tests' own Ray, in this process, is of loopback alone
+        environment.pop(name, None)
     gcs, dashboard, *ports = free_ports(9)
     head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--include-dashboard=true", "--num-cpus=0"]
     head += [f"--ray-client-server-port={ports[6]}"]

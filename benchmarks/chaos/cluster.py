@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.chaos.plan import DASHBOARD, ROOT
+from pipelines.loopback import SWITCH
 
 RAY = [sys.executable, "-m", "benchmarks.chaos.node"]
 MARK = "QSKD_CHAOS_CLUSTER"  # in the environment of all of a cluster's processes
@@ -211,6 +212,6 @@ def base_environment(scratch: Path, token: Path, more: dict[str, str]) -> dict[s
     }  # fmt: skip
     # Where Python is told to keep no bytecode, each of Ray's processes would compile all that it imports.
     environment["PYTHONPYCACHEPREFIX"] = str(scratch.with_name("bytecode"))
-    for name in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE"):
+    for name in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE", SWITCH):
         environment.pop(name, None)
     return environment

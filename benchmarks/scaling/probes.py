@@ -75,8 +75,9 @@ def probe(plan: Plan, workers: int, folder: Path) -> dict[str, float]:
     """gradient_bytes; report_s (the checkpoint's writing included), notice_s (asking whether a node goes away); with two
     workers or more the all-reduce's small_s, gradients_s and large_s (of large_bytes)."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from pipelines.rendezvous import torch_config
     from qskd.recipe import to_tree
 
     def train(payload: dict[str, Any]) -> None:  # pickled by value, as the pipeline's own
@@ -88,7 +89,7 @@ def probe(plan: Plan, workers: int, folder: Path) -> dict[str, float]:
     TorchTrainer(
         train,
         train_loop_config={"config": to_tree(plan.config), "labels": plan.train.labels, "result": str(result)},
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=torch_config("gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
         run_config=ray.train.RunConfig(name=f"probe-{workers}", storage_path=str(folder)),
     ).fit()

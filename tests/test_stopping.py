@@ -1,0 +1,180 @@
+"""Signals end a program in order; a Ray that it starts listens on loopback alone, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_pipelines import SIZES
+
+from pipelines.history import read_history
+from pipelines.loopback import make_token
+from pipelines.prepare import prepare
+from pipelines.storage import Folder
+from qskd.config import Config
+from qskd.recipe import load, to_yaml
+from qskd.shapes import ShapesConfig, make_shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+# Says that it is ready, and takes its time to close what it began.
+PROGRAM = """
+import sys, time
+from pipelines.stopping import ended_by_signals
+with ended_by_signals():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("closing", flush=True)
+        time.sleep(float(sys.argv[1]))
+"""
+
+
+def program(closing_s: float) -> subprocess.Popen[str]:
+    """PROGRAM, from when it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(closing_s)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_lets_a_program_close_says_one_line_and_is_the_exit_code(number: signal.Signals, name: str) -> None:
+    process = program(closing_s=0)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert out.startswith("closing\n")
+    (line,) = out.removeprefix("closing\n").split("\n", 2)[1:2]
+    assert line.startswith(f"stopped by {name};")
+    assert "the same command goes on with it" in line
+    assert not err
+
+
+def test_a_second_sigterm_ends_at_once() -> None:
+    process = program(closing_s=60)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "closing\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_the_token_that_is_made_is_for_its_user_alone_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    make_token()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    before = os.umask(0o022)
+    try:
+        make_token()
+    finally:
+        os.umask(before)
+    token = tmp_path / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert len(token.read_text()) == 64
+    said = token.read_text()
+    make_token()
+    assert token.read_text() == said
+    assert list(token.parent.iterdir()) == [token]
+
+
+def listeners(root: psutil.Process) -> set[tuple[str, str]]:
+    """(process, address) of all that listens for TCP, or has a UDP port, among a process and its descendants."""
+    found = set()
+    for process in (root, *root.children(recursive=True)):
+        try:
+            title = " ".join(process.cmdline()[:3])
+            for each in process.net_connections("inet"):
+                if each.status == psutil.CONN_LISTEN or each.type == socket.SOCK_DGRAM:
+                    found.add((title, each.laddr.ip))
+        except psutil.Error:
+            continue
+    return found
+
+
+def is_loopback(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def start(recipe: Path, home: Path) -> subprocess.Popen[bytes]:
+    """`qskd train` with a Ray of its own, in a fresh home."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        environment.pop(name, None)
+    with (recipe.parent / "out").open("wb") as out, (recipe.parent / "err").open("wb") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.train", str(recipe)], env=environment, stdout=out, stderr=err
+        )
+
+
+@pytest.mark.slow
+def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order(tmp_path: Path) -> None:
+    import mlflow
+
+    for name, images, first in (("train", 48, 0), ("val", 8, 1000)):
+        annotations, pictures = make_shapes(ShapesConfig(images=images, first_image=first), tmp_path / f"{name}-coco")
+        prepare(annotations, pictures, str(tmp_path / name), rows_per_shard=24, quiet=True)
+    config: Config = load(None, [
+        *SIZES, "name=one", f"output={tmp_path}/runs", f"data.train={tmp_path}/train", f"data.val={tmp_path}/val",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "training.epochs=30", "training.evaluate_every_epochs=30",
+        "training.checkpoint_every_steps=1", "compute.workers=2",
+    ])  # fmt: skip
+    (recipe, home, folder) = (tmp_path / "one.yaml", tmp_path / "home", Folder(config))
+    home.mkdir()
+    recipe.write_text(to_yaml(config))
+    process = start(recipe, home)
+    root, seen = psutil.Process(process.pid), set()
+    deadline = time.monotonic() + 400  # a busy machine takes minutes to start
+    while not read_history(folder) and process.poll() is None and time.monotonic() < deadline:
+        seen |= listeners(root)
+        time.sleep(0.2)
+    seen |= listeners(root)
+    family = root.children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == 128 + signal.SIGTERM
+
+    for part in ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "RayTrainWorker", "pipelines.train"):
+        assert any(part in title for title, _ in seen), part
+    assert not {(title, address) for title, address in seen if not is_loopback(address)}
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+    (out, err) = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert out.count("stopped by SIGTERM") == 1
+    for word in ("Traceback", "SIGTERM", "stack trace", "PC: @"):
+        assert word not in err
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = json.loads(folder.read("mlflow.json"))["run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+
+    reached = read_history(folder)[-1]["step"]
+    assert 0 < reached < 90
+    process = start(recipe, home)
+    assert process.wait(400) == 0, (tmp_path / "err").read_text()[-3000:]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert read_history(folder)[-1]["step"] == 90
