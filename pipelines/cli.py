@@ -93,7 +93,8 @@ def tune(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="What may vary: student_architecture, query_groups, loss_weights, or a .py file; repeatable."
+            help="What may vary: student_architecture, query_groups, loss_weights, or a .py file, whose code is run; "
+            "repeatable."
         ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Trainings, the recipe's own included.")] = 20,

@@ -15,6 +15,7 @@ from typing import Any
 import search_spaces
 from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.plug_ins import tell_code_is_run
 from search_spaces._trials import Trial
 
 CONTRACT = "FIELDS, suggest(trial, config) and recipe_point(config); see docs/search_spaces.md"
@@ -58,6 +59,7 @@ def _module_at(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"search_space_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise QskdError(f"--space {path}", "no such file", "a search space: a .py file with " + CONTRACT)
+    tell_code_is_run("--space", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

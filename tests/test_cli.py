@@ -57,6 +57,11 @@ def test_every_verb_has_help(verb: str) -> None:
     assert "Usage" in result.output
 
 
+def test_help_says_that_a_space_from_a_file_is_code() -> None:
+    result = CliRunner().invoke(app, ["tune", "--help"], env={"COLUMNS": "200"})
+    assert "whose code is run" in " ".join(result.output.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("shapes",)])
 def test_every_verb_is_a_module_of_its_own(verb: str) -> None:
     name = "cache_teacher" if verb == "cache" else verb

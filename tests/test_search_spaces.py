@@ -395,3 +395,15 @@ def test_the_package_is_data_and_imports_no_framework() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
     assert set(THREE) <= set(space_names())
+
+
+def test_a_file_from_outside_is_told_to_be_code_that_is_run_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = own_space(tmp_path)
+    for _ in range(2):
+        load_space(path)
+    load_space("query_groups")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--space: the code in {Path(path).resolve()} is run, with all your rights"
+    ]

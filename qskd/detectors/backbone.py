@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, ResNetBackbone, ResNetConfig, RTDetrResNetBackbone, RTDetrResNetConfig
+from transformers import ResNetBackbone, ResNetConfig, RTDetrResNetBackbone, RTDetrResNetConfig
 
 from qskd.config import BackboneConfig
-from qskd.detectors.weights import check_keys, check_path, quiet, reading
+from qskd.detectors.clean_config import backbone_config_of
+from qskd.detectors.untrusted import shown
+from qskd.detectors.weights import check_keys, check_path, load_model, read_said
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
@@ -31,15 +33,14 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
     }
     if config.init:
         path = check_path(config.init)
-        with reading(path):
-            resnet = AutoConfig.from_pretrained(path)
-        resnet.dtype = torch.float32  # a checkpoint stored as float16 would make the student's backbone float16
-        if resnet.model_type != config.type:
+        said, where = read_said(path)
+        if said.get("model_type") != config.type:
             raise QskdError(
                 config.init,
-                f"a model of type {resnet.model_type!r}",
+                f"a model of type {shown(said.get('model_type'))}",
                 f"a ResNet (model type {config.type!r}, of student.backbone.type)",
             )
+        resnet = backbone_config_of(said, _TYPES[config.type][0], where)
         found = {name: getattr(resnet, name) for name in sizes}
         if found != sizes:
             differing = [name for name in sizes if found[name] != sizes[name]]
@@ -59,10 +60,7 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
 def load_backbone(backbone: nn.Module, path: str, config: Any) -> None:
     """Copy a ResNet checkpoint (with or without its classifier) into a detector's backbone."""
     folder = check_path(path)
-    with reading(path), quiet():
-        source, info = _TYPES[config.model_type][1].from_pretrained(
-            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+    source, info = load_model(_TYPES[config.model_type][1], config, folder)
     dropped = check_keys(path, info, ignore=("classifier.",))
     backbone.load_state_dict(source.state_dict())  # a frozen norm drops num_batches_tracked by itself
     log.info("backbone: %d tensors from %s; left out: %s", len(source.state_dict()), path, dropped or "nothing")

@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.utils import CONFIG_NAME, cached_file
-
 from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
+from qskd.detectors.checkpoint_files import read_weights, weight_files
 from qskd.detectors.detector import Detector
 from qskd.detectors.families import FAMILIES, find_family
 from qskd.detectors.preprocessing import Channels, Preprocessing
@@ -26,11 +24,11 @@ from qskd.detectors.weights import (
     check_keys,
     check_path,
     check_timm,
+    load_model,
     quiet,
     read_config,
-    read_weights,
+    read_said,
     reading,
-    weight_files,
 )
 from qskd.errors import QskdError
 from qskd.files import sha256_of
@@ -54,17 +52,12 @@ def load_detector(path_or_name: str | Path) -> Detector:
     config.auxiliary_loss = False
     if hasattr(config, "decoder_layerdrop"):
         config.decoder_layerdrop = 0.0  # a dropped layer would say nothing, and every layer is asked
-    with reading(path), quiet():
-        given: dict[str, Any] = {"pretrained_model_name_or_path": path}
-        if timm is not None:
+    state = None
+    if timm is not None:
+        with reading(path):
             state = rename(read_weights(path), path)
             config.backbone_config = resnet_config(state, timm, path)
-            given = {"pretrained_model_name_or_path": None, "state_dict": state}
-        else:
-            weight_files(path)  # says what to do where there are none
-        model, info = family.model_class.from_pretrained(
-            **given, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+    model, info = load_model(family.model_class, config, path, state)
     kinds = [kind for kind in config.architectures or [] if kind != family.model_class.__name__]
     of_another = f" (config.json names a {kinds[0]})" if kinds else ""
     check_keys(path, info, what=f"a {family.model_class.__name__}{of_another}")
@@ -82,10 +75,11 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     path = check_path(path_or_name)
     with reading(path):
         files = weight_files(path)
-        said = json.loads(Path(str(cached_file(path, CONFIG_NAME))).read_text())
+    said, _ = read_said(path)
     weights = hashlib.sha256("".join(sha256_of(open(file, "rb")) for file in files).encode()).hexdigest()  # noqa: SIM115
     meaning = {key: value for key, value in said.items() if key not in ("transformers_version", "_name_or_path")}
-    config = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+    with reading(path):  # what can be read may lie too deep to be written
+        config = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
     return {"teacher.weights_sha256": weights, "teacher.config_sha256": config}
 
 

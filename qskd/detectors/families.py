@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qskd.detectors.conditional_detr import ConditionalDetr
 from qskd.detectors.d_fine import DFine
 from qskd.detectors.dab_detr import DabDetr
@@ -10,6 +12,7 @@ from qskd.detectors.detr import Detr
 from qskd.detectors.family import Family
 from qskd.detectors.rt_detr import RTDetr
 from qskd.detectors.rt_detr_v2 import RTDetrV2
+from qskd.detectors.untrusted import shown
 from qskd.errors import QskdError
 
 FAMILIES: dict[str, Family] = {
@@ -18,13 +21,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(model_type: str, where: str) -> Family:
+def find_family(model_type: Any, where: str) -> Family:
     """The family of a configuration's `model_type`; QskdError when there is none."""
-    family = FAMILIES.get(model_type)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise QskdError(
             where,
-            f"a model of type {model_type!r}",
+            f"a model of type {shown(model_type)}",
             f"one of {', '.join(FAMILIES)}",
             "choose a checkpoint of a supported family, or add the family in qskd/detectors (docs/families.md)",
         )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from qskd.config import ResizeConfig
+from qskd.detectors.checkpoint_files import checkpoint_file
 from qskd.detectors.families import find_family
+from qskd.detectors.untrusted import read_json_file, shown
 from qskd.detectors.weights import check_path, read_config
 from qskd.errors import QskdError
 
@@ -23,6 +26,12 @@ IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 _CORRECT = "correct its preprocessor_config.json: say how the model was trained"
 BILINEAR = 2  # PIL.Image.Resampling.BILINEAR, the filter of every DETR
+_MOST_PIXELS = 32768  # of a side
+_MOST_LONGEST = 10**6  # of one that is only a limit
+_LONGEST = ("longest_edge", "max_size")
+_SET_RESIZE = "set teacher.resize in the config"
+_SWITCHES = ("do_rescale", "do_resize", "do_normalize")
+_SIDES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,9 @@ def read_preprocessing(folder_or_name: str | Path, resize: ResizeConfig | None =
     if said.get("do_resize", True) is False and resize is None:
         raise QskdError(where, "an image processor that does not resize", remedy="set teacher.resize in the config")
     if said.get("resample", BILINEAR) != BILINEAR:
-        log.warning("%s resizes with PIL's filter %s; bilinear is used", where, said["resample"])
+        log.warning("%s resizes with PIL's filter %s; bilinear is used", where, shown(said["resample"]))
     if said.get("pad_size"):
-        log.warning("%s pads to %s; here a batch is padded to its largest image", where, said["pad_size"])
+        log.warning("%s pads to a size of its own; here a batch is padded to its largest image", where)
     normalise = said.get("do_normalize", True)
     mean = said.get("image_mean", IMAGENET_MEAN) if normalise else (0.0, 0.0, 0.0)
     std = said.get("image_std", IMAGENET_STD) if normalise else (1.0, 1.0, 1.0)
@@ -68,7 +77,7 @@ def _processor(where: str) -> dict[str, Any]:
     family = find_family(read_config(where).model_type, where)
     defaults = family.processor_class().to_dict()
     try:
-        said: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(where)[0]
+        said = _said(where)
     except OSError as error:
         size, normalise = defaults["size"], "ImageNet's mean" if defaults["do_normalize"] else "pixels in 0..1"
         log.warning(
@@ -80,6 +89,47 @@ def _processor(where: str) -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if key != "size" or "size" not in said} | said
 
 
+def _said(where: str) -> dict[str, Any]:
+    """The fields of a checkpoint's image processor that are read here, checked. OSError where it has no image processor.
+
+    They are in preprocessor_config.json, or inside a processor_config.json, which comes first, as for transformers. No class
+    that such a file names is ever looked for.
+    """
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
+        file = checkpoint_file(where, name)
+        said: Any = {} if file is None else read_json_file(file)
+        if name == PROCESSOR_NAME:
+            said = said.get("image_processor")
+        if file is not None and said is not None:
+            return _checked(said, f"{where}/{name}")
+    raise OSError(f"no {IMAGE_PROCESSOR_NAME}")
+
+
+def _checked(said: Any, file: str) -> dict[str, Any]:
+    def refused(field: str, expected: str) -> QskdError:
+        return QskdError(file, f"{field}: {shown(said.get(field))}", expected, _CORRECT)
+
+    if not isinstance(said, dict):
+        raise QskdError(file, f"image_processor: {shown(said)}", "an object", _CORRECT)
+    # A null is a default that was not chosen; of a switch it means "no", as for transformers.
+    said = {key: value for key, value in said.items() if value is not None or key in _SWITCHES}
+    for field in _SWITCHES:
+        if not isinstance(said.get(field, True), bool | None):
+            raise refused(field, "true or false")
+    if not _is_number(said.get("rescale_factor", 1.0)):
+        raise refused("rescale_factor", "a number")
+    for field in ("image_mean", "image_std"):
+        values = said.get(field, IMAGENET_STD)
+        three = isinstance(values, list | tuple) and len(values) == 3 and all(_is_number(value) for value in values)
+        if not three or (field == "image_std" and not all(value > 0 for value in values)):
+            raise refused(field, "three numbers, for red, green and blue" + (" above 0" if field[-3:] == "std" else ""))
+    return said
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6 and math.isfinite(value)
+
+
 def _channels(values: Any) -> Channels:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
@@ -87,8 +137,14 @@ def _channels(values: Any) -> Channels:
 
 def _resize(said: dict[str, Any], where: str) -> ResizeConfig:
     size = said["size"]
-    if isinstance(size, int):  # the form before 2022: shortest edge, with max_size beside it
+    if not isinstance(size, dict):  # the form before 2022: shortest edge, with max_size beside it
         size = {"shortest_edge": size}
+    size = {name: size[name] for name in _SIDES if size.get(name) is not None}
+    for name, side in {**size, "max_size": said.get("max_size") or 1}.items():
+        if type(side) is not int or not 1 <= side <= (_MOST_LONGEST if name in _LONGEST else _MOST_PIXELS):
+            raise QskdError(
+                where, f"an image processor of {name} {shown(side)}", f"pixels, 1 to {_MOST_PIXELS} a side", _SET_RESIZE
+            )
     height, width, shortest = size.get("height"), size.get("width"), size.get("shortest_edge")
     if height and height == width:
         return ResizeConfig(mode="square", size=height)
@@ -102,7 +158,7 @@ def _resize(said: dict[str, Any], where: str) -> ResizeConfig:
         where,
         f"an image processor of size {size}",
         "height = width, or shortest_edge and longest_edge",
-        "set teacher.resize in the config",
+        _SET_RESIZE,
     )
 
 

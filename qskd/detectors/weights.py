@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from qskd.detectors.families import find_family
-from qskd.detectors.timm_resnet import spell_out
+from qskd.detectors.checkpoint_files import (
+    CONVERT,
+    ONLY_SAFETENSORS,
+    check_sizes,
+    checkpoint_file,
+    headers_of,
+    read_headers,
+    read_weights,
+    weight_files,
+)
+from qskd.detectors.clean_config import detector_config
+from qskd.detectors.untrusted import first_line, read_json_file
 from qskd.errors import QskdError
 from qskd.stores import redacted
-
-_ONLY_SAFETENSORS = "model.safetensors (a pickle can run code when it is read, so none is)"
-_CONVERT = (
-    "where you trust the file: AutoModelForObjectDetection.from_pretrained(path, use_safetensors=False)"
-    ".save_pretrained(new_folder), which writes safetensors"
-)
 
 
 def uri_refused(uri: str, field: str = "") -> QskdError:
@@ -58,39 +60,46 @@ def check_path(path: str | Path, weights: bool = True) -> str:
     raise QskdError(
         str(path),
         f"no safetensors, only {', '.join(pickles)}" if pickles else "no weights",
-        _ONLY_SAFETENSORS,
-        _CONVERT,
+        ONLY_SAFETENSORS,
+        CONVERT,
     )
 
 
-def weight_files(path: str) -> list[Path]:
-    """A checkpoint's safetensors files; `path` as `check_path` gives it. Refuses a Hub repository that has none."""
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    names = [SAFE_WEIGHTS_NAME]
-    if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    found = [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names]
-    if None in found:
-        raise QskdError(path, f"no {names[found.index(None)]} in it", _ONLY_SAFETENSORS, _CONVERT)
-    return [Path(str(file)) for file in found]
+def read_said(path: str) -> tuple[dict[str, Any], str]:
+    """What a checkpoint's config.json says, as it is (nothing of it may go to transformers), and the file's name for messages.
 
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name."""
-    state: dict[str, Tensor] = {}
-    for file in weight_files(path):
-        state |= load_file(file)
-    return state
+    path: as `check_path` gives it.
+    """
+    with reading(path):
+        file = checkpoint_file(path, CONFIG_NAME)
+    if file is None:
+        raise QskdError(path, f"no {CONFIG_NAME}", "a checkpoint of transformers")
+    return read_json_file(file), f"{path}/{CONFIG_NAME}"
 
 
 def read_config(path_or_name: str | Path) -> Any:
-    """transformers' configuration of a checkpoint of any supported family. Reads no weights."""
-    path = check_path(path_or_name, weights=False)
-    with reading(path):
-        said = PreTrainedConfig.get_config_dict(path)[0]
-    find_family(said.get("model_type", "unknown"), path)
-    with reading(path):
-        return CONFIG_MAPPING[said["model_type"]].from_dict(spell_out(said))
+    """transformers' configuration of a checkpoint of any supported family, clean (`clean_config`). Reads no weights."""
+    return detector_config(*read_said(check_path(path_or_name, weights=False)))
+
+
+def load_model(
+    model_class: Any, config: Any, path: str, state: dict[str, Tensor] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers with a checkpoint's weights, in float32, and what from_pretrained says of their names.
+
+    config: clean. state: the weights, where they are read already. transformers is given no path and no name, only tensors:
+    so it looks for no other file beside them (adapters, generation settings, code) and asks the Hub for nothing.
+    """
+    with reading(path), quiet():
+        if state is None:
+            check_sizes(model_class, config, read_headers(weight_files(path)), path)
+            state = read_weights(path)
+        else:
+            check_sizes(model_class, config, headers_of(state), path)
+        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
+            None, state_dict=state, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    return loaded
 
 
 @contextmanager
@@ -115,13 +124,10 @@ def reading(path: str | Path) -> Iterator[None]:
     except QskdError:
         raise
     except Exception as error:
-        text = str(error).strip().splitlines()
         remedy = "give a folder saved by transformers, or a Hub name that can be reached and has safetensors"
         if "size mismatch" in str(error) or "mismatched" in str(error):
             remedy = "config.json and model.safetensors are of different models: save them again together"
-        raise QskdError(
-            str(path), f"cannot be loaded: {text[0] if text else type(error).__name__}", "", remedy
-        ) from error
+        raise QskdError(str(path), f"cannot be loaded: {first_line(error)}", "", remedy) from error
 
 
 def check_keys(
