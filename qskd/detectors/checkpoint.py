@@ -32,7 +32,7 @@ from qskd.detectors.weights import (
     reading,
     weight_files,
 )
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
 from qskd.files import sha256_of
 
 log = logging.getLogger(__name__)
@@ -100,9 +100,10 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         raise QskdError(str(target), "a file", "a folder to save to")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise QskdError(str(target), "a folder with other things in it", "a new, an empty or a detector's folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    fresh.mkdir()
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
     try:
         yield fresh
         stale = fresh.with_suffix(".old")
