@@ -243,7 +243,7 @@ def param_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     batch of parameters. Keys that would fall together are numbered."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        plain = re.sub(r"[^\w\-. :]", "_", key)[:PARAM_KEY_LENGTH].strip() or "_"
+        plain = re.sub(r"^\.|[^\w\-. :]", "_", key)[:PARAM_KEY_LENGTH].strip() or "_"
         number = 1
         while plain in found:
             number += 1

@@ -51,11 +51,13 @@ class QskdError(Exception):
 
 @contextlib.contextmanager
 def full_disk_named(path: str) -> Iterator[None]:
-    """An OSError that says that a disk is full gets the name of the file: one of writing, unlike one of opening, has none."""
+    """An OSError that says that a disk is full, or a path impossible, gets the name of the file: one of writing, unlike one of
+    opening, has none, nor has any of pyarrow's."""
     try:
         yield
     except OSError as error:
-        if error.errno in FULL and error.filename is None:
+        named = error.errno in FULL or (error.errno in REFUSED and not isinstance(error, FileNotFoundError))
+        if named and error.errno and error.filename is None:
             raise OSError(error.errno, os.strerror(error.errno), path) from error
         raise
 

@@ -88,6 +88,8 @@ class Manifest:
                 raise QskdError(where, found, expected, "make the shards anew with `qskd prepare --overwrite`")
             fingerprint = tree.pop("fingerprint")
             manifest = read_strictly(_MANIFEST, tree)
+            if not manifest.shards or not manifest.categories:
+                raise ValueError("it lists no shards or no categories")
             if not all(_SHARD_NAME.fullmatch(shard.file) for shard in manifest.shards):
                 raise ValueError("a shard's name is not a plain file name")
             if manifest.fingerprint != fingerprint or manifest.num_images != sum(manifest.shard_rows):

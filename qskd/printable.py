@@ -12,7 +12,7 @@ from typing import Any
 
 LONGEST_WORD = 300  # characters of a message's word, a path most often: file systems allow 255 for each part
 LONGEST_LINE = 4000  # a message that names a hundred fields still fits
-MOST_LINES = 400  # a traceback that a worker left behind still fits
+MOST_LINES, LONGEST_TEXT = 400, 40_000  # a traceback that a worker left behind still fits
 LONGEST_NAME = 200  # of one name among others
 # All control characters but tab and line feed, what turns the direction of writing round, line separators that are no line
 # feeds, and lone surrogates.
@@ -46,9 +46,8 @@ def printable(text: str) -> str:
     if len(lines) > MOST_LINES:
         half = MOST_LINES // 2
         lines = [*lines[: half - 1], "…", *lines[-half:]]
-    return "\n".join(
-        _cut(_LONG_WORD.sub(lambda word: _cut(word[0], LONGEST_WORD), line), LONGEST_LINE) for line in lines
-    )
+    shorter = (_cut(_LONG_WORD.sub(lambda word: _cut(word[0], LONGEST_WORD), line), LONGEST_LINE) for line in lines)
+    return _cut("\n".join(shorter), LONGEST_TEXT)
 
 
 def one_line(text: str, longest: int = LONGEST_NAME) -> str:
@@ -73,4 +72,4 @@ class _Bounded(reprlib.Repr):
 
 def shown_value(value: Any) -> str:
     """`repr` of a value that was read, of bounded length and depth."""
-    return _Bounded().repr(value)
+    return _cut(_Bounded().repr(value), 5 * LONGEST_NAME)

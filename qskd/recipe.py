@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from qskd.config import Config
 from qskd.errors import QskdError
-from qskd.printable import shown_value
+from qskd.printable import one_line, shown_value
 from qskd.untrusted import LARGEST_YAML, parse_yaml
 
 
@@ -52,8 +52,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     Nothing after the `=` is the empty text, as for a path that is to be taken away; `null` is YAML's nothing."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise QskdError(f"--set {text}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value")
-    parsed = parse_yaml(value, f"--set {text}", "a.b=value, the value in YAML") if value.strip() else ""
+        raise QskdError(
+            f"--set {one_line(text)}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value"
+        )
+    parsed = parse_yaml(value, f"--set {one_line(text)}", "a.b=value, the value in YAML") if value.strip() else ""
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value.strip()):  # YAML 1.1 reads 1e-4 as text
         parsed = float(value)
     return name.strip().split("."), parsed
@@ -75,7 +77,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         for part in path[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise QskdError(f"--set {text}", f"{part} is not a group of fields", "a dotted path to a field")
+                raise QskdError(
+                    f"--set {one_line(text)}", f"{part} is not a group of fields", "a dotted path to a field"
+                )
             node = child
         node[path[-1]] = value
     return result
@@ -87,6 +91,9 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from None
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        # A validator that was not ready for a value: pydantic makes only ValueErrors of them its own.
+        raise QskdError(where, f"a value that no field takes: {error}", "values of the fields' types") from None
 
 
 def check_field(name: str, where: str) -> None:

@@ -59,7 +59,8 @@ def write_shards(
     """
     destination = str(destination)
     filesystem, root = open_folder(destination)
-    old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
+    with writing(destination):
+        old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
     with writing(destination):
         patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     shards: list[Shard] = []

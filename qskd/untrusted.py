@@ -73,17 +73,11 @@ def _no_constant(name: str) -> Any:
 
 def _check_depth(value: Any) -> None:
     level, depth = [value], 0
-    while level:
+    while level := [node for node in level if isinstance(node, dict | list)]:
         depth += 1
-        if depth > DEEPEST + 1:
+        if depth > DEEPEST:
             raise ValueError(f"lists and objects nested more than {DEEPEST} deep")
-        inner: list[Any] = []
-        for node in level:
-            if isinstance(node, dict):
-                inner.extend(node.values())
-            elif isinstance(node, list):
-                inner.extend(node)
-        level = inner
+        level = [inner for node in level for inner in (node.values() if isinstance(node, dict) else node)]
 
 
 # libyaml's parser is five times as fast; its values are the same.

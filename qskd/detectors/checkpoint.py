@@ -96,7 +96,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     A detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
     """
     target = Path(folder)
-    if target.exists() and not target.is_dir():
+    with writing(target):
+        there = target.exists()
+    if there and not target.is_dir():
         raise QskdError(str(target), "a file", "a folder to save to")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise QskdError(str(target), "a folder with other things in it", "a new, an empty or a detector's folder")
