@@ -85,7 +85,11 @@ class CacheManifest:
             fingerprint = tree.pop("fingerprint")
             manifest = read_strictly(_MANIFEST, tree)
             names = manifest.shards
-            if not names or any(len(files) != len(names) for files in manifest.views.values()) or not all(map(_is_plain, names)):
+            if (
+                not names
+                or any(len(files) != len(names) for files in manifest.views.values())
+                or not all(map(_is_plain, names))
+            ):
                 raise ValueError("its views and shards disagree")
             if manifest.fingerprint != fingerprint:
                 raise ValueError("its fingerprint disagrees with its identity: it was edited or mixed up")

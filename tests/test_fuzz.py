@@ -5,52 +5,41 @@ Examples are the same each time. To look for new faults: QSKD_FUZZ_EXAMPLES=3000
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import resource
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from odd import DEEP, NAMES, SCALARS, bounded, ends_well, mutated, with_depth
-from PIL import Image
+from odd import (
+    COCO,
+    DEEP,
+    MOST_MB,
+    NAMES,
+    RAW,
+    SCALARS,
+    bounded,
+    ends_well,
+    every,
+    mutated,
+    picture_folder,
+    resident_mb,
+    with_depth,
+)
 
-from qskd.cache_manifest import CacheManifest, CacheSizes, file_name, fingerprint_of, save_cache_manifest
 from qskd.classes import map_classes
 from qskd.coco import read_coco
-from qskd.config import Config, ResizeConfig, ViewConfig
-from qskd.loader import BatchLoader
+from qskd.config import Config
 from qskd.manifest import load_manifest
 from qskd.plots import draw_boxes
 from qskd.recipe import build, changes, flatten, load, to_tree, to_yaml
-from qskd.samples import SCHEMA
-from qskd.shards import ShardReader, read_annotations, verify, write_shards
-from qskd.teacher_cache import FINGERPRINT_KEY, TeacherCacheReader, TeacherRow, collate, write_rows
+from qskd.shards import read_annotations, write_shards
 
-MOST_MB = 1500  # that all examples together may add to the process
-
-COCO: dict[str, Any] = {
-    "info": {"year": 2026},
-    "images": [
-        {"id": 7, "file_name": "a.png", "width": 8, "height": 6},
-        {"id": 9, "file_name": "b.png", "width": 8, "height": 6},
-    ],
-    "annotations": [
-        {"id": 1, "image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 2.5], "area": 7.5, "iscrowd": 0},
-        {"id": 2, "image_id": 9, "category_id": 2, "bbox": [0.5, 0, 7, 6], "iscrowd": 1},
-    ],
-    "categories": [{"id": 5, "name": "cat", "supercategory": "animal"}, {"id": 2, "name": "dog"}],
-}
 RECIPE = changes(
     build(
         {
@@ -68,47 +57,14 @@ FIELDS = sorted(flatten(to_tree(Config())))
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory() -> Iterator[None]:
-    scale = 1024 if sys.platform != "darwin" else 1024**2  # to MB
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_mb()
     yield
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / scale < MOST_MB
+    assert resident_mb() - before < MOST_MB
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fuzz") / "images"
-    folder.mkdir()
-    for name in ("a.png", "b.png"):
-        Image.fromarray(np.full((6, 8, 3), 90, np.uint8)).save(folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    annotations = pictures.parent / "whole.json"
-    annotations.write_text(json.dumps(COCO))
-    folder = tmp_path_factory.mktemp("shards") / "whole"
-    write_shards(read_coco(annotations, pictures), str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache") / "whole"
-    identity = {"teacher.cache.precision": "float32", "codec": 1}
-    manifest = CacheManifest(identity, CacheSizes(1, 3, 2, (2,), (4.0,)), 2, ("one",), {})
-    written = write_rows(str(folder), file_name("one", 0), [_row(7), _row(9)], manifest.fingerprint)
-    save_cache_manifest(str(folder), manifest.with_view(0, (written,)))
-    return folder
-
-
-def _row(image_id: int) -> TeacherRow:
-    def floats(*shape: int) -> np.ndarray:
-        return np.zeros(shape, np.float32)
-
-    shapes, queries = np.array([[2, 2]], np.int32), np.array([1], np.int32)
-    none = np.zeros(0, np.float32)
-    return TeacherRow(image_id, floats(1, 3, 2), floats(1, 3, 4), shapes, floats(8), none, queries, floats(1, 4), none)
+    return picture_folder(tmp_path_factory.mktemp("fuzz") / "images")
 
 
 # --- COCO JSON ------------------------------------------------------------------------------------------------------
@@ -130,38 +86,45 @@ def _read_coco(raw: bytes, pictures: Path, mode: Any) -> None:
     ends_well(read)
 
 
+def _with(*path: Any, value: Any) -> Any:
+    """COCO with one value replaced."""
+    document = node = json.loads(json.dumps(COCO))
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return document
+
+
+FOUND_COCO = (
+    *(_with("annotations", 0, "bbox", 2, value=value) for value in (10**400, 1e308, float("nan"), DEEP, True)),
+    *(_with("annotations", 0, "area", value=value) for value in (1e308, 10**400, float("inf"), DEEP)),
+    *(_with("images", 0, "width", value=value) for value in (10**12, -8, 2**70, True, 8.0)),
+    *(_with("annotations", 0, key, value=DEEP) for key in ("id", "iscrowd", "bbox", "category_id")),
+    *(_with("categories", 0, "supercategory", value=value) for value in (DEEP, "\ud800", {"a": 1}, "x" * 10**5)),
+    *(
+        _with("annotations", 0, "bbox", value=value)
+        for value in ([0, 0, 1e300, 1e300], [-1e308, 0, 1e308, 5], [0] * 10**5)
+    ),
+    _with("images", value=None),
+)
+
+
 @bounded
+@every(example(document=document, mode="skip") for document in FOUND_COCO)
 @given(document=mutated(COCO), mode=st.sampled_from(["stop", "skip"]))
 def test_coco_json(pictures: Path, document: Any, mode: str) -> None:
     _read_coco(with_depth(json.dumps(document)).encode(), pictures, mode)
 
 
-RAW = (
-    *(
-        b"",
-        b"\xef\xbb\xbf{}",
-        b"\xff\xfe{\x00}\x00",
-        b"\xff",
-        b"[]",
-        b"7",
-        b"null",
-        b'"text"',
-        b"{",
-        b"\x00" * 9,
-        b"NaN",
-    ),
-    *(b"[" * 200_000, b'{"a":' * 200_000, b'{"images": null, "annotations": [], "categories": []}', b"1" * 5000),
-    b'{"images": [], "images": [], "annotations": [], "categories": [{"id": 1, "name": "\xed\xa0\x80"}]}',
-)
-
-
 @bounded
+@every(example(raw=raw, mode="skip") for raw in RAW)
 @given(raw=st.one_of(st.sampled_from(RAW), st.binary(max_size=40)), mode=st.sampled_from(["stop", "skip"]))
 def test_bytes_that_are_no_coco_json(pictures: Path, raw: bytes, mode: str) -> None:
     _read_coco(raw, pictures, mode)
 
 
 @bounded
+@every(example(name=name, mode="skip") for name in NAMES)
 @given(name=st.sampled_from(NAMES) | st.text(max_size=300), mode=st.sampled_from(["stop", "skip"]))
 def test_file_names_and_class_names_of_a_dataset(pictures: Path, name: str, mode: str) -> None:
     document = json.loads(json.dumps(COCO))
@@ -213,6 +176,26 @@ YAMLS = (
 )
 
 
+FOUND_YAML = (
+    *(
+        "student: {size: [s]}",
+        "name: !!timestamp x",
+        "name: 2026-99-99",
+        'name: "\\0"',
+        "seed: 0x" + "f" * 5000,
+        BOMB,
+        MERGES,
+    ),
+    *(
+        "[" * 3000,
+        "a: &a [*a]",
+        "student: {feature_levels: 99999999999999, family: rt_detr}",
+        b"\xff\xfe\x00",
+        "data: {train: \ud800}",
+    ),
+)
+
+
 def _recipe(text: str | bytes, folder: Path, overrides: tuple[str, ...] = ()) -> None:
     path = folder / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
@@ -244,6 +227,7 @@ def test_recipes(pictures: Path, tree: Any) -> None:
     | st.binary(max_size=30)
     | st.text(alphabet="ab:-[]{}&*!<>|?,#%@'\"\\ \n\t1.e", max_size=40)
 )
+@every(example(text=text) for text in FOUND_YAML)
 def test_texts_that_are_no_recipe(pictures: Path, text: Any) -> None:
     _recipe(text, pictures.parent)
 
@@ -260,202 +244,6 @@ def test_overrides(pictures: Path, field: str, value: str, equals: str) -> None:
         assert build(yaml.safe_load(to_yaml(config))) == config
 
     ends_well(read)
-
-
-# --- manifests and Parquet ------------------------------------------------------------------------------------------
-def _signed(tree: Any) -> Any:
-    """With the fingerprint that goes with what it says, if it is of a shape to have one."""
-    try:
-        content = [[shard["sha256"] for shard in tree["shards"]], [[c["id"], c["name"]] for c in tree["categories"]]]
-        return {**tree, "fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
-    except (KeyError, TypeError):
-        return tree
-
-
-def _signed_cache(tree: Any) -> Any:
-    try:
-        return {**tree, "fingerprint": fingerprint_of(tree["identity"])}
-    except (KeyError, TypeError):
-        return tree
-
-
-def _use_shards(folder: Path) -> None:
-    def read() -> None:
-        loader = BatchLoader(str(folder), "", ViewConfig(), ResizeConfig(size=16))
-        count = sum(len(range(min(rows, 3))) for rows in loader.manifest("train").shard_rows)
-        for row in range(min(count, 3)):
-            ends_well(lambda row=row: loader.load("train", np.array([[0, row, 0]])))  # type: ignore[misc]
-        ends_well(lambda: ShardReader(str(folder)).read(0, [0]))
-        ends_well(lambda: read_annotations(str(folder)))
-        verify(str(folder))
-
-    ends_well(read)
-
-
-def _use_cache(folder: Path) -> None:
-    def read() -> None:
-        reader = TeacherCacheReader(str(folder))
-        for view in list(reader.manifest.views)[:2]:
-            ends_well(lambda view=view: collate(reader.read(0, view, [0, 1]), reader.manifest.sizes, reader.columns))  # type: ignore[misc]
-
-    ends_well(read)
-
-
-@bounded
-@given(data=st.data(), signed=st.booleans())
-def test_shard_manifests(shards: Path, tmp_path_factory: pytest.TempPathFactory, data: Any, signed: bool) -> None:
-    tree = data.draw(mutated(json.loads((shards / "manifest.json").read_text())))
-    folder = _copy(shards)
-    (folder / "manifest.json").write_text(with_depth(json.dumps(_signed(tree) if signed else tree)))
-    _use_shards(folder)
-
-
-@bounded
-@given(data=st.data(), signed=st.booleans())
-def test_cache_manifests(cache: Path, data: Any, signed: bool) -> None:
-    tree = data.draw(mutated(json.loads((cache / "manifest.json").read_text())))
-    folder = _copy(cache)
-    (folder / "manifest.json").write_text(with_depth(json.dumps(_signed_cache(tree) if signed else tree)))
-    _use_cache(folder)
-
-
-@bounded
-@given(raw=st.sampled_from(RAW) | st.binary(max_size=20))
-def test_bytes_that_are_no_manifest(shards: Path, cache: Path, raw: bytes) -> None:
-    for whole, use in ((shards, _use_shards), (cache, _use_cache)):
-        folder = _copy(whole)
-        (folder / "manifest.json").write_bytes(raw)
-        use(folder)
-
-
-def _copy(whole: Path) -> Path:
-    folder = whole.parent / "changed"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
-    return folder
-
-
-TYPES = (
-    *(
-        pa.int64(),
-        pa.int32(),
-        pa.uint64(),
-        pa.float32(),
-        pa.float64(),
-        pa.string(),
-        pa.binary(),
-        pa.bool_(),
-        pa.date32(),
-    ),
-    *(pa.large_string(), pa.large_binary(), pa.decimal128(5, 2), pa.list_(pa.int64()), pa.list_(pa.float32())),
-    *(pa.list_(pa.list_(pa.float32(), 4)), pa.list_(pa.list_(pa.float32())), pa.list_(pa.bool_()), pa.null()),
-    *(pa.struct([("a", pa.int64())]), pa.map_(pa.string(), pa.int64()), pa.dictionary(pa.int8(), pa.string())),
-)
-
-
-def _filled(kind: pa.DataType, seed: int) -> Any:
-    """A value of an Arrow type, or None."""
-    rng = np.random.default_rng(seed)
-    if rng.random() < 0.25 or pa.types.is_null(kind):
-        return None
-    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-        length = 4 if pa.types.is_fixed_size_list(kind) else int(rng.integers(0, 4))
-        return [_filled(kind.value_type, seed * 7 + n + 1) for n in range(length)]
-    if pa.types.is_struct(kind):
-        return {"a": 1}
-    if pa.types.is_map(kind):
-        return [("a", 1)]
-    if pa.types.is_boolean(kind):
-        return bool(rng.integers(2))
-    if pa.types.is_floating(kind):
-        return float(rng.choice([0.0, 1.5, 1e30, np.inf, np.nan, -7.0]))
-    if pa.types.is_integer(kind):
-        return int(rng.choice([0, 1, 5, 7, 9, 2**30]))
-    if pa.types.is_decimal(kind) or pa.types.is_date(kind):
-        return None
-    if pa.types.is_dictionary(kind):
-        return "a"
-    return (
-        bytes(rng.bytes(int(rng.integers(0, 12)))) if "binary" in str(kind) else str(rng.choice(["a", "", "\x1b[1m"]))
-    )
-
-
-@st.composite
-def tables(draw: st.DrawFn, whole: pa.Table) -> pa.Table:
-    """The table with a column of another type, with nulls or other values, twice, renamed or missing."""
-    columns = list(zip(whole.column_names, whole.columns, strict=True))
-    for _ in range(draw(st.integers(1, 2))):
-        place = draw(st.integers(0, len(columns) - 1))
-        name, column = columns[place]
-        how = draw(st.sampled_from(["type", "values", "values", "drop", "twice", "rename"]))
-        kind = draw(st.sampled_from(TYPES)) if how == "type" else column.type
-        if how in ("type", "values"):
-            rows = [_filled(kind, draw(st.integers(0, 50))) for _ in range(whole.num_rows)]
-            columns[place] = name, pa.chunked_array([pa.array(rows, kind)], kind)
-        elif how == "drop" and len(columns) > 1:
-            del columns[place]
-        elif how == "twice":
-            columns.append((name, column))
-        else:
-            columns[place] = draw(st.sampled_from(["other", name.upper()])), column
-    fields = [pa.field(name, column.type) for name, column in columns]
-    return pa.Table.from_arrays([column for _, column in columns], schema=pa.schema(fields, whole.schema.metadata))
-
-
-def _damaged(draw: Callable[[Any], Any], raw: bytes) -> bytes:
-    how = draw(st.sampled_from(["cut", "flip", "flip", "footer", "garbage"]))
-    at = draw(st.integers(0, len(raw) - 1))
-    if how == "cut":
-        return raw[:at]
-    if how == "garbage":
-        return bytes(draw(st.binary(min_size=1, max_size=40)))
-    if how == "footer":  # thrift, without a checksum
-        at = len(raw) - 8 - at % max(int.from_bytes(raw[-8:-4], "little"), 1)
-    return raw[:at] + bytes([draw(st.integers(0, 255))]) + raw[at + 1 :]
-
-
-def _file_bytes(table: pa.Table, **options: Any) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, **options)
-    return sink.getvalue()
-
-
-@bounded
-@given(data=st.data())
-def test_parquet_shards(shards: Path, data: Any) -> None:
-    folder = _copy(shards)
-    tree = json.loads((folder / "manifest.json").read_text())
-    path = folder / tree["shards"][0]["file"]
-    if data.draw(st.booleans()):
-        raw = _file_bytes(data.draw(tables(pq.read_table(path))))
-    else:
-        raw = _damaged(data.draw, path.read_bytes())
-    path.write_bytes(raw)
-    entry = tree["shards"][0] | {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(_signed(tree | {"shards": [entry]})))
-    _use_shards(folder)
-
-
-@bounded
-@given(data=st.data())
-def test_parquet_cache_files(cache: Path, data: Any) -> None:
-    folder = _copy(cache)
-    tree = json.loads((folder / "manifest.json").read_text())
-    path = folder / file_name("one", 0)
-    if data.draw(st.booleans()):
-        raw = _file_bytes(data.draw(tables(pq.read_table(path))))
-    else:
-        raw = _damaged(data.draw, path.read_bytes())
-    path.write_bytes(raw)
-    (folder / "manifest.json").write_text(json.dumps(tree | {"views": {"0": [[2, len(raw)]]}}))
-    _use_cache(folder)
-
-
-def test_the_tables_that_are_mutated_are_read_when_they_are_not(shards: Path, cache: Path) -> None:
-    assert pq.read_schema(next(shards.glob("*.parquet"))).names == SCHEMA.names
-    assert [sample.image_id for sample in ShardReader(str(shards)).read(0, [0, 1])] == [7, 9]
-    assert [row.image_id for row in TeacherCacheReader(str(cache)).read(0, 0, [0, 1])] == [7, 9]
-    assert FINGERPRINT_KEY in pq.read_schema(cache / file_name("one", 0)).metadata
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
