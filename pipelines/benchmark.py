@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipelines.export import square
 from qskd.benchmark import Cost, Runner, Size, Timing, compare_speed, cost_of, onnx_runner, torch_runner, usual_size
@@ -24,6 +26,7 @@ from qskd.errors import QskdError
 from qskd.export import export_onnx, open_session
 from qskd.files import fetched
 from qskd.memory import peak_memory
+from qskd.printable import one_line
 from qskd.scratch import scratch_folder
 
 TORCH, ONNX = "PyTorch", "onnxruntime"
@@ -164,10 +167,12 @@ def show(found: Benchmark, console: Console | None = None) -> None:
     for column in ("model", "family", "input", "parameters", "GFLOPs"):
         costs.add_column(column, justify="right" if column in ("parameters", "GFLOPs") else "left", overflow="fold")
     for name, (family, size, cost) in found.models.items():
-        costs.add_row(name, family, str(size), f"{cost.parameters / 1e6:.2f} M", f"{cost.gflops:.3g}")
+        costs.add_row(Text(one_line(name)), family, str(size), f"{cost.parameters / 1e6:.2f} M", f"{cost.gflops:.3g}")
     console.print(costs)
     first = found.rows[0]
-    times = Table(title=f"{found.facts}; medians; ratio: of time to {first.name}'s in {first.runtime}")
+    times = Table(
+        title=f"{found.facts}; medians; ratio: of time to {escape(one_line(first.name))}'s in {first.runtime}"
+    )
     for column in ("model", "runtime", "batch", "ms/image", "images/s", "ratio", "peak MB"):
         times.add_column(column, justify="left" if column in ("model", "runtime") else "right", overflow="fold")
     for row in found.rows:
@@ -175,7 +180,8 @@ def show(found: Benchmark, console: Console | None = None) -> None:
             memory = row.memory.get(timing.batch)
             cells = [f"{timing.ms_per_image:.2f}", f"{timing.images_per_s:.1f}", f"{timing.ratio:.2f}"]
             peak = "–" if memory is None else f"{memory / 1e6:.0f}"
-            times.add_row(row.name, row.runtime, str(timing.batch), *cells, peak, end_section=timing is row.timings[-1])
+            head = Text(one_line(row.name)), row.runtime, str(timing.batch)
+            times.add_row(*head, *cells, peak, end_section=timing is row.timings[-1])
     console.print(times)
     if not all(row.memory for row in found.rows):
         console.print("–: not measured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines import cli_deploy, cli_look
 from pipelines.cli_options import DryRun, Recipe, Restart, Set, local_path
-from pipelines.logs import start_logs
+from pipelines.logs import start_logs, tell
 from pipelines.stopping import ended_by_signals
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
@@ -40,12 +41,12 @@ def _train(kind: str, recipe: str | None, overrides: list[str] | None, dry_run: 
         config = distill.prepare_config(config, kind)
         plan = distill.make_plan(config, kind, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
-        print(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
+        tell(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
         return
     result = distill.run(config, kind, restart)
-    print(f"student: {result.student}")
+    tell(f"student: {result.student}")
     print("  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
-    print(f"look at the run: {how_to_look(tracking_uri(config))}")
+    tell(f"look at the run: {how_to_look(tracking_uri(config))}")
 
 
 @app.command()
@@ -77,7 +78,7 @@ def cache(
 
     config = load(recipe, set or ())
     if dry_run:
-        print(program.foresee(config, overwrite))
+        tell(program.foresee(config, overwrite))
     elif check:
         errors = program.verify(config, check)
         print(*(f"{name:<28} {value:.3g}" for name, value in errors.items()), sep="\n")
@@ -124,7 +125,7 @@ def tune(
     request = program.TuneRequest(search, trial_epochs, at_most_parameters, at_once)
     config = load(recipe, set or ())
     if dry_run:
-        print(program.foresee(config, request))
+        tell(program.foresee(config, request))
     else:
         program.run(config, request, restart)
 
@@ -151,10 +152,10 @@ def prepare(
     if dry_run:
         dataset = read_coco(annotations, images, on_error)  # type: ignore[arg-type]
         shards = -(-len(dataset) // rows_per_shard)
-        print(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
+        tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
         return
     manifest = program.prepare(annotations, images, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
-    print(program.describe(manifest, destination))
+    tell(program.describe(manifest, destination))
 
 
 app.command()(cli_look.evaluate)
@@ -197,7 +198,7 @@ def shapes(
     except ValueError as error:
         raise QskdError("qskd shapes", str(error), ", ".join(ShapesConfig.model_fields)) from None
     annotations, _ = make_shapes(config, folder)
-    print(f"{annotations}: {images} images")
+    tell(f"{annotations}: {images} images")
 
 
 @app.command()
@@ -225,6 +226,9 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; a QskdError is told without a traceback, with exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8, and printing it must not end the program
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     start_logs()
     with told_without_traceback(), ended_by_signals():
         app(arguments)

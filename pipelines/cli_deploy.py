@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli_options import DryRun, Model, local_path
+from pipelines.logs import tell
 from qskd.errors import QskdError
 
 Size = Annotated[
@@ -59,7 +60,7 @@ def export(
         threads=threads,
     )
     if dry_run:
-        print(program.foresee(model, out, options))
+        tell(program.foresee(model, out, options))
         return
     program.export(model, out, options)
 
@@ -99,6 +100,6 @@ def benchmark(
         limit_s=limit_s,
     )
     if dry_run:
-        print(program.foresee(models, options))
+        tell(program.foresee(models, options))
         return
     program.show(program.benchmark(models, options))

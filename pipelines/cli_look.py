@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from pipelines.cli_options import DryRun, Model, Set, local_path
+from pipelines.logs import tell
+from qskd.printable import one_line
 from qskd.recipe import load
 
 
@@ -38,7 +40,7 @@ def evaluate(
     if dry_run:
         with fetched(model) as folder:
             manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
-        print(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
+        tell(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
         return
     result = program.evaluate(
         model,
@@ -51,9 +53,9 @@ def evaluate(
         backend,  # type: ignore[arg-type]
         config.compute.device,
     )
-    print("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
+    tell("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
     if per_class:
-        print("\n".join(f"{value:.4f}  {name}" for name, value in result.per_class.items()))
+        tell("\n".join(f"{value:.4f}  {one_line(name)}" for name, value in result.per_class.items()))
 
 
 def predict(
@@ -72,10 +74,11 @@ def predict(
     from pipelines import predict as program
 
     if dry_run:
-        print("\n".join(f"{model} on {path} → {target}" for path, target in program.targets(images, out)))
+        pairs = program.targets(images, out)
+        tell("\n".join(f"{model} on {path} → {target}" for path, target in pairs))
         return
     for path, found in program.predict(model, images, out, threshold):
-        print(f"{path}: {len(found.scores)} object(s)")
+        tell(f"{path}: {len(found.scores)} object(s)")
 
 
 def explain(
@@ -110,8 +113,8 @@ def explain(
 
     source = program.read_source(recipe_or_run, set or ())
     if dry_run:
-        print(f"student: {source.student or 'none yet'}; teacher: {source.config.teacher.path or 'none'}")
-        print("\n".join(f"{image} → {target}" for image, target in program.targets(images, out)))
+        tell(f"student: {source.student or 'none yet'}; teacher: {source.config.teacher.path or 'none'}")
+        tell("\n".join(f"{image} → {target}" for image, target in program.targets(images, out)))
         return
     for path, shown in program.write_explanations(source, images, annotations, before, out, threshold, view):
-        print(f"{shown.name}: {program.summary(shown)} → {path}")
+        tell(f"{shown.name}: {program.summary(shown)} → {path}")

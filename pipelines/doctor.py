@@ -18,6 +18,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from pipelines.services import Check, check_storage, check_tracking, guarded, short
+from qskd.printable import escaped
 
 _GIB = 2**30
 _FILES_WANTED = 4096
@@ -266,9 +267,9 @@ def doctor(tracking_uri: str = "", storage: str = "", console: Any = None) -> in
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table("", "check", "found", box=None, padding=(0, 1))
     for check in found:
-        text = Text(check.found)
+        text = Text(escaped(check.found))
         if check.remedy:
-            text.append(f"\n→ {check.remedy}", style=colours[check.status])
+            text.append(escaped(f"\n→ {check.remedy}"), style=colours[check.status])
         table.add_row(Text(check.status, style=colours[check.status]), check.name, text)
     console.print(table)
     problems = sum(check.status == "problem" for check in found)

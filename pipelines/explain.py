@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
-import yaml
-from PIL import Image
 from pyarrow import fs
 
 from pipelines.models import device_here, make_student, make_teacher
-from pipelines.predict import check_all_differ
+from pipelines.predict import check_all_differ, save_picture
 from pipelines.storage import Folder
 from pipelines.subjects import Dataset, classes, find_subject
 from qskd.classes import map_classes
 from qskd.coco import CocoDataset, read_coco
 from qskd.config import Config
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
 from qskd.explain import Explanation, Seer, explain
 from qskd.files import open_folder
 from qskd.pictures import explanation_picture, warning_of
@@ -32,6 +30,7 @@ from qskd.recipe import apply_overrides, build, load
 from qskd.scratch import scratch_folder
 from qskd.stores import join, patiently
 from qskd.teacher import OnlineTeacher
+from qskd.untrusted import LARGEST_YAML, parse_yaml
 
 log = logging.getLogger("qskd")
 AFTER = "Student"
@@ -57,11 +56,15 @@ def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
         return Source(config, folder.where("student") if folder.exists("student/config.json") else "")
     try:
         with filesystem.open_input_stream(f"{root}/config.yaml") as stream:
-            tree = yaml.safe_load(stream.read())
+            text = stream.read(4 * LARGEST_YAML).decode("utf-8", "replace")
     except OSError:
         found = "no config.yaml in it"
         raise QskdError(recipe_or_run, found, "a run's folder, as in runs/NAME, or a YAML recipe") from None
-    config = build(apply_overrides(tree, overrides), join(recipe_or_run, "config.yaml"))
+    where = join(recipe_or_run, "config.yaml")
+    tree = parse_yaml(text, where, "the configuration that a run wrote")
+    if not isinstance(tree, dict):
+        raise QskdError(where, f"a {type(tree).__name__} at the top", "the configuration that a run wrote")
+    config = build(apply_overrides(tree, overrides), where)
     there = filesystem.get_file_info(f"{root}/student/config.json").type != fs.FileType.NotFound
     return Source(config, join(recipe_or_run, "student") if there else "")
 
@@ -190,12 +193,9 @@ def write_explanations(
         shown = explain(subject, config, labels, teacher, seers, threshold)
         if warning_of(shown):
             log.warning("%s: %s", subject.name, warning_of(shown))
-        picture = Image.fromarray(explanation_picture(shown, about(config, teacher, before)))
-        try:
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(target)
-        except (OSError, ValueError) as error:  # ValueError: an ending that names no image format
-            raise QskdError(str(target), f"can't be written: {error}", "a picture's file", "--out FILE.png") from None
+        save_picture(explanation_picture(shown, about(config, teacher, before)), target)
         written.append((target, shown))
     return written
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from pipelines.predict import read_image
@@ -47,6 +48,7 @@ from qskd.export import (
 )
 from qskd.files import fetched
 from qskd.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, write_card
+from qskd.printable import escaped, one_line
 from qskd.views import View, view_image
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -135,7 +137,7 @@ def parity_table(found: Sequence[Parity], tolerance: float) -> Table:
         table.add_column(column, justify="left" if column == "input" else "right")
     for parity in found:
         values = [f"{value:.1e}" for value in (parity.probabilities, parity.boxes, parity.logits)]
-        table.add_row(parity.name, str(parity.batch), *values, str(parity.reordered or ""))
+        table.add_row(Text(one_line(parity.name)), str(parity.batch), *values, str(parity.reordered or ""))
     return table
 
 
@@ -174,7 +176,8 @@ def _export(model: str, named: str, out: Path, options: ExportOptions, console: 
         save_detector(detector, fresh, seen_as.resize, extra, seen_as.mean, seen_as.std)
         onnx = _add_onnx(detector, fresh, seen_as, options, console) if options.onnx else None
         write_card(fresh, card_of(model, named, detector, seen_as, onnx))
-    console.print(f"→ {out}: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
+    told = f"→ {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"
+    console.print(escaped(told), markup=False, soft_wrap=True)
     return out
 
 

@@ -13,6 +13,8 @@ import os
 import sys
 from typing import Any
 
+from qskd.printable import escaped, printable
+
 FORMAT = "QSKD_LOG"  # environment variable: text (the default) or json
 log = logging.getLogger("qskd")
 _speaker: dict[str, Any] = {}
@@ -20,6 +22,13 @@ _speaker: dict[str, Any] = {}
 
 def as_json() -> bool:
     return os.environ.get(FORMAT, "").lower() == "json"
+
+
+class TextLines(logging.Formatter):
+    """For a terminal: names of others' files in a message can't give it orders."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 class JsonLines(logging.Formatter):
@@ -48,7 +57,9 @@ def start_logs(**speaker: Any) -> None:
     """
     _speaker.update({name: value for name, value in (_ray_ids() | speaker).items() if value not in ("", None)})
     if not as_json():
-        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(TextLines("%(levelname)s %(message)s"))
+        logging.basicConfig(handlers=[handler], level=logging.WARNING)
         return
     if any(isinstance(handler.formatter, JsonLines) for handler in log.handlers):
         return
@@ -68,9 +79,14 @@ def _ray_ids() -> dict[str, str]:
     return {"job": context.get_job_id(), "node": context.get_node_id()}
 
 
+def tell(*texts: str, sep: str = " ") -> None:
+    """What a verb has to say at its end, on standard output."""
+    print(escaped(sep.join(texts)), flush=True)
+
+
 def say(text: str, quiet: bool = False, **fields: Any) -> None:
     """A line of progress: printed as it is (not when `quiet`), or in JSON with its numbers as fields of their own."""
     if as_json():
         log.info(text, extra={"fields": fields})
     elif not quiet:
-        print(text, flush=True)
+        print(printable(text), flush=True)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qskd.detectors import load_detector, read_preprocessing
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
 from qskd.evaluation import Detections
 from qskd.files import fetched
 from qskd.inference import predict_image
@@ -47,6 +47,15 @@ def check_all_differ(pairs: Sequence[tuple[str | Path, Path]]) -> None:
         first[target] = image
 
 
+def save_picture(picture: np.ndarray, target: Path) -> None:
+    """Write uint8 [H, W, 3] as the format of the file's ending. QskdError when that can't be."""
+    try:
+        with writing(target):
+            Image.fromarray(picture).save(target)
+    except ValueError as error:  # an ending that names no image format
+        raise QskdError(str(target), f"can't be written: {error}", "a picture's file", "--out FILE.png") from None
+
+
 def predict(
     model: str, images: Sequence[Path], out: Path | None = None, threshold: float = 0.5
 ) -> list[tuple[Path, Detections]]:
@@ -59,7 +68,7 @@ def predict(
         image = read_image(path)
         found = predict_image(detector, image, preprocessing, range(len(detector.labels)), threshold)
         picture = draw_boxes(image, found.boxes_xyxy, found.category_ids, found.scores, detector.labels)
-        Image.fromarray(picture).save(target)
+        save_picture(picture, target)
         written.append((target, found))
     return written
 

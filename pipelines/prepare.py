@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from rich.markup import escape
 from rich.progress import Progress
 
 from qskd.coco import read_coco
 from qskd.manifest import Manifest
+from qskd.printable import escaped, one_line, shown_value
 from qskd.shards import write_shards
 
 
@@ -27,7 +29,7 @@ def prepare(
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it."""
     dataset = read_coco(annotations, images, on_error)
     with Progress(disable=quiet, transient=True) as progress:
-        task = progress.add_task(f"{annotations.name} → {destination}", total=len(dataset))
+        task = progress.add_task(escape(f"{one_line(annotations.name)} → {one_line(destination)}"), total=len(dataset))
         return write_shards(
             dataset,
             destination,
@@ -44,12 +46,14 @@ def describe(manifest: Manifest, destination: str) -> str:
         f"{destination}: {manifest.num_images} images, {manifest.num_objects} objects ({manifest.num_crowds} crowds), "
         f"{len(manifest.categories)} categories, {len(manifest.shards)} shard(s), {size_mb:.1f} MiB",
         "category id → class: "
-        + ", ".join(f"{category.id}→{index} {category.name}" for index, category in enumerate(manifest.categories)),
+        + ", ".join(
+            f"{category.id}→{index} {one_line(category.name)}" for index, category in enumerate(manifest.categories)
+        ),
     ]
     if manifest.problems:
         lines.append(f"{len(manifest.problems)} problem(s), all in {destination}/manifest.json; the first:")
-        lines += [f"  {problem}" for problem in manifest.problems[:3]]
-    return "\n".join(lines)
+        lines += [f"  {shown_value(problem)}" for problem in manifest.problems[:3]]
+    return escaped("\n".join(lines))
 
 
 if __name__ == "__main__":

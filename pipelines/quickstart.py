@@ -19,6 +19,7 @@ from pathlib import Path
 import ray
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines.cache_teacher import run as cache
@@ -34,6 +35,7 @@ from qskd.config import Config
 from qskd.cost import gflops, latency_ms, parameters
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.errors import QskdError, told_without_traceback
+from qskd.printable import escaped
 from qskd.recipe import load
 from qskd.shapes import ShapesConfig, make_shapes
 
@@ -150,18 +152,19 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
 def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> None:
     """Everything; see the module's head."""
     console, started, folder = Console(), time.perf_counter(), folder.resolve()
+    shown = escape(escaped(str(folder)))  # what looks like rich's markup in a path is none
     if dry_run:
         views = recipe(folder, "qskd").data.views.count
         console.print(
-            f"would make {TRAIN.images} + {VAL.images} images and shards in {folder}/data, run the teacher on {views} view(s)"
+            f"would make {TRAIN.images} + {VAL.images} images and shards in {shown}/data, run the teacher on {views} view(s)"
             " of each, then train, both at once:",
             soft_wrap=True,
         )
         for name in KINDS:
-            console.print(f"  {name}: {recipe(folder, name).training.epochs} epochs → {folder}/{name}")
+            console.print(f"  {name}: {recipe(folder, name).training.epochs} epochs → {shown}/{name}")
         return
     console.print(
-        f"[bold]1/5[/] {TRAIN.images} + {VAL.images} images of shapes, and their shards → {folder}/data", soft_wrap=True
+        f"[bold]1/5[/] {TRAIN.images} + {VAL.images} images of shapes, and their shards → {shown}/data", soft_wrap=True
     )
     make_data(folder)
     console.print("[bold]2/5[/] the teacher's outputs, once for all training that follows")
@@ -193,8 +196,9 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
         f"{gain / gap:.0%} of the gap; one seed.",
         soft_wrap=True,
     )
-    console.print(f"student: {results['qskd'].student} (a plain Hugging Face folder)", soft_wrap=True)
-    console.print(f"runs, curves and pictures: {how_to_look(recipe(folder, 'qskd').tracking.uri)}", soft_wrap=True)
+    look = how_to_look(recipe(folder, "qskd").tracking.uri)
+    console.print(f"student: {shown}/qskd/student (a plain Hugging Face folder)", soft_wrap=True)
+    console.print(f"runs, curves and pictures: {escape(escaped(look))}", soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 
 

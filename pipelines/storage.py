@@ -15,7 +15,7 @@ import yaml
 from pyarrow import fs
 
 from qskd.config import Config
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
 from qskd.files import open_folder, publish_bytes, read_bytes
 from qskd.recipe import flatten, to_tree
 from qskd.stores import is_local, join, patiently
@@ -99,8 +99,10 @@ def alone_on(folder: Folder) -> Iterator[None]:
         yield
         return
     path = Path(folder.root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:  # beside it: --restart deletes the folder
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.with_name(f".{path.name}.lock").open("w")  # beside it: --restart deletes the folder
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

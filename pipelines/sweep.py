@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from pipelines.logs import tell
 from pipelines.population import Population
 from pipelines.search_request import Search
 from pipelines.student_costs import parameters_m
@@ -123,7 +124,7 @@ class Sweep:
                 if again
                 else ", ".join(f"{k.rpartition('.')[2]} {_short(v)}" for k, v in row.overrides.items())
             )
-            print(f"trial {row.number}: {what or 'the recipe'}", flush=True)
+            tell(f"trial {row.number}: {what or 'the recipe'}")
         return job
 
     def _fail(self, row: TrialRow, error: QskdError, config: Config) -> TrialRow:
@@ -203,7 +204,7 @@ class Sweep:
 
     def _end(self, row: TrialRow) -> None:
         if row.state == "failed":
-            print(f"trial {row.number}: failed: {row.reason.splitlines()[0]}", flush=True)
+            tell(f"trial {row.number}: failed: {row.reason.splitlines()[0]}")
         self.tracking.end(row)
 
 

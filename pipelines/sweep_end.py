@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from pipelines.logs import tell
 from pipelines.storage import RECIPE, Folder
 from pipelines.sweep_records import Records
 from pipelines.sweep_results import best_row, has_ap
@@ -75,11 +76,11 @@ def finish(config: Config, description: str, records: Records, tracker: Tracker)
         tracker.folder(scratch, "report")
     Console().print(terminal_table(rows, command, config))
     if best is not None:
-        print(f"any other trial at full length: qskd distill {folder.where(f'trials/NUMBER/{RECIPE}')}")
+        tell(f"any other trial at full length: qskd distill {folder.where(f'trials/NUMBER/{RECIPE}')}")
     if version:
-        print(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
-    print(f"report: {folder.where('report/index.html')}")
-    print(f"look at the sweep: {how_to_look(tracking_uri(config))}")
+        tell(f"the winner's student as it is: models:/{config.name}@{ALIAS} (version {version})")
+    tell(f"report: {folder.where('report/index.html')}")
+    tell(f"look at the sweep: {how_to_look(tracking_uri(config))}")
     tracker.finish("FINISHED" if best is not None else "FAILED")
     recipe_path = folder.where("best.yaml") if best is not None else ""
     return SweepResult(folder.path, tuple(rows), best, recipe_path, tracker.run_id, version)

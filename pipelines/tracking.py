@@ -25,6 +25,7 @@ from qskd.recipe import flatten, to_tree, to_yaml
 log = logging.getLogger("qskd")
 RUN = "mlflow.json"  # in a run's folder: which MLflow run is its
 PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server
+PARAM_KEY_LENGTH = 250
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
 
@@ -155,7 +156,7 @@ class Tracker:
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        listed = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in values.items()]
+        listed = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in param_keys(values).items()]
         for start in range(0, len(listed), PARAMS_PER_CALL):
             self._call("log_batch", params=listed[start : start + PARAMS_PER_CALL])
 
@@ -235,6 +236,20 @@ class Tracker:
         """As the UI does: it is kept, out of sight, until `mlflow gc`."""
         self._call("set_terminated", "FAILED")
         self._call("delete_run")
+
+
+def param_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under keys that MLflow takes: a class map's keys are class names, and one odd name would lose a whole
+    batch of parameters. Keys that would fall together are numbered."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        plain = re.sub(r"^\.|[^\w\-. :]", "_", key)[:PARAM_KEY_LENGTH].strip() or "_"
+        number = 1
+        while plain in found:
+            number += 1
+            plain = f"{plain[: PARAM_KEY_LENGTH - 10]}_{number}"
+        found[plain] = value
+    return found
 
 
 def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] | None = None) -> Tracker:

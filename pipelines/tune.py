@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config
+from pipelines.logs import tell
 from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder, alone_on, check_same_data, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
@@ -101,7 +102,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
     folder.write("config.yaml", to_yaml(config))
     tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
-    print(search.describe(), flush=True)
+    tell(search.describe())
     schedule = plan.stream.schedule
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
     try:
@@ -134,7 +135,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     if not is_done(search, records):
         tracking.interrupt()
         ended = sum(row.state in ENDED for row in records.rows.values())
-        print(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
+        tell(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
         raise KeyboardInterrupt
     return finish(config, search.describe(), records, tracker)
 

@@ -12,15 +12,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from qskd.errors import QskdError
 from qskd.files import join, open_folder, publish_bytes, read_bytes
-from qskd.manifest import MANIFEST, Manifest
+from qskd.manifest import MANIFEST, STRICT, Manifest, read_strictly
+from qskd.samples import Count
+from qskd.untrusted import LARGEST_MANIFEST, parse_json
 
 CODEC_VERSION = 1
 REMEDY = "make it again: `qskd cache RECIPE --overwrite`"
 _SHORT = 12  # letters of a checksum that a message shows
+_Size = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,12 @@ class CacheSizes:
     """What is the same in every row. channels: the width of each memory map, finest first. cells: of each, in an image of the
     usual size; caches of before this was asked don't say."""
 
-    layers: int
-    queries: int
-    classes: int
-    channels: tuple[int, ...]
+    __pydantic_config__ = STRICT
+
+    layers: _Size
+    queries: _Size
+    classes: _Size
+    channels: tuple[_Size, ...]
     cells: tuple[float, ...] = ()
 
 
@@ -42,11 +49,13 @@ class CacheManifest:
     views: for each finished view, the (rows, bytes) of each shard's file.
     """
 
+    __pydantic_config__ = STRICT
+
     identity: Mapping[str, Any]
     sizes: CacheSizes
-    batch_size: int
+    batch_size: _Size
     shards: tuple[str, ...]
-    views: Mapping[int, tuple[tuple[int, int], ...]]
+    views: Mapping[Count, tuple[tuple[Count, Count], ...]]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,20 +76,21 @@ class CacheManifest:
     @staticmethod
     def from_json(text: str | bytes, where: str) -> CacheManifest:
         """Raises QskdError when this is no cache's manifest, one of another version, or one that was edited."""
+        tree = parse_json(text, where, "what `qskd cache` writes", REMEDY, "a manifest")
         try:
-            tree = json.loads(text)
             version = (tree.pop("format"), tree.pop("version"))
             if version != ("qskd-teacher-cache", CODEC_VERSION):
                 found = " ".join(map(str, version))
                 raise QskdError(where, found, f"qskd-teacher-cache {CODEC_VERSION}", REMEDY)
             fingerprint = tree.pop("fingerprint")
-            sizes = CacheSizes(**tree["sizes"])
-            sizes = replace(sizes, channels=tuple(sizes.channels), cells=tuple(sizes.cells))
-            views = {int(view): tuple((int(r), int(b)) for r, b in files) for view, files in tree["views"].items()}
-            names = tuple(str(name) for name in tree["shards"])
-            if any(len(files) != len(names) for files in views.values()) or not all(map(_is_plain, names)):
+            manifest = read_strictly(_MANIFEST, tree)
+            names = manifest.shards
+            if (
+                not names
+                or any(len(files) != len(names) for files in manifest.views.values())
+                or not all(map(_is_plain, names))
+            ):
                 raise ValueError("its views and shards disagree")
-            manifest = CacheManifest(tree["identity"], sizes, int(tree["batch_size"]), names, views)
             if manifest.fingerprint != fingerprint:
                 raise ValueError("its fingerprint disagrees with its identity: it was edited or mixed up")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -89,8 +99,11 @@ class CacheManifest:
         return manifest
 
 
+_MANIFEST = TypeAdapter(CacheManifest)
+
+
 def _is_plain(name: str) -> bool:
-    return name == Path(name).name and not name.startswith(".")
+    return name == Path(name).name and not name.startswith(".") and "\0" not in name
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:
@@ -146,7 +159,7 @@ def load_cache_manifest(uri: str) -> CacheManifest | None:
     filesystem, root = open_folder(uri)
     where = join(uri, MANIFEST)
     try:
-        text = read_bytes(filesystem, f"{root}/{MANIFEST}", where)
+        text = read_bytes(filesystem, f"{root}/{MANIFEST}", where, LARGEST_MANIFEST)
     except FileNotFoundError:
         return None
     except OSError as error:

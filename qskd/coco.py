@@ -5,8 +5,8 @@ Annotations refer to the pixels as stored: EXIF orientation is ignored, as COCO'
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -17,7 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from qskd.errors import QskdError
-from qskd.samples import Category, Problem, Sample
+from qskd.printable import one_line, shown_value
+from qskd.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
+from qskd.untrusted import parse_large_json
 from qskd.views import check_image
 
 __all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
@@ -26,6 +28,9 @@ OnError = Literal["stop", "skip"]
 
 _FIX = "correct the dataset, or pass `--on-error skip` to leave such entries out and list them in the manifest"
 _CLIP_NOTE_PIXELS = 1.0
+_LONGEST_PATH = 4096  # characters: no system takes a longer one
+_LARGEST_SIDE = 2**31 - 1  # pixels: a shard's column holds no more
+_LARGEST_AREA = float(np.finfo(np.float32).max)  # square pixels: likewise
 
 
 @dataclass
@@ -99,7 +104,7 @@ class CocoDataset:
         names = [(image, PurePosixPath(image.file_name).parts) for image in self._images.values()]
         found = [image for image, name in names if name == parts[-len(name) :]]
         if len(found) != 1:
-            listed = "; ".join(f"{image.id} ({image.file_name})" for image in found) or "no such image"
+            listed = _some([f"{image.id} ({one_line(image.file_name)})" for image in found]) or "no such image"
             raise QskdError(str(self._path), f"{listed} for {picture}", "one image whose file_name ends its path")
         where = self._image_where(found[0].id, found[0].file_name)
         return _sample(found[0], self._read_picture(picture, found[0], where))
@@ -112,13 +117,19 @@ class CocoDataset:
         remedy = "use file names inside the image folder; copy pictures that a symbolic link leads elsewhere for"
         expected = f"a file inside {self._root}"
         if name.is_absolute() or ".." in name.parts or "\0" in image.file_name or Path(image.file_name).is_absolute():
-            raise QskdError(where, f"file_name {image.file_name!r} leaves the image folder", expected, remedy)
+            raise QskdError(
+                where, f"file_name {shown_value(image.file_name)} leaves the image folder", expected, remedy
+            )
         try:
             path = (root / name).resolve()
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-            raise QskdError(where, f"file_name {image.file_name!r}: {error}", expected, remedy) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
+            return root / name  # no such file, which is for `_read_picture` to say
+        except RuntimeError as error:  # a loop of links
+            raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
         if not path.is_relative_to(root):
-            raise QskdError(where, f"file_name {image.file_name!r} is a link to {path}", expected, remedy)
+            raise QskdError(where, f"file_name {shown_value(image.file_name)} is a link to {path}", expected, remedy)
         return path
 
     def _read_picture(self, path: Path, image: _Image, where: str) -> bytes:
@@ -139,31 +150,35 @@ class CocoDataset:
     # -- the JSON
 
     def _image_where(self, image_id: Any, file_name: Any) -> str:
-        return f"{self._path}: image {image_id} ({file_name})"
+        name = one_line(file_name) if isinstance(file_name, str) else shown_value(file_name)
+        return f"{self._path}: image {image_id} ({name})"
 
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
+        error = QskdError(where, found, expected, _FIX)
         if self._on_error == "stop":
-            self._errors.append(QskdError(where, found, expected, _FIX))
+            self._errors.append(error)
         else:
-            self._problems.append({"where": where, "found": found, "dropped": dropped})
+            self._note(error, dropped)
+
+    def _note(self, error: QskdError, dropped: str) -> None:
+        self._problems.append({"where": error.where, "found": error.found, "dropped": dropped})
 
     def _parse(self) -> tuple[dict[str, list[Any]], str]:
         path = self._path
         expected = "a COCO detection file: an object with the lists images, annotations and categories"
         try:
             raw = path.read_bytes()
-            document = json.loads(raw)
-        except OSError as error:
-            raise QskdError(str(path), f"can't be read: {error.strerror}", expected, "check the path") from None
-        except (ValueError, RecursionError) as error:
-            raise QskdError(str(path), f"not JSON: {error}", expected, "was the file cut short?") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise QskdError(str(path), f"can't be read: {reason}", expected, "check the path") from None
+        document = parse_large_json(raw, str(path), expected, "was the file cut short?")
         if not isinstance(document, dict):
             raise QskdError(str(path), f"a {type(document).__name__} at the top", expected, "give the instances file")
         for key in ("images", "annotations", "categories"):
             if not isinstance(document.get(key), list):
-                found = f"`{key}` is {'not a list' if key in document else 'missing'}; keys there: {sorted(document)}"
+                found = f"`{key}` is {'not a list' if key in document else 'missing'}; keys there: {_some(sorted(document))}"
                 raise QskdError(str(path), found, expected, "give the instances file, not captions or results")
-        if not self._root.is_dir():
+        if not os.path.isdir(self._root):  # also False for names that no file system takes
             raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
         return document, hashlib.sha256(raw).hexdigest()
 
@@ -176,13 +191,19 @@ class CocoDataset:
             problem = _wrong_field(entry, {"id": int, "name": str})
             if problem:
                 raise QskdError(where, problem, "an integer id and a name", remedy)
-            category = Category(entry["id"], entry["name"], str(entry.get("supercategory") or ""))
+            if len(entry["name"]) > LONGEST_CLASS_NAME:
+                found_name = f"a name of {len(entry['name'])} characters, {shown_value(entry['name'])}"
+                raise QskdError(where, found_name, f"{LONGEST_CLASS_NAME} or fewer", "give it a shorter name")
+            group = entry.get("supercategory")
+            known_group = _is(group, str) or _is(group, int)  # free text, which nothing depends on
+            category = Category(entry["id"], entry["name"], one_line(str(group)) if known_group else "")
             if category.id in found:
                 other = found[category.id].name
-                raise QskdError(where, f"id {category.id} is both {other!r} and {category.name!r}", "one name", remedy)
+                both = f"id {category.id} is both {shown_value(other)} and {shown_value(category.name)}"
+                raise QskdError(where, both, "one name", remedy)
             if category.name in names:
                 both = f"{names[category.name]} and {category.id}"
-                raise QskdError(where, f"name {category.name!r} has two ids, {both}", "one id", remedy)
+                raise QskdError(where, f"name {shown_value(category.name)} has two ids, {both}", "one id", remedy)
             found[category.id], names[category.name] = category, category.id
         if not found:
             raise QskdError(str(self._path), "no categories", "at least one", "give the instances file")
@@ -194,8 +215,10 @@ class CocoDataset:
         needed: dict[str, type] = {"id": int, "file_name": str, "width": int, "height": int}
         for position, entry in enumerate(entries):
             problem = _wrong_field(entry, needed)
-            if not problem and (entry["width"] <= 0 or entry["height"] <= 0):
+            if not problem and not (0 < entry["width"] <= _LARGEST_SIDE and 0 < entry["height"] <= _LARGEST_SIDE):
                 problem = f"size {entry['width']} x {entry['height']}"
+            if not problem and len(entry["file_name"]) > _LONGEST_PATH:
+                problem = f"`file_name` has {len(entry['file_name'])} characters"
             if problem:
                 where = f"{self._path}: images[{position}]"
                 if isinstance(entry, dict) and _is(entry.get("id"), int):
@@ -207,7 +230,7 @@ class CocoDataset:
             known = found.setdefault(image.id, image)
             if known is not image:
                 where = self._image_where(image.id, image.file_name)
-                text, same = f"image id {image.id} is used twice (also for {known.file_name})", known == image
+                text, same = f"image id {image.id} is used twice (also for {one_line(known.file_name)})", known == image
                 # With two different pictures under one id nobody can tell whose the annotations are.
                 dropped = "the second entry" if same else "both images and the annotations of this id"
                 self._complain(where, text, "one image for each id", dropped)
@@ -222,7 +245,8 @@ class CocoDataset:
         for position, entry in enumerate(entries):
             problem = _wrong_field(entry, needed)
             if problem:
-                key = entry.get("id", f"number {position}") if isinstance(entry, dict) else f"number {position}"
+                named = isinstance(entry, dict) and _is(entry.get("id"), int)
+                key = entry["id"] if named else f"number {position}"
                 where = f"{self._path}: annotation {key}"
                 self._complain(where, problem, "integer id, image_id, category_id and a bbox", "the annotation")
                 continue
@@ -247,7 +271,7 @@ class CocoDataset:
         bbox = entry["bbox"]
         expected = f"[x, y, width, height] with an area inside the {image.width} x {image.height} image"
         if len(bbox) != 4 or not all(_is(value, float) and math.isfinite(value) for value in bbox):
-            self._complain(where, f"bbox {bbox} is not four finite numbers", expected, "the annotation")
+            self._complain(where, f"bbox {shown_value(bbox)} is not four finite numbers", expected, "the annotation")
             return
         x, y, w, h = bbox
         # Written so that a box rounded to float32, as samples hold it, is judged.
@@ -260,20 +284,25 @@ class CocoDataset:
             self._complain(where, f"bbox {bbox} is outside its image", expected, "the annotation")
             return
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
-        if area is not None and not (_is(area, float) and math.isfinite(area) and area >= 0):
+        if area is not None and not (_is(area, float) and 0 <= area <= _LARGEST_AREA):  # False for NaN
             self._complain(
-                where, f"area {area!r}", "a finite number of square pixels", "the area; width x height is used"
+                where,
+                f"area {shown_value(area)}",
+                "a finite number of square pixels",
+                "the area; width x height is used",
             )
             area = None
-        if crowd not in (0, 1):
-            self._complain(where, f"iscrowd {crowd!r}", "0 or 1", "the annotation")
+        if not (isinstance(crowd, int | float) and crowd in (0, 1)):
+            self._complain(where, f"iscrowd {shown_value(crowd)}", "0 or 1", "the annotation")
             return
         beyond = max(-x, -y, x + w - image.width, y + h - image.height)
         if beyond > _CLIP_NOTE_PIXELS:
             found = f"bbox {bbox} reaches {beyond:.1f} px outside its {image.width} x {image.height} image"
-            self._problems.append({"where": where, "found": found, "dropped": "nothing; the box was clipped"})
-        size = float(w * h if area is None else area)
+            self._note(QskdError(where, found), "nothing; the box was clipped")
         box = float(left), float(top), float(right), float(bottom)
+        size = float(w * h if area is None else area)
+        if size > _LARGEST_AREA:
+            size = (box[2] - box[0]) * (box[3] - box[1])
         image.objects.append((*box, entry["category_id"], size, bool(crowd)))
 
 
@@ -291,7 +320,8 @@ def _is(value: Any, kind: type) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        # An integer of 400 digits is no number that floats know.
+        return isinstance(value, float) or _is(value, int)
     if kind is str:  # JSON can spell half a surrogate pair, which is no text
         return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
     return isinstance(value, kind)
@@ -305,9 +335,9 @@ def _wrong_field(entry: Any, needed: dict[str, type]) -> str:
         if key not in entry:
             return f"no `{key}`"
         if not _is(entry[key], kind):
-            return f"`{key}` is {entry[key]!r}"
+            return f"`{key}` is {shown_value(entry[key])}"
     return ""
 
 
-def _some(values: list[int], limit: int = 12) -> str:
+def _some(values: list[Any], limit: int = 12) -> str:
     return ", ".join(map(str, values[:limit])) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

@@ -9,16 +9,25 @@ import os
 import sys
 from collections.abc import Iterator
 
+from qskd.printable import printable
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the system says of a path that can't be written, or is none: no fault of the program's, and trying again won't help.
+REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTEMPTY, errno.EXDEV, errno.ENXIO, errno.ENODEV, errno.EFBIG),
+)
 
 
 class QskdError(Exception):
     """A problem in the user's data, configuration or environment, told without a traceback by the command line.
 
-    The message names where (file, id, field), what was found, what was expected and the remedy.
+    The message names where (file, id, field), what was found, what was expected and the remedy. Parts often hold names out of
+    others' files: each is made `printable`.
     """
 
     def __init__(self, where: str, found: str, expected: str = "", remedy: str = "") -> None:
+        where, found, expected, remedy = (printable(str(part)) for part in (where, found, expected, remedy))
         self.where, self.found, self.expected, self.remedy = where, found, expected, remedy
         lines = [f"{where}: {found}"]
         if expected:
@@ -42,28 +51,64 @@ class QskdError(Exception):
 
 @contextlib.contextmanager
 def full_disk_named(path: str) -> Iterator[None]:
-    """An OSError that says that a disk is full gets the name of the file: one of writing, unlike one of opening, has none."""
+    """An OSError that says that a disk is full, or a path impossible, gets the name of the file: one of writing, unlike one of
+    opening, has none, nor has any of pyarrow's."""
     try:
         yield
     except OSError as error:
-        if error.errno in FULL and error.filename is None:
+        named = error.errno in FULL or (error.errno in REFUSED and not isinstance(error, FileNotFoundError))
+        if named and error.errno and error.filename is None:
             raise OSError(error.errno, os.strerror(error.errno), path) from error
         raise
 
 
 @contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """A system that refuses to write below `path` (read-only, a file in the way, a name too long) ends in a QskdError naming it.
+
+    A full disk stays an OSError: who writes may want to clear away what is half there.
+    """
+    try:
+        with full_disk_named(str(path)):
+            yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise refused(error, str(path)) from None
+
+
+def refused(error: OSError, path: str = "") -> QskdError:
+    """What the system said of a path, as the user's error."""
+    where = error.filename if isinstance(error.filename, str) else path
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return QskdError(
+        path or where or "a file",
+        f"can't be written: {reason}" + (f" ({where})" if where and where != path else ""),
+        "a place where files can be made",
+        "name another one, or change its rights",
+    )
+
+
+@contextlib.contextmanager
 def told_without_traceback() -> Iterator[None]:
-    """For a program's outermost level: a QskdError becomes its message on standard error and exit code 1; a full disk too."""
+    """For a program's outermost level: a QskdError becomes its message on standard error and exit code 1; so does what the
+    system says of a path: no room on its disk, no right to it, no such name."""
     try:
         yield
     except QskdError as error:
         told = error
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in REFUSED and error.filename is not None:
+            where, reason = os.fsdecode(error.filename), os.strerror(error.errno)
+            told = QskdError(where, reason, "a path that can be used so", "correct it, or change its rights")
+        elif error.errno in FULL:
+            where = error.filename or "a folder for outputs or temporary files"
+            remedy = (
+                "free some, or set TMPDIR or the output elsewhere; the same command goes on with a run that was begun"
+            )
+            told = QskdError(str(where), os.strerror(error.errno), "room on the disk", remedy)
+        else:
             raise
-        where = error.filename or "a folder for outputs or temporary files"
-        remedy = "free some, or set TMPDIR or the output elsewhere; the same command goes on with a run that was begun"
-        told = QskdError(str(where), os.strerror(error.errno), "room on the disk", remedy)
     else:
         return
     print(f"error: {told}", file=sys.stderr)

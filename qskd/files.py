@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qskd.errors import QskdError, full_disk_named
+from qskd.errors import QskdError, writing
 from qskd.scratch import scratch_folder
 from qskd.stores import is_local, join, patiently, redacted
 
@@ -48,6 +48,8 @@ _APPEAR_WHOLE = ("s3", "gcs", "abfs")
 @lru_cache(maxsize=64)
 def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
     """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
+    if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
+        raise QskdError(uri, "a path with a NUL character, or one that is not UTF-8", "a path in UTF-8", "rename it")
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     if re.match(r"[^:]+://[^/@?]*:[^/@?]*@", uri):
@@ -78,7 +80,8 @@ def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
     """Make the local file appear at `path`, whole. On a local file system `spool` must be in the same one: a rename does
     not cross file systems."""
     if is_local(filesystem):
-        os.replace(spool, path)
+        with writing(path):
+            os.replace(spool, path)
         return
     size = spool.stat().st_size
     patiently(path, filesystem, lambda: _send(lambda: spool.open("rb"), size, filesystem, path))
@@ -89,14 +92,14 @@ def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> Non
     """Make a small file appear at `path`, whole, in place of the one before. Its folder is made if it isn't there."""
     folder = path.rpartition("/")[0]
     if is_local(filesystem):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        spool = Path(folder, f"{UNFINISHED}{uuid.uuid4().hex}")
-        try:
-            with full_disk_named(path):
+        with writing(path):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            spool = Path(folder, f"{UNFINISHED}{uuid.uuid4().hex}")
+            try:
                 spool.write_bytes(content)
-            os.replace(spool, path)
-        finally:
-            spool.unlink(missing_ok=True)
+                os.replace(spool, path)
+            finally:
+                spool.unlink(missing_ok=True)
         return
     patiently(path, filesystem, lambda: filesystem.create_dir(folder, recursive=True))
     patiently(path, filesystem, lambda: _send(lambda: io.BytesIO(content), len(content), filesystem, path))
@@ -116,12 +119,12 @@ def _send(opened: Callable[[], BinaryIO], size: int, filesystem: pafs.FileSystem
         filesystem.move(target, path)
 
 
-def read_bytes(filesystem: pafs.FileSystem, path: str, where: str = "") -> bytes:
-    """A small file's content; OSError when there is none."""
+def read_bytes(filesystem: pafs.FileSystem, path: str, where: str = "", most: int | None = None) -> bytes:
+    """A small file's content, of which no more than `most` bytes are read; OSError when there is none."""
 
     def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read())
+            return bytes(stream.read(most))
 
     return patiently(where or path, filesystem, read)
 
@@ -167,8 +170,9 @@ def fetched(uri: str) -> Iterator[str]:
 class ParquetFiles:
     """The Parquet files of a folder, each compared with what its manifest says of it when first opened.
 
-    expected: (name, rows, bytes) of file number i. metadata: what each file must say of itself. A damaged or missing
-    file, or one of another set, is a QskdError that names it.
+    expected: (name, rows, bytes) of file number i. schema: the columns that each file must have, and their types; what is
+    read of them holds no nulls. metadata: what each file must say of itself. check: of each table read, raises ValueError. A
+    damaged or missing file, or one of another set, is a QskdError that names it.
     """
 
     _MOST_OPEN = 32
@@ -177,12 +181,13 @@ class ParquetFiles:
         self,
         uri: str,
         expected: Callable[[int], tuple[str, int, int]],
-        columns: Sequence[str],
+        schema: pa.Schema,
         remedy: str,
         metadata: Mapping[bytes, bytes] | None = None,
+        check: Callable[[pa.Table], None] = lambda table: None,
     ) -> None:
-        self.uri, self._expected, self._columns, self._remedy = uri, expected, set(columns), remedy
-        self._metadata = dict(metadata or {})
+        self.uri, self._expected, self._schema, self._remedy = uri, expected, schema, remedy
+        self._metadata, self._check = dict(metadata or {}), check
         self._filesystem, self._root = open_folder(uri)
         self._open: dict[int, pq.ParquetFile] = {}
 
@@ -221,10 +226,12 @@ class ParquetFiles:
             try:
                 file = self.file(number)
                 wanted = range(file.metadata.num_row_groups) if groups is None else groups
-                return file.read_row_groups(list(wanted), columns=list(columns))
+                table = file.read_row_groups(list(wanted), columns=list(columns))
             except OSError:
                 self._open.pop(number, None)  # its buffers may hold the failure
                 raise
+            self._check_values(number, table)
+            return table
 
         with self._damage_named(number):
             return patiently(self.where(number), self._filesystem, read)
@@ -249,8 +256,10 @@ class ParquetFiles:
             if info.size != size:
                 raise QskdError(self.where(number), f"{info.size} bytes", expected, self._remedy)
             opened = patiently(self.where(number), self._filesystem, lambda: self._opened(path))
-            if opened.metadata.num_rows != rows or not self._columns <= set(opened.schema_arrow.names):
-                found = f"{opened.metadata.num_rows} rows with columns {opened.schema_arrow.names}"
+            self._check_schema(number, opened.schema_arrow)
+            in_groups = sum(opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups))
+            if not opened.metadata.num_rows == in_groups == rows:
+                found = f"{opened.metadata.num_rows} rows, {in_groups} in its row groups"
                 raise QskdError(self.where(number), found, expected, self._remedy)
             said = opened.metadata.metadata or {}
             for key, value in self._metadata.items():
@@ -258,6 +267,24 @@ class ParquetFiles:
                     theirs = said.get(key, b"nothing").decode(errors="replace")
                     raise QskdError(self.where(number), f"{key.decode()} {theirs}", value.decode(), self._remedy)
         return opened
+
+    def _check_schema(self, number: int, found: pa.Schema) -> None:
+        for field in self._schema:
+            types = [column.type for column in found if column.name == field.name]
+            if types != [field.type]:
+                said = " and ".join(map(str, types)) or f"missing; there are {', '.join(found.names)}"
+                raise QskdError(self.where(number), f"column {field.name} is {said}", f"{field.type}", self._remedy)
+
+    def _check_values(self, number: int, table: pa.Table) -> None:
+        """No nulls, and text that is text. Arrow counts nulls as it reads: asking costs next to nothing."""
+        for name in table.column_names:
+            nulls = sum(_nulls(chunk) for chunk in table.column(name).chunks)
+            if nulls:
+                where, found = self.where(number), f"column {name} has {nulls} null(s)"
+                raise QskdError(where, found, "a value in every row", self._remedy)
+            if pa.types.is_string(table.schema.field(name).type):
+                table.column(name).validate(full=True)  # else bytes that are no UTF-8 fail where they are used
+        self._check(table)
 
     def _opened(self, path: str) -> pq.ParquetFile:
         return pq.ParquetFile(
@@ -270,6 +297,12 @@ class ParquetFiles:
     def _damage_named(self, number: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
             problem = f"can't be read: {error}"
             raise QskdError(self.where(number), problem, "a whole Parquet file", self._remedy) from None
+
+
+def _nulls(array: pa.Array) -> int:
+    """In the array and, where it holds lists, in them."""
+    inner = pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type)
+    return int(array.null_count) + (_nulls(array.flatten()) if inner else 0)

@@ -7,14 +7,21 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qskd.errors import QskdError
 from qskd.files import join, open_folder, read_bytes
-from qskd.samples import Category, Problem
+from qskd.printable import shown_value
+from qskd.samples import Category, Count, Problem
+from qskd.untrusted import LARGEST_MANIFEST, parse_json
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REMEDY = "copy the folder again, or make it anew with `qskd prepare --overwrite`"
+STRICT = ConfigDict(strict=True, extra="forbid")  # of what is read: no number as text, no field that nobody knows
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.parquet")  # a plain name: a manifest can't reach other folders
 
 
@@ -22,9 +29,11 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.parquet")  # a plain nam
 class Shard:
     """One Parquet file: its name in the folder, its rows (images), its bytes and their checksum."""
 
+    __pydantic_config__ = STRICT
+
     file: str
-    rows: int
-    bytes: int
+    rows: Count
+    bytes: Count
     sha256: str
 
 
@@ -32,10 +41,12 @@ class Shard:
 class Manifest:
     """What a shard folder holds. Labels are 0..K-1 in the order of ascending category id; objects exclude crowds."""
 
+    __pydantic_config__ = STRICT
+
     categories: tuple[Category, ...]
-    num_images: int
-    num_objects: int
-    num_crowds: int
+    num_images: Count
+    num_objects: Count
+    num_crowds: Count
     shards: tuple[Shard, ...]
     source: str
     source_sha256: str
@@ -69,16 +80,16 @@ class Manifest:
     @staticmethod
     def from_json(text: str | bytes, where: str) -> Manifest:
         """Raises QskdError when this is no manifest, one of another version, or one whose fingerprint disagrees."""
+        tree = parse_json(text, where, "what `qskd prepare` writes", REMEDY, "a manifest")
         try:
-            tree = json.loads(text)
             version = (tree.pop("format"), tree.pop("version"))
             if version != ("qskd-shards", FORMAT_VERSION):
                 found, expected = " ".join(map(str, version)), f"qskd-shards {FORMAT_VERSION}"
                 raise QskdError(where, found, expected, "make the shards anew with `qskd prepare --overwrite`")
             fingerprint = tree.pop("fingerprint")
-            tree["categories"] = tuple(Category(**entry) for entry in tree["categories"])
-            tree["shards"] = tuple(Shard(**entry) for entry in tree["shards"])
-            manifest = Manifest(**tree | {"problems": tuple(tree["problems"])})
+            manifest = read_strictly(_MANIFEST, tree)
+            if not manifest.shards or not manifest.categories:
+                raise ValueError("it lists no shards or no categories")
             if not all(_SHARD_NAME.fullmatch(shard.file) for shard in manifest.shards):
                 raise ValueError("a shard's name is not a plain file name")
             if manifest.fingerprint != fingerprint or manifest.num_images != sum(manifest.shard_rows):
@@ -89,12 +100,25 @@ class Manifest:
         return manifest
 
 
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def read_strictly(adapter: TypeAdapter[T], tree: Any) -> T:
+    """A JSON value as what the adapter makes of it; ValueError that says in a line what is wrong, and where in it."""
+    try:
+        return adapter.validate_json(json.dumps(tree))  # from JSON, for there a list may stand for a tuple
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"`{place}` = {shown_value(first['input'])}: {first['msg']}") from None
+
+
 def load_manifest(uri: str) -> Manifest:
     """The manifest of a shard folder. QskdError when there is none or it isn't one."""
     filesystem, path = open_folder(str(uri))
     where = join(str(uri), MANIFEST)
     try:
-        text = read_bytes(filesystem, f"{path}/{MANIFEST}", where)
+        text = read_bytes(filesystem, f"{path}/{MANIFEST}", where, LARGEST_MANIFEST)
     except OSError as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
         raise QskdError(where, problem, "a folder that `qskd prepare` made", "check the path, or prepare it") from None

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from qskd.printable import LONGEST_LINE, one_line
+
 Picture = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 Place = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -177,7 +179,11 @@ def picture_grid(
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, or its beginning and an ellipsis, no wider than `width` pixels (but for the ellipsis itself)."""
+    """The text on one line, or its beginning and an ellipsis, no wider than `width` pixels (but for the ellipsis itself).
+
+    White space of any kind is one space: Pillow can't measure a name with a line feed in it.
+    """
+    text = one_line(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:
@@ -188,7 +194,7 @@ def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Lines of whole words, each no wider than `width` pixels but for words that are wider by themselves."""
     lines: list[str] = []
-    for word in text.split():
+    for word in one_line(text, LONGEST_LINE).split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] = f"{lines[-1]} {word}"
         else:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.printable import one_line, shown_value
+from qskd.untrusted import LARGEST_YAML, parse_yaml
 
 
 def _known_fields(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
@@ -38,7 +40,9 @@ def _explain(error: ValidationError, where: str) -> QskdError:
             problems.append(f"unknown field {name}" + (f" (did you mean {close[0]}?)" if close else ""))
             remedies.append(f"fields there are: {', '.join(known)}")
         else:
-            said = "" if isinstance(problem["input"], Mapping) else f" = {problem['input']!r}"  # a section: too long
+            said = (
+                "" if isinstance(problem["input"], Mapping) else f" = {shown_value(problem['input'])}"
+            )  # a section: too long
             problems.append(f"{name}{said}: {problem['msg'].removeprefix('Value error, ')}")
     return QskdError(where, "; ".join(problems), remedy="; ".join(dict.fromkeys(remedies)) or "correct the field named")
 
@@ -48,27 +52,34 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     Nothing after the `=` is the empty text, as for a path that is to be taken away; `null` is YAML's nothing."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise QskdError(f"--set {text}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value")
-    try:
-        parsed = yaml.safe_load(value) if value.strip() else ""
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise QskdError(f"--set {text}", f"the value is not YAML: {reason}", "a.b=value") from None
+        raise QskdError(
+            f"--set {one_line(text)}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value"
+        )
+    parsed = parse_yaml(value, f"--set {one_line(text)}", "a.b=value, the value in YAML") if value.strip() else ""
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value.strip()):  # YAML 1.1 reads 1e-4 as text
         parsed = float(value)
     return name.strip().split("."), parsed
 
 
+def _copy(value: Any) -> Any:
+    """Nested dicts and lists, none of them shared: an alias in a recipe must not be set along with what it stands for."""
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of the nested dict with each `a.b=c` set; whether the names exist is checked by `build`."""
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(tree)) or {}
+    result: dict[str, Any] = _copy(tree)
     for text in overrides:
         path, value = parse_override(text)
         node = result
         for part in path[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise QskdError(f"--set {text}", f"{part} is not a group of fields", "a dotted path to a field")
+                raise QskdError(
+                    f"--set {one_line(text)}", f"{part} is not a group of fields", "a dotted path to a field"
+                )
             node = child
         node[path[-1]] = value
     return result
@@ -80,6 +91,9 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from None
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        # A validator that was not ready for a value: pydantic makes only ValueErrors of them its own.
+        raise QskdError(where, f"a value that no field takes: {error}", "values of the fields' types") from None
 
 
 def check_field(name: str, where: str) -> None:
@@ -108,12 +122,18 @@ def replace_fields(config: Config, fields: Mapping[str, Any], where: str) -> Con
 
 
 def _read(path: str) -> str:
+    most = 4 * LARGEST_YAML  # bytes; no more is read of what may be a disk
     if "://" not in path:
-        return Path(path).read_text(encoding="utf-8")
-    from qskd.files import open_folder, read_bytes  # pyarrow: a while to import, and few recipes are elsewhere
+        with Path(path).open("rb") as file:
+            raw = file.read(most + 1)
+    else:
+        from qskd.files import open_folder, read_bytes  # pyarrow: a while to import, and few recipes are elsewhere
 
-    filesystem, inside = open_folder(path)
-    return read_bytes(filesystem, inside, path).decode("utf-8")
+        filesystem, inside = open_folder(path)
+        raw = read_bytes(filesystem, inside, path, most + 1)
+    if len(raw) > most:
+        raise QskdError(path, f"more than {most} bytes", "a recipe in YAML")
+    return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -121,13 +141,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(_read(str(path))) or {}
+            text = _read(str(path))
         except FileNotFoundError:
             raise QskdError(str(path), "no such recipe", "a YAML file", "see configs/ for examples") from None
-        except yaml.YAMLError as error:
-            raise QskdError(str(path), f"not YAML: {error}", "a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that none can be
             raise QskdError(str(path), f"cannot be read: {error}", "a YAML file, UTF-8") from None
+        tree = parse_yaml(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise QskdError(str(path), f"a {type(tree).__name__} at the top", "a mapping of config fields")
     return build(apply_overrides(tree, overrides), str(path) if path else "--set")

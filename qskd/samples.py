@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
 
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+LONGEST_CLASS_NAME = 1000  # characters; it is in every message, table and picture that speaks of the class
 Problem = dict[str, str]  # where, found, dropped: what was wrong with a source and what was left out for it
 
 SCHEMA = pa.schema(
@@ -38,8 +42,10 @@ ARRAYS: dict[str, type[np.generic]] = {
 class Category:
     """One object class, with the dataset's own id (COCO's have gaps)."""
 
-    id: int
-    name: str
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    id: Integer
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_CLASS_NAME)]
     supercategory: str = ""
 
 
@@ -88,6 +94,16 @@ def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[
     if name == "boxes_xyxy":
         return offsets - offsets[0], values.flatten().to_numpy().reshape(-1, 4)
     return offsets - offsets[0], values.to_numpy(zero_copy_only=False)
+
+
+def check_lengths(table: pa.Table) -> None:
+    """ValueError unless the list columns that the table has are equally long in each row: they are of the same objects."""
+    names = [name for name in ARRAYS if name in table.column_names]
+    offsets = [flat_column(table, name)[0] for name in names]
+    for name, other in zip(names[1:], offsets[1:], strict=True):
+        if not np.array_equal(offsets[0], other):
+            row = int(np.flatnonzero(offsets[0] != other)[0]) - 1
+            raise ValueError(f"{names[0]} and {name} differ in length, first in row {row} of those read")
 
 
 def to_samples(table: pa.Table, indices: Sequence[int]) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -11,10 +12,34 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
+def check_usable(value: Any) -> None:
+    """ValueError for text with a NUL character or half a character in it, which no path can have and no file can hold, and for
+    integers of more than 64 bits, which no library takes. Looks into lists and mappings."""
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError("text with a NUL character, or with half of one (a surrogate)")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("an integer of more than 64 bits")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_usable(key)
+            check_usable(inner)
+    elif isinstance(value, list | tuple | set):
+        for inner in value:
+            check_usable(inner)
+
+
 class Section(BaseModel):
     """A frozen group of fields; unknown names and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text_and_numbers_of_use(cls, value: Any) -> Any:
+        check_usable(value)
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

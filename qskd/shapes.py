@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw
 from pydantic import Field, model_validator
 
 from qskd.config import Fraction, Positive, Section
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
+from qskd.untrusted import parse_large_json
 from qskd.views import Pixels
 
 EASY = ("circle", "square", "triangle", "star", "plus", "ring", "diamond", "hexagon")
@@ -229,12 +230,18 @@ def make_shapes(config: ShapesConfig, folder: str | Path) -> tuple[Path, Path]:
     folder = Path(folder)
     annotations, images = folder / "annotations.json", folder / "images"
     recipe = {"made by": "qskd.shapes", "config": config.model_dump(mode="json")}
-    if annotations.exists():
+    if os.path.exists(annotations):
         if _recipe_of(annotations) == recipe:
             return annotations, images
         raise QskdError(
             str(annotations), "another dataset", "a folder of its own", "choose another folder or remove it"
         )
+    with writing(folder):
+        _write(config, recipe, annotations, images)
+    return annotations, images
+
+
+def _write(config: ShapesConfig, recipe: dict[str, Any], annotations: Path, images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
@@ -254,11 +261,10 @@ def make_shapes(config: ShapesConfig, folder: str | Path) -> tuple[Path, Path]:
     unfinished = annotations.with_suffix(".json.writing")
     unfinished.write_text(json.dumps(document))
     os.replace(unfinished, annotations)
-    return annotations, images
 
 
 def _recipe_of(annotations: Path) -> Any:
     try:
-        return json.loads(annotations.read_text())["info"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return parse_large_json(annotations.read_bytes(), str(annotations))["info"]
+    except (OSError, QskdError, KeyError, TypeError):
         return None

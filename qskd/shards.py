@@ -20,10 +20,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
 from qskd.files import UNFINISHED, ParquetFiles, is_local, join, open_folder, publish, remove, sha256_of
 from qskd.manifest import MANIFEST, REMEDY, Manifest, Shard, load_manifest
-from qskd.samples import ARRAYS, SCHEMA, Category, Problem, Sample, flat_column, to_samples, to_table
+from qskd.samples import ARRAYS, SCHEMA, Category, Problem, Sample, check_lengths, flat_column, to_samples, to_table
 from qskd.stores import patiently
 
 __all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest"]
@@ -59,13 +59,18 @@ def write_shards(
     """
     destination = str(destination)
     filesystem, root = open_folder(destination)
-    old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
-    patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
+    with writing(destination):
+        old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
+    with writing(destination):
+        patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     shards: list[Shard] = []
     tally = _Tally()
     rows = tally.counted(dataset.samples())
     # Inside the destination when that is local: a rename does not cross file systems.
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder:
+    with (
+        writing(destination),
+        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder,
+    ):
         spool = Path(folder) / "spool"
         try:
             while first := next(rows, None):
@@ -142,7 +147,7 @@ class ShardReader:
     def __init__(self, uri: str) -> None:
         self.uri = str(uri)
         self.manifest = load_manifest(self.uri)
-        self._files = ParquetFiles(self.uri, self._expected, SCHEMA.names, REMEDY)
+        self._files = ParquetFiles(self.uri, self._expected, SCHEMA, REMEDY, check=check_lengths)
 
     def _expected(self, shard: int) -> tuple[str, int, int]:
         entry = self.manifest.shards[shard]

@@ -71,7 +71,7 @@ def resolve(given: Mapping[str, Any], default_family: str) -> dict[str, Any]:
     """
     fields = {name: _as_dict(value) for name, value in given.items()}
     size = fields.get("size", "")
-    if size not in SIZES:
+    if not isinstance(size, str) or size not in SIZES:
         return dict(given)  # none, or one that StudentConfig will complain of
     if fields.get("init"):
         raise ValueError(f"size {size} has no effect: a student that starts from init has that checkpoint's sizes")

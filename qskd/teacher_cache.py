@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.cache_manifest import REMEDY, CacheSizes, file_name, load_cache_manifest
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
 from qskd.files import UNFINISHED, ParquetFiles, is_local, join, open_folder, publish
+from qskd.manifest import MANIFEST
 from qskd.scratch import locked_folder, scratch_folder
 from qskd.stores import patiently
 
@@ -78,7 +79,8 @@ def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str
     The same rows give the same bytes.
     """
     filesystem, root = open_folder(uri)
-    patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
+    with writing(uri):
+        patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     schema = _SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
     count = 0
     # Locked: another job's end deletes what killed ones left unfinished.
@@ -150,9 +152,11 @@ class TeacherCacheReader:
                 uri, "no cache of teacher outputs", "a folder that `qskd cache` made", "run `qskd cache RECIPE`"
             )
         self.uri, self.manifest, self.columns = uri, manifest, tuple(columns)
-        self._precision = str(manifest.identity["teacher.cache.precision"])
+        self._precision = str(manifest.identity.get("teacher.cache.precision"))
+        if self._precision not in DTYPES:
+            raise QskdError(join(uri, MANIFEST), f"precision {self._precision}", f"one of {', '.join(DTYPES)}", REMEDY)
         fixed = {FINGERPRINT_KEY: manifest.fingerprint.encode()}
-        self._files = ParquetFiles(uri, self._expected, _SCHEMA.names, REMEDY, fixed)
+        self._files = ParquetFiles(uri, self._expected, _SCHEMA, REMEDY, fixed)
 
     def _number(self, shard: int, view: int) -> int:
         if view not in self.manifest.views:
@@ -200,7 +204,7 @@ class TeacherCacheReader:
             return np.frombuffer(buffers[name], dtype).reshape(shape)
 
         queries = array("attention_queries", "<i4", -1)
-        return TeacherRow(
+        row = TeacherRow(
             image_id=image_id,
             logits=array("logits", formats["logits"], sizes.layers, sizes.queries, sizes.classes),
             boxes_cxcywh=array("boxes_cxcywh", "<f4", sizes.layers, sizes.queries, 4),
@@ -211,6 +215,31 @@ class TeacherCacheReader:
             attention=array("attention", formats["attention"], len(queries), -1 if len(queries) else 0),
             attention_scale=array("attention_scale", "<f4", -1),
         )
+        if "memory_shapes" in buffers:
+            self._check_sizes(row, buffers)
+        return row
+
+    def _check_sizes(self, row: TeacherRow, buffers: Mapping[str, Any]) -> None:
+        """ValueError unless the flat arrays are as long as the maps' sizes have it: `collate` makes room for those sizes."""
+        channels, quantised = self.manifest.sizes.channels, self._precision == "int8"
+        shapes: list[list[int]] = row.memory_shapes.tolist()
+        if any(side <= 0 for shape in shapes for side in shape):
+            raise ValueError(f"maps of {shapes} cells")
+        cells = [high * wide for high, wide in shapes]
+        wanted = {
+            "memory": sum(width * count for width, count in zip(channels, cells, strict=True)),
+            "memory_scale": sum(channels) if quantised else 0,
+            "attention": len(row.attention_queries) * sum(cells),
+            "attention_scale": len(row.attention_queries) if quantised else 0,
+        }
+        for name, count in wanted.items():
+            if name in buffers and getattr(row, name).size != count:
+                raise ValueError(
+                    f"{name} has {getattr(row, name).size} numbers, not {count}, for maps of {shapes} cells"
+                )
+        queries = row.attention_queries
+        if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < self.manifest.sizes.queries:
+            raise ValueError(f"attention of query {int(queries.max())} of {self.manifest.sizes.queries}")
 
 
 def collate(rows: Sequence[TeacherRow], sizes: CacheSizes, columns: Sequence[str]) -> dict[str, NDArray[Any]]:

@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from pipelines.storage import Folder
-from pipelines.tracking import Tracker, open_for, tracking_uri
+from pipelines.tracking import Tracker, open_for, param_keys, tracking_uri
 from qskd.recipe import load
 
 
@@ -57,3 +57,24 @@ def test_a_run_that_could_not_be_written_down_is_deleted(tmp_path: Path, monkeyp
     client = mlflow.MlflowClient(tracker.uri)
     experiment = client.get_experiment_by_name("e")
     assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [tracker.run_id]
+
+
+def test_parameters_with_odd_names_do_not_lose_the_others(tmp_path: Path) -> None:
+    odd = {
+        "teacher.class_map.a\nb": "x",
+        "teacher.class_map.a\tb": "y",
+        "é, 日": 1,
+        "m" * 400: 2,
+        "": 3,
+        "../up": 4,
+        ".": 6,
+    }
+    assert len(param_keys(odd)) == len(odd)
+    assert param_keys({"training.epochs": 5}) == {"training.epochs": 5}
+    config = load(None, [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])
+    tracker = Tracker.open(config, "train")
+    tracker.params({**odd, "last": "there"})
+    assert not tracker._complained
+    params = tracker._connected.get_run(tracker.run_id).data.params
+    assert params["last"] == "there"
+    assert {"x", "y"} <= set(params.values())

@@ -30,7 +30,7 @@ from qskd.detectors.weights import (
     read_said,
     reading,
 )
-from qskd.errors import QskdError
+from qskd.errors import QskdError, writing
 from qskd.files import sha256_of
 
 log = logging.getLogger(__name__)
@@ -90,13 +90,16 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     A detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
     """
     target = Path(folder)
-    if target.exists() and not target.is_dir():
+    with writing(target):
+        there = target.exists()
+    if there and not target.is_dir():
         raise QskdError(str(target), "a file", "a folder to save to")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise QskdError(str(target), "a folder with other things in it", "a new, an empty or a detector's folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    fresh.mkdir()
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
     try:
         yield fresh
         stale = fresh.with_suffix(".old")
