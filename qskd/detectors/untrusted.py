@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 from qskd.errors import QskdError
+from qskd.untrusted import parse_json
 
 MOST_BYTES = 16 * 2**20  # a configuration of thousands of classes has well under 1 MiB, an index of shards too
 _SHOWN = 100
@@ -48,19 +48,11 @@ def read_json_file(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, 
     try:
         with open(path, "rb") as file:
             content = file.read(most_bytes + 1)
-        if len(content) > most_bytes:
-            raise refused(f"more than {most_bytes} bytes")
-        said = json.loads(content.decode("utf-8"))
-    except RecursionError:
-        raise refused("lists or objects that lie too deep in each other") from None
-    except UnicodeDecodeError as error:
-        raise refused(f"no UTF-8 text: byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise refused(f"no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except ValueError as error:  # a number of more digits than Python reads
-        raise refused(f"no JSON: {first_line(error)}") from None
     except OSError as error:
         raise QskdError(where, f"cannot be read: {error.strerror or error}", "a file that can be read") from error
+    if len(content) > most_bytes:
+        raise refused(f"more than {most_bytes} bytes")
+    said = parse_json(content, where, f"a JSON object of at most {most_bytes // 2**20} MiB", remedy)
     if not isinstance(said, dict):
         raise refused(f"JSON, but {shown(said)}")
     return said
