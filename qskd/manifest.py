@@ -10,11 +10,13 @@ from functools import cached_property
 
 from qskd.errors import QskdError
 from qskd.files import join, open_folder, read_bytes
+from qskd.ownership import head_says
 from qskd.samples import Category, Problem
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-REMEDY = "copy the folder again, or make it anew with `qskd prepare --overwrite`"
+FORMAT, FORMAT_VERSION = "qskd-shards", 1
+REMEDY = "copy the folder again, or make it anew with `qskd prepare --overwrite`, which deletes the shards that its manifest names"
+NOT_OURS = "choose another folder: qskd did not write this file, and leaves it as it is"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.parquet")  # a plain name: a manifest can't reach other folders
 
 
@@ -63,7 +65,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
-        head = {"format": "qskd-shards", "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
+        head = {"format": FORMAT, "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
         return json.dumps(head | asdict(self), indent=1)
 
     @staticmethod
@@ -72,9 +74,9 @@ class Manifest:
         try:
             tree = json.loads(text)
             version = (tree.pop("format"), tree.pop("version"))
-            if version != ("qskd-shards", FORMAT_VERSION):
-                found, expected = " ".join(map(str, version)), f"qskd-shards {FORMAT_VERSION}"
-                raise QskdError(where, found, expected, "make the shards anew with `qskd prepare --overwrite`")
+            if version != (FORMAT, FORMAT_VERSION):
+                found, expected = " ".join(map(str, version)), f"{FORMAT} {FORMAT_VERSION}"
+                raise QskdError(where, found, expected, REMEDY if version[0] == FORMAT else NOT_OURS)
             fingerprint = tree.pop("fingerprint")
             tree["categories"] = tuple(Category(**entry) for entry in tree["categories"])
             tree["shards"] = tuple(Shard(**entry) for entry in tree["shards"])
@@ -85,7 +87,8 @@ class Manifest:
                 raise ValueError("its fingerprint or counts disagree with its shards: it was edited or mixed up")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
-            raise QskdError(where, f"not a manifest: {problem}", "what `qskd prepare` writes", REMEDY) from None
+            remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
+            raise QskdError(where, f"not a manifest: {problem}", "what `qskd prepare` writes", remedy) from None
         return manifest
 
 
