@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipelines.storage import Folder
+from pipelines.storage import storage_path
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.ownership import same_file
-from qskd.stores import redacted
+from qskd.stores import join, redacted
 
 
 def check_places(config: Config, kind: str) -> None:
@@ -20,7 +20,7 @@ def check_places(config: Config, kind: str) -> None:
     read = {"data.train": config.data.train, "data.val": config.data.val}
     models = {"teacher.path": config.teacher.path, "student.init": init, "student.backbone.init": backbone}
     read |= {field: path for field, path in models.items() if os.path.isdir(os.path.expanduser(path)) or "://" in path}
-    run = Folder(config).path
+    run = join(storage_path(config), config.name)  # no store is asked
     if kind != "cache":
         for field, path in {**read, "teacher.cache.path": config.teacher.cache.path}.items():
             _check_apart("output/name", run, field, path, "--set name=... or --set output=...")

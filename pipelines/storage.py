@@ -31,11 +31,16 @@ RECIPE = "recipe.yaml"  # beside it, at the sweep's end: the trial as a training
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
 
+def storage_path(config: Config) -> str:
+    """The output, a local one whole."""
+    return config.output if "://" in config.output else str(Path(config.output).expanduser().resolve())
+
+
 class Folder:
     """Small files by name; a write is whole or not there, and a store that fails is tried again (`qskd.stores`). Picklable."""
 
     def __init__(self, config: Config) -> None:
-        self.storage_path = config.output if "://" in config.output else str(Path(config.output).expanduser().resolve())
+        self.storage_path = storage_path(config)
         self.path = join(self.storage_path, config.name)
         self.filesystem, self.root = open_folder(self.path)
 
