@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import machine, print_table
+from benchmarks.work_folder import check_record
 from pipelines.cache_plan import bytes_text, estimate, make_cache_plan
 from pipelines.distill import prepare_config
 from pipelines.models import make_teacher
@@ -184,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> PerImage:
     parser.add_argument("--from", dest="source", type=Path, help="measure nothing: take this record")
     parser.add_argument("--quick", action="store_true", help="small models and pictures: does it run?")
     given = parser.parse_args(arguments)
+    check_record(given.record, PerImage)
     if given.source:
         one, facts = PerImage(**json.loads(given.source.read_text())), [f"from {given.source}"]
     elif given.quick:

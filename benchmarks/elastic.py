@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,11 +21,24 @@ from typing import Any
 from benchmarks.chaos.cluster import Cluster, base_environment, title
 from benchmarks.chaos.work import Driver, Places, make_data, recipe
 from benchmarks.timing import machine
+from benchmarks.work_folder import claim, discard
 from pipelines.history import read_history
 from pipelines.storage import Folder
 from qskd.config import Config
 from qskd.recipe import replace_fields
 
+OWN = (
+    "tmp",
+    "token",
+    "data",
+    "c",
+    "out",
+    "elastic",
+    "alone",
+    "mlflow.db*",
+    "mlartifacts",
+    "bytecode",
+)  # all that it makes
 CPUS_OF_A_NODE = 3  # two workers and a reader
 FIELDS = {
     "compute.min_workers": 1, "compute.workers": 4, "training.epochs": 600, "training.checkpoint_every_steps": 4,
@@ -94,8 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(f"/tmp/qskd-elastic-{os.getpid()}"), help="a short name")
     work = parser.parse_args(arguments).work
+    claim(work)
     scratch = work / "tmp"
-    scratch.mkdir(parents=True)
+    scratch.mkdir(exist_ok=True)
     (work / "token").write_text("a" * 64)
     make_data(work / "data")
     cluster = Cluster(work / "c", base_environment(scratch, work / "token", {}), nodes=1, node_cpus=CPUS_OF_A_NODE)
@@ -110,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         alone = Run(configs["alone"], cluster, work / "alone").end()
     finally:
         cluster.end()
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work, OWN)
     print("\n" + machine("ray"))
     every_epoch = [[entry["step"] for entry in history if entry["step"] % 4 == 0] for history in (elastic, alone)]
     print(f"the same epochs reported, none twice: {every_epoch[0] == every_epoch[1] == sorted(set(every_epoch[0]))}")

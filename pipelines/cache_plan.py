@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from qskd.cache_manifest import (
     file_name,
     fingerprint_of,
     load_cache_manifest,
+    replaceable_cache,
     shard_names,
 )
 from qskd.config import Config
@@ -33,7 +35,7 @@ from qskd.scratch import remove_orphan
 from qskd.shards import ShardReader
 from qskd.stores import patiently
 from qskd.teacher import OnlineTeacher
-from qskd.teacher_cache import finished_file
+from qskd.teacher_cache import SPOOL, carries_fingerprint, finished_file
 
 log = logging.getLogger("qskd")
 Unit = tuple[int, int]  # shard, view
@@ -82,7 +84,8 @@ class CachePlan:
 
 
 def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
-    """Read the manifests, look at what is there. Raises QskdError when it is another cache (unless `overwrite`)."""
+    """Read the manifests, look at what is there. Raises QskdError when it is another cache (unless `overwrite`), or no cache
+    at all."""
     if not config.teacher.cache.path:
         remedy = "--set teacher.cache.path=FOLDER, best in the recipe: `qskd distill` then finds it"
         raise QskdError("teacher.cache.path", "empty", "the folder or URI the cache is to be in", remedy)
@@ -91,6 +94,7 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
     data, path = load_manifest(config.data.train), config.teacher.cache.path
     identity = cache_identity(config, data)
     if overwrite:
+        replaceable_cache(path)
         return CachePlan(config, data, identity, None, {})
     existing = load_cache_manifest(path)
     if existing is not None:
@@ -163,19 +167,40 @@ def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
 
 
 def clean(path: str, everything: bool = False) -> None:
-    """Remove what a killed job left unfinished; with `everything` the cache too. Other files are let alone."""
+    """Remove what a killed job left unfinished; with `everything` the cache too: its manifest, the files that this lists, and
+    those that carry a cache's fingerprint. Other files are let alone, whatever they are called; QskdError where the
+    manifest.json is not a cache's."""
     filesystem, root = open_folder(path)
+    manifest = replaceable_cache(path) if everything else None
+    views = manifest.views if manifest else ()
+    listed = {file_name(shard, view) for shard in (manifest.shards if manifest else ()) for view in views}
+
+    def is_own(name: str) -> bool:
+        if name == MANIFEST or name in listed:
+            return True
+        return _is_cache_file(name) and carries_fingerprint(path, name)
 
     def delete() -> None:
-        for info in filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)):
-            unfinished = info.base_name.startswith(UNFINISHED)
-            if info.type == pafs.FileType.Directory and unfinished:
-                remove_orphan(info.path)  # on local disks only: elsewhere there are none
-            elif unfinished or (everything and (info.base_name == MANIFEST or _is_cache_file(info.base_name))):
+        infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+        for info in (info for info in infos if info.base_name.startswith(UNFINISHED)):
+            if info.type == pafs.FileType.Directory:
+                remove_orphan(info.path, UNFINISHED, {SPOOL})  # on local disks only: elsewhere there are none
+            else:
+                filesystem.delete_file(info.path)
+        if everything:
+            files = [info for info in infos if info.type == pafs.FileType.File]
+            with ThreadPoolExecutor(16) as pool:
+                own = list(pool.map(lambda info: is_own(info.base_name), files))
+            # The manifest last: until then this is a cache's folder, and the same command deletes the rest.
+            for info in sorted((info for info, yes in zip(files, own, strict=True) if yes), key=_is_manifest):
                 filesystem.delete_file(info.path)
 
     patiently(path, filesystem, delete)
 
 
+def _is_manifest(info: pafs.FileInfo) -> bool:
+    return bool(info.base_name == MANIFEST)
+
+
 def _is_cache_file(name: str) -> bool:
-    return name.endswith(".parquet") and ".view-" in name
+    return re.fullmatch(r".+\.view-\d{3,}\.parquet", name) is not None

@@ -23,7 +23,7 @@ from pipelines.logs import say, start_logs
 from pipelines.models import device_here, make_teacher
 from qskd.cache_identity import teacher_preprocessing
 from qskd.cache_making import CacheMaker, row_batches
-from qskd.cache_manifest import CacheManifest, save_cache_manifest, shard_names
+from qskd.cache_manifest import REMEDY, CacheManifest, save_cache_manifest, shard_names
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.recipe import to_tree
@@ -242,7 +242,7 @@ def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
         arrays = decode((config.data.train, config.data.views, resize), [rows])[0]
         stored = reader.read(shard, view, rows[:, 1].tolist())
         if [entry.image_id for entry in stored] != arrays["image_ids"].tolist():
-            raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", "make it again")
+            raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", REMEDY)
         tensors = collate(stored, plan.existing.sizes, reader.columns)
         found = decode_record(
             encoded_record({name: torch.from_numpy(value).to(device) for name, value in tensors.items()})
@@ -262,7 +262,8 @@ def complain(config: Config, errors: Mapping[str, float]) -> None:
     if bad:
         expected = ", ".join(f"{name} up to {most:g}" for name, most in TOLERANCES.items())
         remedy = (
-            "was it made on another device, or in another precision? else replace it: `qskd cache RECIPE --overwrite`"
+            "was it made on another device, or in another precision? else replace it: `qskd cache RECIPE --overwrite`, which "
+            "deletes its files"
         )
         raise QskdError(
             config.teacher.cache.path, f"rows that the teacher does not say again: {', '.join(bad)}", expected, remedy

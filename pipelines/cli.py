@@ -39,6 +39,7 @@ def _train(kind: str, recipe: str | None, overrides: list[str] | None, dry_run: 
     config = load(recipe, overrides or ())
     if dry_run:
         config = distill.prepare_config(config, kind)
+        distill.check_folder(config, restart)
         plan = distill.make_plan(config, kind, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
         tell(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
@@ -125,7 +126,7 @@ def tune(
     request = program.TuneRequest(search, trial_epochs, at_most_parameters, at_once)
     config = load(recipe, set or ())
     if dry_run:
-        tell(program.foresee(config, request))
+        tell(program.foresee(config, request, restart))
     else:
         program.run(config, request, restart)
 

@@ -43,6 +43,12 @@ def export(
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference of probabilities and boxes.")] = 1e-4,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0: none.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads to time with.")] = 1,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace qskd's own files in a folder of its that holds others too; those stay."
+        ),
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write a detector as a folder to deploy: plain Hugging Face and ONNX, checked against PyTorch, with a model card."""
@@ -58,6 +64,7 @@ def export(
         tolerance=tolerance,
         rounds=rounds,
         threads=threads,
+        overwrite=overwrite,
     )
     if dry_run:
         tell(program.foresee(model, out, options))

@@ -20,6 +20,8 @@ from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
 from pipelines.models import check_teacher, make_teacher, start_student
 from pipelines.notices import notices
+from pipelines.ownership import check_ours, claim, delete_run
+from pipelines.places import check_places
 from pipelines.plan_checks import check_cache, check_classes, check_data
 from pipelines.ray_checkpoints import delete_unlisted
 from pipelines.stopping import was_stopped
@@ -202,7 +204,9 @@ def prepare_config(config: Config, kind: str) -> Config:
     update["student"] = config.student.model_copy(update=student)
     if kind == "train":
         update["distillation"] = config.distillation.model_copy(update={"method": "none"})
-    return config.model_copy(update=update)
+    config = config.model_copy(update=update)
+    check_places(config, kind)
+    return config
 
 
 def read_result(folder: Folder) -> RunResult:
@@ -210,13 +214,20 @@ def read_result(folder: Folder) -> RunResult:
     return RunResult(**json.loads(folder.read("result.json")))
 
 
-def run(config: Config, kind: str, restart: bool = False) -> RunResult:
-    """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
-    config = prepare_config(config, kind)
+def check_folder(config: Config, restart: bool) -> Folder:
+    """OUTPUT/NAME; QskdError where another thing is than a training of qskd's, or nothing."""
     folder = Folder(config)
     if folder.exists(SWEEP):
         raise QskdError(folder.path, "holds a sweep", "a training, or nothing", "choose another name: --set name=...")
     check_no_trial(folder)
+    check_ours(folder, restart)
+    return folder
+
+
+def run(config: Config, kind: str, restart: bool = False) -> RunResult:
+    """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
+    config = prepare_config(config, kind)
+    folder = check_folder(config, restart)
     plan = make_plan(config, kind)
     with alone_on(folder):
         return _run(plan, folder, restart)
@@ -225,7 +236,8 @@ def run(config: Config, kind: str, restart: bool = False) -> RunResult:
 def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     config, kind = plan.config, plan.kind
     if restart:
-        folder.delete()
+        delete_run(folder)
+    claim(folder, kind, config.name)
     check_same_run(folder, config)
     check_same_data(folder, plan.fingerprints)
     if folder.exists("result.json"):

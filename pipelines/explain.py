@@ -15,16 +15,17 @@ import torch
 from pyarrow import fs
 
 from pipelines.models import device_here, make_student, make_teacher
-from pipelines.predict import check_all_differ, save_picture
+from pipelines.predict import check_all_differ, write_picture
 from pipelines.storage import Folder
 from pipelines.subjects import Dataset, classes, find_subject
 from qskd.classes import map_classes
 from qskd.coco import CocoDataset, read_coco
 from qskd.config import Config
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
-from qskd.errors import QskdError, writing
+from qskd.errors import QskdError
 from qskd.explain import Explanation, Seer, explain
 from qskd.files import open_folder
+from qskd.ownership import check_picture
 from qskd.pictures import explanation_picture, warning_of
 from qskd.recipe import apply_overrides, build, load
 from qskd.scratch import scratch_folder
@@ -131,8 +132,9 @@ def summary(shown: Explanation) -> str:
     return ", ".join(parts)
 
 
-def targets(images: Sequence[str], out: Path | None) -> list[tuple[str, Path]]:
-    """The picture to write for each image: beside a file, in the working folder for an image of the data, or `out`."""
+def targets(images: Sequence[str], out: Path | None, inputs: Sequence[str | Path] = ()) -> list[tuple[str, Path]]:
+    """The picture to write for each image: beside a file, in the working folder for an image of the data, or `out`. QskdError
+    where that would replace an image, another of `inputs`, or a file that qskd did not draw."""
     if out is not None and len(images) > 1:
         raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
 
@@ -142,6 +144,8 @@ def targets(images: Sequence[str], out: Path | None) -> list[tuple[str, Path]]:
 
     pairs = [(image, out or beside(image)) for image in images]
     check_all_differ(pairs)
+    for _, target in pairs:
+        check_picture(target, [*images, *inputs])
     return pairs
 
 
@@ -165,7 +169,8 @@ def write_explanations(
     view: int | None = None,
 ) -> list[tuple[Path, Explanation]]:
     """Write a picture for each image; its path and what it shows, for each. See `qskd explain --help`."""
-    config, device, pairs = source.config, device_here(source.config), targets(images, out)
+    inputs: list[str | Path] = [*images, *([annotations] if annotations else [])]
+    config, device, pairs = source.config, device_here(source.config), targets(images, out, inputs)
     described = read_coco(annotations, Path(images[0]).absolute().parent) if annotations else None
     dataset = Dataset(config)
     with ExitStack() as scratch:
@@ -193,9 +198,7 @@ def write_explanations(
         shown = explain(subject, config, labels, teacher, seers, threshold)
         if warning_of(shown):
             log.warning("%s: %s", subject.name, warning_of(shown))
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(explanation_picture(shown, about(config, teacher, before)), target)
+        write_picture(explanation_picture(shown, about(config, teacher, before)), target, inputs)
         written.append((target, shown))
     return written
 

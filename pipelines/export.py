@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pipelines.ownership import enclosing_run
 from pipelines.predict import read_image
 from qskd import onnx_detect
 from qskd.benchmark import Size, compare_speed, cost_of, onnx_runner, torch_runner
@@ -33,7 +34,6 @@ from qskd.detectors import (
     save_detector,
     to_pixels,
 )
-from qskd.detectors.checkpoint import EXTRA_FILE
 from qskd.errors import QskdError
 from qskd.export import (
     TOLERANCE,
@@ -48,6 +48,7 @@ from qskd.export import (
 )
 from qskd.files import fetched
 from qskd.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, write_card
+from qskd.ownership import EXTRA_FILE, check_replaceable, same_file
 from qskd.printable import escaped, one_line
 from qskd.views import View, view_image
 
@@ -60,7 +61,8 @@ TIMING_LIMIT_S = 30.0
 @dataclass(frozen=True)
 class ExportOptions:
     """size: side of the images; None: what the checkpoint's own processor says. batch_size: images at a time of a graph
-    of fixed batch. rounds: of timing, 0 = none. images: files, or folders of which the first sixteen images are taken."""
+    of fixed batch. rounds: of timing, 0 = none. images: files, or folders of which the first sixteen images are taken.
+    overwrite: replace qskd's own files in a folder that holds others too, which stay."""
 
     size: int | None = None
     batch_size: int = 1
@@ -71,6 +73,7 @@ class ExportOptions:
     tolerance: float = TOLERANCE
     rounds: int = 20
     threads: int = 1
+    overwrite: bool = False
 
     @property
     def batch(self) -> int | None:
@@ -144,6 +147,7 @@ def parity_table(found: Sequence[Parity], tolerance: float) -> Table:
 def foresee(model: str, out: Path, options: ExportOptions) -> str:
     """What `--dry-run` prints."""
     with fetched(model) as folder:
+        check_out(model, out, options.overwrite)
         size, images = square(folder, options.size).resize.size, image_files(options.images)
     if not options.onnx:
         return f"{model} → {out}: a Hugging Face folder, images of {size} x {size} pixels"
@@ -155,22 +159,32 @@ def foresee(model: str, out: Path, options: ExportOptions) -> str:
     )
 
 
+def check_out(model: str, out: Path, overwrite: bool) -> None:
+    """QskdError unless `out` may be written: another folder than the model's, new, empty or made by qskd, and not one that a
+    run keeps, whose student would be replaced."""
+    if Path(model).is_dir() and same_file(out, model):
+        raise QskdError("--out", f"{out}, the model's own folder", "another folder")
+    check_replaceable(out, overwrite)
+    run = enclosing_run(out)
+    if run is not None and out.is_dir() and any(out.iterdir()):
+        raise QskdError("--out", f"{out}, a folder of the run {run}", "a folder of its own", "choose another folder")
+
+
 def export(model: str, out: Path, options: ExportOptions, console: Console | None = None) -> Path:
     """Write the folder `out`, whole or not at all, of a Hub name, folder or URI; prints what it checks and measures. Raises
     QskdError."""
+    check_out(model, out, options.overwrite)
     with fetched(model) as folder:
         return _export(folder, model, out, options, console or Console())
 
 
 def _export(model: str, named: str, out: Path, options: ExportOptions, console: Console) -> Path:
     """model: a Hub name or a local folder; named: as the user named it."""
-    if Path(model).is_dir() and out.resolve() == Path(model).resolve():
-        raise QskdError("--out", f"{out}, the model's own folder", "another folder")
     seen_as = square(model, options.size)
     image_files(options.images)  # complain now
     detector = load_detector(model)
     FAMILIES[detector.family].check_size(detector.model.config, seen_as.resize.size, seen_as.resize.size)
-    with replacing(out) as fresh:
+    with replacing(out, options.overwrite) as fresh:
         own = Path(model) / EXTRA_FILE
         extra = json.loads(own.read_text()) if own.is_file() else None
         save_detector(detector, fresh, seen_as.resize, extra, seen_as.mean, seen_as.std)

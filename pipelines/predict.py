@@ -16,6 +16,7 @@ from qskd.errors import QskdError, writing
 from qskd.evaluation import Detections
 from qskd.files import fetched
 from qskd.inference import predict_image
+from qskd.ownership import check_picture, save_picture
 from qskd.plots import draw_boxes
 from qskd.views import decode_image
 
@@ -29,11 +30,14 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]:
-    """The picture to write for each image: beside it, or `out` for one image."""
+    """The picture to write for each image: beside it, or `out` for one image. QskdError where that would replace an image,
+    or a file that qskd did not draw."""
     if out is not None and len(images) > 1:
         raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
     pairs = [(path, out or path.with_name(f"{path.stem}.boxes.png")) for path in images]
     check_all_differ(pairs)
+    for _, target in pairs:
+        check_picture(target, images)
     return pairs
 
 
@@ -47,11 +51,12 @@ def check_all_differ(pairs: Sequence[tuple[str | Path, Path]]) -> None:
         first[target] = image
 
 
-def save_picture(picture: np.ndarray, target: Path) -> None:
-    """Write uint8 [H, W, 3] as the format of the file's ending. QskdError when that can't be."""
+def write_picture(pixels: np.ndarray, target: Path, inputs: Sequence[str | Path]) -> None:
+    """RGB uint8 [H, W, 3] into a file of its own, whose folder is made; QskdError where that can't be."""
     try:
         with writing(target):
-            Image.fromarray(picture).save(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(Image.fromarray(pixels), target, inputs)
     except ValueError as error:  # an ending that names no image format
         raise QskdError(str(target), f"can't be written: {error}", "a picture's file", "--out FILE.png") from None
 
@@ -68,7 +73,7 @@ def predict(
         image = read_image(path)
         found = predict_image(detector, image, preprocessing, range(len(detector.labels)), threshold)
         picture = draw_boxes(image, found.boxes_xyxy, found.category_ids, found.scores, detector.labels)
-        save_picture(picture, target)
+        write_picture(picture, target, images)
         written.append((target, found))
     return written
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from pipelines.checkpoint_files import delete_checkpoint
 from pipelines.storage import Folder
 from qskd.stores import patiently
 
@@ -54,7 +55,7 @@ def delete_unlisted(folder: Folder) -> None:
         for info in folder.filesystem.get_file_info(fs.FileSelector(f"{folder.root}/{TRAIN}")):
             mine = info.type == fs.FileType.Directory and info.base_name.startswith("checkpoint_")
             if mine and info.base_name not in listed:
-                folder.filesystem.delete_dir(info.path)
+                delete_checkpoint(folder, f"{TRAIN}/{info.base_name}")
 
     patiently(folder.where(TRAIN), folder.filesystem, delete)
 

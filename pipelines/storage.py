@@ -23,6 +23,7 @@ from qskd.stores import is_local, join, patiently
 log = logging.getLogger("qskd")
 # What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
+MARK = ".qskd-run.json"  # written first: that qskd made the folder (`pipelines.ownership`)
 DATA = "data.json"  # fingerprints of the shards that a run was begun on
 SWEEP = "sweep.json"  # what a sweep was asked for
 TRIAL = "trial.json"  # what is known of a trial of a sweep
@@ -30,11 +31,16 @@ RECIPE = "recipe.yaml"  # beside it, at the sweep's end: the trial as a training
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
 
+def storage_path(config: Config) -> str:
+    """The output, a local one whole."""
+    return config.output if "://" in config.output else str(Path(config.output).expanduser().resolve())
+
+
 class Folder:
     """Small files by name; a write is whole or not there, and a store that fails is tried again (`qskd.stores`). Picklable."""
 
     def __init__(self, config: Config) -> None:
-        self.storage_path = config.output if "://" in config.output else str(Path(config.output).expanduser().resolve())
+        self.storage_path = storage_path(config)
         self.path = join(self.storage_path, config.name)
         self.filesystem, self.root = open_folder(self.path)
 
@@ -53,16 +59,12 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         publish_bytes(text.encode(), self.filesystem, f"{self.root}/{name}")
 
-    def delete(self, name: str = "") -> None:
-        """A file; without a name, the folder and all in it. What is not there needs no deleting."""
+    def delete(self, name: str) -> None:
+        """A file; what is not there needs no deleting. A whole run: `pipelines.ownership.delete_run`."""
 
         def delete() -> None:
-            if not self.exists(name):
-                return
-            if name:
+            if self.exists(name):
                 self.filesystem.delete_file(f"{self.root}/{name}")
-            else:
-                self.filesystem.delete_dir(self.root)
 
         patiently(self.where(name), self.filesystem, delete)
 
@@ -101,7 +103,7 @@ def alone_on(folder: Folder) -> Iterator[None]:
     path = Path(folder.root)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.with_name(f".{path.name}.lock").open("w")  # beside it: --restart deletes the folder
+        opened = path.with_name(f".{path.name}.lock").open("a")  # beside it: --restart deletes the folder
     with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +132,7 @@ def check_same_run(folder: Folder, config: Config) -> None:
             folder.path,
             f"holds a run with another configuration: {'; '.join(changed)}",
             "the same configuration, to go on with it",
-            "choose another name (--set name=...), or add --restart, which deletes that run",
+            "choose another name (--set name=...), or add --restart, which deletes that run: its records, checkpoints and student",
         )
 
 
@@ -146,7 +148,7 @@ def check_same_data(folder: Folder, data: Mapping[str, str]) -> None:
             folder.path,
             f"was begun on other data: {' and '.join(changed)} changed since (the shards were made anew)",
             "the same images and annotations, to go on with it",
-            "choose another name (--set name=...), or add --restart, which deletes that run",
+            "choose another name (--set name=...), or add --restart, which deletes that run: its records, checkpoints and student",
         )
 
 

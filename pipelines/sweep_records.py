@@ -109,7 +109,7 @@ class Records:
                 folder.path,
                 f"holds a sweep that was asked for otherwise: {'; '.join(changed)}",
                 "the same, to go on with it (--trials may grow)",
-                "choose another name (--set name=...), or add --restart, which deletes that sweep",
+                "choose another name (--set name=...), or add --restart, which deletes that sweep: its records, trials and report",
             )
         return {name: value for name, value in written.items() if name != "asked"}
 

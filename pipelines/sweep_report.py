@@ -15,10 +15,13 @@ from pipelines.sweep_results import RECIPE, Sweep, best_row, boundaries, cost_ro
 from pipelines.sweep_tables import counts_text, html_table, terminal_table, trials_csv, trials_markdown
 from pipelines.sweep_trials import TrialRow
 from qskd.config import Config
+from qskd.errors import QskdError
+from qskd.ownership import listed
 
 __all__ = ["best_row", "ranked", "terminal_table", "write_report"]
 
 
+GENERATOR = '<meta name="generator" content="qskd">'  # in index.html: that a later report may replace this one
 NO_AP = "There is no picture: no trial has an AP."
 
 
@@ -116,9 +119,11 @@ def write_report(
     """Write the sweep's report into a local folder, which is made; return the files written, index.html first.
 
     index.html, trials.csv, trials.md, best.yaml (`best_config_yaml` as it is; left out when empty), and of each picture
-    NAME.html and NAME.png. What can't be drawn is left out, and index.html says why. Every HTML file stands alone.
+    NAME.html and NAME.png. What can't be drawn is left out, and index.html says why. Every HTML file stands alone. An earlier
+    report is replaced; QskdError where files of these names are not of one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check_report(folder)
     sweep = Sweep(tuple(rows), recipe)
     texts = {"trials.csv": trials_csv(rows, recipe), "trials.md": trials_markdown(rows, recipe, title)}
     texts |= {"best.yaml": best_config_yaml} if best_config_yaml else {}
@@ -144,6 +149,17 @@ def write_report(
     return [*(folder / name for name in texts), *drawn]
 
 
+def _check_report(folder: Path) -> None:
+    names = {"index.html", "trials.csv", "trials.md", "best.yaml"}
+    names |= {f"{name}.{ending}" for name in PICTURES for ending in ("png", "html")}
+    there, index = sorted(names & {path.name for path in folder.iterdir()}), folder / "index.html"
+    if there and not (index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")[:400]):
+        found = f"holds {listed(there)}, and no report of a sweep"
+        raise QskdError(
+            str(folder), found, "a new folder, or an earlier report's", "choose another; it was left as it is"
+        )
+
+
 _STYLE = """
 body { font-family: system-ui, sans-serif; color: #212121; background: white; max-width: 1250px; margin: 24px auto;
   padding: 0 20px; line-height: 1.45; }
@@ -166,7 +182,7 @@ def _page(title: str, body: str, plotly: bool) -> str:
         from plotly.offline import get_plotlyjs
 
         script = f"<script>{get_plotlyjs()}</script>"
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>{script}'
+    head = f'<meta charset="utf-8">{GENERATOR}<title>{html.escape(title)}</title><style>{_STYLE}</style>{script}'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 

@@ -70,7 +70,7 @@ def _alone_on(uri: str) -> Iterator[None]:
         yield
         return
     Path(match[1]).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{match[1]}.lock", "w") as lock:
+    with open(f"{match[1]}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

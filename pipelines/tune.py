@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config
 from pipelines.logs import tell
+from pipelines.ownership import check_ours, claim, delete_run
 from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder, alone_on, check_same_data, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
@@ -80,10 +81,18 @@ def parameters_limit(text: str, config: Config, labels: Sequence[str], space: Se
     return limit
 
 
+def check_folder(config: Config, restart: bool) -> Folder:
+    """OUTPUT/NAME; QskdError where another thing is than a sweep of qskd's, or nothing."""
+    folder = Folder(config)
+    check_no_training(folder)
+    check_ours(folder, restart)
+    return folder
+
+
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
     """Search, or go on with a search that was stopped. Raises QskdError; KeyboardInterrupt after Ctrl-C and SIGTERM."""
     config = prepare_config(config, "distill")
-    with alone_on(Folder(config)):
+    with alone_on(check_folder(config, restart)):
         return _run(config, request, restart)
 
 
@@ -93,9 +102,9 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     search = check_request(request.search, as_long_as_it_trains(short, plan))
     cached = bool(short.teacher.cache.path)
     folder = Folder(config)
-    check_no_training(folder)
     if restart:
-        folder.delete()
+        delete_run(folder)
+    claim(folder, "tune", config.name)
     records = Records(config)
     check_same_run(folder, config)
     check_same_data(folder, plan.fingerprints)
@@ -214,12 +223,14 @@ def _search(sweep: Sweep, plan: Plan) -> None:
         )
 
 
-def foresee(config: Config, request: TuneRequest) -> str:
+def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
     """What `--dry-run` prints: the plan, from a few steps of training tried here."""
     from pipelines.calibration import Calibration, calibrate
     from pipelines.tune_plan import make_tune_plan
 
-    short = trial_recipe(prepare_config(config, "distill"), request)
+    config = prepare_config(config, "distill")
+    check_folder(config, restart)
+    short = trial_recipe(config, request)
     search = check_request(request.search, as_long_as_it_trains(short, plan_without_cache(short)))
     students = {to_yaml(short): short}
     if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's

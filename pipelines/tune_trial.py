@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pipelines.checkpoint_files import delete_checkpoint
 from pipelines.distill import Plan, make_plan
 from pipelines.history import Rows, add_trial_report, best_ap, last_step, read_history, rows_until
 from pipelines.models import device_here
@@ -150,15 +152,16 @@ def _checkpoint(folder: Folder, name: str) -> Any:
 
 
 def _keep(folder: Folder, steps: set[int]) -> None:
-    """Delete all other checkpoints."""
+    """Delete all other checkpoints, and nothing else that lies there."""
     from pyarrow import fs
 
     names = {Path(_name(step)).name for step in steps}
 
     def delete() -> None:
         for info in folder.filesystem.get_file_info(fs.FileSelector(f"{folder.root}/checkpoints")):
-            if info.base_name not in names:
-                folder.filesystem.delete_dir(info.path)
+            mine = info.type == fs.FileType.Directory and re.fullmatch(r"\d{9}", info.base_name)
+            if mine and info.base_name not in names:
+                delete_checkpoint(folder, f"checkpoints/{info.base_name}")
 
     patiently(folder.where("checkpoints"), folder.filesystem, delete)
 

@@ -19,11 +19,14 @@ from pydantic import Field, TypeAdapter
 from qskd.errors import QskdError
 from qskd.files import join, open_folder, publish_bytes, read_bytes
 from qskd.manifest import MANIFEST, STRICT, Manifest, read_strictly
+from qskd.ownership import head_says
 from qskd.samples import Count
 from qskd.untrusted import LARGEST_MANIFEST, parse_json
 
 CODEC_VERSION = 1
-REMEDY = "make it again: `qskd cache RECIPE --overwrite`"
+FORMAT = "qskd-teacher-cache"
+REMEDY = "make it again: `qskd cache RECIPE --overwrite`, which deletes this cache's own files in teacher.cache.path, nothing else"
+NOT_OURS = "choose another folder, --set teacher.cache.path=ANOTHER: this file is no cache's, and is left as it is"
 _SHORT = 12  # letters of a checksum that a message shows
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -70,7 +73,7 @@ class CacheManifest:
         return replace(self, views={**self.views, view: files})
 
     def to_json(self) -> str:
-        head = {"format": "qskd-teacher-cache", "version": CODEC_VERSION, "fingerprint": self.fingerprint}
+        head = {"format": FORMAT, "version": CODEC_VERSION, "fingerprint": self.fingerprint}
         return json.dumps(head | asdict(self), indent=1)
 
     @staticmethod
@@ -79,9 +82,9 @@ class CacheManifest:
         tree = parse_json(text, where, "what `qskd cache` writes", REMEDY, "a manifest")
         try:
             version = (tree.pop("format"), tree.pop("version"))
-            if version != ("qskd-teacher-cache", CODEC_VERSION):
-                found = " ".join(map(str, version))
-                raise QskdError(where, found, f"qskd-teacher-cache {CODEC_VERSION}", REMEDY)
+            if version != (FORMAT, CODEC_VERSION):
+                found, remedy = " ".join(map(str, version)), REMEDY if version[0] == FORMAT else NOT_OURS
+                raise QskdError(where, found, f"{FORMAT} {CODEC_VERSION}", remedy)
             fingerprint = tree.pop("fingerprint")
             manifest = read_strictly(_MANIFEST, tree)
             names = manifest.shards
@@ -95,7 +98,8 @@ class CacheManifest:
                 raise ValueError("its fingerprint disagrees with its identity: it was edited or mixed up")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
-            raise QskdError(where, f"not a manifest: {problem}", "what `qskd cache` writes", REMEDY) from None
+            remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
+            raise QskdError(where, f"not a manifest: {problem}", "what `qskd cache` writes", remedy) from None
         return manifest
 
 
@@ -133,7 +137,7 @@ def check_identity(manifest: CacheManifest, expected: Mapping[str, Any], where: 
             f"a cache of other teacher outputs: {'; '.join(differences)}",
             "a cache made with this recipe's teacher, data, views and cache settings",
             "bring the recipe in line (--set ...), make another cache (`qskd cache RECIPE --set "
-            "teacher.cache.path=ANOTHER`), or replace this one (`qskd cache RECIPE --overwrite`)",
+            "teacher.cache.path=ANOTHER`), or replace this one (`qskd cache RECIPE --overwrite` deletes its files)",
         )
 
 
@@ -165,6 +169,19 @@ def load_cache_manifest(uri: str) -> CacheManifest | None:
     except OSError as error:
         raise QskdError(where, f"can't be read: {error}", "a readable cache folder") from None
     return CacheManifest.from_json(text, where)
+
+
+def replaceable_cache(uri: str) -> CacheManifest | None:
+    """The manifest of a cache that is to be replaced; None where there is none, or a cache's that can't be read. QskdError
+    when the folder's manifest.json is not a cache's."""
+    try:
+        return load_cache_manifest(uri)
+    except QskdError:
+        filesystem, root = open_folder(uri)
+        where = join(uri, MANIFEST)
+        if head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
+            return None
+        raise
 
 
 def save_cache_manifest(uri: str, manifest: CacheManifest) -> None:

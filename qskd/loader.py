@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qskd.cache_manifest import REMEDY
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.errors import QskdError
+from qskd.manifest import REMEDY as SHARDS_REMEDY
 from qskd.samples import Sample
 from qskd.schedule import Kind
 from qskd.shards import Manifest, ShardReader
@@ -227,7 +228,7 @@ class BatchLoader:
         picture = decode_image(sample.encoded, where)
         if picture.size != (sample.width, sample.height):
             found, expected = f"{picture.width} x {picture.height} pixels", f"{sample.width} x {sample.height}"
-            raise QskdError(where, found, expected, "make the shards anew with `qskd prepare --overwrite`")
+            raise QskdError(where, found, expected, SHARDS_REMEDY)
         single = ~sample.iscrowd
         min_visible = self._views.min_visible
         boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, view, min_visible)

@@ -13,14 +13,16 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qskd.errors import QskdError
 from qskd.files import join, open_folder, read_bytes
+from qskd.ownership import head_says
 from qskd.printable import shown_value
 from qskd.samples import Category, Count, Problem
 from qskd.untrusted import LARGEST_MANIFEST, parse_json
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-REMEDY = "copy the folder again, or make it anew with `qskd prepare --overwrite`"
+FORMAT, FORMAT_VERSION = "qskd-shards", 1
+REMEDY = "copy the folder again, or make it anew with `qskd prepare --overwrite`, which deletes the shards that its manifest names"
+NOT_OURS = "choose another folder: qskd did not write this file, and leaves it as it is"
 STRICT = ConfigDict(strict=True, extra="forbid")  # of what is read: no number as text, no field that nobody knows
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.parquet")  # a plain name: a manifest can't reach other folders
 
@@ -74,7 +76,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
-        head = {"format": "qskd-shards", "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
+        head = {"format": FORMAT, "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
         return json.dumps(head | asdict(self), indent=1)
 
     @staticmethod
@@ -83,9 +85,9 @@ class Manifest:
         tree = parse_json(text, where, "what `qskd prepare` writes", REMEDY, "a manifest")
         try:
             version = (tree.pop("format"), tree.pop("version"))
-            if version != ("qskd-shards", FORMAT_VERSION):
-                found, expected = " ".join(map(str, version)), f"qskd-shards {FORMAT_VERSION}"
-                raise QskdError(where, found, expected, "make the shards anew with `qskd prepare --overwrite`")
+            if version != (FORMAT, FORMAT_VERSION):
+                found, expected = " ".join(map(str, version)), f"{FORMAT} {FORMAT_VERSION}"
+                raise QskdError(where, found, expected, REMEDY if version[0] == FORMAT else NOT_OURS)
             fingerprint = tree.pop("fingerprint")
             manifest = read_strictly(_MANIFEST, tree)
             if not manifest.shards or not manifest.categories:
@@ -96,7 +98,8 @@ class Manifest:
                 raise ValueError("its fingerprint or counts disagree with its shards: it was edited or mixed up")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
-            raise QskdError(where, f"not a manifest: {problem}", "what `qskd prepare` writes", REMEDY) from None
+            remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
+            raise QskdError(where, f"not a manifest: {problem}", "what `qskd prepare` writes", remedy) from None
         return manifest
 
 

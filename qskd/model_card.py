@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from qskd import __version__
-from qskd.detectors.checkpoint import EXTRA_FILE
+from qskd.ownership import EXTRA_FILE
 
 CARD_FILE = "README.md"
 SHOWN = ("AP", "AP50", "AP75")

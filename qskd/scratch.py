@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -59,17 +61,23 @@ def _lock(handle: int, wait: bool) -> bool:
 @cache  # once a process: a folder with many other files takes a while to list
 def _remove_orphans(parent: str) -> None:
     for folder in Path(parent).glob(f"{PREFIX}*"):
-        remove_orphan(folder)
+        remove_orphan(folder, PREFIX)
 
 
-def remove_orphan(folder: str | Path) -> None:
-    """Delete a `locked_folder` unless its process lives, or it is another user's."""
+def remove_orphan(folder: str | Path, prefix: str, names: Collection[str] | None = None) -> None:
+    """Delete a `locked_folder` of this prefix unless its process lives, or it is another user's. names: all that its process
+    puts there; a folder with anything else in it stays, and so does one that `mkdtemp` did not make."""
+    if not re.fullmatch(rf"{re.escape(prefix)}([a-z-]+-)?[a-z0-9_]{{8}}", os.path.basename(folder)):
+        return
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return  # gone meanwhile, or another user's
     try:
-        if os.fstat(handle).st_uid == os.getuid() and _lock(handle, wait=False):
+        found = os.fstat(handle)
+        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700 or not _lock(handle, wait=False):
+            return
+        if names is None or set(os.listdir(handle)) <= set(names):
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(handle)

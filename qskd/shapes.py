@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,10 +19,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from pyarrow.fs import LocalFileSystem
 from pydantic import Field, model_validator
 
 from qskd.config import Fraction, Positive, Section
 from qskd.errors import QskdError, writing
+from qskd.files import UNFINISHED, publish_bytes
 from qskd.untrusted import parse_large_json
 from qskd.views import Pixels
 
@@ -224,8 +227,9 @@ def render(config: ShapesConfig, index: int) -> tuple[Pixels, list[dict[str, Any
 def make_shapes(config: ShapesConfig, folder: str | Path) -> tuple[Path, Path]:
     """Write the JPEG files and the COCO JSON into `folder`; returns (annotations, images folder).
 
-    The JSON is written last and holds the configuration: a folder already made with the same one is left as it is.
-    Raises QskdError when the folder holds other annotations.
+    The JSON is written last and holds the configuration: a folder already made with the same one is left as it is. Pictures
+    of one that was not finished are gone on with. Raises QskdError, before anything is written, when the folder holds other
+    annotations, or other files by the pictures' names.
     """
     folder = Path(folder)
     annotations, images = folder / "annotations.json", folder / "images"
@@ -234,7 +238,10 @@ def make_shapes(config: ShapesConfig, folder: str | Path) -> tuple[Path, Path]:
         if _recipe_of(annotations) == recipe:
             return annotations, images
         raise QskdError(
-            str(annotations), "another dataset", "a folder of its own", "choose another folder or remove it"
+            str(annotations),
+            "another dataset",
+            "a folder of its own",
+            "choose another folder; this one is left as it is",
         )
     with writing(folder):
         _write(config, recipe, annotations, images)
@@ -242,15 +249,19 @@ def make_shapes(config: ShapesConfig, folder: str | Path) -> tuple[Path, Path]:
 
 
 def _write(config: ShapesConfig, recipe: dict[str, Any], annotations: Path, images: Path) -> None:
+    there = _drawn_before(config, images)
     images.mkdir(parents=True, exist_ok=True)
+    unfinished = images / f"{UNFINISHED}{uuid.uuid4().hex}"
     entries: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     for index in range(config.first_image, config.first_image + config.images):
-        pixels, found = render(config, index)
-        file_name = f"{index + 1:012d}.jpg"
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-        (images / file_name).write_bytes(buffer.getvalue())
+        file_name = _file_name(index)
+        if index in there:
+            found = there[index]
+        else:
+            encoded, found = _encoded(config, index)
+            unfinished.write_bytes(encoded)
+            os.replace(unfinished, images / file_name)
         entries.append({"id": index + 1, "file_name": file_name, "width": config.size, "height": config.size})
         objects += [{"id": len(objects) + n, "image_id": index + 1} | entry for n, entry in enumerate(found, 1)]
     categories = [
@@ -258,9 +269,35 @@ def _write(config: ShapesConfig, recipe: dict[str, Any], annotations: Path, imag
         for key, name in zip(CATEGORY_IDS, config.class_names, strict=False)
     ]
     document = {"info": recipe, "images": entries, "annotations": objects, "categories": categories}
-    unfinished = annotations.with_suffix(".json.writing")
-    unfinished.write_text(json.dumps(document))
-    os.replace(unfinished, annotations)
+    publish_bytes(json.dumps(document).encode(), LocalFileSystem(), str(annotations))
+
+
+def _file_name(index: int) -> str:
+    return f"{index + 1:012d}.jpg"
+
+
+def _encoded(config: ShapesConfig, index: int) -> tuple[bytes, list[dict[str, Any]]]:
+    """The bytes of the JPEG file, and its objects."""
+    pixels, found = render(config, index)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue(), found
+
+
+def _drawn_before(config: ShapesConfig, images: Path) -> dict[int, list[dict[str, Any]]]:
+    """The objects of the pictures that are there already, by the image's number. QskdError for a file that has the name of
+    a picture and other bytes: someone else's. (A picture appears whole: none of ours is half written.)"""
+    there = {}
+    for index in range(config.first_image, config.first_image + config.images):
+        path = images / _file_name(index)
+        if not os.path.lexists(path):
+            continue
+        encoded, there[index] = _encoded(config, index)
+        if not path.is_file() or path.read_bytes() != encoded:
+            found = "is there already, and qskd did not draw it from this configuration"
+            remedy = "choose another folder; this file was left as it is, and nothing was written"
+            raise QskdError(str(path), found, "no file of that name", remedy)
+    return there
 
 
 def _recipe_of(annotations: Path) -> Any:

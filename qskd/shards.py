@@ -7,6 +7,7 @@ and the dataset it replaces stays whole until the new one is.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,8 +22,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError, writing
-from qskd.files import UNFINISHED, ParquetFiles, is_local, join, open_folder, publish, remove, sha256_of
-from qskd.manifest import MANIFEST, REMEDY, Manifest, Shard, load_manifest
+from qskd.files import UNFINISHED, ParquetFiles, is_local, join, open_folder, publish, read_bytes, remove, sha256_of
+from qskd.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
+from qskd.ownership import head_says
 from qskd.samples import ARRAYS, SCHEMA, Category, Problem, Sample, check_lengths, flat_column, to_samples, to_table
 from qskd.stores import patiently
 
@@ -54,8 +56,8 @@ def write_shards(
     """Write the samples as shards, then the manifest; returns it.
 
     progress: called with (images written, images the source lists). Raises QskdError when `destination` holds shards
-    of another source and `overwrite` is False; shards of the same source are made again. Whatever fails on the way,
-    what was there before stays whole.
+    of another source and `overwrite` is False, or a manifest.json that qskd did not write; shards of the same source are made
+    again. Only shards that the old manifest names are deleted. Whatever fails on the way, what was there before stays whole.
     """
     destination = str(destination)
     filesystem, root = open_folder(destination)
@@ -124,21 +126,25 @@ class _Tally:
 
 
 def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256: str, overwrite: bool) -> set[str]:
-    """The shard files of the dataset already there, if any; QskdError when it must not be replaced."""
+    """The shard files of the dataset already there, if any; QskdError when it must not be replaced. Whatever an edited
+    manifest names: only what is called as `write_shards` calls a shard of that checksum."""
     info = patiently(uri, filesystem, lambda: filesystem.get_file_info(f"{root}/{MANIFEST}"))
     if info.type == pafs.FileType.NotFound:
         return set()
     try:
         manifest = load_manifest(uri)
     except QskdError:
-        if overwrite:
+        where = join(uri, MANIFEST)
+        if overwrite and head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
             return set()
         raise
     if manifest.source_sha256 != source_sha256 and not overwrite:
         found = f"already holds shards of {manifest.source} (sha256 {manifest.source_sha256[:12]}...)"
         expected = f"an empty folder, or shards of the same source (sha256 {source_sha256[:12]}...)"
-        raise QskdError(str(uri), found, expected, "choose another folder, or pass `--overwrite`")
-    return {shard.file for shard in manifest.shards}
+        remedy = "choose another folder, or pass `--overwrite`, which deletes those shards and their manifest.json, nothing else"
+        raise QskdError(str(uri), found, expected, remedy)
+    named = ((shard.file, shard.sha256[:8]) for shard in manifest.shards)
+    return {file for file, checksum in named if re.fullmatch(rf"shard-\d{{5,}}-{re.escape(checksum)}\.parquet", file)}
 
 
 class ShardReader:

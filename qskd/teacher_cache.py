@@ -26,6 +26,7 @@ from qskd.stores import patiently
 
 ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
 FINGERPRINT_KEY = b"qskd.fingerprint"
+SPOOL = "spool"  # a file that is not yet whole, in a locked folder of its own
 # The number formats of a precision. Boxes are float32 in each: they decide which queries are selected, and are few.
 DTYPES: Mapping[str, Mapping[str, str]] = {
     "int8": {"logits": "<f2", "memory": "|i1", "attention": "|u1"},
@@ -85,7 +86,7 @@ def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str
     count = 0
     # Locked: another job's end deletes what killed ones left unfinished.
     with locked_folder(UNFINISHED, root) if is_local(filesystem) else scratch_folder("rows") as folder:
-        spool = folder / "spool"
+        spool = folder / SPOOL
         with pq.ParquetWriter(
             spool,
             schema,
@@ -127,19 +128,30 @@ def finished_file(uri: str, name: str, rows: int, fingerprint: str) -> int | Non
     filesystem, root = open_folder(uri)
     path, where = f"{root}/{name}", join(uri, name)
     info = patiently(where, filesystem, lambda: filesystem.get_file_info(path))
-    if info.type != pafs.FileType.File:
-        return None
-
-    def footer() -> pq.FileMetaData:
-        with filesystem.open_input_file(path) as stream:
-            return pq.read_metadata(stream)
-
-    try:
-        metadata = patiently(where, filesystem, footer)
-    except (pa.ArrowException, OSError):
+    if info.type != pafs.FileType.File or (metadata := _footer(uri, name)) is None:
         return None
     known = metadata.metadata or {}
     return int(info.size) if metadata.num_rows == rows and known.get(FINGERPRINT_KEY) == fingerprint.encode() else None
+
+
+def carries_fingerprint(uri: str, name: str) -> bool:
+    """Whether a file is of a cache, of whichever: only `write_rows` writes this into a Parquet file's footer."""
+    metadata = _footer(uri, name)
+    return metadata is not None and FINGERPRINT_KEY in (metadata.metadata or {})
+
+
+def _footer(uri: str, name: str) -> pq.FileMetaData | None:
+    """None of a file that is no whole Parquet file."""
+    filesystem, root = open_folder(uri)
+
+    def footer() -> pq.FileMetaData:
+        with filesystem.open_input_file(f"{root}/{name}") as stream:
+            return pq.read_metadata(stream)
+
+    try:
+        return patiently(join(uri, name), filesystem, footer)
+    except (pa.ArrowException, OSError):
+        return None
 
 
 class TeacherCacheReader:

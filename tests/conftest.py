@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
@@ -26,3 +28,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train and val, shards; model, a detector's folder; photo.png."""
+    from PIL import Image
+    from strangers import SHAPES
+    from tiny import LABELS, recipe, silent_student
+
+    from pipelines.prepare import prepare
+    from qskd.config import ResizeConfig
+    from qskd.detectors import save_detector
+    from qskd.shapes import make_shapes
+
+    root = tmp_path_factory.mktemp("deletes")
+    annotations, images = make_shapes(SHAPES, root / "coco")
+    for split in ("train", "val"):
+        prepare(annotations, images, str(root / split), quiet=True)
+    config = recipe().student
+    save_detector(silent_student(config, LABELS, 1).eval(), root / "model", ResizeConfig(size=64))
+    Image.new("RGB", (64, 64), "red").save(root / "photo.png")
+    return root
+
+
+@pytest.fixture
+def here(tiny_folders: Path, tmp_path: Path) -> Path:
+    """`tiny_folders`, to be spoilt."""
+    shutil.copytree(tiny_folders, tmp_path / "here")
+    return tmp_path / "here"

@@ -24,6 +24,7 @@ import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything 
 from pipelines.cache_plan import clean
 from pipelines.cli import app
 from pipelines.evaluate import evaluate
+from pipelines.ownership import claim, delete_run
 from pipelines.services import check_storage
 from pipelines.storage import Folder
 from qskd import files
@@ -137,7 +138,14 @@ def test_a_runs_folder_works_on_a_store(store: Any, tmp_path: Path) -> None:
     folder.delete("config.yaml")
     folder.delete("config.yaml")
     assert not folder.exists("config.yaml")
-    folder.delete()
+    claim(folder, "train", "one")
+    folder.write("student/notes.txt", "a stranger's")
+    with pytest.raises(QskdError, match=r"student/notes\.txt"):
+        delete_run(folder)
+    assert store.objects()["runs/one/student/notes.txt"] == b"a stranger's"
+    assert len(store.objects()) == 3
+    folder.delete("student/notes.txt")
+    delete_run(folder)
     assert store.objects() == {}
 
 

@@ -31,6 +31,7 @@ from pipelines import distill
 from pipelines.evaluate import evaluate
 from pipelines.history import read_history
 from pipelines.models import make_student, teacher_for_training
+from pipelines.ownership import check_ours
 from pipelines.predict import predict
 from pipelines.prepare import prepare
 from pipelines.ray_checkpoints import COPY, LIST, delete_unlisted, keep_list, last_report, mend_list
@@ -186,6 +187,7 @@ def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disti
     assert len([path for path in listed if path.startswith("pictures/explained/")]) == 4
     assert Path(distilled.student, "model.safetensors").exists()
     assert 0 <= distilled.metrics["AP"] <= 1
+    check_ours(Folder(config(work, "distilled", *LONGER)), restart=True)  # knows the name of every file that is left
 
 
 def test_evaluating_the_students_folder_gives_the_trainings_last_numbers(

@@ -11,9 +11,11 @@ import pyarrow.fs as pafs
 import pytest
 
 from pipelines import cache_plan
+from pipelines.ownership import claim, delete_run
 from pipelines.ray_checkpoints import LIST, TRAIN, delete_unlisted
 from pipelines.storage import Folder
 from pipelines.tune_trial import _keep
+from qskd.cache_manifest import CacheManifest, CacheSizes
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.stores import PATIENCE, join, may_pass, patience_s
@@ -44,10 +46,6 @@ class Unreliable(fsspec_local.LocalFileSystem):  # type: ignore[name-defined,mis
         super().rm(path, recursive, maxdepth)
 
 
-def delete_run(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.delete()
-
-
 def delete_file(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.delete("manifest.json")
 
@@ -73,7 +71,6 @@ CACHE = ["manifest.json", "shard-0.view-000.parquet"]
 @pytest.mark.parametrize(
     ("delete", "gone"),
     [
-        (delete_run, ["."]),
         (delete_file, ["manifest.json"]),
         (keep_two_checkpoints, [CHECKPOINTS[0], CHECKPOINTS[3]]),
         (delete_what_ray_does_not_list, TRAINED[:1]),
@@ -90,18 +87,32 @@ def test_what_a_busy_store_would_not_delete_is_deleted_at_the_next_try(
     root = tmp_path / "run"
     for name in CHECKPOINTS + TRAINED:
         (root / name).mkdir(parents=True)
-        (root / name / "weights").write_text("w")
-    for name in [*CACHE, "notes.txt"]:
+        (root / name / "state.json").write_text("{}")
+    manifest = CacheManifest({}, CacheSizes(1, 3, 2, (4,)), 4, ("shard-0",), {0: ((1, 1),)})
+    (root / CACHE[0]).write_text(manifest.to_json())
+    for name in [*CACHE[1:], "notes.txt"]:
         (root / name).write_text("x")
     results: dict[str, Any] = {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}
     (root / LIST).write_text(json.dumps(results | {"pending_training_results": [], "latest_checkpoint_result": None}))
     unreliable = Unreliable()
     folder.filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(unreliable))
-    there = [*CHECKPOINTS, *TRAINED, *CACHE, "notes.txt", "."]
+    there = [*CHECKPOINTS, *TRAINED, *CACHE, "notes.txt"]
     delete(folder, monkeypatch)
     assert len(unreliable.refused) == len(gone)
     left = [name for name in there if (root / name).exists()]
-    assert left == ([] if gone == ["."] else [name for name in there if name not in gone])
+    assert left == [name for name in there if name not in gone]
+
+
+def test_a_busy_store_s_run_is_deleted_at_the_next_try_of_each_file(tmp_path: Path) -> None:
+    folder = Folder(Config(name="run", output=str(tmp_path)))
+    claim(folder, "train", "run")
+    for name in ("config.yaml", LIST, f"{TRAIN}/checkpoint_1/state.json"):
+        folder.write(name, "x")
+    unreliable = Unreliable()
+    folder.filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(unreliable))
+    delete_run(folder)
+    assert len(unreliable.refused) == 4 + 1  # each file, and the folder
+    assert not (tmp_path / "run").exists()
 
 
 def test_names_are_joined_before_a_query() -> None:

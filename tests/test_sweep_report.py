@@ -24,7 +24,7 @@ from rich.console import Console
 from pipelines import sweep_pictures, sweep_plots
 from pipelines.sweep_axes import Axis, importances, make_axis
 from pipelines.sweep_parallel import plot_parallel
-from pipelines.sweep_report import PICTURES, best_row, ranked, terminal_table, why_none, write_report
+from pipelines.sweep_report import GENERATOR, PICTURES, best_row, ranked, terminal_table, why_none, write_report
 from pipelines.sweep_results import Sweep, pareto_front, short_names
 from pipelines.sweep_style import RECIPE_COLOUR
 from pipelines.sweep_trials import TrialRow
@@ -359,7 +359,8 @@ def test_what_cannot_be_drawn_is_told_instead(
     rows: list[TrialRow], pictures: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")  # 5 MB a page
-    (tmp_path / "parallel.png").touch()  # of an earlier report
+    (tmp_path / "parallel.png").touch()  # of an earlier report, as its index says
+    (tmp_path / "index.html").write_text(GENERATOR)
     written = write_report(tmp_path, rows, RECIPE, "", "A sweep")
     assert {path.name for path in written if path.suffix == ".png"} == {f"{name}.png" for name in pictures.split()}
     assert set(tmp_path.iterdir()) == set(written)

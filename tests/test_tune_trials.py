@@ -17,6 +17,7 @@ import pytest
 from sweeps import cluster, config, make_work, work  # noqa: F401  (fixtures)
 
 from pipelines import cache_teacher, tune
+from pipelines.ownership import check_ours
 from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder
 from pipelines.sweep import DONE
@@ -86,6 +87,7 @@ def test_a_population_moves_its_weights_and_its_worst_go_on_from_its_best(
     assert moved
     first = Folder(config(work, "population"))
     assert json.loads(first.read("sweep.json"))["asked"]["algorithm"] == "pbt"
+    check_ours(first, restart=True)  # knows the name of every file that is left
 
 
 TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "RayTrainWorker")

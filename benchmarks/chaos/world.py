@@ -12,8 +12,10 @@ from benchmarks.chaos.checks import is_of_a_dashboard
 from benchmarks.chaos.cluster import Cluster, base_environment
 from benchmarks.chaos.outage import BUCKET, KEYS, Proxy, SmallDisk, Store
 from benchmarks.chaos.work import Places, copy_folder, make_data
+from benchmarks.work_folder import claim, discard
 
 NODES = 1
+OWN = ("tmp", "logs", "out", "mlflow", "data", "token", "disk", "bytecode", "c[0-9]*-[0-9]*")  # all that it makes
 STORE_PATIENCE_S = 10  # the default is 120: an outage "for good" would take the afternoon
 
 
@@ -22,6 +24,7 @@ class World:
 
     def __init__(self, folder: Path, dashboard: bool = False) -> None:
         self.folder, self.dashboard = folder, dashboard
+        claim(folder)
         self.scratch, self.logs = folder / "tmp", folder / "logs"
         for each in (self.scratch, self.logs, folder / "out", folder / "mlflow"):
             shutil.rmtree(each, ignore_errors=True)
@@ -122,4 +125,4 @@ def world(folder: Path, keep: bool = False, dashboard: bool = False) -> Iterator
         if made is not None:
             made.end()
         if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder, OWN)

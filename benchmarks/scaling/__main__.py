@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks.scaling.model import WORKERS, Costs, all_reduce_seconds, step, with_step
 from benchmarks.timing import Ratio, Report, print_table, ratios
+from benchmarks.work_folder import check_record
 
 GOAL = 0.9
 BEGIN, END = "<!-- benchmarks.scaling -->", "<!-- end -->"
@@ -164,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> Report | None:
 
     from benchmarks.scaling.measure import Record, as_tree, measure
 
+    check_record(given.record, Record)
     if given.source:
         record = Record(**json.loads(given.source.read_text()))
     else:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import CONFIG_NAME
+
 from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.checkpoint_files import read_weights, weight_files
@@ -32,10 +34,9 @@ from qskd.detectors.weights import (
 )
 from qskd.errors import QskdError, writing
 from qskd.files import sha256_of
+from qskd.ownership import EXTRA_FILE, check_replaceable, foreign_to_detector, remove_own_detector_files
 
 log = logging.getLogger(__name__)
-
-EXTRA_FILE = "qskd.json"
 
 
 def load_detector(path_or_name: str | Path) -> Detector:
@@ -84,31 +85,51 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
 
 
 @contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `folder`: that appears whole or not at all.
+def replacing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """An empty folder to fill with a detector, which then takes the place of `folder`: that appears whole or not at all.
 
-    A detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
+    Only a folder that is new, empty, or a detector's that qskd made is written to (QskdError). One with other things in it
+    too is refused, or, with `overwrite`, its own files are replaced one after the other, config.json last, and the rest stays.
     """
-    target = Path(folder)
-    with writing(target):
-        there = target.exists()
-    if there and not target.is_dir():
-        raise QskdError(str(target), "a file", "a folder to save to")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise QskdError(str(target), "a folder with other things in it", "a new, an empty or a detector's folder")
+    with writing(folder):
+        check_replaceable(Path(folder), overwrite)
+    target = Path(os.path.realpath(folder))  # a link to a folder stays one
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
     try:
         yield fresh
+        if overwrite and target.is_dir() and foreign_to_detector(target):
+            _replace_own(fresh, target)
+            return
+        check_replaceable(target)  # what came while the new one was made
         stale = fresh.with_suffix(".old")
         if target.exists():
             os.rename(target, stale)
-        os.rename(fresh, target)
-        shutil.rmtree(stale, ignore_errors=True)
+        try:
+            os.rename(fresh, target)
+        except OSError:
+            if stale.exists():
+                os.rename(stale, target)
+            raise
+        if stale.exists():
+            remove_own_detector_files(stale)
+            try:
+                stale.rmdir()
+            except OSError:
+                log.warning("%s: what others wrote into %s meanwhile was kept there", stale, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _replace_own(fresh: Path, target: Path) -> None:
+    """Without config.json the folder is no detector: half of this can't be taken for one."""
+    (target / CONFIG_NAME).unlink(missing_ok=True)
+    names = sorted((path.name for path in fresh.iterdir()), key=lambda name: name == CONFIG_NAME)
+    remove_own_detector_files(target, keep=names)
+    for name in names:
+        os.replace(fresh / name, target / name)
 
 
 def save_detector(
@@ -122,8 +143,8 @@ def save_detector(
     """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`, and with
     `mean` and `std` (the detector's own where they are not given).
 
-    `extra` (JSON values) goes to qskd.json, which transformers does not read. The folder appears whole or not at all; a
-    detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
+    `extra` (JSON values) goes to qskd.json, which transformers does not read, and which marks the folder as qskd's. The folder
+    appears whole or not at all; one that qskd made is replaced, any other that is not empty is refused (QskdError).
     """
     if is_dilated(detector.model):
         raise QskdError(
@@ -134,8 +155,7 @@ def save_detector(
         )
     with replacing(folder) as fresh:
         _write(detector, fresh, Preprocessing(resize, mean or detector.mean, std or detector.std))
-        if extra is not None:
-            (fresh / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
+        (fresh / EXTRA_FILE).write_text(json.dumps(extra or {}, indent=2, sort_keys=True) + "\n")
 
 
 def _write(detector: Detector, folder: Path, preprocessing: Preprocessing) -> None:

@@ -166,7 +166,8 @@ class AttentionGuidedFeatureDistillation(nn.Module):
                 "distillation.features",
                 f"{len(student_channels)} student maps and {len(teacher_channels)} teacher maps of unknown sizes",
                 "to know which of them are alike",
-                "make the cache of teacher outputs anew (qskd cache RECIPE --overwrite), or set distillation.features.weight=0",
+                "make the cache of teacher outputs anew (qskd cache RECIPE --overwrite, which deletes its files), or set "
+                "distillation.features.weight=0",
             )
         self.pairs = tuple(pairs or pair_levels(student_channels, teacher_channels))
         self.projectors = nn.ModuleDict(
