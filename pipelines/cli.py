@@ -16,6 +16,7 @@ from pipelines.logs import start_logs
 from qskd import __version__
 from qskd.errors import QskdError, told_without_traceback
 from qskd.recipe import load, to_yaml
+from qskd.redaction import redacted
 
 app = typer.Typer(
     help="Compress DETR object detectors by query-selection knowledge distillation, on Ray.",
@@ -149,7 +150,9 @@ def prepare(
     if dry_run:
         dataset = read_coco(annotations, images, on_error)  # type: ignore[arg-type]
         shards = -(-len(dataset) // rows_per_shard)
-        print(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
+        print(
+            f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {redacted(destination)}"
+        )
         return
     manifest = program.prepare(annotations, images, destination, rows_per_shard, on_error, overwrite)  # type: ignore[arg-type]
     print(program.describe(manifest, destination))

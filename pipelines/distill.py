@@ -43,6 +43,7 @@ from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
 from qskd.recipe import to_yaml
+from qskd.redaction import redacted
 from qskd.schedule import Schedule
 from qskd.scratch import scratch_folder
 from qskd.teacher_cache import columns_for
@@ -104,7 +105,7 @@ class Plan:
         lines += [f"notice: {notice}" for notice in self.notices]
         if self.config.student.inherit:
             lines.append(start_student(self.config, self.train.labels)[1])
-        return "\n".join(lines)
+        return redacted("\n".join(lines))
 
 
 def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
@@ -176,6 +177,8 @@ def prepare_config(config: Config, kind: str) -> Config:
     workers run elsewhere, those that a job would lose are told first. A student that starts from a detector sees images of
     that one's size, unless the recipe says another."""
     check_job_folder(config, kind)
+    if kind != "cache":
+        tracking_uri(config)  # refuses one with a password before anything is written
 
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())

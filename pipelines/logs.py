@@ -13,6 +13,8 @@ import os
 import sys
 from typing import Any
 
+from qskd.redaction import redacted
+
 FORMAT = "QSKD_LOG"  # environment variable: text (the default) or json
 log = logging.getLogger("qskd")
 _speaker: dict[str, Any] = {}
@@ -20,6 +22,27 @@ _speaker: dict[str, Any] = {}
 
 def as_json() -> bool:
     return os.environ.get(FORMAT, "").lower() == "json"
+
+
+class WithoutSecrets(logging.Filter):
+    """Takes users and passwords of URIs out of a record: its message, and its exception's traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if (clean := redacted(message)) != message:
+            record.msg, record.args = clean, None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = redacted(_plain.formatException(record.exc_info))
+        return True
+
+
+_plain = logging.Formatter()
+
+
+def _hide_secrets() -> None:
+    for handler in {*log.handlers, *logging.getLogger().handlers}:
+        if not any(isinstance(each, WithoutSecrets) for each in handler.filters):
+            handler.addFilter(WithoutSecrets())
 
 
 class JsonLines(logging.Formatter):
@@ -37,8 +60,10 @@ class JsonLines(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+            line["traceback"] = record.exc_text or self.formatException(record.exc_info)
+        return json.dumps(
+            {name: redacted(each) if isinstance(each, str) else each for name, each in line.items()}, default=str
+        )
 
 
 def start_logs(**speaker: Any) -> None:
@@ -49,6 +74,7 @@ def start_logs(**speaker: Any) -> None:
     _speaker.update({name: value for name, value in (_ray_ids() | speaker).items() if value not in ("", None)})
     if not as_json():
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+        _hide_secrets()
         return
     if any(isinstance(handler.formatter, JsonLines) for handler in log.handlers):
         return
@@ -58,6 +84,7 @@ def start_logs(**speaker: Any) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False  # Ray Train has a handler of its own on the root logger: each line would be there twice
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    _hide_secrets()
 
 
 def _ray_ids() -> dict[str, str]:
@@ -73,4 +100,4 @@ def say(text: str, quiet: bool = False, **fields: Any) -> None:
     if as_json():
         log.info(text, extra={"fields": fields})
     elif not quiet:
-        print(text, flush=True)
+        print(redacted(text), flush=True)

@@ -21,6 +21,7 @@ from pipelines.storage import Folder
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.recipe import flatten, to_tree, to_yaml
+from qskd.redaction import TRACKING_REMEDY, redacted, secret_in
 
 log = logging.getLogger("qskd")
 RUN = "mlflow.json"  # in a run's folder: which MLflow run is its
@@ -30,7 +31,20 @@ PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
 def _named_uri(config: Config | None) -> str:
     named = config.tracking.uri if config else ""
-    return named or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return without_secrets(named, "tracking.uri") or environment_uri() or "sqlite:///mlflow.db"
+
+
+def environment_uri() -> str:
+    """MLFLOW_TRACKING_URI; QskdError where it holds a user or password."""
+    return without_secrets(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI")
+
+
+def without_secrets(uri: str, where: str) -> str:
+    """The URI as it is; QskdError where it holds a user or password, which mlflow.json, MLflow's own pages and messages would
+    show. where: the field or variable that holds it."""
+    if secret := secret_in(uri):
+        raise QskdError(where, f"{uri}: {secret}", "a URI without credentials", TRACKING_REMEDY)
+    return uri
 
 
 def relative_store(config: Config | None = None) -> str:
@@ -267,4 +281,5 @@ def _create_experiment(client: Any, name: str, uri: str) -> str:
 
 def how_to_look(uri: str) -> str:
     """The command, or the address, that shows the runs."""
+    uri = redacted(uri)
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

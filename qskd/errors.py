@@ -9,16 +9,20 @@ import os
 import sys
 from collections.abc import Iterator
 
+from qskd.redaction import redacted
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class QskdError(Exception):
     """A problem in the user's data, configuration or environment, told without a traceback by the command line.
 
-    The message names where (file, id, field), what was found, what was expected and the remedy.
+    The message names where (file, id, field), what was found, what was expected and the remedy. Users, passwords and other
+    secrets of the URIs in them are taken out here, whoever made it.
     """
 
     def __init__(self, where: str, found: str, expected: str = "", remedy: str = "") -> None:
+        where, found, expected, remedy = (redacted(str(text)) for text in (where, found, expected, remedy))
         self.where, self.found, self.expected, self.remedy = where, found, expected, remedy
         lines = [f"{where}: {found}"]
         if expected:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError, full_disk_named
+from qskd.redaction import STORE_REMEDY, secret_in
 from qskd.scratch import scratch_folder
 from qskd.stores import is_local, join, patiently, redacted
 
@@ -50,13 +50,8 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
     """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    if re.match(r"[^:]+://[^/@?]*:[^/@?]*@", uri):
-        raise QskdError(
-            redacted(uri),
-            "a URI with a password in it, which recipes, MLflow and logs would all keep",
-            "credentials in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's own role",
-            "take them out of the URI (docs/cluster.md, Storage)",
-        )
+    if secret := secret_in(uri):
+        raise QskdError(uri, f"{secret}, which recipes, MLflow and logs would all keep", "a URI without", STORE_REMEDY)
     try:
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.redaction import STORE_REMEDY, TRACKING_REMEDY, secret_in
 
 
 def _known_fields(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
@@ -75,11 +76,22 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def build(tree: dict[str, Any], where: str = "config") -> Config:
-    """Nested dict -> Config. Errors name every field that is unknown or wrong."""
+    """Nested dict -> Config. Errors name every field that is unknown or wrong, and those that hold a URI's secrets: runs
+    write their configuration down, and MLflow shows it."""
+    _refuse_secrets(tree, where)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def _refuse_secrets(tree: Any, where: str) -> None:
+    for field, value in flatten(tree).items() if isinstance(tree, dict) else ():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (secret := secret_in(text)):
+                found = f"{field}: {secret}, which the run's files, MLflow and logs would all keep"
+                remedy = TRACKING_REMEDY if str(field).startswith("tracking.") else STORE_REMEDY
+                raise QskdError(where, found, "a URI without credentials", remedy)
 
 
 def check_field(name: str, where: str) -> None:
