@@ -15,13 +15,14 @@ from typing import Any
 
 from pyarrow import fs
 
+from pipelines.checkpoint_files import read_state
 from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
 from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
 from pipelines.models import check_teacher, make_teacher, start_student
 from pipelines.notices import notices
 from pipelines.plan_checks import check_cache, check_classes, check_data
-from pipelines.ray_checkpoints import delete_unlisted
+from pipelines.ray_checkpoints import delete_unlisted, mend_list
 from pipelines.storage import (
     FAILURE,
     SWEEP,
@@ -209,7 +210,8 @@ def prepare_config(config: Config, kind: str) -> Config:
 
 def read_result(folder: Folder) -> RunResult:
     """Of a finished run."""
-    return RunResult(**json.loads(folder.read("result.json")))
+    remedy = f"rm {folder.where('result.json')}: the same command makes it again from the last checkpoint"
+    return RunResult(**folder.read_record("result.json", remedy=remedy))
 
 
 def run(config: Config, kind: str, restart: bool = False) -> RunResult:
@@ -238,8 +240,9 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
     # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.
     inherited = start_student(config, plan.train.labels)[1] if config.student.inherit else ""
-    folder.write("config.yaml", to_yaml(config))
+    folder.write_record("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
+    mend_list(folder)  # here too: what can't be mended is said before Ray starts
     tracker = open_for(folder, config, kind)
     start_logs(run=config.name, run_id=tracker.run_id)
     if inherited:
@@ -287,13 +290,13 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student = scratch / "student"
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
-        metrics = json.loads((Path(checkpoint) / "state.json").read_text())["metrics"]
+        metrics = read_state(checkpoint)["metrics"]
         write_card(student, card_of_run(plan.config, plan.kind, plan.train, plan.val, student, metrics))
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now
     done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))
-    folder.write("result.json", json.dumps(done.__dict__, indent=2))
+    folder.write_record("result.json", json.dumps(done.__dict__, indent=2))
     return done
 
 

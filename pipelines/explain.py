@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
-import yaml
 from PIL import Image
 from pyarrow import fs
 
@@ -55,12 +54,11 @@ def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
         config = load(recipe_or_run, overrides)
         folder = Folder(config)
         return Source(config, folder.where("student") if folder.exists("student/config.json") else "")
-    try:
-        with filesystem.open_input_stream(f"{root}/config.yaml") as stream:
-            tree = yaml.safe_load(stream.read())
-    except OSError:
+    run = Folder.at(recipe_or_run)
+    if not run.exists("config.yaml"):
         found = "no config.yaml in it"
-        raise QskdError(recipe_or_run, found, "a run's folder, as in runs/NAME, or a YAML recipe") from None
+        raise QskdError(recipe_or_run, found, "a run's folder, as in runs/NAME, or a YAML recipe")
+    tree = run.read_record("config.yaml")
     config = build(apply_overrides(tree, overrides), join(recipe_or_run, "config.yaml"))
     there = filesystem.get_file_info(f"{root}/student/config.json").type != fs.FileType.NotFound
     return Source(config, join(recipe_or_run, "student") if there else "")

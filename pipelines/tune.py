@@ -103,7 +103,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     check_same_run(folder, config)
     check_same_data(folder, plan.fingerprints)
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
-    folder.write("config.yaml", to_yaml(config))
+    folder.write_record("config.yaml", to_yaml(config))
     tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
     print(search.describe(), flush=True)
     schedule = plan.stream.schedule

@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from qskd import durable
 from qskd.errors import QskdError, full_disk_named
 from qskd.redaction import STORE_REMEDY, secret_in
 from qskd.scratch import scratch_folder
@@ -70,10 +71,11 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
-    """Make the local file appear at `path`, whole. On a local file system `spool` must be in the same one: a rename does
-    not cross file systems."""
+    """Make the local file appear at `path`, whole, also after a power cut. On a local file system `spool` must be in the same
+    one: a rename does not cross file systems."""
     if is_local(filesystem):
-        os.replace(spool, path)
+        with full_disk_named(path):
+            durable.replace(spool, path)
         return
     size = spool.stat().st_size
     patiently(path, filesystem, lambda: _send(lambda: spool.open("rb"), size, filesystem, path))
@@ -81,15 +83,16 @@ def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
 
 
 def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> None:
-    """Make a small file appear at `path`, whole, in place of the one before. Its folder is made if it isn't there."""
+    """Make a small file appear at `path`, whole, in place of the one before, also after a power cut. Its folder is made if it
+    isn't there."""
     folder = path.rpartition("/")[0]
     if is_local(filesystem):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
         spool = Path(folder, f"{UNFINISHED}{uuid.uuid4().hex}")
         try:
             with full_disk_named(path):
                 spool.write_bytes(content)
-            os.replace(spool, path)
+                durable.replace(spool, path)
         finally:
             spool.unlink(missing_ok=True)
         return

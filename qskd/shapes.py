@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydantic import Field, model_validator
 
+from qskd import durable
 from qskd.config import Fraction, Positive, Section
 from qskd.errors import QskdError
 from qskd.views import Pixels
@@ -253,7 +253,7 @@ def make_shapes(config: ShapesConfig, folder: str | Path) -> tuple[Path, Path]:
     document = {"info": recipe, "images": entries, "annotations": objects, "categories": categories}
     unfinished = annotations.with_suffix(".json.writing")
     unfinished.write_text(json.dumps(document))
-    os.replace(unfinished, annotations)
+    durable.replace(unfinished, annotations)
     return annotations, images
 
 

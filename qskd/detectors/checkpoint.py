@@ -32,6 +32,7 @@ from qskd.detectors.weights import (
     reading,
     weight_files,
 )
+from qskd.durable import sync_folder, sync_tree
 from qskd.errors import QskdError
 from qskd.files import sha256_of
 
@@ -90,8 +91,9 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
 
 
 @contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `folder`: that appears whole or not at all.
+def replacing(folder: str | Path, durable: bool = True) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `folder`: that appears whole or not at all. durable: also after
+    a power cut, which costs a wait for the disk.
 
     A detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
     """
@@ -105,10 +107,14 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
+        if durable:
+            sync_tree(fresh)
         stale = fresh.with_suffix(".old")
         if target.exists():
             os.rename(target, stale)
         os.rename(fresh, target)
+        if durable:
+            sync_folder(target.parent)
         shutil.rmtree(stale, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -121,12 +127,14 @@ def save_detector(
     extra: dict[str, Any] | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
+    durable: bool = True,
 ) -> None:
     """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`, and with
     `mean` and `std` (the detector's own where they are not given).
 
     `extra` (JSON values) goes to qskd.json, which transformers does not read. The folder appears whole or not at all; a
-    detector's folder that is there already is replaced, any other that is not empty is refused (QskdError).
+    detector's folder that is there already is replaced, any other that is not empty is refused (QskdError). durable: see
+    `replacing`.
     """
     if is_dilated(detector.model):
         raise QskdError(
@@ -135,7 +143,7 @@ def save_detector(
             "one that transformers can describe without timm",
             "choose a checkpoint without dilation; this one can be a teacher",
         )
-    with replacing(folder) as fresh:
+    with replacing(folder, durable) as fresh:
         _write(detector, fresh, Preprocessing(resize, mean or detector.mean, std or detector.std))
         if extra is not None:
             (fresh / EXTRA_FILE).write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
