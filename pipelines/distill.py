@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from pipelines.checkpoint_files import read_state
 from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
+from pipelines.curves import PATIENCE_S, end_run, fill_in, is_complete
 from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
 from pipelines.models import check_teacher, make_teacher, start_student
@@ -234,7 +235,10 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     check_same_data(folder, plan.fingerprints)
     if folder.exists("result.json"):
         log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
-        return read_result(folder)
+        done = read_result(folder)
+        if not is_complete(folder):
+            end_run(Tracker(tracking_uri(config), done.run_id), folder, config.name)
+        return done
     if kind == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
@@ -258,11 +262,12 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
             result = fit(plan, tracker, folder)
         finally:
             raise_failure(folder)  # says more than what Ray makes of it
+        fill_in(tracker, folder, config.name, PATIENCE_S)
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException:
         tracker.finish("FAILED")
         raise
-    tracker.finish()
+    end_run(tracker, folder, config.name, 0.0)
     return done
 
 
@@ -273,6 +278,7 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     tracking = TrackingCallback(tracker, folder)
     trainer = make_trainer(plan.config, plan.stream, folder, [tracking], tracker.run_id)
     tracking.catch_up(plan.config.compute.workers)
+    fill_in(tracker, folder, plan.config.name)
     with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
         return trainer.fit()
 

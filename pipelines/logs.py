@@ -10,7 +10,9 @@ import datetime
 import json
 import logging
 import os
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from qskd.redaction import redacted
@@ -101,3 +103,10 @@ def say(text: str, quiet: bool = False, **fields: Any) -> None:
         log.info(text, extra={"fields": fields})
     elif not quiet:
         print(redacted(text), flush=True)
+
+
+def this_command() -> str:
+    """The command line that this program was started with, to be given again."""
+    if Path(sys.argv[0]).name == "qskd":
+        return shlex.join(["qskd", *sys.argv[1:]])
+    return shlex.join([sys.executable, *sys.argv])

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qskd.redaction import TRACKING_REMEDY, redacted, secret_in
 log = logging.getLogger("qskd")
 RUN = "mlflow.json"  # in a run's folder: which MLflow run is its
 PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server
+KeptRow = tuple[int, int, Mapping[str, float]]  # ms since 1970, step, {metric: value}
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
 
@@ -78,7 +79,7 @@ def _client(uri: str) -> Any:
 @contextlib.contextmanager
 def _alone_on(uri: str) -> Iterator[None]:
     """One process at a time on a sqlite store: two that make its tables at once break each other."""
-    match = re.match(r"^sqlite:///(.+)$", uri)
+    match = re.match(r"^sqlite:///([^?]+)", uri)
     if not match:
         yield
         return
@@ -152,7 +153,8 @@ class Tracker:
                 "start it, or correct tracking.uri / MLFLOW_TRACKING_URI; `qskd doctor` checks it",
             ) from error
 
-    def _call(self, method: str, *arguments: Any, **keywords: Any) -> None:
+    def _call(self, method: str, *arguments: Any, **keywords: Any) -> bool:
+        """Whether it was done. What could not be logged of metrics is filled in later (`pipelines.curves`)."""
         try:
             self._connected = self._connected or _client(self.uri)
             getattr(self._connected, method)(self.run_id, *arguments, **keywords)
@@ -165,6 +167,8 @@ class Tracker:
                     error,
                 )
             self._complained = True
+            return False
+        return True
 
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -173,16 +177,28 @@ class Tracker:
         for start in range(0, len(listed), PARAMS_PER_CALL):
             self._call("log_batch", params=listed[start : start + PARAMS_PER_CALL])
 
-    def metrics(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Rows of (step, {name: value})."""
-        from mlflow.entities import Metric
-
+    def metrics(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> bool:
+        """Rows of (step, {name: value}); whether all were taken."""
         now = int(time.time() * 1000)
-        listed = [
-            Metric(re.sub(r"[^\w\-. /]", "_", k), float(v), now, step) for step, row in rows for k, v in row.items()
-        ]
-        for start in range(0, len(listed), METRICS_PER_CALL):
-            self._call("log_batch", metrics=listed[start : start + METRICS_PER_CALL])
+        listed = [metric for step, row in rows for metric in _metrics(now, step, row)]
+        batches = [listed[start : start + METRICS_PER_CALL] for start in range(0, len(listed), METRICS_PER_CALL)]
+        return all(self._call("log_batch", metrics=batch) for batch in batches)
+
+    def fill_in(self, rows: Sequence[KeptRow]) -> int:
+        """Log what of these rows MLflow does not have, by metric and step; the number of rows that lacked something. Raises
+        what MLflow raises. One request a metric, and one for each thousand values that are missing."""
+        client = self._connected = self._connected or _client(self.uri)
+        listed = [metric for time_ms, step, values in rows for metric in _metrics(time_ms, step, values)]
+        there = {
+            name: {metric.step for metric in client.get_metric_history(self.run_id, name)}
+            for name in dict.fromkeys(metric.key for metric in listed)
+        }
+        missing = {(each.key, each.step): each for each in listed if each.step not in there[each.key]}
+        batch = list(missing.values())
+        for start in range(0, len(batch), METRICS_PER_CALL):
+            client.log_batch(self.run_id, metrics=batch[start : start + METRICS_PER_CALL])
+        lacking = {(each.timestamp, each.key, each.step) for each in batch}
+        return sum(any((m.timestamp, m.key, m.step) in lacking for m in _metrics(*row)) for row in rows) if batch else 0
 
     def last_step(self, metric: str) -> int:
         """The highest step this metric was logged at, -1 if never: what a restarted writer must not write again."""
@@ -242,8 +258,8 @@ class Tracker:
             log.warning("MLflow at %s: the model %s was not registered: %s", self.uri, model, error)
             return ""
 
-    def finish(self, status: str = "FINISHED") -> None:
-        self._call("set_terminated", status)
+    def finish(self, status: str = "FINISHED") -> bool:
+        return self._call("set_terminated", status)
 
     def delete(self) -> None:
         """As the UI does: it is kept, out of sight, until `mlflow gc`."""
@@ -272,10 +288,16 @@ def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] 
     return tracker
 
 
+def _metrics(time_ms: int, step: int, values: Mapping[str, float]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(re.sub(r"[^\w\-. /]", "_", name), float(value), time_ms, step) for name, value in values.items()]
+
+
 def _create_experiment(client: Any, name: str, uri: str) -> str:
     # MLflow would put a sqlite store's artefacts beside the working folder of whoever asks first; beside the database is
     # where every later reader finds them.
-    match = re.match(r"^sqlite:///(.+)$", uri)
+    match = re.match(r"^sqlite:///([^?]+)", uri)
     location = (Path(match[1]).resolve().parent / "mlartifacts" / name).as_uri() if match else None
     try:
         return str(client.create_experiment(name, artifact_location=location))

@@ -6,15 +6,13 @@ python -m pipelines.tune configs/sweep_quickstart.yaml --space loss_weights --tr
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pipelines.distill import SLOW_PATH, Plan, make_plan, prepare_config
+from pipelines.logs import this_command
 from pipelines.search_request import SearchRequest, check_request
 from pipelines.storage import Folder, alone_on, check_same_data, check_same_run
 from pipelines.student_costs import parameters_m, recipe_latency_ms
@@ -110,6 +108,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
     try:
         if is_done(search, records):
+            tracking.settle(config.name)
             return finish(config, search.describe(), records, tracker)
         _make_cache(short, cached)
         limit = parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
@@ -139,17 +138,10 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
         tracking.interrupt()
         ended = sum(row.state in ENDED for row in records.rows.values())
         print(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
-        print(f"the same command goes on with it: {_this_command()}", flush=True)
+        print(f"the same command goes on with it: {this_command()}", flush=True)
         raise SystemExit(INTERRUPTED)
+    tracking.settle(config.name)
     return finish(config, search.describe(), records, tracker)
-
-
-def _this_command() -> str:
-    return (
-        shlex.join(["qskd", *sys.argv[1:]])
-        if Path(sys.argv[0]).name == "qskd"
-        else shlex.join([sys.executable, *sys.argv])
-    )
 
 
 def _make_cache(config: Config, cached: bool) -> None:
