@@ -108,10 +108,10 @@ def fill_in(tracker: Tracker, folder: Folder, name: str, patience: float = 0.0) 
         return True
 
 
-def end_run(tracker: Tracker, folder: Folder, name: str, patience: float = PATIENCE_S) -> bool:
-    """Fill in, and say in MLflow that the run is finished; whether both were done, which the run's folder then keeps: a finished
-    run that is complete is not asked for again."""
-    whole = fill_in(tracker, folder, name, patience) and tracker.finish()
+def end_run(tracker: Tracker, folder: Folder, name: str, patience: float = PATIENCE_S, whole: bool = False) -> bool:
+    """Fill in (whole: that was done just now), and say in MLflow that the run is finished; whether both were done, which the
+    run's folder then keeps: a finished run that is complete is not asked for again."""
+    whole = (whole or fill_in(tracker, folder, name, patience)) and tracker.finish()
     if whole:
         folder.write_record(RUN, json.dumps({"uri": tracker.uri, "run_id": tracker.run_id, "complete": True}))
     return whole

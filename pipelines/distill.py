@@ -262,12 +262,12 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
             result = fit(plan, tracker, folder)
         finally:
             raise_failure(folder)  # says more than what Ray makes of it
-        fill_in(tracker, folder, config.name, PATIENCE_S)
+        whole = fill_in(tracker, folder, config.name, PATIENCE_S)
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException:
         tracker.finish("FAILED")
         raise
-    end_run(tracker, folder, config.name, 0.0)
+    end_run(tracker, folder, config.name, 0.0, whole)
     return done
 
 

@@ -180,7 +180,7 @@ class Tracker:
     def metrics(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> bool:
         """Rows of (step, {name: value}); whether all were taken."""
         now = int(time.time() * 1000)
-        listed = [metric for step, row in rows for metric in _metrics(now, step, row)]
+        listed = [_metric(name, value, now, step) for step, row in rows for name, value in row.items()]
         batches = [listed[start : start + METRICS_PER_CALL] for start in range(0, len(listed), METRICS_PER_CALL)]
         return all(self._call("log_batch", metrics=batch) for batch in batches)
 
@@ -188,17 +188,19 @@ class Tracker:
         """Log what of these rows MLflow does not have, by metric and step; the number of rows that lacked something. Raises
         what MLflow raises. One request a metric, and one for each thousand values that are missing."""
         client = self._connected = self._connected or _client(self.uri)
-        listed = [metric for time_ms, step, values in rows for metric in _metrics(time_ms, step, values)]
-        there = {
-            name: {metric.step for metric in client.get_metric_history(self.run_id, name)}
-            for name in dict.fromkeys(metric.key for metric in listed)
-        }
-        missing = {(each.key, each.step): each for each in listed if each.step not in there[each.key]}
-        batch = list(missing.values())
-        for start in range(0, len(batch), METRICS_PER_CALL):
-            client.log_batch(self.run_id, metrics=batch[start : start + METRICS_PER_CALL])
-        lacking = {(each.timestamp, each.key, each.step) for each in batch}
-        return sum(any((m.timestamp, m.key, m.step) in lacking for m in _metrics(*row)) for row in rows) if batch else 0
+        at: dict[str, dict[int, int]] = {}  # metric -> step -> the row that has it; the later one, where two do
+        for number, (_, step, values) in enumerate(rows):
+            for name in values:
+                at.setdefault(name, {})[step] = number
+        missing: list[tuple[int, str]] = []
+        for name, steps in at.items():
+            there = {each.step for each in client.get_metric_history(self.run_id, _key(name))}
+            missing += [(number, name) for step, number in steps.items() if step not in there]
+        for start in range(0, len(missing), METRICS_PER_CALL):
+            part = [(rows[number], name) for number, name in missing[start : start + METRICS_PER_CALL]]
+            metrics = [_metric(name, row[2][name], row[0], row[1]) for row, name in part]
+            client.log_batch(self.run_id, metrics=metrics)
+        return len({number for number, _ in missing})
 
     def last_step(self, metric: str) -> int:
         """The highest step this metric was logged at, -1 if never: what a restarted writer must not write again."""
@@ -288,10 +290,14 @@ def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] 
     return tracker
 
 
-def _metrics(time_ms: int, step: int, values: Mapping[str, float]) -> list[Any]:
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+def _metric(name: str, value: float, time_ms: int, step: int) -> Any:
     from mlflow.entities import Metric
 
-    return [Metric(re.sub(r"[^\w\-. /]", "_", name), float(value), time_ms, step) for name, value in values.items()]
+    return Metric(_key(name), float(value), time_ms, step)
 
 
 def _create_experiment(client: Any, name: str, uri: str) -> str:
