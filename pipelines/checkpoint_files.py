@@ -1,56 +1,98 @@
-"""What is in a run's folder, and in its checkpoints: of these only what qskd wrote is deleted."""
+"""Whether a training's checkpoint is whole: by its JSON files and by what the headers of its safetensors promise. The weights
+themselves are not read, so that this costs as little for a large model as for a small one."""
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-from collections.abc import Iterator
+import json
+import struct
+from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from pipelines.storage import Folder
-from qskd.ownership import STUDENT_FILE, listed
-from qskd.stores import is_local, patiently
+from qskd.errors import QskdError
+from qskd.stores import patiently
 
-log = logging.getLogger("qskd")
-STUDENT = f"student/(?:{STUDENT_FILE.pattern})"
-CHECKPOINT_FILE = re.compile(rf"state\.safetensors|state\.json|\.metadata\.json|{STUDENT}")
-
-
-def files_in(folder: Folder, below: str = "") -> list[str]:
-    """Every file below the folder, or below one in it, by its path from there. Links are not followed, and end in "@": they
-    are never ours."""
-    root = f"{folder.root}/{below}".rstrip("/")
-    if is_local(folder.filesystem):
-        return sorted(_walk(root))
-    selector = fs.FileSelector(root, allow_not_found=True, recursive=True)
-    infos = patiently(folder.where(below), folder.filesystem, lambda: folder.filesystem.get_file_info(selector))
-    return sorted(info.path[len(root) :].lstrip("/") for info in infos if info.type != fs.FileType.Directory)
+STATE, WEIGHTS = "state.json", "state.safetensors"
+LONGEST_HEADER = 100_000_000  # safetensors' own limit, bytes
+GO_BACK = "give the same command again: it goes on from the checkpoint before this one"
 
 
-def _walk(root: str) -> Iterator[str]:
-    for place, folders, files in os.walk(root):
-        for name in [*files, *folders]:
-            path = os.path.join(place, name)
-            if os.path.islink(path):
-                yield os.path.relpath(path, root) + "@"
-            elif name in files:
-                yield os.path.relpath(path, root)
+def damage(folder: Folder, checkpoint: str) -> list[str]:
+    """The full names of the files of a checkpoint that are missing or cut, each with what is wrong; empty when it is whole.
+
+    checkpoint: its name in the run's folder. A store that does not answer is a QskdError, not damage.
+    """
+    root, filesystem = f"{folder.root}/{checkpoint}", folder.filesystem
+
+    def look() -> list[str]:
+        found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        sizes = {info.path: info.size for info in found if info.type == fs.FileType.File}
+        wrong = {path: "is missing" for path in (f"{root}/{STATE}", f"{root}/{WEIGHTS}") if path not in sizes}
+        for path, size in sizes.items():
+            if path.endswith(".safetensors"):
+                wrong |= {path: problem} if (problem := _weights_problem(filesystem, path, size)) else {}
+            elif path.endswith(".json"):
+                wrong |= {path: problem} if (problem := _json_problem(filesystem, path)) else {}
+        return [f"{folder.where(checkpoint + path[len(root) :])} {problem}" for path, problem in wrong.items()]
+
+    return patiently(folder.where(checkpoint), filesystem, look)
 
 
-def delete_checkpoint(folder: Folder, name: str) -> None:
-    """Delete a checkpoint: its folder, or, where other files are in it too, its own files alone, with a warning."""
-    inside = files_in(folder, name)
-    others = [path for path in inside if not CHECKPOINT_FILE.fullmatch(path)]
-    if not others:
-        folder.filesystem.delete_dir(f"{folder.root}/{name}")
-        return
-    for path in inside:
-        if path not in others:
-            folder.delete(f"{name}/{path}")
-    log.warning(
-        "%s: a checkpoint that is no longer needed; kept, as it is no part of it: %s",
-        folder.where(name),
-        listed(others),
+def _weights_problem(filesystem: fs.FileSystem, path: str, size: int) -> str:
+    with filesystem.open_input_file(path) as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST_HEADER + 1
+        header = stream.read(length) if length <= LONGEST_HEADER else b""
+    try:
+        tensors = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return f"has {size} bytes and no whole header"
+    return "" if size == expected else f"has {size} of {expected} bytes"
+
+
+def _json_problem(filesystem: fs.FileSystem, path: str) -> str:
+    with filesystem.open_input_stream(path) as stream:
+        content = stream.read()
+    try:
+        whole = isinstance(json.loads(content), dict)
+    except ValueError:
+        whole = False
+    return "" if whole else f"has {len(content)} bytes, which are no JSON object"
+
+
+def read_state(checkpoint: str | Path, named: str = "") -> dict[str, Any]:
+    """step (of training, done) and metrics (the last evaluation's) from a checkpoint's local folder; QskdError where they can't
+    be read. named: the folder that messages name, where the local one is a copy."""
+    try:
+        state = json.loads(Path(checkpoint, STATE).read_text())
+        return {"step": int(state["step"]), "metrics": dict(state["metrics"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QskdError(f"{named or checkpoint}/{STATE}", f"can't be read: {error}", "a whole file", GO_BACK) from None
+
+
+def read_training_state(checkpoint: str | Path, named: str = "") -> dict[str, Tensor]:
+    """What `Training.state` gave, by name; QskdError where it can't be read."""
+    try:
+        return load_file(Path(checkpoint, WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise QskdError(
+            f"{named or checkpoint}/{WEIGHTS}", f"can't be read: {error}", "a whole file", GO_BACK
+        ) from None
+
+
+def nothing_whole(folder: Folder, wrong: list[str]) -> QskdError:
+    """Where no checkpoint can be gone on from. Nothing is deleted."""
+    return QskdError(
+        folder.path,
+        f"no checkpoint of this run is whole: {'; '.join(wrong)}",
+        "one whole checkpoint, to go on from",
+        "bring these files back from a backup, or train again under another name (--set name=...); nothing was deleted. "
+        f"--restart would begin again in the same place, and deletes all of {folder.path} first",
     )

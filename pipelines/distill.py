@@ -15,7 +15,9 @@ from typing import Any
 
 from pyarrow import fs
 
+from pipelines.checkpoint_files import read_state
 from pipelines.cluster import in_a_job, say_if_on_cpus, start_ray
+from pipelines.curves import PATIENCE_S, end_run, fill_in, is_complete
 from pipelines.job_folder import check_job_folder
 from pipelines.logs import start_logs
 from pipelines.models import check_teacher, make_teacher, start_student
@@ -23,7 +25,7 @@ from pipelines.notices import notices
 from pipelines.ownership import check_ours, claim, delete_run
 from pipelines.places import check_places
 from pipelines.plan_checks import check_cache, check_classes, check_data
-from pipelines.ray_checkpoints import delete_unlisted
+from pipelines.ray_checkpoints import delete_unlisted, mend_list
 from pipelines.stopping import was_stopped
 from pipelines.storage import (
     FAILURE,
@@ -46,6 +48,7 @@ from qskd.distillation import teacher_needs
 from qskd.errors import QskdError
 from qskd.manifest import Manifest, load_manifest
 from qskd.recipe import to_yaml
+from qskd.redaction import redacted
 from qskd.schedule import Schedule
 from qskd.scratch import scratch_folder
 from qskd.teacher_cache import columns_for
@@ -107,7 +110,7 @@ class Plan:
         lines += [f"notice: {notice}" for notice in self.notices]
         if self.config.student.inherit:
             lines.append(start_student(self.config, self.train.labels)[1])
-        return "\n".join(lines)
+        return redacted("\n".join(lines))
 
 
 def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
@@ -179,6 +182,8 @@ def prepare_config(config: Config, kind: str) -> Config:
     workers run elsewhere, those that a job would lose are told first. A student that starts from a detector sees images of
     that one's size, unless the recipe says another."""
     check_job_folder(config, kind)
+    if kind != "cache":
+        tracking_uri(config)  # refuses one with a password before anything is written
 
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())
@@ -211,7 +216,8 @@ def prepare_config(config: Config, kind: str) -> Config:
 
 def read_result(folder: Folder) -> RunResult:
     """Of a finished run."""
-    return RunResult(**json.loads(folder.read("result.json")))
+    remedy = f"rm {folder.where('result.json')}: the same command makes it again from the last checkpoint"
+    return RunResult(**folder.read_record("result.json", remedy=remedy))
 
 
 def check_folder(config: Config, restart: bool) -> Folder:
@@ -242,14 +248,18 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     check_same_data(folder, plan.fingerprints)
     if folder.exists("result.json"):
         log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
-        return read_result(folder)
+        done = read_result(folder)
+        if not is_complete(folder):
+            end_run(Tracker(tracking_uri(config), done.run_id), folder, config.name)
+        return done
     if kind == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
     # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.
     inherited = start_student(config, plan.train.labels)[1] if config.student.inherit else ""
-    folder.write("config.yaml", to_yaml(config))
+    folder.write_record("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
+    mend_list(folder)  # here too: what can't be mended is said before Ray starts
     tracker = open_for(folder, config, kind)
     start_logs(run=config.name, run_id=tracker.run_id)
     if inherited:
@@ -265,11 +275,12 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
             result = fit(plan, tracker, folder)
         finally:
             raise_failure(folder)  # says more than what Ray makes of it
+        whole = fill_in(tracker, folder, config.name, PATIENCE_S)
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException as error:
         tracker.finish("KILLED" if was_stopped(error) else "FAILED")
         raise
-    tracker.finish()
+    end_run(tracker, folder, config.name, 0.0, whole)
     return done
 
 
@@ -280,6 +291,7 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     tracking = TrackingCallback(tracker, folder)
     trainer = make_trainer(plan.config, plan.stream, folder, [tracking], tracker.run_id)
     tracking.catch_up(plan.config.compute.workers)
+    fill_in(tracker, folder, plan.config.name)
     with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
         return trainer.fit()
 
@@ -297,13 +309,13 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student = scratch / "student"
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
-        metrics = json.loads((Path(checkpoint) / "state.json").read_text())["metrics"]
+        metrics = read_state(checkpoint)["metrics"]
         write_card(student, card_of_run(plan.config, plan.kind, plan.train, plan.val, student, metrics))
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now
     done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))
-    folder.write("result.json", json.dumps(done.__dict__, indent=2))
+    folder.write_record("result.json", json.dumps(done.__dict__, indent=2))
     return done
 
 

@@ -31,7 +31,6 @@ from qskd.recipe import apply_overrides, build, load
 from qskd.scratch import scratch_folder
 from qskd.stores import join, patiently
 from qskd.teacher import OnlineTeacher
-from qskd.untrusted import LARGEST_YAML, parse_yaml
 
 log = logging.getLogger("qskd")
 AFTER = "Student"
@@ -55,17 +54,12 @@ def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
         config = load(recipe_or_run, overrides)
         folder = Folder(config)
         return Source(config, folder.where("student") if folder.exists("student/config.json") else "")
-    try:
-        with filesystem.open_input_stream(f"{root}/config.yaml") as stream:
-            text = stream.read(4 * LARGEST_YAML).decode("utf-8", "replace")
-    except OSError:
+    run = Folder.at(recipe_or_run)
+    if not run.exists("config.yaml"):
         found = "no config.yaml in it"
-        raise QskdError(recipe_or_run, found, "a run's folder, as in runs/NAME, or a YAML recipe") from None
-    where = join(recipe_or_run, "config.yaml")
-    tree = parse_yaml(text, where, "the configuration that a run wrote")
-    if not isinstance(tree, dict):
-        raise QskdError(where, f"a {type(tree).__name__} at the top", "the configuration that a run wrote")
-    config = build(apply_overrides(tree, overrides), where)
+        raise QskdError(recipe_or_run, found, "a run's folder, as in runs/NAME, or a YAML recipe")
+    tree = run.read_record("config.yaml")
+    config = build(apply_overrides(tree, overrides), join(recipe_or_run, "config.yaml"))
     there = filesystem.get_file_info(f"{root}/student/config.json").type != fs.FileType.NotFound
     return Source(config, join(recipe_or_run, "student") if there else "")
 

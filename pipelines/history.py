@@ -14,14 +14,15 @@ Rows = list[tuple[int, dict[str, float]]]  # (step, means of the loss terms)
 def read_history(folder: Folder) -> list[dict[str, Any]]:
     """One entry a report: step, epoch, evaluation (metrics, possibly empty), training (the last means); of a trial also
     "rows", see `add_trial_report`."""
-    history: list[dict[str, Any]] = json.loads(folder.read(NAME)) if folder.exists(NAME) else []
+    remedy = f"rm {folder.where(NAME)}: what it has of the curves so far is lost, and the training goes on"
+    history: list[dict[str, Any]] = folder.read_record(NAME, list, remedy) if folder.exists(NAME) else []
     return history
 
 
 def add_report(folder: Folder, step: int, epoch: int, evaluation: dict[str, float], rows: Rows) -> None:
     """Entries of the same step or later ones are replaced: a run that went on from a checkpoint makes them again."""
     before = [entry for entry in read_history(folder) if entry["step"] < step]
-    folder.write(NAME, json.dumps([*before, _entry(step, epoch, evaluation, rows)]))
+    folder.write_record(NAME, json.dumps([*before, _entry(step, epoch, evaluation, rows)]))
 
 
 def add_trial_report(
@@ -37,7 +38,7 @@ def add_trial_report(
         if entry["step"] <= heard:
             entry.pop("rows", None)
     history = [*before, _entry(step, epoch, evaluation, rows) | {"rows": rows}]
-    folder.write(NAME, json.dumps(history))
+    folder.write_record(NAME, json.dumps(history))
     return history
 
 

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from qskd.printable import escaped, printable
+from qskd.redaction import redacted
 
 FORMAT = "QSKD_LOG"  # environment variable: text (the default) or json
 log = logging.getLogger("qskd")
@@ -31,6 +32,27 @@ class TextLines(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
+class WithoutSecrets(logging.Filter):
+    """Takes users and passwords of URIs out of a record: its message, and its exception's traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if (clean := redacted(message)) != message:
+            record.msg, record.args = clean, None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = redacted(_plain.formatException(record.exc_info))
+        return True
+
+
+_plain = logging.Formatter()
+
+
+def _hide_secrets() -> None:
+    for handler in {*log.handlers, *logging.getLogger().handlers}:
+        if not any(isinstance(each, WithoutSecrets) for each in handler.filters):
+            handler.addFilter(WithoutSecrets())
+
+
 class JsonLines(logging.Formatter):
     """time (UTC), level, logger, message, who speaks, what the caller added as `fields`, and an exception's traceback."""
 
@@ -46,8 +68,10 @@ class JsonLines(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+            line["traceback"] = record.exc_text or self.formatException(record.exc_info)
+        return json.dumps(
+            {name: redacted(each) if isinstance(each, str) else each for name, each in line.items()}, default=str
+        )
 
 
 def start_logs(**speaker: Any) -> None:
@@ -60,6 +84,7 @@ def start_logs(**speaker: Any) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(TextLines("%(levelname)s %(message)s"))
         logging.basicConfig(handlers=[handler], level=logging.WARNING)
+        _hide_secrets()
         return
     if any(isinstance(handler.formatter, JsonLines) for handler in log.handlers):
         return
@@ -69,6 +94,7 @@ def start_logs(**speaker: Any) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False  # Ray Train has a handler of its own on the root logger: each line would be there twice
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    _hide_secrets()
 
 
 def _ray_ids() -> dict[str, str]:
@@ -89,4 +115,4 @@ def say(text: str, quiet: bool = False, **fields: Any) -> None:
     if as_json():
         log.info(text, extra={"fields": fields})
     elif not quiet:
-        print(printable(text), flush=True)
+        print(printable(redacted(text)), flush=True)

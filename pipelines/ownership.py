@@ -15,10 +15,11 @@ from pathlib import Path
 import yaml
 from pyarrow import fs
 
-from pipelines.checkpoint_files import CHECKPOINT_FILE, STUDENT, files_in
+from pipelines.curves import ROWS
 from pipelines.history import NAME as HISTORY
 from pipelines.ray_checkpoints import COPY, LIST, TRAIN
-from pipelines.storage import DATA, FAILURE, MARK, RECIPE, SWEEP, TRIAL, Folder
+from pipelines.run_files import CHECKPOINT_FILE, STUDENT, files_in
+from pipelines.storage import COPIES, DATA, FAILURE, MARK, RECIPE, SWEEP, TRIAL, Folder
 from pipelines.tracking import RUN
 from qskd import __version__
 from qskd.errors import QskdError
@@ -38,9 +39,10 @@ OWN = re.compile(
     rf"{re.escape(MARK)}|config\.yaml|{re.escape(DATA)}|result\.json|inheritance\.txt|{_RECORDS}|{STUDENT}|{_TRAINING}|"
     rf"{re.escape(SWEEP)}|refused\.json|best\.yaml|{_REPORT}|"
     rf"trials/\d{{4,}}/(?:{_RECORDS}|{STUDENT}|{_TRAINING}|{_TRIAL})|"
-    rf"(?:(?:student|{TRAIN}|report|trials/\d{{4,}})/)?{re.escape(UNFINISHED)}[^/]*"
+    rf"(?:trials/\d{{4,}}/)?(?:{COPIES}/[\w.]+\.(?:json|yaml)|{ROWS}/\w+\.json)|"
+    rf"(?:trials/\d{{4,}}/)?(?:(?:student|{TRAIN}|report|{COPIES}|{ROWS})/)?{re.escape(UNFINISHED)}[^/]*"
 )
-_OWN_FOLDERS = ("student", TRAIN, "report", "trials")
+_OWN_FOLDERS = ("student", TRAIN, "report", "trials", COPIES, ROWS)
 # What a later run would go on from: deleted first, so that a half deleted run is begun anew.
 _FIRST = (Path(LIST).name, "checkpoint.json", TRIAL, "result.json")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray.train
 
+from pipelines.curves import forget_after, tell
 from pipelines.history import add_report, last_step, read_history
 from pipelines.logs import say
 from pipelines.ray_checkpoints import keep_list, last_report
@@ -24,6 +25,7 @@ class TrackingCallback(ray.train.UserCallback):
     def __init__(self, tracker: Tracker, folder: Folder) -> None:
         self.tracker, self.folder = tracker, folder
         self.logged: dict[str, int] = {}  # metric -> its last step in MLflow
+        self.written = -1  # the last report's step; -1 before the first of this process
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Called when all workers have reported; metrics[0] is rank 0's (see `Worker.report`)."""
@@ -35,15 +37,21 @@ class TrackingCallback(ray.train.UserCallback):
         rank 0's; those of one among several workers are left out."""
         last = last_report(self.folder)
         if last is not None and last[0]["step"] > last_step(read_history(self.folder)):
-            self.write({**last[0], "rows": last[0]["rows"] if workers == 1 else []})
+            self.write({**last[0], "rows": last[0]["rows"] if workers == 1 else []}, replace=False)
 
-    def write(self, report: dict[str, Any]) -> None:
-        """To MLflow and the progress file."""
+    def write(self, report: dict[str, Any], replace: bool = True) -> None:
+        """To the run's own record of rows, MLflow and the progress file. replace: what that record has of the same step."""
         rows = [(step, row) for step, row in report["rows"] if self._is_new("loss/total", step)]
+        everything = list(report["rows"])
         evaluation = {f"val/{name}": value for name, value in report.get("evaluation", {}).items() if value >= 0}
-        if evaluation and self._is_new("val/AP", report["step"]):
-            rows.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
-        self.tracker.metrics(rows)
+        if evaluation:
+            everything.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
+            if self._is_new("val/AP", report["step"]):
+                rows.append(everything[-1])
+        if self.written < 0 or report["step"] <= self.written:
+            forget_after(self.folder, report["step"])
+        self.written = report["step"]
+        tell(self.tracker, self.folder, f"{report['step']:09d}", everything, rows, replace)
         found = report.get("evaluation", {})
         add_report(self.folder, report["step"], report["epoch"] + 1, found, report["rows"])
 

@@ -12,9 +12,11 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipelines.checkpoint_files import delete_checkpoint
+from pipelines.checkpoint_files import damage, nothing_whole
+from pipelines.run_files import delete_checkpoint
 from pipelines.storage import Folder
-from qskd.stores import patiently
+from qskd.durable import sync_file, sync_tree
+from qskd.stores import is_local, patiently
 
 log = logging.getLogger("qskd")
 TRAIN = "train"  # what Ray calls the run
@@ -23,17 +25,30 @@ COPY = "checkpoints.json"
 
 
 def keep_list(folder: Folder) -> None:
-    """Copy the list. For callbacks of the controller, which Ray calls when it has written it."""
+    """Copy the list, once the checkpoint that it ends with is surely on the disk. For callbacks of the controller, which Ray
+    calls when it has written both; the workers train on meanwhile."""
     if folder.exists(LIST):
         text = folder.read(LIST)
-        if _parsed(text):
+        if found := _parsed(text):
+            if (latest := found.get("latest_checkpoint_result")) and is_local(folder.filesystem):
+                sync_tree(f"{folder.root}/{TRAIN}/{latest['checkpoint_dir_name']}")
+                sync_file(f"{folder.root}/{LIST}")
             folder.write(COPY, text)
 
 
 def mend_list(folder: Folder) -> None:
-    """Before Ray reads it: half a list becomes its copy, or none. Ray deletes a checkpoint only when a list without it is whole."""
-    if not folder.exists(LIST) or _parsed(folder.read(LIST)):
+    """Before Ray reads it: half a list becomes its copy, or none (Ray deletes a checkpoint only when a list without it is
+    whole), and checkpoints that are damaged are taken off it, so that Ray goes on from the last whole one. QskdError where
+    none is whole."""
+    if not folder.exists(LIST):
         return
+    if not _parsed(folder.read(LIST)):
+        _mend_half(folder)
+    if found := _parsed(folder.read(LIST)) if folder.exists(LIST) else {}:
+        _drop_damaged(folder, found)
+
+
+def _mend_half(folder: Folder) -> None:
     copy = folder.read(COPY) if folder.exists(COPY) else ""
     if _parsed(copy):
         log.warning("%s was not written to its end: its copy of one report before takes its place", folder.where(LIST))
@@ -41,6 +56,33 @@ def mend_list(folder: Folder) -> None:
     else:
         log.warning("%s was not written to its end: the training begins anew", folder.where(LIST))
         folder.delete(LIST)
+
+
+def _drop_damaged(folder: Folder, found: dict[str, Any]) -> None:
+    names = [result["checkpoint_dir_name"] for result in found.get("checkpoint_results", [])]
+    wrong = {name: problems for name in names if (problems := damage(folder, f"{TRAIN}/{name}"))}
+    if not wrong:
+        return
+    if len(wrong) == len(names):
+        raise nothing_whole(folder, [problem for problems in wrong.values() for problem in problems])
+    last = max(at for at, name in enumerate(names) if name not in wrong)
+    for name, problems in wrong.items():
+        log.warning(
+            "A CHECKPOINT IS DAMAGED: %s. The training goes on from %s, makes this one again, and deletes what is left of %s",
+            "; ".join(problems),
+            folder.where(f"{TRAIN}/{names[last]}"),
+            folder.where(f"{TRAIN}/{name}"),
+        )
+    # Of Ray's fields those that name checkpoints: lists in step with each other, and by name.
+    kept = [at for at, name in enumerate(names) if name not in wrong]
+    found["checkpoint_report_indices"] = [found["checkpoint_report_indices"][at] for at in kept]
+    found["checkpoint_results"] = [found["checkpoint_results"][at] for at in kept]
+    found["latest_checkpoint_result"] = found["checkpoint_results"][-1]
+    pending = list(zip(found["pending_training_results"], found["pending_validation_specs"], strict=True))
+    pending = [(result, spec) for result, spec in pending if result["checkpoint_dir_name"] not in wrong]
+    found["pending_training_results"] = [result for result, _ in pending]
+    found["pending_validation_specs"] = [spec for _, spec in pending]
+    folder.write(LIST, json.dumps(found))
 
 
 def delete_unlisted(folder: Folder) -> None:

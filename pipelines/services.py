@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import os
 import re
 import sqlite3
 import tempfile
@@ -19,6 +20,7 @@ from typing import Literal
 
 from qskd.errors import QskdError
 from qskd.files import open_folder
+from qskd.redaction import TRACKING_REMEDY, secret_in
 from qskd.stores import is_local, redacted
 
 _SERVER_TIMEOUT_S = 3.0
@@ -50,6 +52,8 @@ def short(error: BaseException) -> str:
 
 def check_tracking(uri: str) -> Check:
     name, shown = "MLflow tracking", redacted(uri)
+    if secret := secret_in(uri):
+        return Check(name, "problem", f"{shown}: {secret}, which a run refuses to write down", TRACKING_REMEDY)
     if uri.startswith(("http://", "https://")):
         return _tracking_server(uri)
     if uri.startswith("sqlite:///"):
@@ -61,12 +65,16 @@ def check_tracking(uri: str) -> Check:
 
 
 def _ask_server(uri: str, path: str) -> str:
-    """The beginning of what an MLflow server answers to a GET of this path, with the URI's login."""
+    """The beginning of what an MLflow server answers to a GET of this path, with the login that MLflow's client takes from
+    the environment."""
     parts = urllib.parse.urlsplit(uri)
-    login, _, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path.rstrip('/')}{path}")
-    if login:
-        request.add_header("Authorization", f"Basic {base64.b64encode(urllib.parse.unquote(login).encode()).decode()}")
+    request = urllib.request.Request(f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}{path}")
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    if user and password:
+        login = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {login}")
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=_SERVER_TIMEOUT_S) as answer:
         return str(answer.read(64).decode(errors="replace").strip())
 

@@ -15,6 +15,7 @@ import yaml
 from pyarrow import fs
 
 from qskd.config import Config
+from qskd.durable import sync_tree
 from qskd.errors import QskdError, writing
 from qskd.files import open_folder, publish_bytes, read_bytes
 from qskd.recipe import flatten, to_tree
@@ -26,6 +27,7 @@ FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
 MARK = ".qskd-run.json"  # written first: that qskd made the folder (`pipelines.ownership`)
 DATA = "data.json"  # fingerprints of the shards that a run was begun on
 SWEEP = "sweep.json"  # what a sweep was asked for
+COPIES = "copies"  # of records, see `Folder`
 TRIAL = "trial.json"  # what is known of a trial of a sweep
 RECIPE = "recipe.yaml"  # beside it, at the sweep's end: the trial as a training of its own
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
@@ -37,12 +39,24 @@ def storage_path(config: Config) -> str:
 
 
 class Folder:
-    """Small files by name; a write is whole or not there, and a store that fails is tried again (`qskd.stores`). Picklable."""
+    """Small files by name; a write is whole or not there, and a store that fails is tried again (`qskd.stores`). Picklable.
+
+    What a run can't go on without is a record: JSON or YAML that is written twice, first to copies/, and read from there
+    where the file itself turns out damaged.
+    """
 
     def __init__(self, config: Config) -> None:
         self.storage_path = storage_path(config)
         self.path = join(self.storage_path, config.name)
         self.filesystem, self.root = open_folder(self.path)
+
+    @classmethod
+    def at(cls, path: str) -> Folder:
+        """Of a run that is known by its folder alone."""
+        folder = cls.__new__(cls)
+        folder.storage_path, folder.path = path.rstrip("/").rpartition("/")[0], path
+        folder.filesystem, folder.root = open_folder(path)
+        return folder
 
     def where(self, name: str) -> str:
         """A file's full name, for readers and for messages."""
@@ -59,6 +73,40 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         publish_bytes(text.encode(), self.filesystem, f"{self.root}/{name}")
 
+    def write_record(self, name: str, text: str) -> None:
+        self.write(f"{COPIES}/{name}", text)
+        self.write(name, text)
+
+    def read_record(self, name: str, kind: type = dict, remedy: str = "") -> Any:
+        """What a record holds. A damaged one is replaced by its copy, with a warning; QskdError that names both where neither
+        is whole. kind: of the whole. remedy: what else helps than a backup."""
+        copy = f"{COPIES}/{name}"
+        text, kept = self._text(name), None
+        if name.endswith(".yaml"):  # half a YAML file is often YAML
+            kept = self._text(copy)
+        if not kept or text is None or text == kept or not kept.startswith(text):
+            whole, value = _parsed(name, text, kind)
+            if whole:
+                return value
+        kept = self._text(copy) if kept is None else kept
+        whole, value = _parsed(name, kept, kind)
+        if whole:
+            log.warning("%s IS DAMAGED: its copy %s takes its place", self.where(name), self.where(copy))
+            return value
+        raise QskdError(
+            self.where(name),
+            f"is damaged ({'not text' if text is None else f'{len(text)} characters'}), and so is, or missing, its copy "
+            f"{self.where(copy)}",
+            "a whole file",
+            f"bring either back from a backup{f', or {remedy}' if remedy else ''}; nothing was changed or deleted",
+        )
+
+    def _text(self, name: str) -> str | None:
+        try:
+            return self.read(name)
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+
     def delete(self, name: str) -> None:
         """A file; what is not there needs no deleting. A whole run: `pipelines.ownership.delete_run`."""
 
@@ -72,6 +120,8 @@ class Folder:
         def upload() -> None:
             self.filesystem.create_dir(f"{self.root}/{name}", recursive=True)
             fs.copy_files(str(local), f"{self.root}/{name}", destination_filesystem=self.filesystem)
+            if is_local(self.filesystem):
+                sync_tree(f"{self.root}/{name}")
 
         patiently(self.where(name), self.filesystem, upload)
 
@@ -80,6 +130,15 @@ class Folder:
         if is_local(self.filesystem):
             return {"storage_path": self.root}
         return {"storage_path": self.root, "storage_filesystem": self.filesystem}
+
+
+def _parsed(name: str, text: str | None, kind: type) -> tuple[bool, Any]:
+    """Whether the text is whole, and what it says."""
+    try:
+        value = (yaml.safe_load if name.endswith(".yaml") else json.loads)(text or "")
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return False, None
+    return isinstance(value, kind), value
 
 
 def check_no_trial(folder: Folder) -> None:
@@ -119,7 +178,8 @@ def check_same_run(folder: Folder, config: Config) -> None:
     """Refuse to continue a run with another configuration, naming the fields that differ."""
     if not folder.exists("config.yaml"):
         return
-    before, now = flatten(yaml.safe_load(folder.read("config.yaml"))), flatten(to_tree(config))
+    remedy = f"rm {folder.where('config.yaml')}: then the recipe at hand is taken for this run's, and not compared"
+    before, now = flatten(folder.read_record("config.yaml", remedy=remedy)), flatten(to_tree(config))
     # A field that the qskd which began the run did not have yet did what its default does now.
     before = {key: value for key, value in flatten(to_tree(Config())).items() if key in now} | before
     changed = [
@@ -139,9 +199,10 @@ def check_same_run(folder: Folder, config: Config) -> None:
 def check_same_data(folder: Folder, data: Mapping[str, str]) -> None:
     """Refuse to continue a run on other data than it was begun on. data: fingerprint by field, of `Manifest`."""
     if not folder.exists(DATA):
-        folder.write(DATA, json.dumps(dict(data), indent=1))
+        folder.write_record(DATA, json.dumps(dict(data), indent=1))
         return
-    before = json.loads(folder.read(DATA))
+    remedy = f"if the shards are the same as then: rm {folder.where(DATA)}, and they are taken for the run's"
+    before = folder.read_record(DATA, remedy=remedy)
     changed = [name for name, fingerprint in data.items() if before.get(name) != fingerprint]
     if changed:
         raise QskdError(
@@ -163,4 +224,9 @@ def record_failure(folder: Folder, error: Exception) -> None:
 def raise_failure(folder: Folder) -> None:
     """Raise what a worker recorded, if one did."""
     if folder.exists(FAILURE):
-        raise QskdError.from_json(folder.read(FAILURE))
+        try:
+            error = QskdError.from_json(folder.read(FAILURE))
+        except (ValueError, TypeError):
+            remedy = "give the same command again, which deletes this file; the workers' logs may say more (`ray logs`)"
+            error = QskdError(folder.where(FAILURE), "workers gave up, and why can't be read from it", remedy=remedy)
+        raise error

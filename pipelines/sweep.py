@@ -183,7 +183,7 @@ class Sweep:
         leader = f"  (best {best.best_ap:.3f}, trial {best.number})" if best else ""
         if best is not None:
             heard = sum(len(each.curve) for each in rows)
-            self.tracking.parent.metrics([(heard, {"best/AP": best.best_ap, "best/trial": best.number})])
+            self.tracking.leader(heard, best)
         print(f"trial {row.number}: epoch {epochs:g}  AP {ap:.3f}{'  stopped' if stop else ''}{leader}", flush=True)
 
     def ended(self, number: int) -> None:

@@ -32,9 +32,9 @@ class Refusal:
     reason: str
 
 
-def row_from_json(text: str) -> TrialRow:
+def row_from(tree: Mapping[str, Any]) -> TrialRow:
     known = {field.name for field in fields(TrialRow)}
-    tree = {name: value for name, value in json.loads(text).items() if name in known}
+    tree = {name: value for name, value in tree.items() if name in known}
     return TrialRow(**{**tree, "curve": tuple((float(epochs), float(ap)) for epochs, ap in tree.get("curve", ()))})
 
 
@@ -56,7 +56,7 @@ class Records:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Folder(config)
         self.rows: dict[int, TrialRow] = {row.number: row for row in self._read_rows()}
-        listed = json.loads(self.folder.read(REFUSED)) if self.folder.exists(REFUSED) else []
+        listed = self.folder.read_record(REFUSED, list) if self.folder.exists(REFUSED) else []
         self.refused = [Refusal(**each) for each in listed]
 
     def _read_rows(self) -> Iterator[TrialRow]:
@@ -68,14 +68,14 @@ class Records:
                 continue
             trial = self.trial_folder(int(info.base_name))
             if trial.exists(TRIAL):  # not there when the driver was killed between the folder and its first file
-                yield row_from_json(trial.read(TRIAL))
+                yield row_from(trial.read_record(TRIAL))
 
     def trial_folder(self, number: int) -> Folder:
         return Folder(trial_config(self.config, number))
 
     def put(self, row: TrialRow) -> TrialRow:
         """Keep a row, on disk before anything else learns of it."""
-        self.trial_folder(row.number).write(TRIAL, json.dumps(asdict(row), indent=1))
+        self.trial_folder(row.number).write_record(TRIAL, json.dumps(asdict(row), indent=1))
         self.rows[row.number] = row
         return row
 
@@ -84,7 +84,7 @@ class Records:
 
     def refuse(self, refusal: Refusal) -> None:
         self.refused.append(refusal)
-        self.folder.write(REFUSED, json.dumps([asdict(each) for each in self.refused], indent=1))
+        self.folder.write_record(REFUSED, json.dumps([asdict(each) for each in self.refused], indent=1))
 
     def in_order(self) -> list[TrialRow]:
         return [self.rows[number] for number in sorted(self.rows)]
@@ -95,9 +95,9 @@ class Records:
         folder = self.folder
         if not folder.exists(SWEEP):
             check_no_training(folder)
-            folder.write(SWEEP, json.dumps({"asked": dict(asked)}, indent=1))
+            folder.write_record(SWEEP, json.dumps({"asked": dict(asked)}, indent=1))
             return {}
-        written = json.loads(folder.read(SWEEP))
+        written = folder.read_record(SWEEP)
         before = written["asked"]
         changed = [
             f"{name} was {before.get(name)!r}, is {value!r}"
@@ -115,5 +115,5 @@ class Records:
 
     def note(self, **facts: Any) -> None:
         """Add to what the sweep has written down about itself."""
-        written = json.loads(self.folder.read(SWEEP))
-        self.folder.write(SWEEP, json.dumps({**written, **facts}, indent=1))
+        written = self.folder.read_record(SWEEP)
+        self.folder.write_record(SWEEP, json.dumps({**written, **facts}, indent=1))

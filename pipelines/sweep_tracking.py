@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.curves import PATIENCE_S, fill_in, tell
 from pipelines.history import Rows, read_history, rows_until
 from pipelines.sweep_records import ENDED, Records
 from pipelines.sweep_trials import TrialRow
@@ -27,9 +28,9 @@ class SweepTracking:
         past = records.in_order()
         self.trials: dict[int, Tracker] = {}
         self.there = parent.children(NUMBER) if past else {}
-        for row in past:  # ended, but the driver was killed before it could say so
+        for row in past:  # ended, but the driver was killed before it could say so, or MLflow did not answer
             run_id, status = self.there.get(str(row.number), ("", ""))
-            if run_id and row.state in ENDED and status not in ("FINISHED", "FAILED"):
+            if run_id and row.state in ENDED and (status not in ("FINISHED", "FAILED") or not row.logged):
                 self.trials[row.number] = Tracker(parent.uri, run_id)
                 self._catch_up(row)
                 self.end(row)
@@ -65,24 +66,41 @@ class SweepTracking:
             step, best = round(epochs * self.steps_per_epoch), max(best, ap)
             if step > logged:
                 rows = [(at, values) for at, values in rows_until(history, step) if at > lost]
-                self._log(tracker, step, epochs, evaluations.get(step) or {"AP": ap}, best, rows)
+                found = evaluations.get(step) or {"AP": ap}
+                self._log(row.number, step, epochs, found, best, rows, replace=False)
 
     def report(self, number: int, report: Mapping[str, Any]) -> None:
         if number in self.trials:
             rows = [(int(step), values) for step, values in report["rows"]]
             best = self.records.rows[number].best_ap  # the row has heard this evaluation
-            self._log(self.trials[number], report["step"], report["epochs"], report["metrics"], best, rows)
+            self._log(number, report["step"], report["epochs"], report["metrics"], best, rows)
 
-    @staticmethod
-    def _log(tracker: Tracker, step: int, epochs: float, metrics: Mapping[str, float], best: float, rows: Rows) -> None:
+    def _log(
+        self,
+        number: int,
+        step: int,
+        epochs: float,
+        metrics: Mapping[str, float],
+        best: float,
+        rows: Rows,
+        replace: bool = True,
+    ) -> None:
         found = {f"val/{name}": value for name, value in metrics.items() if value >= 0}
         if best >= 0:  # MLflow sorts runs by a metric's last value, and a sweep chooses by the best evaluation
             found["best/AP"] = best
-        tracker.metrics([*rows, (step, {**found, "epoch": epochs})])
+        self._tell(number, f"{step:09d}", [*rows, (step, {**found, "epoch": epochs})], replace)
+
+    def _tell(self, number: int, name: str, rows: Rows, replace: bool = True) -> None:
+        tell(self.trials[number], self.records.trial_folder(number), name, rows, replace=replace)
+
+    def leader(self, heard: int, best: TrialRow) -> None:
+        """The best trial after so many evaluations of all trials together."""
+        values = {"best/AP": best.best_ap, "best/trial": float(best.number)}
+        tell(self.parent, self.records.folder, f"{heard:09d}", [(heard, values)])
 
     def costs(self, number: int, measured: Mapping[str, float]) -> None:
         if number in self.trials:
-            self.trials[number].metrics([(0, {f"cost/{name}": value for name, value in measured.items()})])
+            self._tell(number, "costs", [(0, {f"cost/{name}": value for name, value in measured.items()})])
 
     def parameters(self, row: TrialRow, step: int) -> None:
         """Of a member of a population, from a step on: as metrics, since a run's parameters can't change."""
@@ -92,7 +110,7 @@ class SweepTracking:
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         if row.number in self.trials:
-            self.trials[row.number].metrics([(step, numbers)])
+            self._tell(row.number, f"search-{step:09d}", [(step, numbers)])
 
     def end(self, row: TrialRow) -> None:
         """How the trial ended, which an MLflow status alone can't say."""
@@ -102,7 +120,17 @@ class SweepTracking:
         tracker.tag(STATE, row.state)
         if row.reason:
             tracker.tag(REASON, row.reason[:TAG_LENGTH])
-        tracker.finish("FAILED" if row.state == "failed" else "FINISHED")
+        whole = fill_in(tracker, self.records.trial_folder(row.number), f"trial {row.number}")
+        if tracker.finish("FAILED" if row.state == "failed" else "FINISHED") and whole:
+            self.records.change(row.number, logged=True)
+
+    def settle(self, name: str) -> None:
+        """At the sweep's end: once more what MLflow did not take of trials that have ended, and of the sweep itself."""
+        whole = fill_in(self.parent, self.records.folder, name, PATIENCE_S)
+        for row in self.records.in_order() if whole else ():
+            if row.run_id and not row.logged:
+                self.trials[row.number] = Tracker(self.parent.uri, row.run_id)
+                self.end(row)
 
     def interrupt(self) -> None:
         """The driver stops here; the same runs go on when the sweep does."""

@@ -16,7 +16,8 @@ class TrialRow:
     parameters: the spaces' answers by name, "space.parameter". overrides: the dotted fields of the recipe they set.
     curve: (epochs trained, AP in 0..1) of every evaluation, in order. metrics: the best evaluation's.
     latency_ms: of one image on this machine, measured; parameters_m: millions; None where not measured yet.
-    run_id: the MLflow run, a child of the sweep's. seconds: of training, all attempts together.
+    run_id: the MLflow run, a child of the sweep's. seconds: of training, all attempts together. logged: whether that run is known
+    to have all rows of its curves.
     """
 
     number: int
@@ -31,6 +32,7 @@ class TrialRow:
     reason: str = ""
     run_id: str = ""
     seconds: float = 0.0
+    logged: bool = False
 
     @property
     def best_ap(self) -> float:

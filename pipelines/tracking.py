@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,32 @@ from pipelines.storage import Folder
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.recipe import flatten, to_tree, to_yaml
+from qskd.redaction import TRACKING_REMEDY, redacted, secret_in
 
 log = logging.getLogger("qskd")
 RUN = "mlflow.json"  # in a run's folder: which MLflow run is its
 PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server
 PARAM_KEY_LENGTH = 250
+KeptRow = tuple[int, int, Mapping[str, float]]  # ms since 1970, step, {metric: value}
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
 
 def _named_uri(config: Config | None) -> str:
     named = config.tracking.uri if config else ""
-    return named or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return without_secrets(named, "tracking.uri") or environment_uri() or "sqlite:///mlflow.db"
+
+
+def environment_uri() -> str:
+    """MLFLOW_TRACKING_URI; QskdError where it holds a user or password."""
+    return without_secrets(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI")
+
+
+def without_secrets(uri: str, where: str) -> str:
+    """The URI as it is; QskdError where it holds a user or password, which mlflow.json, MLflow's own pages and messages would
+    show. where: the field or variable that holds it."""
+    if secret := secret_in(uri):
+        raise QskdError(where, f"{uri}: {secret}", "a URI without credentials", TRACKING_REMEDY)
+    return uri
 
 
 def relative_store(config: Config | None = None) -> str:
@@ -65,7 +80,7 @@ def _client(uri: str) -> Any:
 @contextlib.contextmanager
 def _alone_on(uri: str) -> Iterator[None]:
     """One process at a time on a sqlite store: two that make its tables at once break each other."""
-    match = re.match(r"^sqlite:///(.+)$", uri)
+    match = re.match(r"^sqlite:///([^?]+)", uri)
     if not match:
         yield
         return
@@ -139,7 +154,8 @@ class Tracker:
                 "start it, or correct tracking.uri / MLFLOW_TRACKING_URI; `qskd doctor` checks it",
             ) from error
 
-    def _call(self, method: str, *arguments: Any, **keywords: Any) -> None:
+    def _call(self, method: str, *arguments: Any, **keywords: Any) -> bool:
+        """Whether it was done. What could not be logged of metrics is filled in later (`pipelines.curves`)."""
         try:
             self._connected = self._connected or _client(self.uri)
             getattr(self._connected, method)(self.run_id, *arguments, **keywords)
@@ -152,6 +168,8 @@ class Tracker:
                     error,
                 )
             self._complained = True
+            return False
+        return True
 
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -160,16 +178,30 @@ class Tracker:
         for start in range(0, len(listed), PARAMS_PER_CALL):
             self._call("log_batch", params=listed[start : start + PARAMS_PER_CALL])
 
-    def metrics(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Rows of (step, {name: value})."""
-        from mlflow.entities import Metric
-
+    def metrics(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> bool:
+        """Rows of (step, {name: value}); whether all were taken."""
         now = int(time.time() * 1000)
-        listed = [
-            Metric(re.sub(r"[^\w\-. /]", "_", k), float(v), now, step) for step, row in rows for k, v in row.items()
-        ]
-        for start in range(0, len(listed), METRICS_PER_CALL):
-            self._call("log_batch", metrics=listed[start : start + METRICS_PER_CALL])
+        listed = [_metric(name, value, now, step) for step, row in rows for name, value in row.items()]
+        batches = [listed[start : start + METRICS_PER_CALL] for start in range(0, len(listed), METRICS_PER_CALL)]
+        return all(self._call("log_batch", metrics=batch) for batch in batches)
+
+    def fill_in(self, rows: Sequence[KeptRow]) -> int:
+        """Log what of these rows MLflow does not have, by metric and step; the number of rows that lacked something. Raises
+        what MLflow raises. One request a metric, and one for each thousand values that are missing."""
+        client = self._connected = self._connected or _client(self.uri)
+        at: dict[str, dict[int, int]] = {}  # metric -> step -> the row that has it; the later one, where two do
+        for number, (_, step, values) in enumerate(rows):
+            for name in values:
+                at.setdefault(name, {})[step] = number
+        missing: list[tuple[int, str]] = []
+        for name, steps in at.items():
+            there = {each.step for each in client.get_metric_history(self.run_id, _key(name))}
+            missing += [(number, name) for step, number in steps.items() if step not in there]
+        for start in range(0, len(missing), METRICS_PER_CALL):
+            part = [(rows[number], name) for number, name in missing[start : start + METRICS_PER_CALL]]
+            metrics = [_metric(name, row[2][name], row[0], row[1]) for row, name in part]
+            client.log_batch(self.run_id, metrics=metrics)
+        return len({number for number, _ in missing})
 
     def last_step(self, metric: str) -> int:
         """The highest step this metric was logged at, -1 if never: what a restarted writer must not write again."""
@@ -229,8 +261,8 @@ class Tracker:
             log.warning("MLflow at %s: the model %s was not registered: %s", self.uri, model, error)
             return ""
 
-    def finish(self, status: str = "FINISHED") -> None:
-        self._call("set_terminated", status)
+    def finish(self, status: str = "FINISHED") -> bool:
+        return self._call("set_terminated", status)
 
     def delete(self) -> None:
         """As the UI does: it is kept, out of sight, until `mlflow gc`."""
@@ -255,10 +287,17 @@ def param_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] | None = None) -> Tracker:
     """The MLflow run that a run's folder names, or a new one, which the folder then names. One that can't be written down
     there (the disk is full) is deleted: the next try would not know of it."""
-    run_id = json.loads(folder.read(RUN))["run_id"] if folder.exists(RUN) else ""
+    try:
+        run_id = str(folder.read_record(RUN)["run_id"]) if folder.exists(RUN) else ""
+    except (QskdError, KeyError) as error:
+        run_id = ""
+        log.warning(
+            "%s\n  A NEW MLFLOW RUN IS BEGUN, for the one that this file named is not known. Its curves stay where they are.",
+            error if isinstance(error, QskdError) else f"{folder.where(RUN)}: no run_id in it",
+        )
     tracker = Tracker.open(config, kind, run_id, tags=tags)
     try:
-        folder.write(RUN, json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
+        folder.write_record(RUN, json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
     except BaseException:
         if tracker.run_id != run_id:
             tracker.delete()
@@ -266,10 +305,20 @@ def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] 
     return tracker
 
 
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+def _metric(name: str, value: float, time_ms: int, step: int) -> Any:
+    from mlflow.entities import Metric
+
+    return Metric(_key(name), float(value), time_ms, step)
+
+
 def _create_experiment(client: Any, name: str, uri: str) -> str:
     # MLflow would put a sqlite store's artefacts beside the working folder of whoever asks first; beside the database is
     # where every later reader finds them.
-    match = re.match(r"^sqlite:///(.+)$", uri)
+    match = re.match(r"^sqlite:///([^?]+)", uri)
     location = (Path(match[1]).resolve().parent / "mlartifacts" / name).as_uri() if match else None
     try:
         return str(client.create_experiment(name, artifact_location=location))
@@ -282,4 +331,5 @@ def _create_experiment(client: Any, name: str, uri: str) -> str:
 
 def how_to_look(uri: str) -> str:
     """The command, or the address, that shows the runs."""
+    uri = redacted(uri)
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

@@ -62,7 +62,7 @@ def make_trainer(
         run_config=ray.train.RunConfig(
             name=TRAIN,
             **folder.for_ray(),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),  # one to go back to: `mend_list`
             failure_config=ray.train.FailureConfig(
                 max_failures=compute.max_failures, max_preemption_failures=compute.max_preemptions
             ),

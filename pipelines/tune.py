@@ -109,13 +109,14 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     check_same_run(folder, config)
     check_same_data(folder, plan.fingerprints)
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
-    folder.write("config.yaml", to_yaml(config))
+    folder.write_record("config.yaml", to_yaml(config))
     tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
     tell(search.describe())
     schedule = plan.stream.schedule
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
     try:
         if is_done(search, records):
+            tracking.settle(config.name)
             return finish(config, search.describe(), records, tracker)
         _make_cache(short, cached)
         limit = parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
@@ -146,6 +147,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
         ended = sum(row.state in ENDED for row in records.rows.values())
         tell(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
         raise KeyboardInterrupt
+    tracking.settle(config.name)
     return finish(config, search.describe(), records, tracker)
 
 

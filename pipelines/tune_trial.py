@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import queue
 import re
 import threading
@@ -19,12 +20,13 @@ from typing import Any
 
 import torch
 
-from pipelines.checkpoint_files import delete_checkpoint
+from pipelines.checkpoint_files import damage, nothing_whole
 from pipelines.distill import Plan, make_plan
 from pipelines.history import Rows, add_trial_report, best_ap, last_step, read_history, rows_until
 from pipelines.models import device_here
 from pipelines.progress import mean_rows
 from pipelines.ray_checkpoints import keep_list, last_report
+from pipelines.run_files import delete_checkpoint
 from pipelines.storage import FAILURE, Folder, raise_failure
 from pipelines.streaming import Share, local_stream
 from pipelines.student_costs import costs
@@ -37,6 +39,7 @@ from qskd.recipe import build
 from qskd.scratch import scratch_folder
 from qskd.stores import patiently
 
+log = logging.getLogger("qskd")
 POINTER = "checkpoint.json"
 READ_AHEAD = 2  # batches
 Send = Callable[[dict[str, Any]], None]
@@ -106,13 +109,15 @@ class TrialWorker(Worker):
 
     def start(self) -> int:
         """Load the weights to go on from; the number of steps they have had."""
-        pointer = json.loads(self.folder.read(POINTER)) if self.folder.exists(POINTER) else None
+        pointer = self.folder.read_record(POINTER) if self.folder.exists(POINTER) else None
         mine = pointer is not None and pointer["generation"] == self.job.generation
         if self.job.donor is not None and not mine:
             source = Folder(self.config.model_copy(update={"name": f"{self.job.donor:04d}"}))
             self.begun_at = restore(self.training, _checkpoint(source, _name(self.job.donor_step)))
         elif pointer is not None:
-            start = restore(self.training, _checkpoint(self.folder, _name(pointer["step"])))
+            begun_at = pointer.get("begun_at", 0) if mine else pointer["step"]
+            step = last_whole(self.folder, pointer["step"], begun_at)
+            start = restore(self.training, _checkpoint(self.folder, _name(step)))
             self.begun_at = pointer.get("begun_at", start) if mine else start
             return start
         return self.begun_at
@@ -130,11 +135,15 @@ class TrialWorker(Worker):
                 self.folder.upload(scratch / "student", "student")
             self.folder.upload(scratch, _name(step))
         history = add_trial_report(self.folder, step, epoch + 1, evaluation, rows)
-        self.folder.write(
+        self.folder.write_record(
             POINTER, json.dumps({"step": step, "generation": self.job.generation, "begun_at": self.begun_at})
         )
-        # In a population another may still begin from where this one began.
-        _keep(self.folder, {step, self.begun_at} if self.job.until else {step})
+        # In a population another may still begin from where this one began. Elsewhere the one before is there to go back to
+        # when this one turns out damaged, until the last is made.
+        earlier = max((at for at in steps_of(self.folder) if at < step), default=step)
+        if self.job.until and self.begun_at:
+            earlier = self.begun_at
+        _keep(self.folder, {step} if step >= self.last_step and not self.job.until else {step, earlier})
         if evaluation:
             now = time.perf_counter()
             self.send(evaluated(history[-1], self.plan, rows_until(history, step), now - self.since))
@@ -149,6 +158,32 @@ def _checkpoint(folder: Folder, name: str) -> Any:
     import ray.train
 
     return ray.train.Checkpoint(f"{folder.root}/{name}", filesystem=folder.filesystem)
+
+
+def steps_of(folder: Folder) -> list[int]:
+    """Of a trial's checkpoints, in order."""
+    from pyarrow import fs
+
+    def look() -> list[int]:
+        found = folder.filesystem.get_file_info(fs.FileSelector(f"{folder.root}/checkpoints", allow_not_found=True))
+        return sorted(int(info.base_name) for info in found if info.base_name.isdigit())
+
+    return patiently(folder.where("checkpoints"), folder.filesystem, look)
+
+
+def last_whole(folder: Folder, step: int, first: int) -> int:
+    """The step of the last whole checkpoint of a trial, from `step` back to `first`; QskdError where there is none."""
+    wrong: list[str] = []
+    for at in [step, *reversed([each for each in steps_of(folder) if first <= each < step])]:
+        problems = damage(folder, _name(at))
+        if not problems:
+            if wrong:
+                log.warning(
+                    "A CHECKPOINT IS DAMAGED: %s. The trial goes on from %s", "; ".join(wrong), folder.where(_name(at))
+                )
+            return at
+        wrong += problems
+    raise nothing_whole(folder, wrong)
 
 
 def _keep(folder: Folder, steps: set[int]) -> None:

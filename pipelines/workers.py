@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from pipelines.checkpoint_files import STATE, WEIGHTS, read_state, read_training_state
 from pipelines.cluster import reader_cpus
 from pipelines.logs import as_json, start_logs
 from pipelines.meter import Gauges, Meter
@@ -58,19 +59,21 @@ def gather_detections(own: Detections, world_size: int) -> Detections | None:
 
 def write_checkpoint(folder: Path, training: Training, config: Config, result: CocoResult | None) -> None:
     """state.safetensors, state.json, and the student as a plain Hugging Face folder."""
-    save_file(training.state(), folder / "state.safetensors")
+    save_file(training.state(), folder / WEIGHTS)
     metrics = result.metrics if result else {}
-    (folder / "state.json").write_text(json.dumps({"step": training.step, "metrics": metrics}))
+    (folder / STATE).write_text(json.dumps({"step": training.step, "metrics": metrics}))
     if result is not None:
         with training.evaluation_weights() as student:
-            save_detector(student, folder / "student", config.student.resize)
+            # Not waited for: this is scratch, and what is copied from it is.
+            save_detector(student, folder / "student", config.student.resize, durable=False)
 
 
 def restore(training: Training, checkpoint: Any) -> int:
-    """Load a checkpoint; the number of training steps done. At an epoch's end its evaluation is done too."""
+    """Load a checkpoint; the number of training steps done. At an epoch's end its evaluation is done too. QskdError that names
+    the file that can't be read."""
     with checkpoint.as_directory() as folder:
-        state = json.loads((Path(folder) / "state.json").read_text())
-        training.load_state(load_file(Path(folder) / "state.safetensors"), state["step"])
+        state = read_state(folder, checkpoint.path)
+        training.load_state(read_training_state(folder, checkpoint.path), state["step"])
     return training.step
 
 

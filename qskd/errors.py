@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from qskd.printable import printable
+from qskd.redaction import redacted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the system says of a path that can't be written, or is none: no fault of the program's, and trying again won't help.
@@ -23,11 +24,12 @@ class QskdError(Exception):
     """A problem in the user's data, configuration or environment, told without a traceback by the command line.
 
     The message names where (file, id, field), what was found, what was expected and the remedy. Parts often hold names out of
-    others' files: each is made `printable`.
+    others' files: each is made `printable`. Users, passwords and other secrets of the URIs in them are taken out here, whoever
+    made it.
     """
 
     def __init__(self, where: str, found: str, expected: str = "", remedy: str = "") -> None:
-        where, found, expected, remedy = (printable(str(part)) for part in (where, found, expected, remedy))
+        where, found, expected, remedy = (printable(redacted(str(part))) for part in (where, found, expected, remedy))
         self.where, self.found, self.expected, self.remedy = where, found, expected, remedy
         lines = [f"{where}: {found}"]
         if expected:

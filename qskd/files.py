@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from qskd import durable
 from qskd.errors import QskdError, writing
+from qskd.redaction import STORE_REMEDY, secret_in
 from qskd.scratch import scratch_folder
 from qskd.stores import is_local, join, patiently, redacted
 
@@ -52,13 +53,8 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
         raise QskdError(uri, "a path with a NUL character, or one that is not UTF-8", "a path in UTF-8", "rename it")
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    if re.match(r"[^:]+://[^/@?]*:[^/@?]*@", uri):
-        raise QskdError(
-            redacted(uri),
-            "a URI with a password in it, which recipes, MLflow and logs would all keep",
-            "credentials in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's own role",
-            "take them out of the URI (docs/cluster.md, Storage)",
-        )
+    if secret := secret_in(uri):
+        raise QskdError(uri, f"{secret}, which recipes, MLflow and logs would all keep", "a URI without", STORE_REMEDY)
     try:
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -77,11 +73,11 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
-    """Make the local file appear at `path`, whole. On a local file system `spool` must be in the same one: a rename does
-    not cross file systems."""
+    """Make the local file appear at `path`, whole, also after a power cut. On a local file system `spool` must be in the same
+    one: a rename does not cross file systems."""
     if is_local(filesystem):
         with writing(path):
-            os.replace(spool, path)
+            durable.replace(spool, path)
         return
     size = spool.stat().st_size
     patiently(path, filesystem, lambda: _send(lambda: spool.open("rb"), size, filesystem, path))
@@ -89,15 +85,16 @@ def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
 
 
 def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> None:
-    """Make a small file appear at `path`, whole, in place of the one before. Its folder is made if it isn't there."""
+    """Make a small file appear at `path`, whole, in place of the one before, also after a power cut. Its folder is made if it
+    isn't there."""
     folder = path.rpartition("/")[0]
     if is_local(filesystem):
         with writing(path):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            durable.make_folder(folder)
             spool = Path(folder, f"{UNFINISHED}{uuid.uuid4().hex}")
             try:
                 spool.write_bytes(content)
-                os.replace(spool, path)
+                durable.replace(spool, path)
             finally:
                 spool.unlink(missing_ok=True)
         return

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
+from qskd.redaction import STORE_REMEDY, TRACKING_REMEDY, secret_in
 from qskd.untrusted import LARGEST_YAML, parse_yaml
 
 
@@ -86,7 +87,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def build(tree: dict[str, Any], where: str = "config") -> Config:
-    """Nested dict -> Config. Errors name every field that is unknown or wrong."""
+    """Nested dict -> Config. Errors name every field that is unknown or wrong, and those that hold a URI's secrets: runs
+    write their configuration down, and MLflow shows it."""
+    _refuse_secrets(tree, where)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -94,6 +97,15 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         # A validator that was not ready for a value: pydantic makes only ValueErrors of them its own.
         raise QskdError(where, f"a value that no field takes: {error}", "values of the fields' types") from None
+
+
+def _refuse_secrets(tree: Any, where: str) -> None:
+    for field, value in flatten(tree).items() if isinstance(tree, dict) else ():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (secret := secret_in(text)):
+                found = f"{field}: {secret}, which the run's files, MLflow and logs would all keep"
+                remedy = TRACKING_REMEDY if str(field).startswith("tracking.") else STORE_REMEDY
+                raise QskdError(where, found, "a URI without credentials", remedy)
 
 
 def check_field(name: str, where: str) -> None:

@@ -16,7 +16,17 @@ from typing import TypeVar
 import pyarrow.fs as pafs
 
 from qskd.errors import QskdError, full_disk_named
+from qskd.redaction import redacted
 
+__all__ = [
+    "PATIENCE",
+    "is_local",
+    "join",
+    "may_pass",
+    "patience_s",
+    "patiently",
+    "redacted",
+]
 log = logging.getLogger("qskd")
 PATIENCE = "QSKD_STORE_PATIENCE_S"  # environment variable: how long a store that fails is tried again
 DEFAULT_PATIENCE_S = 120.0
@@ -81,11 +91,6 @@ def patiently(where: str, filesystem: pafs.FileSystem, request: Callable[[], T])
             if tries > 1:
                 log.warning("%s: answered at try %d, after %.1f s", redacted(where), tries, time.monotonic() - began)
             return answer
-
-
-def redacted(text: str) -> str:
-    """Without the user and password of a URI: messages are pasted into bug reports."""
-    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def join(uri: str, *names: str) -> str:

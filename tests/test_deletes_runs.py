@@ -14,11 +14,11 @@ from strangers import NOTES, config, refused, strangers, tree
 from typer.testing import CliRunner
 
 from pipelines import distill, tune
-from pipelines.checkpoint_files import files_in
 from pipelines.cli import app
 from pipelines.ownership import MARK, check_ours, claim, delete_run, foreign
 from pipelines.places import check_places
 from pipelines.ray_checkpoints import LIST, delete_unlisted
+from pipelines.run_files import files_in
 from pipelines.search_request import SearchRequest
 from pipelines.storage import Folder, alone_on
 from pipelines.tune_trial import _keep

@@ -169,11 +169,17 @@ def test_other_answers_of_a_server_are_told_apart(server: Any) -> None:
     assert tracking(server.url).status == "note"
 
 
-def test_a_password_in_a_uri_is_used_but_never_shown(server: Any) -> None:
-    for address, status in ((server.host, "ok"), (f"127.0.0.1:{closed_port()}", "problem")):
-        check = tracking(f"http://me:s3cret@{address}")
-        assert check.status == status
-        assert "s3cret" not in str(check)
+def test_a_login_is_taken_from_the_environment_and_one_in_a_uri_is_refused_and_not_shown(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = tracking(f"http://me:s3cret@{server.host}")
+    assert check.status == "problem"
+    assert "MLFLOW_TRACKING_PASSWORD" in check.remedy
+    assert "s3cret" not in str(check)
+    assert not server.seen
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+    assert tracking(f"http://{server.host}").status == "ok"
     assert {sent for _, sent in server.seen} == {"Basic bWU6czNjcmV0"}  # me:s3cret
     assert "s3cret" not in str(storage("nonsense://me:s3cret@bucket"))
 
@@ -208,7 +214,8 @@ def test_sqlite_that_can_not_be_written_is_a_problem(tmp_path: Path) -> None:
 
 def test_folders_are_refused_and_other_databases_left_alone() -> None:
     assert tracking("./mlruns").status == tracking("file:///tmp/mlruns").status == "problem"
-    assert tracking("postgresql://me:s3cret@host/db").status == "note"
+    assert tracking("postgresql://host/db").status == "note"
+    assert tracking("postgresql://me:s3cret@host/db").status == "problem"
 
 
 def test_storage_is_written_read_back_and_left_clean(tmp_path: Path) -> None:

@@ -381,7 +381,7 @@ def test_manifests_that_list_nothing_or_odd_counts_are_refused(shards: Path, cac
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 # True once `qskd.detectors` reads config.json and preprocessor_config.json with the same care.
-CHECKPOINTS_ARE_HARDENED = False
+CHECKPOINTS_ARE_HARDENED = True
 checkpoints = pytest.mark.skipif(not CHECKPOINTS_ARE_HARDENED, reason="config.json is hardened elsewhere")
 
 

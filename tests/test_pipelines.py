@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,32 @@ def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, dist
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert result.metrics == distilled.metrics
+
+
+def test_a_run_with_damaged_files_goes_on_from_an_older_checkpoint_to_the_same_weights(
+    work: Path, cluster: str, distilled: distill.RunResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = config(work, "damaged-files", *LONGER)
+    folder = Folder(damaged)
+    shutil.copytree(distilled.folder, folder.root)
+    shutil.rmtree(f"{folder.root}/student")
+    for name in ("result.json", "copies/result.json"):
+        folder.delete(name)
+    for name in ("config.yaml", "copies/config.yaml"):
+        folder.write(name, folder.read(name).replace("name: distilled", "name: damaged-files"))
+    last = json.loads(folder.read(LIST))["latest_checkpoint_result"]["checkpoint_dir_name"]
+    for name in ("config.yaml", "data.json", "mlflow.json", "history.json", f"train/{last}/state.safetensors"):
+        path = Path(folder.root, name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = distill.run(damaged, "distill")
+    assert result.run_id == distilled.run_id
+    for name in ("config.yaml", "data.json", "mlflow.json", "history.json"):
+        assert f"{folder.where(name)} IS DAMAGED" in caplog.text
+    assert f"A CHECKPOINT IS DAMAGED: {folder.where(f'train/{last}/state.safetensors')} has " in caplog.text
+    assert not folder.exists(f"train/{last}")
+    assert [entry["step"] for entry in read_history(folder)] == list(range(2, 37, 2))
+    expected, found = weights(distilled.student), weights(result.student)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_checkpoints_that_no_list_names_are_deleted_and_all_others_stay(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from qskd.detectors.weights import (
     read_said,
     reading,
 )
+from qskd.durable import sync_folder, sync_tree
 from qskd.errors import QskdError, writing
 from qskd.files import sha256_of
 from qskd.ownership import EXTRA_FILE, check_replaceable, foreign_to_detector, remove_own_detector_files
@@ -85,8 +86,9 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
 
 
 @contextmanager
-def replacing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def replacing(folder: str | Path, overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """An empty folder to fill with a detector, which then takes the place of `folder`: that appears whole or not at all.
+    durable: also after a power cut, which costs a wait for the disk.
 
     Only a folder that is new, empty, or a detector's that qskd made is written to (QskdError). One with other things in it
     too is refused, or, with `overwrite`, its own files are replaced one after the other, config.json last, and the rest stays.
@@ -100,6 +102,8 @@ def replacing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         fresh.mkdir()
     try:
         yield fresh
+        if durable:
+            sync_tree(fresh)
         if overwrite and target.is_dir() and foreign_to_detector(target):
             _replace_own(fresh, target)
             return
@@ -113,6 +117,8 @@ def replacing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
             if stale.exists():
                 os.rename(stale, target)
             raise
+        if durable:
+            sync_folder(target.parent)
         if stale.exists():
             remove_own_detector_files(stale)
             try:
@@ -139,12 +145,14 @@ def save_detector(
     extra: dict[str, Any] | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
+    durable: bool = True,
 ) -> None:
     """Write a folder that plain transformers loads: weights, config.json and the image processor with `resize`, and with
     `mean` and `std` (the detector's own where they are not given).
 
     `extra` (JSON values) goes to qskd.json, which transformers does not read, and which marks the folder as qskd's. The folder
-    appears whole or not at all; one that qskd made is replaced, any other that is not empty is refused (QskdError).
+    appears whole or not at all; one that qskd made is replaced, any other that is not empty is refused (QskdError). durable:
+    see `replacing`.
     """
     if is_dilated(detector.model):
         raise QskdError(
@@ -153,7 +161,7 @@ def save_detector(
             "one that transformers can describe without timm",
             "choose a checkpoint without dilation; this one can be a teacher",
         )
-    with replacing(folder) as fresh:
+    with replacing(folder, durable=durable) as fresh:
         _write(detector, fresh, Preprocessing(resize, mean or detector.mean, std or detector.std))
         (fresh / EXTRA_FILE).write_text(json.dumps(extra or {}, indent=2, sort_keys=True) + "\n")
 

@@ -1,0 +1,47 @@
+"""Secrets in URIs: found where a URI is given, so that it is refused, and taken out of all that is said.
+
+Recipes, MLflow, logs and messages would all keep them, and messages are pasted into bug reports.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["STORE_REMEDY", "TRACKING_REMEDY", "redacted", "secret_in"]
+STORE_REMEDY = (
+    "take it out of the URI; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use the machine's own role "
+    "(docs/cluster.md, Storage)"
+)
+TRACKING_REMEDY = (
+    "take it out of the URI; export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGUSER and "
+    "PGPASSWORD for PostgreSQL; in front of another database put a server (mlflow server) that knows its password"
+)
+
+# Up to the last @ before the path. The second form is of a password with an unescaped slash; a port is no password.
+_USER = re.compile(r"://(?:[^/\s]*@|[^/\s@:]+:(?!\d+(?:[/\s]|$))[^\s@]*@)")
+_PASSWORD = re.compile(r"://(?:[^/\s@:]*:[^/\s]*@|[^/\s@:]+:(?!\d+(?:[/\s]|$))[^\s@]*@)")
+_WORDS = r"secret|passw|pwd|token|credential|signature|access[_-]?key|account[_-]?key|api[_-]?key|private[_-]?key"
+_QUERY = re.compile(rf"([?&;](?:[\w.%-]*(?:{_WORDS})[\w.%-]*|sig|key|user|username)=)[^&\s'\"]+", re.IGNORECASE)
+# Where a name before the @ is a part of the address: a container, or the account on a machine that a key opens.
+_NAME_IS_ADDRESS = re.compile(r"(?:^|::)(?:abfss?|hdfs|sftp|ssh|ftp|smb)://", re.IGNORECASE)
+
+
+def redacted(text: str) -> str:
+    """Without the users, passwords and secret query values of the URIs in it."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1***", _USER.sub("://***@", text))
+
+
+def secret_in(uri: str) -> str:
+    """In words what of a URI must not be kept, e.g. "a URI with a password in it"; empty when there is nothing.
+
+    A user's name alone counts too, but for schemes that need it as a part of the address.
+    """
+    if "://" not in uri:
+        return ""
+    if _PASSWORD.search(uri):
+        return "a URI with a password in it"
+    if _USER.search(uri) and not _NAME_IS_ADDRESS.search(uri):
+        return "a URI with a user in it"
+    return "a URI with a secret in its query" if _QUERY.search(uri) else ""
