@@ -39,7 +39,7 @@ OWN = re.compile(
     rf"{re.escape(MARK)}|config\.yaml|{re.escape(DATA)}|result\.json|inheritance\.txt|{_RECORDS}|{STUDENT}|{_TRAINING}|"
     rf"{re.escape(SWEEP)}|refused\.json|best\.yaml|{_REPORT}|"
     rf"trials/\d{{4,}}/(?:{_RECORDS}|{STUDENT}|{_TRAINING}|{_TRIAL})|"
-    rf"(?:trials/\d{{4,}}/)?(?:{COPIES}/[\w.]+\.(?:json|yaml)|{ROWS}/\w+\.json)|"
+    rf"(?:trials/\d{{4,}}/)?(?:{COPIES}/[\w.]+\.(?:json|yaml)|{ROWS}/[\w-]+\.json)|"
     rf"(?:trials/\d{{4,}}/)?(?:(?:student|{TRAIN}|report|{COPIES}|{ROWS})/)?{re.escape(UNFINISHED)}[^/]*"
 )
 _OWN_FOLDERS = ("student", TRAIN, "report", "trials", COPIES, ROWS)

@@ -79,7 +79,8 @@ class CacheManifest:
     @staticmethod
     def from_json(text: str | bytes, where: str) -> CacheManifest:
         """Raises QskdError when this is no cache's manifest, one of another version, or one that was edited."""
-        tree = parse_json(text, where, "what `qskd cache` writes", REMEDY, "a manifest")
+        remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
+        tree = parse_json(text, where, "what `qskd cache` writes", remedy, "a manifest")
         try:
             version = (tree.pop("format"), tree.pop("version"))
             if version != (FORMAT, CODEC_VERSION):
@@ -98,7 +99,6 @@ class CacheManifest:
                 raise ValueError("its fingerprint disagrees with its identity: it was edited or mixed up")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
-            remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
             raise QskdError(where, f"not a manifest: {problem}", "what `qskd cache` writes", remedy) from None
         return manifest
 

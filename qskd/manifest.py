@@ -82,7 +82,8 @@ class Manifest:
     @staticmethod
     def from_json(text: str | bytes, where: str) -> Manifest:
         """Raises QskdError when this is no manifest, one of another version, or one whose fingerprint disagrees."""
-        tree = parse_json(text, where, "what `qskd prepare` writes", REMEDY, "a manifest")
+        remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
+        tree = parse_json(text, where, "what `qskd prepare` writes", remedy, "a manifest")
         try:
             version = (tree.pop("format"), tree.pop("version"))
             if version != (FORMAT, FORMAT_VERSION):
@@ -98,7 +99,6 @@ class Manifest:
                 raise ValueError("its fingerprint or counts disagree with its shards: it was edited or mixed up")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
-            remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
             raise QskdError(where, f"not a manifest: {problem}", "what `qskd prepare` writes", remedy) from None
         return manifest
 

@@ -5,6 +5,7 @@ Nothing else is ever deleted or replaced; docs/deletes.md lists every place that
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -126,7 +127,8 @@ def save_picture(picture: Image.Image, target: Path, inputs: Iterable[str | Path
         picture.save(unfinished, exif=exif)
         os.replace(unfinished, place)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what was wrong with the place has been said
+            unfinished.unlink(missing_ok=True)
 
 
 def head_says(text: str | bytes, format_name: str) -> bool:

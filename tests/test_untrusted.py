@@ -260,7 +260,7 @@ def test_an_output_that_can_not_be_written_is_named_by_every_writer(
     parent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.cli import main
-    from pipelines.predict import save_picture
+    from pipelines.predict import write_picture
     from pipelines.storage import Folder, alone_on
     from qskd.cache_manifest import CacheManifest, CacheSizes, save_cache_manifest
     from qskd.detectors.checkpoint import replacing
@@ -276,7 +276,7 @@ def test_an_output_that_can_not_be_written_is_named_by_every_writer(
 
     for verb, write in {
         "shapes, quickstart": lambda: make_shapes(ShapesConfig(images=1), parent),
-        "predict, explain": lambda: save_picture(np.zeros((9, 9, 3), np.uint8), Path(parent, "x.png")),
+        "predict, explain": lambda: write_picture(np.zeros((9, 9, 3), np.uint8), Path(parent, "x.png"), ()),
         "export": lambda: enter(replacing(f"{parent}/x")),
         "distill, train, tune": lambda: enter(alone_on(Folder(config))),
         "their records": lambda: Folder(config).write("config.yaml", "x"),
