@@ -26,25 +26,28 @@ import torch.nn.functional as F
 
 from benchmarks.local_cache import make_cache
 from benchmarks.timing import Ratio, Report, load_note, machine, print_table
-from pipelines import distill
-from pipelines.models import make_teacher
+from pipelines.demo.quickstart import RECIPE, TEACHER, TRAIN
 from pipelines.prepare import prepare
-from pipelines.quickstart import RECIPE, TEACHER, TRAIN
-from pipelines.streaming import local_stream
-from qskd.cache_identity import cache_identity, teacher_preprocessing
-from qskd.cache_making import CacheMaker
-from qskd.cache_manifest import CacheManifest
+from pipelines.training import driver as distill
+from pipelines.training.stream import local_stream
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.batch import train_batch
+from qskd.datasets.loader import BatchLoader
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import make_shapes
 from qskd.detectors import build_student
-from qskd.loader import BatchLoader
-from qskd.manifest import load_manifest
-from qskd.recipe import load
-from qskd.shapes import make_shapes
+from qskd.from_recipe import make_teacher
 from qskd.structures import TeacherRecord
-from qskd.teacher import CachedTeacher, OnlineTeacher
-from qskd.teacher_cache import ARRAYS, TeacherCacheReader, collate, write_rows
-from qskd.teacher_codec import decode, encode, encoded_record, largest_errors
-from qskd.training import Training, train_batch
+from qskd.teacher.cache import TeacherCacheReader, write_rows
+from qskd.teacher.cached import CachedTeacher
+from qskd.teacher.codec import decode, encode, encoded_record, largest_errors
+from qskd.teacher.columns import ARRAYS, collate
+from qskd.teacher.identity import cache_identity, teacher_preprocessing
+from qskd.teacher.making import CacheMaker
+from qskd.teacher.manifest import CacheManifest
+from qskd.teacher.online import OnlineTeacher
+from qskd.training.step import Training
 
 PRECISIONS = ("int8", "float16", "float32")
 GOAL_BYTES = 300_000

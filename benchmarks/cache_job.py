@@ -21,19 +21,19 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Ratio, Report, load_note, machine
-from pipelines.cache_teacher import CacheResult, run
-from pipelines.models import make_teacher
+from pipelines.caching.driver import CacheResult, run
+from pipelines.demo.quickstart import TEACHER
 from pipelines.prepare import prepare
-from pipelines.quickstart import TEACHER
-from qskd.cache_identity import teacher_preprocessing
-from qskd.cache_making import row_batches
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.loader import BatchLoader
+from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.datasets.shards import ShardReader
 from qskd.detectors import Preprocessing, build_student, save_detector, to_pixels
-from qskd.loader import BatchLoader
-from qskd.recipe import load
-from qskd.shapes import ShapesConfig, make_shapes
-from qskd.shards import ShardReader
-from qskd.teacher import OnlineTeacher
+from qskd.from_recipe import make_teacher
+from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.making import row_batches
+from qskd.teacher.online import OnlineTeacher
 
 GOAL = 0.95
 Ready = list[tuple[torch.Tensor, torch.Tensor]]

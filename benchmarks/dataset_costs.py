@@ -26,15 +26,15 @@ import torch
 
 from benchmarks.timing import machine, print_table
 from benchmarks.work_folder import check_record
-from pipelines.cache_plan import bytes_text, estimate, make_cache_plan
-from pipelines.distill import prepare_config
-from pipelines.models import make_teacher
+from pipelines.caching.plan import bytes_text, estimate, make_cache_plan
 from pipelines.prepare import prepare
-from qskd.cost import gflops, parameters
+from pipelines.run.resolve import prepare_config
+from qskd.config.recipe import load
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import build_student, save_detector
-from qskd.manifest import load_manifest
-from qskd.recipe import load
-from qskd.shapes import ShapesConfig, make_shapes
+from qskd.detectors.cost import gflops, parameters
+from qskd.from_recipe import make_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "coco_conditional_r18.yaml"

@@ -25,8 +25,8 @@ from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetect
 
 from benchmarks.timing import Difference, Ratio, Report, alternate, load_note, machine, milliseconds, ratios
 from qskd.config import DetectionLossConfig
-from qskd.detection_loss import combine, detection_terms, detection_weights
-from qskd.matching import assign
+from qskd.losses.detection_loss import combine, detection_terms, detection_weights
+from qskd.losses.matching import assign
 from qskd.structures import Targets
 
 GOAL = 0.5

@@ -22,10 +22,10 @@ from benchmarks.chaos.cluster import Cluster, base_environment, title
 from benchmarks.chaos.work import Driver, Places, make_data, recipe
 from benchmarks.timing import machine
 from benchmarks.work_folder import claim, discard
-from pipelines.history import read_history
-from pipelines.storage import Folder
+from pipelines.run.folder import Folder
+from pipelines.run.history import read_history
 from qskd.config import Config
-from qskd.recipe import replace_fields
+from qskd.config.recipe import replace_fields
 
 OWN = (
     "tmp",

@@ -21,20 +21,22 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Ratio, Report, load_note, machine, ratios
-from pipelines import cache_teacher, distill
-from pipelines.history import read_history
-from pipelines.models import make_teacher
+from pipelines.caching import driver as cache_teacher
+from pipelines.demo.quickstart import RECIPE, TEACHER
 from pipelines.prepare import prepare
-from pipelines.quickstart import RECIPE, TEACHER
-from pipelines.storage import Folder
-from pipelines.streaming import local_stream
+from pipelines.run.folder import Folder
+from pipelines.run.history import read_history
+from pipelines.training import driver as distill
+from pipelines.training.stream import local_stream
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.batch import train_batch
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import build_student
 from qskd.distillation import teacher_needs
-from qskd.manifest import load_manifest
-from qskd.recipe import load
-from qskd.shapes import ShapesConfig, make_shapes
-from qskd.training import Training, train_batch
+from qskd.from_recipe import make_teacher
+from qskd.training.step import Training
 
 GOAL = 0.95  # of what could be gained at most
 SIDES = {"online": "distill", "cached": "distill", "plain": "train"}

@@ -27,7 +27,8 @@ from pycocotools.cocoeval import COCOeval
 
 from benchmarks import timing
 from benchmarks.timing import Difference, Ratio, Report
-from qskd.evaluation import METRICS, Backend, Detections, GroundTruth, evaluate_coco
+from qskd.evaluation.average_precision import METRICS, evaluate_coco
+from qskd.evaluation.detections import Backend, Detections, GroundTruth
 
 GOAL = 0.05
 ROUNDING = 1e-6

@@ -24,14 +24,15 @@ from statistics import fmean
 import torch
 
 from benchmarks.overfit import FAMILIES, SAMPLE, make_config, make_shards
-from pipelines.distill import make_plan
-from pipelines.models import ground_truth, make_student, make_teacher
-from pipelines.streaming import local_stream
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import local_stream
 from qskd.config import Config
+from qskd.datasets.batch import train_batch
 from qskd.detectors import FAMILIES as KNOWN
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
-from qskd.training import Training, train_batch
+from qskd.from_recipe import ground_truth, make_student, make_teacher
+from qskd.training.step import Training
 
 PAIRED = ("conditional_detr", "deformable_detr", "rt_detr", "d_fine")
 TERMS = ("agfd", "lapd", "detection")

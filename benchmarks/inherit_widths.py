@@ -18,14 +18,15 @@ from statistics import fmean
 
 import torch
 
-from pipelines.distill import make_plan
-from pipelines.models import ground_truth, make_student
+from pipelines.demo.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN
 from pipelines.prepare import prepare
-from pipelines.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN
-from pipelines.streaming import local_stream
-from qskd.recipe import load
-from qskd.shapes import make_shapes
-from qskd.training import Training, train_batch
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import local_stream
+from qskd.config.recipe import load
+from qskd.datasets.batch import train_batch
+from qskd.datasets.shapes import make_shapes
+from qskd.from_recipe import ground_truth, make_student
+from qskd.training.step import Training
 
 HALF = ("student.width=32", "student.ffn_width=64", f"student.backbone.init={BACKBONE}", f"teacher.path={TEACHER}")
 

@@ -43,8 +43,8 @@ def _shard_rows(images: int) -> tuple[int, ...]:
 
 def manifest(images: int) -> str:
     """Written by `to_json`, read again by `load_manifest`, as each worker and reader does."""
-    from qskd.manifest import MANIFEST, Manifest, Shard, load_manifest
-    from qskd.samples import Category
+    from qskd.datasets.manifest import MANIFEST, Manifest, Shard, load_manifest
+    from qskd.datasets.samples import Category
 
     categories = tuple(Category(number, f"class {number}") for number in range(1, 81))
     shards = tuple(
@@ -63,7 +63,7 @@ def manifest(images: int) -> str:
 
 
 def cache_manifest(images: int) -> str:
-    from qskd.cache_manifest import CacheManifest, CacheSizes, load_cache_manifest, save_cache_manifest
+    from qskd.teacher.manifest import CacheManifest, CacheSizes, load_cache_manifest, save_cache_manifest
 
     rows = _shard_rows(images)
     names = tuple(f"shard-{number:05d}-{number:08x}" for number in range(len(rows)))
@@ -80,7 +80,7 @@ def cache_manifest(images: int) -> str:
 
 def order(images: int) -> str:
     """What a reader does for its first run of an epoch, and for its second: 16 images in the middle of it."""
-    from qskd.schedule import Schedule, training_batches
+    from qskd.datasets.schedule import Schedule, training_batches
 
     schedule, before = Schedule(_shard_rows(images), (), 0, 50, 16, 4096), peak_mib()
     taken = []
@@ -93,7 +93,7 @@ def order(images: int) -> str:
 
 def whole_order(images: int) -> str:
     """All of an epoch's order at once, as every run made it until it was made window by window."""
-    from qskd.schedule import epoch_order
+    from qskd.datasets.schedule import epoch_order
 
     started = time.perf_counter()
     epoch_order(_shard_rows(images), 0, 1, 4096)
@@ -102,9 +102,9 @@ def whole_order(images: int) -> str:
 
 def first_stretch(images: int) -> str:
     """The runs of steps of fifty epochs at 800 pixels, batch 16 over eight workers, and listing the first execution's."""
-    from pipelines.streaming import StreamConfig
+    from pipelines.training.stream import StreamConfig
     from qskd.config import ResizeConfig, ViewConfig
-    from qskd.schedule import Schedule
+    from qskd.datasets.schedule import Schedule
 
     resize = ResizeConfig(mode="shortest_edge", size=800)
     schedule = Schedule(_shard_rows(images), (), 0, 50, 16, 4096)
@@ -119,7 +119,7 @@ def first_stretch(images: int) -> str:
 def evaluation(images: int) -> str:
     """On rank 0: 100 detections an image, as `benchmarks.evaluation` makes them."""
     from benchmarks.evaluation import make_problem
-    from qskd.evaluation import evaluate_coco
+    from qskd.evaluation.average_precision import evaluate_coco
 
     truth, found = make_problem(images)
     size = sum(getattr(found, name).nbytes for name in ("image_ids", "boxes_xyxy", "scores", "category_ids"))
@@ -137,8 +137,8 @@ def checkpoint(images: int) -> str:
     import torch
 
     from benchmarks.step_cases import r18
-    from pipelines.workers import write_checkpoint
-    from qskd.training import train_batch
+    from pipelines.training.checkpoints import write_checkpoint
+    from qskd.datasets.batch import train_batch
 
     case = r18(1, 1, 64)
     training = case.training("qskd")
@@ -156,9 +156,9 @@ def checkpoint(images: int) -> str:
 def reading(readers: int) -> str:
     """How often each image's bytes are read from storage in an epoch of COCO, by so many readers of which each is dealt every
     so manieth run of steps. The loader's own store, which a row leaves when it is asked for; sizes alone are kept in it."""
-    from pipelines.streaming import keep_bytes_for
-    from qskd.loader import _Recent
-    from qskd.schedule import epoch_order
+    from pipelines.training.stream import keep_bytes_for
+    from qskd.datasets.loader import _Recent
+    from qskd.datasets.schedule import epoch_order
 
     group, run_rows, window = 64, 48, 4096
     order = epoch_order(_shard_rows(SETS["COCO train"]), 0, 0, window)
@@ -185,7 +185,7 @@ def reading(readers: int) -> str:
 
 def ray_input(images: int) -> str:
     """Ray Data's input for so many runs of steps (here `images` is their number), made before the first block flows."""
-    from pipelines.cluster import start_ray
+    from pipelines.cluster.start import start_ray
 
     start_ray()
     import ray

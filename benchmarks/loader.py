@@ -5,7 +5,7 @@ python -m benchmarks.loader
 In this process: `BatchLoader.load` of training's own rows, from freshly opened shards, against decoding and resizing the
 same encoded bytes, already in memory, and nothing else.
 
-In two: Ray Data as training uses it (`pipelines.streaming`), and a DataLoader that reads the same encoded bytes as files
+In two: Ray Data as training uses it (`pipelines.training.stream`), and a DataLoader that reads the same encoded bytes as files
 and makes the very same arrays with this project's own functions for views, boxes and padding: what differs is the
 machinery around them. One reader process each. The consumer, this process, reads every byte of a batch (a timing.checksum,
 compared in the end) and does nothing else. Speed counts from the arrival of an early batch; starting up is told apart.
@@ -35,16 +35,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import timing
 from benchmarks.timing import Difference, Pass, Ratio, Report
-from pipelines.cluster import start_ray
-from pipelines.streaming import Readers, StreamConfig, open_stream
-from qskd.coco import read_coco
+from pipelines.cluster.start import start_ray
+from pipelines.training.stream import Readers, StreamConfig, open_stream
 from qskd.config import ResizeConfig, ViewConfig
-from qskd.loader import label_index, pad
-from qskd.manifest import Manifest
-from qskd.samples import Category, Sample
-from qskd.schedule import Schedule, training_batches
-from qskd.shards import write_shards
-from qskd.views import decode_image, make_view, resized_size, view_boxes, view_image
+from qskd.datasets.coco import read_coco
+from qskd.datasets.loader import label_index, pad
+from qskd.datasets.manifest import Manifest
+from qskd.datasets.samples import Category, Sample
+from qskd.datasets.schedule import Schedule, training_batches
+from qskd.datasets.shards import write_shards
+from qskd.datasets.views import decode_image, make_view, resized_size, view_boxes, view_image
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "coco-sample"
 SHARD = 128  # rows; also the shuffling window, so that a pass reads its rows little by little, as one over COCO does

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from qskd.cache_making import CacheMaker, row_batches
-from qskd.cache_manifest import CacheManifest, file_name, save_cache_manifest, shard_names
 from qskd.config import Config, ResizeConfig
-from qskd.loader import BatchLoader
-from qskd.shards import ShardReader
-from qskd.teacher import OnlineTeacher
-from qskd.teacher_cache import write_rows
+from qskd.datasets.loader import BatchLoader
+from qskd.datasets.shards import ShardReader
+from qskd.teacher.cache import write_rows
+from qskd.teacher.making import CacheMaker, row_batches
+from qskd.teacher.manifest import CacheManifest, file_name, save_cache_manifest, shard_names
+from qskd.teacher.online import OnlineTeacher
 
 
 def make_cache(

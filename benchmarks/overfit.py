@@ -22,17 +22,19 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.distill import make_plan
-from pipelines.models import ground_truth
 from pipelines.prepare import prepare
-from pipelines.streaming import Share, local_stream
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import Share, local_stream
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.batch import train_batch
 from qskd.detectors import Detector, Preprocessing, build_student, load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
-from qskd.evaluation import CocoResult, Detections, GroundTruth, evaluate_coco
-from qskd.inference import predict_batch
-from qskd.recipe import load
-from qskd.training import Training, train_batch
+from qskd.evaluation.average_precision import CocoResult, evaluate_coco
+from qskd.evaluation.detections import Detections, GroundTruth
+from qskd.evaluation.inference import predict_batch
+from qskd.from_recipe import ground_truth
+from qskd.training.step import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "overfit.yaml"

@@ -23,27 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import qskd.distillation.qskd
-import qskd.step_module
-import qskd.training
+import qskd.distillation.qskd.method
+import qskd.training.module
+import qskd.training.step
 from benchmarks.detection_loss import threads
 from benchmarks.host_waits import HostWaits
 from benchmarks.step_cases import QUICK, Arrays, Case, quickstart, r18
 from benchmarks.timing import Ratio, Report, alternate, load_note, machine, milliseconds, print_table, ratios
-from qskd.dense_head import DenseHead
+from qskd.datasets.batch import train_batch
 from qskd.detectors import Detector, to_pixels
 from qskd.distillation import QSKD
-from qskd.distillation.features import AttentionGuidedFeatureDistillation
-from qskd.matching import assign
-from qskd.teacher_codec import decode
-from qskd.training import Training, train_batch
+from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation
+from qskd.losses.dense_head import DenseHead
+from qskd.losses.matching import assign
+from qskd.teacher.codec import decode
+from qskd.training.step import Training
 
 GOAL = 1.05
 WARM_UP = 2  # steps: the first ones allocate
 # Values that are read on a CPU and not on a GPU, by file and function.
 CPU_ONLY = {
-    "qskd/dense_head.py forward": "one_hot looks at its labels only there",
-    "qskd/distillation/features.py resample": "asks whether there is anything to do only there",
+    "qskd/losses/dense_head.py forward": "one_hot looks at its labels only there",
+    "qskd/distillation/qskd/agfd.py resample": "asks whether there is anything to do only there",
 }
 
 

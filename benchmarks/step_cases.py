@@ -18,19 +18,20 @@ import numpy as np
 import torch
 
 from benchmarks.detection_loss import Sizes, make_case, object_counts
-from pipelines.models import make_teacher
-from pipelines.quickstart import TRAIN
-from qskd.cache_making import CacheMaker
-from qskd.cache_manifest import CacheSizes
+from pipelines.demo.quickstart import TRAIN
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.shapes import CATEGORY_IDS, render
 from qskd.detectors import build_student
-from qskd.recipe import load
-from qskd.shapes import CATEGORY_IDS, render
+from qskd.from_recipe import make_teacher
 from qskd.structures import TeacherRecord
-from qskd.teacher import CachedTeacher, queries_above
-from qskd.teacher_cache import TeacherRow, collate, columns_for
-from qskd.teacher_codec import encode
-from qskd.training import Training
+from qskd.teacher.cached import CachedTeacher
+from qskd.teacher.codec import encode
+from qskd.teacher.columns import TeacherRow, collate, columns_for
+from qskd.teacher.making import CacheMaker
+from qskd.teacher.manifest import CacheSizes
+from qskd.teacher.online import queries_above
+from qskd.training.step import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

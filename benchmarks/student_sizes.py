@@ -2,7 +2,7 @@
 
     python -m benchmarks.student_sizes
 
-Parameters and operations are counted, not timed (`qskd.cost`: a multiply-add is two operations; the sampling of deformable
+Parameters and operations are counted, not timed (`qskd.detectors.cost`: a multiply-add is two operations; the sampling of deformable
 attention is left out), for one image of the size's own resolution and COCO's 80 classes.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import warnings
 
 from qskd.config import StudentConfig
+from qskd.config.student_sizes import SIZES
 from qskd.detectors import FAMILIES, student_cost
-from qskd.student_sizes import SIZES
 
 CLASSES = 80  # COCO's
 

@@ -29,20 +29,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from benchmarks.timing import Difference, Ratio, Report, load_note, machine, ratios
-from pipelines import cache_teacher, tune
-from pipelines.cluster import start_ray
-from pipelines.distill import prepare_config
+from pipelines.caching import driver as cache_teacher
+from pipelines.cluster.start import start_ray
+from pipelines.demo.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN, VAL
 from pipelines.prepare import prepare
-from pipelines.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN, VAL
-from pipelines.search_request import SearchRequest, check_request
-from pipelines.sweep_records import trial_config
-from pipelines.sweep_trials import TrialRow
-from pipelines.trial_job import Job
-from pipelines.tune_engine import SweepScheduler, make_asha
-from pipelines.tune_trial import run_trial
+from pipelines.run.resolve import prepare_config
+from pipelines.tuning import driver as tune
+from pipelines.tuning.engine import SweepScheduler, make_asha
+from pipelines.tuning.records import trial_config
+from pipelines.tuning.search.request import SearchRequest, check_request
+from pipelines.tuning.trial.job import Job
+from pipelines.tuning.trial.row import TrialRow
+from pipelines.tuning.trial.run import run_trial
 from qskd.config import Config
-from qskd.recipe import load, to_tree
-from qskd.shapes import make_shapes
+from qskd.config.recipe import load, to_tree
+from qskd.datasets.shapes import make_shapes
 
 SPACES = ("student_architecture", "query_groups", "loss_weights")
 AP_TOLERANCE = 0.02  # the cache rounds; training magnifies it, by chance either way

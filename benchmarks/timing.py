@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from qskd.cost import Side as Side
-from qskd.cost import alternate as alternate
-from qskd.cost import seconds as seconds
+from qskd.detectors.cost import Side as Side
+from qskd.detectors.cost import alternate as alternate
+from qskd.detectors.cost import seconds as seconds
 
 T = TypeVar("T")
 

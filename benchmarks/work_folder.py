@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qskd.errors import QskdError
-from qskd.ownership import listed
+from qskd.storage.ownership import listed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

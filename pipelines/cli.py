@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
+import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines import cli_deploy, cli_look
 from pipelines.cli_options import DryRun, Recipe, Restart, Set, local_path
-from pipelines.logs import start_logs, tell
-from pipelines.stopping import ended_by_signals
+from pipelines.run.logs import start_logs, tell
+from pipelines.run.stopping import ended_by_signals
 from qskd import __version__
+from qskd.config.recipe import load, to_yaml
 from qskd.errors import QskdError, told_without_traceback
-from qskd.recipe import load, to_yaml
 
 app = typer.Typer(
     help="Compress DETR object detectors by query-selection knowledge distillation, on Ray.",
@@ -33,8 +33,8 @@ SkipBroken = Annotated[
 
 
 def _train(kind: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, restart: bool) -> None:
-    from pipelines import distill
-    from pipelines.tracking import how_to_look, tracking_uri
+    from pipelines.tracking.store import how_to_look, tracking_uri
+    from pipelines.training import driver as distill
 
     config = load(recipe, overrides or ())
     if dry_run:
@@ -75,7 +75,7 @@ def cache(
     ] = False,
 ) -> None:
     """Run the teacher once over the data and keep its outputs, for every `qskd distill` of the same recipe."""
-    from pipelines import cache_teacher as program
+    from pipelines.caching import driver as program
 
     config = load(recipe, set or ())
     if dry_run:
@@ -119,8 +119,8 @@ def tune(
     restart: Restart = False,
 ) -> None:
     """Search student architectures, GIoU boundaries and loss weights. The same command again goes on where it was stopped."""
-    from pipelines import tune as program
-    from pipelines.search_request import SearchRequest
+    from pipelines.tuning import driver as program
+    from pipelines.tuning.search.request import SearchRequest
 
     search = SearchRequest(tuple(space or ()), trials, algorithm, tuple(objective or ("AP",)), asha, grace_epochs)
     request = program.TuneRequest(search, trial_epochs, at_most_parameters, at_once)
@@ -146,7 +146,7 @@ def prepare(
 ) -> None:
     """Turn COCO JSON and a folder of images into Parquet shards."""
     from pipelines import prepare as program
-    from qskd.coco import read_coco
+    from qskd.datasets.coco import read_coco
 
     if on_error not in ("stop", "skip"):
         raise QskdError("--on-error", on_error, "stop or skip")
@@ -172,10 +172,10 @@ def doctor(
 ) -> None:
     """What this machine offers: devices, decoders, evaluators, versions; whether tracking and storage answer."""
     if cluster:
-        from pipelines.cluster_doctor import cluster_doctor
+        from pipelines.health.nodes import cluster_doctor
 
         raise typer.Exit(cluster_doctor(storage))
-    from pipelines.doctor import doctor as program
+    from pipelines.health.machine import doctor as program
 
     raise typer.Exit(program(tracking_uri, storage))
 
@@ -186,12 +186,12 @@ def shapes(
     images: Annotated[int, typer.Option(min=1)] = 12_000,
     first_image: Annotated[int, typer.Option(min=0, help="Images are numbered; take other ones for validation.")] = 0,
     set: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A=B", help="A field of qskd.shapes.ShapesConfig.")
+        list[str] | None, typer.Option("--set", metavar="A=B", help="A field of qskd.datasets.shapes.ShapesConfig.")
     ] = None,
 ) -> None:
     """Make the built-in synthetic dataset: COCO JSON and JPEG files."""
-    from qskd.recipe import parse_override
-    from qskd.shapes import ShapesConfig, make_shapes
+    from qskd.config.recipe import parse_override
+    from qskd.datasets.shapes import ShapesConfig, make_shapes
 
     fields = {path[0]: value for path, value in map(parse_override, set or ())}
     try:
@@ -209,7 +209,7 @@ def quickstart(
     restart: Restart = False,
 ) -> None:
     """Distil a small detector on built-in data beside its baseline, and compare: two to four minutes on two cores."""
-    from pipelines import quickstart as program
+    from pipelines.demo import quickstart as program
 
     program.quickstart(folder, dry_run, restart)
 

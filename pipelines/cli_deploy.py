@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli_options import DryRun, Model, local_path
-from pipelines.logs import tell
+from pipelines.run.logs import tell
 from qskd.errors import QskdError
 
 Size = Annotated[
@@ -52,7 +52,7 @@ def export(
     dry_run: DryRun = False,
 ) -> None:
     """Write a detector as a folder to deploy: plain Hugging Face and ONNX, checked against PyTorch, with a model card."""
-    from pipelines import export as program
+    from pipelines.deployment import export as program
 
     options = program.ExportOptions(
         size=size,
@@ -93,7 +93,7 @@ def benchmark(
     dry_run: DryRun = False,
 ) -> None:
     """Parameters, FLOPs, milliseconds and memory of detectors, timed in turn so that their ratios hold."""
-    from pipelines import benchmark as program
+    from pipelines.deployment import benchmark as program
 
     options = program.BenchmarkOptions(
         batches=tuple(sorted(set(batch or (1, 2, 4, 8)))),

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from pipelines.cli_options import DryRun, Model, Set, local_path
-from pipelines.logs import tell
+from pipelines.run.logs import tell
+from qskd.config.recipe import load
 from qskd.printable import one_line
-from qskd.recipe import load
 
 
 def evaluate(
@@ -30,10 +30,10 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """COCO AP of any detector, distilled or not."""
-    from pipelines import evaluate as program
+    from pipelines.inspection import evaluate as program
+    from qskd.datasets.manifest import load_manifest
     from qskd.detectors import read_preprocessing
-    from qskd.files import fetched
-    from qskd.manifest import load_manifest
+    from qskd.storage.files import fetched
 
     config = load(recipe, set or ())
     program.check_overrides(set or ())
@@ -71,7 +71,7 @@ def predict(
     dry_run: DryRun = False,
 ) -> None:
     """Draw a detector's boxes on images."""
-    from pipelines import predict as program
+    from pipelines.inspection import predict as program
 
     if dry_run:
         pairs = program.targets(images, out)
@@ -109,7 +109,7 @@ def explain(
 
     An image that no one annotated takes the teacher's own confident detections for its objects, and the picture says so.
     """
-    from pipelines import explain as program
+    from pipelines.inspection import explain as program
 
     source = program.read_source(recipe_or_run, set or ())
     if dry_run:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qskd.errors import QskdError
-from qskd.stores import redacted
+from qskd.redaction import redacted
 
 
 def local_path(given: str) -> Path:

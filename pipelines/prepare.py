@@ -11,10 +11,10 @@ from typing import Literal
 from rich.markup import escape
 from rich.progress import Progress
 
-from qskd.coco import read_coco
-from qskd.manifest import Manifest
+from qskd.datasets.coco import read_coco
+from qskd.datasets.manifest import Manifest
+from qskd.datasets.shards import write_shards
 from qskd.printable import escaped, one_line, shown_value
-from qskd.shards import write_shards
 
 
 def prepare(

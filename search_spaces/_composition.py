@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qskd.config import Config
+from qskd.config.recipe import check_field, replace_fields
 from qskd.errors import QskdError
-from qskd.recipe import check_field, replace_fields
 from search_spaces._loading import Space, load_space
 from search_spaces._trials import Named, PointTrial, RandomTrial, Range, Trial
 
@@ -16,7 +16,7 @@ OVERRIDES = "overrides"
 TRIED = 32  # random trials that are built as configurations before a sweep starts
 # A sweep names and places its trials itself.
 OF_THE_SWEEP = ("name", "output", "tracking", "compute")
-# What a cache of teacher outputs depends on (`qskd.cache_identity`): one cache serves all trials.
+# What a cache of teacher outputs depends on (`qskd.teacher.identity`): one cache serves all trials.
 OF_THE_CACHE = (
     *("teacher", "data.train", "data.views.seed", "data.views.flip_probability", "data.views.crop_probability"),
     *("data.views.crop_min_scale", "data.views.min_visible"),
@@ -161,6 +161,6 @@ class SearchSpace:
         names = " + ".join(space.name for space in self.spaces)
         config = replace_fields(self.recipe, overrides, f"search space {names}, a trial with {dict(overrides)}")
         if config.teacher.cache.path and overrides:
-            from qskd.cache_identity import check_enough  # imports transformers
+            from qskd.checks import check_enough
 
             check_enough(config)

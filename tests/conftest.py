@@ -39,8 +39,8 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from pipelines.prepare import prepare
     from qskd.config import ResizeConfig
+    from qskd.datasets.shapes import make_shapes
     from qskd.detectors import save_detector
-    from qskd.shapes import make_shapes
 
     root = tmp_path_factory.mktemp("deletes")
     annotations, images = make_shapes(SHAPES, root / "coco")

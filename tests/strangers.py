@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.quickstart import TEACHER
+from pipelines.demo.quickstart import TEACHER
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.shapes import ShapesConfig
 from qskd.errors import QskdError
-from qskd.recipe import load
-from qskd.shapes import ShapesConfig
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ShapesConfig(images=3)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from test_pipelines import SIZES, cluster, make_work
 
-from pipelines.sweep_records import Records
-from pipelines.sweep_trials import TrialRow
+from pipelines.tuning.records import Records
+from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
-from qskd.recipe import load
+from qskd.config.recipe import load
 
 __all__ = ("cluster", "config", "make_work", "rows_of", "work")
 

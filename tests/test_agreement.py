@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import LABELS, batch_of, random_teacher, recipe, shake, silent_student
 
-from qskd.agreement import agreement, bernoulli_kl, readable_cosine
 from qskd.config import DetectionLossConfig
 from qskd.detectors import Preprocessing
-from qskd.teacher import OnlineTeacher
+from qskd.evaluation.agreement import agreement, bernoulli_kl, readable_cosine
+from qskd.teacher.online import OnlineTeacher
 
 
 def test_kl_is_that_of_independent_coins() -> None:

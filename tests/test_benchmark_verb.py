@@ -13,16 +13,15 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipelines.benchmark import BenchmarkOptions, benchmark, graph_of, input_size, names_of, show
 from pipelines.cli import app
-from pipelines.export import ExportOptions, export
-from qskd import cost
-from qskd.benchmark import Size, compare_speed, cost_of, torch_runner
+from pipelines.deployment.benchmark import BenchmarkOptions, benchmark, graph_of, input_size, names_of, show
+from pipelines.deployment.export import ExportOptions, export
 from qskd.config import ResizeConfig
-from qskd.cost import alternate, gflops, parameters
-from qskd.detectors import Detector, load_detector, save_detector
+from qskd.deploy.memory import peak_memory
+from qskd.deploy.speed import Size, compare_speed, cost_of, torch_runner
+from qskd.detectors import Detector, cost, load_detector, save_detector
+from qskd.detectors.cost import alternate, gflops, parameters
 from qskd.errors import QskdError
-from qskd.memory import peak_memory
 
 torch.set_num_threads(1)
 

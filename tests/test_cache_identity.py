@@ -12,14 +12,15 @@ import torch
 from test_loader import Pictures
 from tiny import TEACHER, random_teacher, silent_student
 
-from qskd.cache_identity import cache_identity, check_enough
-from qskd.cache_manifest import CacheManifest, CacheSizes, check_identity, check_views, fingerprint_of
+from qskd.checks import check_enough
 from qskd.config import Config, StudentConfig
+from qskd.config.recipe import apply_overrides, build
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shards import write_shards
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
-from qskd.manifest import load_manifest
-from qskd.recipe import apply_overrides, build
-from qskd.shards import write_shards
+from qskd.teacher.identity import cache_identity
+from qskd.teacher.manifest import CacheManifest, CacheSizes, check_identity, check_views, fingerprint_of
 
 LABELS = ("three", "eight", "nine")
 

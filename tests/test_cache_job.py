@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F401  (fixtures)
 
-from pipelines import cache_teacher, distill
-from pipelines.cache_plan import CachePlan
-from pipelines.cache_teacher import complain, foresee, run, verify
-from pipelines.cluster import actors_that_fit
-from qskd.cache_manifest import load_cache_manifest, save_cache_manifest
+from pipelines.caching import driver as cache_teacher
+from pipelines.caching.driver import foresee, run
+from pipelines.caching.plan import CachePlan
+from pipelines.caching.verify import complain, verify
+from pipelines.cluster.room import actors_that_fit
+from pipelines.training import driver as distill
 from qskd.config import Config
+from qskd.config.recipe import load, to_yaml
 from qskd.errors import QskdError
-from qskd.recipe import load, to_yaml
-from qskd.teacher_cache import TeacherCacheReader
+from qskd.teacher.cache import TeacherCacheReader
+from qskd.teacher.manifest import load_cache_manifest, save_cache_manifest
 
 pytestmark = pytest.mark.slow
 

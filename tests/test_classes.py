@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qskd.classes import map_classes
+from qskd.datasets.classes import map_classes
 from qskd.errors import QskdError
 
 # COCO's own ids: 91 slots, of which 80 are used; 0 and the gaps are "N/A" in DETR's checkpoints.

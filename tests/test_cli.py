@@ -16,13 +16,13 @@ from pyarrow.fs import LocalFileSystem
 from typer.testing import CliRunner
 
 from pipelines.cli import app, main
+from pipelines.demo.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
 from pipelines.prepare import prepare
-from pipelines.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
+from qskd.config.recipe import load
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.errors import told_without_traceback
-from qskd.files import open_folder, publish_bytes
-from qskd.recipe import load
-from qskd.shapes import ShapesConfig, make_shapes
-from qskd.stores import patiently
+from qskd.storage.files import open_folder, publish_bytes
+from qskd.storage.stores import patiently
 
 VERBS = (
     *("prepare", "cache", "train", "distill", "tune", "evaluate", "predict", "explain", "export", "benchmark"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.cluster_doctor import PACKAGES, NodeFacts, NodeReport, look_around, problems
+from pipelines.health.nodes import PACKAGES, NodeFacts, NodeReport, look_around, problems
 
 FACTS = NodeFacts("host", "3.11.7", {**dict.fromkeys(PACKAGES, "1.0"), "torch": "2.13.0+cpu"}, "c0de")
 REPORT = NodeReport("abcdef123", "10.0.0.2", {"CPU": 8.0, "GPU": 0.0}, facts=FACTS)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qskd.coco import CocoDataset, read_coco
+from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.errors import QskdError
 
 REAL = Path(__file__).parents[2] / "shared" / "coco-sample"

@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from qskd.config import Config, QuerySelectionConfig, StudentConfig
+from qskd.config.recipe import apply_overrides, build, flatten, load, parse_override, to_tree, to_yaml
 from qskd.errors import QskdError
-from qskd.recipe import apply_overrides, build, flatten, load, parse_override, to_tree, to_yaml
 
 FULL: dict[str, Any] = {
     "name": "run-1.a",

@@ -9,9 +9,9 @@ import torch
 from tiny import FAMILIES, LABELS, SIZE, STUDENT, silent_student
 from torch import Tensor, nn
 
-from qskd import cost
 from qskd.config import StudentConfig
-from qskd.cost import gflops, latency_ms, parameters
+from qskd.detectors import cost
+from qskd.detectors.cost import gflops, latency_ms, parameters
 
 WIDTH, SIDE, CLASSES = 16, 6, 5
 TOKENS = SIDE * SIDE

@@ -15,17 +15,19 @@ import pytest
 import sqlalchemy
 from test_pipelines import SIZES, make_work
 
-import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
-from pipelines import curves, distill
-from pipelines.curves import ROWS, end_run, fill_in, is_complete, kept_rows
-from pipelines.progress import TrackingCallback
-from pipelines.storage import Folder
-from pipelines.sweep_records import Records
-from pipelines.sweep_tracking import SweepTracking
-from pipelines.sweep_trials import TrialRow
-from pipelines.tracking import RUN, Tracker, open_for
+import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from pipelines.reporting.progress import TrackingCallback
+from pipelines.run.folder import Folder
+from pipelines.run.tracked import RUN, open_for
+from pipelines.tracking import curves
+from pipelines.tracking.curves import ROWS, end_run, fill_in, is_complete, kept_rows
+from pipelines.tracking.tracker import Tracker
+from pipelines.training import driver as distill
+from pipelines.tuning.records import Records
+from pipelines.tuning.tracking import SweepTracking
+from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
-from qskd.recipe import load
+from qskd.config.recipe import load
 
 
 def recipe(root: Path, *more: str) -> Config:

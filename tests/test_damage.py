@@ -16,29 +16,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from sweeps import config, make_work, work  # noqa: F401  (fixtures)
 
-from pipelines import distill
-from pipelines.explain import read_source
-from pipelines.history import read_history
-from pipelines.ray_checkpoints import LIST, last_report, mend_list
-from pipelines.storage import (
-    DATA,
-    FAILURE,
-    SWEEP,
-    Folder,
-    check_same_data,
-    check_same_run,
-    raise_failure,
-)
-from pipelines.sweep_records import REFUSED, Records, Refusal
-from pipelines.sweep_trials import TrialRow
-from pipelines.tracking import RUN, open_for
-from pipelines.trial_job import Job
-from pipelines.tune_trial import run_trial
+from pipelines.inspection.explain import read_source
+from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
+from pipelines.run.guards import DATA, check_same_data, check_same_run
+from pipelines.run.history import read_history
+from pipelines.run.tracked import RUN, open_for
+from pipelines.training import driver as distill
+from pipelines.training.checkpoint_list import LIST, last_report, mend_list
+from pipelines.tuning.records import REFUSED, Records, Refusal
+from pipelines.tuning.trial.job import Job
+from pipelines.tuning.trial.row import TrialRow
+from pipelines.tuning.trial.run import run_trial
 from qskd.config import Config
+from qskd.config.recipe import load, to_tree, to_yaml
 from qskd.detectors.checkpoint import replacing
 from qskd.errors import QskdError
-from qskd.files import publish, publish_bytes
-from qskd.recipe import load, to_tree, to_yaml
+from qskd.storage.files import publish, publish_bytes
 
 
 def cut(path: str | Path) -> None:

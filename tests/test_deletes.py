@@ -21,25 +21,25 @@ from benchmarks import work_folder
 from benchmarks.chaos import world
 from benchmarks.dataset_costs import PerImage
 from benchmarks.dataset_costs import main as dataset_costs
-from pipelines import distill
-from pipelines.cache_plan import clean, make_cache_plan
+from pipelines.caching.plan import clean, make_cache_plan
 from pipelines.cli import app
-from pipelines.explain import targets as explain_targets
-from pipelines.ownership import claim, enclosing_run
-from pipelines.predict import read_image, targets, write_picture
+from pipelines.health.services import check_storage
+from pipelines.inspection.explain import targets as explain_targets
+from pipelines.inspection.predict import read_image, targets, write_picture
 from pipelines.prepare import prepare
-from pipelines.services import check_storage
-from pipelines.storage import Folder
-from pipelines.sweep_report import write_report
-from qskd import scratch
-from qskd.cache_manifest import CacheManifest, CacheSizes, save_cache_manifest
+from pipelines.run.folder import Folder
+from pipelines.run.ownership import claim, enclosing_run
+from pipelines.training import driver as distill
+from pipelines.tuning.report.report import write_report
 from qskd.config import Config
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import load_detector, replacing
 from qskd.errors import QskdError
-from qskd.manifest import load_manifest
-from qskd.ownership import is_own_picture
-from qskd.scratch import scratch_folder
-from qskd.shapes import ShapesConfig, make_shapes
+from qskd.storage import scratch
+from qskd.storage.ownership import is_own_picture
+from qskd.storage.scratch import scratch_folder
+from qskd.teacher.manifest import CacheManifest, CacheSizes, save_cache_manifest
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------------

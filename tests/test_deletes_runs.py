@@ -13,18 +13,20 @@ import pytest
 from strangers import NOTES, config, refused, strangers, tree
 from typer.testing import CliRunner
 
-from pipelines import distill, tune
 from pipelines.cli import app
-from pipelines.ownership import MARK, check_ours, claim, delete_run, foreign
-from pipelines.places import check_places
-from pipelines.ray_checkpoints import LIST, delete_unlisted
-from pipelines.run_files import files_in
-from pipelines.search_request import SearchRequest
-from pipelines.storage import Folder, alone_on
-from pipelines.tune_trial import _keep
+from pipelines.run.files import files_in
+from pipelines.run.folder import MARK, Folder
+from pipelines.run.guards import alone_on
+from pipelines.run.ownership import check_ours, claim, delete_run, foreign
+from pipelines.run.places import check_places
+from pipelines.training import driver as distill
+from pipelines.training.checkpoint_list import LIST, delete_unlisted
+from pipelines.tuning import driver as tune
+from pipelines.tuning.search.request import SearchRequest
+from pipelines.tuning.trial.checkpoints import _keep
 from qskd.config import Config
+from qskd.config.recipe import replace_fields, to_yaml
 from qskd.errors import QskdError
-from qskd.recipe import replace_fields, to_yaml
 
 # --- runs and sweeps --------------------------------------------------------------------------------------------------
 VERBS: dict[str, Callable[[Config, bool], Any]] = {

@@ -8,8 +8,8 @@ from reference import make_targets
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, iou
-from qskd.dense_head import CENTRAL_PART, DENSE_WEIGHTS, DenseHead, cell_centres, cells_of_objects
-from qskd.detection_loss import combine
+from qskd.losses.dense_head import CENTRAL_PART, DENSE_WEIGHTS, DenseHead, cell_centres, cells_of_objects
+from qskd.losses.detection_loss import combine
 from qskd.structures import LossTerm, Targets
 
 

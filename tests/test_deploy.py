@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-import pipelines.cluster
-from pipelines.streaming import keep_bytes_for
+import pipelines.cluster.start
+from pipelines.training.stream import keep_bytes_for
 from qskd import __version__
-from qskd.recipe import load
+from qskd.config.recipe import load
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from benchmarks.detection_loss import transformers_loss
 from qskd.config import DetectionLossConfig
-from qskd.detection_loss import combine, detection_terms, detection_weights
-from qskd.detectors.detr import from_softmax
 from qskd.errors import QskdError
-from qskd.matching import assign
+from qskd.families.detr import from_softmax
+from qskd.losses.detection_loss import combine, detection_terms, detection_weights
+from qskd.losses.matching import assign
 from qskd.structures import LossTerm, Targets
 
 RENAMED = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}

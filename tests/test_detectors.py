@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from qskd.detectors import Detector
-from qskd.detectors.deformable_detr import sampling, splat
+from qskd.families.deformable_detr import sampling, splat
 
 torch.set_num_threads(1)
 

@@ -16,9 +16,9 @@ from transformers import (
     YolosConfig,
 )
 
+from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from qskd.config import BackboneConfig, ResizeConfig, StudentConfig
 from qskd.detectors import Detector, build_student, load_detector, read_preprocessing, save_detector, to_pixels
-from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from qskd.errors import QskdError
 
 torch.set_num_threads(1)

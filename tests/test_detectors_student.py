@@ -13,8 +13,8 @@ from transformers import ResNetBackbone, ResNetConfig, ResNetForImageClassificat
 
 from qskd.config import BackboneConfig, ResizeConfig, StudentConfig
 from qskd.detectors import FAMILIES, Detector, build_student, save_detector
-from qskd.detectors.initialisation import grid_points
 from qskd.errors import QskdError
+from qskd.families.initialisation import grid_points
 
 torch.set_num_threads(1)
 

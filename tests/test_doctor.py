@@ -21,10 +21,11 @@ import torch
 from pyarrow import fs
 from rich.console import Console
 
-from pipelines import doctor as doctor_module
-from pipelines import services
-from pipelines.doctor import Check, checks, doctor
-from qskd import evaluation
+from pipelines.health import machine as doctor_module
+from pipelines.health import services
+from pipelines.health.machine import checks, doctor
+from pipelines.health.services import Check
+from qskd.evaluation import average_precision as evaluation
 
 
 @pytest.fixture
@@ -288,7 +289,7 @@ def test_ray_authentication_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux tells what a process was started with")
 def test_rays_mode_is_the_shells_and_not_what_qskd_sets_for_itself(tmp_path: Path) -> None:
     code = (
-        "import pipelines.cluster, os; from pipelines.doctor import _ray_authentication as check\n"
+        "import pipelines.cluster.start, os; from pipelines.doctor import _ray_authentication as check\n"
         "print(os.environ['RAY_AUTH_MODE'], check().status)"
     )
     for exported, expected in (({}, "token note"), ({"RAY_AUTH_MODE": "token"}, "token ok")):

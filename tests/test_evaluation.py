@@ -15,18 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from qskd import evaluation
 from qskd.errors import QskdError
-from qskd.evaluation import (
-    FASTEST_FIRST,
-    METRICS,
-    Backend,
-    Detections,
-    GroundTruth,
-    choose_backend,
-    detections_from,
-    evaluate_coco,
-)
+from qskd.evaluation import average_precision as evaluation
+from qskd.evaluation.average_precision import FASTEST_FIRST, METRICS, choose_backend, detections_from, evaluate_coco
+from qskd.evaluation.detections import Backend, Detections, GroundTruth
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "coco-sample"
 
@@ -386,7 +378,7 @@ def test_the_slow_path_is_announced_once_and_only_when_it_matters(
     evaluation._notice_slow_path.cache_clear()
     box = [[0.0, 0.0, 50.0, 50.0]]
     few, many = truth_of(box, [1]), truth_of(box, [1], image_ids=tuple(range(1, 1102)))
-    with caplog.at_level(logging.WARNING, "qskd.evaluation"):
+    with caplog.at_level(logging.WARNING, "qskd.evaluation.average_precision"):
         evaluate_coco(few, Detections.empty())
         evaluate_coco(many, Detections.empty(), "pycocotools")  # asked for by name
         assert not caplog.records

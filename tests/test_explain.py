@@ -10,16 +10,25 @@ import torch
 from tiny import LABELS, TEACHER_LABELS, random_teacher, recipe, silent_student
 
 from qskd.boxes import cxcywh_to_xyxy
-from qskd.classes import map_classes
 from qskd.config import Config, ResizeConfig, ViewConfig
+from qskd.datasets.classes import map_classes
+from qskd.datasets.views import View, make_view, view_image
 from qskd.detectors import Preprocessing, to_pixels
-from qskd.distillation.query_selection import select_queries
-from qskd.explain import STAND_IN_SCORE, Explanation, Seer, Subject, covered, explain, make_mask, stand_in_objects
-from qskd.matching import assign
-from qskd.pictures import explanation_picture
+from qskd.distillation.qskd.query_selection import select_queries
+from qskd.losses.matching import assign
+from qskd.pictures.explain import (
+    STAND_IN_SCORE,
+    Explanation,
+    Seer,
+    Subject,
+    covered,
+    explain,
+    make_mask,
+    stand_in_objects,
+)
+from qskd.pictures.explained import explanation_picture
 from qskd.structures import Targets, TeacherRecord
-from qskd.teacher import OnlineTeacher
-from qskd.views import View, make_view, view_image
+from qskd.teacher.online import OnlineTeacher
 
 RULE = {"boundaries": [-0.5, 0.0, 0.2], "band_weights": [0.0, 0.3, 0.6, 1.0], "max_per_object": 3}
 FAMILIES = ("conditional", "refined")  # dense attention; sampled, on two levels

@@ -14,16 +14,16 @@ from tiny import random_teacher, silent_student
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.explain import AFTER, BEFORE, Source, read_source, write_explanations
+from pipelines.inspection.explain import AFTER, BEFORE, Source, read_source, write_explanations
 from pipelines.prepare import prepare
-from pipelines.report import write_report
-from pipelines.tracking import Tracker
+from pipelines.reporting.report import write_report
+from pipelines.tracking.tracker import Tracker
 from qskd.config import Config
+from qskd.config.recipe import load, to_yaml
+from qskd.datasets.manifest import Manifest, load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
-from qskd.manifest import Manifest, load_manifest
-from qskd.recipe import load, to_yaml
-from qskd.shapes import ShapesConfig, make_shapes
 
 SIZES = [
     "student.backbone={embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1]}",

@@ -23,16 +23,15 @@ from transformers import AutoImageProcessor
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.evaluate import evaluate
-from pipelines.export import ExportOptions, export, foresee, image_files, real_batches, square
-from pipelines.predict import predict
+from pipelines.demo.quickstart import TEACHER
+from pipelines.deployment.export import ExportOptions, export, foresee, image_files, real_batches, square
+from pipelines.inspection.evaluate import evaluate
+from pipelines.inspection.predict import predict
 from pipelines.prepare import prepare
-from pipelines.quickstart import TEACHER
-from qskd import onnx_detect
 from qskd.config import ResizeConfig, StudentConfig
-from qskd.detectors import FAMILIES, Detector, load_detector, read_preprocessing, save_detector
-from qskd.errors import QskdError
-from qskd.export import (
+from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.deploy import onnx_detect
+from qskd.deploy.export import (
     INPUT,
     OUTPUTS,
     check_parity,
@@ -43,7 +42,8 @@ from qskd.export import (
     require_parity,
     together,
 )
-from qskd.shapes import ShapesConfig, make_shapes
+from qskd.detectors import FAMILIES, Detector, load_detector, read_preprocessing, save_detector
+from qskd.errors import QskdError
 
 torch.set_num_threads(1)
 

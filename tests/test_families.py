@@ -13,8 +13,8 @@ from test_detectors import QUERIES, padded_batch
 from torch import Tensor
 
 from qskd.detectors import FAMILIES, Detector
-from qskd.detectors.detr import from_softmax
 from qskd.errors import QskdError
+from qskd.families.detr import from_softmax
 
 torch.set_num_threads(1)
 

@@ -20,12 +20,12 @@ from test_detectors_checkpoint import SQUARE, VARIANTS, batch, train_a_little
 from test_detectors_checkpoint import tiny as tiny_student
 from torch import Tensor, nn
 
-from qskd.classes import map_classes
 from qskd.config import StudentConfig
+from qskd.datasets.classes import map_classes
 from qskd.detectors import FAMILIES, Detector, Preprocessing, build_student, inherit, load_detector, save_detector
-from qskd.detectors.initialisation import grid_points
 from qskd.errors import QskdError
-from qskd.teacher import OnlineTeacher
+from qskd.families.initialisation import grid_points
+from qskd.teacher.online import OnlineTeacher
 
 torch.set_num_threads(1)
 

@@ -19,21 +19,18 @@ from qskd.config import (
     QuerySelectionConfig,
     ResizeConfig,
 )
-from qskd.detection_loss import combine, detection_terms, detection_weights
 from qskd.detectors import Preprocessing
-from qskd.distillation.features import (
-    AttentionGuidedFeatureDistillation,
-    foreground_mask,
-    pair_levels,
-    resample,
-)
-from qskd.distillation.qskd import QSKD
-from qskd.distillation.query_selection import QuerySelection, select_queries
+from qskd.distillation.maps import pair_levels, resample
+from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
+from qskd.distillation.qskd.method import QSKD
+from qskd.distillation.qskd.query_selection import QuerySelection, select_queries
 from qskd.errors import QskdError
-from qskd.matching import assign
-from qskd.step_module import StepModule
+from qskd.losses.detection_loss import combine, detection_terms, detection_weights
+from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherRecord
-from qskd.teacher import CachedTeacher, OnlineTeacher
+from qskd.teacher.cached import CachedTeacher
+from qskd.teacher.online import OnlineTeacher
+from qskd.training.module import StepModule
 
 Size = tuple[int, int]
 

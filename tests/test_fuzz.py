@@ -32,13 +32,13 @@ from odd import (
     with_depth,
 )
 
-from qskd.classes import map_classes
-from qskd.coco import read_coco
 from qskd.config import Config
-from qskd.manifest import load_manifest
-from qskd.plots import draw_boxes
-from qskd.recipe import build, changes, flatten, load, to_tree, to_yaml
-from qskd.shards import read_annotations, write_shards
+from qskd.config.recipe import build, changes, flatten, load, to_tree, to_yaml
+from qskd.datasets.classes import map_classes
+from qskd.datasets.coco import read_coco
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shards import read_annotations, write_shards
+from qskd.pictures.plots import draw_boxes
 
 RECIPE = changes(
     build(

@@ -28,15 +28,16 @@ from odd import (
     with_depth,
 )
 
-from qskd.cache_manifest import CacheManifest, CacheSizes, file_name, fingerprint_of, save_cache_manifest
-from qskd.coco import read_coco
 from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.coco import read_coco
+from qskd.datasets.loader import BatchLoader
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.samples import SCHEMA
+from qskd.datasets.shards import ShardReader, read_annotations, verify, write_shards
 from qskd.errors import QskdError
-from qskd.loader import BatchLoader
-from qskd.manifest import load_manifest
-from qskd.samples import SCHEMA
-from qskd.shards import ShardReader, read_annotations, verify, write_shards
-from qskd.teacher_cache import FINGERPRINT_KEY, TeacherCacheReader, TeacherRow, collate, write_rows
+from qskd.teacher.cache import FINGERPRINT_KEY, TeacherCacheReader, write_rows
+from qskd.teacher.columns import TeacherRow, collate
+from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, fingerprint_of, save_cache_manifest
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.history import Rows, add_report, add_trial_report, best_ap, read_history, rows_until
-from pipelines.ray_checkpoints import LIST
-from pipelines.storage import Folder
-from pipelines.tune_trial import catch_up
-from qskd.recipe import load
+from pipelines.run.folder import Folder
+from pipelines.run.history import Rows, add_report, add_trial_report, best_ap, read_history, rows_until
+from pipelines.training.checkpoint_list import LIST
+from pipelines.tuning.trial.reports import catch_up
+from qskd.config.recipe import load
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def new_process() -> dict[str, Any]:
         before = old()
         import qskd.detectors
         said = {"collects": gc.isenabled(), "collections": old() - before}
-        import pipelines.tune_plan
+        import pipelines.tuning.plan
         print(json.dumps({**said, "modules": list(sys.modules)}))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
@@ -51,5 +51,5 @@ def test_the_detectors_are_imported_without_a_collection_of_the_oldest(new_proce
 
 
 def test_planning_a_sweep_imports_no_ray(new_process: dict[str, Any]) -> None:
-    assert "pipelines.tune_plan" in new_process["modules"]
+    assert "pipelines.tuning.plan" in new_process["modules"]
     assert not {"ray", "optuna"} & set(new_process["modules"])

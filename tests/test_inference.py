@@ -11,13 +11,13 @@ from PIL import Image
 from tiny import FAMILIES, LABELS, SIZE, recipe, shake, silent_student
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from pipelines import explain, predict
+from pipelines.inspection import explain, predict
 from qskd.config import ResizeConfig
+from qskd.datasets.loader import pad
+from qskd.datasets.views import View, view_image
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
-from qskd.inference import predict_batch, predict_image
-from qskd.loader import pad
-from qskd.views import View, view_image
+from qskd.evaluation.inference import predict_batch, predict_image
 
 SQUARE = ResizeConfig(size=SIZE)
 KEEP_ASPECT = ResizeConfig(mode="shortest_edge", size=48, longest=80)

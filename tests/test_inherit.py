@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
-from pipelines.models import start_student
 from qskd.config import BackboneConfig, Config, StudentConfig
 from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector, save_detector
-from qskd.detectors.families import find_family
 from qskd.detectors.inherit import spread
 from qskd.errors import QskdError
+from qskd.families.table import find_family
+from qskd.from_recipe import start_student
 
 TINY = {"width": 32, "heads": 4, "ffn_width": 48, "queries": 9}
 BACKBONE = BackboneConfig(embedding_size=8, hidden_sizes=(8, 8), depths=(1, 1))

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import cache_teacher, distill, tune
-from pipelines.distill import prepare_config
-from pipelines.search_request import SearchRequest
+from pipelines.caching import driver as cache_teacher
+from pipelines.run.resolve import prepare_config
+from pipelines.training import driver as distill
+from pipelines.tuning import driver as tune
+from pipelines.tuning.search.request import SearchRequest
 from qskd.config import Config
+from qskd.config.recipe import build, load
 from qskd.errors import QskdError
-from qskd.recipe import build, load
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ["output=s3://b/runs", "data.train=/shared/train", "data.val=~/val", "teacher.cache.path=s3://b/cache"]

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qskd.coco import Category, Sample, read_coco
 from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.coco import read_coco
+from qskd.datasets.loader import BatchLoader, label_index, pad
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.samples import Category, Sample
+from qskd.datasets.schedule import Kind, Schedule, split, stream, training_batches
+from qskd.datasets.shards import ShardReader, write_shards
+from qskd.datasets.views import View, make_view, view_boxes, view_image
 from qskd.errors import QskdError
-from qskd.loader import BatchLoader, label_index, pad
-from qskd.schedule import Kind, Schedule, split, stream, training_batches
-from qskd.shards import ShardReader, load_manifest, write_shards
-from qskd.views import View, make_view, view_boxes, view_image
 
 REAL = Path(__file__).parents[2] / "shared" / "coco-sample"
 VIEWS = ViewConfig(seed=5, count=4, crop_probability=0.5)
@@ -236,7 +238,7 @@ def test_padding_is_right_and_below() -> None:
 
 
 def test_the_modules_of_a_data_worker_import_nothing_heavy() -> None:
-    code = "import sys, qskd.loader, qskd.coco, qskd.shapes, qskd.schedule; "
+    code = "import sys, qskd.datasets.loader, qskd.datasets.coco, qskd.datasets.shapes, qskd.datasets.schedule; "
     code += "print([m for m in ('torch', 'ray', 'mlflow', 'transformers', 'pandas') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
-from pipelines import logs, meter
-from pipelines.logs import say, start_logs
-from pipelines.meter import GAUGES, Meter
-from pipelines.progress import mean_rows
+import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from pipelines.reporting import meter
+from pipelines.reporting.meter import GAUGES, Meter
+from pipelines.reporting.progress import mean_rows
+from pipelines.run import logs
+from pipelines.run.logs import say, start_logs
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from checkpoints import change, copied, make
 from safetensors.torch import load_file, save_file
 from tiny import LABELS, STUDENT, silent_student
 
+from qskd.checkpoints.json_files import MOST_BYTES, read_json_file
 from qskd.config import StudentConfig
 from qskd.detectors import build_student, load_detector, read_config, read_preprocessing
-from qskd.detectors.untrusted import MOST_BYTES, read_json_file
 from qskd.errors import QskdError
 
 torch.set_num_threads(1)

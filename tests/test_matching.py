@@ -8,9 +8,9 @@ from reference import make_targets, near, random_boxes, random_logits, transform
 from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
-from qskd import matching
 from qskd.config import DetectionLossConfig
-from qskd.matching import assign
+from qskd.losses import matching
+from qskd.losses.matching import assign
 from qskd.structures import Targets
 
 CONFIG = DetectionLossConfig()

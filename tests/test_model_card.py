@@ -14,16 +14,16 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
-from pipelines.cards import baseline_metrics, card_of_run, complete, recipe_of
-from pipelines.export import ExportOptions, export
+from pipelines.demo.quickstart import TEACHER
+from pipelines.deployment.export import ExportOptions, export
 from pipelines.prepare import prepare
-from pipelines.quickstart import TEACHER
+from pipelines.reporting.cards import baseline_metrics, card_of_run, complete, recipe_of
 from qskd.config import Config, ResizeConfig
+from qskd.config.recipe import build, changes
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.deploy.model_card import Card, Figures, OnnxFacts, front_matter, is_hub_name, read_card, render, write_card
 from qskd.detectors import load_detector, save_detector
-from qskd.manifest import load_manifest
-from qskd.model_card import Card, Figures, OnnxFacts, front_matter, is_hub_name, read_card, render, write_card
-from qskd.recipe import build, changes
-from qskd.shapes import ShapesConfig, make_shapes
 
 torch.set_num_threads(1)
 

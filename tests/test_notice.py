@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-import pipelines.cluster
-from pipelines import distill
+import pipelines.cluster.start
 from pipelines.prepare import prepare
-from pipelines.storage import Folder
-from pipelines.trainer import make_trainer
-from pipelines.workers import NOTICE_EVERY_STEPS, Worker
+from pipelines.run.folder import Folder
+from pipelines.training import driver as distill
+from pipelines.training.trainer import make_trainer
+from pipelines.training.worker import NOTICE_EVERY_STEPS, Worker
 from qskd.config import Config
-from qskd.recipe import load
-from qskd.shapes import ShapesConfig, make_shapes
+from qskd.config.recipe import load
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 
 SIZES = [
     "student.backbone={embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1]}",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.notices import notices
-from qskd.recipe import load
+from pipelines.training.notices import notices
+from qskd.config.recipe import load
 
 SQUARE = "student.resize={mode: square, size: 640}"
 LEVELS = "student.feature_levels=3"

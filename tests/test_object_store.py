@@ -20,25 +20,26 @@ from object_store import ENVIRONMENT, ObjectStore, object_store
 from tiny import recipe, silent_student
 from typer.testing import CliRunner
 
-import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
-from pipelines.cache_plan import clean
+import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from pipelines.caching.plan import clean
 from pipelines.cli import app
-from pipelines.evaluate import evaluate
-from pipelines.ownership import claim, delete_run
-from pipelines.services import check_storage
-from pipelines.storage import Folder
-from qskd import files
-from qskd.cache_manifest import CacheManifest, CacheSizes, load_cache_manifest, save_cache_manifest
-from qskd.coco import read_coco
+from pipelines.health.services import check_storage
+from pipelines.inspection.evaluate import evaluate
+from pipelines.run.folder import Folder
+from pipelines.run.ownership import claim, delete_run
 from qskd.config import Config
+from qskd.datasets.coco import read_coco
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.datasets.shards import ShardReader, read_annotations, verify, write_shards
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
-from qskd.files import open_folder, publish, publish_bytes
-from qskd.manifest import load_manifest
-from qskd.shapes import ShapesConfig, make_shapes
-from qskd.shards import ShardReader, read_annotations, verify, write_shards
-from qskd.stores import PATIENCE
-from qskd.teacher_cache import ARRAYS, TeacherCacheReader, TeacherRow, finished_file, write_rows
+from qskd.storage import files
+from qskd.storage.files import open_folder, publish, publish_bytes
+from qskd.storage.stores import PATIENCE
+from qskd.teacher.cache import TeacherCacheReader, finished_file, write_rows
+from qskd.teacher.columns import ARRAYS, TeacherRow
+from qskd.teacher.manifest import CacheManifest, CacheSizes, load_cache_manifest, save_cache_manifest
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.overfit import SAMPLE, choose, main, make_config, make_shards, overfit
-from pipelines.models import ground_truth
 from qskd.errors import QskdError
+from qskd.from_recipe import ground_truth
 
 IMAGES, ANNOTATIONS = SAMPLE / "train2017", SAMPLE / "annotations" / "instances_train2017.json"
 needs_sample = pytest.mark.skipif(not ANNOTATIONS.is_file(), reason=f"no sample of COCO at {SAMPLE}")

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from qskd.config import QuerySelectionConfig
-from qskd.evaluation import Detections
-from qskd.explain import Explanation, KeptQueries, Mask
-from qskd.panels import Key, Panel, columns_for, sheet
-from qskd.pictures import (
+from qskd.evaluation.detections import Detections
+from qskd.pictures.explain import Explanation, KeptQueries, Mask
+from qskd.pictures.explained import (
     POSITIVE,
     band_colours,
     band_range,
@@ -22,7 +21,8 @@ from qskd.pictures import (
     fitted,
     warning_of,
 )
-from qskd.plots import class_colour, load_font, shortened
+from qskd.pictures.panels import Key, Panel, columns_for, sheet
+from qskd.pictures.plots import class_colour, load_font, shortened
 
 IMAGE = np.full((384, 384, 3), 100, np.uint8)
 NONE = np.zeros((0, 4))

@@ -27,24 +27,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import pipelines.cluster
-from pipelines import distill
-from pipelines.evaluate import evaluate
-from pipelines.history import read_history
-from pipelines.models import make_student, teacher_for_training
-from pipelines.ownership import check_ours
-from pipelines.predict import predict
+import pipelines.cluster.start
+from pipelines.inspection.evaluate import evaluate
+from pipelines.inspection.predict import predict
 from pipelines.prepare import prepare
-from pipelines.ray_checkpoints import COPY, LIST, delete_unlisted, keep_list, last_report, mend_list
-from pipelines.storage import Folder
-from pipelines.streaming import local_stream
+from pipelines.run.folder import Folder
+from pipelines.run.history import read_history
+from pipelines.run.ownership import check_ours
+from pipelines.training import driver as distill
+from pipelines.training.checkpoint_list import COPY, LIST, delete_unlisted, keep_list, last_report, mend_list
+from pipelines.training.stream import local_stream
 from qskd.config import Config
+from qskd.config.recipe import load, to_yaml
+from qskd.datasets.batch import train_batch
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import build_student, save_detector
 from qskd.errors import QskdError
-from qskd.manifest import load_manifest
-from qskd.recipe import load, to_yaml
-from qskd.shapes import ShapesConfig, make_shapes
-from qskd.training import Training, train_batch
+from qskd.from_recipe import make_student, teacher_for_training
+from qskd.training.step import Training
 
 pytestmark = pytest.mark.slow
 SIZES = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qskd.plots import PALETTE, class_colour, curve_plot, draw_boxes, picture_grid
+from qskd.pictures.plots import PALETTE, class_colour, curve_plot, draw_boxes, picture_grid
 
 GREY = np.full((400, 600, 3), 128, np.uint8)
 
@@ -143,7 +143,7 @@ def test_series_of_unequal_length_are_refused(tmp_path: Path) -> None:
 
 def test_pyplot_and_its_global_state_are_never_touched(tmp_path: Path) -> None:
     code = (
-        "import sys, numpy as np, qskd.plots as p\n"
+        "import sys, numpy as np, qskd.pictures.plots as p\n"
         "assert 'matplotlib' not in sys.modules\n"
         "p.curve_plot({'a': ([0], [1])}, 'x', 'y', sys.argv[1])\n"
         "p.draw_boxes(np.zeros((9, 9, 3), np.uint8), [[0, 0, 5, 5]], [0])\n"

@@ -27,13 +27,13 @@ from qskd.config import (
     PredictionDistillationConfig,
     QuerySelectionConfig,
 )
-from qskd.detection_loss import combine
 from qskd.distillation import QSKD, build_method
-from qskd.distillation.pairing import Side, pair_by_assignment, pair_by_index, pair_globally
-from qskd.distillation.predictions import teacher_layer_of_student
-from qskd.distillation.query_selection import select_queries
+from qskd.distillation.qskd.lapd import teacher_layer_of_student
+from qskd.distillation.qskd.pairing import Side, pair_by_assignment, pair_by_index, pair_globally
+from qskd.distillation.qskd.query_selection import select_queries
 from qskd.errors import QskdError
-from qskd.matching import assign
+from qskd.losses.detection_loss import combine
+from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherRecord
 
 CLASSES = 4

@@ -25,7 +25,7 @@ def drain_when_begun(folder: object) -> None:
     from ray._raylet import GcsClient
     from ray.core.generated import autoscaler_pb2
 
-    from pipelines.history import read_history
+    from pipelines.run.history import read_history
 
     while not read_history(folder):  # type: ignore[arg-type]
         time.sleep(0.1)
@@ -40,13 +40,13 @@ def drain_when_begun(folder: object) -> None:
 def run(root: Path) -> None:
     from test_pipelines import SIZES
 
-    import pipelines.cluster
-    from pipelines import distill
-    from pipelines.history import read_history
+    import pipelines.cluster.start
     from pipelines.prepare import prepare
-    from pipelines.storage import Folder
-    from qskd.recipe import load
-    from qskd.shapes import ShapesConfig, make_shapes
+    from pipelines.run.folder import Folder
+    from pipelines.run.history import read_history
+    from pipelines.training import driver as distill
+    from qskd.config.recipe import load
+    from qskd.datasets.shapes import ShapesConfig, make_shapes
 
     for name, images, first in (("train", 4 * STEPS_AN_EPOCH, 0), ("val", 8, 1000)):
         annotations, pictures = make_shapes(ShapesConfig(images=images, first_image=first), root / f"{name}-coco")

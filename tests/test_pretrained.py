@@ -18,11 +18,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from test_detectors_checkpoint import batch
 
-from qskd.classes import map_classes
+from qskd.checkpoints.preprocessing import IMAGENET_MEAN, Preprocessing
+from qskd.checkpoints.timm_resnet import TimmResNet, dilate, rename, resnet_config
 from qskd.config import StudentConfig
+from qskd.datasets.classes import map_classes
 from qskd.detectors import build_student, load_detector, read_config, read_preprocessing, save_detector
-from qskd.detectors.preprocessing import IMAGENET_MEAN, Preprocessing
-from qskd.detectors.timm_resnet import TimmResNet, dilate, rename, resnet_config
 from qskd.errors import QskdError
 
 torch.set_num_threads(1)

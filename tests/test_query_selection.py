@@ -7,8 +7,8 @@ import torch
 from reference import make_targets, near, random_boxes, random_logits, slow_selection
 
 from qskd.config import DetectionLossConfig, QuerySelectionConfig
-from qskd.distillation.query_selection import QuerySelection, rank_in_group, select_queries
-from qskd.matching import assign
+from qskd.distillation.qskd.query_selection import QuerySelection, rank_in_group, select_queries
+from qskd.losses.matching import assign
 from qskd.structures import Targets
 
 CONFIGS = {

@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny import batch_of, make_training, random_teacher, recipe
 
-from pipelines.storage import Folder, check_same_run
+from pipelines.run.folder import Folder
+from pipelines.run.guards import check_same_run
 from qskd.config import Config, DistillationConfig
+from qskd.config.recipe import build, to_yaml
 from qskd.distillation import distillation_factor
 from qskd.errors import QskdError
-from qskd.recipe import build, to_yaml
-from qskd.training import Training
+from qskd.training.step import Training
 
 
 def factors(steps: int, **fields: float) -> list[float]:

@@ -22,12 +22,12 @@ from object_store import ENVIRONMENT, ObjectStore, object_store
 from test_pipelines import SIZES
 
 from benchmarks.chaos.cluster import free_ports
-from pipelines.loopback import SWITCH
+from pipelines.cluster.loopback import SWITCH
 from pipelines.prepare import prepare
+from qskd.config.recipe import load, to_yaml
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import build_student, save_detector
-from qskd.manifest import load_manifest
-from qskd.recipe import load, to_yaml
-from qskd.shapes import ShapesConfig, make_shapes
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

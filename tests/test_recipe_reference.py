@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qskd.config import Config, DataConfig, TrainingConfig
-from qskd.recipe import flatten, load, to_tree
-from qskd.recipe_reference import RECIPE, comments_of, reference, renewed, sections_of
+from qskd.config.recipe import flatten, load, to_tree
+from qskd.config.reference import RECIPE, comments_of, reference, renewed, sections_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 def test_the_page_is_what_the_generator_says_today() -> None:
     now = renewed(PAGE, (ROOT / RECIPE).read_text(encoding="utf-8"))
-    assert now == PAGE, "renew it: python -m qskd.recipe_reference docs/recipe.md"
+    assert now == PAGE, "renew it: python -m qskd.config.reference docs/recipe.md"
 
 
 def test_every_field_has_a_row_and_every_row_a_meaning() -> None:
@@ -58,7 +58,7 @@ def test_types_and_defaults_are_in_a_readers_words() -> None:
     assert r"\|p_t - p_s\|^gamma" in text  # a bar would end the cell
 
 
-@pytest.mark.parametrize("page", ["no marks", "<!-- qskd.recipe_reference: recipe --> no end"])
+@pytest.mark.parametrize("page", ["no marks", "<!-- qskd.config.reference: recipe --> no end"])
 def test_a_page_without_marks_is_refused(page: str) -> None:
     with pytest.raises(ValueError, match="no <!-- qskd"):
         renewed(page, "")

@@ -10,9 +10,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qskd import schedule
+from qskd.datasets import schedule
+from qskd.datasets.schedule import (
+    Batch,
+    EpochOrder,
+    Schedule,
+    epoch_order,
+    evaluation_batches,
+    split,
+    stream,
+    training_batches,
+)
 from qskd.errors import QskdError
-from qskd.schedule import Batch, EpochOrder, Schedule, epoch_order, evaluation_batches, split, stream, training_batches
 
 SHARDS = (10, 7, 13, 1, 10, 9)
 SCHEDULE = Schedule(SHARDS, (5, 4), seed=3, epochs=4, batch_size=8, window_images=20, views=3, evaluate_every_epochs=2)
@@ -67,7 +76,7 @@ def test_a_late_part_of_a_large_order_makes_no_rows_but_its_window_s(monkeypatch
 
 
 def test_the_order_is_the_same_in_another_process() -> None:
-    code = f"from qskd.schedule import *; print(epoch_order({SHARDS}, 5, 2, 20).tolist())"
+    code = f"from qskd.datasets.schedule import *; print(epoch_order({SHARDS}, 5, 2, 20).tolist())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == str(epoch_order(SHARDS, 5, 2, 20).tolist())
 

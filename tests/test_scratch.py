@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cache_plan import clean
-from qskd import scratch
-from qskd.scratch import scratch_folder
+from pipelines.caching.plan import clean
+from qskd.storage import scratch
+from qskd.storage.scratch import scratch_folder
 
 HOLD = """
 import time
-from qskd.scratch import scratch_folder
+from qskd.storage.scratch import scratch_folder
 with scratch_folder("held") as folder:
     (folder / "file").write_text("something")
     print(folder, flush=True)
@@ -59,7 +59,7 @@ def test_a_killed_process_s_folder_goes_with_the_next_one_and_a_living_one_s_sta
 
 
 def test_what_a_killed_cache_job_left_goes_and_a_living_ones_stays(tmp_path: Path) -> None:
-    hold = "import time; from qskd.scratch import locked_folder\n"
+    hold = "import time; from qskd.storage.scratch import locked_folder\n"
     hold += "with locked_folder('.writing-', FOLDER) as folder: print(folder, flush=True); time.sleep(100)"
     command = [sys.executable, "-c", hold.replace("FOLDER", repr(str(tmp_path)))]
     dead, alive = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2))

@@ -17,10 +17,10 @@ import pytest
 import torch
 from tiny import LABELS, batch_of, make_training, random_teacher, recipe, silent_student
 
-from qskd.cache_identity import check_enough
+from qskd.checks import check_enough
 from qskd.config import Config
+from qskd.config.recipe import build, load, replace_fields
 from qskd.errors import QskdError
-from qskd.recipe import build, load, replace_fields
 from search_spaces import OVERRIDES, PointTrial, RandomTrial, Range, SearchSpace, load_space, space_names
 
 ROOT = Path(__file__).parents[1]

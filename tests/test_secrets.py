@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pipelines.cluster  # noqa: F401  (sets Ray's environment before anything imports Ray)
-from pipelines import logs
+import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines.cli import main
-from pipelines.services import check_storage, check_tracking
-from pipelines.storage import Folder
-from pipelines.tracking import how_to_look, open_for
+from pipelines.health.services import check_storage, check_tracking
+from pipelines.run import logs
+from pipelines.run.folder import Folder
+from pipelines.run.tracked import open_for
+from pipelines.tracking.store import how_to_look
 from qskd.config import Config
+from qskd.config.recipe import load
 from qskd.errors import QskdError
-from qskd.files import open_folder
-from qskd.recipe import load
 from qskd.redaction import redacted, secret_in
+from qskd.storage.files import open_folder
 
 SECRET = "hunter2"
 TRACKING = [

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from qskd.coco import read_coco
+from qskd.datasets.coco import read_coco
+from qskd.datasets.shapes import _OUTLINES, CATEGORY_IDS, EASY, TWINS, ShapesConfig, _mask, make_shapes, render
 from qskd.errors import QskdError
-from qskd.shapes import _OUTLINES, CATEGORY_IDS, EASY, TWINS, ShapesConfig, _mask, make_shapes, render
 
 HARD = ShapesConfig(
     images=12,
@@ -39,7 +39,7 @@ def test_an_image_depends_only_on_configuration_and_number() -> None:
 
 
 def test_an_image_is_the_same_in_another_process() -> None:
-    code = "from qskd.shapes import *; p, o = render(ShapesConfig(), 3); print(int(p.astype(int).sum()), o)"
+    code = "from qskd.datasets.shapes import *; p, o = render(ShapesConfig(), 3); print(int(p.astype(int).sum()), o)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     pixels, objects = render(ShapesConfig(), 3)
     assert printed.strip() == f"{int(pixels.astype(int).sum())} {objects}"

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from qskd.coco import Category, Sample, read_coco
+from qskd.datasets.coco import read_coco
+from qskd.datasets.manifest import Manifest, load_manifest
+from qskd.datasets.samples import SCHEMA, Category, Sample
+from qskd.datasets.shards import ShardReader, read_annotations, verify, write_shards
 from qskd.errors import QskdError
-from qskd.samples import SCHEMA
-from qskd.shards import Manifest, ShardReader, load_manifest, read_annotations, verify, write_shards
 
 REAL = Path(__file__).parents[2] / "shared" / "coco-sample"
 CATEGORIES = (Category(2, "dog"), Category(5, "cat", "animal"), Category(90, "kite"))

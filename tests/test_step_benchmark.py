@@ -18,7 +18,7 @@ def test_a_quick_run_yields_finite_ratios_and_a_profile(capsys: pytest.CaptureFi
     assert [ratio.name for ratio in report.ratios if ratio.goal] == ["quickstart", "r18"]
     assert all(math.isfinite(ratio.value) and ratio.value > 0 for ratio in report.ratios)
     printed = capsys.readouterr().out
-    for label in ("decode the record", "query selection", "backward of AGFD", "qskd/matching.py"):
+    for label in ("decode the record", "query selection", "backward of AGFD", "qskd/losses/matching.py"):
         assert label in printed
 
 
@@ -33,10 +33,14 @@ def test_qskd_waits_for_the_device_no_more_than_the_plain_step() -> None:
                 ours[place] = ours.get(place, 0) + count
         counted[kind] = ours
     assert counted["qskd"] == counted["plain"]
-    assert counted["qskd"]["qskd/matching.py assign"] == 1
-    assert counted["qskd"]["qskd/training.py check_finite"] == 1
+    assert counted["qskd"]["qskd/losses/matching.py assign"] == 1
+    assert counted["qskd"]["qskd/training/step.py check_finite"] == 1
     # Constants for normalising pixels may be copied to the device; nothing else may be there.
-    allowed = {"qskd/matching.py assign", "qskd/training.py check_finite", "qskd/detectors/preprocessing.py to_pixels"}
+    allowed = {
+        "qskd/losses/matching.py assign",
+        "qskd/training/step.py check_finite",
+        "qskd/checkpoints/preprocessing.py to_pixels",
+    }
     assert set(counted["qskd"]) <= allowed
 
 

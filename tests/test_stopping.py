@@ -17,19 +17,19 @@ import psutil
 import pytest
 from test_pipelines import SIZES
 
-from pipelines.history import read_history
-from pipelines.loopback import make_token
+from pipelines.cluster.loopback import make_token
 from pipelines.prepare import prepare
-from pipelines.storage import Folder
+from pipelines.run.folder import Folder
+from pipelines.run.history import read_history
 from qskd.config import Config
-from qskd.recipe import load, to_yaml
-from qskd.shapes import ShapesConfig, make_shapes
+from qskd.config.recipe import load, to_yaml
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Says that it is ready, and takes its time to close what it began.
 PROGRAM = """
 import sys, time
-from pipelines.stopping import ended_by_signals
+from pipelines.run.stopping import ended_by_signals
 with ended_by_signals():
     try:
         print("ready", flush=True)

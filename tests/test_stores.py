@@ -10,15 +10,15 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
-from pipelines import cache_plan
-from pipelines.ownership import claim, delete_run
-from pipelines.ray_checkpoints import LIST, TRAIN, delete_unlisted
-from pipelines.storage import Folder
-from pipelines.tune_trial import _keep
-from qskd.cache_manifest import CacheManifest, CacheSizes
+from pipelines.caching import plan as cache_plan
+from pipelines.run.folder import Folder
+from pipelines.run.ownership import claim, delete_run
+from pipelines.training.checkpoint_list import LIST, TRAIN, delete_unlisted
+from pipelines.tuning.trial.checkpoints import _keep
 from qskd.config import Config
 from qskd.errors import QskdError
-from qskd.stores import PATIENCE, join, may_pass, patience_s
+from qskd.storage.stores import PATIENCE, join, may_pass, patience_s
+from qskd.teacher.manifest import CacheManifest, CacheSizes
 
 fsspec_local = pytest.importorskip("fsspec.implementations.local", reason="fsspec is not installed")
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.streaming import MAX_RUN, RUN_BYTES, StreamConfig, local_stream, pack, unpack
-from qskd.coco import read_coco
+from pipelines.training.packing import pack, unpack
+from pipelines.training.stream import MAX_RUN, RUN_BYTES, StreamConfig, local_stream
 from qskd.config import ResizeConfig, ViewConfig
-from qskd.schedule import Batch, Schedule, split, stream
-from qskd.shapes import ShapesConfig, make_shapes
-from qskd.shards import load_manifest, write_shards
+from qskd.datasets.coco import read_coco
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.schedule import Batch, Schedule, split, stream
+from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.datasets.shards import write_shards
 
 SCHEDULES = {
     "plain": Schedule((30, 25), (9, 4), 3, epochs=3, batch_size=4, window_images=20),
@@ -189,7 +191,7 @@ def test_workers_shares_joined_are_one_worker_s_batches(uri: str) -> None:
 
 
 def test_the_plan_needs_no_ray() -> None:
-    code = "import sys, pipelines.streaming; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = "import sys, pipelines.training.stream; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     root = Path(__file__).parents[1]
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
     assert printed.strip() == "[]"

@@ -13,11 +13,12 @@ import transformers as hf
 from PIL import Image
 from torch import Tensor
 
-from pipelines.distill import prepare_config
-from pipelines.models import start_student
+from pipelines.run.resolve import prepare_config
 from qskd.config import Config, ResizeConfig
+from qskd.datasets.batch import train_batch
 from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, build_student, read_preprocessing, save_detector
-from qskd.training import Training, train_batch
+from qskd.from_recipe import start_student
+from qskd.training.step import Training
 
 HYBRID: dict[str, Any] = {"family": "rt_detr", "feature_levels": 2, "queries": 20}
 OTHER_MEAN, OTHER_STD = (0.4, 0.5, 0.6), (0.3, 0.2, 0.1)

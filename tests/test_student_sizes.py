@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from benchmarks.student_sizes import cell
 from qskd.config import BackboneConfig, ResizeConfig, StudentConfig
+from qskd.config.recipe import build, load, to_tree
+from qskd.config.student_sizes import SIZES, sizes_of
 from qskd.detectors import FAMILIES, describe_student
 from qskd.detectors.student import _unlearned
 from qskd.errors import QskdError
-from qskd.recipe import build, load, to_tree
-from qskd.student_sizes import SIZES, sizes_of
 from search_spaces import SearchSpace
 
 torch.set_num_threads(1)

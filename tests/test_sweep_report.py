@@ -21,15 +21,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipelines import sweep_pictures, sweep_plots
-from pipelines.sweep_axes import Axis, importances, make_axis
-from pipelines.sweep_parallel import plot_parallel
-from pipelines.sweep_report import GENERATOR, PICTURES, best_row, ranked, terminal_table, why_none, write_report
-from pipelines.sweep_results import Sweep, pareto_front, short_names
-from pipelines.sweep_style import RECIPE_COLOUR
-from pipelines.sweep_trials import TrialRow
+from pipelines.tuning.report import pictures as sweep_pictures
+from pipelines.tuning.report import plots as sweep_plots
+from pipelines.tuning.report.axes import Axis, importances, make_axis
+from pipelines.tuning.report.parallel import plot_parallel
+from pipelines.tuning.report.report import GENERATOR, PICTURES, why_none, write_report
+from pipelines.tuning.report.results import Sweep, best_row, pareto_front, ranked, short_names
+from pipelines.tuning.report.style import RECIPE_COLOUR
+from pipelines.tuning.report.tables import terminal_table
+from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
-from qskd.recipe import build, flatten, to_tree, to_yaml
+from qskd.config.recipe import build, flatten, to_tree, to_yaml
 from search_spaces import RandomTrial, SearchSpace
 
 RECIPE = build({"student": {"queries": 30, "resize": {"size": 64}}, "training": {"epochs": 27}})

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny import recipe
 
-from pipelines.sweep_records import Records
-from pipelines.sweep_results import best_row
-from pipelines.sweep_tracking import SweepTracking
-from pipelines.sweep_trials import TrialRow
+from pipelines.tuning.records import Records
+from pipelines.tuning.report.results import best_row
+from pipelines.tuning.tracking import SweepTracking
+from pipelines.tuning.trial.row import TrialRow
 
 CURVES = {0: (0.30, 0.40, 0.36), 1: (0.20, 0.35, 0.38), 2: (-1.0, -1.0)}  # the last has no objects to be measured on
 

@@ -7,11 +7,11 @@ import torch
 from tiny import LABELS, TEACHER_LABELS, arrays, random_teacher
 from torch import Tensor, nn
 
-from qskd.classes import map_classes
+from qskd.datasets.classes import map_classes
 from qskd.detectors import to_pixels
 from qskd.errors import QskdError
 from qskd.structures import TeacherNeeds
-from qskd.teacher import OnlineTeacher
+from qskd.teacher.online import OnlineTeacher
 
 EVERYTHING = TeacherNeeds(memory=True, attention=True, all_layers=True, attention_giou_floor=-1.0)
 

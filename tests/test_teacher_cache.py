@@ -20,29 +20,25 @@ from tiny import make_training, random_teacher, recipe
 from torch import Tensor
 
 from benchmarks.local_cache import make_cache
-from pipelines.cache_plan import clean
-from pipelines.models import teacher_for_training
-from pipelines.streaming import StreamConfig, local_stream
-from qskd.cache_making import CacheMaker, row_batches
-from qskd.cache_manifest import (
-    CacheManifest,
-    CacheSizes,
-    file_name,
-    load_cache_manifest,
-    save_cache_manifest,
-)
+from pipelines.caching.plan import clean
+from pipelines.training.stream import StreamConfig, local_stream
 from qskd.config import Config, DetectionLossConfig, ResizeConfig, ViewConfig
+from qskd.datasets.batch import train_batch
+from qskd.datasets.loader import BatchLoader
+from qskd.datasets.schedule import Schedule
+from qskd.datasets.shards import ShardReader, write_shards
 from qskd.errors import QskdError
-from qskd.files import UNFINISHED
-from qskd.loader import BatchLoader
-from qskd.matching import assign
-from qskd.schedule import Schedule
-from qskd.shards import ShardReader, write_shards
+from qskd.from_recipe import teacher_for_training
+from qskd.losses.matching import assign
+from qskd.storage.files import UNFINISHED
 from qskd.structures import TeacherRecord
-from qskd.teacher import CachedTeacher, OnlineTeacher, queries_above
-from qskd.teacher_cache import ARRAYS, TeacherCacheReader, TeacherRow, collate, columns_for, finished_file, write_rows
-from qskd.teacher_codec import decode, encode, encoded_record, largest_errors
-from qskd.training import train_batch
+from qskd.teacher.cache import TeacherCacheReader, finished_file, write_rows
+from qskd.teacher.cached import CachedTeacher
+from qskd.teacher.codec import decode, encode, encoded_record, largest_errors
+from qskd.teacher.columns import ARRAYS, TeacherRow, collate, columns_for
+from qskd.teacher.making import CacheMaker, row_batches
+from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, load_cache_manifest, save_cache_manifest
+from qskd.teacher.online import OnlineTeacher, queries_above
 
 LABELS = ("three", "eight", "nine")
 EVERYTHING = columns_for(memory=True, attention=True)
@@ -166,7 +162,7 @@ def test_only_the_columns_asked_for_are_read(cache: str) -> None:
 
 
 def test_reading_a_cache_does_not_import_torch(cache: str) -> None:
-    code = "import sys; from qskd.teacher_cache import TeacherCacheReader; "
+    code = "import sys; from qskd.teacher.cache import TeacherCacheReader; "
     code += f"TeacherCacheReader({cache!r}).read(0, 0, [0]); print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"

@@ -7,9 +7,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipelines.storage import Folder
-from pipelines.tracking import Tracker, open_for, param_keys, tracking_uri
-from qskd.recipe import load
+from pipelines.run.folder import Folder
+from pipelines.run.tracked import open_for
+from pipelines.tracking.store import tracking_uri
+from pipelines.tracking.tracker import Tracker, param_keys
+from qskd.config.recipe import load
 
 
 @pytest.mark.parametrize(

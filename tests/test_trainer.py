@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.storage import Folder, record_failure
-from pipelines.trainer import make_trainer
+from pipelines.run.folder import Folder, record_failure
+from pipelines.training.trainer import make_trainer
 from qskd.config import Config
 from qskd.errors import QskdError
 
@@ -24,7 +24,7 @@ def test_workers_that_are_begun_again_after_a_failure_import_no_detector(
     stream: Any = None  # what trains with it is not imported
     make_trainer(config, stream, Folder(config), [])
     ((train, settings),) = given
-    monkeypatch.setitem(sys.modules, "pipelines.workers", None)
+    monkeypatch.setitem(sys.modules, "pipelines.training.worker", None)
     with pytest.raises(ImportError, match=r"pipelines\.workers"):
         train(settings["train_loop_config"])
     record_failure(Folder(config), QskdError("a shard", "broken"))

@@ -12,10 +12,11 @@ import torch
 from tiny import FAMILIES, arrays, assert_equal, batch_of, make_training, random_teacher, recipe, trained_weights
 
 from qskd.config import TrainingConfig
+from qskd.datasets.batch import parts_of, train_batch
+from qskd.datasets.schedule import split
 from qskd.errors import QskdError
-from qskd.schedule import split
 from qskd.structures import to_device
-from qskd.training import Training, learning_rate_factor, parameter_groups, parts_of, train_batch
+from qskd.training.step import Training, learning_rate_factor, parameter_groups
 
 FULL_BUT_BATCHES = ("detection.dense_weight=1.0", "training.ema_decay=0.9", "training.clip_norm=1.0")
 

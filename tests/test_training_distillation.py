@@ -12,13 +12,16 @@ import pytest
 import torch
 from tiny import FAMILIES, LABELS, STUDENT, batch_of, make_training, random_teacher, recipe
 
-from pipelines.streaming import StreamConfig, local_stream
-from qskd.coco import CocoDataset, Sample, read_coco
+from pipelines.training.stream import StreamConfig, local_stream
 from qskd.config import ResizeConfig, ViewConfig
-from qskd.schedule import Schedule
-from qskd.shards import load_manifest, write_shards
-from qskd.teacher import OnlineTeacher
-from qskd.training import TrainBatch, Training, train_batch
+from qskd.datasets.batch import TrainBatch, train_batch
+from qskd.datasets.coco import CocoDataset, read_coco
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.samples import Sample
+from qskd.datasets.schedule import Schedule
+from qskd.datasets.shards import write_shards
+from qskd.teacher.online import OnlineTeacher
+from qskd.training.step import Training
 
 REAL = Path(__file__).parents[2] / "shared" / "coco-sample"
 

@@ -19,9 +19,10 @@ from tiny import FAMILIES, arrays, make_training, random_teacher, recipe
 from torch import Tensor
 
 from qskd.config import Config
+from qskd.datasets.batch import TrainBatch, parts_of, train_batch
+from qskd.datasets.schedule import split
 from qskd.errors import QskdError
-from qskd.schedule import split
-from qskd.training import TrainBatch, Training, parts_of, train_batch
+from qskd.training.step import Training
 
 WORKERS = 2
 TIMEOUT_S = 300  # for the workers together; one collective may take a third of it

@@ -7,11 +7,11 @@ from typing import Any
 
 from sweeps import config, make_work, work  # noqa: F401  (fixtures)
 
-from pipelines.storage import Folder
-from pipelines.trial_job import Job
-from pipelines.tune_trial import run_trial
+from pipelines.run.folder import Folder
+from pipelines.tuning.trial.job import Job
+from pipelines.tuning.trial.run import run_trial
 from qskd.config import Config
-from qskd.recipe import replace_fields, to_tree
+from qskd.config.recipe import replace_fields, to_tree
 
 
 class Killed(BaseException):

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from sweeps import cluster, config, rows_of, work  # noqa: F401  (fixtures)
 from test_pipelines import killing
 
-from pipelines import cache_teacher, tune
-from pipelines.search_request import SearchRequest
-from pipelines.sweep_trials import TrialRow
-from qskd.recipe import flatten, load, to_tree, to_yaml
+from pipelines.caching import driver as cache_teacher
+from pipelines.tuning import driver as tune
+from pipelines.tuning.search.request import SearchRequest
+from pipelines.tuning.trial.row import TrialRow
+from qskd.config.recipe import flatten, load, to_tree, to_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +93,7 @@ def test_a_sweep_in_mlflow_is_a_parent_with_children_and_a_registered_model(
 
 
 def test_the_best_recipe_is_one_that_distill_takes(work: Path, undisturbed: tune.SweepResult) -> None:
-    from pipelines.distill import make_plan
+    from pipelines.training.plan import make_plan
 
     found = load(undisturbed.best_recipe)
     best = undisturbed.best

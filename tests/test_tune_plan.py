@@ -12,15 +12,15 @@ from test_loader import Pictures
 from test_search_spaces import own_space
 from tiny import recipe, silent_student
 
-from pipelines.calibration import Calibration, calibrate
-from pipelines.search_request import Search, SearchRequest, check_request
-from pipelines.tune import as_long_as_it_trains, plan_without_cache
-from pipelines.tune_plan import TunePlan, halving_epochs, make_tune_plan
+from pipelines.tuning.calibration import Calibration, calibrate
+from pipelines.tuning.driver import as_long_as_it_trains, plan_without_cache
+from pipelines.tuning.plan import TunePlan, halving_epochs, make_tune_plan
+from pipelines.tuning.search.request import Search, SearchRequest, check_request
 from qskd.config import Config, StudentConfig
+from qskd.config.recipe import load, replace_fields
+from qskd.datasets.shards import write_shards
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
-from qskd.recipe import load, replace_fields
-from qskd.shards import write_shards
 
 NAMES = ("three", "eight", "nine")
 MEASURED = Calibration(

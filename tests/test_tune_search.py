@@ -13,22 +13,23 @@ import pytest
 import torch
 from tiny import recipe, silent_student
 
-from pipelines import distill
-from pipelines.population import Population
-from pipelines.search_request import Search, SearchRequest, check_request
-from pipelines.storage import Folder, alone_on, check_same_data
-from pipelines.student_costs import costs, parameters_m, recipe_latency_ms
-from pipelines.sweep_end import best_recipe, write_recipes
-from pipelines.sweep_records import Records, Refusal, check_no_training, trial_config
-from pipelines.sweep_trials import TrialRow
-from pipelines.trial_job import Job
-from pipelines.tune import TuneRequest, parameters_limit
-from pipelines.tune_engine import SweepScheduler, make_asha, trial_resources, trials_at_once
-from pipelines.tune_search import propose, succession
+from pipelines.run.folder import Folder
+from pipelines.run.guards import alone_on, check_same_data
+from pipelines.training import driver as distill
+from pipelines.tuning.driver import TuneRequest, parameters_limit
+from pipelines.tuning.engine import SweepScheduler, make_asha, trial_resources, trials_at_once
+from pipelines.tuning.finish import best_recipe, write_recipes
+from pipelines.tuning.records import Records, Refusal, check_no_training, trial_config
+from pipelines.tuning.search.population import Population
+from pipelines.tuning.search.propose import propose, succession
+from pipelines.tuning.search.request import Search, SearchRequest, check_request
+from pipelines.tuning.trial.costs import costs, parameters_m, recipe_latency_ms
+from pipelines.tuning.trial.job import Job
+from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
-from qskd.cost import parameters
+from qskd.config.recipe import load, replace_fields
+from qskd.detectors.cost import parameters
 from qskd.errors import QskdError
-from qskd.recipe import load, replace_fields
 
 LABELS = ("a", "b", "c")
 

@@ -16,17 +16,18 @@ import psutil
 import pytest
 from sweeps import cluster, config, make_work, work  # noqa: F401  (fixtures)
 
-from pipelines import cache_teacher, tune
-from pipelines.ownership import check_ours
-from pipelines.search_request import SearchRequest, check_request
-from pipelines.storage import Folder
-from pipelines.sweep import DONE
-from pipelines.sweep_records import trial_config
-from pipelines.sweep_trials import TrialRow
-from pipelines.trial_job import Job
-from pipelines.tune_engine import run_tuner
+from pipelines.caching import driver as cache_teacher
+from pipelines.run.folder import Folder
+from pipelines.run.ownership import check_ours
+from pipelines.tuning import driver as tune
+from pipelines.tuning.engine import run_tuner
+from pipelines.tuning.records import trial_config
+from pipelines.tuning.search.request import SearchRequest, check_request
+from pipelines.tuning.sweep import DONE
+from pipelines.tuning.trial.job import Job
+from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
-from qskd.recipe import replace_fields, to_tree
+from qskd.config.recipe import replace_fields, to_tree
 
 pytestmark = pytest.mark.slow
 RATES = """
@@ -161,7 +162,7 @@ def stop_two_workers(root: Path) -> None:
     """Sweep, stop, and wait for the release: exits with 0 if it came. For a process and a Ray of its own."""
     import ray
 
-    import pipelines.cluster
+    import pipelines.cluster.start
 
     make_work(root, 48, 12)
     pipelines.cluster.start_ray()

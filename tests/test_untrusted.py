@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.errors import QskdError, told_without_traceback, writing
-from qskd.panels import Key, Panel, sheet
-from qskd.plots import draw_boxes
+from qskd.pictures.panels import Key, Panel, sheet
+from qskd.pictures.plots import draw_boxes
 from qskd.printable import LONGEST_NAME, escaped, one_line, printable, shown_value
-from qskd.recipe import load
-from qskd.shapes import ShapesConfig, make_shapes
 from qskd.untrusted import DEEPEST, LARGEST_YAML, MOST_NODES, parse_json, parse_large_json, parse_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -83,7 +83,7 @@ def test_a_bomb_and_a_recipe_without_end_take_neither_time_nor_memory(tmp_path: 
     program = """
         import resource, sys
         from qskd.errors import QskdError
-        from qskd.recipe import load
+        from qskd.config.recipe import load
         resource.setrlimit(resource.RLIMIT_AS, (2**30 + 2**29, 2**30 + 2**29))
         for path in (sys.argv[1], "/dev/zero"):
             try:
@@ -150,7 +150,7 @@ def test_a_message_can_not_give_a_terminal_orders_nor_fill_it() -> None:
 
 
 def test_log_lines_and_results_show_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.logs import TextLines, say, tell
+    from pipelines.run.logs import TextLines, say, tell
 
     record = logging.LogRecord("qskd", logging.WARNING, "", 0, "of %s", ("\x1b[31mx",), None)
     assert TextLines("%(levelname)s %(message)s").format(record) == "WARNING of \\x1b[31mx"
@@ -162,9 +162,9 @@ def test_log_lines_and_results_show_control_characters(capsys: pytest.CaptureFix
 
 
 def test_what_looks_like_markup_in_a_path_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.benchmark import Benchmark, Row, show
-    from pipelines.quickstart import quickstart
-    from qskd.benchmark import Cost, Size, Timing
+    from pipelines.demo.quickstart import quickstart
+    from pipelines.deployment.benchmark import Benchmark, Row, show
+    from qskd.deploy.speed import Cost, Size, Timing
 
     quickstart(Path("/x/[/red]odd[bold]"), dry_run=True)
     assert "/x/[/red]odd[bold]/data" in capsys.readouterr().out.replace("\n", "")
@@ -200,10 +200,10 @@ def test_a_run_on_classes_with_line_breaks_leaves_its_pictures(
 
     from pipelines.cli import main
     from pipelines.prepare import prepare
-    from pipelines.report import write_report
-    from pipelines.tracking import Tracker
+    from pipelines.reporting.report import write_report
+    from pipelines.tracking.tracker import Tracker
+    from qskd.datasets.manifest import load_manifest
     from qskd.detectors import save_detector
-    from qskd.manifest import load_manifest
 
     annotations, images = make_shapes(ShapesConfig(images=4), tmp_path / "coco")
     document = json.loads(annotations.read_text())
@@ -232,8 +232,8 @@ def test_a_run_on_classes_with_line_breaks_leaves_its_pictures(
 
 
 def test_a_sweeps_page_holds_no_markup_of_a_names_own(tmp_path: Path) -> None:
-    from pipelines.sweep_report import write_report
-    from pipelines.sweep_trials import TrialRow
+    from pipelines.tuning.report.report import write_report
+    from pipelines.tuning.trial.row import TrialRow
 
     evil = "<script>alert(1)</script>"
     rows = [
@@ -260,11 +260,12 @@ def test_an_output_that_can_not_be_written_is_named_by_every_writer(
     parent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.cli import main
-    from pipelines.predict import write_picture
-    from pipelines.storage import Folder, alone_on
-    from qskd.cache_manifest import CacheManifest, CacheSizes, save_cache_manifest
+    from pipelines.inspection.predict import write_picture
+    from pipelines.run.folder import Folder
+    from pipelines.run.guards import alone_on
     from qskd.detectors.checkpoint import replacing
-    from qskd.teacher_cache import write_rows
+    from qskd.teacher.cache import write_rows
+    from qskd.teacher.manifest import CacheManifest, CacheSizes, save_cache_manifest
 
     monkeypatch.chdir(tmp_path)
     named = parent[-60:]

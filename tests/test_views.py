@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.views import View, check_image, decode_image, make_view, resized_size, view_boxes, view_image
 from qskd.errors import QskdError
-from qskd.views import View, check_image, decode_image, make_view, resized_size, view_boxes, view_image
 
 CROPS = ViewConfig(crop_probability=0.8, crop_min_scale=0.4)
 
@@ -44,7 +44,7 @@ def test_a_view_depends_on_seed_image_and_index_and_on_each_of_them() -> None:
 
 
 def test_a_view_is_the_same_in_another_process() -> None:
-    code = "from qskd.views import *; from qskd.config import ViewConfig as V; print([make_view(V(crop_probability=.8,"
+    code = "from qskd.datasets.views import *; from qskd.config import ViewConfig as V; print([make_view(V(crop_probability=.8,"
     code += "crop_min_scale=.4, seed=7), i, 1) for i in range(20)])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == str([seeded_view(CROPS, 7, i, 1) for i in range(20)])

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qskd.classes import map_classes
 from qskd.config import HYBRID_FAMILIES, Config, StudentConfig
+from qskd.config.recipe import apply_overrides, build
+from qskd.datasets.batch import TrainBatch, train_batch
+from qskd.datasets.classes import map_classes
 from qskd.detectors import Detector, Preprocessing, build_student
-from qskd.recipe import apply_overrides, build
-from qskd.teacher import OnlineTeacher
-from qskd.training import TrainBatch, Training, train_batch
+from qskd.teacher.online import OnlineTeacher
+from qskd.training.step import Training
 
 LABELS = ("cat", "dog", "owl")
 TEACHER_LABELS = ("N/A", "owl", "N/A", "cat", "fish", "dog", "N/A")  # another order, with slots that no one needs

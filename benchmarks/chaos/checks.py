@@ -16,10 +16,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from benchmarks.chaos.cluster import Cluster, marked, title
-from qskd.cache_manifest import load_cache_manifest
 from qskd.config import Config
-from qskd.files import open_folder, read_bytes
-from qskd.manifest import MANIFEST
+from qskd.datasets.manifest import MANIFEST
+from qskd.storage.files import open_folder, read_bytes
+from qskd.teacher.manifest import load_cache_manifest
 
 PATIENCE_S = 30.0  # for processes that are about to go
 LOST_CLUSTER_PATIENCE_S = 120.0  # a raylet looks for its lost GCS for a minute

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.chaos.plan import DASHBOARD, ROOT
-from pipelines.loopback import SWITCH
+from pipelines.cluster.loopback import SWITCH
 
 RAY = [sys.executable, "-m", "benchmarks.chaos.node"]
 MARK = "QSKD_CHAOS_CLUSTER"  # in the environment of all of a cluster's processes

@@ -77,7 +77,7 @@ def run_all(missing: Sequence[Cell], work: Path, processes: int) -> None:
 
 def track(cell: Cell, record: dict[str, Any], work: Path) -> None:
     """The record as an MLflow run."""
-    from pipelines.tracking import Tracker
+    from pipelines.tracking.tracker import Tracker
 
     tracker = Tracker.open(cell.config(work), "evidence")
     steps = [
@@ -93,7 +93,7 @@ def teacher_ap(work: Path, student: str) -> float:
     name = STUDENTS[student].teacher
     place = RECORDS / f"{name}.json"
     if not place.exists():
-        from pipelines.evaluate import evaluate
+        from pipelines.inspection.evaluate import evaluate
 
         make_task(work, [student])
         test = make_config(work, "test", STUDENTS[student]).data.val

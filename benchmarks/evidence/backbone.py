@@ -2,7 +2,7 @@
 
 python -m benchmarks.evidence.backbone FOLDER        12,000 other images of the same kind, the dense head's loss alone
 
-Each cell of the backbone's map learns which object it lies in and where that object is (`qskd.dense_head`); no query, no
+Each cell of the backbone's map learns which object it lies in and where that object is (`qskd.losses.dense_head`); no query, no
 matching, no teacher. Cells of the evidence, taught or not, start from the one result (pipelines/assets/shapes_backbone); a
 student whose backbone has other sizes gets one of its own, made the same way into the work folder.
 """
@@ -17,17 +17,18 @@ from pathlib import Path
 import torch
 from transformers import ResNetBackbone
 
-from pipelines.distill import make_plan, prepare_config
+from pipelines.demo.quickstart import RECIPE, TRAIN
 from pipelines.prepare import prepare
-from pipelines.quickstart import RECIPE, TRAIN
-from pipelines.streaming import local_stream
-from qskd.dense_head import DENSE_WEIGHTS, DenseHead
-from qskd.detection_loss import combine
+from pipelines.run.resolve import prepare_config
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import local_stream
+from qskd.checkpoints.weights import quiet
+from qskd.config.recipe import load
+from qskd.datasets.batch import train_batch
+from qskd.datasets.shapes import make_shapes
 from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, Detector, build_student, to_pixels
-from qskd.detectors.weights import quiet
-from qskd.recipe import load
-from qskd.shapes import make_shapes
-from qskd.training import train_batch
+from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
+from qskd.losses.detection_loss import combine
 
 IMAGES = TRAIN.model_copy(update={"images": 12_000, "seed": 1})  # another seed: none of them is in any other split
 EPOCHS = 8

@@ -21,16 +21,18 @@ import torch
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
 from benchmarks.evidence.teachers import OWN
-from pipelines.distill import make_plan
-from pipelines.models import ground_truth, make_student, make_teacher, teacher_for_training
-from pipelines.streaming import Share, local_stream
-from qskd.agreement import agreement
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import Share, local_stream
 from qskd.config import Config
+from qskd.config.recipe import to_tree
+from qskd.datasets.batch import train_batch
 from qskd.detectors import Detector, Preprocessing
-from qskd.evaluation import Detections, evaluate_coco
-from qskd.inference import predict_batch
-from qskd.recipe import to_tree
-from qskd.training import Training, train_batch
+from qskd.evaluation.agreement import agreement
+from qskd.evaluation.average_precision import evaluate_coco
+from qskd.evaluation.detections import Detections
+from qskd.evaluation.inference import predict_batch
+from qskd.from_recipe import ground_truth, make_student, make_teacher, teacher_for_training
+from qskd.training.step import Training
 
 RECORDS = Path(__file__).parent / "records"
 AGREEMENT_BATCHES = 8
@@ -185,7 +187,7 @@ def _first_batches(config: Config, stream: Any) -> Iterable[Any]:
     """The first evaluation images, as training batches: their objects are needed."""
     from dataclasses import replace
 
-    from qskd.schedule import evaluation_batches
+    from qskd.datasets.schedule import evaluation_batches
 
     loader = replace(stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=()).loader()
     for batch in islice(evaluation_batches(stream.schedule, 0), AGREEMENT_BATCHES):

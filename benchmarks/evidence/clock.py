@@ -20,10 +20,11 @@ from benchmarks.evidence.cells import RECORDS, code_version
 from benchmarks.evidence.plan import STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
 from benchmarks.timing import Side
-from pipelines.distill import make_plan
-from pipelines.models import make_student, teacher_for_training
-from pipelines.streaming import local_stream
-from qskd.training import Training, train_batch
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import local_stream
+from qskd.datasets.batch import train_batch
+from qskd.from_recipe import make_student, teacher_for_training
+from qskd.training.step import Training
 
 TIMED = ("none", "qskd", "qskd_online")
 STEPS, ROUNDS = 10, 12

@@ -20,20 +20,21 @@ from torch import Tensor
 from benchmarks.evidence.cells import RECORDS, code_version
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
-from pipelines.distill import make_plan
-from pipelines.models import make_student, make_teacher, teacher_for_training
-from pipelines.streaming import local_stream
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import local_stream
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.config import Config
-from qskd.detection_loss import combine
-from qskd.explain import ask_teacher
-from qskd.pictures import band_colours, draw_mask, draw_selection, fitted
-from qskd.plots import curve_plot, draw_boxes, picture_grid
-from qskd.recipe import replace_fields
-from qskd.schedule import evaluation_batches
+from qskd.config.recipe import replace_fields
+from qskd.datasets.batch import TrainBatch, train_batch
+from qskd.datasets.schedule import evaluation_batches
+from qskd.from_recipe import make_student, make_teacher, teacher_for_training
+from qskd.losses.detection_loss import combine
+from qskd.pictures.explain import ask_teacher
+from qskd.pictures.explained import band_colours, draw_mask, draw_selection, fitted
+from qskd.pictures.plots import curve_plot, draw_boxes, picture_grid
 from qskd.structures import Targets
-from qskd.teacher import OnlineTeacher
-from qskd.training import TrainBatch, Training, train_batch
+from qskd.teacher.online import OnlineTeacher
+from qskd.training.step import Training
 
 STUDENT = "inherit"
 SELECTIONS = ("positives", "hard_0.7", "qskd", "hard_0.3", "all", "random")

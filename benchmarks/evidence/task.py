@@ -14,16 +14,16 @@ from benchmarks.evidence.backbone import make_backbone
 from benchmarks.evidence.plan import STUDENTS, Student
 from benchmarks.evidence.teachers import MANY, OWN, make_many, teacher_path
 from benchmarks.local_cache import make_cache
-from pipelines.distill import prepare_config
-from pipelines.models import make_teacher
+from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.prepare import prepare
-from pipelines.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
-from qskd.cache_identity import cache_identity, teacher_preprocessing
-from qskd.cache_manifest import load_cache_manifest
+from pipelines.run.resolve import prepare_config
 from qskd.config import Config
-from qskd.manifest import load_manifest
-from qskd.recipe import load
-from qskd.shapes import make_shapes
+from qskd.config.recipe import load
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import make_shapes
+from qskd.from_recipe import make_teacher
+from qskd.teacher.identity import cache_identity, teacher_preprocessing
+from qskd.teacher.manifest import load_cache_manifest
 
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
 

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import torch
 
-from pipelines.distill import make_plan, prepare_config
-from pipelines.models import make_student
-from pipelines.quickstart import TEACHER
-from pipelines.streaming import local_stream
+from pipelines.demo.quickstart import TEACHER
+from pipelines.run.resolve import prepare_config
+from pipelines.training.plan import make_plan
+from pipelines.training.stream import local_stream
 from qskd.config import Config
+from qskd.config.recipe import load
+from qskd.datasets.batch import train_batch
 from qskd.detectors import save_detector
-from qskd.recipe import load
-from qskd.training import Training, train_batch
+from qskd.from_recipe import make_student
+from qskd.training.step import Training
 
 OWN, MANY = "shapes_teacher", "teacher300"
 RECIPE = Path(__file__).resolve().parents[2] / "configs/shapes_teacher.yaml"

@@ -21,11 +21,13 @@ BATCHES = 20
 
 
 def step_times(recipe: str, seconds: float) -> list[float]:
-    from pipelines.distill import make_plan, prepare_config
-    from pipelines.models import make_student, teacher_for_training
-    from pipelines.streaming import local_stream
-    from qskd.recipe import load
-    from qskd.training import Training, train_batch
+    from pipelines.run.resolve import prepare_config
+    from pipelines.training.plan import make_plan
+    from pipelines.training.stream import local_stream
+    from qskd.config.recipe import load
+    from qskd.datasets.batch import train_batch
+    from qskd.from_recipe import make_student, teacher_for_training
+    from qskd.training.step import Training
 
     torch.set_num_threads(1)
     plan = make_plan(prepare_config(load(recipe, []), "distill"), "distill")

@@ -15,17 +15,17 @@ from benchmarks.scaling.bare import side_by_side
 from benchmarks.scaling.model import Costs
 from benchmarks.scaling.probes import block_seconds, loader_image_seconds, probe
 from benchmarks.timing import load_note, machine
-from pipelines import distill
-from pipelines.cluster import start_ray
-from pipelines.models import make_teacher
+from pipelines.cluster.start import start_ray
+from pipelines.demo.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN
 from pipelines.prepare import prepare
-from pipelines.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN
-from pipelines.tracking import Tracker
-from qskd.cache_identity import cache_identity, teacher_preprocessing
+from pipelines.tracking.tracker import Tracker
+from pipelines.training import driver as distill
 from qskd.config import Config
-from qskd.manifest import load_manifest
-from qskd.recipe import load, to_yaml
-from qskd.shapes import make_shapes
+from qskd.config.recipe import load, to_yaml
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shapes import make_shapes
+from qskd.from_recipe import make_teacher
+from qskd.teacher.identity import cache_identity, teacher_preprocessing
 
 BATCH = 16  # of each worker
 IMAGES = 640  # 40 steps of one worker, 20 of two

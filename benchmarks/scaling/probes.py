@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipelines.distill import Plan
-from pipelines.streaming import RUN_BYTES, Readers, build_dataset, read_stream
+from pipelines.training.plan import Plan
+from pipelines.training.stream import RUN_BYTES, Readers, build_dataset, read_stream
 
 SMALL_FLOATS = 32  # as many as a step's counts, about
 
@@ -37,10 +37,10 @@ def train_probe(payload: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from pipelines.models import make_student, teacher_for_training
-    from pipelines.workers import write_checkpoint
-    from qskd.recipe import build
-    from qskd.training import Training
+    from pipelines.training.checkpoints import write_checkpoint
+    from qskd.config.recipe import build
+    from qskd.from_recipe import make_student, teacher_for_training
+    from qskd.training.step import Training
 
     torch.set_num_threads(1)
     config, labels = build(payload["config"]), payload["labels"]
@@ -77,8 +77,8 @@ def probe(plan: Plan, workers: int, folder: Path) -> dict[str, float]:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from pipelines.rendezvous import torch_config
-    from qskd.recipe import to_tree
+    from pipelines.cluster.rendezvous import torch_config
+    from qskd.config.recipe import to_tree
 
     def train(payload: dict[str, Any]) -> None:  # pickled by value, as the pipeline's own
         from benchmarks.scaling.probes import train_probe

@@ -3,13 +3,13 @@
 from qskd.imports import without_collecting
 
 with without_collecting():
+    from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
+    from qskd.checkpoints.weights import read_config, uri_refused
     from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
     from qskd.detectors.detector import Detector, labels_of
-    from qskd.detectors.families import FAMILIES
     from qskd.detectors.inherit import Inheritance, fitting_sizes, inherit
-    from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
     from qskd.detectors.student import build_student, describe_student, student_cost
-    from qskd.detectors.weights import read_config, uri_refused
+    from qskd.families.table import FAMILIES
 
 __all__ = [
     "FAMILIES",

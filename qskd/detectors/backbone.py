@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig, RTDetrResNetBackbone, RTDetrResNetConfig
 
+from qskd.checkpoints.clean_config import backbone_config_of
+from qskd.checkpoints.json_files import shown
+from qskd.checkpoints.weights import check_keys, check_path, load_model, read_said
 from qskd.config import BackboneConfig
-from qskd.detectors.clean_config import backbone_config_of
-from qskd.detectors.untrusted import shown
-from qskd.detectors.weights import check_keys, check_path, load_model, read_said
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)

@@ -15,14 +15,10 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from qskd.config import ResizeConfig
-from qskd.detectors.backbone import ThawedBatchNorm2d
-from qskd.detectors.checkpoint_files import read_weights, weight_files
-from qskd.detectors.detector import Detector
-from qskd.detectors.families import FAMILIES, find_family
-from qskd.detectors.preprocessing import Channels, Preprocessing
-from qskd.detectors.timm_resnet import dilate, find_timm, is_dilated, rename, resnet_config
-from qskd.detectors.weights import (
+from qskd.checkpoints.files import read_weights, weight_files
+from qskd.checkpoints.preprocessing import Channels, Preprocessing
+from qskd.checkpoints.timm_resnet import dilate, find_timm, is_dilated, rename, resnet_config
+from qskd.checkpoints.weights import (
     check_keys,
     check_path,
     check_timm,
@@ -32,10 +28,14 @@ from qskd.detectors.weights import (
     read_said,
     reading,
 )
-from qskd.durable import sync_folder, sync_tree
+from qskd.config import ResizeConfig
+from qskd.detectors.backbone import ThawedBatchNorm2d
+from qskd.detectors.detector import Detector
 from qskd.errors import QskdError, writing
-from qskd.files import sha256_of
-from qskd.ownership import EXTRA_FILE, check_replaceable, foreign_to_detector, remove_own_detector_files
+from qskd.families.table import FAMILIES, find_family
+from qskd.storage.durable import sync_folder, sync_tree
+from qskd.storage.files import sha256_of
+from qskd.storage.ownership import EXTRA_FILE, check_replaceable, foreign_to_detector, remove_own_detector_files
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.config import ResizeConfig
-from qskd.detectors.families import find_family
-from qskd.detectors.family import Family, Predictions
-from qskd.detectors.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.detectors.taps import Tap, listening
+from qskd.families.family import Family, Predictions
+from qskd.families.table import find_family
 from qskd.structures import DetectorOutput
 
 
@@ -113,7 +113,7 @@ class Detector(nn.Module):
     def train(self, mode: bool = True) -> Detector:
         """As any module's; but encoder layers without dropout stay as in evaluation themselves (not what is in them): all they
         do otherwise in training is to ask the device whether every number is finite, and to wait for the answer. The step
-        asks that once (`qskd.training`)."""
+        asks that once (`qskd.training.step`)."""
         super().train(mode)
         for layer in self._encoder_layers:
             if not layer.dropout and not getattr(layer, "activation_dropout", 0.0):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qskd.detectors.detector import Detector
-from qskd.detectors.families import find_family
 from qskd.errors import QskdError
+from qskd.families.table import find_family
 
 # Per-layer parts, by where their number stands: encoder and decoder layers (RT-DETR's encoder has its own inside
 # "aifi"), and heads of which there is one a layer (D-FINE has a quality head, "lqe_layers", too).

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from qskd.checkpoints.preprocessing import read_preprocessing
+from qskd.checkpoints.timm_resnet import is_dilated
 from qskd.config import StudentConfig
-from qskd.cost import gflops, parameters
 from qskd.detectors.backbone import backbone_config, load_backbone, thaw_norms
 from qskd.detectors.checkpoint import load_detector
+from qskd.detectors.cost import gflops, parameters
 from qskd.detectors.detector import Detector, labels_of
-from qskd.detectors.families import find_family
-from qskd.detectors.initialisation import set_class_prior
-from qskd.detectors.preprocessing import read_preprocessing
-from qskd.detectors.timm_resnet import is_dilated
 from qskd.errors import QskdError
+from qskd.families.initialisation import set_class_prior
+from qskd.families.table import find_family
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _unlearned(config: StudentConfig, labels: Sequence[str]) -> Any:
 
 
 def student_cost(config: StudentConfig, classes: int) -> tuple[float, float]:
-    """Millions of parameters, and 10^9 operations (`qskd.cost.gflops`) for one image of the student's input size.
+    """Millions of parameters, and 10^9 operations (`qskd.detectors.cost.gflops`) for one image of the student's input size.
 
     For an aspect ratio of 1.5 where `resize` keeps ratios. The weights, which don't matter, are not made ready to learn.
     """

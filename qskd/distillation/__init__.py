@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qskd.config import DistillationConfig
-from qskd.distillation.qskd import QSKD
+from qskd.distillation.qskd.method import QSKD
 from qskd.distillation.ramp import distillation_factor
 from qskd.structures import TeacherNeeds
 

@@ -1,0 +1,1 @@
+"""The job that runs the teacher once and keeps its outputs."""

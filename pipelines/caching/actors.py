@@ -1,0 +1,133 @@
+"""What runs on the cluster while a teacher's outputs are cached: the teacher in an actor, decoding in tasks around it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.loader import BatchLoader
+
+CHUNK_BYTES = 16 * 2**20  # decoded pixels that one task brings, about
+Arrays = dict[str, np.ndarray]
+Source = tuple[str, ViewConfig, ResizeConfig]  # shard folder, view policy, the teacher's size
+
+
+@lru_cache(maxsize=2)
+def _loader(source: Source) -> BatchLoader:
+    # A quarter of a gigabyte of encoded rows: the row groups that one shard's windows come from.
+    uri, views, resize = source
+    return BatchLoader(uri, "", views, resize, keep_bytes=2**28)
+
+
+def decode(source: Source, batches: Sequence[np.ndarray]) -> list[Arrays]:
+    """Batches of (shard, row, view) -> the loader's arrays at the teacher's size. Free of torch: starts fast."""
+    loader = _loader(source)
+    return [loader.load("train", rows) for rows in batches]
+
+
+def chunks(batches: Sequence[np.ndarray], resize: ResizeConfig) -> list[list[np.ndarray]]:
+    """Consecutive batches joined up to a task's worth of pixels; the teacher waits for a unit's first task, so that none
+    is more than an eighth of the unit."""
+    most = min(CHUNK_BYTES // (3 * resize.usual_pixels), sum(map(len, batches)) // 8)
+    joined: list[list[np.ndarray]] = []
+    for batch in batches:
+        if not joined or sum(map(len, joined[-1])) + len(batch) > most:
+            joined.append([])
+        joined[-1].append(batch)
+    return joined
+
+
+class Progress:
+    """An actor that counts images, for the driver to ask."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def add(self, images: int) -> None:
+        self.images += images
+
+    def done(self) -> int:
+        return self.images
+
+
+class TeacherActor:
+    """Holds the teacher. A unit (one shard, one view) goes in, its file is written, a line about it comes out.
+
+    Decoding is done by tasks of its own, anywhere in the cluster where a CPU is free, some ahead of the teacher; so one
+    driver need not see every batch, and pixels take the shortest way.
+    """
+
+    def __init__(self, config: dict[str, Any], fingerprint: str, batch_size: int, progress: Any) -> None:
+        import torch
+
+        from pipelines.cluster.devices import device_here
+        from pipelines.run.logs import start_logs
+        from qskd.config.recipe import build
+        from qskd.datasets.shards import ShardReader
+        from qskd.from_recipe import make_teacher
+        from qskd.teacher.identity import teacher_preprocessing
+        from qskd.teacher.making import CacheMaker
+
+        self.config, self.fingerprint, self.batch_size, self.progress = build(config), fingerprint, batch_size, progress
+        start_logs(run=self.config.name)
+        if self.config.compute.threads_per_worker:
+            torch.set_num_threads(self.config.compute.threads_per_worker)
+        self.reader = ShardReader(self.config.data.train)
+        teacher = make_teacher(self.config, self.reader.manifest.labels)
+        assert teacher is not None
+        self.maker = CacheMaker(self.config, teacher, device_here(self.config))
+        self.source: Source = (
+            self.config.data.train,
+            self.config.data.views,
+            teacher_preprocessing(self.config).resize,
+        )
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        from qskd.errors import QskdError
+        from qskd.teacher.cache import finished_file, write_rows
+        from qskd.teacher.making import row_batches
+        from qskd.teacher.manifest import file_name, shard_names
+
+        path, names = self.config.teacher.cache.path, shard_names(self.reader.manifest)
+        for unit in table.to_pylist():
+            shard, view, started = unit["shard"], unit["view"], time.perf_counter()
+            name = file_name(names[shard], view)
+            rows, computed, failure = self.reader.manifest.shard_rows[shard], 0, ""
+            self.waited_s = 0.0
+            # A task that Ray runs again, because an actor died after it, finds its file.
+            size = finished_file(path, name, rows, self.fingerprint)
+            if size is None:
+                windows = row_batches(self.reader, shard, view, self.config.data.views, self.source[2], self.batch_size)
+                try:
+                    decoded = self._decoded([batch for window in windows for batch in window])
+                    rows, size = write_rows(path, name, self.maker.in_order(windows, decoded), self.fingerprint)
+                    computed = rows
+                except QskdError as error:  # trying again would not help: to the driver, which says it
+                    failure = error.to_json()
+            columns = {"shard": shard, "view": view, "rows": rows, "bytes": size or 0, "computed": computed}
+            seconds = time.perf_counter() - started
+            columns |= {"seconds": seconds, "waited_seconds": self.waited_s, "failure": failure}
+            yield pa.table({name: [value] for name, value in columns.items()})
+
+    def _decoded(self, batches: Sequence[np.ndarray]) -> Iterator[Arrays]:
+        import ray
+
+        task = ray.remote(num_cpus=1, max_retries=3)(decode)
+        waiting = deque(chunks(batches, self.source[2]))
+        ahead: deque[Any] = deque()
+        while waiting or ahead:
+            while waiting and len(ahead) <= self.config.compute.loader_workers:
+                ahead.append(task.remote(self.source, waiting.popleft()))
+            asked = time.perf_counter()
+            ready = ray.get(ahead.popleft())
+            self.waited_s += time.perf_counter() - asked
+            for arrays in ready:
+                yield arrays
+                self.progress.add.remote(len(arrays["image_ids"]))

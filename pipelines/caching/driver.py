@@ -1,0 +1,209 @@
+"""Compute a teacher's outputs once, for every training that follows (`qskd cache`), as a Ray Data job.
+
+python -m pipelines.cache_teacher student.yaml --set teacher.cache.path=shards/train.teacher
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.caching.actors import Progress, TeacherActor
+from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
+from pipelines.cluster.room import actors_that_fit, check_gpus, say_if_on_cpus
+from pipelines.cluster.start import quiet_ray_data, start_ray
+from pipelines.run.logs import say, start_logs
+from pipelines.run.resolve import prepare_config
+from qskd.config import Config
+from qskd.config.recipe import to_tree
+from qskd.errors import QskdError
+from qskd.from_recipe import make_teacher
+from qskd.teacher.manifest import CacheManifest, save_cache_manifest, shard_names
+
+log = logging.getLogger("qskd")
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """images: views of images computed by this command, of `total`. bytes: of the whole cache. seconds: of this command;
+    actor_seconds: those in which actors were at work on shards, summed over actors, start-up not counted; of these,
+    waited_seconds were spent waiting for decoded pixels."""
+
+    path: str
+    images: int
+    total: int
+    bytes: int
+    seconds: float
+    actor_seconds: float
+    waited_seconds: float
+
+
+def foresee(config: Config, overwrite: bool = False) -> str:
+    """What `--dry-run` prints: what there is, and what the rest will cost, tried on a few images."""
+    plan = make_cache_plan(prepare_config(config, "cache"), overwrite)
+    if not plan.todo:
+        return f"{plan.describe()}\nnothing is missing"
+    teacher = make_teacher(plan.config, plan.data.labels)
+    assert teacher is not None
+    return f"{plan.describe()}\n{estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors)}"
+
+
+def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
+    """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
+    started, config = time.perf_counter(), prepare_config(config, "cache")
+    plan = make_cache_plan(config, overwrite)
+    start_logs(run=config.name)
+    say(f"cache: {plan.describe()}", quiet)
+    if overwrite:
+        clean(plan.path, everything=True)
+    sizes, spent = dict(plan.done), (0.0, 0.0)
+    if plan.todo:
+        teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
+        assert teacher is not None
+        say(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), quiet)
+        manifest = plan.existing or CacheManifest(
+            plan.identity,
+            teacher.sizes(config.teacher.cache.all_layers),
+            plan.batch_size,
+            shard_names(plan.data),
+            {},
+        )
+        save_cache_manifest(plan.path, manifest)
+        del teacher
+        spent = _persist(plan, manifest, sizes, quiet)
+    elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
+        _record(plan, plan.existing, sizes)  # killed between its last file and the manifest
+    clean(plan.path)
+    seconds = time.perf_counter() - started
+    done = plan.images(plan.todo)
+    total = sum(sizes.values())
+    images = plan.images(plan.units)
+    say(
+        f"{done} computed in {duration_text(seconds)}, start-up included; {images} in the cache, {bytes_text(total)} "
+        f"({bytes_text(total / images)} an image) → {plan.path}",
+        quiet,
+        computed=done,
+        cached=images,
+        bytes=total,
+    )
+    worked, waited = spent
+    if worked and waited > 0.1 * worked:
+        say(
+            f"the teacher waited for pixels {waited / worked:.0%} of its time: more compute.loader_workers may help",
+            quiet,
+        )
+    return CacheResult(plan.path, done, images, total, seconds, *spent)
+
+
+def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
+    """Enter every view whose files are all there."""
+    for view in range(plan.config.data.views.count):
+        units = [(shard, view) for shard in range(len(plan.data.shards))]
+        if view not in manifest.views and all(unit in sizes for unit in units):
+            files = tuple((plan.data.shard_rows[unit[0]], sizes[unit]) for unit in units)
+            manifest = manifest.with_view(view, files)
+            save_cache_manifest(plan.path, manifest)
+    return manifest
+
+
+def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:
+    """`_compute`, begun again with what is missing when Ray itself gives up: Ray Data's own helpers, which it does not replace
+    within a job, may be on a node that goes. At most `compute.max_failures` times. The seconds are of the last try."""
+    import ray
+
+    allowed, tries = plan.config.compute.max_failures, 0
+    while True:
+        try:
+            return _compute(plan, manifest, sizes, quiet)
+        except ray.exceptions.RayError as error:
+            tries += 1
+            # An error in the code that ran, which would come again, is a RayTaskError.
+            if isinstance(error, ray.exceptions.RayTaskError) or tries > allowed >= 0:
+                raise
+            log.warning("Ray gave up on the job, which is begun again with what is missing: %s", error)
+            plan = make_cache_plan(plan.config)
+            sizes.update(plan.done)
+            manifest = plan.existing or manifest
+            if not plan.todo:
+                _record(plan, manifest, sizes)
+                return 0.0, 0.0
+
+
+def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:
+    """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work, and waited."""
+    start_ray()
+    import ray
+
+    quiet_ray_data()
+    say_if_on_cpus(plan.config.compute.device)
+    config, todo = plan.config, plan.todo
+    progress = ray.remote(num_cpus=0)(Progress).remote()
+    gpu = config.compute.device == "cuda" or (
+        config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    )
+    if gpu:
+        check_gpus(1)
+    actors, cpus = actors_that_fit(plan.actors, max(1, config.compute.threads_per_worker))
+    units = [{"shard": shard, "view": view} for shard, view in todo]
+    dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        TeacherActor,
+        fn_constructor_args=(to_tree(config), manifest.fingerprint, manifest.batch_size, progress),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+        num_cpus=cpus,
+        num_gpus=1 if gpu else 0,
+    )
+    worked = waited = 0.0
+    with _Ticker(progress, plan.images(todo), quiet):
+        for batch in dataset.iter_batches(batch_size=None):
+            for shard, view, size, failure in zip(
+                *(batch[n] for n in ("shard", "view", "bytes", "failure")), strict=True
+            ):
+                if failure:
+                    raise QskdError.from_json(str(failure))
+                sizes[int(shard), int(view)] = int(size)
+            worked += float(batch["seconds"].sum())
+            waited += float(batch["waited_seconds"].sum())
+            manifest = _record(plan, manifest, sizes)
+    return worked, waited
+
+
+class _Ticker:
+    """Says every few seconds how far the actors are."""
+
+    def __init__(self, progress: Any, images: int, quiet: bool, every_s: float = 5.0) -> None:
+        self.progress, self.images, self.quiet, self.every_s = progress, images, quiet, every_s
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(5)
+
+    def _watch(self) -> None:
+        import ray
+
+        first: tuple[float, int] | None = None
+        while not self.stop.wait(self.every_s):
+            try:
+                done = int(ray.get(self.progress.done.remote(), timeout=self.every_s))
+            except Exception:  # the cluster is busy, or the job is over: it is only a progress line
+                continue
+            now = time.perf_counter()
+            if not done:
+                continue
+            first = first or (now, done)
+            speed = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
+            left = (
+                f", {speed:.1f} images/s, about {duration_text((self.images - done) / speed)} left" if speed > 0 else ""
+            )
+            text = f"cache  {done}/{self.images} images{left}"
+            say(text, self.quiet, done=done, images=self.images, images_per_s=round(speed, 1))

@@ -1,0 +1,206 @@
+"""Before a teacher's outputs are cached: what is there, what is missing, what it will cost."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from pipelines.caching.actors import decode
+from pipelines.cluster.devices import device_here
+from qskd.checks import check_data, check_teacher
+from qskd.config import Config
+from qskd.datasets.manifest import MANIFEST, Manifest, load_manifest
+from qskd.datasets.shards import ShardReader
+from qskd.errors import QskdError
+from qskd.storage.files import UNFINISHED, open_folder
+from qskd.storage.scratch import remove_orphan
+from qskd.storage.stores import patiently
+from qskd.teacher.cache import SPOOL, carries_fingerprint, finished_file
+from qskd.teacher.identity import cache_identity, teacher_preprocessing
+from qskd.teacher.making import CacheMaker, row_batches
+from qskd.teacher.manifest import (
+    CacheManifest,
+    check_identity,
+    file_name,
+    fingerprint_of,
+    load_cache_manifest,
+    replaceable_cache,
+    shard_names,
+)
+from qskd.teacher.online import OnlineTeacher
+
+log = logging.getLogger("qskd")
+Unit = tuple[int, int]  # shard, view
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What there is and what is to be computed. done: bytes of each unit's file that is there and whole."""
+
+    config: Config
+    data: Manifest
+    identity: Mapping[str, Any]
+    existing: CacheManifest | None
+    done: Mapping[Unit, int]
+
+    @property
+    def path(self) -> str:
+        return self.config.teacher.cache.path
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that the recipe asks for, views one after the other."""
+        return [(shard, view) for view in range(self.config.data.views.count) for shard in range(len(self.data.shards))]
+
+    @property
+    def todo(self) -> list[Unit]:
+        return [unit for unit in self.units if unit not in self.done]
+
+    @property
+    def batch_size(self) -> int:
+        """An existing cache goes on as it was begun."""
+        return self.existing.batch_size if self.existing else self.config.teacher.cache.batch_size
+
+    @property
+    def actors(self) -> int:
+        """The most processes that hold a teacher."""
+        return max(1, min(self.config.compute.workers, len(self.todo)))
+
+    def images(self, units: Sequence[Unit]) -> int:
+        return sum(self.data.shard_rows[shard] for shard, _ in units)
+
+    def describe(self) -> str:
+        views, done = self.config.data.views.count, self.images(list(self.done))
+        asked = f"{self.data.num_images} images x {views} view(s) of {self.config.data.train}"
+        return f"{self.config.teacher.path} on {asked}: {self.images(self.units)} in all, {done} there already → {self.path}"
+
+
+def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
+    """Read the manifests, look at what is there. Raises QskdError when it is another cache (unless `overwrite`), or no cache
+    at all."""
+    if not config.teacher.cache.path:
+        remedy = "--set teacher.cache.path=FOLDER, best in the recipe: `qskd distill` then finds it"
+        raise QskdError("teacher.cache.path", "empty", "the folder or URI the cache is to be in", remedy)
+    check_teacher(config)
+    check_data(config, ("train",))
+    data, path = load_manifest(config.data.train), config.teacher.cache.path
+    identity = cache_identity(config, data)
+    if overwrite:
+        replaceable_cache(path)
+        return CachePlan(config, data, identity, None, {})
+    existing = load_cache_manifest(path)
+    if existing is not None:
+        check_identity(existing, identity, path)
+        if existing.batch_size != config.teacher.cache.batch_size:
+            log.warning("%s was begun with batches of %d, and goes on so", path, existing.batch_size)
+    plan = CachePlan(config, data, identity, existing, {})
+    if existing is None:
+        return plan
+    names, fingerprint = shard_names(data), fingerprint_of(identity)
+
+    def size_of(unit: Unit) -> int | None:
+        shard, view = unit
+        return finished_file(path, file_name(names[shard], view), data.shard_rows[shard], fingerprint)
+
+    with ThreadPoolExecutor(16) as pool:
+        sizes = zip(plan.units, pool.map(size_of, plan.units), strict=True)
+        return CachePlan(config, data, identity, existing, {unit: size for unit, size in sizes if size is not None})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Measured in this process on a few images: seconds and bytes for one, on the device named."""
+
+    seconds: float
+    bytes: float
+    device: str
+
+    def describe(self, images: int, workers: int) -> str:
+        total, size = duration_text(images * self.seconds / workers), bytes_text(images * self.bytes)
+        one = f"{1000 * self.seconds:.1f} ms and {bytes_text(self.bytes)} an image"
+        return f"about {total} and {size}: {one}, tried here on {self.device}, {workers} actor(s); starting up comes on top"
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def bytes_text(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
+    """Run the teacher on one image to wake it, then on a batch (a slow teacher: on two images), and encode what it says."""
+    config, device = plan.config, device_here(plan.config)
+    resize, views = teacher_preprocessing(config).resize, config.data.views
+    maker, threads = CacheMaker(config, teacher, device), torch.get_num_threads()
+    torch.set_num_threads(config.compute.threads_per_worker or threads)
+    try:
+        shard, view = plan.todo[0]
+        windows = row_batches(ShardReader(config.data.train), shard, view, views, resize, plan.batch_size)
+        rows = windows[0][0]
+        source = (config.data.train, views, resize)
+        started = time.perf_counter()
+        maker.rows(decode(source, [rows[:1]])[0])
+        count = len(rows) if time.perf_counter() - started < 0.5 else min(2, len(rows))
+        arrays = decode(source, [rows[:count]])[0]
+        started = time.perf_counter()
+        encoded = maker.rows(arrays)
+        seconds = (time.perf_counter() - started) / count
+    finally:
+        torch.set_num_threads(threads)
+    return Estimate(seconds, sum(row.nbytes for row in encoded) / count, str(device))
+
+
+def clean(path: str, everything: bool = False) -> None:
+    """Remove what a killed job left unfinished; with `everything` the cache too: its manifest, the files that this lists, and
+    those that carry a cache's fingerprint. Other files are let alone, whatever they are called; QskdError where the
+    manifest.json is not a cache's."""
+    filesystem, root = open_folder(path)
+    manifest = replaceable_cache(path) if everything else None
+    views = manifest.views if manifest else ()
+    listed = {file_name(shard, view) for shard in (manifest.shards if manifest else ()) for view in views}
+
+    def is_own(name: str) -> bool:
+        if name == MANIFEST or name in listed:
+            return True
+        return _is_cache_file(name) and carries_fingerprint(path, name)
+
+    def delete() -> None:
+        infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+        for info in (info for info in infos if info.base_name.startswith(UNFINISHED)):
+            if info.type == pafs.FileType.Directory:
+                remove_orphan(info.path, UNFINISHED, {SPOOL})  # on local disks only: elsewhere there are none
+            else:
+                filesystem.delete_file(info.path)
+        if everything:
+            files = [info for info in infos if info.type == pafs.FileType.File]
+            with ThreadPoolExecutor(16) as pool:
+                own = list(pool.map(lambda info: is_own(info.base_name), files))
+            # The manifest last: until then this is a cache's folder, and the same command deletes the rest.
+            for info in sorted((info for info, yes in zip(files, own, strict=True) if yes), key=_is_manifest):
+                filesystem.delete_file(info.path)
+
+    patiently(path, filesystem, delete)
+
+
+def _is_manifest(info: pafs.FileInfo) -> bool:
+    return bool(info.base_name == MANIFEST)
+
+
+def _is_cache_file(name: str) -> bool:
+    return re.fullmatch(r".+\.view-\d{3,}\.parquet", name) is not None

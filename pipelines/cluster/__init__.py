@@ -1,0 +1,1 @@
+"""Starting or joining Ray: its environment, devices and room."""

@@ -1,0 +1,123 @@
+"""How much room the cluster has, and what workers, readers and actors ask of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qskd.errors import QskdError
+
+if TYPE_CHECKING:
+    from qskd.config import ComputeConfig, Config
+from pipelines.cluster.environment import in_a_job, joined
+
+log = logging.getLogger("qskd")
+
+
+def may_be_preempted(config: Config) -> bool:
+    """Whether a node of a training of this recipe may go away after a notice: on a cluster of others, and where the recipe
+    says so by asking for elastic workers. A Ray that `start_ray` started here goes with this machine."""
+    return joined() or config.compute.min_workers > 0
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node has, by Ray's names. On a machine that `start_ray` took alone, "CPU" is its real cores."""
+    import ray
+
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 and not joined():
+        nodes[0]["CPU"] = min(nodes[0].get("CPU", 0.0), float(os.cpu_count() or 1))
+    return nodes
+
+
+def worker_resources(compute: ComputeConfig, gpu: bool) -> dict[str, float]:
+    """Of a training worker. Elastic workers on CPUs ask for a little more than one, that they can't take all of a node: their
+    number is made to fit what is there, and readers that find no room let all workers wait."""
+    if gpu:
+        return {"GPU": 1}
+    return {"CPU": 1.001 if compute.min_workers else 1}
+
+
+def reader_cpus(compute: ComputeConfig, gpu: bool) -> float:
+    """Of a reader of a training: what is left of a node that is full of elastic workers is less than one."""
+    return 0.5 if compute.min_workers and not gpu else 1
+
+
+def check_room(compute: ComputeConfig, gpu: bool) -> None:
+    """Complain when the cluster has less than a training waits for: an error where no more will come."""
+    import ray
+
+    workers = compute.min_workers or compute.workers
+    if gpu:
+        check_gpus(workers)
+        return
+    there = ray.cluster_resources().get("CPU", 0.0)
+    wanted = workers * worker_resources(compute, gpu)["CPU"] + reader_cpus(compute, gpu)
+    if there >= wanted:
+        return
+    found = f"{workers} worker(s) and a reader, on CPUs, are {wanted:g} of Ray's logical CPUs; there are {there:g}"
+    if not joined():
+        raise QskdError("compute.workers", found, "room for all of them", "set fewer compute.workers")
+    log.warning("%s now: the training waits until nodes join", found)
+
+
+def check_gpus(wanted: int) -> None:
+    """Complain when Ray has fewer GPUs: what needs them would wait, for ever where no node will join."""
+    import ray
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if there >= wanted:
+        return
+    if not joined():
+        raise QskdError("compute.device", f"cuda, {wanted} GPU(s) wanted, {there} here", "cpu, auto, or as many GPUs")
+    log.warning("%d GPU(s) are wanted, and Ray has %d now: the work waits until nodes join", wanted, there)
+
+
+def actors_that_fit(wanted: int, cpus_each: int) -> tuple[int, int]:
+    """How many actors of the cache job to start, and the CPUs of each. They wait for tasks that decode: were all CPUs theirs,
+    they would wait for ever."""
+    import ray
+
+    there = int(ray.cluster_resources().get("CPU", 0))
+    if there == 0:  # a cluster that starts from nothing; tasks that wait make it grow
+        return wanted, cpus_each
+    if there == 1:
+        log.warning("Ray has 1 logical CPU now, and the cache job needs 2: it waits until nodes join")
+        return 1, 1
+    cpus_each = min(cpus_each, there - 1)
+    fits = (there - 1) // cpus_each
+    if fits < wanted:
+        log.warning("%d actors instead of %d: of %d logical CPUs one stays free for decoding", fits, wanted, there)
+    return min(wanted, fits), cpus_each
+
+
+@contextlib.contextmanager
+def ask_for_nodes(one: dict[str, float], count: int) -> Iterator[None]:
+    """Meanwhile, tell an autoscaling cluster that `count` times `one` could be used: it grows as far as its own limits let it.
+
+    A cluster grows by what waits for room, and a sweep lets nothing wait. Elsewhere this has no effect.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    if not joined():
+        yield
+        return
+    request_resources(bundles=[{name: amount for name, amount in one.items() if amount}] * count)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def say_if_on_cpus(device: str) -> None:
+    """`auto` takes the GPUs that are there, and a cluster that starts them from zero has none yet."""
+    import ray
+
+    if device == "auto" and in_a_job() and not ray.cluster_resources().get("GPU"):
+        log.warning(
+            "no GPU is in the cluster now: CPUs do the work. compute.device=cuda asks for GPUs, and waits until an "
+            "autoscaler has brought them; compute.device=cpu silences this"
+        )

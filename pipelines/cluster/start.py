@@ -1,0 +1,48 @@
+"""Starting or joining Ray: the one place that sets its environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from pipelines.cluster.loopback import choose_loopback, make_token
+from pipelines.run.stopping import sigterm_kept
+
+if TYPE_CHECKING:
+    pass
+from pipelines.cluster.environment import VERBOSE, _for_workers, joined
+
+LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
+
+
+def start_ray() -> None:
+    """Join the cluster this process belongs to (RAY_ADDRESS, or a job of it), else start Ray on this machine alone."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
+    if joined():
+        with sigterm_kept():
+            ray.init(runtime_env={"env_vars": _for_workers()}, **quiet)
+        return
+    choose_loopback()
+    make_token()
+    # No runtime_env: processes inherit this one's variables, and with one Ray would start none ahead (seconds each).
+    cores = os.cpu_count() or 1
+    # "local": Ray would else look for a cluster on this machine, and take one that was ended badly for it.
+    with sigterm_kept():
+        ray.init(address="local", num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data from narrating its executions in this process (unless QSKD_VERBOSE is set)."""
+    from ray.data import DataContext
+
+    DataContext.get_current().enable_progress_bars = False
+    if not VERBOSE:
+        for handler in logging.getLogger("ray.data").handlers:
+            # Its log files keep everything. A handler that someone else put there (pytest does) is theirs to set.
+            if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
+                handler.setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""`qskd export` and `qskd benchmark`."""

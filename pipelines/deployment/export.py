@@ -1,0 +1,234 @@
+"""A detector as a folder to deploy: plain Hugging Face, ONNX beside it, and what was measured (`qskd export`). No Ray.
+
+python -m pipelines.export runs/quickstart/qskd/student --out exported --images photos/
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from pipelines.inspection.predict import read_image
+from pipelines.run.ownership import enclosing_run
+from qskd.config import ResizeConfig
+from qskd.datasets.views import View, view_image
+from qskd.deploy import onnx_detect
+from qskd.deploy.export import (
+    TOLERANCE,
+    Exporter,
+    Parity,
+    check_parity,
+    export_onnx,
+    open_session,
+    random_batches,
+    require_parity,
+    together,
+)
+from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, write_card
+from qskd.deploy.speed import Size, compare_speed, cost_of, onnx_runner, torch_runner
+from qskd.detectors import (
+    FAMILIES,
+    Detector,
+    Preprocessing,
+    load_detector,
+    read_preprocessing,
+    replacing,
+    save_detector,
+    to_pixels,
+)
+from qskd.detectors.cost import busy_note
+from qskd.errors import QskdError
+from qskd.printable import escaped, one_line
+from qskd.storage.files import fetched
+from qskd.storage.ownership import EXTRA_FILE, check_replaceable, same_file
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MOST_IMAGES = 16  # of a folder
+DYNAMIC_SIZES = (1, 2, 3, 5)  # batches that a graph of free batch is tried with
+TIMING_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """size: side of the images; None: what the checkpoint's own processor says. batch_size: images at a time of a graph
+    of fixed batch. rounds: of timing, 0 = none. images: files, or folders of which the first sixteen images are taken.
+    overwrite: replace qskd's own files in a folder that holds others too, which stay."""
+
+    size: int | None = None
+    batch_size: int = 1
+    dynamic_batch: bool = False
+    exporter: Exporter = "torchscript"
+    onnx: bool = True
+    images: tuple[Path, ...] = ()
+    tolerance: float = TOLERANCE
+    rounds: int = 20
+    threads: int = 1
+    overwrite: bool = False
+
+    @property
+    def batch(self) -> int | None:
+        return None if self.dynamic_batch else self.batch_size
+
+
+def square(model: str, given: int | None) -> Preprocessing:
+    """How the exported model sees images: squares. QskdError when the checkpoint pads instead and no size is given."""
+    own = read_preprocessing(model)
+    if given is None and own.resize.mode != "square":
+        raise QskdError(
+            model,
+            f"images are resized to a shortest edge of {own.resize.size} pixels and padded",
+            "one square size, which an exported graph takes",
+            f"--size {own.resize.size}: images are then squeezed into squares, and AP may change (`qskd evaluate` on "
+            "the exported folder tells)",
+        )
+    return Preprocessing(ResizeConfig(mode="square", size=given or own.resize.size), own.mean, own.std)
+
+
+def image_files(given: Sequence[Path]) -> list[Path]:
+    """Files as they are, the first images of folders in alphabetical order."""
+    files: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
+        if not inside:
+            raise QskdError(str(path), "no images", f"files that end in {', '.join(IMAGE_ENDINGS)}")
+        files += inside[:MOST_IMAGES]
+    return files
+
+
+def real_batches(files: Sequence[Path], seen_as: Preprocessing, batch: int) -> list[tuple[str, Tensor]]:
+    """Photographs as the model sees them, `batch` at a time; the last batch is filled up with its last image."""
+    batches = []
+    for start in range(0, len(files), batch):
+        some = list(files[start : start + batch])
+        some += [some[-1]] * (batch - len(some))
+        pixels = np.stack([view_image(read_image(file), View.IDENTITY, seen_as.resize) for file in some])
+        sizes = torch.full((batch, 2), seen_as.resize.size)
+        values, _ = to_pixels(torch.from_numpy(pixels), sizes, seen_as.mean, seen_as.std)
+        batches.append((some[0].name, values))
+    return batches
+
+
+def time_both(detector: Detector, session: object, size: Size, batch: int, options: ExportOptions) -> str:
+    """PyTorch and onnxruntime in turn on the CPU, in a sentence."""
+    torch.set_num_threads(options.threads)
+    runners = {"PyTorch": torch_runner(detector, size, torch.device("cpu")), "onnxruntime": onnx_runner(session, size)}
+    timed = compare_speed(runners, (batch,), options.rounds, limit_s=TIMING_LIMIT_S)
+    (mine,), (theirs,) = timed.values()
+    said = (
+        f"PyTorch {mine.ms_per_image:.1f} ms/image, onnxruntime {theirs.ms_per_image:.1f} ms/image, which takes "
+        f"{theirs.ratio:.2f} times as long (batch {batch}, {options.threads} thread(s), CPU, {mine.rounds} rounds in turn)."
+    )
+    return f"{said} {busy_note()}".rstrip()
+
+
+def parity_table(found: Sequence[Parity], tolerance: float) -> Table:
+    table = Table(title=f"largest difference, PyTorch to onnxruntime (allowed: {tolerance:g})")
+    for column in ("input", "images", "probabilities", "boxes", "logits", "queries in another place"):
+        table.add_column(column, justify="left" if column == "input" else "right")
+    for parity in found:
+        values = [f"{value:.1e}" for value in (parity.probabilities, parity.boxes, parity.logits)]
+        table.add_row(Text(one_line(parity.name)), str(parity.batch), *values, str(parity.reordered or ""))
+    return table
+
+
+def foresee(model: str, out: Path, options: ExportOptions) -> str:
+    """What `--dry-run` prints."""
+    with fetched(model) as folder:
+        check_out(model, out, options.overwrite)
+        size, images = square(folder, options.size).resize.size, image_files(options.images)
+    if not options.onnx:
+        return f"{model} → {out}: a Hugging Face folder, images of {size} x {size} pixels"
+    batch = "any batch" if options.dynamic_batch else f"batch {options.batch_size}"
+    checked = f"noise{f' and {len(images)} image(s)' if images else ''}"
+    return (
+        f"{model} → {out}: a Hugging Face folder and ONNX ({options.exporter}), {batch}, images of {size} x {size} "
+        f"pixels, checked with {checked}"
+    )
+
+
+def check_out(model: str, out: Path, overwrite: bool) -> None:
+    """QskdError unless `out` may be written: another folder than the model's, new, empty or made by qskd, and not one that a
+    run keeps, whose student would be replaced."""
+    if Path(model).is_dir() and same_file(out, model):
+        raise QskdError("--out", f"{out}, the model's own folder", "another folder")
+    check_replaceable(out, overwrite)
+    run = enclosing_run(out)
+    if run is not None and out.is_dir() and any(out.iterdir()):
+        raise QskdError("--out", f"{out}, a folder of the run {run}", "a folder of its own", "choose another folder")
+
+
+def export(model: str, out: Path, options: ExportOptions, console: Console | None = None) -> Path:
+    """Write the folder `out`, whole or not at all, of a Hub name, folder or URI; prints what it checks and measures. Raises
+    QskdError."""
+    check_out(model, out, options.overwrite)
+    with fetched(model) as folder:
+        return _export(folder, model, out, options, console or Console())
+
+
+def _export(model: str, named: str, out: Path, options: ExportOptions, console: Console) -> Path:
+    """model: a Hub name or a local folder; named: as the user named it."""
+    seen_as = square(model, options.size)
+    image_files(options.images)  # complain now
+    detector = load_detector(model)
+    FAMILIES[detector.family].check_size(detector.model.config, seen_as.resize.size, seen_as.resize.size)
+    with replacing(out, options.overwrite) as fresh:
+        own = Path(model) / EXTRA_FILE
+        extra = json.loads(own.read_text()) if own.is_file() else None
+        save_detector(detector, fresh, seen_as.resize, extra, seen_as.mean, seen_as.std)
+        onnx = _add_onnx(detector, fresh, seen_as, options, console) if options.onnx else None
+        write_card(fresh, card_of(model, named, detector, seen_as, onnx))
+    told = f"→ {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"
+    console.print(escaped(told), markup=False, soft_wrap=True)
+    return out
+
+
+def card_of(model: str, named: str, detector: Detector, seen_as: Preprocessing, onnx: OnnxFacts | None) -> Card:
+    """The card that the model came with, or a new one, with what this export found. AP that was measured at another size
+    of the images is left out."""
+    size = Size(seen_as.resize.size, seen_as.resize.size)
+    cost, card = cost_of(detector, size), read_card(model)
+    if card is None:
+        path = named.partition("?")[0] if "://" in named else named  # a URI's query is no part of its name
+        name = named if is_hub_name(named) else Path(path).resolve().name
+        own = Figures("this model", {}, cost.parameters, cost.gflops, input=str(size))
+        return Card(name, detector.family, len(detector.labels), (own,), onnx=onnx)
+    rows = card.rows
+    if read_preprocessing(model).resize != seen_as.resize:
+        rows = (*rows[:-1], Figures("this model", {}, cost.parameters, cost.gflops, input=str(size)))
+    return replace(card, rows=rows, onnx=onnx)
+
+
+def _add_onnx(
+    detector: Detector, folder: Path, seen_as: Preprocessing, options: ExportOptions, console: Console
+) -> OnnxFacts:
+    file, size = folder / "model.onnx", seen_as.resize.size
+    export_onnx(detector, file, size, options.batch, options.exporter)
+    shutil.copy(onnx_detect.__file__, folder / "detect.py")
+    session = open_session(file, options.threads)
+    sizes = DYNAMIC_SIZES if options.dynamic_batch else (options.batch_size,) * 3
+    found = check_parity(detector, session, random_batches(size, sizes))
+    if options.images:
+        photographs = real_batches(image_files(options.images), seen_as, options.batch or 1)
+        found.append(together("photographs", check_parity(detector, session, photographs)))
+    console.print(parity_table(found, options.tolerance))
+    require_parity(found, detector.family, options.tolerance)
+    said = ""
+    if options.rounds:
+        said = time_both(detector, session, Size(size, size), options.batch or 1, options)
+        console.print(said, soft_wrap=True)
+    worst = together("", found)
+    differences = (worst.batch, worst.logits, worst.probabilities, worst.boxes)
+    return OnnxFacts(options.batch, size, *differences, said)

@@ -1,0 +1,1 @@
+"""`qskd doctor`: this machine, each node, the services."""

@@ -1,0 +1,1 @@
+"""Looking at detectors: evaluate, predict, explain."""

@@ -1,0 +1,1 @@
+"""What a training says of itself: rates, progress lines, pictures, the model card."""

@@ -1,0 +1,134 @@
+"""The facts of a finished run, for its student's model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from pipelines.cluster.devices import device_here
+from pipelines.inspection.evaluate import evaluate
+from qskd.config import Config, ResizeConfig
+from qskd.config.recipe import changes
+from qskd.datasets.manifest import Manifest
+from qskd.deploy.model_card import Card, Figures, read_card, write_card
+from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
+from qskd.detectors import Detector, load_detector
+from qskd.detectors.cost import busy_note
+from qskd.errors import QskdError
+from qskd.storage.files import open_folder
+from qskd.teacher.identity import teacher_preprocessing
+
+log = logging.getLogger("qskd")
+ROUNDS, TIMING_LIMIT_S = 10, 10.0
+PRIVATE = ("card", "output", "tracking")  # a server's address may hold a password
+
+
+def _here(text: str) -> str:
+    """Paths as seen from the working folder or the home, which a public card has no business naming."""
+    return text.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
+
+
+def recipe_of(config: Config) -> str:
+    """What differs from the defaults, as YAML."""
+    told = {key: value for key, value in changes(config).items() if key not in PRIVATE}
+    return _here(yaml.safe_dump(told, sort_keys=False, width=110))
+
+
+def baseline_metrics(folder: str) -> dict[str, float]:
+    """AP and the like of a finished run; nothing, and a warning, where there is none."""
+    filesystem, path = open_folder(folder)
+    try:
+        with filesystem.open_input_stream(f"{path}/result.json") as stream:
+            return dict(json.loads(stream.read())["metrics"])
+    except (OSError, ValueError, KeyError):
+        log.warning("card.baseline: %s is no finished run; the card says that its AP was not measured", folder)
+        return {}
+
+
+def teacher_metrics(config: Config) -> dict[str, float]:
+    """AP of the teacher on the validation images, where the recipe asks for that."""
+    if not config.card.evaluate_teacher:
+        return {}
+    compute, seen_as = config.compute, teacher_preprocessing(config).resize
+    threads = compute.threads_per_worker or 1
+    teacher = (config.teacher.path, config.data.val, seen_as, config.teacher.class_map)
+    return evaluate(*teacher, workers=compute.workers, threads=threads, device=compute.device).metrics
+
+
+def figures(
+    detectors: Mapping[str, tuple[Detector, Mapping[str, float]]], sizes: Mapping[str, ResizeConfig], config: Config
+) -> tuple[list[Figures], str]:
+    """A row of each detector, and how its latency was measured. What can't be measured is left out, with a warning."""
+    rows: list[Figures] = []
+    device = device_here(config)
+    runners = {}
+    for name, (detector, metrics) in detectors.items():
+        size = usual_size(sizes[name])
+        try:
+            cost = cost_of(detector, size)
+        except QskdError as error:
+            log.warning("model card: %s was not measured: %s", name, error)
+            rows.append(Figures(name, metrics))
+            continue
+        runners[name] = torch_runner(detector, size, device)
+        rows.append(Figures(name, metrics, cost.parameters, cost.gflops, input=str(size)))
+    timed: dict[str, list[Timing]] = compare_speed(runners, (1,), ROUNDS, device, TIMING_LIMIT_S) if runners else {}
+    done = [replace(row, ms=timed[row.name][0].ms) if row.name in timed else row for row in rows]
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
+    how = (
+        f"Latency: PyTorch on {device}{threads}, float32, batch 1, models in turn; measured when training had just ended, "
+        "and other work may have been on the machine." + f" {busy_note() if device.type == 'cpu' else ''}".rstrip()
+    )
+    return done, how if timed else ""
+
+
+def card_of_run(
+    config: Config, kind: str, train: Manifest, val: Manifest, student: Path, metrics: Mapping[str, float]
+) -> Card:
+    """student: its folder. metrics: of the last evaluation."""
+    measured: dict[str, tuple[Detector, Mapping[str, float]]] = {}
+    sizes: dict[str, ResizeConfig] = {}
+    teacher = _here(config.teacher.path)
+    if kind == "distill" and config.distillation.method != "none":
+        name = f"teacher, `{teacher}`"
+        measured[name] = (load_detector(config.teacher.path), teacher_metrics(config))
+        sizes[name] = teacher_preprocessing(config).resize
+    detector = load_detector(student)
+    measured["this model"], sizes["this model"] = (detector, metrics), config.student.resize
+    rows, timing = figures(measured, sizes, config)
+    if kind == "distill":
+        where = config.card.baseline
+        beside = Figures("the same student, no teacher", baseline_metrics(where) if where else {})
+        rows.insert(-1, beside)
+    card = config.card
+    return Card(
+        name=config.name,
+        family=detector.family,
+        classes=len(train.labels),
+        rows=tuple(rows),
+        kind=kind,
+        recipe=recipe_of(config),
+        data=card.data,
+        data_licence=card.data_licence,
+        train_images=train.num_images,
+        val_images=val.num_images,
+        teacher=teacher,
+        teacher_licence=card.teacher_licence,
+        licence=card.licence,
+        timing=timing,
+    )
+
+
+def complete(student: str | Path, teacher: Mapping[str, float], baseline: Mapping[str, float]) -> None:
+    """Put AP that was measured after the run into the card of a distilled student's folder."""
+    card = read_card(student)
+    if card is not None:
+        first, beside, own = card.rows
+        rows = (replace(first, metrics=teacher), replace(beside, metrics=baseline), own)
+        write_card(student, replace(card, rows=rows))

@@ -1,0 +1,78 @@
+"""Folders that may not be the same: what a verb writes, and may one day delete, apart from all that it reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipelines.run.folder import storage_path
+from qskd.config import Config
+from qskd.errors import QskdError
+from qskd.redaction import redacted
+from qskd.storage.ownership import same_file
+from qskd.storage.stores import join
+
+
+def check_places(config: Config, kind: str) -> None:
+    """QskdError where what a verb writes (OUTPUT/NAME; the cache) is, contains or lies in what it reads, and where OUTPUT/NAME
+    is or contains the working folder or the home. Links are followed; URIs are compared as text."""
+    init, backbone = config.student.init, config.student.backbone.init
+    read = {"data.train": config.data.train, "data.val": config.data.val}
+    models = {"teacher.path": config.teacher.path, "student.init": init, "student.backbone.init": backbone}
+    read |= {field: path for field, path in models.items() if os.path.isdir(os.path.expanduser(path)) or "://" in path}
+    run = join(storage_path(config), config.name)  # no store is asked
+    if kind != "cache":
+        for field, path in {**read, "teacher.cache.path": config.teacher.cache.path}.items():
+            _check_apart("output/name", run, field, path, "--set name=... or --set output=...")
+        for what, path in {"the working folder": os.getcwd(), "the home folder": os.path.expanduser("~")}.items():
+            if "://" not in run and (relation := _relation(run, path)) in ("is", "contains"):
+                raise QskdError(
+                    "output/name",
+                    f"{run} {relation} {what}",
+                    "a folder of its own",
+                    "--set name=... or --set output=...",
+                )
+    if config.teacher.cache.path:
+        for field, path in {**read, "output/name": run}.items():
+            _check_apart(
+                "teacher.cache.path", config.teacher.cache.path, field, path, "--set teacher.cache.path=ANOTHER"
+            )
+
+
+def _check_apart(field: str, path: str, other_field: str, other: str, remedy: str) -> None:
+    if other and (relation := _relation(path, other)):
+        found = f"{redacted(path)} {relation} {other_field}"
+        found += "" if relation == "is" else f" ({redacted(other)})"
+        raise QskdError(
+            field, found, "a folder of its own: what is written there, or deleted, is not to touch the other", remedy
+        )
+
+
+def _relation(one: str, other: str) -> str:
+    """How a folder stands to another: "is", "contains", "lies in", or "" for apart."""
+    first, second = _place(one), _place(other)
+    if isinstance(first, Path) and isinstance(second, Path):
+        if same_file(first, second):
+            return "is"
+        if any(same_file(first, parent) for parent in second.parents):
+            return "contains"
+        return "lies in" if any(same_file(second, parent) for parent in first.parents) else ""
+    if isinstance(first, Path) or isinstance(second, Path):
+        return ""
+    if first == second:
+        return "is"
+    if second[: len(first)] == first:
+        return "contains"
+    return "lies in" if first[: len(second)] == second else ""
+
+
+def _place(path: str) -> Path | tuple[str, ...]:
+    """A local folder, links followed; the scheme, host and names of a URI."""
+    if "://" not in path:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    parts = urlsplit(path)
+    if parts.scheme == "file":
+        return Path(os.path.realpath(parts.path))
+    names = [name for name in os.path.normpath(f"/{parts.path}").split("/") if name]
+    return ({"gcs": "gs"}.get(parts.scheme, parts.scheme), parts.netloc.rpartition("@")[2], *names)

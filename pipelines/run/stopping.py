@@ -1,0 +1,91 @@
+"""Ctrl-C and SIGTERM end a program alike: what it began is closed, one line says so, and the exit code names the signal."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
+_taken = False
+
+
+def _note(number: int) -> None:
+    """From now on a second signal ends the process at once."""
+    _received.append(number)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """A KeyboardInterrupt, wherever the program is."""
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    _note(number)
+    if number == signal.SIGTERM and callable(on_ctrl_c) and on_ctrl_c is not _on_signal:
+        on_ctrl_c(signal.SIGINT, frame)  # Ray Tune's: it ends the trials, and then its own loop
+    else:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Around `ray.init`, which puts handlers of its own there: first one that raises SystemExit, then one in C++ that prints a
+    stack dump and dies."""
+    try:
+        yield
+    except SystemExit:
+        if not _taken:
+            raise
+        _note(signal.SIGTERM)
+        raise KeyboardInterrupt from None
+    finally:
+        if _taken and not _received:
+            signal.signal(signal.SIGTERM, _on_signal)
+
+
+def was_stopped(error: BaseException) -> bool:
+    """Whether a signal, rather than a fault, ended what raised this."""
+    return bool(_received) or isinstance(error, KeyboardInterrupt)
+
+
+def this_command() -> str:
+    """What to type to run this program again."""
+    spec = sys.modules["__main__"].__spec__  # of `python -m`
+    program = [sys.executable, *(["-m", spec.name] if spec else sys.argv[:1])]
+    return shlex.join([*(["qskd"] if Path(sys.argv[0]).name == "qskd" else program), *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def ended_by_signals(quiet: bool = False) -> Iterator[None]:
+    """For a program's outermost level, in its main thread. Stopped by a signal it says so (unless quiet) and exits with 128 and
+    the signal's number, as a shell counts: 130 for Ctrl-C, 143 for SIGTERM."""
+    global _taken
+    before = {each: signal.signal(each, _on_signal) for each in SIGNALS}
+    _taken, done = True, False
+    try:
+        yield
+        done = True
+    except BaseException as error:
+        ctrl_c = 128 + signal.SIGINT  # Typer's, when it meets a KeyboardInterrupt that came another way
+        if not was_stopped(error) and not (isinstance(error, SystemExit) and error.code == ctrl_c):
+            done = True
+            raise
+        number = _received[0] if _received else signal.SIGINT
+        if not quiet:
+            from pipelines.run.logs import say
+
+            say(
+                f"\nstopped by {'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}; nothing that is finished is lost, and "
+                f"the same command goes on with it: {this_command()}"
+            )
+        raise SystemExit(128 + number) from None
+    finally:
+        _taken = False
+        _received.clear()
+        for each, handler in before.items() if done else ():
+            signal.signal(each, handler)

@@ -1,0 +1,1 @@
+"""`qskd train` and `qskd distill`: driver, Ray Train's workers, the stream of batches."""

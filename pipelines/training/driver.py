@@ -1,0 +1,154 @@
+"""Train a student, with a teacher (`qskd distill`) or without (`qskd train`): one driver for both.
+
+python -m pipelines.distill configs/coco_conditional_r18.yaml --set teacher.path=TEACHER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pyarrow import fs
+
+from pipelines.cluster.room import say_if_on_cpus
+from pipelines.cluster.start import start_ray
+from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
+from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
+from pipelines.run.logs import start_logs
+from pipelines.run.ownership import check_ours, claim, delete_run
+from pipelines.run.resolve import prepare_config
+from pipelines.run.stopping import was_stopped
+from pipelines.run.tracked import open_for
+from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
+from pipelines.tracking.store import tracking_uri
+from pipelines.tracking.tracker import Tracker
+from pipelines.training.checkpoint_list import delete_unlisted, mend_list
+from pipelines.training.checkpoints import read_state
+from pipelines.training.plan import SLOW_PATH, Plan, make_plan
+from pipelines.training.trainer import make_trainer
+from qskd.config import Config
+from qskd.config.recipe import to_yaml
+from qskd.errors import QskdError
+from qskd.from_recipe import make_teacher, start_student
+from qskd.storage.scratch import scratch_folder
+
+log = logging.getLogger("qskd")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """student: the plain Hugging Face folder. metrics: the last evaluation's. seconds: of this command."""
+
+    folder: str
+    student: str
+    metrics: dict[str, float]
+    run_id: str
+    seconds: float
+
+
+def read_result(folder: Folder) -> RunResult:
+    """Of a finished run."""
+    remedy = f"rm {folder.where('result.json')}: the same command makes it again from the last checkpoint"
+    return RunResult(**folder.read_record("result.json", remedy=remedy))
+
+
+def check_folder(config: Config, restart: bool) -> Folder:
+    """OUTPUT/NAME; QskdError where another thing is than a training of qskd's, or nothing."""
+    folder = Folder(config)
+    if folder.exists(SWEEP):
+        raise QskdError(folder.path, "holds a sweep", "a training, or nothing", "choose another name: --set name=...")
+    check_no_trial(folder)
+    check_ours(folder, restart)
+    return folder
+
+
+def run(config: Config, kind: str, restart: bool = False) -> RunResult:
+    """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
+    config = prepare_config(config, kind)
+    folder = check_folder(config, restart)
+    plan = make_plan(config, kind)
+    with alone_on(folder):
+        return _run(plan, folder, restart)
+
+
+def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
+    config, kind = plan.config, plan.kind
+    if restart:
+        delete_run(folder)
+    claim(folder, kind, config.name)
+    check_same_run(folder, config)
+    check_same_data(folder, plan.fingerprints)
+    if folder.exists("result.json"):
+        log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
+        done = read_result(folder)
+        if not is_complete(folder):
+            end_run(Tracker(tracking_uri(config), done.run_id), folder, config.name)
+        return done
+    if kind == "distill" and not plan.stream.teacher_cache:
+        log.warning("%s: teacher %s", config.name, SLOW_PATH)
+        make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
+    # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.
+    inherited = start_student(config, plan.train.labels)[1] if config.student.inherit else ""
+    folder.write_record("config.yaml", to_yaml(config))
+    folder.delete(FAILURE)
+    mend_list(folder)  # here too: what can't be mended is said before Ray starts
+    tracker = open_for(folder, config, kind)
+    start_logs(run=config.name, run_id=tracker.run_id)
+    if inherited:
+        folder.write("inheritance.txt", inherited)
+        tracker.text("inheritance.txt", inherited)
+    for notice in plan.notices:
+        log.warning(notice)
+    try:
+        start_ray()
+        say_if_on_cpus(config.compute.device)
+        started = time.perf_counter()
+        try:
+            result = fit(plan, tracker, folder)
+        finally:
+            raise_failure(folder)  # says more than what Ray makes of it
+        whole = fill_in(tracker, folder, config.name, PATIENCE_S)
+        done = finish(plan, folder, tracker, result, time.perf_counter() - started)
+    except BaseException as error:
+        tracker.finish("KILLED" if was_stopped(error) else "FAILED")
+        raise
+    end_run(tracker, folder, config.name, 0.0, whole)
+    return done
+
+
+def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
+    """Ray Train. Goes on from the last checkpoint when OUTPUT/NAME/train has one."""
+    from pipelines.reporting.progress import ProgressPrinter, TrackingCallback
+
+    tracking = TrackingCallback(tracker, folder)
+    trainer = make_trainer(plan.config, plan.stream, folder, [tracking], tracker.run_id)
+    tracking.catch_up(plan.config.compute.workers)
+    fill_in(tracker, folder, plan.config.name)
+    with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
+        return trainer.fit()
+
+
+def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:
+    """Copy the student out of the last checkpoint, log it, and write result.json: the mark of a finished run."""
+    from pipelines.reporting.cards import card_of_run
+    from pipelines.reporting.report import write_report
+    from pipelines.run.history import read_history
+    from qskd.deploy.model_card import write_card
+
+    if result.error is not None or result.checkpoint is None:
+        raise result.error or QskdError(folder.path, "training ended without a checkpoint")
+    with scratch_folder("finish") as scratch, result.checkpoint.as_directory() as checkpoint:
+        student = scratch / "student"
+        student.mkdir()
+        fs.copy_files(f"{checkpoint}/student", str(student))
+        metrics = read_state(checkpoint)["metrics"]
+        write_card(student, card_of_run(plan.config, plan.kind, plan.train, plan.val, student, metrics))
+        write_report(plan.config, plan.val, read_history(folder), student, tracker)
+        folder.upload(student, "student")
+    delete_unlisted(folder)  # a lost worker may have written one until now
+    done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))
+    folder.write_record("result.json", json.dumps(done.__dict__, indent=2))
+    return done

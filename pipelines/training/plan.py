@@ -1,0 +1,133 @@
+"""What a training will do, found and checked before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pipelines.run.folder import Folder
+from pipelines.tracking.store import tracking_uri
+from pipelines.training.notices import notices
+from pipelines.training.stream import StreamConfig, keep_bytes_for
+from qskd.checks import check_cache, check_classes, check_data, check_enough, check_teacher
+from qskd.config import Config
+from qskd.datasets.manifest import Manifest, load_manifest
+from qskd.datasets.schedule import Schedule
+from qskd.detectors import describe_student
+from qskd.distillation import teacher_needs
+from qskd.errors import QskdError
+from qskd.from_recipe import start_student
+from qskd.redaction import redacted
+from qskd.teacher.columns import columns_for
+from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.manifest import load_cache_manifest
+
+SLOW_PATH = "run in every training step: the slow path (`qskd cache` runs it once, for all trainings)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All a training needs to know before it starts."""
+
+    config: Config
+    train: Manifest
+    val: Manifest
+    stream: StreamConfig
+    kind: str
+    cache_is_missing: bool = False  # of a dry run alone
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint}
+
+    @property
+    def notices(self) -> list[str]:
+        return notices(self.config, self.stream.schedule.total_steps / self.stream.schedule.steps_per_epoch)
+
+    def describe(self, cache_command: str = "qskd cache RECIPE") -> str:
+        """What `--dry-run` prints below the configuration. cache_command: makes the cache that is missing."""
+        schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
+        workers = f"{compute.min_workers} to {compute.workers}" if compute.min_workers else f"{compute.workers}"
+        lines = [
+            f"student: {describe_student(self.config.student, len(self.train.labels))}",
+            f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
+            f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
+            f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
+            f"{schedule.steps_per_epoch} batches of {schedule.batch_size}",
+            f"{workers} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
+            f"output: {Folder(self.config).path}",
+            f"MLflow: {tracking_uri(self.config)}",
+        ]
+        if self.kind == "distill":
+            cache = self.config.teacher.cache.path
+            how = f"its outputs from {cache}" if self.stream.teacher_cache else SLOW_PATH
+            if self.cache_is_missing:
+                how = f"its outputs from {cache}, where no cache is yet. To be made first: {cache_command}"
+            lines.insert(0, f"teacher: {self.config.teacher.path}, {how}")
+        lines += [f"notice: {notice}" for notice in self.notices]
+        if self.config.student.inherit:
+            lines.append(start_student(self.config, self.train.labels)[1])
+        return redacted("\n".join(lines))
+
+
+def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
+    """Read the manifests and check what can be checked before anything is started. Raises QskdError. dry: nothing will be
+    started, so that a cache may be missing."""
+    check_data(config, ("train", "val"))
+    if kind == "distill":
+        check_teacher(config)
+    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    if train.categories != val.categories:
+        raise QskdError(
+            config.data.val,
+            f"categories {[c.name for c in val.categories]}",
+            f"those of {config.data.train}: {[c.name for c in train.categories]}",
+            "prepare both splits from JSON files with the same categories",
+        )
+    if not val.num_images:
+        raise QskdError(config.data.val, "no images", "at least one, to evaluate on")
+    workers = config.compute.workers
+    if config.training.batch_size < workers:
+        raise QskdError(
+            "training.batch_size", str(config.training.batch_size), f"at least one image a worker ({workers})"
+        )
+    schedule = Schedule(
+        train_shard_rows=train.shard_rows,
+        val_shard_rows=val.shard_rows,
+        seed=config.seed,
+        epochs=config.training.epochs,
+        batch_size=config.training.batch_size,
+        window_images=config.data.shuffle_window_images,
+        views=config.data.views.count,
+        evaluate_every_epochs=config.training.evaluate_every_epochs,
+        max_steps=config.training.max_steps,
+    )
+    cache, missing = None, False
+    if kind == "distill":
+        path = config.teacher.cache.path
+        missing = dry and bool(path) and load_cache_manifest(path) is None
+        if missing:
+            check_enough(config)
+        elif path:
+            cache = check_cache(config, train)
+        if cache is None:  # else its identity was compared, classes included
+            check_classes(config, train)
+    own = teacher_preprocessing(config).resize if kind == "distill" and not cache else config.student.resize
+    stream = StreamConfig(
+        train_uri=config.data.train,
+        val_uri=config.data.val,
+        schedule=schedule,
+        views=config.data.views,
+        student_resize=config.student.resize,
+        teacher_resize=own if own != config.student.resize else None,
+    )
+    needs = teacher_needs(config.distillation)
+    if cache is not None and needs is not None:
+        stream = replace(
+            stream,
+            teacher_cache=config.teacher.cache.path,
+            teacher_columns=columns_for(needs.memory, needs.attention),
+            teacher_row_bytes=cache.num_bytes // (train.num_images * len(cache.views)),
+        )
+    row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
+    stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
+    return Plan(config, train, val, stream, kind, missing)

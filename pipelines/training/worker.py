@@ -1,0 +1,189 @@
+"""The train loop of one worker: batches in, reports and checkpoints out, exact resume from the last one."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pipelines.cluster.devices import pick_device
+from pipelines.cluster.room import reader_cpus
+from pipelines.reporting.meter import Gauges, Meter
+from pipelines.run.folder import Folder, record_failure
+from pipelines.run.logs import as_json, start_logs
+from pipelines.training.checkpoints import restore, write_checkpoint
+from pipelines.training.stream import LOADER_ROWS, Readers, Share, StreamConfig, open_stream
+from qskd.config import Config
+from qskd.config.recipe import build
+from qskd.datasets.batch import parts_of, train_batch
+from qskd.datasets.manifest import load_manifest
+from qskd.errors import QskdError
+from qskd.evaluation.average_precision import CocoResult, evaluate_coco
+from qskd.evaluation.detections import Detections
+from qskd.evaluation.inference import predict_batch
+from qskd.from_recipe import ground_truth, make_student, teacher_for_training
+from qskd.storage.scratch import scratch_folder
+from qskd.training.step import Training
+
+log = logging.getLogger("qskd")
+NOTICE_EVERY_STEPS = 10  # each asking is a rendezvous of all workers: some milliseconds
+
+
+def gather_detections(own: Detections, world_size: int) -> Detections | None:
+    """All workers' detections on rank 0, None elsewhere."""
+    if world_size == 1:
+        return own
+    import torch.distributed as dist
+
+    parts: list[Detections] | None = [Detections.empty()] * world_size if dist.get_rank() == 0 else None
+    dist.gather_object(own, parts, dst=0)
+    return Detections.concatenate(parts) if parts is not None else None
+
+
+# What trying again can't mend. Ray Train would restart the workers for these as for a machine that was lost.
+NOT_WORTH_RETRYING = (
+    QskdError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, ImportError, NotImplementedError,
+)  # fmt: skip
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """The function TorchTrainer runs on every worker. payload: "config" (nested dict), "stream" (StreamConfig), "run_id"
+    (MLflow's, for the logs) and "preemptible" (whether a node may be taken away after a notice)."""
+    import ray.train
+
+    config, stream = build(payload["config"]), payload["stream"]
+    folder = Folder(config)
+    context = ray.train.get_context()
+    start_logs(
+        run=config.name,
+        run_id=payload.get("run_id", ""),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+    )
+    if config.compute.threads_per_worker:
+        torch.set_num_threads(config.compute.threads_per_worker)
+    try:
+        world_size, rank = context.get_world_size(), context.get_world_rank()
+        worker = Worker(config, stream, world_size, rank, preemptible=payload.get("preemptible", True))
+        checkpoint = ray.train.get_checkpoint()
+        worker.run(restore(worker.training, checkpoint) if checkpoint else 0)
+    except NOT_WORTH_RETRYING as error:
+        record_failure(folder, error)
+        raise
+
+
+class Worker:
+    """One worker's training, its share of the evaluations, and its reports.
+
+    preemptible: Ray is asked for notices that a node goes away; without it no time is spent on asking.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stream: StreamConfig,
+        world_size: int,
+        rank: int,
+        device: torch.device | None = None,
+        preemptible: bool = False,
+    ) -> None:
+        self.config, self.stream, self.world_size, self.rank = config, stream, world_size, rank
+        self.preemptible = preemptible
+        self.device = device or pick_device(config.compute.device)
+        manifest = load_manifest(stream.train_uri)
+        self.category_ids = tuple(category.id for category in manifest.categories)
+        student = make_student(config, manifest.labels)
+        teacher = teacher_for_training(config, manifest.labels)
+        self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
+        self.truth = ground_truth(stream.val_uri) if rank == 0 else None
+        self.meter = Meter(Gauges(config.name, rank))
+        self.notice: Any = None
+
+    def run(self, start_step: int) -> None:
+        """Go through the schedule from a training step on."""
+        shares = self.shares(start_step)
+        for (kind, epoch), part in itertools.groupby(shares, key=lambda share: (share.kind, share.epoch)):
+            if kind == "train":
+                self.train(part)
+            else:
+                self.report(epoch, self.evaluate(part))
+        self.training.check_finite()
+
+    def shares(self, start_step: int) -> Iterator[Share]:
+        """This worker's batches from a training step on."""
+        compute = self.config.compute
+        readers = Readers(compute.loader_workers, reader_cpus(compute, self.device.type == "cuda"))
+        return open_stream(self.stream, start_step, self.world_size, self.rank, readers)
+
+    def train(self, shares: Iterator[Share]) -> None:
+        """One epoch, or the rest of one. Reports every so many steps, and at an end that no evaluation follows."""
+        every, batch_size = self.config.training.checkpoint_every_steps, self.stream.schedule.batch_size
+        self.meter.resume()
+        waiting_since = time.perf_counter()
+        for share in shares:
+            waited_s = time.perf_counter() - waiting_since
+            asked = share.arrays.get(LOADER_ROWS)
+            arrays = {name: array for name, array in share.arrays.items() if name != LOADER_ROWS}
+            parts = parts_of(arrays, self.config.training, self.world_size)
+            values = self.training.train_step(*(train_batch(part, self.device) for part in parts))
+            self.meter.add(self.training.step, values, batch_size, waited_s, asked)
+            if share.is_last:
+                if not self.stream.schedule.evaluates_after(share.epoch):
+                    self.report(share.epoch, None)
+            elif (every and self.training.step % every == 0) or self.given_notice():
+                self.report(share.epoch, None)
+                self.meter.resume()
+            waiting_since = time.perf_counter()
+        self.meter.pause()
+
+    def given_notice(self) -> bool:
+        """Whether a worker's node is about to be taken away, once for each notice: a checkpoint is then due. Training goes on
+        until it happens. Asked at the same steps everywhere, as Ray wants it, and answered the same."""
+        import ray.train
+
+        if not self.preemptible or self.training.step % NOTICE_EVERY_STEPS:
+            return False
+        notice = ray.train.get_preemption_info()
+        if notice is None or notice == self.notice:
+            return False
+        self.notice = notice
+        log.warning(
+            "step %d: node(s) %s will be taken away: saving a checkpoint",
+            self.training.step,
+            ", ".join(node[:6] for node in notice.preempted_node_ids),
+        )
+        return True
+
+    def evaluate(self, shares: Iterator[Share]) -> CocoResult | None:
+        """COCO AP over the validation set; on rank 0, None elsewhere."""
+        with self.training.evaluation_weights() as student:
+            seen_as = student.preprocessing(self.config.student.resize)
+            found = [
+                predict_batch(student, share.arrays, seen_as, self.category_ids, device=self.device) for share in shares
+            ]
+        everything = gather_detections(Detections.concatenate(found), self.world_size)
+        return evaluate_coco(self.truth, everything) if everything is not None and self.truth is not None else None
+
+    def report(self, epoch: int, result: CocoResult | None) -> None:
+        """Metrics to the controller; from rank 0 with a checkpoint, with a student folder in it after an evaluation.
+        "placement_group": what to give back when the training is killed (a sweep's `SweepScheduler`)."""
+        import ray.train
+        import ray.util
+
+        metrics: dict[str, Any] = {"epoch": epoch, "step": self.training.step, "rows": self.meter.flush()}
+        group = ray.util.get_current_placement_group()
+        metrics["placement_group"] = group.id.hex() if group is not None else ""
+        if result is not None:
+            metrics["evaluation"] = result.metrics
+        for step, row in metrics["rows"] if as_json() else ():
+            log.info("step %d", step, extra={"fields": {"step": step, "epoch": epoch} | row})
+        if self.rank:
+            ray.train.report(metrics)
+            return
+        with scratch_folder("checkpoint") as folder:
+            write_checkpoint(folder, self.training, self.config, result)
+            ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder))

@@ -1,0 +1,1 @@
+"""`qskd tune`: a sweep, its driver and its records."""

@@ -1,0 +1,1 @@
+"""What a sweep leaves to look at: tables and plots."""

@@ -1,0 +1,217 @@
+"""A sweep at work: which trial is next, what was heard of each, and where that is written down. Knows no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pipelines.run.logs import tell
+from pipelines.tuning.records import ENDED, Records, Refusal, trial_config
+from pipelines.tuning.report.results import best_row
+from pipelines.tuning.search.population import Population
+from pipelines.tuning.search.propose import propose
+from pipelines.tuning.search.request import Search
+from pipelines.tuning.tracking import SweepTracking
+from pipelines.tuning.trial.costs import parameters_m
+from pipelines.tuning.trial.job import Job
+from pipelines.tuning.trial.row import TrialRow
+from qskd.config import Config
+from qskd.config.recipe import to_tree
+from qskd.errors import QskdError
+
+DONE: Literal["FINISHED"] = "FINISHED"  # Tune's word for: nothing is left to start
+REFUSALS = 200  # in a row, until the space is taken to have nothing that fits
+
+
+class Sweep:
+    """The state of a sweep in the driver: `records`, and which trials are with Tune.
+
+    config: the recipe, of a trial's length. slots: how many trials fit into the cluster now. limit_m: most parameters, in
+    millions. recipe_latency_ms: of the recipe's student, which trials' are measured against. steps: of a whole trial, and
+    of an epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        search: Search,
+        records: Records,
+        tracking: SweepTracking,
+        labels: Sequence[str],
+        slots: Callable[[], int],
+        recipe_latency_ms: float,
+        steps: tuple[int, int],
+        limit_m: float | None = None,
+    ) -> None:
+        self.config, self.search, self.records, self.tracking = config, search, records, tracking
+        self.labels, self.slots, self.recipe_latency_ms, self.limit_m = labels, slots, recipe_latency_ms, limit_m
+        self.live: dict[int, Job] = {}
+        self.population = Population(search, config, *steps) if search.algorithm == "pbt" else None
+
+    # --- what is next -------------------------------------------------------------------------------------------------
+    def next_job(self) -> Job | str | None:
+        if len(self.live) >= self.slots():
+            return None
+        rows = self.records.rows
+        while len(rows) < self.search.trials and (self.population or not self._interrupted()):
+            row = self._propose(len(rows))
+            if row is None:
+                return DONE
+            if self.population is None:
+                break
+        if self.population is not None:
+            return self._next_of_population()
+        waiting = self._interrupted()
+        return self._start(rows[waiting[0]]) if waiting else DONE
+
+    def _interrupted(self) -> list[int]:
+        """Begun or proposed, not ended, and not with Tune: of an earlier driver, or just made."""
+        return [n for n, row in sorted(self.records.rows.items()) if row.state not in ENDED and n not in self.live]
+
+    def _propose(self, number: int) -> TrialRow | None:
+        """A new row, of a student within the limit. None when no such student is found."""
+        while True:
+            earlier = [refusal for refusal in self.records.refused if refusal.before == number]
+            if len(earlier) >= REFUSALS:
+                print(
+                    f"{REFUSALS} proposals in a row were refused: {earlier[-1].reason}. The sweep ends with {number} trials."
+                )
+                return None
+            found = propose(
+                self.search, self.config.seed, number, self.records.in_order(), self.records.refused, len(earlier)
+            )
+            size: float | None = None
+            if self.limit_m is not None:
+                try:
+                    size = parameters_m(self.search.space.config(found.overrides), self.labels)
+                except QskdError as error:
+                    row = TrialRow(number, "waiting", found.parameters, found.overrides)
+                    return self._fail(row, error, self.search.space.config(found.overrides))
+                if size > self.limit_m * (1 + 1e-9):
+                    reason = f"{size:.4g} M parameters, more than {self.limit_m:.4g} M"
+                    self.records.refuse(Refusal(number, found.parameters, size / self.limit_m - 1, reason))
+                    continue
+            return self.records.put(TrialRow(number, "waiting", found.parameters, found.overrides, parameters_m=size))
+
+    def _start(self, row: TrialRow, **more: Any) -> Job | str | None:
+        """The job of a row; a configuration that can't be fails here and the next is asked for."""
+        try:
+            config = self.search.space.config(row.overrides)
+        except QskdError as error:
+            self._fail(row, error, self.config)
+            return self.next_job()
+        config = trial_config(config, row.number)
+        again = row.state == "running"
+        self.records.put(replace(row, state="running"))
+        run_id = self.tracking.begin(row, config)
+        row = self.records.put(replace(row, state="running", run_id=run_id))
+        measure = row.latency_ms is None
+        job = Job(
+            row.number,
+            to_tree(config),
+            seen=row.epochs,
+            recipe=to_tree(self.config) if measure else None,
+            recipe_latency_ms=self.recipe_latency_ms,
+            **more,
+        )
+        self.live[row.number] = job
+        if not job.generation:
+            what = (
+                "goes on"
+                if again
+                else ", ".join(f"{k.rpartition('.')[2]} {_short(v)}" for k, v in row.overrides.items())
+            )
+            tell(f"trial {row.number}: {what or 'the recipe'}")
+        return job
+
+    def _fail(self, row: TrialRow, error: QskdError, config: Config) -> TrialRow:
+        """A trial that can't even begin; config: to log it with."""
+        run_id = self.tracking.begin(row, trial_config(config, row.number))
+        failed = self.records.put(replace(row, state="failed", reason=str(error), run_id=run_id))
+        self._end(failed)
+        return failed
+
+    def _next_of_population(self) -> Job | str | None:
+        assert self.population is not None
+        step = self.population.next_step(self.records.rows, set(self.live), self.config.seed)
+        if step is None:
+            return None if self.live else DONE
+        row = self.records.rows[step.number]
+        if step.succession is not None and step.succession.donor is not None:
+            row = replace(row, parameters=step.succession.parameters, overrides=step.succession.overrides)
+            print(
+                f"trial {row.number}: takes over the weights of trial {step.succession.donor}, goes on with "
+                + ", ".join(f"{k.rpartition('.')[2]} {_short(v)}" for k, v in row.overrides.items()),
+                flush=True,
+            )
+        donor = step.succession.donor if step.succession is not None else None
+        job = self._start(
+            row,
+            generation=step.generation,
+            until=step.until,
+            donor=donor,
+            donor_step=step.donor_step if donor is not None else 0,
+        )
+        self.tracking.parameters(row, step.donor_step)
+        return job
+
+    # --- what is heard ------------------------------------------------------------------------------------------------
+    def heard(self, number: int, report: dict[str, Any], stop: bool) -> None:
+        row = self.records.rows[number]
+        if "failed" in report:
+            self.records.put(replace(row, state="failed", reason=report["failed"]))
+        elif "costs" in report:
+            self.records.put(replace(row, **report["costs"]))
+            self.tracking.costs(number, report["costs"])
+        elif report["epochs"] > row.epochs + 1e-9:
+            ap = report["metrics"]["AP"]
+            metrics = report["metrics"] if ap > row.best_ap else row.metrics
+            state = "finished" if report["last"] else "stopped" if stop else row.state
+            curve = (*row.curve, (report["epochs"], ap))
+            seconds = round(row.seconds + report["seconds"], 2)
+            self.records.put(replace(row, state=state, curve=curve, metrics=metrics, seconds=seconds))
+            self.tracking.report(number, report)
+            self._tell(self.records.rows[number], stop)
+
+    def _tell(self, row: TrialRow, stop: bool) -> None:
+        """The trial's last evaluation, and the best there is: on the terminal, and in the sweep's run."""
+        rows, (epochs, ap) = self.records.in_order(), row.curve[-1]
+        best = best_row(rows)
+        leader = f"  (best {best.best_ap:.3f}, trial {best.number})" if best else ""
+        if best is not None:
+            heard = sum(len(each.curve) for each in rows)
+            self.tracking.leader(heard, best)
+        print(f"trial {row.number}: epoch {epochs:g}  AP {ap:.3f}{'  stopped' if stop else ''}{leader}", flush=True)
+
+    def ended(self, number: int) -> None:
+        job = self.live.pop(number, None)
+        if job is None:
+            return
+        row = self.records.rows[number]
+        if row.state in ENDED:
+            self._end(row)
+        elif not job.until or row.epochs < job.until - 1e-6:
+            self._end(self.records.put(replace(row, state="failed", reason="it returned before its end")))
+
+    def lost(self, number: int) -> None:
+        self.live.pop(number, None)
+        times = self.config.compute.max_failures + 1
+        reason = f"its process died {times} times; out of memory? (QSKD_VERBOSE=1 shows what Ray says)"
+        self._end(self.records.change(number, state="failed", reason=reason))
+
+    def _end(self, row: TrialRow) -> None:
+        if row.state == "failed":
+            tell(f"trial {row.number}: failed: {row.reason.splitlines()[0]}")
+        self.tracking.end(row)
+
+
+def is_done(search: Search, records: Records) -> bool:
+    """Whether all trials have ended; fewer than asked for where the space had no more to offer."""
+    rows = records.rows
+    gave_up = sum(refusal.before == len(rows) for refusal in records.refused) >= REFUSALS
+    return (len(rows) >= search.trials or gave_up) and all(row.state in ENDED for row in rows.values())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

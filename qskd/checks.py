@@ -1,0 +1,88 @@
+"""What can be wrong with a recipe's data, cache and classes, found from manifests and configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qskd.config import Config
+from qskd.datasets.classes import map_classes
+from qskd.datasets.manifest import Manifest
+from qskd.detectors import (
+    labels_of,
+    read_config,
+)
+from qskd.distillation import teacher_needs
+from qskd.errors import QskdError
+from qskd.teacher.identity import cache_identity
+from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest
+
+
+def check_teacher(config: Config) -> None:
+    """QskdError when no teacher is named."""
+    if not config.teacher.path:
+        remedy = "--set teacher.path=..., or train without one: `qskd train`"
+        raise QskdError("teacher.path", "empty", "a Hub name or folder of a detector", remedy)
+
+
+def check_data(config: Config, fields: Sequence[str]) -> None:
+    """QskdError when a shard folder is not given."""
+    for field in fields:
+        if not getattr(config.data, field):
+            raise QskdError(
+                f"data.{field}", "empty", "a shard folder made by `qskd prepare`", f"--set data.{field}=FOLDER"
+            )
+
+
+def check_cache(config: Config, train: Manifest) -> CacheManifest:
+    """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough."""
+    path, views = config.teacher.cache.path, config.data.views.count
+    check_enough(config)
+    manifest = load_cache_manifest(path)
+    if manifest is None:
+        raise QskdError(
+            path,
+            "no cache of teacher outputs",
+            "one made by `qskd cache` with this recipe",
+            "run `qskd cache RECIPE`; or run the teacher in every step, which is slower: --set teacher.cache.path=",
+        )
+    check_identity(manifest, cache_identity(config, train), path)
+    check_views(manifest, views, path)
+    return manifest
+
+
+def check_classes(config: Config, train: Manifest) -> None:
+    """QskdError where the teacher does not know all classes. Reads no weights."""
+    if config.distillation.method != "none":
+        map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+
+
+def check_enough(config: Config) -> None:
+    """QskdError when the method asks for what a cache with the recipe's settings does not hold."""
+    needs, cache = teacher_needs(config.distillation), config.teacher.cache
+    if needs is None:
+        return
+    if needs.attention and needs.attention_giou_floor < cache.attention_giou_floor:
+        low, floor = needs.attention_giou_floor, cache.attention_giou_floor
+        reach = f"boundaries that reach down to GIoU {low:g}"
+        if low == -1:
+            reach = "relative boundaries, or a weight for the lowest band: a query of any GIoU can be kept"
+        raise QskdError(
+            "distillation.selection",
+            reach,
+            f"GIoU {floor:g} or more: the cache holds the attention of queries from there up (and of the matched ones)",
+            f"raise the boundaries, or make a cache with a lower floor: --set teacher.cache.attention_giou_floor={low:g}",
+        )
+    if needs.attention and needs.attention_layers != cache.attention_layers:
+        raise QskdError(
+            "distillation.features.attention_layers",
+            needs.attention_layers,
+            f"{cache.attention_layers}, as the cache has it",
+            f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}",
+        )
+    if needs.all_layers and not cache.all_layers:
+        raise QskdError(
+            "distillation.predictions.teacher_layers",
+            "same_index, which needs every decoder layer of the teacher",
+            "last: the cache holds the last layer's logits and boxes",
+            "make a cache with --set teacher.cache.all_layers=true",
+        )

@@ -1,0 +1,26 @@
+"""The whole configuration of a run, strict and frozen (light: pydantic only)."""
+
+from qskd.config.distillation import DistillationConfig as DistillationConfig
+from qskd.config.distillation import FeatureDistillationConfig as FeatureDistillationConfig
+from qskd.config.distillation import PredictionDistillationConfig as PredictionDistillationConfig
+from qskd.config.distillation import QuerySelectionConfig as QuerySelectionConfig
+from qskd.config.images import ResizeConfig as ResizeConfig
+from qskd.config.images import ViewConfig as ViewConfig
+from qskd.config.section import Fraction as Fraction
+from qskd.config.section import NonNegative as NonNegative
+from qskd.config.section import Positive as Positive
+from qskd.config.section import Section as Section
+from qskd.config.sections import CardConfig as CardConfig
+from qskd.config.sections import ComputeConfig as ComputeConfig
+from qskd.config.sections import Config as Config
+from qskd.config.sections import DataConfig as DataConfig
+from qskd.config.sections import DetectionLossConfig as DetectionLossConfig
+from qskd.config.sections import TeacherCacheConfig as TeacherCacheConfig
+from qskd.config.sections import TeacherConfig as TeacherConfig
+from qskd.config.sections import TrackingConfig as TrackingConfig
+from qskd.config.sections import TrainingConfig as TrainingConfig
+from qskd.config.student import BackboneConfig as BackboneConfig
+from qskd.config.student import StudentConfig as StudentConfig
+from qskd.families.facts import HYBRID_FAMILIES as HYBRID_FAMILIES
+from qskd.families.facts import TWO_LAYER_FAMILIES as TWO_LAYER_FAMILIES
+from qskd.families.facts import Family as Family

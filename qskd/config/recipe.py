@@ -1,0 +1,200 @@
+"""Recipes: YAML in and out of the configuration, and `--set a.b=c`; errors that name the field and its nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qskd.config import Config
+from qskd.errors import QskdError
+from qskd.printable import one_line, shown_value
+from qskd.redaction import STORE_REMEDY, TRACKING_REMEDY, secret_in
+from qskd.untrusted import LARGEST_YAML, parse_yaml
+
+
+def _known_fields(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    for part in path:
+        field = section.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        candidates = [inner, *getattr(inner, "__args__", ())]
+        nested = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if nested is None:
+            return []
+        section = nested
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, where: str) -> QskdError:
+    problems, remedies = [], []
+    for problem in error.errors():
+        path = list(problem["loc"])
+        name = ".".join(str(part) for part in path) or "the whole"
+        if problem["type"] == "extra_forbidden":
+            known = _known_fields(Config, path[:-1])
+            close = difflib.get_close_matches(str(path[-1]), known, n=1)
+            problems.append(f"unknown field {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+            remedies.append(f"fields there are: {', '.join(known)}")
+        else:
+            said = (
+                "" if isinstance(problem["input"], Mapping) else f" = {shown_value(problem['input'])}"
+            )  # a section: too long
+            problems.append(f"{name}{said}: {problem['msg'].removeprefix('Value error, ')}")
+    return QskdError(where, "; ".join(problems), remedy="; ".join(dict.fromkeys(remedies)) or "correct the field named")
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=c` -> (["a", "b"], c); the value is read as YAML, so that 1e-4, [0.5, 0.7] and true are what they look like.
+    Nothing after the `=` is the empty text, as for a path that is to be taken away; `null` is YAML's nothing."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise QskdError(
+            f"--set {one_line(text)}", "no `=` in it" if not equals else "no field before the `=`", "a.b=value"
+        )
+    parsed = parse_yaml(value, f"--set {one_line(text)}", "a.b=value, the value in YAML") if value.strip() else ""
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value.strip()):  # YAML 1.1 reads 1e-4 as text
+        parsed = float(value)
+    return name.strip().split("."), parsed
+
+
+def _copy(value: Any) -> Any:
+    """Nested dicts and lists, none of them shared: an alias in a recipe must not be set along with what it stands for."""
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the nested dict with each `a.b=c` set; whether the names exist is checked by `build`."""
+    result: dict[str, Any] = _copy(tree)
+    for text in overrides:
+        path, value = parse_override(text)
+        node = result
+        for part in path[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise QskdError(
+                    f"--set {one_line(text)}", f"{part} is not a group of fields", "a dotted path to a field"
+                )
+            node = child
+        node[path[-1]] = value
+    return result
+
+
+def build(tree: dict[str, Any], where: str = "config") -> Config:
+    """Nested dict -> Config. Errors name every field that is unknown or wrong, and those that hold a URI's secrets: runs
+    write their configuration down, and MLflow shows it."""
+    _refuse_secrets(tree, where)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        # A validator that was not ready for a value: pydantic makes only ValueErrors of them its own.
+        raise QskdError(where, f"a value that no field takes: {error}", "values of the fields' types") from None
+
+
+def _refuse_secrets(tree: Any, where: str) -> None:
+    for field, value in flatten(tree).items() if isinstance(tree, dict) else ():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (secret := secret_in(text)):
+                found = f"{field}: {secret}, which the run's files, MLflow and logs would all keep"
+                remedy = TRACKING_REMEDY if str(field).startswith("tracking.") else STORE_REMEDY
+                raise QskdError(where, found, "a URI without credentials", remedy)
+
+
+def check_field(name: str, where: str) -> None:
+    """QskdError unless the dotted `name` is a field of the configuration."""
+    *path, last = name.split(".")
+    known = _known_fields(Config, path)
+    if last not in known:
+        close = difflib.get_close_matches(last, known, n=1)
+        said = f"unknown field {name}" + (f" (did you mean {'.'.join([*path, close[0]])}?)" if close else "")
+        raise QskdError(where, said, f"fields there are: {', '.join(known)}" if known else "a field of the recipe")
+
+
+def replace_fields(config: Config, fields: Mapping[str, Any], where: str) -> Config:
+    """The configuration with these dotted fields set, validated as a whole. QskdError for an unknown or wrong one."""
+    tree = to_tree(config)
+    for name, value in fields.items():
+        check_field(name, where)
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            if node[part] is None:  # a group of fields that may be left out, and was
+                node[part] = {}
+            node = node[part]
+        node[last] = value
+    return build(tree, where)
+
+
+def _read(path: str) -> str:
+    most = 4 * LARGEST_YAML  # bytes; no more is read of what may be a disk
+    if "://" not in path:
+        with Path(path).open("rb") as file:
+            raw = file.read(most + 1)
+    else:
+        from qskd.storage.files import open_folder, read_bytes
+
+        filesystem, inside = open_folder(path)
+        raw = read_bytes(filesystem, inside, path, most + 1)
+    if len(raw) > most:
+        raise QskdError(path, f"more than {most} bytes", "a recipe in YAML")
+    return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML recipe, a path or a URI (or start from the defaults when `path` is None); apply `a.b=c` overrides."""
+    tree: Any = {}
+    if path is not None:
+        try:
+            text = _read(str(path))
+        except FileNotFoundError:
+            raise QskdError(str(path), "no such recipe", "a YAML file", "see configs/ for examples") from None
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that none can be
+            raise QskdError(str(path), f"cannot be read: {error}", "a YAML file, UTF-8") from None
+        tree = parse_yaml(text, str(path)) or {}
+        if not isinstance(tree, dict):
+            raise QskdError(str(path), f"a {type(tree).__name__} at the top", "a mapping of config fields")
+    return build(apply_overrides(tree, overrides), str(path) if path else "--set")
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain nested dicts and lists, ready for YAML or JSON."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
+
+
+def changes(config: Config) -> dict[str, Any]:
+    """The nested dict of what differs from the defaults: the shortest recipe that builds `config`."""
+
+    def differing(tree: dict[str, Any], default: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in tree.items():
+            usual = default.get(key) if isinstance(default, dict) else None
+            if isinstance(value, dict) and isinstance(usual, dict) and usual:
+                found |= {key: inner} if (inner := differing(value, usual)) else {}
+            elif value != usual:
+                found[key] = value
+        return found
+
+    return differing(to_tree(config), to_tree(Config()))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"a.b": leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,158 @@
+"""The whole configuration: strict and frozen. A field no one knows is an error, never ignored (`qskd.config.recipe` reads it).
+
+Sizes of what is built, not how a machine runs it, decide a run's result; what only says where and how fast (`compute`,
+`tracking`) is kept in branches of its own. The distillation's sections are in `qskd.config.distillation`, and imported
+from here like all others. A field's comment and a section's docstring are what docs/recipe.md says of them
+(`qskd.config.reference`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qskd.config.distillation import DistillationConfig as DistillationConfig
+from qskd.config.distillation import FeatureDistillationConfig as FeatureDistillationConfig
+from qskd.config.distillation import PredictionDistillationConfig as PredictionDistillationConfig
+from qskd.config.distillation import QuerySelectionConfig as QuerySelectionConfig
+from qskd.config.images import ResizeConfig, ViewConfig
+from qskd.config.section import Fraction, NonNegative, Positive, Section
+from qskd.config.student import StudentConfig
+
+
+class DataConfig(Section):
+    """Shard folders made by `qskd prepare`."""
+
+    train: str = ""  # a path or a URI
+    val: str = ""  # the same, of the images for evaluation
+    views: ViewConfig = ViewConfig()
+    shuffle_window_images: Positive = 4096  # mixed with one another; a reader holds up to two windows in memory
+
+
+class TeacherCacheConfig(Section):
+    """The teacher's outputs, computed once by `qskd cache` and read by every `qskd distill` of the same recipe."""
+
+    path: str = ""  # the cache's folder, a path or a URI; empty: no cache, the teacher runs in every training step
+    # int8: memory in 255 steps of its channel's largest value, logits float16, attention in 255 steps. Or all float16/32.
+    precision: Literal["int8", "float16", "float32"] = "int8"
+    # Attention is kept of queries whose GIoU with some object reaches this: no boundary can go below it later. -1: of all.
+    attention_giou_floor: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
+    attention_layers: Literal["last", "mean"] = "last"  # the last decoder layer's attention, or the mean of all layers'
+    all_layers: bool = False  # logits and boxes of every decoder layer, for predictions.teacher_layers: same_index
+    batch_size: Positive = 16  # images the teacher sees at once while the cache is made
+
+
+class TeacherConfig(Section):
+    """The large detector."""
+
+    path: str = ""  # a Hub name, or a folder that transformers can load
+    cache: TeacherCacheConfig = TeacherCacheConfig()
+    resize: ResizeConfig | None = None  # null: what the checkpoint's own image processor says
+    # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ.
+    class_map: dict[str, str] = Field(default={})
+
+
+class DetectionLossConfig(Section):
+    """Matching costs and loss weights. class_weight 1 is transformers' value; the original repositories of Conditional and
+    Deformable DETR use 2.
+
+    The class term is the student's family's own: focal loss (Conditional, DAB and Deformable DETR), varifocal loss
+    (RT-DETR, RT-DETRv2, D-FINE; it has an alpha of its own) or cross-entropy with "no object" (DETR, whose own class_cost
+    is 1).
+    """
+
+    class_cost: NonNegative = 2.0  # of matching a query with an object, the teacher's queries too
+    l1_cost: NonNegative = 5.0  # of matching
+    giou_cost: NonNegative = 2.0  # of matching
+    class_weight: NonNegative = 1.0  # of the loss
+    l1_weight: NonNegative = 5.0  # of the loss
+    giou_weight: NonNegative = 2.0  # of the loss
+    focal_alpha: Fraction = 0.25  # of the focal loss, and of the class cost of matching
+    auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
+    dense_weight: NonNegative = (
+        0.0  # a training-only dense head on the encoder's input: lets a random backbone learn fast
+    )
+
+
+class TrainingConfig(Section):
+    """How long, and by what steps: AdamW, on batches over all workers."""
+
+    epochs: Positive = 50  # passes over `data.train`
+    max_steps: Annotated[int, Field(ge=0)] = (
+        0  # end after so many steps, if that comes before the last epoch; 0 = no limit
+    )
+    batch_size: Positive = 16  # over all workers
+    # Images that a worker runs at once: where its share of a batch does not fit into memory, it takes it in parts of at most so
+    # many, adds up their gradients (each part's terms are averaged over its own objects) and steps once. 0 = all at once.
+    micro_batch_size: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # the highest
+    backbone_learning_rate_scale: NonNegative = 0.1  # the backbone's learning rate over that of the rest
+    weight_decay: NonNegative = 1e-4  # of all weights that are trained
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises linearly
+    schedule: Literal["cosine", "step", "constant"] = "step"  # of the learning rate; cosine: down to 0
+    step_at: Fraction = 0.8  # of the schedule, for "step": learning rate / 10
+    clip_norm: NonNegative = 0.1  # of all gradients together; 0 = no clipping
+    evaluate_every_epochs: Positive = 1  # and after the last in any case
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0  # besides the one at each epoch's end; 0 = none
+    ema_decay: Fraction = 0.0  # of a moving average of the weights, which is what is evaluated and kept; 0 = off
+
+
+class ComputeConfig(Section):
+    """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm excepted)."""
+
+    workers: Positive = 1  # processes that train; of `qskd cache`, actors that hold the teacher
+    # Elastic: begin with so many workers when no more can be had, and take up to `workers` when they can. 0 = always `workers`.
+    min_workers: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each worker where Ray has so many now, else CPUs
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
+    threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
+    loader_workers: Positive = (
+        1  # that read and decode: a training's, over the whole cluster; of `qskd cache`, tasks ahead for each teacher
+    )
+    compile: bool = False  # the student's backbone, by torch.compile
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers; -1 = any number
+    max_preemptions: Annotated[int, Field(ge=-1)] = -1  # nodes that were taken away after a notice count apart
+
+    @model_validator(mode="after")
+    def _a_range(self) -> ComputeConfig:
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    experiment: str = "qskd"  # made where there is none of the name
+    uri: str = ""  # empty: MLFLOW_TRACKING_URI, else sqlite in the working folder
+    run_name: str = ""  # empty: the recipe's name
+
+
+class CardConfig(Section):
+    """What the student's model card (README.md) says and a run can't know. Empty: the card says that it is not stated."""
+
+    data: str = ""  # the data's name
+    data_licence: str = ""  # as text
+    teacher_licence: str = ""  # as text
+    licence: str = ""  # of the student itself, as the Hub spells it: apache-2.0
+    baseline: str = ""  # folder of a finished run of the same student without a teacher, whose AP stands beside
+    evaluate_teacher: bool = False  # run the teacher over the validation images at the end, for its AP
+
+
+class Config(Section):
+    """What stands at the top of a recipe, beside the sections."""
+
+    # Of the run, which is OUTPUT/NAME: letters, digits, dots, underscores and hyphens.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "qskd"
+    seed: int = 0  # of random weights, of dropout and of the images' order; of a sweep's proposals
+    output: str = "runs"  # checkpoints and results go to OUTPUT/NAME; a path or a pyarrow filesystem URI
+    data: DataConfig = DataConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    detection: DetectionLossConfig = DetectionLossConfig()
+    training: TrainingConfig = TrainingConfig()
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    card: CardConfig = CardConfig()

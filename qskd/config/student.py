@@ -1,0 +1,120 @@
+"""The student's section of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from qskd.config.distillation import DistillationConfig as DistillationConfig
+from qskd.config.distillation import FeatureDistillationConfig as FeatureDistillationConfig
+from qskd.config.distillation import PredictionDistillationConfig as PredictionDistillationConfig
+from qskd.config.distillation import QuerySelectionConfig as QuerySelectionConfig
+from qskd.config.images import ResizeConfig
+from qskd.config.section import Fraction, Positive, Section
+from qskd.config.student_sizes import SizeName, resolve
+from qskd.families.facts import HYBRID_FAMILIES, TWO_LAYER_FAMILIES, Family
+
+
+class BackboneConfig(Section):
+    """A ResNet as transformers builds it. Stride is 4 after the first stage and doubles with each further one."""
+
+    # Any family reads either; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging shortcuts).
+    type: Literal["resnet", "rt_detr_resnet"] = "resnet"
+    layer_type: Literal["basic", "bottleneck"] = "basic"  # ResNet-18's and 34's; ResNet-50's and larger ones'
+    embedding_size: Positive = 64  # channels before the first stage
+    hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)  # channels of each stage
+    depths: tuple[Positive, ...] = (2, 2, 2, 2)  # residual layers of each stage
+    init: str = ""  # Hub name or folder of a ResNet whose weights to start from; empty: random
+
+    @model_validator(mode="after")
+    def _same_length(self) -> BackboneConfig:
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ValueError(f"hidden_sizes has {len(self.hidden_sizes)} stages but depths has {len(self.depths)}")
+        if self.type == "rt_detr_resnet" and self.layer_type == "basic" and self.embedding_size != self.hidden_sizes[0]:
+            raise ValueError(
+                f"an rt_detr_resnet of basic layers has no shortcut from embedding_size {self.embedding_size} to "
+                f"hidden_sizes[0] {self.hidden_sizes[0]}: make them equal"
+            )
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Of the last stage, in pixels."""
+        return int(4 * 2 ** (len(self.depths) - 1))
+
+
+class StudentConfig(Section):
+    """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone, and `resize`
+    is that detector's own unless it is given.
+
+    `size` sets backbone, width, layers, heads, ffn_width, queries, feature_levels and resize, each unless it is given
+    (docs/students.md); what it set is kept, the name is not. docs/families.md has what each family offers. A field that has
+    no effect on the family is said in a warning.
+    """
+
+    size: SizeName = ""  # sets what is named above; empty: nothing
+    init: str = ""  # Hub name or folder of a detector to start from (its head is re-made when the classes differ)
+    family: Family = "conditional_detr"  # of transformers' DETR families
+    backbone: BackboneConfig = BackboneConfig()
+    width: Positive = 256  # d_model
+    encoder_layers: Positive = 6  # of the transformer
+    decoder_layers: Positive = 6  # of the transformer
+    heads: Positive = 8  # of each attention; they divide `width`
+    ffn_width: Positive = 1024  # inner width of each feed-forward part
+    queries: Positive = 300  # for objects, in each image
+    dropout: Fraction = 0.0  # in the transformer, while it is trained
+    # The last backbone stages, at most 3. deformable_detr makes further levels by stride 2; RT-DETR and D-FINE were made
+    # with 3. The other families read one map.
+    feature_levels: Positive = 1
+    box_refinement: bool = True  # deformable_detr only: the others always refine, or never
+    backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
+    train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
+    resize: ResizeConfig = ResizeConfig()
+    # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of
+    # another family the backbone alone.
+    inherit: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, given: Any) -> Any:
+        return resolve(given, cls.model_fields["family"].default) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _buildable(self) -> StudentConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
+        if self.family == "deformable_detr" and self.width % 32:
+            raise ValueError(f"deformable_detr normalises in 32 groups: width {self.width} is not a multiple of 32")
+        if self.family in TWO_LAYER_FAMILIES and self.decoder_layers < 2 and not self.init:
+            raise ValueError(f"{self.family} needs 2 decoder_layers or more: transformers cannot build it with one")
+        if self.family in HYBRID_FAMILIES and not self.init:
+            self._check_hybrid()
+        return self
+
+    def cells(self, size: int) -> int:
+        """Cells of a square image's maps, of all levels."""
+        return sum((size * 2**level // self.backbone.stride) ** 2 for level in range(self.feature_levels))
+
+    def _check_hybrid(self) -> None:
+        """The hybrid encoder lays doubled maps on finer ones, and its cells are the queries to choose from."""
+        stride, size = self.backbone.stride, self.resize.size
+        if self.feature_levels > min(3, len(self.backbone.depths)):
+            raise ValueError(
+                f"{self.family} reads backbone stages only: feature_levels {self.feature_levels} is more than "
+                f"{min(3, len(self.backbone.depths))}"
+            )
+        if self.resize.mode != "square" or size % stride:
+            raise ValueError(
+                f"{self.family} needs images whose sides are multiples of the backbone's stride {stride}: "
+                f"set resize: {{mode: square, size: {max(round(size / stride), 1) * stride}}}"
+            )
+        cells = self.cells(size)
+        if cells < self.queries:
+            raise ValueError(
+                f"{self.family} chooses queries among the cells of its maps: queries {self.queries} are more than the "
+                f"{cells} cells of {self.feature_levels} level(s) at resize.size {size}"
+            )

@@ -1,0 +1,74 @@
+"""A worker's share of one global batch, as tensors: what the loader hands to the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qskd.config import TrainingConfig
+from qskd.datasets.schedule import split
+from qskd.structures import Targets, to_device
+from qskd.teacher.codec import EncodedRecord, encoded_record
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """A worker's share of one global batch, as tensors. n may be 0.
+
+    images: uint8 [n, H, W, 3]; sizes: int32 [n, 2], height and width of the real part. The teacher's are the same tensors
+    when both networks see the same resolution. cached: the teacher's outputs, where they come from a cache.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    teacher_images: Tensor
+    teacher_sizes: Tensor
+    targets: Targets
+    cached: EncodedRecord | None = None
+
+
+def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> TrainBatch:
+    """The loader's arrays -> tensors on `device` (pinned on the way to a GPU, so that copies overlap with work)."""
+
+    def tensor(name: str) -> Tensor:
+        value = torch.from_numpy(np.require(arrays[name], requirements="W"))
+        return value.pin_memory() if torch.device(device).type == "cuda" else value
+
+    counts = tuple(int(count) for count in arrays["counts"])
+    slots = torch.arange(arrays["labels"].shape[1])
+    targets = Targets(
+        boxes_cxcywh=tensor("boxes_cxcywh"),
+        labels=tensor("labels"),
+        valid=slots[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None],
+        image_ids=tuple(int(image_id) for image_id in arrays["image_ids"]),
+        counts=counts,
+    )
+    images, sizes = tensor("images"), tensor("sizes")
+    own, cached = "teacher_images" in arrays, "teacher_logits" in arrays
+    batch = TrainBatch(
+        images=images,
+        sizes=sizes,
+        teacher_images=tensor("teacher_images") if own else images,
+        teacher_sizes=tensor("teacher_sizes") if own else sizes,
+        targets=targets,
+        cached=encoded_record({name: tensor(name) for name in arrays if name.startswith("teacher_")})
+        if cached
+        else None,
+    )
+    return to_device(batch, device)
+
+
+def parts_of(
+    arrays: Mapping[str, np.ndarray], config: TrainingConfig, world_size: int
+) -> list[Mapping[str, np.ndarray]]:
+    """A worker's share in the parts that it runs one after the other (`training.micro_batch_size`): as many on every worker,
+    which wait for each other, and in every step; some may be empty."""
+    if not config.micro_batch_size:
+        return [arrays]
+    share = -(-config.batch_size // world_size)  # the largest worker's
+    count = -(-share // config.micro_batch_size)
+    return [{name: split(array, count, part) for name, array in arrays.items()} for part in range(count)]

@@ -1,0 +1,341 @@
+"""COCO detection JSON -> samples and categories. Every complaint names the file, the image id and the annotation id.
+
+Annotations refer to the pixels as stored: EXIF orientation is ignored, as COCO's own tools do.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
+from qskd.datasets.views import check_image
+from qskd.errors import QskdError
+from qskd.printable import one_line, shown_value
+from qskd.untrusted import parse_large_json
+
+__all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
+OnError = Literal["stop", "skip"]
+_FIX = "correct the dataset, or pass `--on-error skip` to leave such entries out and list them in the manifest"
+_CLIP_NOTE_PIXELS = 1.0
+_LONGEST_PATH = 4096  # characters: no system takes a longer one
+_LARGEST_SIDE = 2**31 - 1  # pixels: a shard's column holds no more
+_LARGEST_AREA = float(np.finfo(np.float32).max)  # square pixels: likewise
+
+
+@dataclass
+class _Image:
+    id: int
+    file_name: str
+    width: int
+    height: int
+    objects: list[tuple[float, float, float, float, int, float, bool]] = field(default_factory=list)
+
+
+def _sample(image: _Image, encoded: bytes) -> Sample:
+    objects = image.objects
+    return Sample(
+        *(image.id, image.file_name, image.width, image.height, encoded),
+        boxes_xyxy=np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4),
+        category_ids=np.array([entry[4] for entry in objects], np.int64),
+        area=np.array([entry[5] for entry in objects], np.float32),
+        iscrowd=np.array([entry[6] for entry in objects], np.bool_),
+    )
+
+
+class CocoDataset:
+    """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
+
+    def __init__(self, annotations: Path, images: Path, on_error: OnError) -> None:
+        self.source = annotations.name
+        self._path, self._root, self._on_error = annotations, images, on_error
+        self._problems: list[Problem] = []
+        self._picture_problems: list[Problem] = []
+        self._errors: list[QskdError] = []
+        document, self.source_sha256 = self._parse()
+        self.categories = self._read_categories(document["categories"])
+        self._images = self._read_images(document["images"])
+        self._read_annotations(document["annotations"])
+        if self._errors:
+            first, more = self._errors[0], len(self._errors) - 1
+            others = f" ({more} more such problems, the next at {self._errors[1].where})" if more else ""
+            raise QskdError(first.where, first.found + others, first.expected, first.remedy)
+
+    def __len__(self) -> int:
+        """Images the JSON lists; `samples()` yields fewer when broken pictures are skipped."""
+        return len(self._images)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What was wrong and what was dropped for it; pictures' problems are known once `samples()` has passed them."""
+        return self._problems + self._picture_problems
+
+    def samples(self) -> Iterator[Sample]:
+        """Images in the JSON's order, one file read at a time. Raises QskdError at a broken picture unless skipping."""
+        self._picture_problems = []
+        root = self._root.resolve()
+        for image in self._images.values():
+            where = self._image_where(image.id, image.file_name)
+            path = self._locate(root, image, where)
+            try:
+                encoded = self._read_picture(path, image, where)
+            except QskdError as error:
+                if self._on_error == "stop":
+                    raise
+                dropped = f"the image and its {len(image.objects)} annotations"
+                self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
+                continue
+            yield _sample(image, encoded)
+
+    def sample_of(self, picture: Path) -> Sample:
+        """The picture as the JSON describes it: the image whose file_name is how the picture's path ends. QskdError when
+        there is none, or more than one."""
+        parts = PurePosixPath(picture.absolute().as_posix()).parts
+        names = [(image, PurePosixPath(image.file_name).parts) for image in self._images.values()]
+        found = [image for image, name in names if name == parts[-len(name) :]]
+        if len(found) != 1:
+            listed = _some([f"{image.id} ({one_line(image.file_name)})" for image in found]) or "no such image"
+            raise QskdError(str(self._path), f"{listed} for {picture}", "one image whose file_name ends its path")
+        where = self._image_where(found[0].id, found[0].file_name)
+        return _sample(found[0], self._read_picture(picture, found[0], where))
+
+    # -- pictures
+
+    def _locate(self, root: Path, image: _Image, where: str) -> Path:
+        """The picture's real path. Leaving the image folder is an attack or a mix-up: refused even when skipping."""
+        name = PurePosixPath(image.file_name)
+        remedy = "use file names inside the image folder; copy pictures that a symbolic link leads elsewhere for"
+        expected = f"a file inside {self._root}"
+        if name.is_absolute() or ".." in name.parts or "\0" in image.file_name or Path(image.file_name).is_absolute():
+            raise QskdError(
+                where, f"file_name {shown_value(image.file_name)} leaves the image folder", expected, remedy
+            )
+        try:
+            path = (root / name).resolve()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
+            return root / name  # no such file, which is for `_read_picture` to say
+        except RuntimeError as error:  # a loop of links
+            raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
+        if not path.is_relative_to(root):
+            raise QskdError(where, f"file_name {shown_value(image.file_name)} is a link to {path}", expected, remedy)
+        return path
+
+    def _read_picture(self, path: Path, image: _Image, where: str) -> bytes:
+        if not os.path.isfile(path):  # also False for names no file system takes; and a pipe would block the read
+            remedy = f"is {self._root} the right image folder? {_FIX}"
+            raise QskdError(where, "no such file", f"a picture at {path}", remedy)
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise QskdError(where, f"can't be read: {error.strerror}", f"a picture at {path}", _FIX) from None
+        width, height, turned = check_image(encoded, where)
+        if (width, height) != (image.width, image.height):
+            sizes = f"the picture is {width} x {height} pixels", f"{image.width} x {image.height}, as the JSON says"
+            hint = "the JSON describes the EXIF-turned picture: turn the stored pixels, or " if turned else ""
+            raise QskdError(where, *sizes, hint + _FIX)
+        return encoded
+
+    # -- the JSON
+
+    def _image_where(self, image_id: Any, file_name: Any) -> str:
+        name = one_line(file_name) if isinstance(file_name, str) else shown_value(file_name)
+        return f"{self._path}: image {image_id} ({name})"
+
+    def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
+        error = QskdError(where, found, expected, _FIX)
+        if self._on_error == "stop":
+            self._errors.append(error)
+        else:
+            self._note(error, dropped)
+
+    def _note(self, error: QskdError, dropped: str) -> None:
+        self._problems.append({"where": error.where, "found": error.found, "dropped": dropped})
+
+    def _parse(self) -> tuple[dict[str, list[Any]], str]:
+        path = self._path
+        expected = "a COCO detection file: an object with the lists images, annotations and categories"
+        try:
+            raw = path.read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise QskdError(str(path), f"can't be read: {reason}", expected, "check the path") from None
+        document = parse_large_json(raw, str(path), expected, "was the file cut short?")
+        if not isinstance(document, dict):
+            raise QskdError(str(path), f"a {type(document).__name__} at the top", expected, "give the instances file")
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(document.get(key), list):
+                found = f"`{key}` is {'not a list' if key in document else 'missing'}; keys there: {_some(sorted(document))}"
+                raise QskdError(str(path), found, expected, "give the instances file, not captions or results")
+        if not os.path.isdir(self._root):  # also False for names that no file system takes
+            raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
+        return document, hashlib.sha256(raw).hexdigest()
+
+    def _read_categories(self, entries: list[Any]) -> tuple[Category, ...]:
+        found: dict[int, Category] = {}
+        names: dict[str, int] = {}
+        remedy = "give every category an id and a name of its own"  # no sample to skip: what a label means is in doubt
+        for position, entry in enumerate(entries):
+            where = f"{self._path}: categories[{position}]"
+            problem = _wrong_field(entry, {"id": int, "name": str})
+            if problem:
+                raise QskdError(where, problem, "an integer id and a name", remedy)
+            if len(entry["name"]) > LONGEST_CLASS_NAME:
+                found_name = f"a name of {len(entry['name'])} characters, {shown_value(entry['name'])}"
+                raise QskdError(where, found_name, f"{LONGEST_CLASS_NAME} or fewer", "give it a shorter name")
+            group = entry.get("supercategory")
+            known_group = _is(group, str) or _is(group, int)  # free text, which nothing depends on
+            category = Category(entry["id"], entry["name"], one_line(str(group)) if known_group else "")
+            if category.id in found:
+                other = found[category.id].name
+                both = f"id {category.id} is both {shown_value(other)} and {shown_value(category.name)}"
+                raise QskdError(where, both, "one name", remedy)
+            if category.name in names:
+                both = f"{names[category.name]} and {category.id}"
+                raise QskdError(where, f"name {shown_value(category.name)} has two ids, {both}", "one id", remedy)
+            found[category.id], names[category.name] = category, category.id
+        if not found:
+            raise QskdError(str(self._path), "no categories", "at least one", "give the instances file")
+        return tuple(found[key] for key in sorted(found))
+
+    def _read_images(self, entries: list[Any]) -> dict[int, _Image]:
+        found: dict[int, _Image] = {}
+        self._ambiguous: set[int] = set()
+        needed: dict[str, type] = {"id": int, "file_name": str, "width": int, "height": int}
+        for position, entry in enumerate(entries):
+            problem = _wrong_field(entry, needed)
+            if not problem and not (0 < entry["width"] <= _LARGEST_SIDE and 0 < entry["height"] <= _LARGEST_SIDE):
+                problem = f"size {entry['width']} x {entry['height']}"
+            if not problem and len(entry["file_name"]) > _LONGEST_PATH:
+                problem = f"`file_name` has {len(entry['file_name'])} characters"
+            if problem:
+                where = f"{self._path}: images[{position}]"
+                if isinstance(entry, dict) and _is(entry.get("id"), int):
+                    where = self._image_where(entry["id"], entry.get("file_name"))
+                    self._ambiguous.add(entry["id"])
+                self._complain(where, problem, "integer id, width, height and a file_name", "the image")
+                continue
+            image = _Image(*(entry[key] for key in needed))
+            known = found.setdefault(image.id, image)
+            if known is not image:
+                where = self._image_where(image.id, image.file_name)
+                text, same = f"image id {image.id} is used twice (also for {one_line(known.file_name)})", known == image
+                # With two different pictures under one id nobody can tell whose the annotations are.
+                dropped = "the second entry" if same else "both images and the annotations of this id"
+                self._complain(where, text, "one image for each id", dropped)
+                if not same:
+                    self._ambiguous.add(image.id)
+        return {key: image for key, image in found.items() if key not in self._ambiguous}
+
+    def _read_annotations(self, entries: list[Any]) -> None:
+        categories = {category.id for category in self.categories}
+        seen: set[int] = set()
+        needed: dict[str, type] = {"id": int, "image_id": int, "category_id": int, "bbox": list}
+        for position, entry in enumerate(entries):
+            problem = _wrong_field(entry, needed)
+            if problem:
+                named = isinstance(entry, dict) and _is(entry.get("id"), int)
+                key = entry["id"] if named else f"number {position}"
+                where = f"{self._path}: annotation {key}"
+                self._complain(where, problem, "integer id, image_id, category_id and a bbox", "the annotation")
+                continue
+            identifier, image = entry["id"], self._images.get(entry["image_id"])
+            if image is None and entry["image_id"] in self._ambiguous:
+                continue  # went with its image, and was recorded there
+            where = f"{self._path}: image {entry['image_id']}, annotation {identifier}"
+            if identifier in seen:
+                found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
+                self._complain(where, found, expected, "the second annotation")
+                continue
+            seen.add(identifier)
+            if image is None:
+                self._complain(where, f"unknown image_id {entry['image_id']}", "an id in `images`", "the annotation")
+            elif entry["category_id"] not in categories:
+                found = f"unknown category_id {entry['category_id']}"
+                self._complain(where, found, f"one of {_some(sorted(categories))}", "the annotation")
+            else:
+                self._read_object(where, entry, image)
+
+    def _read_object(self, where: str, entry: dict[str, Any], image: _Image) -> None:
+        bbox = entry["bbox"]
+        expected = f"[x, y, width, height] with an area inside the {image.width} x {image.height} image"
+        if len(bbox) != 4 or not all(_is(value, float) and math.isfinite(value) for value in bbox):
+            self._complain(where, f"bbox {shown_value(bbox)} is not four finite numbers", expected, "the annotation")
+            return
+        x, y, w, h = bbox
+        # Written so that a box rounded to float32, as samples hold it, is judged.
+        left, top = np.float32(min(max(x, 0), image.width)), np.float32(min(max(y, 0), image.height))
+        right, bottom = np.float32(max(0, min(x + w, image.width))), np.float32(max(0, min(y + h, image.height)))
+        if w <= 0 or h <= 0:
+            self._complain(where, f"bbox {bbox} has no area", expected, "the annotation")
+            return
+        if right <= left or bottom <= top:
+            self._complain(where, f"bbox {bbox} is outside its image", expected, "the annotation")
+            return
+        area, crowd = entry.get("area"), entry.get("iscrowd", 0)
+        if area is not None and not (_is(area, float) and 0 <= area <= _LARGEST_AREA):  # False for NaN
+            self._complain(
+                where,
+                f"area {shown_value(area)}",
+                "a finite number of square pixels",
+                "the area; width x height is used",
+            )
+            area = None
+        if not (isinstance(crowd, int | float) and crowd in (0, 1)):
+            self._complain(where, f"iscrowd {shown_value(crowd)}", "0 or 1", "the annotation")
+            return
+        beyond = max(-x, -y, x + w - image.width, y + h - image.height)
+        if beyond > _CLIP_NOTE_PIXELS:
+            found = f"bbox {bbox} reaches {beyond:.1f} px outside its {image.width} x {image.height} image"
+            self._note(QskdError(where, found), "nothing; the box was clipped")
+        box = float(left), float(top), float(right), float(bottom)
+        size = float(w * h if area is None else area)
+        if size > _LARGEST_AREA:
+            size = (box[2] - box[0]) * (box[3] - box[1])
+        image.objects.append((*box, entry["category_id"], size, bool(crowd)))
+
+
+def read_coco(annotations: Path, images: Path, on_error: OnError = "stop") -> CocoDataset:
+    """Check a COCO detection JSON and return its samples, lazily.
+
+    on_error: "stop" raises QskdError at the first broken entry (and counts the others); "skip" drops broken images and
+    annotations and lists them in `.problems`. Broken JSON, ambiguous categories and file names that leave `images` are
+    errors in both modes.
+    """
+    return CocoDataset(Path(annotations), Path(images), on_error)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    if kind is float:
+        # An integer of 400 digits is no number that floats know.
+        return isinstance(value, float) or _is(value, int)
+    if kind is str:  # JSON can spell half a surrogate pair, which is no text
+        return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, kind)
+
+
+def _wrong_field(entry: Any, needed: dict[str, type]) -> str:
+    """What is wrong with the entry's fields, or the empty string."""
+    if not isinstance(entry, dict):
+        return f"a {type(entry).__name__} instead of an object"
+    for key, kind in needed.items():
+        if key not in entry:
+            return f"no `{key}`"
+        if not _is(entry[key], kind):
+            return f"`{key}` is {shown_value(entry[key])}"
+    return ""
+
+
+def _some(values: list[Any], limit: int = 12) -> str:
+    return ", ".join(map(str, values[:limit])) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

@@ -1,0 +1,262 @@
+"""Rows of shards -> padded uint8 batches, for the student and, at its own size, for the teacher."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.manifest import REMEDY as SHARDS_REMEDY
+from qskd.datasets.manifest import Manifest
+from qskd.datasets.samples import Sample
+from qskd.datasets.schedule import Kind
+from qskd.datasets.shards import ShardReader
+from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes, view_image
+from qskd.errors import QskdError
+from qskd.teacher.cache import TeacherCacheReader
+from qskd.teacher.columns import TeacherRow, collate
+from qskd.teacher.manifest import REMEDY
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One view of one image. pixels: uint8 [h, w, 3] for each resize. boxes_cxcywh: [N, 4] relative to the view."""
+
+    pixels: tuple[Pixels, ...]
+    boxes_cxcywh: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    image_id: int
+    original_size: tuple[int, int]  # height, width of the file's image
+
+    @property
+    def nbytes(self) -> int:
+        return sum(picture.nbytes for picture in self.pixels) + self.boxes_cxcywh.nbytes + self.labels.nbytes + 500
+
+
+class _Recent:
+    """A least-recently-used store, bounded by the bytes of what it holds."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit, self.held_bytes = limit_bytes, 0
+        self._entries: OrderedDict[Key, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Key) -> Any:
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry[0]
+
+    def take(self, key: Key) -> Any:
+        """`get`, and let it go."""
+        value, size_bytes = self._entries.pop(key, (None, 0))
+        self.held_bytes -= size_bytes
+        return value
+
+    def put(self, key: Key, value: Any, size_bytes: int) -> None:
+        if size_bytes > self._limit:
+            return
+        self.held_bytes += size_bytes - self._entries.pop(key, (None, 0))[1]
+        self._entries[key] = value, size_bytes
+        while self.held_bytes > self._limit:
+            self.held_bytes -= self._entries.popitem(last=False)[1][1]
+
+
+class BatchLoader:
+    """Loads batches of rows from a train and a val shard folder (an empty URI: there is none). Not for several threads.
+
+    keep_bytes bounds what is kept in memory: encoded rows, so that rows stored together are read together once, for good when
+    all of them fit, else until each was asked for; and finished views too, when all of them fit beside the rows.
+    teacher_resize equal to student_resize counts as none.
+    teacher_cache: where the teacher's outputs on the training views are read from; its pixels are then not needed.
+    """
+
+    def __init__(
+        self,
+        train_uri: str,
+        val_uri: str,
+        views: ViewConfig,
+        student_resize: ResizeConfig,
+        teacher_resize: ResizeConfig | None = None,
+        keep_bytes: int = 2**30,
+        teacher_cache: TeacherCacheReader | None = None,
+    ) -> None:
+        uris: dict[Kind, str] = {"train": train_uri, "val": val_uri}
+        self._readers = {kind: ShardReader(uri) for kind, uri in uris.items() if uri}
+        self._views = views
+        self._resizes = [student_resize]
+        if teacher_resize is not None and teacher_resize != student_resize:
+            self._resizes.append(teacher_resize)
+        self._cache = teacher_cache
+        self._recent = _Recent(keep_bytes)
+        self.asked = self.unheld = 0  # rows (and teacher's rows) asked for so far; those that were not in memory then
+        # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
+        stored, finished = self._estimated_bytes()
+        self._keep_views = stored + finished <= keep_bytes
+        # When the rows alone don't fit, one that was used would only push out others that are yet to be, and be gone itself
+        # before its next turn: an epoch later.
+        self._keep_rows = stored <= keep_bytes
+        self._held = self._recent.get if self._keep_rows else self._recent.take
+
+    def manifest(self, kind: Kind) -> Manifest:
+        """The manifest behind "train" or "val"."""
+        return self._reader(kind).manifest
+
+    def load(self, kind: Kind, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+        """rows [n, 3] of (shard, row, view index) -> a batch of n images, n may be 0.
+
+        images: uint8 [n, H, W, 3], zeros right of and below the real part. sizes: int32 [n, 2], its (height, width).
+        boxes_cxcywh: float32 [n, M, 4], relative to the view; labels: int64 [n, M], contiguous; both zero after the
+        first counts: int32 [n]. Crowds are no targets. image_ids: int64 [n]. views: int32 [n]. positions: int32 [n, 2],
+        (shard, row). original_sizes: int32 [n, 2], (height, width) of the file's image. With another teacher_resize,
+        teacher_images and teacher_sizes are the same views at the teacher's size; with a cache, "train" has its rows, as
+        `qskd.teacher.columns.collate` gives them. "val" is always the identity view.
+
+        Raises QskdError naming shard and image id when a shard, a picture or the cache is broken.
+        """
+        rows = np.asarray(rows).reshape(-1, 3)
+        wanted: list[tuple[int, int, int]] = [(int(s), int(r), int(v)) for s, r, v in rows]
+        self.asked += len(wanted) * (2 if self._cache is not None and kind == "train" else 1)
+        examples = self._examples(kind, wanted)
+        objects = max((len(example.labels) for example in examples), default=0)
+        boxes_cxcywh = np.zeros((len(examples), objects, 4), np.float32)
+        labels = np.zeros((len(examples), objects), np.int64)
+        for i, example in enumerate(examples):
+            boxes_cxcywh[i, : len(example.labels)] = example.boxes_cxcywh
+            labels[i, : len(example.labels)] = example.labels
+        batch: dict[str, NDArray[Any]] = {
+            "boxes_cxcywh": boxes_cxcywh,
+            "labels": labels,
+            "counts": np.array([len(example.labels) for example in examples], np.int32),
+            "image_ids": np.array([example.image_id for example in examples], np.int64),
+            "views": rows[:, 2].astype(np.int32),
+            "positions": rows[:, :2].astype(np.int32),
+            "original_sizes": np.array([e.original_size for e in examples], np.int32).reshape(-1, 2),
+        }
+        for number, prefix in enumerate(("", "teacher_")[: len(self._resizes)]):
+            images, sizes = pad([example.pixels[number] for example in examples])
+            batch |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
+        if self._cache is not None and kind == "train":
+            said = self._teacher_rows(self._cache, wanted, [example.image_id for example in examples])
+            batch |= collate(said, self._cache.manifest.sizes, self._cache.columns)
+        return batch
+
+    def _teacher_rows(
+        self, cache: TeacherCacheReader, wanted: Sequence[tuple[int, int, int]], image_ids: Sequence[int]
+    ) -> list[TeacherRow]:
+        found, unread, asked = dict[Key, TeacherRow](), dict[tuple[int, int], set[int]](), dict.fromkeys(wanted)
+        for shard, row, view in asked:
+            kept = self._held(("teacher", shard, row, view))
+            if kept is None:
+                self.unheld += 1
+                unread.setdefault((shard, view), set()).update(cache.group_rows(shard, view, row))
+            else:
+                found[shard, row, view] = kept
+        for (shard, view), rows in unread.items():
+            ordered = sorted(rows)
+            for row, said in zip(ordered, cache.read(shard, view, ordered), strict=True):
+                if self._keep_rows or (shard, row, view) not in asked:
+                    self._recent.put(("teacher", shard, row, view), said, said.nbytes + 2000)
+                found[shard, row, view] = said
+        for (shard, row, view), image_id in zip(wanted, image_ids, strict=True):
+            if found[shard, row, view].image_id != image_id:
+                problem = f"row {row} is of image {found[shard, row, view].image_id}"
+                raise QskdError(cache.where(shard, view), problem, f"image {image_id}, as the shard has it", REMEDY)
+        return [found[place] for place in wanted]
+
+    def _reader(self, kind: Kind) -> ShardReader:
+        if kind not in self._readers:
+            raise QskdError(f"data.{kind}", "not given", "a folder of shards", "make one with `qskd prepare`")
+        return self._readers[kind]
+
+    def _estimated_bytes(self) -> tuple[int, int]:
+        """Of all rows as they are stored, the teacher's too, and of all finished views."""
+        stored = finished = 0
+        for kind, reader in self._readers.items():
+            pixels = sum(resize.usual_pixels for resize in self._resizes)  # an estimate is enough: the store is bounded
+            views = self._views.count if kind == "train" else 1
+            stored += sum(shard.bytes for shard in reader.manifest.shards)
+            finished += reader.manifest.num_images * views * (3 * pixels + 1000)
+        return stored + (self._cache.manifest.num_bytes if self._cache is not None else 0), finished
+
+    def _examples(self, kind: Kind, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
+        found: dict[Key, Example] = {}
+        for place in wanted:
+            example = self._recent.get(("view", kind, *place)) if self._keep_views else None
+            if example is not None:
+                found[place] = example
+        missing = [place for place in dict.fromkeys(wanted) if place not in found]
+        samples = self._samples(kind, [place[:2] for place in missing])
+        for place in missing:
+            example = self._make(kind, place, samples[place[:2]])
+            if self._keep_views:
+                self._recent.put(("view", kind, *place), example, example.nbytes)
+            found[place] = example
+        return [found[place] for place in wanted]
+
+    def _samples(self, kind: Kind, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
+        reader = self._reader(kind)
+        found: dict[tuple[int, int], Sample] = {}
+        unread: dict[int, set[int]] = {}
+        asked = dict.fromkeys(places)
+        for shard, row in asked:
+            sample = self._held(("row", kind, shard, row))
+            if sample is None:
+                self.unheld += 1
+                unread.setdefault(shard, set()).update(reader.group_rows(shard, row))
+            else:
+                found[shard, row] = sample
+        for shard, shard_rows in unread.items():
+            ordered = sorted(shard_rows)
+            for row, sample in zip(ordered, reader.read(shard, ordered), strict=True):
+                if self._keep_rows or (shard, row) not in asked:
+                    self._recent.put(("row", kind, shard, row), sample, len(sample.encoded) + 1000)
+                if (shard, row) in asked:
+                    found[shard, row] = sample
+        return found
+
+    def _make(self, kind: Kind, place: tuple[int, int, int], sample: Sample) -> Example:
+        shard, row, index = place
+        reader = self._reader(kind)
+        where = f"{reader.where(shard)}: row {row}, image {sample.image_id} ({sample.file_name})"
+        view = View.IDENTITY if kind == "val" else make_view(self._views, sample.image_id, index)
+        picture = decode_image(sample.encoded, where)
+        if picture.size != (sample.width, sample.height):
+            found, expected = f"{picture.width} x {picture.height} pixels", f"{sample.width} x {sample.height}"
+            raise QskdError(where, found, expected, SHARDS_REMEDY)
+        single = ~sample.iscrowd
+        min_visible = self._views.min_visible
+        boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, view, min_visible)
+        labels = label_index(reader.manifest, sample.category_ids[single][kept], where)
+        pixels = tuple(view_image(picture, view, resize) for resize in self._resizes)
+        return Example(pixels, boxes, labels, sample.image_id, (sample.height, sample.width))
+
+
+def label_index(manifest: Manifest, category_ids: NDArray[np.int64], where: str = "") -> NDArray[np.int64]:
+    """The dataset's category ids [N] -> contiguous labels 0..K-1 [N]. QskdError for an id the manifest doesn't have."""
+    index = manifest.category_index
+    try:
+        return np.array([index[category] for category in category_ids.tolist()], np.int64)
+    except KeyError as error:
+        raise QskdError(where or manifest.source, f"category id {error.args[0]}", f"one of {sorted(index)}") from None
+
+
+def pad(pictures: Sequence[Pixels]) -> tuple[Pixels, NDArray[np.int32]]:
+    """Pictures [h, w, 3] -> uint8 [n, H, W, 3] with zeros right and below, and their (h, w) as int32 [n, 2].
+    No pictures give [0, 1, 1, 3]."""
+    sizes = np.array([picture.shape[:2] for picture in pictures], np.int32).reshape(-1, 2)
+    height, width = sizes.max(axis=0).tolist() if len(sizes) else (1, 1)
+    images = np.empty((len(pictures), height, width, 3), np.uint8)
+    for image, picture in zip(images, pictures, strict=True):
+        high, wide = picture.shape[:2]
+        image[:high, :wide] = picture
+        image[high:] = 0
+        image[:high, wide:] = 0
+    return images, sizes

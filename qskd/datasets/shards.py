@@ -1,0 +1,233 @@
+"""Parquet shards of samples.
+
+One row per image; row groups are small so that a few rows can be read without the rest of the shard. A shard's name
+carries the start of its checksum and the manifest is written last, so a manifest never speaks of a half-written shard
+and the dataset it replaces stays whole until the new one is.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
+from qskd.datasets.samples import (
+    ARRAYS,
+    SCHEMA,
+    Category,
+    Problem,
+    Sample,
+    check_lengths,
+    flat_column,
+    to_samples,
+    to_table,
+)
+from qskd.errors import QskdError, writing
+from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish, read_bytes, remove, sha256_of
+from qskd.storage.ownership import head_says
+from qskd.storage.stores import is_local, join, patiently
+
+__all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest"]
+__all__ += ["read_annotations", "verify", "write_shards"]
+
+
+class SampleSource(Protocol):
+    """What can be written as shards; `CocoDataset` is one. `problems` is read after `samples()` is exhausted."""
+
+    source: str
+    source_sha256: str
+    categories: tuple[Category, ...]
+
+    @property
+    def problems(self) -> list[Problem]: ...
+    def __len__(self) -> int: ...
+    def samples(self) -> Iterator[Sample]: ...
+
+
+def write_shards(
+    dataset: SampleSource,
+    destination: str,
+    rows_per_shard: int = 512,
+    rows_per_group: int = 64,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Write the samples as shards, then the manifest; returns it.
+
+    progress: called with (images written, images the source lists). Raises QskdError when `destination` holds shards
+    of another source and `overwrite` is False, or a manifest.json that qskd did not write; shards of the same source are made
+    again. Only shards that the old manifest names are deleted. Whatever fails on the way, what was there before stays whole.
+    """
+    destination = str(destination)
+    filesystem, root = open_folder(destination)
+    with writing(destination):
+        old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
+    with writing(destination):
+        patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
+    shards: list[Shard] = []
+    tally = _Tally()
+    rows = tally.counted(dataset.samples())
+    # Inside the destination when that is local: a rename does not cross file systems.
+    with (
+        writing(destination),
+        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder,
+    ):
+        spool = Path(folder) / "spool"
+        try:
+            while first := next(rows, None):
+                with pq.ParquetWriter(
+                    spool, SCHEMA, compression="NONE", use_dictionary=False, write_page_checksum=True
+                ) as writer:
+                    shard_samples = chain([first], islice(rows, rows_per_shard - 1))
+                    before = tally.images - 1
+                    while group := list(islice(shard_samples, rows_per_group)):
+                        writer.write_table(to_table(group))
+                        if progress:
+                            progress(tally.images, len(dataset))
+                checksum = sha256_of(spool.open("rb"))
+                name = f"shard-{len(shards):05d}-{checksum[:8]}.parquet"
+                shards.append(Shard(name, tally.images - before, spool.stat().st_size, checksum))
+                publish(spool, filesystem, f"{root}/{name}")
+            if not shards:
+                raise QskdError(
+                    destination, f"{dataset.source} has no usable image", "at least one", "see its problems"
+                )
+            manifest = Manifest(
+                dataset.categories,
+                tally.images,
+                tally.objects,
+                tally.crowds,
+                tuple(shards),
+                dataset.source,
+                dataset.source_sha256,
+                tuple(dataset.problems),
+            )
+            spool.write_text(manifest.to_json())
+            publish(spool, filesystem, f"{root}/{MANIFEST}")
+        except BaseException:
+            remove(filesystem, root, {shard.file for shard in shards} - old_files)
+            raise
+    remove(filesystem, root, old_files - {shard.file for shard in shards})
+    return manifest
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.images = self.objects = self.crowds = 0
+
+    def counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            crowds = int(sample.iscrowd.sum())
+            self.images += 1
+            self.crowds += crowds
+            self.objects += len(sample.iscrowd) - crowds
+            yield sample
+
+
+def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256: str, overwrite: bool) -> set[str]:
+    """The shard files of the dataset already there, if any; QskdError when it must not be replaced. Whatever an edited
+    manifest names: only what is called as `write_shards` calls a shard of that checksum."""
+    info = patiently(uri, filesystem, lambda: filesystem.get_file_info(f"{root}/{MANIFEST}"))
+    if info.type == pafs.FileType.NotFound:
+        return set()
+    try:
+        manifest = load_manifest(uri)
+    except QskdError:
+        where = join(uri, MANIFEST)
+        if overwrite and head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
+            return set()
+        raise
+    if manifest.source_sha256 != source_sha256 and not overwrite:
+        found = f"already holds shards of {manifest.source} (sha256 {manifest.source_sha256[:12]}...)"
+        expected = f"an empty folder, or shards of the same source (sha256 {source_sha256[:12]}...)"
+        remedy = "choose another folder, or pass `--overwrite`, which deletes those shards and their manifest.json, nothing else"
+        raise QskdError(str(uri), found, expected, remedy)
+    named = ((shard.file, shard.sha256[:8]) for shard in manifest.shards)
+    return {file for file, checksum in named if re.fullmatch(rf"shard-\d{{5,}}-{re.escape(checksum)}\.parquet", file)}
+
+
+class ShardReader:
+    """Reads samples by (shard, row). Each shard is compared with the manifest when first opened."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = str(uri)
+        self.manifest = load_manifest(self.uri)
+        self._files = ParquetFiles(self.uri, self._expected, SCHEMA, REMEDY, check=check_lengths)
+
+    def _expected(self, shard: int) -> tuple[str, int, int]:
+        entry = self.manifest.shards[shard]
+        return entry.file, entry.rows, entry.bytes
+
+    def where(self, shard: int) -> str:
+        """The shard file's full name, for messages."""
+        return self._files.where(shard)
+
+    def group_rows(self, shard: int, row: int) -> range:
+        """The rows stored together with `row`: reading one of them costs as much as reading all."""
+        return self._files.group_rows(shard, row)
+
+    def read(self, shard: int, rows: Sequence[int], columns: Sequence[str] | None = None) -> list[Sample]:
+        """The samples of these rows, in their order; QskdError if the shard is damaged. With `columns`, only those are
+        read and other fields are empty (image_id -1, size 0): without "encoded" no image bytes are read."""
+        names = list(SCHEMA.names if columns is None else columns)
+        if unknown := set(names) - set(SCHEMA.names):
+            raise QskdError(self.where(shard), f"no columns {sorted(unknown)}", f"some of {SCHEMA.names}")
+        return to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
+
+    def read_table(self, shard: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
+        """These columns of some row groups, or of the whole shard, as Arrow."""
+        return self._files.read_table(shard, columns, groups)
+
+
+def read_annotations(uri: str) -> dict[str, NDArray[Any]]:
+    """The whole ground truth, without reading any image bytes.
+
+    image_ids int64 [I], widths and heights int32 [I] (pixels); for each of O objects, crowds included: object_image_ids
+    int64 [O], boxes_xyxy float32 [O, 4] (absolute pixels), category_ids int64 [O], area float32 [O], iscrowd bool [O].
+    """
+    reader = ShardReader(uri)
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for shard in range(len(reader.manifest.shards)):
+        table = reader.read_table(shard, [name for name in SCHEMA.names if name not in ("encoded", "file_name")])
+        columns = {name: flat_column(table, name)[1] for name in ARRAYS}
+        image_ids = table.column("image_id").to_numpy()
+        columns |= {
+            "image_ids": image_ids,
+            "object_image_ids": np.repeat(image_ids, np.diff(flat_column(table, "area")[0])),
+        }
+        columns |= {"widths": table.column("width").to_numpy(), "heights": table.column("height").to_numpy()}
+        for name, values in columns.items():
+            parts.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _checksum(filesystem: pafs.FileSystem, path: str) -> str:
+    return sha256_of(filesystem.open_input_stream(path))
+
+
+def verify(uri: str) -> Manifest:
+    """Recompute every shard's checksum; QskdError naming all that differ, else the manifest."""
+    manifest = load_manifest(uri)
+    filesystem, root = open_folder(str(uri))
+    damaged = []
+    for shard in manifest.shards:
+        try:
+            found = patiently(join(uri, shard.file), filesystem, partial(_checksum, filesystem, f"{root}/{shard.file}"))
+        except OSError as error:
+            found = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
+        if found != shard.sha256:
+            damaged.append(f"{shard.file} is {found}, expected {shard.sha256}")
+    if damaged:
+        raise QskdError(str(uri), "; ".join(damaged), f"the checksums in {MANIFEST}", REMEDY)
+    return manifest

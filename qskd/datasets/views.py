@@ -1,0 +1,188 @@
+"""A View: the seeded crop and flip of one image, the same for teacher and student, whatever size each resizes it to.
+
+Also the only place that turns encoded bytes into pixels. EXIF orientation is ignored everywhere: COCO annotations refer
+to the pixels as stored in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.errors import QskdError
+
+Pixels: TypeAlias = NDArray[np.uint8]  # [H, W, 3] RGB
+# Pillow would also open formats that start other programs (EPS runs Ghostscript); a dataset has no use for those.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_EXIF_ORIENTATION = 0x0112
+_REMEDY = "replace or remove the picture; `--on-error skip` in `qskd prepare` leaves such images out"
+
+
+@dataclass(frozen=True)
+class View:
+    """crop_xyxy: left, top, right, bottom relative to the image (0..1); flip: mirror left and right after the crop."""
+
+    crop_xyxy: tuple[float, float, float, float]
+    flip: bool
+
+    IDENTITY: ClassVar[View]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the crop is the whole image."""
+        return self.crop_xyxy == (0.0, 0.0, 1.0, 1.0)
+
+
+View.IDENTITY = View((0.0, 0.0, 1.0, 1.0), False)
+
+
+def _uniforms(seed: int, image_id: int, index: int) -> list[float]:
+    """Eight numbers in [0, 1) from a hash: no library's random stream that could change with a release."""
+    digest = hashlib.blake2b(f"qskd view {seed} {image_id} {index}".encode(), digest_size=64).digest()
+    return [int.from_bytes(digest[i : i + 8], "little") / 2**64 for i in range(0, 64, 8)]
+
+
+def make_view(policy: ViewConfig, image_id: int, index: int) -> View:
+    """The view number `index` of an image; depends on the arguments only. Index 0 may already be flipped or cropped.
+
+    Each decision has its own random number, so changing the crop policy moves no flip and the other way round.
+    """
+    flip_draw, crop_draw, width_draw, height_draw, x_draw, y_draw = _uniforms(policy.seed, image_id, index)[:6]
+    crop = View.IDENTITY.crop_xyxy
+    if crop_draw < policy.crop_probability:
+        width = policy.crop_min_scale + (1 - policy.crop_min_scale) * width_draw
+        height = policy.crop_min_scale + (1 - policy.crop_min_scale) * height_draw
+        left, top = (1 - width) * x_draw, (1 - height) * y_draw
+        crop = (left, top, min(1.0, left + width), min(1.0, top + height))
+    return View(crop, flip_draw < policy.flip_probability)
+
+
+def resized_size(height: int, width: int, resize: ResizeConfig) -> tuple[int, int]:
+    """(height, width) a picture has after `resize`. The shortest_edge rule is transformers' DETR rule to the pixel,
+    save that a very long picture keeps at least one pixel (transformers would fail)."""
+    if resize.mode == "square":
+        return resize.size, resize.size
+    short, long = min(height, width), max(height, width)
+    edge, exact = resize.size, float(resize.size)
+    if long / short * edge > resize.longest:
+        exact = resize.longest * short / long
+        edge = round(exact)
+    if short == edge:
+        return height, width
+    # The longer side comes from the unrounded shorter one; int(), not round(): what DETR has always done.
+    if width < height:
+        return max(1, int(exact * height / width)), max(1, edge)
+    return max(1, edge), max(1, int(exact * width / height))
+
+
+def crop_size(height: int, width: int, view: View) -> tuple[int, int]:
+    """(height, width) of what a view shows of a picture of this size, in its own pixels, rounded to whole ones."""
+    if view.is_whole:
+        return height, width
+    left, top, right, bottom = view.crop_xyxy
+    return max(1, round(bottom * height - top * height)), max(1, round(right * width - left * width))
+
+
+def viewed_size(height: int, width: int, view: View, resize: ResizeConfig) -> tuple[int, int]:
+    """(height, width) that `view_image` gives of a picture of this size: known without decoding it."""
+    return resized_size(*crop_size(height, width, view), resize)
+
+
+def view_image(image: Pixels | Image.Image, view: View, resize: ResizeConfig) -> Pixels:
+    """Crop, flip and resize (Pillow's antialiased bilinear filter): [H, W, 3] or an RGB picture -> uint8 [h, w, 3].
+
+    The crop is not rounded to whole pixels, so that models of different input sizes see exactly the same region.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    left, top, right, bottom = view.crop_xyxy
+    width, height = picture.size
+    out_height, out_width = viewed_size(height, width, view, resize)
+    # Without a box for the whole picture: Pillow then takes its shortcut for pictures that keep their size.
+    box = None if view.is_whole else (left * width, top * height, right * width, bottom * height)
+    resized = picture.resize((out_width, out_height), Image.Resampling.BILINEAR, box=box)
+    if view.flip:  # by Pillow: a ninth of the time of NumPy's copy
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels: Pixels = np.asarray(resized)
+    return pixels
+
+
+def view_picture(image: Pixels, view: View) -> Pixels:
+    """What a view shows, at the picture's own resolution, for people: uint8 [h, w, 3] of `crop_size`."""
+    sides = crop_size(image.shape[0], image.shape[1], view)
+    return view_image(image, view, ResizeConfig(mode="shortest_edge", size=min(sides), longest=max(sides)))
+
+
+def view_boxes(
+    boxes_xyxy: NDArray[np.float32], width: int, height: int, view: View, min_visible: float
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Absolute boxes [N, 4] of a width x height image -> boxes_cxcywh [N', 4] relative to the view, and the indices
+    [N'] kept: those of which at least `min_visible` of the area, and more than nothing, is inside the crop."""
+    boxes = boxes_xyxy.reshape(-1, 4).astype(np.float64) / np.array([width, height, width, height], np.float64)
+    left, top, right, bottom = view.crop_xyxy
+    low = np.maximum(boxes[:, :2], [left, top])
+    high = np.minimum(boxes[:, 2:], [right, bottom])
+    visible = np.clip(high - low, 0, None).prod(axis=1)
+    whole = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    # The slack is for rounding: an untouched box has visible == whole only up to the last bits.
+    kept = np.flatnonzero((visible > 0) & (visible >= whole * min_visible * (1 - 1e-9)))
+    size = np.array([right - left, bottom - top])
+    low, high = (low[kept] - [left, top]) / size, (high[kept] - [left, top]) / size
+    if view.flip:
+        low[:, 0], high[:, 0] = 1 - high[:, 0], 1 - low[:, 0]
+    return np.concatenate([(low + high) / 2, high - low], axis=1).astype(np.float32), kept
+
+
+def _open(encoded: bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+    except Exception as error:  # Pillow's plugins raise almost anything on broken headers
+        head = encoded[:8].hex(" ") or "no bytes at all"
+        raise QskdError(
+            where,
+            f"not a readable image ({type(error).__name__}; {len(encoded)} bytes, beginning {head})",
+            f"a whole {', '.join(IMAGE_FORMATS)} file",
+            _REMEDY,
+        ) from None
+
+
+def _load(picture: Image.Image, where: str) -> None:
+    try:
+        picture.load()
+    except Exception as error:
+        expected = f"a whole {picture.format} of {picture.width} x {picture.height} pixels"
+        raise QskdError(where, f"the picture is broken: {error}", expected, _REMEDY) from None
+
+
+def check_image(encoded: bytes, where: str) -> tuple[int, int, bool]:
+    """(width, height, whether EXIF asks for a quarter turn). Reads the data to its end; QskdError when broken."""
+    picture = _open(encoded, where)
+    width, height = picture.size
+    if picture.mode == "F":
+        raise QskdError(where, "floating-point pixels", "8 or 16 bits a channel", "convert the picture to 8 bits")
+    if picture.format == "JPEG":
+        picture.draft("RGB", (width // 8, height // 8))  # still reads all data, but skips most of the inverse transform
+    _load(picture, where)
+    turned = False
+    with contextlib.suppress(Exception):  # broken EXIF is no broken picture: it is only used for a hint
+        turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return width, height, turned
+
+
+def decode_image(encoded: bytes, where: str) -> Image.Image:
+    """Encoded bytes -> RGB picture. Greyscale, palette, CMYK and alpha are converted (alpha is dropped); 16-bit
+    greyscale is scaled to 8. Raises QskdError naming `where` when the bytes are broken."""
+    picture: Any = _open(encoded, where)
+    _load(picture, where)
+    if picture.mode.startswith("I"):
+        # Pillow's own conversion clips 16-bit values at 255, which would turn such pictures white.
+        values = np.asarray(picture).astype(np.float64)
+        picture = Image.fromarray(np.clip(np.floor(values / 257), 0, 255).astype(np.uint8))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")

@@ -1,0 +1,1 @@
+"""What leaves the house: ONNX, its check, speed, memory, the model card."""

@@ -1,0 +1,238 @@
+"""The model card of a detector: README.md with front matter for the Hub, from facts that stay in qskd.json beside it.
+
+What nobody measured is said to be not measured, what nobody stated to be not stated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from qskd import __version__
+from qskd.storage.ownership import EXTRA_FILE
+
+CARD_FILE = "README.md"
+SHOWN = ("AP", "AP50", "AP75")
+NOT_MEASURED, NOT_STATED = "not measured", "not stated"
+MADE = {"distill": "distilled from a teacher with QSKD", "train": "trained without a teacher", "": "exported"}
+
+
+METHOD = """\
+QSKD is the method of Liu et al., *Knowledge Distillation via Query Selection for Detection Transformer*
+([arXiv 2409.06443](https://arxiv.org/abs/2409.06443)). Its text was not at hand when qskd was written, only the abstract and
+summaries: **the method as implemented is a reconstruction**. Equations, thresholds, weights and the choice of layers are
+qskd's, not the paper's, and the paper's results are no claim about this model.
+
+```bibtex
+@article{liu2024qskd,
+  title   = {Knowledge Distillation via Query Selection for Detection Transformer},
+  author  = {Liu, Yi and Wang, Luting and Tang, Zongheng and Liao, Yue and Sun, Yifan and Zhang, Lijun and Liu, Si},
+  journal = {arXiv preprint arXiv:2409.06443},
+  year    = {2024}
+}
+```
+"""
+
+
+ONNX = """\
+`model.onnx` takes `pixel_values` [{batch}, 3, {size}, {size}] (RGB, resized to a square, normalised as
+`preprocessor_config.json` says) and returns `logits` and `pred_boxes` of every query. No mask, and no post-processing: that
+is in `detect.py`, which needs numpy, onnxruntime and Pillow only:
+
+```
+python detect.py photo.jpg --threshold 0.5
+```
+
+In a program of yours:
+
+```python
+from detect import boxes_of, pixels_of  # numpy only
+
+pixel_values = pixels_of(images_uint8, mean, std)  # [B, {size}, {size}, 3], already resized
+logits, pred_boxes = session.run(["logits", "pred_boxes"], {{"pixel_values": pixel_values}})
+found = boxes_of(logits, pred_boxes, original_heights_and_widths, "{family}", threshold=0.5)
+```
+
+Largest difference to PyTorch, over {images} images: class probabilities {probabilities:.1e}, boxes {boxes:.1e} (of the
+image), logits {logits:.1e}. {latency}
+"""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One row of the card's table. metrics: of `qskd.evaluation.average_precision`, empty where not measured. input: height x width in pixels
+    that parameters, gflops and ms (of one image, batch 1) were taken at."""
+
+    name: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    parameters: int | None = None
+    gflops: float | None = None
+    ms: float | None = None
+    input: str = ""
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What `qskd export` found. batch: None for any number. latency: a sentence, or empty."""
+
+    batch: int | None
+    size: int
+    images: int
+    logits: float
+    probabilities: float
+    boxes: float
+    latency: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts. kind: the verb that made the model, empty where it is not known. rows: the last is this model. recipe: what
+    differs from the defaults, YAML. timing: how `Figures.ms` were measured."""
+
+    name: str
+    family: str
+    classes: int
+    rows: tuple[Figures, ...]
+    kind: str = ""
+    version: str = __version__
+    recipe: str = ""
+    data: str = ""
+    data_licence: str = ""
+    train_images: int | None = None
+    val_images: int | None = None
+    teacher: str = ""
+    teacher_licence: str = ""
+    licence: str = ""
+    timing: str = ""
+    onnx: OnnxFacts | None = None
+
+
+def read_card(folder: str | Path) -> Card | None:
+    """The facts that a folder made by qskd keeps; None where there are none."""
+    try:
+        tree = json.loads((Path(folder) / EXTRA_FILE).read_text())["card"]
+        known = {entry.name for entry in fields(Card)}
+        tree = {key: value for key, value in tree.items() if key in known}  # a later qskd may know more
+        onnx = tree.get("onnx") and OnnxFacts(**tree["onnx"])
+        return Card(**{**tree, "rows": tuple(Figures(**row) for row in tree["rows"]), "onnx": onnx})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_card(folder: str | Path, card: Card) -> None:
+    """Write README.md, and the facts into qskd.json, whose other entries stay."""
+    facts = Path(folder) / EXTRA_FILE
+    extra = json.loads(facts.read_text()) if facts.is_file() else {}
+    facts.write_text(json.dumps({**extra, "card": asdict(card)}, indent=2, sort_keys=True) + "\n")
+    (Path(folder) / CARD_FILE).write_text(render(card), encoding="utf-8")
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether a model's name is one of the Hub, `owner/model`, and no folder here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model)) and not Path(model).exists()
+
+
+def front_matter(card: Card) -> str:
+    """YAML between two lines of `---`, as huggingface_hub writes and reads it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = card.data or NOT_STATED
+    own = card.rows[-1].metrics
+    results = [
+        EvalResult(
+            task_type="object-detection",
+            dataset_type="coco-format",
+            dataset_name=data,
+            dataset_split="validation",
+            metric_type="mAP" if name == "AP" else f"mAP{name[2:]}",
+            metric_name=f"{name}, COCO's definition",
+            metric_value=round(own[name], 4),
+        )
+        for name in SHOWN
+        if name in own
+    ]
+    tags = ["object-detection", "detr", card.family.replace("_", "-")]
+    tags += {"distill": ["qskd", "knowledge-distillation"], "train": ["qskd"]}.get(card.kind, [])
+    said = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="object-detection",
+        license=card.licence or None,
+        base_model=card.teacher if is_hub_name(card.teacher) else None,
+        tags=list(dict.fromkeys(tags)),
+        model_name=card.name if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{said.to_yaml()}\n---\n"
+
+
+def _table(card: Card) -> str:
+    def cell(value: float | None, text: str) -> str:
+        return NOT_MEASURED if value is None else text.format(value)
+
+    lines = [
+        "| | AP | AP50 | AP75 | parameters | input | GFLOPs | ms/image |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in card.rows:
+        metrics = [cell(row.metrics.get(name), "{:.3f}") for name in SHOWN]
+        millions = None if row.parameters is None else row.parameters / 1e6
+        cells = [*metrics, cell(millions, "{:.2f} M"), row.input or NOT_STATED]
+        cells += [cell(row.gflops, "{:.3g}"), cell(row.ms, "{:.1f}")]
+        lines.append(f"| {' | '.join([row.name, *cells])} |")
+    return "\n".join(lines)
+
+
+def render(card: Card) -> str:
+    """The whole README.md."""
+    own = card.rows[-1]
+    size = NOT_MEASURED if own.parameters is None else f"{own.parameters / 1e6:.2f} million parameters"
+    measured_on = "" if card.val_images is None else f"AP is COCO's, on {card.val_images} validation images. "
+    parts = [
+        front_matter(card),
+        f"# {card.name}\n",
+        f"An object detector of {card.classes} classes (transformers' `{card.family}`, {size}), {MADE[card.kind]} by qskd "
+        f"{card.version}.\n",
+        "## Figures\n",
+        _table(card) + "\n",
+        f"{measured_on}GFLOPs are of one image, a multiply-add counted as two. {card.timing or 'Latency was not measured.'}\n",
+        "## Use\n",
+        '```python\nfrom transformers import pipeline\n\npipeline("object-detection", model="THIS_FOLDER")("photo.jpg")\n```\n',
+    ]
+    if card.onnx is not None:
+        facts = asdict(card.onnx) | {"batch": "any number" if card.onnx.batch is None else card.onnx.batch}
+        facts["latency"] = card.onnx.latency or "Its latency was not measured."
+        parts += ["## ONNX\n", ONNX.format(family=card.family, **facts)]
+    parts += ["## Training\n", _training(card), "## Data and licences\n", _licences(card)]
+    if card.kind == "distill":
+        parts += ["## Method\n", METHOD]
+    return "\n".join(parts)
+
+
+def _training(card: Card) -> str:
+    if not card.kind:
+        return "How this model was trained is not known to qskd, which only exported it.\n"
+    return (
+        f"`qskd {card.kind} recipe.yaml`, with qskd {card.version} and this recipe (all else as by default):\n\n"
+        f"```yaml\n{card.recipe.strip()}\n```\n"
+    )
+
+
+def _licences(card: Card) -> str:
+    images = "" if card.train_images is None else f", {card.train_images} training images"
+    lines = [
+        "| | | licence |",
+        "| --- | --- | --- |",
+        f"| data | {card.data or NOT_STATED}{images} | {card.data_licence or NOT_STATED} |",
+    ]
+    if card.kind == "distill":
+        lines.append(f"| teacher | {card.teacher or NOT_STATED} | {card.teacher_licence or NOT_STATED} |")
+    lines.append(f"| this model | | {card.licence or NOT_STATED} |")
+    note = (
+        ""
+        if card.licence
+        else "\nWhoever publishes this model states its licence; those of the data and of the teacher bear on it.\n"
+    )
+    return "\n".join(lines) + "\n" + note

@@ -1,0 +1,96 @@
+"""From an image to boxes with an exported detector: numpy, onnxruntime and Pillow; no torch, transformers or qskd.
+
+This file is copied, as it is, into every folder that `qskd export` writes, where it is called detect.py:
+
+    python detect.py photo.jpg --threshold 0.5
+
+`pixels_of` and `boxes_of` are what a program of yours needs before and after the graph; they use numpy only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BEST_PAIRS = {"conditional_detr": 100, "deformable_detr": 100, "dab-detr": 100}  # the others: as many as queries
+
+
+def pixels_of(images: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:
+    """RGB uint8 [B, S, S, 3], already of the model's size -> pixel_values [B, 3, S, S] float32.
+
+    mean, std: of values in 0..1, a number a channel; `image_mean` and `image_std` of preprocessor_config.json.
+    """
+    scaled = images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    shift, scale = (np.asarray(values, np.float32).reshape(3, 1, 1) for values in (mean, std))
+    return np.ascontiguousarray((scaled - shift) / scale)
+
+
+def probabilities_of(logits: np.ndarray, model_type: str) -> np.ndarray:
+    """Logits [B, Q, K] -> the probability of each class, float32.
+
+    DETR's K + 1 logits share a softmax whose last slot is "no object", which is left out; the others have sigmoids.
+    """
+    logits = logits.astype(np.float32)
+    if model_type == "detr":
+        raised = np.exp(logits - logits.max(-1, keepdims=True))
+        return (raised / raised.sum(-1, keepdims=True))[..., :-1]
+    small = np.exp(-np.abs(logits))  # of a number <= 0: no overflow
+    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def boxes_of(
+    logits: np.ndarray, pred_boxes: np.ndarray, sizes: np.ndarray, model_type: str, threshold: float = 0.5
+) -> list[dict[str, np.ndarray]]:
+    """What the graph returns -> for each image "scores" [D], "labels" [D] and "boxes_xyxy" [D, 4], best first.
+
+    logits: [B, Q, K]. pred_boxes: [B, Q, 4], centre x, centre y, width, height in 0..1 of the image. sizes: [B, 2], height
+    and width of each original image in pixels, which the boxes are scaled to. model_type: of config.json; DETR gives the
+    best class of each query, the others their best (query, class) pairs, as `post_process_object_detection` does.
+    """
+    probabilities = probabilities_of(logits, model_type)
+    centre, half = pred_boxes[..., :2], pred_boxes[..., 2:] / 2
+    corners = np.concatenate([centre - half, centre + half], -1)
+    found = []
+    for scores, boxes, (height, width) in zip(probabilities, corners, np.asarray(sizes), strict=True):
+        queries, classes = scores.shape
+        places = np.arange(queries * classes)
+        if model_type == "detr":
+            places = np.arange(queries) * classes + scores.argmax(-1)
+        order = np.argsort(-scores.reshape(-1)[places], kind="stable")[: BEST_PAIRS.get(model_type, queries)]
+        best = places[order]
+        best = best[scores.reshape(-1)[best] > threshold]
+        scale = np.array([width, height, width, height], np.float32)
+        entry = {
+            "scores": scores.reshape(-1)[best],
+            "labels": best % classes,
+            "boxes_xyxy": boxes[best // classes] * scale,
+        }
+        found.append(entry)
+    return found
+
+
+def detect(folder: Path, image_file: Path, threshold: float) -> list[dict[str, Any]]:
+    """The objects in one image file: "label", "score" and "box_xyxy" in pixels, best first."""
+    import onnxruntime
+    from PIL import Image
+
+    config = json.loads((folder / "config.json").read_text())
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    picture = Image.open(image_file).convert("RGB")
+    size = processor["size"]
+    resized = picture.resize((size["width"], size["height"]), Image.Resampling.BILINEAR)
+    pixels = pixels_of(np.asarray(resized)[None], processor["image_mean"], processor["image_std"])
+    batch = session.get_inputs()[0].shape[0]
+    pixels = np.repeat(pixels, batch if isinstance(batch, int) else 1, axis=0)  # a graph of a fixed batch wants it full
+    logits, pred_boxes = session.run(["logits", "pred_boxes"], {"pixel_values": pixels})
+    found = boxes_of(
+        logits[:1], pred_boxes[:1], np.array([[picture.height, picture.width]]), config["model_type"], threshold
+    )[0]
+    return [
+        {"label": config["id2label"].get(str(label), "N/A"), "score": float(score), "box_xyxy": box.tolist()}
+        for score, label, box in zip(found["scores"], found["labels"], found["boxes_xyxy"], strict=True)
+    ]

@@ -1,0 +1,85 @@
+"""Memory maps of two networks made to meet: resampling, pairing levels, projecting widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _extent(valid: Tensor) -> Tensor:
+    """[B, H, W] bool, a rectangle at the top left -> its width and height in cells, [B, 2] float32."""
+    return torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], dim=-1).clamp(min=1).float()
+
+
+def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor) -> Tensor:
+    """Bring a map [B, C, H, W] to another grid, valid region onto valid region: -> [B, C, H', W'] float32.
+
+    valid: [B, H, W]; onto_valid: [B, H', W']; both True in a rectangle at the top left (what is left is padding).
+    Positions outside `onto_valid` repeat the border. Bilinear; where the new grid is less than half as fine, the mean
+    of several samples a cell, so that a narrow peak is not stepped over. An image whose regions agree keeps its very
+    values.
+    """
+    map_, (height, width) = map_.float(), onto_valid.shape[1:]
+    alike = map_.shape[-2:] == onto_valid.shape[-2:]
+    if alike and valid.device.type == "cpu" and torch.equal(valid, onto_valid):
+        return map_  # asking a GPU would mean waiting for it
+    dense = max(1, math.ceil(max(map_.shape[-2] / height, map_.shape[-1] / width) / 2))
+    source, target = _extent(valid), _extent(onto_valid)
+    axes = []
+    for axis, (cells, whole) in enumerate(((width, map_.shape[-1]), (height, map_.shape[-2]))):
+        centre = (torch.arange(cells * dense, device=map_.device) + 0.5) / dense  # in target cells
+        at = centre / target[:, axis, None] * source[:, axis, None]  # [B, cells] in source cells
+        at = torch.minimum(
+            at.clamp(min=0.5), source[:, axis, None] - 0.5
+        )  # no reading across the valid region's border
+        axes.append(at / whole * 2 - 1)
+    across, down = axes
+    grid = torch.stack(torch.broadcast_tensors(across.unsqueeze(1), down.unsqueeze(2)), dim=-1)  # [B, H' , W', 2]
+    moved = F.grid_sample(map_, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    if dense > 1:
+        moved = F.avg_pool2d(moved, dense)
+    if alike:
+        same = (valid == onto_valid).flatten(1).all(1)
+        moved = torch.where(same[:, None, None, None], map_, moved)
+    return moved
+
+
+def pair_levels(student_cells: Sequence[float], teacher_cells: Sequence[float]) -> list[tuple[int, int]]:
+    """(student level, teacher level) of the maps to compare. Cells: of each map in an image of the usual size, finest first.
+
+    Equally many: in order. Otherwise each map of the smaller set, in order, takes the map of the other set that is
+    nearest in cells (by their ratio) and not yet taken. One batch's own sizes would not do: where one side squeezes its
+    images into squares and the other keeps their shape, the nearest is another one from batch to batch.
+    """
+    if len(student_cells) == len(teacher_cells):
+        return [(level, level) for level in range(len(student_cells))]
+    swapped = len(student_cells) > len(teacher_cells)
+    few, many = (teacher_cells, student_cells) if swapped else (student_cells, teacher_cells)
+    free, pairs = list(range(len(many))), []
+    for level, cells in enumerate(few):
+        nearest = min(free, key=lambda other: abs(math.log(many[other] / cells)))
+        free.remove(nearest)
+        pairs.append((nearest, level) if swapped else (level, nearest))
+    return pairs
+
+
+def _projector(inputs: int, outputs: int) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, kernel_size=1)
+    weight = layer.weight.data.view(outputs, inputs)
+    if inputs == outputs:
+        nn.init.eye_(weight)  # starts as plain mimicking
+    else:
+        nn.init.orthogonal_(weight)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def _project(projector: nn.Module, memory: Tensor) -> Tensor:
+    """What the 1x1 convolution gives for [B, C, H, W], as [B, H, W, C']: memory lies in this order as the
+    encoder gives it, and a convolution would lay it out anew."""
+    weight, bias = projector.parameters()
+    return F.linear(memory.movedim(1, -1), weight.flatten(1), bias)

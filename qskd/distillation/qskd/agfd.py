@@ -1,0 +1,131 @@
+"""Attention-Guided Feature Distillation: the student's memory must agree where the teacher's selected queries look.
+
+METHODS 1.3 AGFD, our reconstruction. The paper's (as METHODS 1.1 has it): a foreground mask, generated under the
+guidance of the selected queries, steers feature distillation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qskd.config import FeatureDistillationConfig
+from qskd.distillation.maps import _project, _projector, pair_levels, resample
+from qskd.distillation.qskd.query_selection import QuerySelection
+from qskd.errors import QskdError
+from qskd.structures import LossTerm, TeacherRecord
+
+_TINY = 1e-12
+
+
+def foreground_mask(
+    selection: QuerySelection, teacher: TeacherRecord, confidence: Tensor, config: FeatureDistillationConfig
+) -> tuple[Tensor, ...]:
+    """The attention of the kept queries, summed and normalised: one mask [B, H, W] float32 for each teacher map.
+
+        m = sum over kept queries i of weight_i * w_i * A_i;  M = max(m / max(m), background)
+
+    w_i is the teacher's max_c p_i ("confidence", [B, Q]), confidence^gamma * max(0, GIoU_i)^(1 - gamma) ("quality", the
+    score METHODS 2 recalls of DETRDistill), or 1. The maximum runs over all the image's maps; its value cancels in the
+    loss, which divides by the mask's sum, but sets what `background` is a share of. A query whose attention is not in the
+    record adds nothing; an image without objects has a mask of zeros.
+
+    selection: of the teacher's last layer, without layer dimension. METHODS 1.3 AGFD, our reconstruction.
+    """
+    if teacher.attention_queries is None or not teacher.attention:
+        raise QskdError(
+            "distillation.features",
+            "the teacher's record holds no attention",
+            "the attention of the teacher's selected queries",
+            "cache it, or use features.background: 1",
+        )
+    weight = selection.weight
+    if config.query_weight == "confidence":
+        weight = weight * confidence.float()
+    elif config.query_weight == "quality":
+        gamma = config.quality_gamma
+        weight = weight * confidence.float() ** gamma * selection.giou.clamp(min=0) ** (1 - gamma)
+    known = teacher.attention_queries >= 0
+    weight = torch.where(known, weight.gather(1, teacher.attention_queries.clamp(min=0)), 0.0)  # [B, A]
+    with torch.autocast(weight.device.type, enabled=False):
+        maps = [
+            torch.einsum("ba,bahw->bhw", weight, attention.float()) * valid
+            for attention, valid in zip(teacher.attention, teacher.memory_valid, strict=True)
+        ]
+    everywhere = torch.cat([part.flatten(1) for part in maps], dim=1)
+    top = everywhere.amax(1)[:, None, None]
+    background = config.background * (top > 0)
+    return tuple(
+        torch.maximum(part / top.clamp(min=_TINY), background) * valid
+        for part, valid in zip(maps, teacher.memory_valid, strict=True)
+    )
+
+
+class AttentionGuidedFeatureDistillation(nn.Module):
+    """The student's encoder memory, through a 1x1 projector, towards the teacher's inside the foreground mask.
+
+        L = sum_p M_p * mean_c (phi(F_S)_p - F_T,p)^2 / sum_p M_p,   for each image over all its levels and valid
+        positions
+
+    METHODS 1.3 AGFD, our reconstruction. The projectors (one for each student map that meets one of the teacher's, the
+    identity at first when the widths agree) are for training only and belong to this module, never to the exported student.
+    """
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        config: FeatureDistillationConfig,
+        pairs: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """student_channels, teacher_channels: the width of each memory map. pairs: (student map, teacher map), by
+        `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given."""
+        super().__init__()
+        self.config = config
+        self.maps = len(student_channels), len(teacher_channels)
+        if pairs is None and len(student_channels) != len(teacher_channels):
+            raise QskdError(
+                "distillation.features",
+                f"{len(student_channels)} student maps and {len(teacher_channels)} teacher maps of unknown sizes",
+                "to know which of them are alike",
+                "make the cache of teacher outputs anew (qskd cache RECIPE --overwrite, which deletes its files), or set "
+                "distillation.features.weight=0",
+            )
+        self.pairs = tuple(pairs or pair_levels(student_channels, teacher_channels))
+        self.projectors = nn.ModuleDict(
+            {str(own): _projector(student_channels[own], teacher_channels[other]) for own, other in self.pairs}
+        )
+
+    def forward(
+        self,
+        student_memory: Sequence[Tensor],
+        student_valid: Sequence[Tensor],
+        teacher: TeacherRecord,
+        mask: Sequence[Tensor] | None,
+    ) -> LossTerm:
+        """Maps [B, C, H, W] and their [B, H, W] validity; `mask` [B, H, W] for each teacher map (None: 1 everywhere).
+
+        total: sum of the losses of images whose mask is not empty; count: the number of those images. The teacher and
+        its mask are detached and resampled to the student's grid.
+        """
+        found = len(student_memory), len(teacher.memory)
+        if found != self.maps:
+            said = ("{} student maps, {} teacher maps".format(*numbers) for numbers in (found, self.maps))
+            raise QskdError("distillation.features", *said)
+        above = below = student_memory[0].new_zeros(len(student_memory[0]), dtype=torch.float32)
+        for student_level, teacher_level in self.pairs:
+            valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
+            goal = resample(teacher.memory[teacher_level].detach(), teacher_valid, valid)
+            shown = _project(self.projectors[str(student_level)], student_memory[student_level]).float()
+            weight = valid.float()
+            if mask is not None:
+                weight = weight * resample(mask[teacher_level].detach().unsqueeze(1), teacher_valid, valid).squeeze(1)
+            distance = F.mse_loss(shown, goal.movedim(1, -1), reduction="none").mean(-1)
+            above = above + (weight * distance).flatten(1).sum(1)
+            below = below + weight.flatten(1).sum(1)
+        has_mask = below > 0
+        total = (above / torch.where(has_mask, below, 1.0)).sum()  # an empty mask leaves 0 above
+        return LossTerm(total, has_mask.sum().float())

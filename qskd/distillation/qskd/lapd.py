@@ -1,0 +1,92 @@
+"""Local Alignment Prediction Distillation: the student's selected queries learn from the teacher's, object by object.
+
+METHODS 1.3 LAPD, our reconstruction. The paper's (as METHODS 1.1 has it): the selection is applied to both networks'
+predictions and gives the pairing, which spares the global bipartite matching between student and teacher.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from qskd.boxes import cxcywh_to_xyxy, giou
+from qskd.config import PredictionDistillationConfig
+from qskd.distillation.qskd.pairing import Side, pair_by_assignment, pair_by_index, pair_by_rank, pair_globally
+from qskd.errors import QskdError
+from qskd.structures import LossTerm
+
+
+def teacher_layer_of_student(
+    student_layers: int, teacher_layers: int, config: PredictionDistillationConfig
+) -> tuple[list[int], list[int]]:
+    """Student layers to distil and the teacher layer each learns from, as two lists of equal length.
+
+    "same_index" (DETRDistill, METHODS 2) spreads the student's layers evenly over the teacher's: l -> round(l * (L_t -
+    1) / (L_s - 1)). It needs every teacher layer, so a record of one is an error when several student layers ask.
+    """
+    students = list(range(student_layers)) if config.student_layers == "all" else [student_layers - 1]
+    if config.teacher_layers == "last" or len(students) == 1:
+        return students, [teacher_layers - 1] * len(students)
+    if teacher_layers == 1:
+        raise QskdError(
+            "distillation.predictions.teacher_layers = same_index",
+            "the teacher's record holds one decoder layer",
+            "all of the teacher's layers",
+            "cache the teacher with all layers, or use teacher_layers: last",
+        )
+    return students, [round(layer * (teacher_layers - 1) / (student_layers - 1)) for layer in students]
+
+
+def alignment_terms(
+    student: Side, teacher: Side, num_objects: int, num_slots: int, config: PredictionDistillationConfig
+) -> dict[str, LossTerm]:
+    """The LAPD terms (METHODS 1.3, our reconstruction), over the pairs (s, t) of all L layers:
+
+        lapd_class  sum of w_t * sum over classes of |p_t - p_s|^gamma * BCE(p_s, p_t),   p = sigmoid(c)
+        lapd_l1     sum of w_t * |b_s - b_t|_1, over the four cxcywh numbers
+        lapd_giou   sum of w_t * (1 - GIoU(b_s, b_t))
+
+    w_t is the selection weight of the teacher's query (1 with the `global` pairing, which asks no selection), times its
+    max_c sigmoid(c_t) when `pair_weight` is "confidence" (KD-DETR's weight, METHODS 3). Both sides have L layers; the
+    teacher's queries may differ in number. num_slots: at least 1 + the largest number of hard negatives of an object, on
+    either side.
+
+    gamma is `class_gamma`: 0 in METHODS 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020).
+
+    Each counts pairs / L (or, with `divide_by: weights`, the sum of w_t / L), so that a term's value is L times the mean
+    over all pairs of all layers: the sum over layers of the layers' means when they have equally many pairs, and near it
+    when not. Only the student gets a gradient.
+    Without pairs the terms are 0 and attached to the graph.
+    """
+    goal_logits, goal_boxes = teacher.logits.detach(), teacher.boxes_cxcywh.detach()
+    if config.pairing == "global":
+        partner = pair_globally(student, teacher)
+    elif config.pairing == "index":
+        partner = pair_by_index(student, teacher)
+    elif config.pairing == "hungarian":
+        partner = pair_by_assignment(student, teacher, num_objects, num_slots)
+    else:
+        partner = pair_by_rank(student.selection, teacher.selection, num_objects, num_slots)
+    paired, query = partner >= 0, partner.clamp(min=0)
+
+    # Indexed by student query, not by (object, slot): never more than Q_s rows, and nothing of the student is gathered.
+    goal = goal_logits.gather(2, query.unsqueeze(-1).expand(*query.shape, goal_logits.shape[-1])).sigmoid()
+    theirs = goal_boxes.gather(2, query.unsqueeze(-1).expand(*query.shape, 4))
+    chosen = torch.ones_like(teacher.selection.weight) if config.pairing == "global" else teacher.selection.weight
+    weight = chosen.gather(2, query)
+    if config.pair_weight == "confidence":
+        weight = weight * goal.amax(-1)
+    weight = torch.where(paired, weight, 0.0)
+
+    mine = student.boxes_cxcywh
+    count = (weight.sum() if config.divide_by == "weights" else paired.sum().float()) / len(paired)
+    classes = F.binary_cross_entropy_with_logits(student.logits, goal, reduction="none")
+    if config.class_gamma:
+        # Below 1 a power's gradient is infinite at 0, where student and teacher agree.
+        classes = classes * (goal - student.logits.sigmoid()).abs().clamp(min=1e-6) ** config.class_gamma
+    losses = {
+        "lapd_class": classes.sum(-1),
+        "lapd_l1": (mine - theirs).abs().sum(-1),
+        "lapd_giou": 1 - giou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs)),
+    }
+    return {name: LossTerm((weight * loss).sum(), count) for name, loss in losses.items()}

@@ -1,0 +1,1 @@
+"""From detections to AP, and how alike student and teacher are."""

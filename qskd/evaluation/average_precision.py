@@ -1,0 +1,206 @@
+"""COCO average precision: detections out of a model's output, and the standard twelve numbers by any of three programs.
+
+The programs (`coco_backends`) count matches; the averaging is done here, once, for all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qskd.boxes import cxcywh_to_xyxy
+from qskd.errors import QskdError
+from qskd.evaluation.coco_backends import COUNT
+from qskd.evaluation.detections import Array, Backend, Detections, GroundTruth
+
+logger = logging.getLogger(__name__)
+FASTEST_FIRST: tuple[Backend, ...] = ("hotcoco", "faster_coco_eval", "pycocotools")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_SLOW_FROM_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class CocoResult:
+    """metrics: the twelve of `METRICS` as fractions, -1 where nothing could be measured (as pycocotools has it).
+    per_class: AP of each category by name, in the order given. backend: the program that counted."""
+
+    metrics: dict[str, float]
+    per_class: dict[str, float]
+    backend: Backend
+
+
+def detections_from(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    image_ids: Sequence[int] | Array,
+    original_sizes: Tensor,
+    category_ids_of_label: Sequence[int] | Array,
+    top_k: int = 100,
+) -> Detections:
+    """The `top_k` best (query, class) pairs of each image, best first, as transformers' sigmoid DETR families give them
+    in `post_process_object_detection`: a query may appear with several classes, boxes are not clipped to the image.
+
+    logits [B, Q, K]; boxes_cxcywh [B, Q, 4] relative to the image; original_sizes [B, 2] height, width in pixels;
+    category_ids_of_label: the dataset's category id of each of the K classes. Half precision is computed in float32.
+    """
+    images, _, classes = logits.shape
+    if len(image_ids) != images or tuple(original_sizes.shape) != (images, 2) or len(category_ids_of_label) != classes:
+        raise ValueError(
+            f"logits are {tuple(logits.shape)}, but there are {len(image_ids)} image ids, sizes of shape "
+            f"{tuple(original_sizes.shape)} and {len(category_ids_of_label)} category ids"
+        )
+    probabilities = logits.detach().float().sigmoid().flatten(1)
+    kept = min(top_k, probabilities.shape[1])
+    scores, places = torch.topk(probabilities, kept, dim=1)
+    queries = torch.div(places, classes, rounding_mode="floor")
+    height, width = original_sizes.to(scores.device).unbind(1)
+    boxes_xyxy = cxcywh_to_xyxy(boxes_cxcywh.detach().float()).gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))
+    boxes_xyxy = boxes_xyxy * torch.stack([width, height, width, height], dim=1)[:, None, :]
+    categories = np.asarray(category_ids_of_label, dtype=np.int64)
+    return Detections(
+        np.repeat(np.asarray(image_ids, dtype=np.int64), kept),
+        boxes_xyxy.reshape(-1, 4).cpu().numpy().astype(np.float32),
+        scores.reshape(-1).cpu().numpy(),
+        categories[(places % classes).reshape(-1).cpu().numpy()],
+    )
+
+
+def evaluate_coco(
+    ground_truth: GroundTruth,
+    detections: Detections,
+    backend: Backend | Literal["auto"] = "auto",
+    max_detections: int = 100,
+) -> CocoResult:
+    """COCO's bounding box evaluation. Prints nothing.
+
+    `max_detections` per image and class is what AP and "AR100", "ARs", "ARm", "ARl" are measured at; it is above 10.
+    Equal scores are ranked by image id, then in the order given, whichever the backend.
+
+    Raises QskdError for ids that are repeated or unknown, for numbers that are not finite, and for a backend that is
+    not installed; ValueError for arrays that don't fit together.
+    """
+    if max_detections <= 10:
+        raise ValueError(f"max_detections is {max_detections}, but AR10 is measured too: it must be above 10")
+    truth, found = _checked(ground_truth, detections)
+    chosen = choose_backend() if backend == "auto" else backend
+    if chosen == "pycocotools" and backend == "auto" and len(truth.image_ids) > _SLOW_FROM_IMAGES:
+        _notice_slow_path()
+    if len(truth.object_image_ids):
+        if not _importable(chosen):
+            remedy = f"pip install {chosen.replace('_', '-')}"
+            raise QskdError("COCO evaluation", f"{chosen} can't be imported", "the backend asked for", remedy)
+        precision, recall = COUNT[chosen](truth, found, [1, 10, max_detections])
+    else:  # nothing to find, nothing to measure; not every program takes an empty table
+        precision, recall = np.full((10, 101, len(truth.categories), 4, 3), -1.0), np.full((10, 0, 4, 3), -1.0)
+    return CocoResult(_twelve(precision, recall), _per_class(precision, truth.categories), chosen)
+
+
+def choose_backend() -> Backend:
+    """The fastest of the programs that are installed."""
+    return next((name for name in FASTEST_FIRST if _importable(name)), "pycocotools")
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:  # a broken binary wheel is as good as none, whatever it raises
+        return False
+    return True
+
+
+@cache  # once a process: every epoch would say the same
+def _notice_slow_path() -> None:
+    logger.warning("COCO AP is computed with pycocotools, about 100 times slower than hotcoco: pip install hotcoco")
+
+
+def _checked(truth: GroundTruth, found: Detections) -> tuple[GroundTruth, Detections]:
+    """Both with the types and order every backend needs: detections by image id, then as given."""
+    integers, floats = np.int64, np.float64
+    boxes = np.asarray(truth.boxes_xyxy).reshape(-1, 4)
+    objects = (truth.object_image_ids, boxes, truth.category_ids, truth.area, truth.iscrowd)
+    image_ids, heights, widths = _columns("images", (truth.image_ids, truth.heights, truth.widths), [integers] * 3)
+    of, boxes, labels, area, crowd = _columns("objects", objects, (integers, floats, integers, floats, np.bool_))
+    categories = [(int(number), str(name)) for number, name in truth.categories]
+    truth = GroundTruth(image_ids, heights, widths, of, boxes, labels, area, crowd, categories)
+    boxes = np.asarray(found.boxes_xyxy).reshape(-1, 4)
+    detected = (found.image_ids, boxes, found.scores, found.category_ids)
+    columns = _columns("detections", detected, (integers, floats, floats, integers))
+    order = np.argsort(columns[0], kind="stable")
+    found = Detections(*(column[order] for column in columns))
+
+    category_ids = np.array([number for number, _ in categories], integers)
+    for what, known, of_objects, of_detections in (
+        ("image id", image_ids, truth.object_image_ids, found.image_ids),
+        ("category id", category_ids, truth.category_ids, found.category_ids),
+    ):
+        _no_repeats(f"{what}s of the ground truth", known)
+        _all_known(f"{what} of objects", of_objects, known)
+        _all_known(f"{what} of detections", of_detections, known)
+    _all_finite("objects", truth.object_image_ids, np.column_stack([truth.boxes_xyxy, truth.area]))
+    _all_finite("detections", found.image_ids, np.column_stack([found.boxes_xyxy, found.scores]))
+
+    # Image ids become ranks: hotcoco takes detections as float64, which can't tell ids above 2^53 apart.
+    ranks = np.sort(image_ids)
+    image_ids, of = np.searchsorted(ranks, image_ids) + 1, np.searchsorted(ranks, of) + 1
+    found = replace(found, image_ids=np.searchsorted(ranks, found.image_ids) + 1)
+    return replace(truth, image_ids=image_ids, object_image_ids=of), found
+
+
+def _columns(what: str, columns: Sequence[Array], kinds: Sequence[type[np.generic]]) -> tuple[Any, ...]:
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"arrays of {what} have different lengths: {[len(column) for column in columns]}")
+    return tuple(np.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True))
+
+
+def _all_finite(who: str, ids: Array, numbers: Array) -> None:
+    bad = ids[~np.isfinite(numbers).all(axis=1)]
+    if len(bad):
+        found = f"{len(bad)} with numbers that are not finite, the first in image {bad[0]}"
+        raise QskdError(f"boxes, areas and scores of {who}", found, "finite numbers")
+
+
+def _no_repeats(what: str, ids: Array) -> None:
+    values, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise QskdError(what, f"repeated: {values[counts > 1][:5].tolist()}", "each id once", "correct the annotations")
+
+
+def _all_known(what: str, ids: Array, known: Array) -> None:
+    unknown = np.unique(ids[~np.isin(ids, known)])
+    if len(unknown):
+        found = f"{len(unknown)} unknown to the ground truth: {unknown[:5].tolist()}{' …' if len(unknown) > 5 else ''}"
+        remedy = "evaluate on the dataset the detections were made of, with its own category ids"
+        raise QskdError(what, found, f"one of its {len(known)}, such as {known[:5].tolist()}", remedy)
+
+
+def _mean(values: Array) -> float:
+    measured = values[values > -1]
+    return float(measured.mean()) if measured.size else -1.0
+
+
+def _twelve(precision: Array, recall: Array) -> dict[str, float]:
+    """COCO's averages. IoU thresholds are 0.5, 0.55, … 0.95; areas all, small, medium, large; limits 1, 10, most."""
+    values = [
+        *(_mean(precision[ious, :, :, 0, 2]) for ious in (slice(None), 0, 5)),
+        *(_mean(precision[:, :, :, area, 2]) for area in (1, 2, 3)),
+        *(_mean(recall[:, :, 0, limit]) for limit in (0, 1, 2)),
+        *(_mean(recall[:, :, area, 2]) for area in (1, 2, 3)),
+    ]
+    return dict(zip(METRICS, values, strict=True))
+
+
+def _per_class(precision: Array, categories: Sequence[tuple[int, str]]) -> dict[str, float]:
+    names = [name for _, name in categories]
+    ranks = {number: rank for rank, number in enumerate(sorted(number for number, _ in categories))}
+    return {
+        name if names.count(name) == 1 else f"{name} (id {number})": _mean(precision[:, :, ranks[number], 0, 2])
+        for number, name in categories
+    }

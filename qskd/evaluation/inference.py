@@ -1,0 +1,68 @@
+"""A loader's batch through a detector: detections in pixels of the original images. One home for every program that predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from qskd.datasets.views import View, crop_size, view_image
+from qskd.detectors import Detector, Preprocessing, to_pixels
+from qskd.evaluation.average_precision import detections_from
+from qskd.evaluation.detections import Detections
+
+
+def predict_batch(
+    detector: Detector,
+    arrays: Mapping[str, np.ndarray],
+    preprocessing: Preprocessing,
+    category_ids: Sequence[int],
+    slots: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    top_k: int = 100,
+) -> Detections:
+    """arrays: "images" uint8 [n, H, W, 3], "sizes", "original_sizes" int [n, 2], "image_ids" [n]; n may be 0.
+
+    slots: the logit slot of each class in `category_ids`; None when they are the same. The detector must be in evaluation
+    mode.
+    """
+    if not len(arrays["image_ids"]):
+        return Detections.empty()
+    images = torch.from_numpy(arrays["images"].copy()).to(device, non_blocking=True)
+    sizes = torch.from_numpy(arrays["sizes"].copy()).to(device, non_blocking=True)
+    pixels, mask = to_pixels(images, sizes, preprocessing.mean, preprocessing.std)
+    with torch.inference_mode():
+        output = detector(pixels, mask, with_attention=False)
+        logits = output.logits[-1] if slots is None else output.logits[-1][..., list(slots)]
+        original_sizes = torch.from_numpy(arrays["original_sizes"].copy())
+        ids = arrays["image_ids"].tolist()
+        return detections_from(logits.cpu(), output.boxes_cxcywh[-1].cpu(), ids, original_sizes, category_ids, top_k)
+
+
+def predict_image(
+    detector: Detector,
+    image: np.ndarray,
+    preprocessing: Preprocessing,
+    slots: Sequence[int],
+    threshold: float = 0.0,
+    view: View = View.IDENTITY,
+) -> Detections:
+    """One uint8 [H, W, 3] image; `category_ids` of the result are positions in `slots`. Best first. Boxes are in pixels of
+    what `view` shows (`qskd.datasets.views.view_picture`)."""
+    pixels = view_image(image, view, preprocessing.resize)
+    arrays = {
+        "images": pixels[None],
+        "sizes": np.array([pixels.shape[:2]]),
+        "original_sizes": np.array([crop_size(image.shape[0], image.shape[1], view)]),
+        "image_ids": np.zeros(1, np.int64),
+    }
+    found = predict_batch(detector, arrays, preprocessing, range(len(slots)), slots, next(detector.parameters()).device)
+    return best_first(found, threshold)
+
+
+def best_first(found: Detections, threshold: float) -> Detections:
+    """Those whose score reaches `threshold`, in falling order of score."""
+    kept = np.flatnonzero(found.scores >= threshold)
+    kept = kept[np.argsort(-found.scores[kept], kind="stable")]
+    return Detections(**{name: value[kept] for name, value in vars(found).items()})

@@ -1,0 +1,80 @@
+"""D-FINE (Peng et al., ICLR 2025): RT-DETR whose box sides are distributions over bins, refined layer by layer.
+
+transformers gives predictions of the last layer only in evaluation; here the heads are run on every layer's states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DFineConfig, DFineForObjectDetection
+from transformers.models.d_fine.modeling_d_fine import distance2bbox, weighting_function
+
+from qskd.errors import QskdError
+from qskd.families.deformable_detr import splat_levels
+from qskd.families.family import Predictions, shift_boxes
+from qskd.families.initialisation import xavier, zero_box_head
+from qskd.families.rt_detr import RTDetr
+from qskd.families.rt_detr_v2 import level_samples
+
+
+class DFine(RTDetr):
+    name = "d_fine"
+    model_class = DFineForObjectDetection
+    config_class = DFineConfig
+    num_early = 2  # the encoder's proposals, the initial boxes
+
+    def check(self, config: Any) -> None:
+        last = config.decoder_layers - 1
+        if config.eval_idx % config.decoder_layers != last:
+            raise QskdError(
+                "d_fine config.eval_idx",
+                f"{config.eval_idx}",
+                f"the last of the {config.decoder_layers} decoder layers (-1 or {last})",
+                "choose a checkpoint that predicts from its last layer: D-FINE's published ones do",
+            )
+
+    def class_heads(self, model: Any) -> list[nn.Linear]:
+        return [*model.class_embed, *super().class_heads(model)]  # the model's and the decoder's are the same ones
+
+    def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
+        decoder, logits, boxes = model.model.decoder, [], []
+        states = [state.float() for state in layer_states]
+        anchors = outputs.init_reference_points.float().sigmoid()
+        initial = shift_boxes(decoder.pre_bbox_head(states[0]), anchors)
+        bins = weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
+        corners: Tensor | float = 0.0
+        before: Tensor | float = 0.0
+        for layer, state in enumerate(states):
+            # Each layer adds to the logits of the four sides' distributions; the boxes stay those about `initial`.
+            corners = decoder.bbox_embed[layer](state + before) + corners
+            box = distance2bbox(initial.detach(), decoder.integral(corners, bins), decoder.reg_scale)
+            boxes.append(torch.cat([box[..., :2], box[..., 2:].clamp(min=0)], dim=-1))  # distances may cross over
+            logits.append(decoder.lqe_layers[layer](decoder.class_embed[layer](state), corners))
+            before = state.detach()
+        first = decoder.class_embed[0](states[0])
+        return Predictions(
+            torch.stack(logits),
+            torch.stack(boxes),
+            states[-1],
+            early_logits=torch.stack([outputs.enc_topk_logits.float(), first]),
+            early_boxes_cxcywh=torch.stack([outputs.enc_topk_bboxes.float(), initial]),
+        )
+
+    def attention(
+        self, module: Any, given: dict[str, Any], queries: Tensor, shapes: Sequence[tuple[int, int]], valid: Tensor
+    ) -> Tensor:
+        discrete = module.decoder_method == "discrete"
+        samples = level_samples(module, given, queries, shapes, module.num_points_list, discrete)
+        return splat_levels(samples, shapes, valid)
+
+    def initialise(self, model: Any) -> None:
+        super().initialise(model)  # its box heads' last layers at 0: even distributions, the initial box unmoved
+        decoder = model.model.decoder
+        xavier(decoder.pre_bbox_head)
+        zero_box_head(decoder.pre_bbox_head.layers[-1], 0.0)
+        for layer in decoder.layers:  # gates half open, as transformers has them
+            nn.init.zeros_(layer.gateway.gate.weight)

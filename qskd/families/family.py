@@ -1,0 +1,205 @@
+"""What a family of detectors has to say for itself to stand behind `Detector`: one subclass in one file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qskd.config import StudentConfig
+from qskd.structures import Classification
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """logits: [L, B, Q, K]; boxes_cxcywh: [L, B, Q, 4]; query_states: [B, Q, D] of the last layer, after its norm.
+
+    The others as in `DetectorOutput`: no_object [L, B, Q]; early_logits [E, B, Q, K]; early_boxes_cxcywh [E, B, Q, 4].
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    query_states: Tensor
+    no_object: Tensor | None = None
+    early_logits: Tensor | None = None
+    early_boxes_cxcywh: Tensor | None = None
+
+
+class Family(ABC):
+    """One family of transformers' detectors. Stateless; `model` is always its `...ForObjectDetection`."""
+
+    name: ClassVar[str]  # config.model_type
+    model_class: ClassVar[Any]
+    processor_class: ClassVar[Any]  # the image processor that works without torchvision
+    many_maps: ClassVar[bool] = False  # reads `feature_levels` maps, not one
+    refinement_optional: ClassVar[bool] = False  # `box_refinement` can be chosen
+    masks_padding: ClassVar[bool] = True  # False: boxes come relative to the padded image, and padding is looked at
+    classification: ClassVar[Classification] = (
+        "focal"  # the class term of its training loss (qskd.losses.detection_loss)
+    )
+    no_object_rows: ClassVar[int] = 0  # rows of a class head after those of the classes
+    num_early: ClassVar[int] = 0  # E, predictions before the decoder's layers that its training loss has
+
+    # --- what it can do ---------------------------------------------------------------------------------------------
+    def check(self, config: Any) -> None:  # noqa: B027
+        """Raise QskdError for a configuration of transformers whose model can't be shown as a DetectorOutput."""
+
+    def check_size(self, config: Any, height: int, width: int) -> None:  # noqa: B027
+        """Raise QskdError for a batch of images, padding included, of a size that the model can't take."""
+
+    def chooses_queries(self, config: Any) -> bool:
+        """Whether queries are chosen in each image: a query's number then says nothing of what it asks."""
+        return False
+
+    def classes_replaceable(self, config: Any) -> bool:
+        """Whether a student may start from this model with other classes than it has."""
+        return True
+
+    # --- where things are -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def projections(self, model: Any) -> list[nn.Module]:
+        """The modules that project backbone maps to the encoder's width, finest map first."""
+
+    @abstractmethod
+    def class_heads(self, model: Any) -> list[nn.Linear]:
+        """Every linear layer that gives class logits (modules may share parameters)."""
+
+    def memory_sources(self, model: Any) -> list[nn.Module]:
+        """The modules whose outputs the decoder's cross-attention reads; `memory` makes maps of them."""
+        return [model.model.encoder]
+
+    def backbone(self, model: Any) -> nn.Module:
+        """The part that learns at its own rate; the ResNet itself is its `model`."""
+        backbone: nn.Module = model.model.backbone
+        return backbone
+
+    def decoder_layers(self, model: Any) -> list[nn.Module]:
+        return list(model.model.decoder.layers)
+
+    def cross_attentions(self, model: Any) -> list[nn.Module]:
+        """One module a decoder layer; called with keyword arguments, which `attention` receives."""
+        return [layer.encoder_attn for layer in model.model.decoder.layers]
+
+    # --- what it computes -------------------------------------------------------------------------------------------
+    def memory(self, returned: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """What `memory_sources` returned -> maps [B, C, H, W], finest first. shapes: (H, W) of each projected map."""
+        tokens = returned[0].last_hidden_state.transpose(1, 2)  # one encoder over the tokens of all maps
+        parts = tokens.split([height * width for height, width in shapes], dim=2)
+        return tuple(part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True))
+
+    @abstractmethod
+    def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
+        """The heads on every decoder layer, given the base model's outputs and each layer's own [B, Q, D]."""
+
+    @abstractmethod
+    def attention(
+        self, module: Any, given: dict[str, Any], queries: Tensor, shapes: Sequence[tuple[int, int]], valid: Tensor
+    ) -> Tensor:
+        """Cross-attention [B, S, N] float32, mean over heads, of query indices `queries` [B, S] (all >= 0).
+
+        module, given: a cross-attention module and the keyword arguments of its last call. shapes: (H, W) of each map,
+        N = sum of H * W. valid: [B, N] bool, False on padding.
+        """
+
+    def reference_points(self, model: Any) -> Tensor | None:
+        """[Q, 2] x, y in 0..1 where queries first look, before any image; None where there is no such place."""
+        return None
+
+    def num_queries(self, config: Any) -> int:
+        return int(config.num_queries)
+
+    def memory_channels(self, config: Any) -> int:
+        """Width of the memory maps."""
+        return int(config.d_model)
+
+    def feature_channels(self, config: Any) -> int:
+        """Width of the projected backbone maps."""
+        return self.memory_channels(config)
+
+    # --- making a student -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
+        """transformers' configuration for a student; `backbone` is a ResNetConfig whose out_features are set."""
+
+    @abstractmethod
+    def initialise(self, model: Any) -> None:
+        """Start the detection parts of a random model where training gets going (in place)."""
+
+    def place_queries(self, model: Any, first: int) -> None:  # noqa: B027
+        """Spread the reference points of the queries from `first` on over the image (in place): they were not there when the
+        network that reads points off them was trained, and would all lie near the middle."""
+
+    def prepare_student(self, model: Any) -> None:  # noqa: B027
+        """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random
+        students and of those that start from a checkpoint alike."""
+
+    def sizes(self, config: Any) -> dict[str, Any]:
+        """StudentConfig field -> its value in a configuration of transformers, to tell a contradiction."""
+        return {
+            "family": config.model_type,
+            "width": self.memory_channels(config),
+            "encoder_layers": config.encoder_layers,
+            "decoder_layers": config.decoder_layers,
+            "heads": config.encoder_attention_heads,
+            "ffn_width": config.encoder_ffn_dim,
+            "queries": self.num_queries(config),
+        }
+
+
+def detr_sizes(config: StudentConfig, backbone: Any, labels: Sequence[str]) -> dict[str, Any]:
+    """The keyword arguments that the configurations of all DETR families share."""
+    return {
+        "backbone_config": backbone,
+        "d_model": config.width,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "encoder_attention_heads": config.heads,
+        "decoder_attention_heads": config.heads,
+        "encoder_ffn_dim": config.ffn_width,
+        "decoder_ffn_dim": config.ffn_width,
+        "num_queries": config.queries,
+        "dropout": config.dropout,
+        "auxiliary_loss": False,  # True would change the forward pass of Conditional DETR
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)), bounded as transformers bounds it."""
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def shift_boxes(delta: Tensor, reference: Tensor) -> Tensor:
+    """Box logits [..., 4] moved by reference points [..., 2] or boxes [..., 4] in 0..1 -> boxes in 0..1."""
+    moved = inverse_sigmoid(reference)
+    if moved.shape[-1] == 4:
+        return (delta + moved).sigmoid()
+    return torch.cat([delta[..., :2] + moved, delta[..., 2:]], dim=-1).sigmoid()
+
+
+def head_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Dot products of queries [B, S, D] and keys [B, N, D], head by head: [B, heads, S, N]."""
+    return torch.einsum("bshd,bnhd->bhsn", query.unflatten(-1, (heads, -1)), key.unflatten(-1, (heads, -1)))
+
+
+def dense_attention(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scaled scores [B, heads, S, N], valid [B, N] -> attention [B, S, N], mean over heads, none of it on padding."""
+    return scores.masked_fill(~valid[:, None, None], float("-inf")).softmax(-1).mean(1)
+
+
+def linear32(module: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in float32, whatever the precision of its weights and of `x`."""
+    return F.linear(x.float(), module.weight.float(), None if module.bias is None else module.bias.float())
+
+
+def take(states: Tensor, queries: Tensor) -> Tensor:
+    """Rows of [B, Q, ...] by index [B, S] -> [B, S, ...]."""
+    index = queries.reshape(*queries.shape, *[1] * (states.dim() - 2)).expand(-1, -1, *states.shape[2:])
+    return states.gather(1, index)

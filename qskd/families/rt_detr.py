@@ -1,0 +1,132 @@
+"""RT-DETR (Zhao et al., CVPR 2024): a hybrid encoder, sampled attention, queries chosen from the encoder in each image.
+
+Denoising queries are made by transformers only when labels are given, which never happens here: no output has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessorPil
+
+from qskd.config import StudentConfig
+from qskd.errors import QskdError
+from qskd.families.deformable_detr import sampling, splat_levels
+from qskd.families.family import Family, Predictions, detr_sizes, shift_boxes
+from qskd.families.initialisation import set_class_prior, xavier, zero_box_head
+
+
+class RTDetr(Family):
+    name = "rt_detr"
+    model_class = RTDetrForObjectDetection
+    config_class: Any = RTDetrConfig
+    processor_class = RTDetrImageProcessorPil
+    many_maps = True
+    masks_padding = False
+    classification = "varifocal"
+    num_early = 1  # the encoder's proposals
+
+    def chooses_queries(self, config: Any) -> bool:
+        return True
+
+    def check_size(self, config: Any, height: int, width: int) -> None:
+        step = max(config.feat_strides)
+        tokens = sum((height // stride) * (width // stride) for stride in config.feat_strides)
+        if height % step or width % step:  # the encoder doubles its coarsest map and lays it on the next finer one
+            raise QskdError(
+                f"{self.name} images",
+                f"{height} x {width} pixels",
+                f"height and width divisible by {step}",
+                "set resize: {mode: square, size: ...} of this model (student.resize or teacher.resize)",
+            )
+        if tokens < config.num_queries:
+            raise QskdError(
+                f"{self.name} images",
+                f"{height} x {width} pixels: {tokens} cells on maps of strides {list(config.feat_strides)}",
+                f"at least {config.num_queries}: each query is one of these cells",
+                "larger images, or fewer queries",
+            )
+
+    def projections(self, model: Any) -> list[nn.Module]:
+        return list(model.model.encoder_input_proj)
+
+    def class_heads(self, model: Any) -> list[nn.Linear]:
+        return [*model.model.decoder.class_embed, model.model.enc_score_head]
+
+    def memory_sources(self, model: Any) -> list[nn.Module]:
+        return list(model.model.decoder_input_proj)
+
+    def memory(self, returned: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        return tuple(returned)
+
+    def feature_channels(self, config: Any) -> int:
+        return int(config.encoder_hidden_dim)
+
+    def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
+        decoder, logits, boxes = model.model.decoder, [], []
+        reference = outputs.init_reference_points.float().sigmoid()
+        for layer, state in enumerate(layer_states):
+            logits.append(decoder.class_embed[layer](state.float()))
+            boxes.append(shift_boxes(decoder.bbox_embed[layer](state.float()), reference))
+            reference = outputs.intermediate_reference_points[:, layer].detach().float()
+        return Predictions(
+            torch.stack(logits),
+            torch.stack(boxes),
+            layer_states[-1].float(),
+            early_logits=outputs.enc_topk_logits.float().unsqueeze(0),
+            early_boxes_cxcywh=outputs.enc_topk_bboxes.float().unsqueeze(0),
+        )
+
+    def attention(
+        self, module: Any, given: dict[str, Any], queries: Tensor, shapes: Sequence[tuple[int, int]], valid: Tensor
+    ) -> Tensor:
+        locations, weights = sampling(module, given, queries)
+        return splat_levels(list(zip(locations.unbind(3), weights.unbind(3), strict=True)), shapes, valid)
+
+    def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
+        channels = backbone.hidden_sizes[-len(backbone.out_features) :]
+        levels = len(channels)
+        coarsest = 4 * 2 ** (len(backbone.hidden_sizes) - 1)
+        return self.config_class(
+            **detr_sizes(config, backbone, labels),
+            encoder_hidden_dim=config.width,
+            encoder_in_channels=list(channels),
+            feat_strides=[coarsest // 2**level for level in reversed(range(levels))],
+            encode_proj_layers=[levels - 1],
+            decoder_in_channels=[config.width] * levels,
+            num_feature_levels=levels,
+            num_denoising=0,
+        )
+
+    def initialise(self, model: Any) -> None:
+        inner, decoder = model.model, model.model.decoder
+        # transformers starts everything at N(0, 0.01), norms' weights too: next to nothing comes through.
+        for module in (*inner.encoder_input_proj, inner.encoder, *inner.decoder_input_proj):
+            for norm in module.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.reset_parameters()
+            xavier(module)
+        xavier(inner.enc_output)
+        for layer in decoder.layers:
+            for name, part in layer.named_children():
+                if name != "encoder_attn":  # sampling offsets and weights have a start of their own
+                    xavier(part)
+        for part in (decoder.query_pos_head, inner.enc_bbox_head, decoder.bbox_embed):
+            xavier(part)
+        zero_box_head(inner.enc_bbox_head.layers[-1], 0.0)  # start as the cells' own anchors
+        for head in decoder.bbox_embed:
+            zero_box_head(head.layers[-1], 0.0)
+        for head in self.class_heads(model):
+            nn.init.normal_(head.weight, std=0.02)  # so small that the bias, which is the prior, decides
+            set_class_prior(head)
+
+    def prepare_student(self, model: Any) -> None:
+        if hasattr(model.model, "denoising_class_embed"):  # students train without denoising queries
+            del model.model.denoising_class_embed
+            model.config.num_denoising = 0
+
+    def sizes(self, config: Any) -> dict[str, Any]:
+        return {**super().sizes(config), "feature_levels": config.num_feature_levels}

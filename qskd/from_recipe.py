@@ -1,0 +1,76 @@
+"""From a configuration to the things it names: teacher, ground truth. Used by drivers and workers alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from qskd.checks import check_teacher
+from qskd.config import Config
+from qskd.datasets.classes import map_classes
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shards import read_annotations
+from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
+from qskd.errors import QskdError
+from qskd.evaluation.detections import GroundTruth
+from qskd.teacher.cache import TeacherCacheReader
+from qskd.teacher.cached import CachedTeacher, Teacher
+from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.online import OnlineTeacher
+
+log = logging.getLogger("qskd")
+
+
+def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | None:
+    """The teacher the recipe names; as its cache remembers it, where there is one; None for plain training."""
+    path = config.teacher.cache.path
+    if config.distillation.method == "none" or not path:
+        return make_teacher(config, labels)
+    return CachedTeacher(TeacherCacheReader(path).manifest.sizes)
+
+
+def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
+    """The teacher the recipe names, or None for plain training."""
+    if config.distillation.method == "none":
+        return None
+    check_teacher(config)
+    detector = load_detector(config.teacher.path)
+    slots = map_classes(labels, detector.labels, config.teacher.class_map)
+    return OnlineTeacher(detector, slots, teacher_preprocessing(config))
+
+
+def make_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> Detector:
+    """The student as it stands before the first step: built or loaded, and what it inherits from the teacher, which is
+    loaded for that unless it is given."""
+    return start_student(config, labels, teacher)[0]
+
+
+def start_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> tuple[Detector, str]:
+    """`make_student`'s, and what it inherits and what not, part by part; empty without `student.inherit`."""
+    student = build_student(config.student, labels, config.seed)
+    if not config.student.inherit:
+        return student, ""
+    if not config.teacher.path:
+        raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
+    teacher = teacher or load_detector(config.teacher.path)
+    done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
+    if not done.copied:
+        fields = [f"student.{name}: {size}, the teacher's" for name, size in fitting_sizes(student, teacher).items()]
+        raise QskdError(
+            "student.inherit",
+            f"no part of {config.teacher.path} fits:\n{done.describe(3)}",
+            "at least one of the same shape",
+            f"set {'; '.join([*fields, 'or student.inherit: false' if fields else 'student.inherit: false'])}",
+        )
+    if done.backbone:
+        seen_as = teacher_preprocessing(config)
+        student.mean, student.std = seen_as.mean, seen_as.std
+    said = f"student.inherit: {len(done.copied)} parts of {config.teacher.path}\n{done.describe()}"
+    log.info(said)
+    return student, said
+
+
+def ground_truth(uri: str) -> GroundTruth:
+    """All annotations of a shard folder, without its images."""
+    categories = [(category.id, category.name) for category in load_manifest(uri).categories]
+    return GroundTruth(**read_annotations(uri), categories=categories)

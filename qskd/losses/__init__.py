@@ -1,0 +1,1 @@
+"""Matching and the student's own training losses."""

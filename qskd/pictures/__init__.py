@@ -1,0 +1,1 @@
+"""What is drawn: an image explained, boxes, curves."""

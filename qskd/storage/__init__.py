@@ -1,0 +1,1 @@
+"""Files on any file system, temporary folders, patience with stores."""

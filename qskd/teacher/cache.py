@@ -1,0 +1,209 @@
+"""The cache of teacher outputs: rows of arrays <-> Parquet files, one file for each image shard and view.
+
+A row is what a teacher said of one view of one image, and stands at the same place in its file as the image does in its
+shard. Arrays are stored as raw bytes: sizes that are the same everywhere are in the manifest, the memory's own in the row.
+Free of torch, so that the processes that read it start fast; `qskd.teacher.codec` makes rows of tensors and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qskd.datasets.manifest import MANIFEST
+from qskd.errors import QskdError, writing
+from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish
+from qskd.storage.scratch import locked_folder, scratch_folder
+from qskd.storage.stores import is_local, join, patiently
+from qskd.teacher.columns import _COMPRESSION, _SCHEMA, ARRAYS, DTYPES, TeacherRow
+from qskd.teacher.manifest import REMEDY, file_name, load_cache_manifest
+
+ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
+FINGERPRINT_KEY = b"qskd.fingerprint"
+SPOOL = "spool"  # a file that is not yet whole, in a locked folder of its own
+
+
+def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str) -> tuple[int, int]:
+    """Write one file of a cache; it appears whole or not at all. Returns its (rows, bytes).
+
+    The same rows give the same bytes.
+    """
+    filesystem, root = open_folder(uri)
+    with writing(uri):
+        patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
+    schema = _SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
+    count = 0
+    # Locked: another job's end deletes what killed ones left unfinished.
+    with locked_folder(UNFINISHED, root) if is_local(filesystem) else scratch_folder("rows") as folder:
+        spool = folder / SPOOL
+        with pq.ParquetWriter(
+            spool,
+            schema,
+            compression=_COMPRESSION,
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        ) as writer:
+            for group in _groups(rows):
+                columns: dict[str, Any] = {"image_id": [row.image_id for row in group]}
+                columns |= {
+                    field: [np.ascontiguousarray(getattr(row, field)).tobytes() for row in group] for field in ARRAYS
+                }
+                writer.write_table(pa.table(columns, schema=schema), row_group_size=len(group))
+                count += len(group)
+        size = spool.stat().st_size
+        publish(spool, filesystem, f"{root}/{name}")
+    return count, size
+
+
+def _groups(rows: Iterable[TeacherRow]) -> Iterator[list[TeacherRow]]:
+    group: list[TeacherRow] = []
+    held = 0
+    for row in rows:
+        if group and held + row.nbytes > ROW_GROUP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += row.nbytes
+    if group:
+        yield group
+
+
+def finished_file(uri: str, name: str, rows: int, fingerprint: str) -> int | None:
+    """The bytes of a cache's file that is there and whole, with so many rows and this fingerprint; otherwise None.
+
+    A store that fails is an error: all would be computed again if its silence were taken for absence.
+    """
+    filesystem, root = open_folder(uri)
+    path, where = f"{root}/{name}", join(uri, name)
+    info = patiently(where, filesystem, lambda: filesystem.get_file_info(path))
+    if info.type != pafs.FileType.File or (metadata := _footer(uri, name)) is None:
+        return None
+    known = metadata.metadata or {}
+    return int(info.size) if metadata.num_rows == rows and known.get(FINGERPRINT_KEY) == fingerprint.encode() else None
+
+
+def carries_fingerprint(uri: str, name: str) -> bool:
+    """Whether a file is of a cache, of whichever: only `write_rows` writes this into a Parquet file's footer."""
+    metadata = _footer(uri, name)
+    return metadata is not None and FINGERPRINT_KEY in (metadata.metadata or {})
+
+
+def _footer(uri: str, name: str) -> pq.FileMetaData | None:
+    """None of a file that is no whole Parquet file."""
+    filesystem, root = open_folder(uri)
+
+    def footer() -> pq.FileMetaData:
+        with filesystem.open_input_file(f"{root}/{name}") as stream:
+            return pq.read_metadata(stream)
+
+    try:
+        return patiently(join(uri, name), filesystem, footer)
+    except (pa.ArrowException, OSError):
+        return None
+
+
+class TeacherCacheReader:
+    """Reads rows by (shard, view, row), and of each row only the columns asked for; the others are empty arrays."""
+
+    def __init__(self, uri: str, columns: Sequence[str] = _SCHEMA.names) -> None:
+        manifest = load_cache_manifest(uri)
+        if manifest is None:
+            raise QskdError(
+                uri, "no cache of teacher outputs", "a folder that `qskd cache` made", "run `qskd cache RECIPE`"
+            )
+        self.uri, self.manifest, self.columns = uri, manifest, tuple(columns)
+        self._precision = str(manifest.identity.get("teacher.cache.precision"))
+        if self._precision not in DTYPES:
+            raise QskdError(join(uri, MANIFEST), f"precision {self._precision}", f"one of {', '.join(DTYPES)}", REMEDY)
+        fixed = {FINGERPRINT_KEY: manifest.fingerprint.encode()}
+        self._files = ParquetFiles(uri, self._expected, _SCHEMA, REMEDY, fixed)
+
+    def _number(self, shard: int, view: int) -> int:
+        if view not in self.manifest.views:
+            raise QskdError(
+                self.uri, f"no view {view}", f"one of {sorted(self.manifest.views)}", "run `qskd cache RECIPE`"
+            )
+        return view * len(self.manifest.shards) + shard
+
+    def _expected(self, number: int) -> tuple[str, int, int]:
+        view, shard = divmod(number, len(self.manifest.shards))
+        return file_name(self.manifest.shards[shard], view), *self.manifest.views[view][shard]
+
+    def where(self, shard: int, view: int) -> str:
+        """The file's full name, for messages."""
+        return self._files.where(self._number(shard, view))
+
+    def group_rows(self, shard: int, view: int, row: int) -> range:
+        """The rows stored together with `row`."""
+        return self._files.group_rows(self._number(shard, view), row)
+
+    def read(self, shard: int, view: int, rows: Sequence[int]) -> list[TeacherRow]:
+        """These rows, in their order; QskdError if the file is damaged or another cache's."""
+        if not len(rows):
+            return []
+        number = self._number(shard, view)
+        table, places = self._files.read_rows(number, rows, self.columns)
+        columns = {name: table.column(name).combine_chunks() for name in self.columns}
+        ids = columns.pop("image_id").to_numpy()
+        try:
+            return [
+                self._row(int(ids[place]), {name: column[place].as_buffer() for name, column in columns.items()})
+                for place in places
+            ]
+        except ValueError as error:  # a buffer that can't have the shape it should
+            raise QskdError(
+                self._files.where(number), f"a damaged row: {error}", "arrays of the manifest's sizes", REMEDY
+            ) from None
+
+    def _row(self, image_id: int, buffers: Mapping[str, Any]) -> TeacherRow:
+        sizes, formats = self.manifest.sizes, DTYPES[self._precision]
+
+        def array(name: str, dtype: str, *shape: int) -> NDArray[Any]:
+            if name not in buffers:
+                return np.zeros(0, dtype)
+            return np.frombuffer(buffers[name], dtype).reshape(shape)
+
+        queries = array("attention_queries", "<i4", -1)
+        row = TeacherRow(
+            image_id=image_id,
+            logits=array("logits", formats["logits"], sizes.layers, sizes.queries, sizes.classes),
+            boxes_cxcywh=array("boxes_cxcywh", "<f4", sizes.layers, sizes.queries, 4),
+            memory_shapes=array("memory_shapes", "<i4", len(sizes.channels), 2),
+            memory=array("memory", formats["memory"], -1),
+            memory_scale=array("memory_scale", "<f4", -1),
+            attention_queries=queries,
+            attention=array("attention", formats["attention"], len(queries), -1 if len(queries) else 0),
+            attention_scale=array("attention_scale", "<f4", -1),
+        )
+        if "memory_shapes" in buffers:
+            self._check_sizes(row, buffers)
+        return row
+
+    def _check_sizes(self, row: TeacherRow, buffers: Mapping[str, Any]) -> None:
+        """ValueError unless the flat arrays are as long as the maps' sizes have it: `collate` makes room for those sizes."""
+        channels, quantised = self.manifest.sizes.channels, self._precision == "int8"
+        shapes: list[list[int]] = row.memory_shapes.tolist()
+        if any(side <= 0 for shape in shapes for side in shape):
+            raise ValueError(f"maps of {shapes} cells")
+        cells = [high * wide for high, wide in shapes]
+        wanted = {
+            "memory": sum(width * count for width, count in zip(channels, cells, strict=True)),
+            "memory_scale": sum(channels) if quantised else 0,
+            "attention": len(row.attention_queries) * sum(cells),
+            "attention_scale": len(row.attention_queries) if quantised else 0,
+        }
+        for name, count in wanted.items():
+            if name in buffers and getattr(row, name).size != count:
+                raise ValueError(
+                    f"{name} has {getattr(row, name).size} numbers, not {count}, for maps of {shapes} cells"
+                )
+        queries = row.attention_queries
+        if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < self.manifest.sizes.queries:
+            raise ValueError(f"attention of query {int(queries.max())} of {self.manifest.sizes.queries}")

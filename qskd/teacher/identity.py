@@ -1,0 +1,47 @@
+"""What a recipe expects of a cache of teacher outputs: whose they are, of what, and whether they hold enough."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qskd.config import Config
+from qskd.datasets.classes import map_classes
+from qskd.datasets.manifest import Manifest
+from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_config, read_preprocessing
+from qskd.structures import TeacherNeeds
+from qskd.teacher.manifest import CODEC_VERSION
+
+
+def teacher_preprocessing(config: Config) -> Preprocessing:
+    """How the teacher wants its pixels: as its checkpoint says, unless the recipe says otherwise."""
+    return read_preprocessing(config.teacher.path, config.teacher.resize)
+
+
+def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
+    """Everything that decides the numbers in the cache, by field. Loads no weights (they are read once, for a checksum)."""
+    seen_as, cache = teacher_preprocessing(config), config.teacher.cache
+    labels = labels_of(read_config(config.teacher.path))
+    identity = checkpoint_digests(config.teacher.path) | {
+        "codec": CODEC_VERSION,
+        "data.train": data.fingerprint,
+        "teacher.resize": seen_as.resize.model_dump(),
+        "teacher.mean": seen_as.mean,
+        "teacher.std": seen_as.std,
+        "teacher.class_slots": map_classes(data.labels, labels, config.teacher.class_map),
+    }
+    identity |= {f"data.views.{k}": v for k, v in config.data.views.model_dump(exclude={"count"}).items()}
+    identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude={"path", "batch_size"}).items()}
+    # The matching decides which queries are positives, and with that whose attention is kept.
+    costs = config.detection.model_dump(include={"class_cost", "l1_cost", "giou_cost", "focal_alpha"})
+    identity |= {f"detection.{k}": v for k, v in costs.items()}
+    as_stored: dict[str, Any] = json.loads(
+        json.dumps(identity)
+    )  # lists for tuples, to compare with what a manifest says
+    return as_stored
+
+
+def cached_needs(config: Config) -> TeacherNeeds:
+    """What a cache with this recipe's settings holds."""
+    cache = config.teacher.cache
+    return TeacherNeeds(True, True, cache.attention_layers, cache.all_layers, cache.attention_giou_floor)

@@ -1,0 +1,90 @@
+"""Making the cache of teacher outputs, free of Ray: which images the teacher sees together, and what is kept of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qskd.config import Config, ResizeConfig, ViewConfig
+from qskd.datasets.batch import train_batch
+from qskd.datasets.shards import ShardReader
+from qskd.datasets.views import make_view, viewed_size
+from qskd.errors import QskdError
+from qskd.precision import autocast
+from qskd.structures import TeacherRecord
+from qskd.teacher.codec import encode, rounded
+from qskd.teacher.columns import TeacherRow
+from qskd.teacher.identity import cached_needs
+from qskd.teacher.online import OnlineTeacher, queries_above
+
+WINDOW_BATCHES = 8
+Rows = NDArray[np.int32]  # [n, 3] of (shard, row, view index)
+
+
+def row_batches(
+    reader: ShardReader, shard: int, view: int, views: ViewConfig, resize: ResizeConfig, batch_size: int
+) -> list[list[Rows]]:
+    """A shard's rows as windows of batches. Inside a window rows go together by size, so that little of a batch is padding;
+    windows follow one another in the shard's order, so that rows can be written while others are computed.
+
+    Depends on the arguments only: the same images meet in the same batch whenever and wherever the cache is made.
+    """
+    table = reader.read_table(shard, ["image_id", "width", "height"])
+    columns = (table.column(name).to_pylist() for name in ("image_id", "width", "height"))
+    sizes = [viewed_size(h, w, make_view(views, image, view), resize) for image, w, h in zip(*columns, strict=True)]
+    windows = []
+    step = WINDOW_BATCHES * batch_size
+    for start in range(0, len(sizes), step):
+        order = sorted(range(start, min(start + step, len(sizes))), key=lambda row: (sizes[row], row))
+        rows = np.array([(shard, row, view) for row in order], np.int32)
+        windows.append(np.split(rows, range(batch_size, len(rows), batch_size)))
+    return windows
+
+
+class CacheMaker:
+    """The teacher, asked for everything that a cache with the recipe's settings holds."""
+
+    def __init__(self, config: Config, teacher: OnlineTeacher, device: torch.device) -> None:
+        self.config, self.device, self.needs = config, device, cached_needs(config)
+        self.teacher = teacher.to(device)
+
+    def ask(self, arrays: Mapping[str, np.ndarray]) -> TeacherRecord:
+        """The loader's arrays, at the teacher's resolution -> the teacher's record, with attention of the queries that
+        the cache keeps."""
+        cache, costs = self.config.teacher.cache, self.config.detection
+        batch = train_batch(arrays, self.device)
+
+        def choose(record: TeacherRecord) -> torch.Tensor:
+            known = TeacherRecord(rounded(record.logits, cache.precision), record.boxes_cxcywh)
+            return queries_above(known, batch.targets, cache.attention_giou_floor, costs)
+
+        with torch.inference_mode(), autocast(self.config.compute.precision, self.device):
+            record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose)
+        return record
+
+    def rows(self, arrays: Mapping[str, np.ndarray]) -> list[TeacherRow]:
+        """One encoded row for each image. QskdError when the teacher says something that is not finite."""
+        image_ids = arrays["image_ids"].tolist()
+        rows = encode(self.ask(arrays), image_ids, self.config.teacher.cache.precision)
+        for row in rows:
+            checked = (row.logits, row.boxes_cxcywh, row.memory_scale if len(row.memory_scale) else row.memory)
+            if not all(np.isfinite(part).all() for part in checked):
+                raise QskdError(
+                    f"teacher {self.config.teacher.path}",
+                    f"not a finite answer to image {row.image_id}",
+                    "finite logits, boxes and memory",
+                    "look at the picture; try compute.precision=float32, or teacher.cache.precision=float32",
+                )
+        return rows
+
+    def in_order(self, windows: Sequence[list[Rows]], decoded: Iterator[Mapping[str, Any]]) -> Iterator[TeacherRow]:
+        """All rows of a shard in its own order. decoded: the loader's arrays of each batch, windows flattened."""
+        for window in windows:
+            places = np.concatenate([batch[:, 1] for batch in window])
+            rows = [row for _ in window for row in self.rows(next(decoded))]
+            for place in np.argsort(places):
+                yield rows[place]

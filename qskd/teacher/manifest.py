@@ -1,0 +1,191 @@
+"""What a cache of teacher outputs says of itself: of which teacher, on which data and views, and what is in it.
+
+The identity is everything that decides the cached numbers. A run that expects another identity is told every field in
+which they differ, with both values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from qskd.datasets.manifest import MANIFEST, STRICT, Manifest, read_strictly
+from qskd.datasets.samples import Count
+from qskd.errors import QskdError
+from qskd.storage.files import open_folder, publish_bytes, read_bytes
+from qskd.storage.ownership import head_says
+from qskd.storage.stores import join
+from qskd.untrusted import LARGEST_MANIFEST, parse_json
+
+CODEC_VERSION = 1
+FORMAT = "qskd-teacher-cache"
+REMEDY = "make it again: `qskd cache RECIPE --overwrite`, which deletes this cache's own files in teacher.cache.path, nothing else"
+NOT_OURS = "choose another folder, --set teacher.cache.path=ANOTHER: this file is no cache's, and is left as it is"
+_SHORT = 12  # letters of a checksum that a message shows
+_Size = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """What is the same in every row. channels: the width of each memory map, finest first. cells: of each, in an image of the
+    usual size; caches of before this was asked don't say."""
+
+    __pydantic_config__ = STRICT
+
+    layers: _Size
+    queries: _Size
+    classes: _Size
+    channels: tuple[_Size, ...]
+    cells: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """identity: field -> JSON value. batch_size: images the teacher saw at once (it decides the last bits, no more).
+
+    views: for each finished view, the (rows, bytes) of each shard's file.
+    """
+
+    __pydantic_config__ = STRICT
+
+    identity: Mapping[str, Any]
+    sizes: CacheSizes
+    batch_size: _Size
+    shards: tuple[str, ...]
+    views: Mapping[Count, tuple[tuple[Count, Count], ...]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the identity; every file of the cache carries it."""
+        return fingerprint_of(self.identity)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for files in self.views.values() for _, size in files)
+
+    def with_view(self, view: int, files: tuple[tuple[int, int], ...]) -> CacheManifest:
+        return replace(self, views={**self.views, view: files})
+
+    def to_json(self) -> str:
+        head = {"format": FORMAT, "version": CODEC_VERSION, "fingerprint": self.fingerprint}
+        return json.dumps(head | asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str | bytes, where: str) -> CacheManifest:
+        """Raises QskdError when this is no cache's manifest, one of another version, or one that was edited."""
+        remedy = REMEDY if head_says(text, FORMAT) else NOT_OURS
+        tree = parse_json(text, where, "what `qskd cache` writes", remedy, "a manifest")
+        try:
+            version = (tree.pop("format"), tree.pop("version"))
+            if version != (FORMAT, CODEC_VERSION):
+                found, remedy = " ".join(map(str, version)), REMEDY if version[0] == FORMAT else NOT_OURS
+                raise QskdError(where, found, f"{FORMAT} {CODEC_VERSION}", remedy)
+            fingerprint = tree.pop("fingerprint")
+            manifest = read_strictly(_MANIFEST, tree)
+            names = manifest.shards
+            if (
+                not names
+                or any(len(files) != len(names) for files in manifest.views.values())
+                or not all(map(_is_plain, names))
+            ):
+                raise ValueError("its views and shards disagree")
+            if manifest.fingerprint != fingerprint:
+                raise ValueError("its fingerprint disagrees with its identity: it was edited or mixed up")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
+            raise QskdError(where, f"not a manifest: {problem}", "what `qskd cache` writes", remedy) from None
+        return manifest
+
+
+_MANIFEST = TypeAdapter(CacheManifest)
+
+
+def _is_plain(name: str) -> bool:
+    return name == Path(name).name and not name.startswith(".") and "\0" not in name
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def shard_names(data: Manifest) -> tuple[str, ...]:
+    """What the cache's files are called after: the image shards' names, which carry the start of their checksums."""
+    return tuple(Path(shard.file).stem for shard in data.shards)
+
+
+def file_name(shard: str, view: int) -> str:
+    """The cache's file beside one image shard, for one view."""
+    return f"{shard}.view-{view:03d}.parquet"
+
+
+def check_identity(manifest: CacheManifest, expected: Mapping[str, Any], where: str) -> None:
+    """QskdError naming each field in which the cache is not what the recipe asks for, with both values."""
+    differences = [
+        f"{field} is {_shown(manifest.identity.get(field))} in the cache, {_shown(expected.get(field))} in the recipe"
+        for field in sorted(manifest.identity.keys() | expected.keys())
+        if manifest.identity.get(field) != expected.get(field)
+    ]
+    if differences:
+        raise QskdError(
+            where,
+            f"a cache of other teacher outputs: {'; '.join(differences)}",
+            "a cache made with this recipe's teacher, data, views and cache settings",
+            "bring the recipe in line (--set ...), make another cache (`qskd cache RECIPE --set "
+            "teacher.cache.path=ANOTHER`), or replace this one (`qskd cache RECIPE --overwrite` deletes its files)",
+        )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return f"{text[:_SHORT]}…{text[-_SHORT:]}" if len(text) > 60 else text
+
+
+def check_views(manifest: CacheManifest, count: int, where: str) -> None:
+    """QskdError unless the views 0 to count - 1 are all there."""
+    missing = [view for view in range(count) if view not in manifest.views]
+    if missing:
+        raise QskdError(
+            where,
+            f"no view {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}",
+            f"views 0 to {count - 1} (data.views.count is {count})",
+            "`qskd cache RECIPE` computes the views that are missing; or lower data.views.count",
+        )
+
+
+def load_cache_manifest(uri: str) -> CacheManifest | None:
+    """The manifest of a cache folder; None when there is none."""
+    filesystem, root = open_folder(uri)
+    where = join(uri, MANIFEST)
+    try:
+        text = read_bytes(filesystem, f"{root}/{MANIFEST}", where, LARGEST_MANIFEST)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise QskdError(where, f"can't be read: {error}", "a readable cache folder") from None
+    return CacheManifest.from_json(text, where)
+
+
+def replaceable_cache(uri: str) -> CacheManifest | None:
+    """The manifest of a cache that is to be replaced; None where there is none, or a cache's that can't be read. QskdError
+    when the folder's manifest.json is not a cache's."""
+    try:
+        return load_cache_manifest(uri)
+    except QskdError:
+        filesystem, root = open_folder(uri)
+        where = join(uri, MANIFEST)
+        if head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
+            return None
+        raise
+
+
+def save_cache_manifest(uri: str, manifest: CacheManifest) -> None:
+    """Written whole, in place of the one before."""
+    filesystem, root = open_folder(uri)
+    publish_bytes(manifest.to_json().encode(), filesystem, f"{root}/{MANIFEST}")

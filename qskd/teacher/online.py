@@ -1,0 +1,94 @@
+"""The teacher: at work in the training step, or as its cache remembers it. Either way out comes a TeacherRecord, in the
+dataset's class order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qskd.boxes import cxcywh_to_xyxy, pairwise_giou
+from qskd.config import DetectionLossConfig
+from qskd.detectors import Detector, Preprocessing, to_pixels
+from qskd.losses.matching import assign
+from qskd.structures import Targets, TeacherNeeds, TeacherRecord
+from qskd.teacher.manifest import CacheSizes
+
+Choose = Callable[[TeacherRecord], Tensor]
+
+
+class OnlineTeacher(nn.Module):
+    """A frozen detector that says what a distillation method needs of it.
+
+    class_slots: the teacher's logit slot of each dataset class (`qskd.datasets.classes.map_classes`).
+    """
+
+    def __init__(self, detector: Detector, class_slots: tuple[int, ...], preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.detector = detector.eval().requires_grad_(False)
+        self.preprocessing = preprocessing
+        self.register_buffer("class_slots", torch.tensor(class_slots, dtype=torch.int64), persistent=False)
+
+    @property
+    def memory_channels(self) -> tuple[int, ...]:
+        return self.detector.memory_channels
+
+    @property
+    def memory_cells(self) -> tuple[float, ...]:
+        return self.detector.memory_cells(self.preprocessing.resize)
+
+    def sizes(self, all_layers: bool) -> CacheSizes:
+        """What a cache of its outputs has in every row."""
+        layers, classes = self.detector.num_layers if all_layers else 1, len(self.class_slots)  # type: ignore[arg-type]
+        return CacheSizes(layers, self.detector.num_queries, classes, self.memory_channels, self.memory_cells)
+
+    def train(self, mode: bool = True) -> OnlineTeacher:
+        """Stays in evaluation mode, whatever it is part of."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self, images: Tensor, sizes: Tensor, needs: TeacherNeeds, choose: Choose | None = None
+    ) -> TeacherRecord:
+        """images: uint8 [B, H, W, 3] at the teacher's own resolution; sizes: int [B, 2] real height and width.
+
+        choose: from the record without attention to the queries [B, A] whose attention is wanted, -1 = none. Without it
+        all queries', for which of them a method keeps depends on the matching, which has not been done yet.
+        """
+        pixels, mask = to_pixels(images, sizes, self.preprocessing.mean, self.preprocessing.std)
+        output = self.detector(pixels, mask, with_attention=needs.attention)
+        layers = slice(None) if needs.all_layers else slice(-1, None)
+        record = TeacherRecord(
+            logits=output.logits[layers].index_select(-1, self.class_slots),
+            boxes_cxcywh=output.boxes_cxcywh[layers],
+            memory=output.memory if needs.memory else (),
+            memory_valid=output.memory_valid if needs.memory or needs.attention else (),
+        )
+        if not needs.attention:
+            return record
+        if choose is None:
+            queries = torch.arange(self.detector.num_queries, device=images.device).expand(len(images), -1)
+        else:
+            queries = choose(record)
+        attend = output.attend_mean if needs.attention_layers == "mean" else output.attend
+        return replace(record, attention_queries=queries, attention=attend(queries))
+
+
+@torch.no_grad()
+def queries_above(record: TeacherRecord, targets: Targets, floor: float, costs: DetectionLossConfig) -> Tensor:
+    """The last layer's queries that GQS could keep at any boundary from `floor` up: those whose GIoU with some object
+    reaches it, and the matched ones. [B, A] int64, ascending, -1 in the padding."""
+    boxes = record.boxes_cxcywh[-1].float()
+    (matched,) = assign([(record.logits[-1:], record.boxes_cxcywh[-1:])], targets, costs)
+    keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    if targets.valid.shape[1]:
+        overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets.boxes_cxcywh.float()))
+        keep = ((overlap >= floor) & targets.valid[:, None]).any(-1)
+        spare = torch.where(matched[-1] < 0, boxes.shape[1], matched[-1])
+        padded = torch.cat([keep, keep.new_zeros(len(keep), 1)], dim=1).scatter(1, spare, True)
+        keep = padded[:, :-1]
+    order = torch.sort((~keep).int(), dim=1, stable=True)
+    most = int(keep.sum(1).max()) if len(keep) else 0
+    return torch.where(order.values == 0, order.indices, -1)[:, :most]

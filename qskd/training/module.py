@@ -1,0 +1,78 @@
+"""All of a training step that has gradients, as one module whose forward gives every loss term."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qskd.config import Config
+from qskd.detectors import Detector, to_pixels
+from qskd.distillation import QSKD, build_method, distillation_factor
+from qskd.distillation.maps import pair_levels
+from qskd.errors import QskdError
+from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
+from qskd.losses.detection_loss import detection_terms, detection_weights
+from qskd.losses.matching import assign
+from qskd.structures import LossTerm, Targets, TeacherRecord
+from qskd.teacher.cached import Teacher
+
+
+class StepModule(nn.Module):
+    """Everything with gradients. forward -> the named terms of one worker's share of a batch."""
+
+    def __init__(self, config: Config, student: Detector, teacher: Teacher | None) -> None:
+        super().__init__()
+        self.config = config
+        self.student = student
+        self.method = _method(config, student, teacher) if teacher else None
+        if self.method is not None and student.chooses_queries and config.distillation.predictions.pairing == "index":
+            raise QskdError(
+                "distillation.predictions.pairing = index",
+                f"a student of family {student.family}, whose query i is another one in each image",
+                "queries that are the same in every image",
+                "use pairing: rank",
+            )
+        dense = config.detection.dense_weight > 0
+        self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
+        self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
+        if self.method is not None:
+            self.weights |= self.method.weights
+        if dense:
+            self.weights |= {name: config.detection.dense_weight * value for name, value in DENSE_WEIGHTS.items()}
+
+    def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
+        """Each term's weight at a step (0-based): the teacher's terms warm up and decay, the others stay."""
+        if self.method is None:
+            return self.weights
+        factor = distillation_factor(step, total_steps, self.config.distillation)
+        return self.weights | {name: factor * weight for name, weight in self.method.weights.items()}
+
+    def forward(
+        self, images: Tensor, sizes: Tensor, targets: Targets, teacher: TeacherRecord | None
+    ) -> dict[str, LossTerm]:
+        pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
+        output = self.student(pixels, mask, with_attention=False)
+        early, kind = self.student.num_early, self.student.classification
+        logits, boxes = output.logits, output.boxes_cxcywh
+        if output.early_logits is not None and output.early_boxes_cxcywh is not None:
+            logits = torch.cat([output.early_logits, logits])
+            boxes = torch.cat([output.early_boxes_cxcywh, boxes])
+        predictions = [(logits, boxes)]
+        if teacher is not None:
+            predictions.append((teacher.logits, teacher.boxes_cxcywh))
+        assignments = assign(predictions, targets, self.config.detection, [kind])
+        terms = detection_terms(
+            logits, boxes, targets, assignments[0], self.config.detection, kind, early, output.no_object
+        )
+        if self.dense_head is not None:
+            terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
+        if self.method is not None and teacher is not None:
+            terms |= self.method(output, teacher, targets, assignments[0][early:], assignments[1])
+        return terms
+
+
+def _method(config: Config, student: Detector, teacher: Teacher) -> QSKD | None:
+    channels, pairs = (student.memory_channels, teacher.memory_channels), None
+    if len(channels[0]) != len(channels[1]) and teacher.memory_cells:
+        pairs = pair_levels(student.memory_cells(config.student.resize), teacher.memory_cells)
+    return build_method(config.distillation, *channels, pairs)

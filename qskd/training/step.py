@@ -1,0 +1,258 @@
+"""One training step and its state, free of Ray: testable with a plain list of batches.
+
+One DistributedDataParallel wraps all that has gradients (`qskd.training.module`).
+Terms are sums with counts; the counts of all terms are averaged over workers in one collective, which makes a run on two
+workers equal a run on one at the same global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qskd.config import Config, TrainingConfig
+from qskd.datasets.batch import TrainBatch as TrainBatch
+from qskd.datasets.batch import parts_of as parts_of
+from qskd.datasets.batch import train_batch as train_batch
+from qskd.detectors import Detector
+from qskd.errors import QskdError
+from qskd.losses.detection_loss import combine
+from qskd.precision import autocast
+from qskd.structures import LossTerm, TeacherRecord
+from qskd.teacher.cached import CachedTeacher, Teacher
+from qskd.teacher.codec import decode
+from qskd.teacher.online import OnlineTeacher
+from qskd.training.module import StepModule
+from qskd.training.stand_in import stand_in
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """What the learning rate is multiplied by at this step (0-based): linear warm-up, then the schedule. In 0..1."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "step":
+        return 0.1 if step >= config.step_at * total_steps else 1.0
+    return 1.0
+
+
+def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
+    """Each term's count averaged over workers: one collective for all of them."""
+    counts = torch.stack([term.count.detach().float() for term in terms.values()])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(counts)
+        counts /= dist.get_world_size()
+    return dict(zip(terms, counts.unbind(), strict=True))
+
+
+def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Backbone parameters with their own learning rate, all others with the main one, in a fixed order."""
+    in_backbone = {id(parameter) for parameter in module.student.backbone.parameters()}
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    backbone = [parameter for parameter in trained if id(parameter) in in_backbone]
+    rest = [parameter for parameter in trained if id(parameter) not in in_backbone]
+    scale = config.backbone_learning_rate_scale
+    groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": scale}]
+    return [group for group in groups if group["params"]]
+
+
+class Training:
+    """A student in training: step module, optimiser, moving average, and the number of steps taken.
+
+    The same seed, batches and world size give the same weights bit for bit on a CPU, also across `state` / `load_state`.
+    """
+
+    def __init__(
+        self, config: Config, student: Detector, teacher: Teacher | None, total_steps: int, device: torch.device
+    ) -> None:
+        self.config, self.total_steps, self.device = config, total_steps, device
+        self.teacher = teacher.to(device) if isinstance(teacher, OnlineTeacher) else teacher
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.module = StepModule(config, student, teacher).to(device)
+        self.world = world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.rank = dist.get_rank() if world > 1 else 0
+        self.step_module: nn.Module = self.module
+        if world > 1:
+            # Batch statistics are each worker's own; evaluation takes rank 0's (see `evaluation_weights`).
+            devices = [device.index or 0] if device.type == "cuda" else None
+            self.step_module = DistributedDataParallel(self.module, device_ids=devices, broadcast_buffers=False)
+        if config.compute.compile:
+            self.student.backbone.compile()  # the part without hooks; state_dict keeps its names
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.module, config.training),
+            lr=config.training.learning_rate,
+            weight_decay=config.training.weight_decay,
+            fused=device.type == "cuda",
+            foreach=device.type != "cuda",
+        )
+        self.average = (
+            {k: v.detach().clone() for k, v in student.state_dict().items()} if config.training.ema_decay else {}
+        )
+        self.step = 0
+        self.shared_buffers_at = -1  # the step at which every worker had rank 0's buffers
+        self._last: tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
+
+    @property
+    def student(self) -> Detector:
+        return self.module.student
+
+    def train_step(self, *parts: TrainBatch) -> dict[str, Tensor]:
+        """Forward and backward of this worker's share of a batch, whole or in parts (as many on every worker), and one update.
+        Returns each term's value and "total" (means over the parts), as tensors still on the device.
+
+        Raises QskdError when the step before this one had a non-finite loss or gradient: looking one step late means never
+        waiting.
+        """
+        settings = self.config.training
+        # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
+        said: list[dict[str, Tensor]] = []
+        for part in parts:
+            with self._syncing(len(said) == len(parts) - 1):
+                total, values = self._forward(part, len(parts))
+                if not said:
+                    self.check_finite()
+                    self.optimizer.zero_grad(set_to_none=True)
+                (total / len(parts)).backward()
+            said.append(values)
+        factor = learning_rate_factor(self.step, self.total_steps, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * group["scale"] * factor
+        norm = self._clip(settings.clip_norm)
+        self.optimizer.step()
+        if self.average:
+            self._update_average()
+        self.step += 1
+        mean = said[0]
+        if len(said) > 1:
+            mean = {name: torch.stack([values[name] for values in said]).mean() for name in mean}
+        self._last = (mean["total"], norm, mean, tuple(image for part in parts for image in part.targets.image_ids))
+        return mean
+
+    def _syncing(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over workers once a step, with the last part's."""
+        if last or not isinstance(self.step_module, DistributedDataParallel):
+            return nullcontext()
+        no_sync: AbstractContextManager[Any] = self.step_module.no_sync()
+        return no_sync
+
+    def _forward(self, part: TrainBatch, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms, with its gradient's graph, and each term's value."""
+        share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
+        self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
+        with autocast(self.config.compute.precision, self.device):
+            record = self._ask_teacher(share)
+            terms: dict[str, LossTerm] = self.step_module(share.images, share.sizes, share.targets, record)
+        if share is not part:
+            terms = {
+                name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
+            }
+        # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
+        terms = {name: replace(term, floor=term.floor / (self.world * parts)) for name, term in terms.items()}
+        counts = _mean_counts(terms)
+        total = combine(terms, self.module.weights_at(self.step, self.total_steps), counts)
+        values = {k: t.total.detach() / counts[k].clamp(min=t.floor) for k, t in terms.items()}
+        return total, values | {"total": total.detach()}
+
+    def _ask_teacher(self, batch: TrainBatch) -> TeacherRecord | None:
+        if self.teacher is None or self.module.method is None:
+            return None
+        if isinstance(self.teacher, CachedTeacher):
+            return decode(batch.cached) if batch.cached else self.teacher.blank(len(batch.images), self.device)
+        record: TeacherRecord = self.teacher(batch.teacher_images, batch.teacher_sizes, self.module.method.needs)
+        return record
+
+    def _clip(self, most: float) -> Tensor:
+        """The norm of all gradients, which are cut to `most` where that is not 0. All workers have the same gradients, so
+        that it tells each of them of any one's broken batch."""
+        if most:
+            return nn.utils.clip_grad_norm_(self.module.parameters(), most)
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
+    def check_finite(self) -> None:
+        """Raise QskdError, with the terms and the image ids, if the last step's loss or gradient was not finite."""
+        if self._last is None:
+            return
+        total, norm, values, image_ids = self._last
+        self._last = None
+        if not math.isfinite((total + norm).item()):
+            listed = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
+            broken = "gradient" if math.isfinite(total.item()) else "loss"
+            raise QskdError(
+                f"training step {self.step - 1}",
+                f"the {broken} is not finite: {listed}; gradient norm {norm.item():.4g}; images {list(image_ids)}",
+                "finite loss terms, and a finite gradient of them on every worker",
+                "look at these images and their boxes; lower training.learning_rate, or set training.clip_norm",
+            )
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A young average forgets fast, so that the random start does not linger in it.
+        decay = min(self.config.training.ema_decay, (1 + self.step) / (10 + self.step))
+        current = self.student.state_dict()
+        floats = [k for k, v in current.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floats], [current[k] for k in floats], 1 - decay)
+
+    def evaluation_weights(self) -> AbstractContextManager[Any]:
+        """Within it the student carries the moving average (where there is one) and rank 0's batch statistics.
+
+        The first time at a step all workers must enter together; after that rank 0 may alone, to save the student.
+        """
+        return _EvaluationWeights(self)
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors a resumed run needs, by flat name (safetensors can hold them)."""
+        self.check_finite()
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        named = {id(p): name for name, p in self.module.named_parameters()}
+        for parameter, slots in self.optimizer.state.items():
+            tensors |= {f"optimizer.{slot}.{named[id(parameter)]}": value for slot, value in slots.items()}
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Continue from `state()` after `step` steps."""
+        self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
+        self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
+        parameters = dict(self.module.named_parameters())
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, slot, name = key.split(".", 2)
+                on = "cpu" if slot == "step" and self.device.type == "cpu" else self.device
+                self.optimizer.state[parameters[name]][slot] = value.to(on)
+        self.step = step
+
+
+class _EvaluationWeights:
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.saved: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Detector:
+        training, student = self.training, self.training.student
+        if training.world > 1 and training.shared_buffers_at != training.step:
+            # The average's too: it is what is evaluated, and each worker averages its own statistics.
+            averaged = [training.average[name] for name, _ in student.named_buffers() if name in training.average]
+            for buffer in [*student.buffers(), *averaged]:
+                dist.broadcast(buffer, 0)
+            training.shared_buffers_at = training.step
+        if training.average:
+            self.saved = {k: v.detach().clone() for k, v in student.state_dict().items()}
+            student.load_state_dict(training.average)
+        return student.eval()
+
+    def __exit__(self, *_: object) -> None:
+        if self.saved:
+            self.training.student.load_state_dict(self.saved)
+        self.training.student.train()
