@@ -59,7 +59,7 @@ class Side:
 
     def __call__(self) -> None:
         started = time.process_time()
-        self.training.train_step(qskd.training.train_batch(self.batches[len(self.cpu_seconds) % len(self.batches)]))
+        self.training.train_step(train_batch(self.batches[len(self.cpu_seconds) % len(self.batches)]))
         self.cpu_seconds.append(time.process_time() - started)
 
 
@@ -85,18 +85,18 @@ def compare(case: Case, steps: int) -> list[Ratio]:
 # ---- where the time goes
 
 _PLACES: tuple[tuple[Any, str, str], ...] = (
-    (qskd.training, "train_batch", "arrays to tensors"),
-    (qskd.training, "decode", "decode the record"),
+    (sys.modules[__name__], "train_batch", "arrays to tensors"),
+    (qskd.training.step, "decode", "decode the record"),
     (Detector, "forward", "student"),
-    (qskd.step_module, "assign", "matching"),
-    (qskd.step_module, "detection_terms", "detection loss"),
+    (qskd.training.module, "assign", "matching"),
+    (qskd.training.module, "detection_terms", "detection loss"),
     (DenseHead, "forward", "dense head"),
-    (qskd.distillation.qskd, "select_both", "query selection (student and teacher)"),
-    (qskd.distillation.qskd, "foreground_mask", "foreground mask"),
+    (qskd.distillation.qskd.method, "select_both", "query selection (student and teacher)"),
+    (qskd.distillation.qskd.method, "foreground_mask", "foreground mask"),
     (AttentionGuidedFeatureDistillation, "forward", "AGFD, with projector"),
-    (qskd.distillation.qskd, "alignment_terms", "LAPD"),
+    (qskd.distillation.qskd.method, "alignment_terms", "LAPD"),
     (QSKD, "forward", "QSKD otherwise"),
-    (qskd.training, "combine", "sum of the terms"),
+    (qskd.training.step, "combine", "sum of the terms"),
     (torch.Tensor, "backward", "backward"),
     (torch.nn.utils, "clip_grad_norm_", "clipping"),
     (torch.optim.AdamW, "step", "update"),

@@ -2,8 +2,8 @@
 
     python -m benchmarks.student_sizes
 
-Parameters and operations are counted, not timed (`qskd.detectors.cost`: a multiply-add is two operations; the sampling of deformable
-attention is left out), for one image of the size's own resolution and COCO's 80 classes.
+Parameters and operations are counted, not timed (`qskd.detectors.cost`: a multiply-add is two operations; the sampling of
+deformable attention is left out), for one image of the size's own resolution and COCO's 80 classes.
 """
 
 from __future__ import annotations

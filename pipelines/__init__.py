@@ -1,0 +1,6 @@
+"""The programs: at the top one door a verb, which holds the verb's signature and imports nothing heavy; behind them rooms.
+
+Only this package imports Ray and MLflow.
+"""
+
+from pipelines.cluster import environment as environment  # Ray reads its variables when it is imported

@@ -6,15 +6,45 @@ python -m pipelines.prepare annotations.json images/ shards/
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.markup import escape
-from rich.progress import Progress
+import typer
 
-from qskd.datasets.coco import read_coco
-from qskd.datasets.manifest import Manifest
-from qskd.datasets.shards import write_shards
+from pipelines.command import DryRun, local_path, one_of, run
+from pipelines.run.logs import tell
 from qskd.printable import escaped, one_line, shown_value
+
+if TYPE_CHECKING:
+    from qskd.datasets.manifest import Manifest
+
+SkipBroken = Annotated[
+    str, typer.Option(help="stop: name the first broken sample and stop. skip: leave it out, and record it.")
+]
+
+
+def command(
+    annotations: Annotated[Path, typer.Argument(parser=local_path, help="COCO JSON (instances), on a local disk.")],
+    images: Annotated[
+        Path,
+        typer.Argument(parser=local_path, help="Local folder that the JSON's file names are relative to."),
+    ],
+    destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
+    on_error: SkipBroken = "stop",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards made from another source.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn COCO JSON and a folder of images into Parquet shards."""
+    from qskd.datasets.coco import read_coco
+
+    policy = one_of("--on-error", on_error, "stop", "skip")
+    if dry_run:
+        dataset = read_coco(annotations, images, policy)
+        shards = -(-len(dataset) // rows_per_shard)
+        tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
+        return
+    manifest = prepare(annotations, images, destination, rows_per_shard, policy, overwrite)
+    tell(describe(manifest, destination))
 
 
 def prepare(
@@ -27,6 +57,12 @@ def prepare(
     quiet: bool = False,
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it."""
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    from qskd.datasets.coco import read_coco
+    from qskd.datasets.shards import write_shards
+
     dataset = read_coco(annotations, images, on_error)
     with Progress(disable=quiet, transient=True) as progress:
         task = progress.add_task(escape(f"{one_line(annotations.name)} → {one_line(destination)}"), total=len(dataset))
@@ -57,6 +93,4 @@ def describe(manifest: Manifest, destination: str) -> str:
 
 
 if __name__ == "__main__":
-    from pipelines.cli import main_of
-
-    main_of("prepare")
+    run(command, "prepare")

@@ -1,9 +1,19 @@
-"""Train without a teacher (`qskd train`): the same driver as `pipelines.distill`.
+"""Train without a teacher (`qskd train`): baselines, and teachers.
 
 python -m pipelines.train configs/shapes_teacher.yaml
 """
 
-from pipelines.cli import main_of
+from __future__ import annotations
+
+from pipelines.command import DryRun, Recipe, Restart, Set, run
+
+
+def command(recipe: Recipe = None, set: Set = None, dry_run: DryRun = False, restart: Restart = False) -> None:
+    """Train a detector without a teacher: baselines, and teachers. The same command again goes on where it was stopped."""
+    from pipelines.training.driver import start
+
+    start("train", recipe, set, dry_run=dry_run, restart=restart)
+
 
 if __name__ == "__main__":
-    main_of("train")
+    run(command, "train")

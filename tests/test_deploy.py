@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-import pipelines.cluster.start
+from pipelines.cluster.environment import _for_workers, in_a_job
 from pipelines.training.stream import keep_bytes_for
 from qskd import __version__
 from qskd.config.recipe import load
@@ -215,10 +215,10 @@ def test_what_a_jobs_runtime_env_sets_is_not_set_again(monkeypatch: pytest.Monke
     """Ray refuses the same variable from both, even of the same value."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("QSKD_LOG", "json")
-    assert pipelines.cluster._for_workers()["QSKD_LOG"] == "json"
-    assert not pipelines.cluster.in_a_job()
+    assert _for_workers()["QSKD_LOG"] == "json"
+    assert not in_a_job()
     job = '{"runtime_env": {"env_vars": {"QSKD_LOG": "json", "OTHER": "x"}}}'
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
-    assert pipelines.cluster.in_a_job()
-    assert "QSKD_LOG" not in pipelines.cluster._for_workers()
-    assert pipelines.cluster._for_workers()["OMP_NUM_THREADS"] == "1"
+    assert in_a_job()
+    assert "QSKD_LOG" not in _for_workers()
+    assert _for_workers()["OMP_NUM_THREADS"] == "1"

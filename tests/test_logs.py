@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines.reporting import meter
 from pipelines.reporting.meter import GAUGES, Meter
 from pipelines.reporting.progress import mean_rows

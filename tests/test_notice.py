@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import pipelines.cluster.start
+from pipelines.cluster.room import may_be_preempted
 from pipelines.prepare import prepare
 from pipelines.run.folder import Folder
 from pipelines.training import driver as distill
@@ -70,4 +70,4 @@ def test_workers_are_told_to_ask_when_elastic_or_on_a_cluster_of_others(
     plan = distill.make_plan(distill.prepare_config(config, "train"), "train")
     make_trainer(plan.config, plan.stream, Folder(config), [])
     assert made["train_loop_config"]["preemptible"] is expected
-    assert pipelines.cluster.may_be_preempted(config) is expected
+    assert may_be_preempted(config) is expected

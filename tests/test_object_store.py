@@ -20,7 +20,6 @@ from object_store import ENVIRONMENT, ObjectStore, object_store
 from tiny import recipe, silent_student
 from typer.testing import CliRunner
 
-import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines.caching.plan import clean
 from pipelines.cli import app
 from pipelines.health.services import check_storage

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import pipelines.cluster.start
+from pipelines.cluster.start import start_ray
 from pipelines.inspection.evaluate import evaluate
 from pipelines.inspection.predict import predict
 from pipelines.prepare import prepare
@@ -86,7 +86,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster() -> Iterator[str]:
     import ray
 
-    pipelines.cluster.start_ray()
+    start_ray()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

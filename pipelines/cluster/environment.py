@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
 # Set before Ray is imported anywhere. Reports are polled for every 2 s by default, which a small detector's epoch feels.

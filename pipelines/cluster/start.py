@@ -1,17 +1,13 @@
-"""Starting or joining Ray: the one place that sets its environment."""
+"""Starting Ray on this machine, or joining the cluster that this process belongs to."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
 
+from pipelines.cluster.environment import VERBOSE, _for_workers, joined
 from pipelines.cluster.loopback import choose_loopback, make_token
 from pipelines.run.stopping import sigterm_kept
-
-if TYPE_CHECKING:
-    pass
-from pipelines.cluster.environment import VERBOSE, _for_workers, joined
 
 LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import pipelines
 from pipelines.caching.driver import run as cache
 from pipelines.cluster.start import start_ray
 from pipelines.inspection.evaluate import evaluate
@@ -40,7 +41,7 @@ from qskd.detectors.cost import gflops, latency_ms, parameters
 from qskd.errors import QskdError
 from qskd.printable import escaped
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(pipelines.__file__).parent / "assets"
 TEACHER = ASSETS / "shapes_teacher"
 BACKBONE = ASSETS / "shapes_backbone"  # both students' start, as ImageNet weights are elsewhere
 RECIPE = ASSETS / "quickstart.yaml"
@@ -125,7 +126,7 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
     start_ray()
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     commands = {
-        name: [sys.executable, "-m", "pipelines.quickstart", str(folder), name, *(["--restart"] if restart else [])]
+        name: [sys.executable, "-m", "pipelines.demo.student", str(folder), name, *(["--restart"] if restart else [])]
         for name in KINDS
     }
     # Sessions of their own: Ctrl-C would reach them too, and the SIGTERM below would be a second signal, which ends at once.

@@ -17,6 +17,7 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+import pipelines
 from pipelines.health.services import Check, check_storage, check_tracking, guarded, short
 from qskd.printable import escaped
 
@@ -129,7 +130,7 @@ def _packages() -> Check:
 
 def _constraints(folders: Iterable[Path] | None = None) -> Check:
     name = "constraints.txt"
-    places = [folder / name for folder in folders or (Path.cwd(), Path(__file__).resolve().parents[1])]
+    places = [folder / name for folder in folders or (Path.cwd(), Path(pipelines.__file__).resolve().parents[1])]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return Check(name, "ok", "not here: versions are not compared with the tested ones")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pipelines
 from qskd.errors import QskdError
 
 PACKAGES = ("torch", "ray", "transformers", "pyarrow", "numpy", "qskd")
@@ -93,7 +94,7 @@ def _version(package: str) -> str:
 
 def _code_checksum() -> str:
     """Of this house's own modules, wherever they are imported from: versions alone do not tell two clones apart."""
-    digest, root = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    digest, root = hashlib.sha256(), Path(pipelines.__file__).resolve().parents[1]
     for path in sorted(path for folder in ("qskd", "pipelines") for path in (root / folder).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:8]

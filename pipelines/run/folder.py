@@ -32,7 +32,7 @@ def storage_path(config: Config) -> str:
 
 
 class Folder:
-    """Small files by name; a write is whole or not there, and a store that fails is tried again (`qskd.storage.stores`). Picklable.
+    """Small files by name. A write is whole or not there; a store that fails is tried again. Picklable.
 
     What a run can't go on without is a record: JSON or YAML that is written twice, first to copies/, and read from there
     where the file itself turns out damaged.

@@ -1,7 +1,7 @@
 """Ray Train's list of checkpoints, by which a run goes on: kept whole, and never ahead of what the run has written down.
 
 Ray overwrites the list in place. A controller killed, or a disk full, in the middle of that leaves half of it, and every later
-start would fail. So a copy is kept. And between the list and the run's own history (`pipelines.reporting.progress`) a controller can die.
+start would fail. So a copy is kept. And between the list and the run's own history (`progress`) a controller can die.
 """
 
 from __future__ import annotations

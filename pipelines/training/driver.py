@@ -1,13 +1,12 @@
-"""Train a student, with a teacher (`qskd distill`) or without (`qskd train`): one driver for both.
-
-python -m pipelines.distill configs/coco_conditional_r18.yaml --set teacher.path=TEACHER
-"""
+"""The driver of a training, with a teacher (`qskd distill`) or without (`qskd train`)."""
 
 from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +16,20 @@ from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
-from pipelines.run.logs import start_logs
+from pipelines.run.logs import start_logs, tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import prepare_config
 from pipelines.run.stopping import was_stopped
 from pipelines.run.tracked import open_for
 from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
-from pipelines.tracking.store import tracking_uri
+from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.checkpoint_list import delete_unlisted, mend_list
 from pipelines.training.checkpoints import read_state
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.training.trainer import make_trainer
 from qskd.config import Config
-from qskd.config.recipe import to_yaml
+from qskd.config.recipe import load, to_yaml
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher, start_student
 from qskd.storage.scratch import scratch_folder
@@ -63,6 +62,24 @@ def check_folder(config: Config, restart: bool) -> Folder:
     check_no_trial(folder)
     check_ours(folder, restart)
     return folder
+
+
+def start(
+    kind: str, recipe: str | None, overrides: Sequence[str] | None, dry_run: bool = False, restart: bool = False
+) -> None:
+    """What the command line does: load the recipe, train, and say where the student is."""
+    config = load(recipe, overrides or ())
+    if dry_run:
+        config = prepare_config(config, kind)
+        check_folder(config, restart)
+        plan = make_plan(config, kind, dry=True)
+        same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
+        tell(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
+        return
+    result = run(config, kind, restart)
+    tell(f"student: {result.student}")
+    print("  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+    tell(f"look at the run: {how_to_look(tracking_uri(config))}")
 
 
 def run(config: Config, kind: str, restart: bool = False) -> RunResult:

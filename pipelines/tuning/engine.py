@@ -14,9 +14,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import pipelines.cluster.start
-
-# isort: split
 import ray
 from ray import PlacementGroupID, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
@@ -24,6 +21,7 @@ from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipelines.cluster.devices import uses_gpu
+from pipelines.cluster.environment import VERBOSE
 from pipelines.tuning.search.request import Search
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.row import TrialRow
@@ -207,7 +205,7 @@ def run_tuner(
 
         run_trial(Job.from_json(config["job"]), lambda report: tune.report({"report": json.dumps(report)}))
 
-    if not pipelines.cluster.VERBOSE:  # it would advise to go on with Tuner.restore
+    if not VERBOSE:  # it would advise to go on with Tuner.restore
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     one = config.compute.workers == 1
     resources = trial_resources(config, uses_gpu(config, ray.cluster_resources()))

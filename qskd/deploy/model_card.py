@@ -63,7 +63,7 @@ image), logits {logits:.1e}. {latency}
 
 @dataclass(frozen=True)
 class Figures:
-    """One row of the card's table. metrics: of `qskd.evaluation.average_precision`, empty where not measured. input: height x width in pixels
+    """One row of the card's table. metrics: of `qskd.evaluation`, empty where not measured. input: height x width in pixels
     that parameters, gflops and ms (of one image, batch 1) were taken at."""
 
     name: str

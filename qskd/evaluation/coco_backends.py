@@ -1,6 +1,6 @@
 """The three programs that count matches for COCO's average precision: pycocotools, faster-coco-eval, hotcoco.
 
-Each is given the same ground truth and detections, checked and in order by `qskd.evaluation.average_precision`, in the form it wants.
+Each is given the same ground truth and detections, checked and in order by `average_precision`, in the form it wants.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a distillation makes of one image, as numbers: objects, detections, the queries that GQS keeps, AGFD's mask.
 
-The teacher is asked as a training step asks it, so that what is shown is what the student learns from. `qskd.pictures.explained` draws
-it.
+The teacher is asked as a training step asks it, so that what is shown is what the student learns from. `explained` draws it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A sweep's pictures as PNG, by matplotlib without its global state. `pipelines.tuning.report.plots` draws the same to play with."""
+"""A sweep's pictures as PNG, by matplotlib without its global state. `plots` draws the same to play with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's pictures to play with: HTML by plotly, each page by itself and offline. `pipelines.tuning.report.pictures` has the PNGs."""
+"""A sweep's pictures to play with: HTML by plotly, each page by itself and offline. `pictures` has the PNGs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Population based training as a sequence of short trainings, each of one member over one generation.
 
 A generation begins when every member has ended the one before; who takes over whose weights, and with which parameters, is
-then a function of the rows (`pipelines.tuning.search.propose.succession`). Nothing is paused, nothing is kept in memory: a driver that
+then a function of the rows (`propose.succession`). Nothing is paused, nothing is kept in memory: a driver that
 was killed asks the rows again. Members wait for the slowest at each generation's end, which is the price.
 """
 

@@ -1,0 +1,79 @@
+"""What every door needs: the options that several verbs share, and how a verb is run. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.run.logs import start_logs
+from pipelines.run.stopping import ended_by_signals
+from qskd.errors import QskdError, told_without_traceback
+from qskd.redaction import redacted
+
+
+def local_path(given: str) -> Path:
+    """A path of the command line's. QskdError when it is a URI, of which a Path would make `s3:/bucket`."""
+    if "://" in given:
+        remedy = "copy it there, or from there, for example with `aws s3 sync`"
+        raise QskdError(redacted(given), "a URI", "a path on a local disk", remedy)
+    return Path(given)
+
+
+# Text, not a Path, which would make `s3:/bucket` of a URI.
+Recipe = Annotated[
+    str | None,
+    typer.Argument(help="YAML recipe, a path or a URI; without one, the defaults. See configs/.", show_default=False),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field of the recipe; may be repeated.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print what would happen (train and distill: the resolved recipe, too); do nothing."
+    ),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
+Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector.")]
+Size = Annotated[
+    int | None, typer.Option("--size", min=1, help="Side of square images, in pixels; otherwise the checkpoint's own.")
+]
+
+
+def new_app(**about: Any) -> typer.Typer:
+    """An empty command line, as `qskd` and each `python -m pipelines.VERB` have it."""
+    return typer.Typer(
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **about,
+    )
+
+
+def run(command: Callable[..., None], verb: str, arguments: list[str] | None = None) -> None:
+    """`python -m pipelines.VERB ...` is `qskd VERB ...`."""
+    app = new_app()
+    app.command(verb)(command)
+    run_app(app, f"qskd {verb}", arguments)
+
+
+def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
+    """Run a command line; a QskdError is told without a traceback, with exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8, and printing it must not end the program
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    start_logs()
+    with told_without_traceback(), ended_by_signals():
+        app(arguments, prog_name=name)
+
+
+def one_of(option: str, value: str, *known: str) -> Any:
+    """The value, if it is one of these; QskdError otherwise."""
+    if value not in known:
+        raise QskdError(option, value, " or ".join(known))
+    return value

@@ -1,0 +1,20 @@
+"""One of the quickstart's two students, in a process of its own: python -m pipelines.demo.student FOLDER NAME [--restart]"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipelines.demo.quickstart import KINDS, recipe
+from pipelines.run.stopping import ended_by_signals
+from pipelines.training.driver import run
+from qskd.errors import told_without_traceback
+
+
+def main(folder: Path, name: str, restart: bool) -> None:
+    with told_without_traceback(), ended_by_signals(quiet=True):
+        run(recipe(folder, name), KINDS[name], restart)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], "--restart" in sys.argv)

@@ -1,0 +1,19 @@
+"""Train a student with a teacher (`qskd distill`).
+
+python -m pipelines.distill student.yaml --set compute.workers=8
+"""
+
+from __future__ import annotations
+
+from pipelines.command import DryRun, Recipe, Restart, Set, run
+
+
+def command(recipe: Recipe = None, set: Set = None, dry_run: DryRun = False, restart: Restart = False) -> None:
+    """Distil a student from a teacher. The same command again goes on where it was stopped."""
+    from pipelines.training.driver import start
+
+    start("distill", recipe, set, dry_run=dry_run, restart=restart)
+
+
+if __name__ == "__main__":
+    run(command, "distill")
