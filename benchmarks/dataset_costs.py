@@ -28,7 +28,7 @@ from benchmarks.timing import machine, print_table
 from benchmarks.work_folder import check_record
 from pipelines.caching.plan import bytes_text, estimate, make_cache_plan
 from pipelines.prepare import prepare
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from qskd.config.recipe import load
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import ShapesConfig, make_shapes
@@ -93,7 +93,7 @@ def measure(coco: Path | None, edge: int = HEIGHT, student: Sequence[str] = ()) 
         config = load(RECIPE, [*common, f"teacher.path={folder}/teacher", f"data.train={folder}/train",
                                f"teacher.cache.path={folder}/cache", "teacher.cache.batch_size=2",
                                "data.views.crop_probability=0"])  # fmt: skip
-        config = prepare_config(config, "distill")
+        config = resolve(config, "distill")
         online = make_teacher(config, labels)
         assert online is not None
         cached = estimate(make_cache_plan(config), online)

@@ -34,7 +34,7 @@ from qskd.datasets.batch import train_batch
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import build_student
-from qskd.distillation import teacher_needs
+from qskd.distillation.method import teacher_needs
 from qskd.from_recipe import make_teacher
 from qskd.training.step import Training
 
@@ -73,7 +73,7 @@ def bare_times(folder: Path, steps: int) -> tuple[float, float]:
     teacher, needs = make_teacher(config, labels), teacher_needs(config.distillation)
     assert teacher is not None
     assert needs is not None
-    plain = distill.prepare_config(config, "train")
+    plain = distill.resolve(config, "train")
     training = Training(plain, build_student(plain.student, labels, 0), None, 10_000, torch.device("cpu"))
     stream = distill.make_plan(plain, "train").stream
     taken: tuple[list[float], list[float]] = ([], [])

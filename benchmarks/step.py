@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import qskd.distillation.qskd.method
+import qskd.teacher.cached
 import qskd.training.module
 import qskd.training.step
 from benchmarks.detection_loss import threads
@@ -32,11 +33,12 @@ from benchmarks.step_cases import QUICK, Arrays, Case, quickstart, r18
 from benchmarks.timing import Ratio, Report, alternate, load_note, machine, milliseconds, print_table, ratios
 from qskd.datasets.batch import train_batch
 from qskd.detectors import Detector, to_pixels
-from qskd.distillation import QSKD
+from qskd.distillation.method import Lesson
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation
+from qskd.distillation.qskd.method import QSKD
 from qskd.losses.dense_head import DenseHead
 from qskd.losses.matching import assign
-from qskd.teacher.codec import decode
+from qskd.teacher.codec import decode, encoded_record
 from qskd.training.step import Training
 
 GOAL = 1.05
@@ -86,7 +88,7 @@ def compare(case: Case, steps: int) -> list[Ratio]:
 
 _PLACES: tuple[tuple[Any, str, str], ...] = (
     (sys.modules[__name__], "train_batch", "arrays to tensors"),
-    (qskd.training.step, "decode", "decode the record"),
+    (qskd.teacher.cached, "decode", "decode the record"),
     (Detector, "forward", "student"),
     (qskd.training.module, "assign", "matching"),
     (qskd.training.module, "detection_terms", "detection loss"),
@@ -166,8 +168,7 @@ def backward_split(case: Case, rounds: int) -> list[list[str]]:
     training = case.training("qskd")
     method, batch = training.module.method, train_batch(case.batches[0])
     assert method is not None
-    assert batch.cached is not None
-    teacher = decode(batch.cached)
+    teacher = decode(encoded_record(batch.cached))
     pixels, mask = to_pixels(batch.images, batch.sizes, training.student.mean, training.student.std)
     with torch.no_grad():
         output = training.student(pixels, mask, with_attention=False)
@@ -185,7 +186,7 @@ def backward_split(case: Case, rounds: int) -> list[list[str]]:
             boxes_cxcywh=leaf(output.boxes_cxcywh),
             memory=tuple(map(leaf, output.memory)),
         )
-        terms = method(student, teacher, batch.targets, *assignments)
+        terms = method(Lesson(student, teacher, batch.targets, assignments[0], assignments[1]))
         for part in taken:
             parts = [term.total * method.weights[name] for name, term in terms.items() if name.startswith(part)]
             total = torch.stack(parts).sum()

@@ -33,7 +33,7 @@ from pipelines.caching import driver as cache_teacher
 from pipelines.cluster.start import start_ray
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN, VAL
 from pipelines.prepare import prepare
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from pipelines.tuning import driver as tune
 from pipelines.tuning.engine import SweepScheduler, make_asha
 from pipelines.tuning.records import trial_config
@@ -69,7 +69,7 @@ def recipe(folder: Path, name: str, epochs: int, cached: bool = True, seed: int 
         *(f"tracking.uri=sqlite:///{folder}/mlflow.db", f"training.epochs={epochs}"),
         f"teacher.cache.path={folder / 'cache' if cached else ''}",
     ]
-    return prepare_config(load(RECIPE, overrides), "distill")
+    return resolve(load(RECIPE, overrides), "distill")
 
 
 def sweep(config: Config, request: tune.TuneRequest) -> tuple[float, tuple[TrialRow, ...]]:

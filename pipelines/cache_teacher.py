@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import Recipe, Set, run
+from pipelines.command import Methods, Recipe, Set, run
 
 
 def command(
     recipe: Recipe = None,
     set: Set = None,
+    methods: Methods = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache of other teacher outputs.")] = False,
     check: Annotated[
         int, typer.Option("--verify", min=0, help="Compute this many random rows again and compare; caches nothing.")

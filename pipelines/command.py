@@ -24,6 +24,15 @@ def local_path(given: str) -> Path:
     return Path(given)
 
 
+def _add_methods(folders: list[str] | None) -> list[str] | None:
+    if folders:
+        from qskd.distillation.find import add_folder
+
+        for folder in folders:
+            add_folder(folder)
+    return folders
+
+
 # Text, not a Path, which would make `s3:/bucket` of a URI.
 Recipe = Annotated[
     str | None,
@@ -31,6 +40,15 @@ Recipe = Annotated[
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field of the recipe; may be repeated.")
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--methods",
+        metavar="FOLDER",
+        callback=_add_methods,
+        help="Folder with distillation methods of your own, .py files whose code is run (docs/methods.md); repeatable.",
+    ),
 ]
 DryRun = Annotated[
     bool,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Set, local_path, run
+from pipelines.command import DryRun, Methods, Set, local_path, run
 from pipelines.run.logs import tell
 
 
@@ -36,6 +36,7 @@ def command(
         int | None, typer.Option(min=0, help="Show this view (crop, flip) of the recipe's instead of the whole image.")
     ] = None,
     set: Set = None,
+    methods: Methods = None,
     dry_run: DryRun = False,
 ) -> None:
     """Picture what a distillation does with an image: objects, teacher, its selected queries, AGFD's mask, the student.

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import Recipe, Restart, Set, run
+from pipelines.command import Methods, Recipe, Restart, Set, run
 
 
 def command(
     recipe: Recipe = None,
     set: Set = None,
+    methods: Methods = None,
     space: Annotated[
         list[str] | None,
         typer.Option(

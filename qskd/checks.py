@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from qskd.config import Config
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import Manifest
-from qskd.detectors import (
-    labels_of,
-    read_config,
-)
-from qskd.distillation import teacher_needs
+from qskd.detectors import labels_of, read_config
+from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.teacher.identity import cache_identity
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest
@@ -57,32 +54,34 @@ def check_classes(config: Config, train: Manifest) -> None:
 
 
 def check_enough(config: Config) -> None:
-    """QskdError when the method asks for what a cache with the recipe's settings does not hold."""
+    """QskdError when a method asks for what a cache with the recipe's settings does not hold."""
     needs, cache = teacher_needs(config.distillation), config.teacher.cache
     if needs is None:
         return
+
+    def refused(need: str, expected: str, remedy: str) -> QskdError:
+        field, asked = needs.reasons.get(need, ("method", f"{config.distillation.method}, which needs {need}"))
+        return QskdError(f"distillation.{field}", asked, expected, remedy)
+
+    if needs.online:
+        remedy = "run it in every step, which is slower: --set teacher.cache.path="
+        raise refused("online", "what a cache can answer: this method asks the teacher itself", remedy)
     if needs.attention and needs.attention_giou_floor < cache.attention_giou_floor:
         low, floor = needs.attention_giou_floor, cache.attention_giou_floor
-        reach = f"boundaries that reach down to GIoU {low:g}"
-        if low == -1:
-            reach = "relative boundaries, or a weight for the lowest band: a query of any GIoU can be kept"
-        raise QskdError(
-            "distillation.selection",
-            reach,
+        raise refused(
+            "attention_giou_floor",
             f"GIoU {floor:g} or more: the cache holds the attention of queries from there up (and of the matched ones)",
             f"raise the boundaries, or make a cache with a lower floor: --set teacher.cache.attention_giou_floor={low:g}",
         )
     if needs.attention and needs.attention_layers != cache.attention_layers:
-        raise QskdError(
-            "distillation.features.attention_layers",
-            needs.attention_layers,
+        raise refused(
+            "attention_layers",
             f"{cache.attention_layers}, as the cache has it",
             f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}",
         )
     if needs.all_layers and not cache.all_layers:
-        raise QskdError(
-            "distillation.predictions.teacher_layers",
-            "same_index, which needs every decoder layer of the teacher",
+        raise refused(
+            "all_layers",
             "last: the cache holds the last layer's logits and boxes",
             "make a cache with --set teacher.cache.all_layers=true",
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from qskd.errors import QskdError
+
 T = TypeVar("T")
 
 
 def to_device(value: T, device: torch.device | str, non_blocking: bool = True) -> T:
-    """Move every tensor in a dataclass, tuple or tensor to `device`, one that is there twice once; leave all else as it is."""
+    """Move every tensor in a dataclass, tuple, dict or tensor to `device`, one that is there twice once; leave the rest."""
     there: dict[int, Tensor] = {}
 
     def move(item: Any) -> Any:
@@ -23,8 +25,10 @@ def to_device(value: T, device: torch.device | str, non_blocking: bool = True) -
             return there[id(item)]
         if isinstance(item, tuple):
             return tuple(move(part) for part in item)
+        if isinstance(item, dict):
+            return {name: move(part) for name, part in item.items()}
         if hasattr(item, "__dataclass_fields__"):
-            return replace(item, **{field.name: move(getattr(item, field.name)) for field in fields(item)})
+            return replace(item, **{each.name: move(getattr(item, each.name)) for each in fields(item)})
         return item
 
     moved: T = move(value)
@@ -111,13 +115,43 @@ class TeacherRecord:
 
 @dataclass(frozen=True)
 class TeacherNeeds:
-    """What a distillation method wants of the teacher; the cache reader loads these columns only."""
+    """What a distillation method wants of the teacher; the cache reader loads these columns only.
+
+    attention_giou_floor: attention is wanted of queries with at least this GIoU with some object (and of the matched ones).
+    online: the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a cache may
+    fail, by the name of its field here: (the field of the method's section that causes it, in words what it asks for).
+    """
 
     memory: bool = False
     attention: bool = False
     attention_layers: str = "last"  # or "mean"
     all_layers: bool = False
-    attention_giou_floor: float = 1.0  # attention for queries with GIoU >= this with some object (and matched ones)
+    attention_giou_floor: float = 1.0
+    online: bool = False
+    reasons: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
+
+    def joined(self, other: TeacherNeeds) -> TeacherNeeds:
+        """What serves both. QskdError where nothing can."""
+        if self.attention and other.attention and self.attention_layers != other.attention_layers:
+            raise QskdError(
+                "distillation",
+                f"methods that want the attention of the {self.attention_layers} and of the {other.attention_layers} layer(s)",
+                "methods that read the same attention",
+                "set attention_layers alike",
+            )
+        lower = self if self.attention_giou_floor <= other.attention_giou_floor else other
+        reasons = {**other.reasons, **self.reasons}
+        if "attention_giou_floor" in lower.reasons:
+            reasons["attention_giou_floor"] = lower.reasons["attention_giou_floor"]
+        return TeacherNeeds(
+            memory=self.memory or other.memory,
+            attention=self.attention or other.attention,
+            attention_layers=self.attention_layers if self.attention else other.attention_layers,
+            all_layers=self.all_layers or other.all_layers,
+            attention_giou_floor=lower.attention_giou_floor,
+            online=self.online or other.online,
+            reasons=reasons,
+        )
 
 
 @dataclass(frozen=True)

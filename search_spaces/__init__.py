@@ -2,7 +2,7 @@
 
 A space is a module here, or any .py file, with
 
-    FIELDS         the dotted fields of the configuration that it may set, as a tuple
+    FIELDS         the dotted fields of the configuration that it may set: a tuple, or a function from the recipe to one
     suggest        (trial, config) -> {field: value}. `trial` answers suggest_int, suggest_float and suggest_categorical, as
                    Optuna's does; `config` is the recipe, and what a space offers is relative to it
     recipe_point   (config) -> {parameter: value}: the answers that stand for the recipe itself, or come nearest to it

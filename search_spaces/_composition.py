@@ -56,6 +56,7 @@ class SearchSpace:
             raise QskdError("--space", "none", "at least one search space", "for example --space query_groups")
         self.spaces: list[Space] = [load_space(name) for name in names]
         self.recipe = config
+        self._fields = {space.name: tuple(space.fields_of(config)) for space in self.spaces}
         self._check_fields()
         self._points: dict[str, dict[str, Any]] = {}
         self._ranges: dict[str, Range] = {}
@@ -71,7 +72,7 @@ class SearchSpace:
     @property
     def fields(self) -> dict[str, str]:
         """Every field that a trial may set -> the space that sets it."""
-        return {field: space.name for space in self.spaces for field in space.fields}
+        return {field: space.name for space in self.spaces for field in self._fields[space.name]}
 
     @property
     def recipe_point(self) -> dict[str, Any]:
@@ -106,12 +107,12 @@ class SearchSpace:
         named = Named(trial, space.name)
         with _of(space, "suggest"):
             found = dict(space.suggest(named, self.recipe))
-        unknown = [field for field in found if field not in space.fields]
+        unknown = [field for field in found if field not in self._fields[space.name]]
         if unknown:
             raise QskdError(
                 f"search space {space.name}",
                 f"suggest sets {', '.join(unknown)}",
-                f"only what its FIELDS name: {', '.join(space.fields)}",
+                f"only what its FIELDS name: {', '.join(self._fields[space.name])}",
                 "add the field to FIELDS",
             )
         return {} if named.answers == self._points.get(space.name) else found
@@ -138,8 +139,8 @@ class SearchSpace:
             twins = [other for other in self.spaces if other.name == space.name and other is not space]
             if twins:
                 raise QskdError(where, "given twice", "each space once", "leave one out, or rename one of the files")
-            for field in space.fields:
-                check_field(field, where)
+            for field in self._fields[space.name]:
+                check_field(field, where, self.recipe)
                 if any(_overlap(field, taken) for taken in OF_THE_SWEEP):
                     raise QskdError(where, f"sets {field}", "no field of the sweep's own: " + ", ".join(OF_THE_SWEEP))
                 if self.recipe.teacher.cache.path and any(_overlap(field, taken) for taken in OF_THE_CACHE):

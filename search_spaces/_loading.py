@@ -27,7 +27,7 @@ class Space:
 
     name: str
     source: str
-    fields: tuple[str, ...]
+    fields_of: Callable[[Config], tuple[str, ...]]
     suggest: Callable[[Trial, Config], Mapping[str, Any]]
     recipe_point: Callable[[Config], Mapping[str, Any]]
     may_change_while_training: bool
@@ -71,14 +71,15 @@ def _module_at(path: Path) -> ModuleType:
 def _read(module: ModuleType, name: str, source: str) -> Space:
     fields = getattr(module, "FIELDS", None)
     missing = [part for part in ("suggest", "recipe_point") if not callable(getattr(module, part, None))]
-    if isinstance(fields, str) or not isinstance(fields, (tuple, list)) or not all(isinstance(f, str) for f in fields):
+    named = isinstance(fields, (tuple, list)) and all(isinstance(f, str) for f in fields)
+    if not named and not callable(fields):
         missing.insert(0, "FIELDS (a tuple of dotted fields)")
     if missing:
         raise QskdError(f"--space {source}", f"it has no {' and no '.join(missing)}", CONTRACT)
     return Space(
         name=name,
         source=source,
-        fields=tuple(fields or ()),
+        fields_of=fields if callable(fields) else lambda config: tuple(fields or ()),
         suggest=module.suggest,
         recipe_point=module.recipe_point,
         may_change_while_training=bool(getattr(module, "MAY_CHANGE_WHILE_TRAINING", False)),

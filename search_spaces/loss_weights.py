@@ -1,90 +1,94 @@
 """How the distillation terms weigh against the detection loss and one another, on which layers, and when.
 
-Weights are searched over a tenth to ten times the recipe's, by their logarithm. A term that the recipe turned off stays
-off. `distillation.predictions.weight` stays as it is: it would do again what its three terms' weights do.
+What can be weighed is asked of the recipe's methods (`MethodSettings.weight_fields`, `choices`), each searched with its own
+warm-up and decay. Weights are searched over a tenth to ten times the recipe's, by their logarithm. A term that the recipe
+turned off stays off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from qskd.config import Config
+from qskd.config import Config, MethodSettings
+from qskd.config.distillation import Choice, parts_of
 from qskd.errors import QskdError
 from search_spaces._trials import Trial
 
-TERMS = {
-    "agfd": "distillation.features.weight",
-    "lapd_class": "distillation.predictions.class_weight",
-    "lapd_l1": "distillation.predictions.l1_weight",
-    "lapd_giou": "distillation.predictions.giou_weight",
-}
-FIELDS = (
-    *TERMS.values(),
-    *("distillation.predictions.student_layers", "distillation.predictions.teacher_layers"),
-    *("distillation.warmup", "distillation.decay"),
-)
 MAY_CHANGE_WHILE_TRAINING = True
 TIMES = 10.0
 LONGEST_WARMUP, LONGEST_DECAY = 0.3, 0.5
 
 
+def FIELDS(config: Config) -> tuple[str, ...]:
+    """Of the recipe's methods: weights, choices, warm-up and decay."""
+    fields: list[str] = []
+    for path, _, settings in _parts(config):
+        fields += [f"distillation.{path}{field}" for field in settings.weight_fields().values()]
+        for choice in _choices(settings, config).values():
+            fields += [f"distillation.{path}{field}" for options in choice.options.values() for field in options]
+        fields += [f"distillation.{path}{name}" for name in ("warmup", "decay")]
+    return tuple(dict.fromkeys(fields))
+
+
 def recipe_point(config: Config) -> dict[str, Any]:
-    distillation = config.distillation
-    return {
-        **_weights(config),
-        "layers": _layers(config),
-        "warmup": distillation.warmup,
-        "decay": distillation.decay,
-    }
+    point: dict[str, Any] = {}
+    for _, prefix, settings in _parts(config):
+        point |= {f"{prefix}{term}": weight for term, (_, weight) in _weights(settings).items()}
+        point |= {f"{prefix}{name}": choice.own for name, choice in _choices(settings, config).items()}
+        point |= {f"{prefix}warmup": settings.warmup, f"{prefix}decay": settings.decay}
+    return point
 
 
 def suggest(trial: Trial, config: Config) -> dict[str, Any]:
-    weights, distillation = _weights(config), config.distillation
-    if distillation.method == "none" or not weights:
-        missing = (
-            "distillation.method = none" if distillation.method == "none" else "all distillation terms have weight 0"
-        )
+    distillation = config.distillation
+    if not any(_weights(settings) for _, _, settings in _parts(config)):
+        none = distillation.method == "none"
+        missing = "distillation.method = none" if none else "all distillation terms have weight 0"
         raise QskdError("search space loss_weights", missing, "a term to weigh", "turn one on, or leave this space out")
     found: dict[str, Any] = {}
-    for term, own in weights.items():
-        drawn = trial.suggest_float(term, own / TIMES, own * TIMES, log=True)
-        found[TERMS[term]] = float(f"{drawn:.4g}")
-    if distillation.predictions.weight > 0:
-        layers = trial.suggest_categorical("layers", _layer_choices(config))
-        found["distillation.predictions.student_layers"] = "last" if layers == "last" else "all"
-        found["distillation.predictions.teacher_layers"] = "same_index" if layers == "same_index" else "last"
-    # The two together are never more than the whole training, whatever the recipe has.
-    warmup, decay = distillation.warmup, distillation.decay
-    longest_warmup = max(warmup, min(LONGEST_WARMUP, 1 - max(LONGEST_DECAY, decay)))
-    longest_decay = max(decay, min(LONGEST_DECAY, 1 - longest_warmup))
-    for name, longest in (("warmup", longest_warmup), ("decay", longest_decay)):
-        found[f"distillation.{name}"] = min(round(trial.suggest_float(name, 0.0, longest), 3), longest)
+    for path, prefix, settings in _parts(config):
+        own = _suggest(trial, prefix, settings, _choices(settings, config))
+        found |= {f"distillation.{path}{field}": value for field, value in own.items()}
     return found
 
 
-def _weights(config: Config) -> dict[str, float]:
-    """Of the terms that the recipe has on."""
-    features, predictions = config.distillation.features, config.distillation.predictions
-    terms = {"agfd": features.weight}
-    if predictions.weight > 0:
-        terms |= {
-            "lapd_class": predictions.class_weight,
-            "lapd_l1": predictions.l1_weight,
-            "lapd_giou": predictions.giou_weight,
-        }
-    return {term: weight for term, weight in terms.items() if weight > 0}
+def _suggest(trial: Trial, prefix: str, settings: MethodSettings, choices: dict[str, Choice]) -> dict[str, Any]:
+    """One method's fields, by their paths in its section. prefix: of its parameters."""
+    found: dict[str, Any] = {}
+    for term, (field, own) in _weights(settings).items():
+        drawn = trial.suggest_float(f"{prefix}{term}", own / TIMES, own * TIMES, log=True)
+        found[field] = float(f"{drawn:.4g}")
+    for name, choice in choices.items():
+        found |= choice.options[trial.suggest_categorical(f"{prefix}{name}", tuple(choice.options))]
+    # The two together are never more than the whole training, whatever the recipe has.
+    warmup, decay = settings.warmup, settings.decay
+    longest_warmup = max(warmup, min(LONGEST_WARMUP, 1 - max(LONGEST_DECAY, decay)))
+    longest_decay = max(decay, min(LONGEST_DECAY, 1 - longest_warmup))
+    for name, longest in (("warmup", longest_warmup), ("decay", longest_decay)):
+        found[name] = min(round(trial.suggest_float(f"{prefix}{name}", 0.0, longest), 3), longest)
+    return found
 
 
-def _layers(config: Config) -> str:
-    """Which decoder layers learn from which: all of the student's or its last, from the teacher's last or its own."""
-    predictions = config.distillation.predictions
-    if predictions.student_layers == "last":
-        return "last"
-    return "same_index" if predictions.teacher_layers == "same_index" else "all"
+def _parts(config: Config) -> Iterator[tuple[str, str, MethodSettings]]:
+    """Each method's path below `distillation.`, what its parameters begin with, and its section."""
+    for path, settings in parts_of(config.distillation).items():
+        if settings.method != "none":
+            yield path, path.removeprefix("also.").replace(".", "_"), settings
 
 
-def _layer_choices(config: Config) -> tuple[str, ...]:
+def _weights(settings: MethodSettings) -> dict[str, tuple[str, float]]:
+    """Field and weight of each term that is on, by term."""
+    found: dict[str, tuple[str, float]] = {}
+    for term, field in settings.weight_fields().items():
+        value: Any = settings
+        for part in field.split("."):
+            value = getattr(value, part)
+        found[term] = field, float(value)
+    return found
+
+
+def _choices(settings: MethodSettings, config: Config) -> dict[str, Choice]:
     """A cache without all of the teacher's layers can't teach each layer by its own."""
     cache = config.teacher.cache
-    every = cache.all_layers or not cache.path or _layers(config) == "same_index"
-    return ("all", "last", "same_index") if every else ("all", "last")
+    return settings.choices(all_layers=cache.all_layers or not cache.path)

@@ -10,21 +10,25 @@ from __future__ import annotations
 from typing import Any
 
 from qskd.config import Config
+from qskd.distillation.qskd.settings import Settings
 from qskd.errors import QskdError
 from search_spaces._trials import Trial
 
 SELECTION = "distillation.selection"
-FIELDS = (f"{SELECTION}.boundaries", f"{SELECTION}.band_weights", f"{SELECTION}.max_per_object")
 WHY_NOT_WHILE_TRAINING = "PBT moves each number by itself, and can't move a trial from two bands to three"
 HIGHEST = 0.95  # a band above it would hold next to nothing
 GAP = 0.05  # the narrowest band
 LEAST_WEIGHT, MOST_WEIGHT = 0.05, 5.0
 
 
+def FIELDS(config: Config) -> tuple[str, ...]:
+    _settings(config)
+    return f"{SELECTION}.boundaries", f"{SELECTION}.band_weights", f"{SELECTION}.max_per_object"
+
+
 def recipe_point(config: Config) -> dict[str, Any]:
     """Nearest to the recipe where it has a weight for the lowest band, or boundaries that aren't offered."""
-    selection = config.distillation.selection
-    low, most = _room(config)
+    selection, (low, most) = _settings(config).selection, _room(config)
     boundaries = (selection.boundaries or (low,))[:most]
     point: dict[str, Any] = {"bands": len(boundaries), "max_per_object": selection.max_per_object or 1}
     point["limited"] = selection.max_per_object > 0
@@ -41,8 +45,7 @@ def recipe_point(config: Config) -> dict[str, Any]:
 
 
 def suggest(trial: Trial, config: Config) -> dict[str, Any]:
-    selection = config.distillation.selection
-    low, most = _room(config)
+    selection, (low, most) = _settings(config).selection, _room(config)
     bands = trial.suggest_int("bands", 1, most)
     boundaries: list[float] = []
     weights = [0.0]
@@ -70,12 +73,19 @@ def _cap(trial: Trial, own: int) -> int:
     return trial.suggest_int("max_per_object", 1, max(20, 2 * own), log=True)
 
 
+def _settings(config: Config) -> Settings:
+    distillation = config.distillation
+    if isinstance(distillation, Settings):
+        return distillation
+    found = f"distillation.method = {distillation.method}: nothing is selected"
+    raise QskdError("search space query_groups", found, "groups by GIoU", "change that, or leave this space out")
+
+
 def _room(config: Config) -> tuple[float, int]:
     """The lowest boundary and the most bands. QskdError where bands of absolute GIoU mean nothing, or have no room."""
-    distillation, floor = config.distillation, config.teacher.cache.attention_giou_floor
+    distillation, floor = _settings(config), config.teacher.cache.attention_giou_floor
     selection = distillation.selection
     for wrong, found in (
-        (distillation.method == "none", "distillation.method = none: nothing is selected"),
         (selection.relative, "distillation.selection.relative = true: these boundaries are absolute"),
         (selection.shuffled, "distillation.selection.shuffled = true: what is kept is random"),
         (

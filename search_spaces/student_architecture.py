@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from qskd.config import HYBRID_FAMILIES, TWO_LAYER_FAMILIES, BackboneConfig, Config, StudentConfig
+from qskd.config.distillation import parts_of
 from qskd.errors import QskdError
 from search_spaces._trials import Trial
 
@@ -59,7 +60,7 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
         least = 2 if name == "decoder_layers" and student.family in TWO_LAYER_FAMILIES else 1
         found[f"student.{name}"] = trial.suggest_int(name, max(least, layers - more), layers + more)
     most = student.queries
-    if config.distillation.predictions.pairing != "index":
+    if not any(part.keeps_queries() for part in parts_of(config.distillation).values()):
         low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)
         if student.family in HYBRID_FAMILIES:  # whose queries are chosen among the cells
             high -= step * max(0, -(-(high - student.cells(student.resize.size)) // step))

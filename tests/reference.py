@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qskd.config import PredictionDistillationConfig, QuerySelectionConfig
+from qskd.distillation.qskd.settings import PredictionDistillationConfig, QuerySelectionConfig
 from qskd.structures import Targets
 
 Box = Sequence[float]

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from qskd.config import Config, QuerySelectionConfig, StudentConfig
+from qskd.config import Config, StudentConfig
 from qskd.config.recipe import apply_overrides, build, flatten, load, parse_override, to_tree, to_yaml
+from qskd.distillation.qskd.settings import QuerySelectionConfig
 from qskd.errors import QskdError
 
 FULL: dict[str, Any] = {

@@ -51,7 +51,7 @@ def test_a_cache_in_what_a_verb_reads_is_refused_by_name_in_every_verb(field: st
     path = paths.get(field, here / field.rpartition(".")[2])
     at = config(here, f"teacher.path={here}/model", f"teacher.cache.path={path}{below}")
     for kind in ("cache", "distill", "train"):
-        error = refused(lambda kind=kind: distill.prepare_config(at, kind), field, here)  # type: ignore[misc]
+        error = refused(lambda kind=kind: distill.resolve(at, kind), field, here)  # type: ignore[misc]
         assert "--overwrite" not in error.remedy
         assert "--restart" not in error.remedy
 

@@ -47,9 +47,9 @@ def ray_cluster() -> dict[str, Any]:
 
 
 def test_ray_accepts_the_cluster_file() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.autoscaler._private.util import resolve, validate_config
 
-    prepared = prepare_config(CLUSTER)
+    prepared = resolve(CLUSTER)
     validate_config(prepared)
     assert prepared["available_node_types"]["gpu"]["max_workers"] == 8
     with pytest.raises(Exception, match="Additional properties"):  # the check can fail

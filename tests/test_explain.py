@@ -15,15 +15,14 @@ from qskd.datasets.classes import map_classes
 from qskd.datasets.views import View, make_view, view_image
 from qskd.detectors import Preprocessing, to_pixels
 from qskd.distillation.qskd.query_selection import select_queries
+from qskd.distillation.qskd.seen import QSKDSeen, covered, make_mask
 from qskd.losses.matching import assign
 from qskd.pictures.explain import (
     STAND_IN_SCORE,
     Explanation,
     Seer,
     Subject,
-    covered,
     explain,
-    make_mask,
     stand_in_objects,
 )
 from qskd.pictures.explained import explanation_picture
@@ -37,6 +36,12 @@ OTHERS = ("detr", "dab-detr", "rt_detr", "rt_detr_v2", "d_fine")
 
 def image(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def seen(said: Explanation) -> QSKDSeen:
+    (found,) = said.seen
+    assert isinstance(found, QSKDSeen)
+    return found
 
 
 def subject(view: View = View.IDENTITY, **changes: object) -> Subject:
@@ -75,23 +80,24 @@ def test_boxes_bands_and_mask_are_those_of_the_teachers_own_outputs(family: str)
     (matched,) = assign([(logits, boxes)], targets, config().detection)
     selection = select_queries(boxes[0], targets, matched[0], config().distillation.selection)
 
-    assert said.kept is not None
-    assert said.mask is not None
+    assert seen(said).kept is not None
+    assert seen(said).mask is not None
     assert said.teacher is not None
     size = np.array([130, 90, 130, 90])
-    np.testing.assert_allclose(said.kept.boxes_xyxy, cxcywh_to_xyxy(boxes[0, 0]).numpy() * size, atol=1e-3)
+    np.testing.assert_allclose(seen(said).kept.boxes_xyxy, cxcywh_to_xyxy(boxes[0, 0]).numpy() * size, atol=1e-3)
     for name in ("is_positive", "band", "weight"):
-        np.testing.assert_array_equal(getattr(said.kept, name), getattr(selection, name)[0].numpy())
-    assert said.kept.positives == 2
-    assert 0 < said.kept.hard_negatives() == sum(said.kept.hard_negatives(band) for band in range(4)) <= 6
-    everything = said.kept.positives + said.kept.hard_negatives() + said.kept.easy_negatives + said.kept.beyond_limit
+        np.testing.assert_array_equal(getattr(seen(said).kept, name), getattr(selection, name)[0].numpy())
+    assert seen(said).kept.positives == 2
+    assert 0 < seen(said).kept.hard_negatives() == sum(seen(said).kept.hard_negatives(band) for band in range(4)) <= 6
+    kept = seen(said).kept
+    everything = kept.positives + kept.hard_negatives() + kept.easy_negatives + kept.beyond_limit
     assert everything == teacher.detector.num_queries
 
     weight = selection.weight[0] * logits[0, 0].sigmoid().amax(-1)
     raw = [(weight[:, None, None] * part[0]).sum(0) for part in attention]
     top = max(float(part.max()) for part in raw)
     masks = [(part / top).clamp(min=config().distillation.features.background).numpy() for part in raw]
-    for mine, theirs in zip(said.mask.levels, masks, strict=True):
+    for mine, theirs in zip(seen(said).mask.levels, masks, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
     inside, whole = 0.0, 0.0
     for level in masks:  # the share, by sampling each cell at 40 x 40 points
@@ -102,20 +108,22 @@ def test_boxes_bands_and_mask_are_those_of_the_teachers_own_outputs(family: str)
             within |= np.outer((y >= top_) & (y <= bottom), (x >= left) & (x <= right))
         inside += float((level * within.reshape(high, 40, wide, 40).mean((1, 3))).sum())
         whole += float(level.sum())
-    assert said.mask.share == pytest.approx(inside / whole, abs=0.01)
-    assert said.mask.object_share == pytest.approx((50 * 40 + 70 * 55 - 10 * 20) / (90 * 130), abs=1e-5)
-    density = said.mask.density(900, 1300)
+    assert seen(said).mask.share == pytest.approx(inside / whole, abs=0.01)
+    assert seen(said).mask.object_share == pytest.approx((50 * 40 + 70 * 55 - 10 * 20) / (90 * 130), abs=1e-5)
+    density = seen(said).mask.density(900, 1300)
     drawn_inside = np.zeros((900, 1300), bool)
     for left, top_, right, bottom in (said.objects.boxes_xyxy * 10).round().astype(int):
         drawn_inside[top_:bottom, left:right] = True
-    assert density[drawn_inside].sum() / density.sum() == pytest.approx(said.mask.share, abs=0.01)  # what is drawn
+    assert density[drawn_inside].sum() / density.sum() == pytest.approx(
+        seen(said).mask.share, abs=0.01
+    )  # what is drawn
 
     scores = logits[0, 0].sigmoid().numpy()
     assert len(said.teacher.scores) == scores.size
     assert (np.diff(said.teacher.scores) <= 0).all()
     query, label = np.unravel_index(scores.argmax(), scores.shape)
     assert said.teacher.category_ids[0] == label
-    np.testing.assert_allclose(said.teacher.boxes_xyxy[0], said.kept.boxes_xyxy[query], atol=1e-3)
+    np.testing.assert_allclose(said.teacher.boxes_xyxy[0], seen(said).kept.boxes_xyxy[query], atol=1e-3)
     assert said.labels[label] == LABELS[label]
     assert len(said.crowds_xyxy) == 1
 
@@ -155,9 +163,9 @@ def test_detections_of_a_mirrored_view_are_those_of_the_mirrored_picture(teacher
     assert two.teacher is not None
     for a, b in ((one.teacher, two.teacher), (one.students["student"], two.students["student"])):
         np.testing.assert_allclose(a.boxes_xyxy, b.boxes_xyxy, atol=1e-3)
-    assert one.mask is not None
-    assert two.mask is not None
-    assert one.mask.share == pytest.approx(two.mask.share, abs=1e-5)
+    assert seen(one).mask is not None
+    assert seen(two).mask is not None
+    assert seen(one).mask.share == pytest.approx(seen(two).mask.share, abs=1e-5)
 
 
 def test_a_picture_that_no_one_annotated_takes_the_teachers_confident_boxes() -> None:
@@ -170,9 +178,9 @@ def test_a_picture_that_no_one_annotated_takes_the_teachers_confident_boxes() ->
     said = explain(plain, config(), LABELS, sure, {}, threshold=0.3)
     assert said.stand_ins
     assert 0 < len(said.objects.scores) <= sure.detector.num_queries
-    assert said.kept is not None
-    assert said.kept.positives == len(said.objects.scores)
-    theirs = {tuple(np.round(box, 2)) for box in said.kept.boxes_xyxy.tolist()}
+    assert seen(said).kept is not None
+    assert seen(said).kept.positives == len(said.objects.scores)
+    theirs = {tuple(np.round(box, 2)) for box in seen(said).kept.boxes_xyxy.tolist()}
     assert {tuple(np.round(box, 2)) for box in said.objects.boxes_xyxy.tolist()} <= theirs
     explanation_picture(said, "about")
     alone = explain(plain, config(), LABELS, None, {})
@@ -196,11 +204,11 @@ def test_an_image_without_objects_has_no_selection_and_an_empty_mask(teacher: On
     empty = subject(boxes_xyxy=np.zeros((0, 4), np.float32), labels=none.astype(np.int64), iscrowd=none)
     said = explain(empty, config(), LABELS, teacher, {})
     assert not said.stand_ins
-    assert said.kept is not None
-    assert (said.kept.positives, said.kept.hard_negatives()) == (0, 0)
-    assert said.mask is not None
-    assert np.isnan(said.mask.share)
-    assert all(not level.any() for level in said.mask.levels)
+    assert seen(said).kept is not None
+    assert (seen(said).kept.positives, seen(said).kept.hard_negatives()) == (0, 0)
+    assert seen(said).mask is not None
+    assert np.isnan(seen(said).mask.share)
+    assert all(not level.any() for level in seen(said).mask.levels)
     explanation_picture(said, "about")
 
 

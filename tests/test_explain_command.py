@@ -83,8 +83,8 @@ def test_a_run_and_its_recipe_find_the_same_student_and_an_image_by_id_name_or_f
         assert one.name == f"{image['file_name']} (image {image['id']} of data.val)"
         np.testing.assert_allclose(one.objects.boxes_xyxy, expected, atol=1e-3)
         assert list(one.students) == [BEFORE, AFTER]
-        assert one.kept is not None
-        assert one.kept.positives == len(expected)
+        assert one.seen[0].kept is not None
+        assert one.seen[0].kept.positives == len(expected)
 
 
 def test_the_command_writes_a_picture_and_says_what_is_in_it(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,18 +12,14 @@ import torch
 from reference import make_targets, near, random_boxes, random_logits, slow_resample
 from torch import Tensor
 
-from qskd.config import (
-    DetectionLossConfig,
-    DistillationConfig,
-    FeatureDistillationConfig,
-    QuerySelectionConfig,
-    ResizeConfig,
-)
+from qskd.config import DetectionLossConfig, ResizeConfig
 from qskd.detectors import Preprocessing
 from qskd.distillation.maps import pair_levels, resample
+from qskd.distillation.method import Facts, Lesson
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
 from qskd.distillation.qskd.method import QSKD
 from qskd.distillation.qskd.query_selection import QuerySelection, select_queries
+from qskd.distillation.qskd.settings import FeatureDistillationConfig, QuerySelectionConfig, Settings
 from qskd.errors import QskdError
 from qskd.losses.detection_loss import combine, detection_terms, detection_weights
 from qskd.losses.matching import assign
@@ -273,7 +269,7 @@ def test_no_loss_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError
 
     def step(make: Any) -> dict[str, LossTerm]:
-        method = make(QSKD(DistillationConfig(), [6], [6]))
+        method = make(QSKD(Settings(), Facts((6,)), Facts((6,))))
         targets = make_targets([3, 0])
         memory, valid = random_maps(2, 6, [(4, 5)]), (rectangles([(4, 5), (3, 5)], (4, 5)),)
         student = DetectorOutput(
@@ -294,7 +290,7 @@ def test_no_loss_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         config = DetectionLossConfig()
         terms = detection_terms(student.logits, student.boxes_cxcywh, targets, assignment, config)
-        terms |= method(student, record, targets, assignment, teacher_assignment)
+        terms |= method(Lesson(student, record, targets, assignment, teacher_assignment))
         combine(terms, detection_weights(2, config) | method.weights)
         return terms
 

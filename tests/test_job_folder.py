@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipelines.caching import driver as cache_teacher
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from pipelines.training import driver as distill
 from pipelines.tuning import driver as tune
 from pipelines.tuning.search.request import SearchRequest
@@ -33,7 +33,7 @@ def warned(caplog: pytest.LogCaptureFixture, config: Config, kind: str = "distil
     """The fields that are warned of."""
     caplog.clear()
     with caplog.at_level(logging.WARNING, "qskd"):
-        prepare_config(config, kind)
+        resolve(config, kind)
     return [record.getMessage().partition(":")[0] for record in caplog.records]
 
 

@@ -39,7 +39,7 @@ def test_a_worker_asks_every_ten_steps_or_never(
     import ray.train
 
     asked: list[int] = []
-    plan = distill.make_plan(distill.prepare_config(recipe, "train"), "train")
+    plan = distill.make_plan(distill.resolve(recipe, "train"), "train")
     worker = Worker(plan.config, plan.stream, 1, 0, preemptible=preemptible)
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: asked.append(worker.training.step))
     for worker.training.step in range(1, 3 * NOTICE_EVERY_STEPS + 1):
@@ -67,7 +67,7 @@ def test_workers_are_told_to_ask_when_elastic_or_on_a_cluster_of_others(
     made: dict[str, Any] = {}
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda _, **settings: made.update(settings))
-    plan = distill.make_plan(distill.prepare_config(config, "train"), "train")
+    plan = distill.make_plan(distill.resolve(config, "train"), "train")
     make_trainer(plan.config, plan.stream, Folder(config), [])
     assert made["train_loop_config"]["preemptible"] is expected
     assert may_be_preempted(config) is expected

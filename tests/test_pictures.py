@@ -8,19 +8,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from qskd.config import QuerySelectionConfig
+from qskd.distillation.qskd.drawn import POSITIVE, band_colours, band_range, draw_selection
+from qskd.distillation.qskd.seen import KeptQueries, Mask, QSKDSeen
+from qskd.distillation.qskd.settings import QuerySelectionConfig
 from qskd.evaluation.detections import Detections
-from qskd.pictures.explain import Explanation, KeptQueries, Mask
-from qskd.pictures.explained import (
-    POSITIVE,
-    band_colours,
-    band_range,
-    draw_mask,
-    draw_selection,
-    explanation_picture,
-    fitted,
-    warning_of,
-)
+from qskd.pictures.drawing import draw_mask, fitted
+from qskd.pictures.explain import Explanation
+from qskd.pictures.explained import explanation_picture, warning_of
 from qskd.pictures.panels import Key, Panel, columns_for, sheet
 from qskd.pictures.plots import class_colour, load_font, shortened
 
@@ -161,6 +155,18 @@ def test_a_sheet_shows_every_panel_pixel_for_pixel() -> None:
         assert block.all()
 
 
+SEEN = QSKDSeen(
+    KeptQueries(
+        np.array([[8, 8, 24, 24], [30, 30, 50, 60], [40, 4, 60, 20]], np.float32),
+        np.array([True, False, False]),
+        np.array([3, 3, 0]),
+        np.array([1, 1, 0], np.float32),
+        RULE,
+    ),
+    Mask((np.eye(8, dtype=np.float32), np.eye(4, dtype=np.float32)), 0.5, 0.2),
+)
+
+
 def explanation(**changes: object) -> Explanation:
     """Two objects, one detection, three queries of which two are kept, a mask of two maps."""
 
@@ -180,14 +186,7 @@ def explanation(**changes: object) -> Explanation:
         stand_ins=False,
         threshold=0.3,
         teacher=found(boxes[:1], [1], [0.8]),
-        kept=KeptQueries(
-            np.array(boxes, np.float32),
-            np.array([True, False, False]),
-            np.array([3, 3, 0]),
-            np.array([1, 1, 0], np.float32),
-            RULE,
-        ),
-        mask=Mask((np.eye(8, dtype=np.float32), np.eye(4, dtype=np.float32)), 0.5, 0.2),
+        seen=(SEEN,),
         students={"before": found([], [], []), "after": found(boxes[1:2], [0], [0.6])},
     )
     return replace(made, **changes)  # type: ignore[arg-type]
@@ -216,15 +215,19 @@ def test_a_sheets_boxes_are_where_they_are_in_the_numbers() -> None:
 def test_panels_follow_what_there_is() -> None:
     full = explanation()
     nothing = Detections.empty()
-    bare = explanation(teacher=None, kept=None, mask=None)
+    bare = explanation(teacher=None, seen=())
     no_objects = explanation(
         objects=nothing,
-        kept=replace(full.kept, is_positive=np.zeros(3, bool), weight=np.zeros(3, np.float32)),  # type: ignore[type-var]
-        mask=Mask((np.zeros((8, 8), np.float32),), float("nan"), 0.0),
+        seen=(
+            QSKDSeen(
+                replace(SEEN.kept, is_positive=np.zeros(3, bool), weight=np.zeros(3, np.float32)),
+                Mask((np.zeros((8, 8), np.float32),), float("nan"), 0.0),
+            ),
+        ),
     )
-    positives_only = replace(full.kept, rule=QuerySelectionConfig(band_weights=(0.0, 0.0)))  # type: ignore[type-var]
+    positives_only = replace(SEEN.kept, rule=QuerySelectionConfig(band_weights=(0.0, 0.0)))  # type: ignore[type-var]
     positives_only = replace(positives_only, weight=np.array([1, 0, 0], np.float32), band=np.array([1, 1, 0]))
-    explanation_picture(explanation(kept=positives_only), "about")
+    explanation_picture(explanation(seen=(replace(SEEN, kept=positives_only),)), "about")
     sizes = [explanation_picture(one, "about").shape for one in (full, bare, no_objects)]
     assert sizes[0][0] > 1.5 * sizes[1][0]  # two rows; one row
     assert sizes[0][1] == sizes[1][1] == sizes[2][1]

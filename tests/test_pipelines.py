@@ -111,7 +111,7 @@ def weights(student: str) -> dict[str, torch.Tensor]:
 
 def without_ray(config: Config) -> list[dict[str, float]]:
     """Each step's terms in a training of this process, from the plan of the run."""
-    plan = distill.make_plan(distill.prepare_config(config, "distill"), "distill")
+    plan = distill.make_plan(distill.resolve(config, "distill"), "distill")
     labels = plan.train.labels
     student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))

@@ -20,23 +20,27 @@ from reference import (
 )
 from torch import Tensor
 
-from qskd.config import (
-    DetectionLossConfig,
-    DistillationConfig,
+from qskd.config import DetectionLossConfig
+from qskd.config.distillation import NoMethod
+from qskd.distillation.method import Facts, Lesson, build_method
+from qskd.distillation.qskd.lapd import teacher_layer_of_student
+from qskd.distillation.qskd.method import QSKD
+from qskd.distillation.qskd.pairing import Side, pair_by_assignment, pair_by_index, pair_globally
+from qskd.distillation.qskd.query_selection import select_queries
+from qskd.distillation.qskd.settings import (
     FeatureDistillationConfig,
     PredictionDistillationConfig,
     QuerySelectionConfig,
+    Settings,
 )
-from qskd.distillation import QSKD, build_method
-from qskd.distillation.qskd.lapd import teacher_layer_of_student
-from qskd.distillation.qskd.pairing import Side, pair_by_assignment, pair_by_index, pair_globally
-from qskd.distillation.qskd.query_selection import select_queries
 from qskd.errors import QskdError
 from qskd.losses.detection_loss import combine
 from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherRecord
 
 CLASSES = 4
+
+FACTS = Facts((8,))
 
 
 def network(targets: Targets, layers: int, queries: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -67,16 +71,16 @@ def record(logits: Tensor, boxes: Tensor, width: int = 8, side: int = 5) -> Teac
 
 
 def run(
-    config: DistillationConfig, targets: Targets, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
+    config: Settings, targets: Targets, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
 ) -> dict[str, LossTerm]:
-    method = build_method(config, [8], [8])
+    method = build_method(config, FACTS, FACTS)
     assert method is not None
     ours, theirs = assign([student, teacher], targets, DetectionLossConfig())
-    return method(output(*student), record(*teacher), targets, ours, theirs)
+    return method(Lesson(output(*student), record(*teacher), targets, ours, theirs))
 
 
-def only_predictions(selection: QuerySelectionConfig | None = None, **values: Any) -> DistillationConfig:
-    return DistillationConfig(
+def only_predictions(selection: QuerySelectionConfig | None = None, **values: Any) -> Settings:
+    return Settings(
         selection=selection or QuerySelectionConfig(boundaries=(0.3,), max_per_object=3),
         features=FeatureDistillationConfig(weight=0),
         predictions=PredictionDistillationConfig(**values),
@@ -168,12 +172,12 @@ def test_without_objects_the_terms_are_zero_and_attached(slots: int, pairing: An
     targets = make_targets([0, 0], slots=slots)
     logits, boxes = network(targets, 2, 6, 1)
     logits.requires_grad_(), boxes.requires_grad_()
-    config = DistillationConfig(predictions=PredictionDistillationConfig(pairing=pairing))
-    method = build_method(config, [8], [8])
+    config = Settings(predictions=PredictionDistillationConfig(pairing=pairing))
+    method = build_method(config, FACTS, FACTS)
     assert method is not None
     student, teacher = output(logits, boxes), record(*network(targets, 1, 7, 9))
     ours, theirs = assign([(logits, boxes), (teacher.logits, teacher.boxes_cxcywh)], targets, DetectionLossConfig())
-    terms = method(student, teacher, targets, ours, theirs)
+    terms = method(Lesson(student, teacher, targets, ours, theirs))
     assert set(terms) == set(method.weights) == {"agfd", "lapd_class", "lapd_l1", "lapd_giou"}
     total = combine(terms, method.weights)
     assert total == 0
@@ -296,7 +300,7 @@ def test_half_precision_gives_float32_terms_near_the_full_ones() -> None:
     student, teacher = network(targets, 2, 12, 1), network(targets, 1, 12, 8)
     half = [(a.bfloat16(), b.bfloat16()) for a, b in (student, teacher)]
     full = [(a.float(), b.float()) for a, b in half]
-    a, b = run(DistillationConfig(), targets, *half), run(DistillationConfig(), targets, *full)
+    a, b = run(Settings(), targets, *half), run(Settings(), targets, *full)
     for name, term in a.items():
         assert term.total.dtype == torch.float32
         torch.testing.assert_close(term.total, b[name].total)
@@ -328,23 +332,23 @@ def test_side_layers_repeat_and_pick() -> None:
 
 
 def test_needs_and_weights_follow_the_configuration() -> None:
-    method = QSKD(DistillationConfig(), [8], [8])
+    method = QSKD(Settings(), FACTS, FACTS)
     assert (method.needs.memory, method.needs.attention, method.needs.all_layers) == (True, True, False)
     assert method.needs.attention_giou_floor == 0.5
     assert method.weights == {"agfd": 50.0, "lapd_class": 1.0, "lapd_l1": 5.0, "lapd_giou": 2.0}
-    uniform = QSKD(DistillationConfig(features=FeatureDistillationConfig(background=1.0)), [8], [8])
+    uniform = QSKD(Settings(features=FeatureDistillationConfig(background=1.0)), FACTS, FACTS)
     assert (uniform.needs.memory, uniform.needs.attention) == (True, False)
-    local = QSKD(only_predictions(teacher_layers="same_index", weight=0.5), [8], [8])
+    local = QSKD(only_predictions(teacher_layers="same_index", weight=0.5), FACTS, FACTS)
     assert (local.needs.memory, local.needs.attention, local.needs.all_layers) == (False, False, True)
     assert local.weights == {"lapd_class": 0.5, "lapd_l1": 2.5, "lapd_giou": 1.0}
     assert not list(local.parameters())
-    assert build_method(DistillationConfig(method="none"), [8], [8]) is None
+    assert build_method(NoMethod(), FACTS, FACTS) is None
 
 
 def test_a_part_of_weight_zero_is_left_out() -> None:
     targets = make_targets([2], classes=CLASSES)
     student, teacher = network(targets, 2, 6, 0), network(targets, 1, 6, 1)
-    config = DistillationConfig(predictions=PredictionDistillationConfig(weight=0))
+    config = Settings(predictions=PredictionDistillationConfig(weight=0))
     assert set(run(config, targets, student, teacher)) == {"agfd"}
     assert set(run(only_predictions(), targets, student, teacher)) == {"lapd_class", "lapd_l1", "lapd_giou"}
 
@@ -352,7 +356,7 @@ def test_a_part_of_weight_zero_is_left_out() -> None:
 def test_a_record_with_more_layers_than_needed_changes_nothing() -> None:
     targets = make_targets([2, 3], classes=CLASSES)
     student, (logits, boxes) = network(targets, 2, 8, 0), network(targets, 3, 9, 4)
-    many = run(DistillationConfig(), targets, student, (logits, boxes))
-    one = run(DistillationConfig(), targets, student, (logits[-1:], boxes[-1:]))
+    many = run(Settings(), targets, student, (logits, boxes))
+    one = run(Settings(), targets, student, (logits[-1:], boxes[-1:]))
     for name in many:
         torch.testing.assert_close(many[name].total, one[name].total)

@@ -40,7 +40,7 @@ def drain_when_begun(folder: object) -> None:
 def run(root: Path) -> None:
     from test_pipelines import SIZES
 
-    import pipelines.cluster.start
+    from pipelines.cluster.start import start_ray
     from pipelines.prepare import prepare
     from pipelines.run.folder import Folder
     from pipelines.run.history import read_history
@@ -56,7 +56,7 @@ def run(root: Path) -> None:
         f"tracking.uri=sqlite:///{root}/mlflow.db", "training.epochs=5", "training.batch_size=4",
         "training.evaluate_every_epochs=5", "compute.workers=2", "compute.min_workers=1",
     ])  # fmt: skip
-    pipelines.cluster.start_ray()
+    start_ray()
     threading.Thread(target=drain_when_begun, args=(Folder(config),), daemon=True).start()
     distill.run(config, "train")
     print(json.dumps([entry["step"] for entry in read_history(Folder(config))]))

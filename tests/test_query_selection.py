@@ -6,8 +6,9 @@ import pytest
 import torch
 from reference import make_targets, near, random_boxes, random_logits, slow_selection
 
-from qskd.config import DetectionLossConfig, QuerySelectionConfig
+from qskd.config import DetectionLossConfig
 from qskd.distillation.qskd.query_selection import QuerySelection, rank_in_group, select_queries
+from qskd.distillation.qskd.settings import QuerySelectionConfig
 from qskd.losses.matching import assign
 from qskd.structures import Targets
 

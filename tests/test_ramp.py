@@ -8,15 +8,16 @@ from tiny import batch_of, make_training, random_teacher, recipe
 
 from pipelines.run.folder import Folder
 from pipelines.run.guards import check_same_run
-from qskd.config import Config, DistillationConfig
+from qskd.config import Config
 from qskd.config.recipe import build, to_yaml
-from qskd.distillation import distillation_factor
+from qskd.distillation.qskd.settings import Settings
+from qskd.distillation.ramp import distillation_factor
 from qskd.errors import QskdError
 from qskd.training.step import Training
 
 
 def factors(steps: int, **fields: float) -> list[float]:
-    config = DistillationConfig.model_validate({"decay": 0.0} | fields)
+    config = Settings.model_validate({"decay": 0.0} | fields)
     return [distillation_factor(step, steps, config) for step in range(steps)]
 
 
@@ -31,7 +32,7 @@ def test_weights_rise_to_one_and_fall_from_it() -> None:
 
 
 def test_by_default_weights_fall_over_the_second_half() -> None:
-    config = DistillationConfig()
+    config = Settings()
     assert [distillation_factor(step, 8, config) for step in range(8)] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 

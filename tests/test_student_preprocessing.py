@@ -13,7 +13,7 @@ import transformers as hf
 from PIL import Image
 from torch import Tensor
 
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from qskd.config import Config, ResizeConfig
 from qskd.datasets.batch import train_batch
 from qskd.detectors import IMAGENET_MEAN, IMAGENET_STD, build_student, read_preprocessing, save_detector
@@ -79,7 +79,7 @@ def test_of_a_teacher_of_another_family_the_backbones_pixels_are_taken(tmp_path:
 
 def test_the_size_is_the_checkpoints_unless_the_recipe_says_another(source: str) -> None:
     own = Config.model_validate({"student": {"init": source}})
-    assert prepare_config(own, "train").student.resize == ResizeConfig(mode="square", size=128)
+    assert resolve(own, "train").student.resize == ResizeConfig(mode="square", size=128)
     given = Config.model_validate({"student": {"init": source, "resize": {"size": 96}}})
-    assert prepare_config(given, "train").student.resize.size == 96
-    assert prepare_config(Config(), "train").student.resize == ResizeConfig()
+    assert resolve(given, "train").student.resize.size == 96
+    assert resolve(Config(), "train").student.resize == ResizeConfig()

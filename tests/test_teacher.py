@@ -59,14 +59,14 @@ def test_it_gives_what_was_asked_and_no_more(teacher: OnlineTeacher) -> None:
     record = teacher(*pixels(), TeacherNeeds())
     assert (len(record.logits), record.memory, record.attention_queries, record.attention) == (1, (), None, ())
     record = teacher(*pixels(), TeacherNeeds(memory=True))
-    assert len(record.memory) == len(record.memory_valid) == len(teacher.memory_channels)
+    assert len(record.memory) == len(record.memory_valid) == len(teacher.facts.channels)
     assert record.attention_queries is None
     record = teacher(*pixels(), EVERYTHING)
     assert record.logits.shape == (3, 2, 10, 3)
     assert record.boxes_cxcywh.shape == (3, 2, 10, 4)
     assert [tuple(part.shape) for part in record.memory] == [
         (2, channels, *valid.shape[1:])
-        for channels, valid in zip(teacher.memory_channels, record.memory_valid, strict=True)
+        for channels, valid in zip(teacher.facts.channels, record.memory_valid, strict=True)
     ]
 
 

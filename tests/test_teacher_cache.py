@@ -241,7 +241,7 @@ def test_the_teacher_is_not_loaded_where_there_is_a_cache(data: str, cache: str)
     absent = config.teacher.model_copy(update={"path": "/nowhere/teacher"})
     found = teacher_for_training(config.model_copy(update={"teacher": absent}), LABELS)
     assert isinstance(found, CachedTeacher)
-    assert found.memory_channels == (64, 64)
+    assert found.facts.channels == (64, 64)
     nothing = absent.model_copy(update={"cache": config.teacher.cache.model_copy(update={"path": ""})})
     with pytest.raises(QskdError, match="/nowhere/teacher: no such folder"):
         teacher_for_training(config.model_copy(update={"teacher": nothing}), LABELS)

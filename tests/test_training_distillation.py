@@ -92,7 +92,7 @@ def test_distillation_lowers_every_term(photographs: str, teacher_family: str, s
     assert slots.count("N/A") == 11
     teacher = random_teacher(teacher_family, labels, slots)
     assert teacher.detector.num_queries != STUDENT["queries"]
-    assert teacher.memory_channels[0] != STUDENT["width"]
+    assert teacher.facts.channels[0] != STUDENT["width"]
     assert teacher.get_buffer("class_slots").tolist() == [slots.index(label) for label in labels]
     batches = photograph_batches(photographs, 30)
     teach(teacher, batches, labels)

@@ -162,10 +162,10 @@ def stop_two_workers(root: Path) -> None:
     """Sweep, stop, and wait for the release: exits with 0 if it came. For a process and a Ray of its own."""
     import ray
 
-    import pipelines.cluster.start
+    from pipelines.cluster.start import start_ray
 
     make_work(root, 48, 12)
-    pipelines.cluster.start_ray()
+    start_ray()
     there = ray.cluster_resources()["CPU"]
 
     def released(processes: list[int]) -> bool:

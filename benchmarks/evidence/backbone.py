@@ -19,7 +19,7 @@ from transformers import ResNetBackbone
 
 from pipelines.demo.quickstart import RECIPE, TRAIN
 from pipelines.prepare import prepare
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import local_stream
 from qskd.checkpoints.weights import quiet
@@ -54,7 +54,7 @@ def pretrain(work: Path, folder: Path, epochs: int, overrides: Iterable[str] = (
         prepare(annotations, images, str(work / "backbone"), quiet=True)
     given = [f"data.train={work}/backbone", f"data.val={work}/val", "student.backbone.init=", "student.inherit=false"]
     config = load(RECIPE, [*overrides, *given, f"training.epochs={epochs}", f"training.evaluate_every_epochs={epochs}"])
-    plan = make_plan(prepare_config(config, "train"), "train")
+    plan = make_plan(resolve(config, "train"), "train")
     student = build_student(config.student, plan.train.labels, config.seed)
     head = DenseHead(config.student.backbone.hidden_sizes[-1], len(plan.train.labels))
     parameters = [*student.backbone.parameters(), *head.parameters()]

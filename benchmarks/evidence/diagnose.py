@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from qskd.config import Config
 from qskd.config.recipe import replace_fields
 from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.schedule import evaluation_batches
+from qskd.distillation.qskd.drawn import band_colours, draw_selection
+from qskd.distillation.qskd.method import QSKD
+from qskd.distillation.qskd.seen import ask_teacher
+from qskd.distillation.qskd.settings import Settings
 from qskd.from_recipe import make_student, make_teacher, teacher_for_training
 from qskd.losses.detection_loss import combine
-from qskd.pictures.explain import ask_teacher
-from qskd.pictures.explained import band_colours, draw_mask, draw_selection, fitted
+from qskd.pictures.drawing import draw_mask, fitted
 from qskd.pictures.plots import curve_plot, draw_boxes, picture_grid
 from qskd.structures import Targets
 from qskd.teacher.online import OnlineTeacher
@@ -67,6 +71,19 @@ def inside_objects(targets: Targets, height: int, width: int) -> Tensor:
     return (within & targets.valid[..., None, None]).any(1)
 
 
+def settings_of(config: Config) -> Settings:
+    settings = config.distillation
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def asking(teacher: OnlineTeacher, batch: TrainBatch, config: Config) -> tuple[Any, ...]:
+    """The arguments of `ask_teacher` for a batch."""
+    settings = settings_of(config)
+    ask = partial(teacher, batch.teacher_images, batch.teacher_sizes)
+    return ask, QSKD.needs_of(settings), batch.targets, settings, config.detection
+
+
 def what_is_kept(teacher: OnlineTeacher, config: Config, batches: Iterable[TrainBatch]) -> dict[str, float]:
     """Over all batches: hard negatives an object, their mean GIoU, weight and confidence, and the positives' confidence. Of the
     (finest) mask's mass the share that lies in objects' boxes, as trained and without its `background`; without it, the share
@@ -75,9 +92,8 @@ def what_is_kept(teacher: OnlineTeacher, config: Config, batches: Iterable[Train
     objects = hard = 0
     overlap, sure, positive_sure, weights, shares, mass, covered = ([] for _ in range(7))
     for batch in batches:
-        asked = batch.teacher_images, batch.teacher_sizes, batch.targets
-        record, selection, masks = ask_teacher(teacher, *asked, config)
-        attention = ask_teacher(teacher, *asked, plain)[2][0]
+        record, selection, masks = ask_teacher(*asking(teacher, batch, config))
+        attention = ask_teacher(*asking(teacher, batch, plain))[2][0]
         kept = (selection.weight > 0) & ~selection.is_positive
         confidence = record.logits[-1].amax(-1).sigmoid()
         objects, hard = objects + sum(batch.targets.counts), hard + int(kept.sum())
@@ -157,10 +173,8 @@ def picture(teacher: OnlineTeacher, configs: Mapping[str, Config], batch: TrainB
     ]
     for name, config in configs.items():
         titles += [f"kept: {VARIANTS[name].title}", f"mask: {VARIANTS[name].title}"]
-        record, selection, masks = ask_teacher(
-            teacher, batch.teacher_images, batch.teacher_sizes, batch.targets, config
-        )
-        colours = band_colours(config.distillation.selection)
+        record, selection, masks = ask_teacher(*asking(teacher, batch, config))
+        colours = band_colours(settings_of(config).selection)
         for image, (pixels, _) in enumerate(shown):
             queries = pixels_of(record.boxes_cxcywh[-1, image], image)
             positive, band, weight = (

@@ -16,7 +16,7 @@ from benchmarks.evidence.teachers import MANY, OWN, make_many, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.prepare import prepare
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from qskd.config import Config
 from qskd.config.recipe import load
 from qskd.datasets.manifest import load_manifest
@@ -50,7 +50,7 @@ def make_config(
     work: Path, split: str, student: Student, overrides: Iterable[str] = (), kind: str = "distill"
 ) -> Config:
     """A cell's whole configuration: the quickstart's recipe, this folder, the student's fields, the cell's own."""
-    return prepare_config(load(RECIPE, [*base_overrides(work, split, student), *student.overrides, *overrides]), kind)
+    return resolve(load(RECIPE, [*base_overrides(work, split, student), *student.overrides, *overrides]), kind)
 
 
 def make_task(work: Path, students: Iterable[str]) -> None:

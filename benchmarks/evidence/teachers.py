@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pipelines.demo.quickstart import TEACHER
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import local_stream
 from qskd.config import Config
@@ -45,7 +45,7 @@ def recipe(work: Path) -> Config:
         "training.evaluate_every_epochs=8",
         "training.learning_rate=1.0e-3",
     ]
-    return prepare_config(load(RECIPE, fields), "train")
+    return resolve(load(RECIPE, fields), "train")
 
 
 def make_many(work: Path) -> Path:

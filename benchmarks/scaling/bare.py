@@ -21,7 +21,7 @@ BATCHES = 20
 
 
 def step_times(recipe: str, seconds: float) -> list[float]:
-    from pipelines.run.resolve import prepare_config
+    from pipelines.run.resolve import resolve
     from pipelines.training.plan import make_plan
     from pipelines.training.stream import local_stream
     from qskd.config.recipe import load
@@ -30,7 +30,7 @@ def step_times(recipe: str, seconds: float) -> list[float]:
     from qskd.training.step import Training
 
     torch.set_num_threads(1)
-    plan = make_plan(prepare_config(load(recipe, []), "distill"), "distill")
+    plan = make_plan(resolve(load(recipe, []), "distill"), "distill")
     labels = plan.train.labels
     student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))

@@ -137,7 +137,7 @@ def measure(rounds: int, steps: int, bare_seconds: float, blocks: int) -> Record
         make_data(folder)
         bare = folder / "bare.yaml"
         bare.write_text(to_yaml(recipe(folder, "bare", 1, steps)))
-        plan = distill.make_plan(distill.prepare_config(recipe(folder, "plan", 1, steps), "distill"), "distill")
+        plan = distill.make_plan(distill.resolve(recipe(folder, "plan", 1, steps), "distill"), "distill")
         record.run_steps = plan.stream.run_length(2)
         record.loader_decoded_s, record.loader_kept_s = loader_image_seconds(plan, IMAGES)
         for number in range(rounds):

@@ -17,7 +17,7 @@ from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, duration_
 from pipelines.cluster.room import actors_that_fit, check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.run.logs import say, start_logs
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
@@ -44,7 +44,7 @@ class CacheResult:
 
 def foresee(config: Config, overwrite: bool = False) -> str:
     """What `--dry-run` prints: what there is, and what the rest will cost, tried on a few images."""
-    plan = make_cache_plan(prepare_config(config, "cache"), overwrite)
+    plan = make_cache_plan(resolve(config, "cache"), overwrite)
     if not plan.todo:
         return f"{plan.describe()}\nnothing is missing"
     teacher = make_teacher(plan.config, plan.data.labels)
@@ -54,7 +54,7 @@ def foresee(config: Config, overwrite: bool = False) -> str:
 
 def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
-    started, config = time.perf_counter(), prepare_config(config, "cache")
+    started, config = time.perf_counter(), resolve(config, "cache")
     plan = make_cache_plan(config, overwrite)
     start_logs(run=config.name)
     say(f"cache: {plan.describe()}", quiet)

@@ -10,7 +10,7 @@ import torch
 from pipelines.caching.actors import decode
 from pipelines.caching.plan import make_cache_plan
 from pipelines.cluster.devices import device_here
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from qskd.config import Config
 from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError
@@ -26,7 +26,7 @@ from qskd.teacher.manifest import REMEDY
 
 def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
     """Recompute random rows, each in the batch it was computed in, and compare: the largest error of each column."""
-    config = prepare_config(config, "cache")
+    config = resolve(config, "cache")
     plan = make_cache_plan(config)
     if plan.existing is None or not plan.existing.views:
         raise QskdError(plan.path, "no finished view", "a cache made with this recipe", "run `qskd cache RECIPE`")

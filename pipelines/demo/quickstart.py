@@ -29,7 +29,7 @@ from pipelines.inspection.evaluate import evaluate
 from pipelines.prepare import prepare
 from pipelines.reporting.cards import complete
 from pipelines.run.folder import Folder
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from pipelines.tracking.store import how_to_look
 from pipelines.training.driver import RunResult, read_result
 from pipelines.training.plan import make_plan
@@ -87,7 +87,7 @@ def recipe(folder: Path, name: str) -> Config:
         "tracking.experiment=quickstart",
         *(["student.inherit=false"] if kind == "train" else []),
     ]
-    return prepare_config(load(RECIPE, overrides), kind)
+    return resolve(load(RECIPE, overrides), kind)
 
 
 @dataclass(frozen=True)

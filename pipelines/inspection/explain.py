@@ -117,12 +117,7 @@ def about(config: Config, teacher: OnlineTeacher | None, before: str = "") -> st
 def summary(shown: Explanation) -> str:
     """What the picture says, as a line for the terminal."""
     parts = [f"{len(shown.objects.scores)} {'stand-in ' if shown.stand_ins else ''}object(s)"]
-    if shown.kept is not None and shown.mask is not None:
-        parts.append(f"{shown.kept.positives} positive and {shown.kept.hard_negatives()} hard negative queries")
-        if shown.mask.share == shown.mask.share:
-            parts.append(
-                f"{shown.mask.share:.0%} of the mask in objects ({shown.mask.object_share:.0%} of the picture)"
-            )
+    parts += [said for seen in shown.seen for said in seen.summary()]
     parts += [f"{title.lower()}: {len(found.scores)} box(es)" for title, found in shown.students.items()]
     return ", ".join(parts)
 

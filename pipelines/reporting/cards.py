@@ -16,7 +16,7 @@ from pipelines.inspection.evaluate import evaluate
 from qskd.config import Config, ResizeConfig
 from qskd.config.recipe import changes
 from qskd.datasets.manifest import Manifest
-from qskd.deploy.model_card import Card, Figures, read_card, write_card
+from qskd.deploy.model_card import Card, Figures, method_titles, read_card, write_card
 from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
 from qskd.detectors import Detector, load_detector
 from qskd.detectors.cost import busy_note
@@ -122,6 +122,7 @@ def card_of_run(
         teacher_licence=card.teacher_licence,
         licence=card.licence,
         timing=timing,
+        methods=method_titles(config.distillation) if kind == "distill" else (),
     )
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from pipelines.cluster.environment import in_a_job
 from pipelines.run.job_folder import check_job_folder
 from pipelines.run.places import check_places
 from pipelines.tracking.store import tracking_uri
-from qskd.config import Config
+from qskd.config import Config, MethodSettings
+from qskd.config.distillation import NoMethod
 from qskd.detectors import read_preprocessing, uri_refused
+from qskd.distillation.find import located
+
+ResolvedConfig = NewType("ResolvedConfig", Config)  # what `resolve` gave: nothing in it is left to be found out
 
 
-def prepare_config(config: Config, kind: str) -> Config:
-    """Resolve what the verb implies (`kind`: cache, distill or train): `train` has no teacher; paths become absolute, since
-    workers run elsewhere, those that a job would lose are told first. A student that starts from a detector sees images of
-    that one's size, unless the recipe says another."""
-    check_job_folder(config, kind)
-    if kind != "cache":
+def resolve(config: Config, verb: str) -> ResolvedConfig:
+    """What the verb (cache, distill or train) runs with. `train` has no teacher. Paths become absolute, since workers run
+    elsewhere; those that a job would lose are told first. A method of the user's becomes the path of its file. A student that
+    starts from a detector sees images of that one's size, unless the recipe says another."""
+    check_job_folder(config, verb)
+    if verb != "cache":
         tracking_uri(config)  # refuses one with a password before anything is written
 
     def absolute(path: str) -> str:
@@ -44,8 +48,16 @@ def prepare_config(config: Config, kind: str) -> Config:
     if student["init"] and "resize" not in config.student.model_fields_set:
         student["resize"] = read_preprocessing(student["init"]).resize
     update["student"] = config.student.model_copy(update=student)
-    if kind == "train":
-        update["distillation"] = config.distillation.model_copy(update={"method": "none"})
+    update["distillation"] = NoMethod() if verb == "train" else _methods_found(config.distillation)
     config = config.model_copy(update=update)
-    check_places(config, kind)
-    return config
+    check_places(config, verb)
+    return ResolvedConfig(config)
+
+
+def _methods_found(settings: MethodSettings) -> MethodSettings:
+    """Where the user's methods are: workers know neither --methods nor this process's folder. A job's working folder is a copy
+    that they have too."""
+    also = {name: _methods_found(part) for name, part in settings.also.items()}
+    given = settings.method
+    method = given if in_a_job() and given.endswith(".py") and not os.path.isabs(given) else located(given)
+    return settings.model_copy(update={"method": method, "also": also})

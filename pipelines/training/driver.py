@@ -18,7 +18,7 @@ from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
 from pipelines.run.logs import start_logs, tell
 from pipelines.run.ownership import check_ours, claim, delete_run
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from pipelines.run.stopping import was_stopped
 from pipelines.run.tracked import open_for
 from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
@@ -70,7 +70,7 @@ def start(
     """What the command line does: load the recipe, train, and say where the student is."""
     config = load(recipe, overrides or ())
     if dry_run:
-        config = prepare_config(config, kind)
+        config = resolve(config, kind)
         check_folder(config, restart)
         plan = make_plan(config, kind, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
@@ -84,7 +84,7 @@ def start(
 
 def run(config: Config, kind: str, restart: bool = False) -> RunResult:
     """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
-    config = prepare_config(config, kind)
+    config = resolve(config, kind)
     folder = check_folder(config, restart)
     plan = make_plan(config, kind)
     with alone_on(folder):

@@ -13,7 +13,7 @@ from qskd.config import Config
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.schedule import Schedule
 from qskd.detectors import describe_student
-from qskd.distillation import teacher_needs
+from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
 from qskd.redaction import redacted

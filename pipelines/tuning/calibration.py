@@ -20,7 +20,7 @@ from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.config.recipe import replace_fields
 from qskd.datasets.batch import parts_of, train_batch
-from qskd.distillation import teacher_needs
+from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_batch
 from qskd.from_recipe import make_student, make_teacher

@@ -16,7 +16,7 @@ from pipelines.run.folder import Folder
 from pipelines.run.guards import alone_on, check_same_data, check_same_run
 from pipelines.run.logs import tell
 from pipelines.run.ownership import check_ours, claim, delete_run
-from pipelines.run.resolve import prepare_config
+from pipelines.run.resolve import resolve
 from pipelines.run.tracked import open_for
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.tuning.finish import SweepResult, finish
@@ -93,7 +93,7 @@ def check_folder(config: Config, restart: bool) -> Folder:
 
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
     """Search, or go on with a search that was stopped. Raises QskdError; KeyboardInterrupt after Ctrl-C and SIGTERM."""
-    config = prepare_config(config, "distill")
+    config = resolve(config, "distill")
     with alone_on(check_folder(config, restart)):
         return _run(config, request, restart)
 
@@ -233,7 +233,7 @@ def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
     from pipelines.tuning.calibration import Calibration, calibrate
     from pipelines.tuning.plan import make_tune_plan
 
-    config = prepare_config(config, "distill")
+    config = resolve(config, "distill")
     check_folder(config, restart)
     short = trial_recipe(config, request)
     search = check_request(request.search, as_long_as_it_trains(short, plan_without_cache(short)))

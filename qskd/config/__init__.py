@@ -1,9 +1,7 @@
 """The whole configuration of a run, strict and frozen (light: pydantic only)."""
 
 from qskd.config.distillation import DistillationConfig as DistillationConfig
-from qskd.config.distillation import FeatureDistillationConfig as FeatureDistillationConfig
-from qskd.config.distillation import PredictionDistillationConfig as PredictionDistillationConfig
-from qskd.config.distillation import QuerySelectionConfig as QuerySelectionConfig
+from qskd.config.distillation import MethodSettings as MethodSettings
 from qskd.config.images import ResizeConfig as ResizeConfig
 from qskd.config.images import ViewConfig as ViewConfig
 from qskd.config.section import Fraction as Fraction

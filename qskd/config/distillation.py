@@ -1,98 +1,118 @@
-"""The configuration's sections on what is learned from the teacher: which queries, and by which losses."""
+"""The configuration's section on what is learned from the teacher: which methods, and the settings that every method has."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from qskd.config.section import Fraction, NonNegative, Section
+from qskd.config.section import Fraction, Section
+
+DEFAULT = "qskd"
+NONE = "none"  # no teacher, as `qskd train` has it
 
 
-class QuerySelectionConfig(Section):
-    """Group Query Selection (METHODS 1.3 GQS; our reconstruction, the paper's boundaries are not known).
+class Choice(NamedTuple):
+    """What a sweep may choose between: fields to set, by the choice's name. own: the recipe's."""
 
-    Ascending GIoU `boundaries` cut queries into bands; `band_weights` has one weight more than there are boundaries, lowest
-    band first; 0 drops a band. Positives (bipartite matches) have their own weight, whatever their GIoU.
+    own: str
+    options: Mapping[str, Mapping[str, Any]]
+
+
+class MethodSettings(Section):
+    """What every distillation method is told: its part in the training. The weights of its terms may rise at the start and
+    fall at the end; the detection loss keeps its own throughout.
+
+    A method's own settings are a subclass, and stand beside these fields. Field paths here are relative to the section.
     """
 
-    boundaries: tuple[Annotated[float, Field(gt=-1.0, le=1.0)], ...] = (0.5,)  # ascending
-    band_weights: tuple[NonNegative, ...] = (0.0, 1.0)  # lowest band first
-    positive_weight: NonNegative = 1.0  # of the matched queries
-    relative: bool = False  # boundaries are fractions of the best GIoU any query reaches with the object (Q-DETR)
-    shuffled: bool = False  # an ablation's control: as many queries of each object and weight, but chosen at random
-    max_per_object: Annotated[int, Field(ge=0)] = 10  # hard negatives kept per object, largest GIoU first; 0 = no limit
-
-    @model_validator(mode="after")
-    def _ordered(self) -> QuerySelectionConfig:
-        if any(low >= high for low, high in zip(self.boundaries, self.boundaries[1:], strict=False)):
-            raise ValueError(f"boundaries {list(self.boundaries)} must ascend strictly")
-        if len(self.band_weights) != len(self.boundaries) + 1:
-            raise ValueError(
-                f"{len(self.boundaries)} boundaries make {len(self.boundaries) + 1} bands, "
-                f"but band_weights has {len(self.band_weights)} entries (lowest band first)"
-            )
-        return self
-
-    @property
-    def floor(self) -> float:
-        """The lowest absolute GIoU at which a query can be kept; -1 when that can't be bounded."""
-        if self.relative or self.shuffled or self.band_weights[0] > 0:
-            return -1.0
-        kept = [low for low, weight in zip(self.boundaries, self.band_weights[1:], strict=True) if weight > 0]
-        return min(kept, default=1.0)
-
-
-class FeatureDistillationConfig(Section):
-    """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
-
-    weight: NonNegative = (
-        50.0  # chosen by search on the quickstart's task (benchmarks/evidence); the guess before it was 1 to 10
-    )
-    # What a query's attention counts in the mask: the teacher's largest class probability; that and its GIoU; 1.
-    query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
-    quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
-    attention_layers: Literal["last", "mean"] = "last"  # of the teacher's decoder, as `teacher.cache.attention_layers`
-    # Least mask value in an image with objects, the largest being 1; 1 = plain mimicking. It counts in every cell, and so
-    # for more on more cells: 0.1 is about half of the mask's sum on the quickstart's 8 x 8, and would drown it at COCO's size.
-    background: Fraction = 0.0
-
-
-class PredictionDistillationConfig(Section):
-    """Local Alignment Prediction Distillation (METHODS 1.3 LAPD; our reconstruction). Weight 0 turns it off."""
-
-    weight: NonNegative = 1.0  # of all three terms
-    class_weight: NonNegative = 1.0  # of the classes' BCE
-    l1_weight: NonNegative = 5.0  # of the boxes' L1 distance
-    giou_weight: NonNegative = 2.0  # of 1 - GIoU
-    # rank: inside each object's group, positive with positive, then by GIoU; hungarian: then by the cheapest assignment;
-    # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
-    pairing: Literal["rank", "hungarian", "index", "global"] = "rank"
-    pair_weight: Literal["confidence", "uniform"] = "confidence"  # times the teacher's largest class probability, or 1
-    divide_by: Literal["pairs", "weights"] = (
-        "pairs"  # their number; weights: the sum of their weights, so that hard negatives dilute positives less
-    )
-    class_gamma: NonNegative = 0.0  # each class's BCE times |p_t - p_s|^gamma, as quality focal loss; 0 = plain BCE
-    student_layers: Literal["all", "last"] = "all"  # the decoder layers that learn
-    # The decoder layer each learns from; same_index: the student's are spread evenly over the teacher's (DETRDistill).
-    teacher_layers: Literal["last", "same_index"] = "last"
-
-
-class DistillationConfig(Section):
-    """What is learned from the teacher. The weights of its terms may rise at the start and fall at the end; the detection
-    loss keeps its own throughout."""
-
-    method: Literal["none", "qskd"] = "qskd"  # none: no teacher, as `qskd train` has it
+    # none: no teacher, as `qskd train` has it; a file of qskd/distillation, or of a folder given with --methods; a dotted
+    # module; a path to a .py file (docs/methods.md)
+    method: str = DEFAULT
     warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
     decay: Fraction = (
         0.5  # part of all steps, at the end, in which they fall linearly to 0 (chosen by search); 0 = they stay
     )
-    selection: QuerySelectionConfig = QuerySelectionConfig()
-    features: FeatureDistillationConfig = FeatureDistillationConfig()
-    predictions: PredictionDistillationConfig = PredictionDistillationConfig()
+    # More methods at the same time, each a section with these fields and its own; a name is the method's where `method` does
+    # not say another. All terms are summed.
+    also: dict[str, DistillationConfig] = Field(default_factory=dict)
+
+    @field_validator("also", mode="before")
+    @classmethod
+    def _named_by_their_methods(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {name: {"method": name, **part} if isinstance(part, Mapping) else part for name, part in given.items()}
 
     @model_validator(mode="after")
-    def _room_for_both(self) -> DistillationConfig:
+    def _room_for_both(self) -> MethodSettings:
         if self.warmup + self.decay > 1 + 1e-9:
             raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole training")
         return self
+
+    @model_validator(mode="after")
+    def _also_is_flat(self) -> MethodSettings:
+        for name, settings in self.also.items():
+            if settings.also:
+                raise ValueError(f"also.{name} has an `also` of its own: name all methods in the first one")
+            if NONE in (settings.method, self.method):
+                raise ValueError("method none stands alone")
+            if not name.isidentifier():
+                raise ValueError(f"also.{name}: a name of letters, digits and underscores, which its terms begin with")
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its content: a process that has not read the file of a user's method yet can't find its class by name.
+        return _of_its_method, (self.model_dump(exclude_unset=True) | {"method": self.method},)
+
+    def weight_fields(self) -> dict[str, str]:
+        """The field that weighs a term, by term, of those that are on: what `qskd tune --space loss_weights` varies."""
+        return {}
+
+    def choices(self, all_layers: bool) -> dict[str, Choice]:
+        """What else that space may choose, by parameter. all_layers: the teacher's every layer can be had."""
+        return {}
+
+    def keeps_queries(self) -> bool:
+        """Whether query i learns from query i: the student's number of queries is then the teacher's."""
+        return False
+
+
+class NoMethod(MethodSettings):
+    """No distillation. The settings of a method that does not run have no effect: they may stand there, and are left out."""
+
+    method: str = NONE
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_the_rest(cls, given: Any) -> Any:
+        return (
+            {name: given[name] for name in cls.model_fields if name in given} if isinstance(given, Mapping) else given
+        )
+
+
+def settings_class(name: str) -> type[MethodSettings]:
+    """The section's type for a method; QskdError where there is no such method."""
+    if name == NONE:
+        return NoMethod
+    from qskd.distillation.find import find_settings  # its methods' settings are subclasses of what stands here
+
+    return find_settings(name)
+
+
+def _of_its_method(given: Any) -> Any:
+    """The section, in the type that its method names."""
+    if not isinstance(given, Mapping):
+        return given
+    name = given.get("method", DEFAULT)
+    return settings_class(name).model_validate(given) if isinstance(name, str) else given
+
+
+DistillationConfig = Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_of_its_method)]
+MethodSettings.model_rebuild()
+
+
+def parts_of(settings: MethodSettings) -> dict[str, MethodSettings]:
+    """Each method's own section by the path of its fields below `distillation.`: "" for the first one, "also.NAME."."""
+    return {"": settings, **{f"also.{name}.": part for name, part in settings.also.items()}}

@@ -6,10 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qskd.config.distillation import DistillationConfig as DistillationConfig
-from qskd.config.distillation import FeatureDistillationConfig as FeatureDistillationConfig
-from qskd.config.distillation import PredictionDistillationConfig as PredictionDistillationConfig
-from qskd.config.distillation import QuerySelectionConfig as QuerySelectionConfig
 from qskd.config.section import Fraction, Positive, Section
 
 

@@ -4,39 +4,66 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from qskd.config import Config
+from qskd.config.distillation import DEFAULT, MethodSettings, settings_class
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 from qskd.redaction import STORE_REMEDY, TRACKING_REMEDY, secret_in
 from qskd.untrusted import LARGEST_YAML, parse_yaml
 
 
-def _known_fields(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    for part in path:
-        field = section.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        candidates = [inner, *getattr(inner, "__args__", ())]
-        nested = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if nested is None:
+def _known_fields(path: Sequence[str | int], tree: Any) -> list[str]:
+    """The fields of the section at `path`. tree: the configuration as nested dicts, which says what method a distillation
+    section is of."""
+    section: type[BaseModel] = Config
+    parts = [str(part) for part in path]
+    while parts:
+        name, default = parts.pop(0), DEFAULT
+        tree = _inside(tree, name)
+        field = section.model_fields.get(name)
+        if field is None:
             return []
-        section = nested
+        if get_origin(field.annotation) is dict and parts:  # of sections by name, which is their method's by default
+            default = parts.pop(0)
+            tree = _inside(tree, default)
+        found = next(filter(_is_section, _types_in(field.annotation)), None)
+        if found is None:
+            return []
+        method = str(tree.get("method", default))
+        section = settings_class(method) if issubclass(found, MethodSettings) else found
     return list(section.model_fields)
 
 
-def _explain(error: ValidationError, where: str) -> QskdError:
+def _inside(tree: Any, name: str) -> Mapping[str, Any]:
+    found = tree.get(name) if isinstance(tree, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """The annotation and, however deep, what it is made of."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _types_in(inner)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _explain(error: ValidationError, where: str, tree: Mapping[str, Any]) -> QskdError:
     problems, remedies = [], []
     for problem in error.errors():
         path = list(problem["loc"])
         name = ".".join(str(part) for part in path) or "the whole"
         if problem["type"] == "extra_forbidden":
-            known = _known_fields(Config, path[:-1])
+            known = _known_fields(path[:-1], tree)
             close = difflib.get_close_matches(str(path[-1]), known, n=1)
             problems.append(f"unknown field {name}" + (f" (did you mean {close[0]}?)" if close else ""))
             remedies.append(f"fields there are: {', '.join(known)}")
@@ -93,7 +120,7 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise _explain(error, where, tree) from None
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         # A validator that was not ready for a value: pydantic makes only ValueErrors of them its own.
         raise QskdError(where, f"a value that no field takes: {error}", "values of the fields' types") from None
@@ -108,10 +135,10 @@ def _refuse_secrets(tree: Any, where: str) -> None:
                 raise QskdError(where, found, "a URI without credentials", remedy)
 
 
-def check_field(name: str, where: str) -> None:
-    """QskdError unless the dotted `name` is a field of the configuration."""
+def check_field(name: str, where: str, config: Config | None = None) -> None:
+    """QskdError unless the dotted `name` is a field of the configuration, whose method decides what `distillation` has."""
     *path, last = name.split(".")
-    known = _known_fields(Config, path)
+    known = _known_fields(path, to_tree(config) if config else {})
     if last not in known:
         close = difflib.get_close_matches(last, known, n=1)
         said = f"unknown field {name}" + (f" (did you mean {'.'.join([*path, close[0]])}?)" if close else "")
@@ -122,7 +149,7 @@ def replace_fields(config: Config, fields: Mapping[str, Any], where: str) -> Con
     """The configuration with these dotted fields set, validated as a whole. QskdError for an unknown or wrong one."""
     tree = to_tree(config)
     for name, value in fields.items():
-        check_field(name, where)
+        check_field(name, where, config)
         *path, last = name.split(".")
         node = tree
         for part in path:

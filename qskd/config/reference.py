@@ -21,7 +21,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from qskd.config import Config
+from qskd.config.distillation import DEFAULT, MethodSettings, settings_class
 from qskd.config.section import Section
+from qskd.distillation.find import method_names
 
 RECIPE = "configs/finetuned_rtdetr.yaml"
 RECIPE_MARKS = ("<!-- qskd.config.reference: recipe -->", "<!-- end of recipe -->")
@@ -30,7 +32,15 @@ KINDS = {int: "whole number", float: "number", str: "text", bool: "`true`, `fals
 
 
 def comments_of(section: type[Section]) -> dict[str, str]:
-    """Field name -> its comment, as one line; empty where there is none."""
+    """Field name -> its comment, as one line; empty where there is none. What a section inherits keeps its comment."""
+    found: dict[str, str] = {}
+    for each in reversed([kind for kind in section.__mro__ if issubclass(kind, Section) and kind is not Section]):
+        said = _own_comments(each)
+        found |= {name: comment for name, comment in said.items() if comment or name not in found}
+    return found
+
+
+def _own_comments(section: type[Section]) -> dict[str, str]:
     source = inspect.getsource(section)
     lines = source.splitlines()
     comments = {
@@ -51,11 +61,20 @@ def comments_of(section: type[Section]) -> dict[str, str]:
 
 
 def sections_of(section: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """(dotted path, class) of a section and of those in it, in the order of their fields."""
+    """(dotted path, class) of a section and of those in it, in the order of their fields. What a method other than the
+    default one has under `distillation` comes with the method's name behind the path."""
     yield path, section
     for name, field in section.model_fields.items():
-        if (inner := _section_in(field.annotation)) is not None:
-            yield from sections_of(inner, f"{path}.{name}".lstrip("."))
+        if (inner := _section_in(field.annotation)) is None:
+            continue
+        inside = f"{path}.{name}".lstrip(".")
+        if inner is not MethodSettings:
+            yield from sections_of(inner, inside)
+            continue
+        yield from sections_of(settings_class(DEFAULT), inside)
+        for method in method_names():
+            if method != DEFAULT:
+                yield f"{inside} with method: {method}", settings_class(method)
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
@@ -86,6 +105,8 @@ def type_of(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in arguments if choice)
     if origin is tuple:
         return f"list: {type_of(arguments[0], [])}"
+    if origin is dict and arguments[1] not in KINDS:
+        return f"{KINDS[arguments[0]]}: section"
     if origin is dict:
         return f"{KINDS[arguments[0]]}: {KINDS[arguments[1]]}"
     if _section_in(annotation) is not None:
@@ -94,7 +115,7 @@ def type_of(annotation: Any, metadata: list[Any]) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    default = field.default
+    default = field.get_default(call_default_factory=True)
     if default == "":
         return "empty"
     if isinstance(default, float):
@@ -107,6 +128,8 @@ def _table(section: type[Section]) -> str:
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             continue  # a table of its own
+        if name in MethodSettings.model_fields and section not in (MethodSettings, settings_class(DEFAULT)):
+            continue  # what every method has is in the default one's table
         said = _linked(comments[name]).replace("|", r"\|")
         rows.append(f"| `{name}` | {type_of(field.annotation, field.metadata)} | {default_of(field)} | {said} |")
     return "\n".join(rows)

@@ -1,9 +1,8 @@
 """The whole configuration: strict and frozen. A field no one knows is an error, never ignored (`qskd.config.recipe` reads it).
 
 Sizes of what is built, not how a machine runs it, decide a run's result; what only says where and how fast (`compute`,
-`tracking`) is kept in branches of its own. The distillation's sections are in `qskd.config.distillation`, and imported
-from here like all others. A field's comment and a section's docstring are what docs/recipe.md says of them
-(`qskd.config.reference`).
+`tracking`) is kept in branches of its own. What `distillation` holds depends on its method (`qskd.config.distillation`).
+A field's comment and a section's docstring are what docs/recipe.md says of them (`qskd.config.reference`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qskd.config.distillation import DistillationConfig as DistillationConfig
-from qskd.config.distillation import FeatureDistillationConfig as FeatureDistillationConfig
-from qskd.config.distillation import PredictionDistillationConfig as PredictionDistillationConfig
-from qskd.config.distillation import QuerySelectionConfig as QuerySelectionConfig
+from qskd.config.distillation import DEFAULT, DistillationConfig, settings_class
 from qskd.config.images import ResizeConfig, ViewConfig
 from qskd.config.section import Fraction, NonNegative, Positive, Section
 from qskd.config.student import StudentConfig
@@ -150,7 +146,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()
     teacher: TeacherConfig = TeacherConfig()
-    distillation: DistillationConfig = DistillationConfig()
+    distillation: DistillationConfig = Field(default_factory=lambda: settings_class(DEFAULT)())
     detection: DetectionLossConfig = DetectionLossConfig()
     training: TrainingConfig = TrainingConfig()
     compute: ComputeConfig = ComputeConfig()

@@ -7,10 +7,6 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from qskd.config.distillation import DistillationConfig as DistillationConfig
-from qskd.config.distillation import FeatureDistillationConfig as FeatureDistillationConfig
-from qskd.config.distillation import PredictionDistillationConfig as PredictionDistillationConfig
-from qskd.config.distillation import QuerySelectionConfig as QuerySelectionConfig
 from qskd.config.images import ResizeConfig
 from qskd.config.section import Fraction, Positive, Section
 from qskd.config.student_sizes import SizeName, resolve

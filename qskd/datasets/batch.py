@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from qskd.config import TrainingConfig
 from qskd.datasets.schedule import split
 from qskd.structures import Targets, to_device
-from qskd.teacher.codec import EncodedRecord, encoded_record
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class TrainBatch:
     """A worker's share of one global batch, as tensors. n may be 0.
 
     images: uint8 [n, H, W, 3]; sizes: int32 [n, 2], height and width of the real part. The teacher's are the same tensors
-    when both networks see the same resolution. cached: the teacher's outputs, where they come from a cache.
+    when both networks see the same resolution. cached: the columns of a second reader of rows that came with the images
+    (the teacher's outputs, from their cache), by their names; empty without one.
     """
 
     images: Tensor
@@ -28,7 +28,7 @@ class TrainBatch:
     teacher_images: Tensor
     teacher_sizes: Tensor
     targets: Targets
-    cached: EncodedRecord | None = None
+    cached: dict[str, Tensor] = field(default_factory=dict)
 
 
 def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> TrainBatch:
@@ -55,9 +55,7 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         teacher_images=tensor("teacher_images") if own else images,
         teacher_sizes=tensor("teacher_sizes") if own else sizes,
         targets=targets,
-        cached=encoded_record({name: tensor(name) for name in arrays if name.startswith("teacher_")})
-        if cached
-        else None,
+        cached={name: tensor(name) for name in arrays if name.startswith("teacher_")} if cached else {},
     )
     return to_device(batch, device)
 

@@ -7,34 +7,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import yaml
+
 from qskd import __version__
+from qskd.config import MethodSettings
+from qskd.config.recipe import build
+from qskd.distillation.method import methods_of
 from qskd.storage.ownership import EXTRA_FILE
 
 CARD_FILE = "README.md"
 SHOWN = ("AP", "AP50", "AP75")
 NOT_MEASURED, NOT_STATED = "not measured", "not stated"
-MADE = {"distill": "distilled from a teacher with QSKD", "train": "trained without a teacher", "": "exported"}
-
-
-METHOD = """\
-QSKD is the method of Liu et al., *Knowledge Distillation via Query Selection for Detection Transformer*
-([arXiv 2409.06443](https://arxiv.org/abs/2409.06443)). Its text was not at hand when qskd was written, only the abstract and
-summaries: **the method as implemented is a reconstruction**. Equations, thresholds, weights and the choice of layers are
-qskd's, not the paper's, and the paper's results are no claim about this model.
-
-```bibtex
-@article{liu2024qskd,
-  title   = {Knowledge Distillation via Query Selection for Detection Transformer},
-  author  = {Liu, Yi and Wang, Luting and Tang, Zongheng and Liao, Yue and Sun, Yifan and Zhang, Lijun and Liu, Si},
-  journal = {arXiv preprint arXiv:2409.06443},
-  year    = {2024}
-}
-```
-"""
+MADE = {"distill": "distilled from a teacher with {}", "train": "trained without a teacher", "": "exported"}
 
 
 ONNX = """\
@@ -108,6 +96,7 @@ class Card:
     licence: str = ""
     timing: str = ""
     onnx: OnnxFacts | None = None
+    methods: tuple[tuple[str, str], ...] = ()  # (title, citation) of each method that taught it
 
 
 def read_card(folder: str | Path) -> Card | None:
@@ -117,7 +106,8 @@ def read_card(folder: str | Path) -> Card | None:
         known = {entry.name for entry in fields(Card)}
         tree = {key: value for key, value in tree.items() if key in known}  # a later qskd may know more
         onnx = tree.get("onnx") and OnnxFacts(**tree["onnx"])
-        return Card(**{**tree, "rows": tuple(Figures(**row) for row in tree["rows"]), "onnx": onnx})
+        methods = tuple((str(title), str(citation)) for title, citation in tree.get("methods", ()))
+        return Card(**{**tree, "rows": tuple(Figures(**row) for row in tree["rows"]), "onnx": onnx, "methods": methods})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -190,10 +180,12 @@ def render(card: Card) -> str:
     own = card.rows[-1]
     size = NOT_MEASURED if own.parameters is None else f"{own.parameters / 1e6:.2f} million parameters"
     measured_on = "" if card.val_images is None else f"AP is COCO's, on {card.val_images} validation images. "
+    taught = _methods(card) if card.kind == "distill" else []
+    made = MADE[card.kind].format(" and ".join(title for title, _ in taught))
     parts = [
         front_matter(card),
         f"# {card.name}\n",
-        f"An object detector of {card.classes} classes (transformers' `{card.family}`, {size}), {MADE[card.kind]} by qskd "
+        f"An object detector of {card.classes} classes (transformers' `{card.family}`, {size}), {made} by qskd "
         f"{card.version}.\n",
         "## Figures\n",
         _table(card) + "\n",
@@ -206,9 +198,20 @@ def render(card: Card) -> str:
         facts["latency"] = card.onnx.latency or "Its latency was not measured."
         parts += ["## ONNX\n", ONNX.format(family=card.family, **facts)]
     parts += ["## Training\n", _training(card), "## Data and licences\n", _licences(card)]
-    if card.kind == "distill":
-        parts += ["## Method\n", METHOD]
+    if taught:
+        heading = "## Method\n" if len(taught) == 1 else "## Methods\n"
+        parts += [heading, *(citation for _, citation in taught if citation)]
     return "\n".join(parts)
+
+
+def _methods(card: Card) -> Sequence[tuple[str, str]]:
+    """Title and citation of each method. A card from before they were kept has a recipe that names them."""
+    return card.methods or method_titles(build(yaml.safe_load(card.recipe) or {}).distillation)
+
+
+def method_titles(settings: MethodSettings) -> tuple[tuple[str, str], ...]:
+    """Of each method of a recipe: its title, and what the card says of whose it is."""
+    return tuple((method.title or method.__name__, method.citation) for method, _ in methods_of(settings))
 
 
 def _training(card: Card) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qskd.distillation.method import Lesson
 
 
 def _extent(valid: Tensor) -> Tensor:
@@ -67,7 +71,8 @@ def pair_levels(student_cells: Sequence[float], teacher_cells: Sequence[float]) 
     return pairs
 
 
-def _projector(inputs: int, outputs: int) -> nn.Conv2d:
+def projector(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1x1 convolution between two widths: the identity at first where they agree, else orthogonal."""
     layer = nn.Conv2d(inputs, outputs, kernel_size=1)
     weight = layer.weight.data.view(outputs, inputs)
     if inputs == outputs:
@@ -78,8 +83,19 @@ def _projector(inputs: int, outputs: int) -> nn.Conv2d:
     return layer
 
 
-def _project(projector: nn.Module, memory: Tensor) -> Tensor:
+def project(layer: nn.Module, memory: Tensor) -> Tensor:
     """What the 1x1 convolution gives for [B, C, H, W], as [B, H, W, C']: memory lies in this order as the
     encoder gives it, and a convolution would lay it out anew."""
-    weight, bias = projector.parameters()
+    weight, bias = layer.parameters()
     return F.linear(memory.movedim(1, -1), weight.flatten(1), bias)
+
+
+def match_maps(
+    lesson: Lesson, student_level: int, teacher_level: int, layer: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pair of memory maps, on the student's grid: the student's through the projector [B, H, W, C'], the teacher's
+    without gradient [B, H, W, C'], and where the student's is no padding [B, H, W]; all float32."""
+    valid = lesson.student.memory_valid[student_level]
+    goal = resample(lesson.teacher.memory[teacher_level].detach(), lesson.teacher.memory_valid[teacher_level], valid)
+    shown = project(layer, lesson.student.memory[student_level]).float()
+    return shown, goal.movedim(1, -1), valid.float()

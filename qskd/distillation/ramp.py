@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qskd.config import DistillationConfig
+from qskd.config.distillation import MethodSettings
 
 
-def distillation_factor(step: int, total_steps: int, config: DistillationConfig) -> float:
+def distillation_factor(step: int, total_steps: int, config: MethodSettings) -> float:
     """What the weights of the distillation terms are multiplied by at this step (0-based), in 0..1.
 
     A function of the step alone, so that a resumed run weighs as the first one would have. Above 0 at every step of the

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from qskd.structures import TeacherRecord
+from qskd.config import ResizeConfig
+from qskd.datasets.batch import TrainBatch
+from qskd.distillation.method import Facts, Online
+from qskd.structures import TeacherNeeds, TeacherRecord
+from qskd.teacher.codec import decode, encoded_record
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 
@@ -15,13 +19,23 @@ class CachedTeacher:
     def __init__(self, sizes: CacheSizes) -> None:
         self.sizes = sizes
 
-    @property
-    def memory_channels(self) -> tuple[int, ...]:
-        return self.sizes.channels
+    resize: ResizeConfig | None = None  # it wants no pixels
 
     @property
-    def memory_cells(self) -> tuple[float, ...]:
-        return self.sizes.cells
+    def facts(self) -> Facts:
+        """What its cache's manifest says of it."""
+        sizes = self.sizes
+        return Facts(sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes)
+
+    def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
+        """What came with the batch."""
+        if batch.cached:
+            return decode(encoded_record(batch.cached))
+        return self.blank(len(batch.images), batch.images.device)
+
+    def online(self, batch: TrainBatch) -> Online | None:
+        """Nobody can be asked: `check_enough` has refused a method that would."""
+        return None
 
     def blank(self, images: int, device: torch.device) -> TeacherRecord:
         """A record of zeros for images that stand in for none; its values are never used, its shapes are."""

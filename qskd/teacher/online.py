@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qskd.boxes import cxcywh_to_xyxy, pairwise_giou
-from qskd.config import DetectionLossConfig
+from qskd.config import DetectionLossConfig, ResizeConfig
+from qskd.datasets.batch import TrainBatch
 from qskd.detectors import Detector, Preprocessing, to_pixels
+from qskd.distillation.method import Facts, Online
 from qskd.losses.matching import assign
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.manifest import CacheSizes
@@ -32,17 +34,36 @@ class OnlineTeacher(nn.Module):
         self.register_buffer("class_slots", torch.tensor(class_slots, dtype=torch.int64), persistent=False)
 
     @property
-    def memory_channels(self) -> tuple[int, ...]:
-        return self.detector.memory_channels
+    def resize(self) -> ResizeConfig:
+        """How it wants its pixels."""
+        return self.preprocessing.resize
 
     @property
-    def memory_cells(self) -> tuple[float, ...]:
-        return self.detector.memory_cells(self.preprocessing.resize)
+    def facts(self) -> Facts:
+        detector = self.detector
+        return Facts(
+            detector.memory_channels,
+            detector.memory_cells(self.resize),
+            detector.family,
+            detector.num_layers,
+            detector.num_queries,
+            len(self.class_slots),  # type: ignore[arg-type]
+            detector.chooses_queries,
+        )
+
+    def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
+        """Asked about a training batch, all queries' attention included where attention is needed."""
+        record: TeacherRecord = self(batch.teacher_images, batch.teacher_sizes, needs)
+        return record
+
+    def online(self, batch: TrainBatch) -> Online:
+        return Online(self, batch.teacher_images, batch.teacher_sizes)
 
     def sizes(self, all_layers: bool) -> CacheSizes:
         """What a cache of its outputs has in every row."""
         layers, classes = self.detector.num_layers if all_layers else 1, len(self.class_slots)  # type: ignore[arg-type]
-        return CacheSizes(layers, self.detector.num_queries, classes, self.memory_channels, self.memory_cells)
+        facts = self.facts
+        return CacheSizes(layers, self.detector.num_queries, classes, facts.channels, facts.cells)
 
     def train(self, mode: bool = True) -> OnlineTeacher:
         """Stays in evaluation mode, whatever it is part of."""

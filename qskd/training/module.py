@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from qskd.config import Config
 from qskd.detectors import Detector, to_pixels
-from qskd.distillation import QSKD, build_method, distillation_factor
-from qskd.distillation.maps import pair_levels
-from qskd.errors import QskdError
+from qskd.distillation.method import Facts, Lesson, Method, Online, build_method
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
 from qskd.losses.matching import assign
@@ -25,13 +23,6 @@ class StepModule(nn.Module):
         self.config = config
         self.student = student
         self.method = _method(config, student, teacher) if teacher else None
-        if self.method is not None and student.chooses_queries and config.distillation.predictions.pairing == "index":
-            raise QskdError(
-                "distillation.predictions.pairing = index",
-                f"a student of family {student.family}, whose query i is another one in each image",
-                "queries that are the same in every image",
-                "use pairing: rank",
-            )
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
@@ -44,11 +35,15 @@ class StepModule(nn.Module):
         """Each term's weight at a step (0-based): the teacher's terms warm up and decay, the others stay."""
         if self.method is None:
             return self.weights
-        factor = distillation_factor(step, total_steps, self.config.distillation)
-        return self.weights | {name: factor * weight for name, weight in self.method.weights.items()}
+        return self.weights | self.method.weights_at(step, total_steps)
 
     def forward(
-        self, images: Tensor, sizes: Tensor, targets: Targets, teacher: TeacherRecord | None
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        targets: Targets,
+        teacher: TeacherRecord | None,
+        online: Online | None = None,
     ) -> dict[str, LossTerm]:
         pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
         output = self.student(pixels, mask, with_attention=False)
@@ -67,12 +62,19 @@ class StepModule(nn.Module):
         if self.dense_head is not None:
             terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
         if self.method is not None and teacher is not None:
-            terms |= self.method(output, teacher, targets, assignments[0][early:], assignments[1])
+            lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[1], online)
+            terms |= self.method(lesson)
         return terms
 
 
-def _method(config: Config, student: Detector, teacher: Teacher) -> QSKD | None:
-    channels, pairs = (student.memory_channels, teacher.memory_channels), None
-    if len(channels[0]) != len(channels[1]) and teacher.memory_cells:
-        pairs = pair_levels(student.memory_cells(config.student.resize), teacher.memory_cells)
-    return build_method(config.distillation, *channels, pairs)
+def _method(config: Config, student: Detector, teacher: Teacher) -> Method | None:
+    own = Facts(
+        student.memory_channels,
+        student.memory_cells(config.student.resize),
+        student.family,
+        student.num_layers,
+        student.num_queries,
+        len(student.labels),
+        student.chooses_queries,
+    )
+    return build_method(config.distillation, own, teacher.facts)

@@ -9,7 +9,6 @@ from qskd.config import ResizeConfig
 from qskd.datasets.batch import TrainBatch
 from qskd.structures import Targets, to_device
 from qskd.teacher.cached import Teacher
-from qskd.teacher.online import OnlineTeacher
 
 
 def stand_in(device: torch.device, student: ResizeConfig, teacher: Teacher | None) -> TrainBatch:
@@ -22,5 +21,5 @@ def stand_in(device: torch.device, student: ResizeConfig, teacher: Teacher | Non
 
     none = torch.zeros(1, 0, dtype=torch.int64)
     targets = Targets(torch.zeros(1, 0, 4), none, none.bool(), image_ids=(), counts=(0,))
-    own = teacher.preprocessing.resize if isinstance(teacher, OnlineTeacher) else student
+    own = (teacher and teacher.resize) or student
     return to_device(TrainBatch(*black(student), *black(own), targets), device)

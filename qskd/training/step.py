@@ -23,12 +23,12 @@ from qskd.datasets.batch import TrainBatch as TrainBatch
 from qskd.datasets.batch import parts_of as parts_of
 from qskd.datasets.batch import train_batch as train_batch
 from qskd.detectors import Detector
+from qskd.distillation.method import Online
 from qskd.errors import QskdError
 from qskd.losses.detection_loss import combine
 from qskd.precision import autocast
 from qskd.structures import LossTerm, TeacherRecord
-from qskd.teacher.cached import CachedTeacher, Teacher
-from qskd.teacher.codec import decode
+from qskd.teacher.cached import Teacher
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.module import StepModule
 from qskd.training.stand_in import stand_in
@@ -153,7 +153,9 @@ class Training:
         self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
-            terms: dict[str, LossTerm] = self.step_module(share.images, share.sizes, share.targets, record)
+            terms: dict[str, LossTerm] = self.step_module(
+                share.images, share.sizes, share.targets, record, self._online(share)
+            )
         if share is not part:
             terms = {
                 name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
@@ -168,10 +170,12 @@ class Training:
     def _ask_teacher(self, batch: TrainBatch) -> TeacherRecord | None:
         if self.teacher is None or self.module.method is None:
             return None
-        if isinstance(self.teacher, CachedTeacher):
-            return decode(batch.cached) if batch.cached else self.teacher.blank(len(batch.images), self.device)
-        record: TeacherRecord = self.teacher(batch.teacher_images, batch.teacher_sizes, self.module.method.needs)
-        return record
+        return self.teacher.record(batch, self.module.method.needs)
+
+    def _online(self, batch: TrainBatch) -> Online | None:
+        """The teacher itself, for a method that asks it in its own way."""
+        asks = self.teacher is not None and self.module.method is not None and self.module.method.needs.online
+        return self.teacher.online(batch) if asks and self.teacher is not None else None
 
     def _clip(self, most: float) -> Tensor:
         """The norm of all gradients, which are cut to `most` where that is not 0. All workers have the same gradients, so

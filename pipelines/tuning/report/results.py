@@ -109,7 +109,8 @@ def field_names(rows: Sequence[TrialRow]) -> dict[str, str]:
 # --- the whole -----------------------------------------------------------------------------------------------------
 def boundaries(row: TrialRow, recipe: Config) -> list[float]:
     """The trial's GIoU boundaries, ascending: its own, or the recipe's."""
-    return [float(each) for each in flatten(row.overrides).get(BOUNDARIES, recipe.distillation.selection.boundaries)]
+    own = flatten(to_tree(recipe)).get(BOUNDARIES, ())
+    return [float(each) for each in flatten(row.overrides).get(BOUNDARIES, own)]
 
 
 def _shown_value(row: TrialRow, name: str, recipe: Config, absent: Any) -> Any:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qskd.config import FeatureDistillationConfig
-from qskd.distillation.maps import _project, _projector, pair_levels, resample
+from qskd.distillation.maps import pair_levels, project, projector, resample
 from qskd.distillation.qskd.query_selection import QuerySelection
+from qskd.distillation.qskd.settings import FeatureDistillationConfig
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherRecord
 
@@ -96,7 +96,7 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             )
         self.pairs = tuple(pairs or pair_levels(student_channels, teacher_channels))
         self.projectors = nn.ModuleDict(
-            {str(own): _projector(student_channels[own], teacher_channels[other]) for own, other in self.pairs}
+            {str(own): projector(student_channels[own], teacher_channels[other]) for own, other in self.pairs}
         )
 
     def forward(
@@ -119,7 +119,7 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         for student_level, teacher_level in self.pairs:
             valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
             goal = resample(teacher.memory[teacher_level].detach(), teacher_valid, valid)
-            shown = _project(self.projectors[str(student_level)], student_memory[student_level]).float()
+            shown = project(self.projectors[str(student_level)], student_memory[student_level]).float()
             weight = valid.float()
             if mask is not None:
                 weight = weight * resample(mask[teacher_level].detach().unsqueeze(1), teacher_valid, valid).squeeze(1)

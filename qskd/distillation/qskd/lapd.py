@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from qskd.boxes import cxcywh_to_xyxy, giou
-from qskd.config import PredictionDistillationConfig
 from qskd.distillation.qskd.pairing import Side, pair_by_assignment, pair_by_index, pair_by_rank, pair_globally
+from qskd.distillation.qskd.settings import PredictionDistillationConfig
 from qskd.errors import QskdError
 from qskd.structures import LossTerm
 

@@ -5,77 +5,98 @@ What is the paper's and what is our reconstruction is marked in docs/METHODS.md 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-from torch import Tensor, nn
-
-from qskd.config import DistillationConfig
+from qskd.distillation.maps import pair_levels
+from qskd.distillation.method import Facts, Lesson, Method, Seen, Sight, last_layer
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import select_both, select_queries
-from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherNeeds, TeacherRecord
+from qskd.distillation.qskd.settings import Settings
+from qskd.errors import QskdError
+from qskd.structures import LossTerm, TeacherNeeds
+
+_CITATION = """\
+QSKD is the method of Liu et al., *Knowledge Distillation via Query Selection for Detection Transformer*
+([arXiv 2409.06443](https://arxiv.org/abs/2409.06443)). Its text was not at hand when qskd was written, only the abstract and
+summaries: **the method as implemented is a reconstruction**. Equations, thresholds, weights and the choice of layers are
+qskd's, not the paper's, and the paper's results are no claim about this model.
+
+```bibtex
+@article{liu2024qskd,
+  title   = {Knowledge Distillation via Query Selection for Detection Transformer},
+  author  = {Liu, Yi and Wang, Luting and Tang, Zongheng and Liao, Yue and Sun, Yifan and Zhang, Lijun and Liu, Si},
+  journal = {arXiv preprint arXiv:2409.06443},
+  year    = {2024}
+}
+```
+"""
 
 
-class QSKD(nn.Module):
-    """Maps a student's output and a teacher's record to the terms "agfd", "lapd_class", "lapd_l1" and "lapd_giou".
+class QSKD(Method):
+    """The terms "agfd", "lapd_class", "lapd_l1" and "lapd_giou". A part of weight 0 is left out whole: no terms, nothing
+    asked of the teacher, no projector."""
 
-    A part of weight 0 is left out whole: no terms, nothing asked of the teacher, no projector.
+    title = "QSKD"
+    citation = _CITATION
+    settings: Settings
 
-    needs: what the teacher's record must hold. weights: by term name, for `qskd.losses.detection_loss.combine`.
-    """
-
-    def __init__(
-        self,
-        config: DistillationConfig,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        pairs: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        """As `qskd.distillation.build_method` has it."""
-        super().__init__()
-        self.config = config
-        features, predictions = config.features, config.predictions
+    def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
+        super().__init__(settings, student, teacher)
+        if student.chooses_queries and settings.predictions.pairing == "index":
+            raise QskdError(
+                "distillation.predictions.pairing = index",
+                f"a student of family {student.family}, whose query i is another one in each image",
+                "queries that are the same in every image",
+                "use pairing: rank",
+            )
+        features, predictions = settings.features, settings.predictions
         self.features: AttentionGuidedFeatureDistillation | None = None
-        self.weights: dict[str, float] = {}
         if features.weight > 0:
-            self.features = AttentionGuidedFeatureDistillation(student_channels, teacher_channels, features, pairs)
+            pairs = pair_levels(student.cells, teacher.cells) if student.cells and teacher.cells else None
+            self.features = AttentionGuidedFeatureDistillation(student.channels, teacher.channels, features, pairs)
             self.weights["agfd"] = features.weight
         if predictions.weight > 0:
             self.weights["lapd_class"] = predictions.weight * predictions.class_weight
             self.weights["lapd_l1"] = predictions.weight * predictions.l1_weight
             self.weights["lapd_giou"] = predictions.weight * predictions.giou_weight
-        self.needs = self.needs_of(config)
 
-    @staticmethod
-    def needs_of(config: DistillationConfig) -> TeacherNeeds:
-        """What the teacher's record must hold, known before anything is built."""
-        features, predictions = config.features, config.predictions
+    @classmethod
+    def needs_of(cls, settings: Settings) -> TeacherNeeds:
+        features, predictions, floor = settings.features, settings.predictions, settings.selection.floor
         every_layer = predictions.teacher_layers == "same_index" and predictions.student_layers == "all"
         attention = features.weight > 0 and features.background < 1
+        reach = f"boundaries that reach down to GIoU {floor:g}"
+        if floor == -1:
+            reach = "relative boundaries, or a weight for the lowest band: a query of any GIoU can be kept"
         return TeacherNeeds(
             memory=features.weight > 0,
             attention=attention,
             attention_layers=features.attention_layers,
             all_layers=predictions.weight > 0 and every_layer,
-            attention_giou_floor=config.selection.floor if attention else 1.0,
+            attention_giou_floor=floor if attention else 1.0,
+            reasons={
+                "attention_giou_floor": ("selection", reach),
+                "attention_layers": ("features.attention_layers", features.attention_layers),
+                "all_layers": (
+                    "predictions.teacher_layers",
+                    "same_index, which needs every decoder layer of the teacher",
+                ),
+            },
         )
 
-    def forward(
-        self,
-        student: DetectorOutput,
-        teacher: TeacherRecord,
-        targets: Targets,
-        student_assignment: Tensor,
-        teacher_assignment: Tensor,
-    ) -> dict[str, LossTerm]:
-        """student_assignment [L, B, M], teacher_assignment [L', B, M]: of `qskd.losses.matching.assign`, -1 = none."""
+    @classmethod
+    def seen(cls, settings: Settings, sight: Sight) -> Seen:
+        from qskd.distillation.qskd.seen import see  # draws: a training has no use for it
+
+        return see(settings, cls.needs_of(settings), sight)
+
+    def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
+        student, teacher, targets = lesson.student, lesson.teacher, lesson.targets
+        student_assignment, teacher_assignment = lesson.student_assignment, lesson.teacher_assignment
         terms: dict[str, LossTerm] = {}
-        if not self.needs.all_layers:  # the record may hold more than this method reads
-            teacher = replace(teacher, logits=teacher.logits[-1:], boxes_cxcywh=teacher.boxes_cxcywh[-1:])
-            teacher_assignment = teacher_assignment[-1:]
-        config = self.config
+        if not self.needs.all_layers:
+            teacher, teacher_assignment = last_layer(teacher), teacher_assignment[-1:]
+        config = self.settings
         if config.predictions.weight == 0:
             selection = select_queries(teacher.boxes_cxcywh, targets, teacher_assignment, config.selection)
         else:

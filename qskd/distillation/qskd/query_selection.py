@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
-from qskd.config import QuerySelectionConfig
+from qskd.distillation.qskd.settings import QuerySelectionConfig
 from qskd.losses.matching import packed_positions
 from qskd.structures import Targets
 

@@ -1,0 +1,142 @@
+"""Distillation methods by name: a file or a folder here, a file of a folder of the user's, a dotted module, a path.
+
+Free of torch, as configurations are: the settings of a method that is a folder stand in its `settings.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import qskd.distillation
+from qskd.config.distillation import NONE, MethodSettings
+from qskd.errors import QskdError
+from qskd.plug_ins import tell_code_is_run
+
+if TYPE_CHECKING:
+    from qskd.distillation.method import Method
+
+FOLDERS = "QSKD_METHODS"  # environment variable: folders with methods of the user's, as PATH has them
+NOT_METHODS = ("find", "maps", "method", "ramp")
+CONTRACT = "a class Settings(MethodSettings) and one subclass of qskd.distillation.method.Method; see docs/methods.md"
+
+
+def method_names() -> list[str]:
+    """The methods that come with the package, and those of the user's folders."""
+    own = {module.name for module in pkgutil.iter_modules(qskd.distillation.__path__)} - set(NOT_METHODS)
+    theirs = {path.stem for folder in _folders() for path in folder.glob("*.py") if path.stem.isidentifier()}
+    return sorted(own | theirs)
+
+
+def _folders() -> list[Path]:
+    return [Path(folder) for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
+
+
+def add_folder(folder: str | Path) -> None:
+    """Look for methods there too, in this process and those that it starts. QskdError where there is no such folder."""
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise QskdError(f"--methods {folder}", "no such folder", "a folder with .py files, each a method")
+    listed = [str(each) for each in _folders()]
+    if str(path) not in listed:
+        os.environ[FOLDERS] = os.pathsep.join([str(path), *listed])
+
+
+def located(name: str) -> str:
+    """The name as it can be found from any folder: a file's full path for a method of the user's."""
+    path = _file_of(name)
+    return name if path is None else str(path)
+
+
+def _file_of(name: str) -> Path | None:
+    """The file of a method of the user's; None for one of the package's, or of a dotted module."""
+    if name.endswith(".py"):
+        path = Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise QskdError(f"distillation.method = {name}", "no such file", f"a .py file with {CONTRACT}")
+        return path
+    if name.isidentifier() and name not in _own():
+        return next((p.resolve() for folder in _folders() if (p := folder / f"{name}.py").is_file()), None)
+    return None
+
+
+@cache
+def _own() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(qskd.distillation.__path__)) - set(NOT_METHODS)
+
+
+def _module(name: str, part: str = "") -> ModuleType:
+    """The module of a method; of one that is a folder here, its `part`."""
+    path = _file_of(name)
+    if path is not None:
+        return _module_at(path)
+    where = f"distillation.method = {name}"
+    if name in _own():
+        package = f"qskd.distillation.{name}"
+        is_folder = importlib.util.find_spec(f"{package}.{part}") if _is_package(package) else None
+        return importlib.import_module(f"{package}.{part}" if is_folder else package)
+    if "." not in name:
+        close = difflib.get_close_matches(name, [*method_names(), NONE], n=1)
+        said = "no such method" + (f" (did you mean {close[0]}?)" if close else "")
+        known = ", ".join([NONE, *method_names()])
+        raise QskdError(where, said, f"{known}, a dotted module, or a path to a .py file")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise QskdError(where, f"cannot be imported: {type(error).__name__}: {error}", CONTRACT) from error
+
+
+def _is_package(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+@cache
+def _module_at(path: Path) -> ModuleType:
+    name = f"qskd_method_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    tell_code_is_run("distillation.method", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic and pickle look a class's module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise QskdError(str(path), f"cannot be imported: {type(error).__name__}: {error}", CONTRACT) from error
+    return module
+
+
+def find_settings(name: str) -> type[MethodSettings]:
+    """What a recipe may say under `distillation` for this method. QskdError where there is no such method."""
+    found: Any = getattr(_module(name, "settings"), "Settings", None)
+    if not (isinstance(found, type) and issubclass(found, MethodSettings)):
+        raise QskdError(f"distillation.method = {name}", "its file has no class Settings(MethodSettings)", CONTRACT)
+    return found
+
+
+def find_method(name: str) -> type[Method]:
+    """The method's class. Imports torch."""
+    from qskd.distillation.method import Method
+
+    module = _module(name, "method")
+    found = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Method) and each.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        named = ", ".join(each.__name__ for each in found) or "none"
+        raise QskdError(
+            f"distillation.method = {name}", f"its file defines {len(found)} methods: {named}", f"one: {CONTRACT}"
+        )
+    return found[0]

@@ -1,0 +1,207 @@
+"""What a distillation method is: what it needs of the teacher, its loss terms and their weights, what it shows of itself.
+
+A method is one file beside this one (`mimic.py` is the one to copy), or a folder where it is large; docs/methods.md has one
+written from nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from qskd.config.distillation import NONE, MethodSettings, parts_of
+from qskd.distillation.find import find_method
+from qskd.distillation.ramp import distillation_factor
+from qskd.errors import QskdError
+from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherNeeds, TeacherRecord
+
+if TYPE_CHECKING:
+    from qskd.pictures.panels import Panel
+    from qskd.teacher.online import OnlineTeacher
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a network before it has seen an image.
+
+    channels: the width of each encoder memory map, finest first. cells: of each map, in an image of the usual size; empty
+    where a cache does not say. layers: of its decoder that are there to learn, or to learn from. chooses_queries: query i is
+    another one in each image. None: not known.
+    """
+
+    channels: tuple[int, ...]
+    cells: tuple[float, ...] = ()
+    family: str = ""
+    layers: int | None = None
+    queries: int | None = None
+    classes: int | None = None
+    chooses_queries: bool = False
+
+
+@dataclass(frozen=True)
+class Online:
+    """The teacher itself, and the pixels of this batch as it wants them (`OnlineTeacher.forward`)."""
+
+    teacher: OnlineTeacher
+    images: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One worker's share of a batch, as a method sees it.
+
+    student_assignment [L, B, M], teacher_assignment [L', B, M]: the query of each object, by bipartite matching
+    (`qskd.losses.matching.assign`), -1 = none. online: only where `needs` asked for it.
+    """
+
+    student: DetectorOutput
+    teacher: TeacherRecord
+    targets: Targets
+    student_assignment: Tensor
+    teacher_assignment: Tensor
+    online: Online | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """One image for `Method.seen`. ask: the teacher's record for what it needs; `attended`, from a record to the queries
+    [B, A] whose attention is wanted. targets: the image's objects (B = 1). scale: pixels of the picture, (width, height)."""
+
+    ask: Callable[..., TeacherRecord]
+    targets: Targets
+    costs: Any
+    width: int
+    height: int
+
+
+class Seen(ABC):
+    """What a method shows of one image: panels for the picture, and words for the terminal."""
+
+    @abstractmethod
+    def panels(self, shown: Any) -> Sequence[Panel]:
+        """shown: the `qskd.pictures.explain.Explanation` they are part of."""
+
+    def summary(self) -> list[str]:
+        return []
+
+
+class Method(nn.Module, ABC):
+    """A distillation method. `forward` maps a lesson to named, unweighted loss terms; a subclass sets `weights`, by term.
+
+    Modules that it makes (projectors) are trained beside the student and belong to the method: they are never exported.
+    """
+
+    title: ClassVar[str] = ""  # what the model card says the student was taught with
+    citation: ClassVar[str] = ""  # a sentence of the model card: whose method it is, where it is published
+
+    def __init__(self, settings: MethodSettings, student: Facts, teacher: Facts) -> None:
+        """QskdError where this student can't learn from this teacher in this way."""
+        super().__init__()
+        self.settings = settings
+        self.weights: dict[str, float] = {}
+        self.needs = self.needs_of(settings)
+
+    @classmethod
+    @abstractmethod
+    def needs_of(cls, settings: Any) -> TeacherNeeds:
+        """What the teacher's record must hold, known before anything is built."""
+
+    @abstractmethod
+    def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
+        """The terms that `weights` names."""
+
+    def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
+        """Each term's weight at a step (0-based): all warm up and decay together."""
+        factor = distillation_factor(step, total_steps, self.settings)
+        return {name: factor * weight for name, weight in self.weights.items()}
+
+    @classmethod
+    def seen(cls, settings: Any, sight: Sight) -> Seen | None:
+        """What `qskd explain` shows of an image beside the detections; None: nothing."""
+        return None
+
+
+class Several(Method):
+    """Methods at the same time. Each keeps its weights, warm-up and decay; terms of `also.NAME` are called after NAME."""
+
+    def __init__(self, settings: MethodSettings, student: Facts, teacher: Facts) -> None:
+        super().__init__(settings, student, teacher)
+        self.parts = nn.ModuleDict()
+        for path, part in parts_of(settings).items():
+            name = path.removeprefix("also.").rstrip(".") or "first"
+            method = find_method(part.method)(part, student, teacher)
+            self.parts[name] = method
+            for term, weight in method.weights.items():
+                self.weights[self._term(name, term)] = weight
+        if len(self.weights) != sum(len(method.weights) for method in self._methods().values()):
+            raise QskdError("distillation.also", "two methods with terms of the same name", "other names for them")
+
+    def _methods(self) -> Mapping[str, Method]:
+        return dict(self.parts.items())  # type: ignore[arg-type]
+
+    @staticmethod
+    def _term(name: str, term: str) -> str:
+        return term if name == "first" else term_name(name, term)
+
+    @classmethod
+    def needs_of(cls, settings: MethodSettings) -> TeacherNeeds:
+        found: TeacherNeeds | None = None
+        for path, part in parts_of(settings).items():
+            needs = find_method(part.method).needs_of(part)
+            needs = replace(
+                needs, reasons={need: (f"{path}{where}", asked) for need, (where, asked) in needs.reasons.items()}
+            )
+            found = needs if found is None else found.joined(needs)
+        assert found is not None
+        return found
+
+    def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
+        return {
+            self._term(name, term): value
+            for name, method in self._methods().items()
+            for term, value in method(lesson).items()
+        }
+
+    def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
+        return {
+            self._term(name, term): weight
+            for name, method in self._methods().items()
+            for term, weight in method.weights_at(step, total_steps).items()
+        }
+
+
+def term_name(name: str, term: str) -> str:
+    """What a term of `also.NAME` is called in logs: after NAME, unless it is already."""
+    return term if term == name or term.startswith(f"{name}_") else f"{name}_{term}"
+
+
+def methods_of(settings: MethodSettings) -> list[tuple[type[Method], MethodSettings]]:
+    """Every method of a recipe with its own section; none for "none"."""
+    if settings.method == NONE:
+        return []
+    return [(find_method(part.method), part) for part in parts_of(settings).values()]
+
+
+def build_method(settings: MethodSettings, student: Facts, teacher: Facts) -> Method | None:
+    """The method, or methods, that the section names; None for "none"."""
+    if settings.method == NONE:
+        return None
+    kind = Several if settings.also else find_method(settings.method)
+    return kind(settings, student, teacher)
+
+
+def teacher_needs(settings: MethodSettings) -> TeacherNeeds | None:
+    """What the recipe's methods read of the teacher's record; None without a method."""
+    if settings.method == NONE:
+        return None
+    return (Several if settings.also else find_method(settings.method)).needs_of(settings)
+
+
+def last_layer(teacher: TeacherRecord) -> TeacherRecord:
+    """The record with the last decoder layer's predictions alone: it may hold more than a method reads."""
+    return replace(teacher, logits=teacher.logits[-1:], boxes_cxcywh=teacher.boxes_cxcywh[-1:])
