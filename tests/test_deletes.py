@@ -351,3 +351,17 @@ def test_the_table_names_every_function_that_deletes_and_a_test_for_each() -> No
         held = set(re.findall(r"`(test_\w+)`", row.split("|")[4]))
         assert held, row
         assert held <= tests, row
+
+
+def test_every_promise_of_security_names_tests_that_there_are() -> None:
+    rows = [line for line in (ROOT / "docs/security.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith(("| promise", "| ---"))]
+    assert len(rows) > 15
+    there = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`|`(tests/\w+\.py)`", row.split("|")[3])
+        assert named, row
+        for function, file in named:
+            assert function in there or (file and (ROOT / file).is_file()), row
