@@ -25,7 +25,7 @@ from PIL import Image
 from pipelines.prepare import prepare
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import Share, local_stream
-from qskd.config import Config
+from qskd.config import FACTS, Config
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
 from qskd.detectors import Detector, Preprocessing, build_student, load_detector, read_preprocessing, save_detector
@@ -39,7 +39,7 @@ from qskd.training.step import Training
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "overfit.yaml"
 SAMPLE = ROOT.parent / "shared" / "coco-sample"
-FAMILIES = ("conditional_detr", "deformable_detr", "detr", "dab-detr", "rt_detr", "rt_detr_v2", "d_fine")
+FAMILIES = tuple(FACTS)
 WANTED_AP50 = 0.9
 MOST_OBJECTS = 8
 SMALLEST_SIDE = 32.0  # pixels of the image as it is; smaller objects vanish at the recipe's resolution

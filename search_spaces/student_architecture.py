@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qskd.config import HYBRID_FAMILIES, TWO_LAYER_FAMILIES, BackboneConfig, Config, StudentConfig
+from qskd.config import FACTS, BackboneConfig, Config, StudentConfig
 from qskd.config.distillation import parts_of
 from qskd.errors import QskdError
 from search_spaces._trials import Trial
@@ -56,13 +56,12 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
     for name in ("encoder_layers", "decoder_layers"):
         layers = getattr(student, name)
         more = max(1, layers // 2)
-        # transformers can't build a Deformable DETR with a single decoder layer.
-        least = 2 if name == "decoder_layers" and student.family in TWO_LAYER_FAMILIES else 1
+        least = FACTS[student.family].least_decoder_layers if name == "decoder_layers" else 1
         found[f"student.{name}"] = trial.suggest_int(name, max(least, layers - more), layers + more)
     most = student.queries
     if not any(part.keeps_queries() for part in parts_of(config.distillation).values()):
         low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)
-        if student.family in HYBRID_FAMILIES:  # whose queries are chosen among the cells
+        if FACTS[student.family].hybrid:  # whose queries are chosen among the cells
             high -= step * max(0, -(-(high - student.cells(student.resize.size)) // step))
         found["student.queries"] = trial.suggest_int("queries", low, high, step=step)
         most = high
@@ -93,15 +92,15 @@ def _backbone(trial: Trial, backbone: BackboneConfig) -> dict[str, Any]:
 
 
 def _width(trial: Trial, student: StudentConfig) -> dict[str, Any]:
-    """Width, heads and ffn_width. Every width offered is divisible by every number of heads offered, by 4 for the position
-    embedding, and by 32 where deformable_detr normalises in 32 groups."""
+    """Width, heads and ffn_width. Every width offered is divisible by every number of heads offered, and by what its
+    family asks for (`Facts.width_unit`)."""
     width, own = student.width, student.heads
     heads = [own] + [
         count
         for count in (own // 2 if own % 2 == 0 else 0, 2 * own)
         if count and width % count == 0 and width // count >= LEAST_HEAD_WIDTH
     ]
-    unit = math.lcm(32 if student.family == "deformable_detr" else 4, *heads)
+    unit = math.lcm(FACTS[student.family].width_unit, *heads)
     low, high, step = around(width, unit * max(1, round(width / 4 / unit)), 2, 2, least=unit)
     chosen = trial.suggest_int("width", low, high, step=step)
     return {
@@ -117,7 +116,7 @@ def _input_size(trial: Trial, student: StudentConfig, queries: int) -> dict[str,
     resize, stride = student.resize, student.backbone.stride
     step = stride * max(1, round(resize.size / 8 / stride))
     least = 2 * stride
-    while student.family in HYBRID_FAMILIES and student.cells(least) < queries:
+    while FACTS[student.family].hybrid and student.cells(least) < queries:
         least += stride
     low, high, step = around(resize.size, step, 3, 1, least=least)
     size = trial.suggest_int("input_size", low, high, step=step)

@@ -8,14 +8,14 @@ from typing import Any
 
 from tiny import LABELS, STUDENT, silent_student
 
-from qskd.config import HYBRID_FAMILIES, ResizeConfig, StudentConfig
+from qskd.config import FACTS, ResizeConfig, StudentConfig
 from qskd.detectors import save_detector
 
 SQUARE = ResizeConfig(mode="square", size=64)
 
 
 def make(family: str, folder: Path) -> Path:
-    own = {"family": family, "feature_levels": 2 if family in HYBRID_FAMILIES or family == "deformable_detr" else 1}
+    own = {"family": family, "feature_levels": 2 if FACTS[family].hybrid or family == "deformable_detr" else 1}
     save_detector(silent_student(StudentConfig.model_validate({**STUDENT, **own}), LABELS, 0), folder, SQUARE)
     return folder
 

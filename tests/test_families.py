@@ -12,6 +12,8 @@ import transformers as hf
 from test_detectors import QUERIES, padded_batch
 from torch import Tensor
 
+from qskd.config import FACTS
+from qskd.deploy.onnx_detect import BEST_PAIRS
 from qskd.detectors import FAMILIES, Detector
 from qskd.errors import QskdError
 from qskd.families.detr import from_softmax
@@ -263,3 +265,11 @@ def test_bf16_autocast_keeps_predictions_in_float32(kind: str) -> None:
     for value in (rough.logits, rough.boxes_cxcywh, rough.query_states, rough.early_logits, rough.early_boxes_cxcywh):
         assert value is None or value.dtype == torch.float32
     torch.testing.assert_close(sum(part.sum((-2, -1)) for part in maps), (QUERIES >= 0).float())
+
+
+def test_every_family_has_a_row_of_facts_that_its_file_agrees_with() -> None:
+    assert set(FACTS) == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        facts = FACTS[name]
+        assert family.many_maps == (facts.size.get("feature_levels") != 1), name
+        assert BEST_PAIRS.get(name) == facts.best_pairs, name  # detect.py stands alone: it has a table of its own

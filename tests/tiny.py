@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qskd.config import HYBRID_FAMILIES, Config, StudentConfig
+from qskd.config import FACTS, Config, StudentConfig
 from qskd.config.recipe import apply_overrides, build
 from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.classes import map_classes
@@ -60,7 +60,7 @@ def random_teacher(
 
     Slots without a name of their own are named as the 91-slot heads of COCO name them.
     """
-    own = {"family": family, "feature_levels": 2 if family in HYBRID_FAMILIES else 1}
+    own = {"family": family, "feature_levels": 2 if FACTS[family].hybrid else 1}
     config = StudentConfig.model_validate({**TEACHER, **FAMILIES.get(family, own)})
     names = [f"{name} {slot}" if name == "N/A" else name for slot, name in enumerate(slots)]
     detector = silent_student(config, names, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qskd.config import HYBRID_FAMILIES, Config
+from qskd.config import FACTS, Config
 
 FEW_EPOCHS = 4  # a fixed view is no loss to a training that shows each image a few times
 
@@ -10,20 +10,19 @@ FEW_EPOCHS = 4  # a fixed view is no loss to a training that shows each image a 
 def notices(config: Config, epochs: float) -> list[str]:
     """A sentence each. epochs: of this training."""
     found = []
-    views, family = config.data.views, config.student.family
+    views, family, facts = config.data.views, config.student.family, FACTS[config.student.family]
     if views.count == 1 and epochs > FEW_EPOCHS and (views.flip_probability or views.crop_probability):
         price = "in a cache N times as large" if config.teacher.cache.path else "at no cost, since nothing is cached"
         found.append(
             f"data.views.count = 1: each image is flipped and cropped in one way, the same in all {epochs:g} epochs. "
             f"data.views.count=N shows N ways, {price}"
         )
-    if family in HYBRID_FAMILIES and not config.student.init:
-        more = " and without the terms of its box distributions (FGL, DDF)" if family == "d_fine" else ""
+    if facts.missing and not config.student.init:
         found.append(
-            f"student.family = {family} trains without denoising queries{more}: with and without a teacher it will be behind "
+            f"student.family = {family} trains without {facts.missing}: with and without a teacher it will be behind "
             "what its authors published (docs/families.md)"
         )
-    if family in HYBRID_FAMILIES and config.compute.workers > 1:
+    if facts.hybrid and config.compute.workers > 1:
         found.append(
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "
             f"normalises its own {max(1, config.training.batch_size // config.compute.workers)} images of a batch"

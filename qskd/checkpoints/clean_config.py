@@ -18,9 +18,9 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from qskd.checkpoints.json_files import SAVE_AGAIN, first_line, is_printable, shown
-from qskd.checkpoints.timm_resnet import FAMILIES as TIMM_FAMILIES
 from qskd.checkpoints.timm_resnet import spell_out
 from qskd.errors import QskdError
+from qskd.families.facts import FACTS
 from qskd.families.table import find_family
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _check_old_backbone(said: dict[str, Any], where: str) -> None:
     indices = (given or {}).get("out_indices", [])
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
         raise _refused(where, "backbone_kwargs.out_indices", shown(indices), "a list of numbers")
-    if backbone and not said.get("backbone_config") and (timm is False or said["model_type"] not in TIMM_FAMILIES):
+    if backbone and not said.get("backbone_config") and (timm is False or not FACTS[said["model_type"]].means_timm):
         raise _refused(
             where,
             "backbone",

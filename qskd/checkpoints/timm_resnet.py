@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from transformers import ResNetConfig
 
 from qskd.errors import QskdError
+from qskd.families.facts import FACTS
 
-FAMILIES = (
-    "detr",
-    "conditional_detr",
-    "deformable_detr",
-    "dab-detr",
-)  # whose configuration means timm by leaving it out
 NOT_DILATED = 32  # the stride of a ResNet's last stage
 # Other names are other networks, some of them with the very same weights' names (anti-aliased ones, say).
 _NAME = re.compile(r"(?:tv_)?resnet(?P<layers>\d+)(?:\..+)?")
@@ -47,7 +42,8 @@ def spell_out(said: dict[str, Any]) -> dict[str, Any]:
     Checkpoints saved before transformers 5 name it in fields of its own; transformers 5.23 asks the Hub for a repository of
     that name when `backbone_kwargs` is among them, and fails when it is null.
     """
-    if said.get("model_type") not in FAMILIES or said.get("backbone_config"):
+    facts = FACTS.get(str(said.get("model_type")))
+    if facts is None or not facts.means_timm or said.get("backbone_config"):
         return said
     if said.get("use_timm_backbone", True) is False:
         return said

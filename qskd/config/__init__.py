@@ -19,6 +19,5 @@ from qskd.config.sections import TrackingConfig as TrackingConfig
 from qskd.config.sections import TrainingConfig as TrainingConfig
 from qskd.config.student import BackboneConfig as BackboneConfig
 from qskd.config.student import StudentConfig as StudentConfig
-from qskd.families.facts import HYBRID_FAMILIES as HYBRID_FAMILIES
-from qskd.families.facts import TWO_LAYER_FAMILIES as TWO_LAYER_FAMILIES
+from qskd.families.facts import FACTS as FACTS
 from qskd.families.facts import Family as Family

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from qskd.config.images import ResizeConfig
 from qskd.config.section import Fraction, Positive, Section
 from qskd.config.student_sizes import SizeName, resolve
-from qskd.families.facts import HYBRID_FAMILIES, TWO_LAYER_FAMILIES, Family
+from qskd.families.facts import FACTS, Family
 
 
 class BackboneConfig(Section):
@@ -83,11 +83,18 @@ class StudentConfig(Section):
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
-        if self.family == "deformable_detr" and self.width % 32:
-            raise ValueError(f"deformable_detr normalises in 32 groups: width {self.width} is not a multiple of 32")
-        if self.family in TWO_LAYER_FAMILIES and self.decoder_layers < 2 and not self.init:
-            raise ValueError(f"{self.family} needs 2 decoder_layers or more: transformers cannot build it with one")
-        if self.family in HYBRID_FAMILIES and not self.init:
+        facts = FACTS[self.family]
+        if self.width % facts.width_unit:
+            unit = facts.width_unit
+            raise ValueError(
+                f"{self.family} normalises in {unit} groups: width {self.width} is not a multiple of {unit}"
+            )
+        least = facts.least_decoder_layers
+        if self.decoder_layers < least and not self.init:
+            raise ValueError(
+                f"{self.family} needs {least} decoder_layers or more: transformers cannot build it with fewer"
+            )
+        if facts.hybrid and not self.init:
             self._check_hybrid()
         return self
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from qskd.families.facts import FACTS
+
 SizeName = Literal["", "nano", "micro", "small", "medium", "large"]
 _HALF = {"layer_type": "basic", "embedding_size": 32, "hidden_sizes": [32, 64, 128, 256]}
 _WHOLE = {"layer_type": "basic", "embedding_size": 64, "hidden_sizes": [64, 128, 256, 512]}
@@ -45,22 +47,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "medium": _sizes(_WHOLE, [3, 4, 6, 3], 256, (4, 4), 8, 1024, 300, 4, 640),
     "large": _sizes(_WIDE, [3, 4, 6, 3], 256, (6, 6), 8, 1024, 300, 4, 640),
 }
-# Where a family's own design says otherwise.
-_ONE_MAP: dict[str, Any] = {"feature_levels": 1}
-_HYBRID: dict[str, Any] = {"feature_levels": 3, "encoder_layers": 1}  # attention within the coarsest map only
-_OF_FAMILY: dict[str, dict[str, Any]] = {
-    "detr": {**_ONE_MAP, "queries": 100},
-    "conditional_detr": _ONE_MAP,
-    "dab-detr": _ONE_MAP,
-    "rt_detr": _HYBRID,
-    "rt_detr_v2": _HYBRID,
-    "d_fine": _HYBRID,
-}
 
 
 def sizes_of(size: str, family: str) -> dict[str, Any]:
     """The fields of StudentConfig that a size sets for a family, as a nested dict."""
-    return {**SIZES[size], **_OF_FAMILY.get(family, {})}
+    return {**SIZES[size], **(FACTS[family].size if family in FACTS else {})}
 
 
 def resolve(given: Mapping[str, Any], default_family: str) -> dict[str, Any]:

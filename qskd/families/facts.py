@@ -1,9 +1,62 @@
-"""The families by name."""
+"""What is known of each family before transformers is imported: one row a family. Sizes, notices, ONNX, checkpoints, search spaces
+and benchmarks read it; what needs torch is in the family's own file beside this one.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-Family = Literal["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"]
-HYBRID_FAMILIES = ("rt_detr", "rt_detr_v2", "d_fine")  # a hybrid encoder, and queries chosen from its cells
-TWO_LAYER_FAMILIES = ("deformable_detr", "d_fine")  # transformers ties a second layer's heads to the first's
+
+@dataclass(frozen=True)
+class Facts:
+    """size: StudentConfig fields that `student.size` sets in another way than for most families.
+
+    hybrid: a hybrid encoder, on backbone stages alone; its cells are the queries to choose from, and its batch norms stand
+    outside the backbone too. width_unit: the width is a multiple of it. least_decoder_layers: with fewer transformers can't
+    build it. best_pairs: (query, class) pairs that its post-processing gives back; None: as many as there are queries.
+    means_timm: its published configurations mean a timm ResNet by leaving the backbone out. missing: what of its authors'
+    training a student here goes without, in words; empty for nothing that is known.
+    """
+
+    title: str
+    size: Mapping[str, Any] = field(default_factory=dict)
+    hybrid: bool = False
+    width_unit: int = 4  # for the sine position embedding
+    least_decoder_layers: int = 1
+    best_pairs: int | None = None
+    means_timm: bool = False
+    missing: str = ""
+
+
+_ONE_MAP = {"feature_levels": 1}
+_HYBRID = {"feature_levels": 3, "encoder_layers": 1}  # attention within the coarsest map only
+_NO_DENOISING = "denoising queries"
+
+FACTS: dict[str, Facts] = {
+    "detr": Facts("DETR", {**_ONE_MAP, "queries": 100}, means_timm=True),
+    "conditional_detr": Facts("Conditional DETR", _ONE_MAP, best_pairs=100, means_timm=True),
+    "dab-detr": Facts("DAB-DETR", _ONE_MAP, best_pairs=100, means_timm=True),
+    "deformable_detr": Facts(
+        "Deformable DETR",
+        width_unit=32,  # it normalises in 32 groups
+        least_decoder_layers=2,  # transformers ties a second layer's heads to the first's
+        best_pairs=100,
+        means_timm=True,
+    ),
+    "rt_detr": Facts("RT-DETR", _HYBRID, hybrid=True, missing=_NO_DENOISING),
+    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True, missing=_NO_DENOISING),
+    "d_fine": Facts(
+        "D-FINE",
+        _HYBRID,
+        hybrid=True,
+        least_decoder_layers=2,
+        missing=f"{_NO_DENOISING} and without the terms of its box distributions (FGL, DDF)",
+    ),
+}
+
+if TYPE_CHECKING:
+    Family = str
+else:
+    Family = Literal[tuple(FACTS)]  # what `student.family` may be

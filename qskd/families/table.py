@@ -29,6 +29,6 @@ def find_family(model_type: Any, where: str) -> Family:
             where,
             f"a model of type {shown(model_type)}",
             f"one of {', '.join(FAMILIES)}",
-            "choose a checkpoint of a supported family, or add the family in qskd/detectors (docs/families.md)",
+            "choose a checkpoint of a supported family, or add the family in qskd/families (docs/families.md)",
         )
     return family
