@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import search_spaces
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.plug_ins import tell_code_is_run
@@ -36,7 +35,7 @@ class Space:
 
 def space_names() -> list[str]:
     """The spaces that come with the package."""
-    return sorted(module.name for module in pkgutil.iter_modules(search_spaces.__path__) if module.name[0] != "_")
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name[0] != "_")
 
 
 def load_space(name: str) -> Space:

@@ -13,7 +13,7 @@ from typing import Any
 from scipy.stats import t
 
 from benchmarks.evidence.cells import RECORDS
-from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
+from benchmarks.evidence.plan import BUDGETS, MAIN, STUDENTS, VARIANTS
 
 BASELINE, OURS = "none", "qskd"
 Scores = dict[int, float]  # by seed
@@ -143,13 +143,13 @@ def markdown(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]
 
 
 def summary(records: Sequence[Mapping[str, Any]], student: str) -> str:
-    """One student's rows with both of the plan's budgets side by side, for a reader who wants the main thing."""
+    """One student's main rows with both of the plan's budgets side by side, for a reader who wants the main thing."""
     ap = scores(records)
     budgets = [budget for budget in ("short", "long") if (student, BASELINE, budget) in ap]
     head = [f"{BUDGETS[budget]:,} steps: AP | against no teacher | QSKD ahead by | seeds" for budget in budgets]
     lines = ["| | " + " | ".join(head) + " |", "| --- |" + " --- |" * (4 * len(budgets))]
-    for name, variant in VARIANTS.items():
-        cells = []
+    for name in MAIN:
+        variant, cells = VARIANTS[name], []
         for budget in budgets:
             mine, base, ours = (ap.get((student, each, budget), {}) for each in (name, BASELINE, OURS))
             cells += [

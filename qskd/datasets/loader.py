@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,33 @@ from qskd.datasets.schedule import Kind
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes, view_image
 from qskd.errors import QskdError
-from qskd.teacher.cache import TeacherCacheReader
-from qskd.teacher.columns import TeacherRow, collate
-from qskd.teacher.manifest import REMEDY
 
 Key = tuple[Any, ...]
+
+
+class BesideRow(Protocol):
+    """What a second reader has for one view of one image."""
+
+    @property
+    def image_id(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class RowReader(Protocol):
+    """A second reader of rows, one for each row of the image shards and view: the teacher's outputs are read by such a one.
+
+    num_bytes: of all it can read. remedy: for messages, where a row is of another image. collate: rows -> arrays of one batch.
+    """
+
+    remedy: str
+
+    @property
+    def num_bytes(self) -> int: ...
+    def where(self, shard: int, view: int) -> str: ...
+    def group_rows(self, shard: int, view: int, row: int) -> range: ...
+    def read(self, shard: int, view: int, rows: Sequence[int]) -> Sequence[BesideRow]: ...
+    def collate(self, rows: Sequence[Any]) -> dict[str, NDArray[Any]]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +97,8 @@ class BatchLoader:
     keep_bytes bounds what is kept in memory: encoded rows, so that rows stored together are read together once, for good when
     all of them fit, else until each was asked for; and finished views too, when all of them fit beside the rows.
     teacher_resize equal to student_resize counts as none.
-    teacher_cache: where the teacher's outputs on the training views are read from; its pixels are then not needed.
+    teacher_cache: where what comes beside the training views (the teacher's outputs) is read from; the teacher's pixels are
+    then not needed.
     """
 
     def __init__(
@@ -86,7 +109,7 @@ class BatchLoader:
         student_resize: ResizeConfig,
         teacher_resize: ResizeConfig | None = None,
         keep_bytes: int = 2**30,
-        teacher_cache: TeacherCacheReader | None = None,
+        teacher_cache: RowReader | None = None,
     ) -> None:
         uris: dict[Kind, str] = {"train": train_uri, "val": val_uri}
         self._readers = {kind: ShardReader(uri) for kind, uri in uris.items() if uri}
@@ -117,7 +140,7 @@ class BatchLoader:
         first counts: int32 [n]. Crowds are no targets. image_ids: int64 [n]. views: int32 [n]. positions: int32 [n, 2],
         (shard, row). original_sizes: int32 [n, 2], (height, width) of the file's image. With another teacher_resize,
         teacher_images and teacher_sizes are the same views at the teacher's size; with a cache, "train" has its rows, as
-        `qskd.teacher.columns.collate` gives them. "val" is always the identity view.
+        its `collate` gives them. "val" is always the identity view.
 
         Raises QskdError naming shard and image id when a shard, a picture or the cache is broken.
         """
@@ -144,16 +167,16 @@ class BatchLoader:
             images, sizes = pad([example.pixels[number] for example in examples])
             batch |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
         if self._cache is not None and kind == "train":
-            said = self._teacher_rows(self._cache, wanted, [example.image_id for example in examples])
-            batch |= collate(said, self._cache.manifest.sizes, self._cache.columns)
+            said = self._rows_beside(self._cache, wanted, [example.image_id for example in examples])
+            batch |= self._cache.collate(said)
         return batch
 
-    def _teacher_rows(
-        self, cache: TeacherCacheReader, wanted: Sequence[tuple[int, int, int]], image_ids: Sequence[int]
-    ) -> list[TeacherRow]:
-        found, unread, asked = dict[Key, TeacherRow](), dict[tuple[int, int], set[int]](), dict.fromkeys(wanted)
+    def _rows_beside(
+        self, cache: RowReader, wanted: Sequence[tuple[int, int, int]], image_ids: Sequence[int]
+    ) -> list[BesideRow]:
+        found, unread, asked = dict[Key, BesideRow](), dict[tuple[int, int], set[int]](), dict.fromkeys(wanted)
         for shard, row, view in asked:
-            kept = self._held(("teacher", shard, row, view))
+            kept = self._held(("beside", shard, row, view))
             if kept is None:
                 self.unheld += 1
                 unread.setdefault((shard, view), set()).update(cache.group_rows(shard, view, row))
@@ -163,12 +186,14 @@ class BatchLoader:
             ordered = sorted(rows)
             for row, said in zip(ordered, cache.read(shard, view, ordered), strict=True):
                 if self._keep_rows or (shard, row, view) not in asked:
-                    self._recent.put(("teacher", shard, row, view), said, said.nbytes + 2000)
+                    self._recent.put(("beside", shard, row, view), said, said.nbytes + 2000)
                 found[shard, row, view] = said
         for (shard, row, view), image_id in zip(wanted, image_ids, strict=True):
             if found[shard, row, view].image_id != image_id:
                 problem = f"row {row} is of image {found[shard, row, view].image_id}"
-                raise QskdError(cache.where(shard, view), problem, f"image {image_id}, as the shard has it", REMEDY)
+                raise QskdError(
+                    cache.where(shard, view), problem, f"image {image_id}, as the shard has it", cache.remedy
+                )
         return [found[place] for place in wanted]
 
     def _reader(self, kind: Kind) -> ShardReader:
@@ -184,7 +209,7 @@ class BatchLoader:
             views = self._views.count if kind == "train" else 1
             stored += sum(shard.bytes for shard in reader.manifest.shards)
             finished += reader.manifest.num_images * views * (3 * pixels + 1000)
-        return stored + (self._cache.manifest.num_bytes if self._cache is not None else 0), finished
+        return stored + (self._cache.num_bytes if self._cache is not None else 0), finished
 
     def _examples(self, kind: Kind, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
         found: dict[Key, Example] = {}

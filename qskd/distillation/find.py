@@ -14,15 +14,12 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import qskd.distillation
 from qskd.config.distillation import NONE, MethodSettings
 from qskd.errors import QskdError
 from qskd.plug_ins import tell_code_is_run
-
-if TYPE_CHECKING:
-    from qskd.distillation.method import Method
 
 FOLDERS = "QSKD_METHODS"  # environment variable: folders with methods of the user's, as PATH has them
 NOT_METHODS = ("find", "maps", "method", "ramp")
@@ -73,7 +70,7 @@ def _own() -> frozenset[str]:
     return frozenset(module.name for module in pkgutil.iter_modules(qskd.distillation.__path__)) - set(NOT_METHODS)
 
 
-def _module(name: str, part: str = "") -> ModuleType:
+def module_of(name: str, part: str = "") -> ModuleType:
     """The module of a method; of one that is a folder here, its `part`."""
     path = _file_of(name)
     if path is not None:
@@ -118,25 +115,7 @@ def _module_at(path: Path) -> ModuleType:
 
 def find_settings(name: str) -> type[MethodSettings]:
     """What a recipe may say under `distillation` for this method. QskdError where there is no such method."""
-    found: Any = getattr(_module(name, "settings"), "Settings", None)
+    found: Any = getattr(module_of(name, "settings"), "Settings", None)
     if not (isinstance(found, type) and issubclass(found, MethodSettings)):
         raise QskdError(f"distillation.method = {name}", "its file has no class Settings(MethodSettings)", CONTRACT)
     return found
-
-
-def find_method(name: str) -> type[Method]:
-    """The method's class. Imports torch."""
-    from qskd.distillation.method import Method
-
-    module = _module(name, "method")
-    found = [
-        each
-        for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Method) and each.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        named = ", ".join(each.__name__ for each in found) or "none"
-        raise QskdError(
-            f"distillation.method = {name}", f"its file defines {len(found)} methods: {named}", f"one: {CONTRACT}"
-        )
-    return found[0]

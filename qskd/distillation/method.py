@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from qskd.config.distillation import NONE, MethodSettings, parts_of
-from qskd.distillation.find import find_method
+from qskd.distillation.find import CONTRACT, module_of
 from qskd.distillation.ramp import distillation_factor
 from qskd.errors import QskdError
 from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherNeeds, TeacherRecord
@@ -124,6 +124,22 @@ class Method(nn.Module, ABC):
     def seen(cls, settings: Any, sight: Sight) -> Seen | None:
         """What `qskd explain` shows of an image beside the detections; None: nothing."""
         return None
+
+
+def find_method(name: str) -> type[Method]:
+    """The method's class: the one that its file defines. QskdError where it defines none, or several."""
+    module = module_of(name, "method")
+    found = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Method) and each.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        named = ", ".join(each.__name__ for each in found) or "none"
+        raise QskdError(
+            f"distillation.method = {name}", f"its file defines {len(found)} methods: {named}", f"one: {CONTRACT}"
+        )
+    return found[0]
 
 
 class Several(Method):

@@ -21,7 +21,7 @@ from qskd.errors import QskdError, writing
 from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish
 from qskd.storage.scratch import locked_folder, scratch_folder
 from qskd.storage.stores import is_local, join, patiently
-from qskd.teacher.columns import _COMPRESSION, _SCHEMA, ARRAYS, DTYPES, TeacherRow
+from qskd.teacher.columns import _COMPRESSION, _SCHEMA, ARRAYS, DTYPES, TeacherRow, collate
 from qskd.teacher.manifest import REMEDY, file_name, load_cache_manifest
 
 ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
@@ -112,6 +112,8 @@ def _footer(uri: str, name: str) -> pq.FileMetaData | None:
 class TeacherCacheReader:
     """Reads rows by (shard, view, row), and of each row only the columns asked for; the others are empty arrays."""
 
+    remedy = REMEDY
+
     def __init__(self, uri: str, columns: Sequence[str] = _SCHEMA.names) -> None:
         manifest = load_cache_manifest(uri)
         if manifest is None:
@@ -139,6 +141,15 @@ class TeacherCacheReader:
     def where(self, shard: int, view: int) -> str:
         """The file's full name, for messages."""
         return self._files.where(self._number(shard, view))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return self.manifest.num_bytes
+
+    def collate(self, rows: Sequence[TeacherRow]) -> dict[str, NDArray[Any]]:
+        """Rows -> one batch, with the columns that this reader reads."""
+        return collate(rows, self.manifest.sizes, self.columns)
 
     def group_rows(self, shard: int, view: int, row: int) -> range:
         """The rows stored together with `row`."""
