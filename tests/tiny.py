@@ -60,7 +60,7 @@ def random_teacher(
 
     Slots without a name of their own are named as the 91-slot heads of COCO name them.
     """
-    own = {"family": family, "feature_levels": 2 if FACTS[family].hybrid else 1}
+    own = {"family": family, "feature_levels": 2 if family in FACTS and FACTS[family].hybrid else 1}
     config = StudentConfig.model_validate({**TEACHER, **FAMILIES.get(family, own)})
     names = [f"{name} {slot}" if name == "N/A" else name for slot, name in enumerate(slots)]
     detector = silent_student(config, names, seed)

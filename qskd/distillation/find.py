@@ -6,6 +6,7 @@ Free of torch, as configurations are: the settings of a method that is a folder 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -98,7 +99,7 @@ def _is_package(name: str) -> bool:
 
 @cache
 def _module_at(path: Path) -> ModuleType:
-    name = f"qskd_method_{path.stem}"
+    name = f"qskd_method_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
