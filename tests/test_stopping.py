@@ -20,6 +20,7 @@ from test_pipelines import SIZES
 from pipelines.history import read_history
 from pipelines.loopback import make_token
 from pipelines.prepare import prepare
+from pipelines.stopping import SAME_S
 from pipelines.storage import Folder
 from qskd.config import Config
 from qskd.recipe import load, to_yaml
@@ -72,9 +73,21 @@ def test_a_second_sigterm_ends_at_once() -> None:
     process.send_signal(signal.SIGTERM)
     assert process.stdout is not None
     assert process.stdout.readline() == "closing\n"
+    time.sleep(SAME_S + 0.5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    process = program(closing_s=SAME_S / 2)  # `timeout` sends it to the process, and then to its group
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "closing\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in out
 
 
 def test_the_token_that_is_made_is_for_its_user_alone_and_stays(
