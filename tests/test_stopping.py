@@ -21,6 +21,7 @@ from pipelines.cluster.loopback import make_token
 from pipelines.prepare import prepare
 from pipelines.run.folder import Folder
 from pipelines.run.history import read_history
+from pipelines.run.stopping import SAME_S
 from qskd.config import Config
 from qskd.config.recipe import load, to_yaml
 from qskd.datasets.shapes import ShapesConfig, make_shapes
@@ -72,9 +73,21 @@ def test_a_second_sigterm_ends_at_once() -> None:
     process.send_signal(signal.SIGTERM)
     assert process.stdout is not None
     assert process.stdout.readline() == "closing\n"
+    time.sleep(SAME_S + 0.5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    process = program(closing_s=SAME_S / 2)  # `timeout` sends it to the process, and then to its group
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "closing\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in out
 
 
 def test_the_token_that_is_made_is_for_its_user_alone_and_stays(

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_received: list[int] = []
+SAME_S = 1.0  # `timeout` and `kill` of a group send the same signal twice, to the process and to its group
+_received: list[tuple[int, float]] = []  # the first signal, and when
 _taken = False
 
 
 def _note(number: int) -> None:
-    """From now on a second signal ends the process at once."""
-    _received.append(number)
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+    _received.append((number, time.monotonic()))
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """A KeyboardInterrupt, wherever the program is."""
+    """A KeyboardInterrupt, wherever the program is. A second signal ends the process at once."""
+    if _received:
+        if time.monotonic() - _received[0][1] > SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        return
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     _note(number)
     if number == signal.SIGTERM and callable(on_ctrl_c) and on_ctrl_c is not _on_signal:
@@ -44,7 +49,7 @@ def sigterm_kept() -> Iterator[None]:
         _note(signal.SIGTERM)
         raise KeyboardInterrupt from None
     finally:
-        if _taken and not _received:
+        if _taken:
             signal.signal(signal.SIGTERM, _on_signal)
 
 
@@ -75,7 +80,7 @@ def ended_by_signals(quiet: bool = False) -> Iterator[None]:
         if not was_stopped(error) and not (isinstance(error, SystemExit) and error.code == ctrl_c):
             done = True
             raise
-        number = _received[0] if _received else signal.SIGINT
+        number = _received[0][0] if _received else signal.SIGINT
         if not quiet:
             from pipelines.run.logs import say
 
@@ -85,7 +90,8 @@ def ended_by_signals(quiet: bool = False) -> Iterator[None]:
             )
         raise SystemExit(128 + number) from None
     finally:
-        _taken = False
-        _received.clear()
-        for each, handler in before.items() if done else ():
-            signal.signal(each, handler)
+        if done:  # else the process ends, and a second signal is still a second one
+            _taken = False
+            _received.clear()
+            for each, handler in before.items():
+                signal.signal(each, handler)
