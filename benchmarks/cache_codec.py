@@ -41,8 +41,7 @@ from qskd.from_recipe import make_teacher
 from qskd.structures import TeacherRecord
 from qskd.teacher.cache import TeacherCacheReader, write_rows
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.codec import decode, encode, encoded_record, largest_errors
-from qskd.teacher.columns import ARRAYS, collate
+from qskd.teacher.columns.table import ARRAYS, collate, decode, encode, largest_errors
 from qskd.teacher.identity import cache_identity, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheManifest
@@ -95,7 +94,7 @@ def errors_of(config: Config, teacher: OnlineTeacher, manifest: CacheManifest) -
     for start in range(0, 256, 16):
         rows = list(range(start, start + 16))
         tensors = collate(reader.read(0, 0, rows), manifest.sizes, reader.columns)
-        found = decode(encoded_record({name: torch.from_numpy(value) for name, value in tensors.items()}))
+        found = decode({name: torch.from_numpy(value) for name, value in tensors.items()})
         true = maker.ask(loader.load("train", np.array([(0, row, 0) for row in rows])))
         for name, value in largest_errors(found, true).items():
             worst[name] = max(worst.get(name, 0.0), value)

@@ -38,7 +38,7 @@ from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation
 from qskd.distillation.qskd.method import QSKD
 from qskd.losses.dense_head import DenseHead
 from qskd.losses.matching import assign
-from qskd.teacher.codec import decode, encoded_record
+from qskd.teacher.columns.table import decode
 from qskd.training.step import Training
 
 GOAL = 1.05
@@ -168,7 +168,7 @@ def backward_split(case: Case, rounds: int) -> list[list[str]]:
     training = case.training("qskd")
     method, batch = training.module.method, train_batch(case.batches[0])
     assert method is not None
-    teacher = decode(encoded_record(batch.cached))
+    teacher = decode(batch.cached)
     pixels, mask = to_pixels(batch.images, batch.sizes, training.student.mean, training.student.std)
     with torch.no_grad():
         output = training.student(pixels, mask, with_attention=False)

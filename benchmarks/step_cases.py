@@ -24,10 +24,9 @@ from qskd.config.recipe import load
 from qskd.datasets.shapes import CATEGORY_IDS, render
 from qskd.detectors import build_student
 from qskd.from_recipe import make_teacher
-from qskd.structures import TeacherRecord
+from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.codec import encode
-from qskd.teacher.columns import TeacherRow, collate, columns_for
+from qskd.teacher.columns.table import TeacherRow, collate, columns_for, encode
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import queries_above
@@ -83,7 +82,7 @@ def _memory(batch: Arrays) -> list[np.ndarray]:
 
 
 def _with_teacher(arrays: Arrays, rows: Sequence[TeacherRow], sizes: CacheSizes) -> Arrays:
-    return arrays | collate(rows, sizes, columns_for(memory=True, attention=True))
+    return arrays | collate(rows, sizes, columns_for(TeacherNeeds(memory=True, attention=True)))
 
 
 def quickstart(batch: int, batches: int) -> Case:

@@ -79,6 +79,13 @@ def check_enough(config: Config) -> None:
             f"{cache.attention_layers}, as the cache has it",
             f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}",
         )
+    if missing := sorted(needs.columns - set(cache.columns)):
+        columns = ",".join([*cache.columns, *missing])
+        raise refused(
+            "columns",
+            f"what the cache holds: it has no column {', '.join(missing)}",
+            f"make a cache with --set teacher.cache.columns=[{columns}]",
+        )
     if needs.all_layers and not cache.all_layers:
         raise refused(
             "all_layers",

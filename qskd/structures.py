@@ -103,6 +103,7 @@ class TeacherRecord:
     attention_queries: [B, A] int64, the queries whose attention is known, -1 = none. Holds at least every query whose
         GIoU with some object reaches the floor that was asked for.
     attention: [B, A, H, W] for each memory map; a query sums to 1 over all maps.
+    extra: what further columns hold, by their names (`qskd.teacher.columns`), [B, ...] each.
     """
 
     logits: Tensor
@@ -111,6 +112,7 @@ class TeacherRecord:
     memory_valid: tuple[Tensor, ...] = ()
     attention_queries: Tensor | None = None
     attention: tuple[Tensor, ...] = ()
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ class TeacherNeeds:
     """What a distillation method wants of the teacher; the cache reader loads these columns only.
 
     attention_giou_floor: attention is wanted of queries with at least this GIoU with some object (and of the matched ones).
-    online: the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a cache may
-    fail, by the name of its field here: (the field of the method's section that causes it, in words what it asks for).
+    columns: further columns of the cache, by name. online: the teacher itself is asked in every step, which no cache can
+    stand for. reasons: for a need that a cache may fail, by the name of its field here: (the field of the method's section
+    that causes it, in words what it asks for).
     """
 
     memory: bool = False
@@ -127,6 +130,7 @@ class TeacherNeeds:
     attention_layers: str = "last"  # or "mean"
     all_layers: bool = False
     attention_giou_floor: float = 1.0
+    columns: frozenset[str] = frozenset()
     online: bool = False
     reasons: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
@@ -149,6 +153,7 @@ class TeacherNeeds:
             attention_layers=self.attention_layers if self.attention else other.attention_layers,
             all_layers=self.all_layers or other.all_layers,
             attention_giou_floor=lower.attention_giou_floor,
+            columns=self.columns | other.columns,
             online=self.online or other.online,
             reasons=reasons,
         )

@@ -36,7 +36,7 @@ from qskd.datasets.samples import SCHEMA
 from qskd.datasets.shards import ShardReader, read_annotations, verify, write_shards
 from qskd.errors import QskdError
 from qskd.teacher.cache import FINGERPRINT_KEY, TeacherCacheReader, write_rows
-from qskd.teacher.columns import TeacherRow, collate
+from qskd.teacher.columns.table import TeacherRow, collate
 from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, fingerprint_of, save_cache_manifest
 
 

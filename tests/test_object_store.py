@@ -37,7 +37,7 @@ from qskd.storage import files
 from qskd.storage.files import open_folder, publish, publish_bytes
 from qskd.storage.stores import PATIENCE
 from qskd.teacher.cache import TeacherCacheReader, finished_file, write_rows
-from qskd.teacher.columns import ARRAYS, TeacherRow
+from qskd.teacher.columns.table import ARRAYS, TeacherRow
 from qskd.teacher.manifest import CacheManifest, CacheSizes, load_cache_manifest, save_cache_manifest
 
 

@@ -31,17 +31,16 @@ from qskd.errors import QskdError
 from qskd.from_recipe import teacher_for_training
 from qskd.losses.matching import assign
 from qskd.storage.files import UNFINISHED
-from qskd.structures import TeacherRecord
+from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.cache import TeacherCacheReader, finished_file, write_rows
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.codec import decode, encode, encoded_record, largest_errors
-from qskd.teacher.columns import ARRAYS, TeacherRow, collate, columns_for
+from qskd.teacher.columns.table import ARRAYS, TeacherRow, collate, columns_for, decode, encode, largest_errors
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, load_cache_manifest, save_cache_manifest
 from qskd.teacher.online import OnlineTeacher, queries_above
 
 LABELS = ("three", "eight", "nine")
-EVERYTHING = columns_for(memory=True, attention=True)
+EVERYTHING = columns_for(TeacherNeeds(memory=True, attention=True))
 ASPECT = ResizeConfig(mode="shortest_edge", size=64, longest=96)
 
 
@@ -71,7 +70,7 @@ def cache(data: str, teacher: OnlineTeacher, tmp_path_factory: pytest.TempPathFa
 
 def decoded(rows: list[TeacherRow], sizes: CacheSizes, columns: tuple[str, ...] = EVERYTHING) -> TeacherRecord:
     arrays = collate(rows, sizes, columns)
-    return decode(encoded_record({name: torch.from_numpy(value) for name, value in arrays.items()}))
+    return decode({name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 # ---- the codec
@@ -152,13 +151,13 @@ def test_a_batch_of_no_rows_has_the_right_shapes() -> None:
 
 
 def test_only_the_columns_asked_for_are_read(cache: str) -> None:
-    reader = TeacherCacheReader(cache, columns_for(memory=False, attention=False))
+    reader = TeacherCacheReader(cache, columns_for(TeacherNeeds()))
     (row,) = reader.read(1, 0, [2])
     assert [name for name in ARRAYS if getattr(row, name).size] == ["logits", "boxes_cxcywh"]
     assert set(collate([row], reader.manifest.sizes, reader.columns)) == {"teacher_logits", "teacher_boxes_cxcywh"}
-    attention = TeacherCacheReader(cache, columns_for(memory=False, attention=True)).read(1, 0, [2])
+    attention = TeacherCacheReader(cache, columns_for(TeacherNeeds(attention=True))).read(1, 0, [2])
     assert not attention[0].memory.size
-    assert decoded(attention, reader.manifest.sizes, columns_for(False, True)).attention
+    assert decoded(attention, reader.manifest.sizes, columns_for(TeacherNeeds(attention=True))).attention
 
 
 def test_reading_a_cache_does_not_import_torch(cache: str) -> None:
@@ -292,7 +291,7 @@ def test_each_image_meets_its_own_teacher_outputs_whatever_the_order(
     for i, row in enumerate(rows):
         alone = BatchLoader(data, "", ViewConfig(count=2, crop_probability=0.5), ASPECT).load("train", row[None])
         true = maker.ask(alone)
-        found = decode(encoded_record({n: torch.from_numpy(v[i : i + 1]) for n, v in batch.items() if "teacher" in n}))
+        found = decode({n: torch.from_numpy(v[i : i + 1]) for n, v in batch.items() if "teacher" in n})
         # Alone, a picture is not padded: the last bits differ, another picture's outputs differ altogether.
         assert float((found.boxes_cxcywh - true.boxes_cxcywh).abs().max()) < 0.02
     assert not any("teacher" in name for name in BatchLoader(data, data, ViewConfig(), ASPECT).load("val", rows))

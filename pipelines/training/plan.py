@@ -17,7 +17,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
 from qskd.redaction import redacted
-from qskd.teacher.columns import columns_for
+from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.manifest import load_cache_manifest
 
@@ -125,7 +125,7 @@ def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
         stream = replace(
             stream,
             teacher_cache=config.teacher.cache.path,
-            teacher_columns=columns_for(needs.memory, needs.attention),
+            teacher_columns=columns_for(needs),
             teacher_row_bytes=cache.num_bytes // (train.num_images * len(cache.views)),
         )
     row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes

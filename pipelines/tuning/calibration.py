@@ -25,7 +25,7 @@ from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_batch
 from qskd.from_recipe import make_student, make_teacher
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.columns import TeacherRow, collate, columns_for
+from qskd.teacher.columns.table import TeacherRow, collate, columns_for
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
@@ -113,7 +113,7 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
         teacher_s = time.perf_counter() - started  # the last one's: the first wakes it up
     needs = teacher_needs(config.distillation)
     assert needs is not None
-    columns = columns_for(needs.memory, needs.attention)
+    columns = columns_for(needs)
     cached = [_with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
     memory = CachedTeacher(teacher.sizes(config.teacher.cache.all_layers))
     training = Training(config, student, memory, steps, device)

@@ -2,12 +2,13 @@
 
 A row is what a teacher said of one view of one image, and stands at the same place in its file as the image does in its
 shard. Arrays are stored as raw bytes: sizes that are the same everywhere are in the manifest, the memory's own in the row.
-Free of torch, so that the processes that read it start fast; `qskd.teacher.codec` makes rows of tensors and back.
+Free of torch, so that the processes that read it start fast; `qskd.teacher.columns.table` makes rows of tensors and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from qskd.errors import QskdError, writing
 from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish
 from qskd.storage.scratch import locked_folder, scratch_folder
 from qskd.storage.stores import is_local, join, patiently
-from qskd.teacher.columns import _COMPRESSION, _SCHEMA, ARRAYS, DTYPES, TeacherRow, collate
+from qskd.teacher.columns.table import ALWAYS, COMPRESSION, PRECISIONS, TeacherRow, collate, row_from, schema_of, stored
 from qskd.teacher.manifest import REMEDY, file_name, load_cache_manifest
 
 ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
@@ -37,23 +38,25 @@ def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str
     filesystem, root = open_folder(uri)
     with writing(uri):
         patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
-    schema = _SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
-    count = 0
+    rows, count = iter(rows), 0
+    first = list(islice(rows, 1))
+    names = stored(first[0]) if first else ALWAYS
+    schema = schema_of(names).with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
     # Locked: another job's end deletes what killed ones left unfinished.
     with locked_folder(UNFINISHED, root) if is_local(filesystem) else scratch_folder("rows") as folder:
         spool = folder / SPOOL
         with pq.ParquetWriter(
             spool,
             schema,
-            compression=_COMPRESSION,
+            compression={name: COMPRESSION[name] for name in schema.names},
             use_dictionary=False,
             write_statistics=False,
             write_page_checksum=True,
         ) as writer:
-            for group in _groups(rows):
+            for group in _groups(chain(first, rows)):
                 columns: dict[str, Any] = {"image_id": [row.image_id for row in group]}
                 columns |= {
-                    field: [np.ascontiguousarray(getattr(row, field)).tobytes() for row in group] for field in ARRAYS
+                    field: [np.ascontiguousarray(getattr(row, field)).tobytes() for row in group] for field in names
                 }
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=len(group))
                 count += len(group)
@@ -114,7 +117,7 @@ class TeacherCacheReader:
 
     remedy = REMEDY
 
-    def __init__(self, uri: str, columns: Sequence[str] = _SCHEMA.names) -> None:
+    def __init__(self, uri: str, columns: Sequence[str] = ("image_id", *ALWAYS)) -> None:
         manifest = load_cache_manifest(uri)
         if manifest is None:
             raise QskdError(
@@ -122,10 +125,13 @@ class TeacherCacheReader:
             )
         self.uri, self.manifest, self.columns = uri, manifest, tuple(columns)
         self._precision = str(manifest.identity.get("teacher.cache.precision"))
-        if self._precision not in DTYPES:
-            raise QskdError(join(uri, MANIFEST), f"precision {self._precision}", f"one of {', '.join(DTYPES)}", REMEDY)
+        if self._precision not in PRECISIONS:
+            raise QskdError(
+                join(uri, MANIFEST), f"precision {self._precision}", f"one of {', '.join(PRECISIONS)}", REMEDY
+            )
         fixed = {FINGERPRINT_KEY: manifest.fingerprint.encode()}
-        self._files = ParquetFiles(uri, self._expected, _SCHEMA, REMEDY, fixed)
+        expected = schema_of(tuple(dict.fromkeys((*ALWAYS, *self.columns[1:]))))
+        self._files = ParquetFiles(uri, self._expected, expected, REMEDY, fixed)
 
     def _number(self, shard: int, view: int) -> int:
         if view not in self.manifest.views:
@@ -165,56 +171,15 @@ class TeacherCacheReader:
         ids = columns.pop("image_id").to_numpy()
         try:
             return [
-                self._row(int(ids[place]), {name: column[place].as_buffer() for name, column in columns.items()})
+                row_from(
+                    int(ids[place]),
+                    {name: column[place].as_buffer() for name, column in columns.items()},
+                    self.manifest.sizes,
+                    self._precision,
+                )
                 for place in places
             ]
         except ValueError as error:  # a buffer that can't have the shape it should
             raise QskdError(
                 self._files.where(number), f"a damaged row: {error}", "arrays of the manifest's sizes", REMEDY
             ) from None
-
-    def _row(self, image_id: int, buffers: Mapping[str, Any]) -> TeacherRow:
-        sizes, formats = self.manifest.sizes, DTYPES[self._precision]
-
-        def array(name: str, dtype: str, *shape: int) -> NDArray[Any]:
-            if name not in buffers:
-                return np.zeros(0, dtype)
-            return np.frombuffer(buffers[name], dtype).reshape(shape)
-
-        queries = array("attention_queries", "<i4", -1)
-        row = TeacherRow(
-            image_id=image_id,
-            logits=array("logits", formats["logits"], sizes.layers, sizes.queries, sizes.classes),
-            boxes_cxcywh=array("boxes_cxcywh", "<f4", sizes.layers, sizes.queries, 4),
-            memory_shapes=array("memory_shapes", "<i4", len(sizes.channels), 2),
-            memory=array("memory", formats["memory"], -1),
-            memory_scale=array("memory_scale", "<f4", -1),
-            attention_queries=queries,
-            attention=array("attention", formats["attention"], len(queries), -1 if len(queries) else 0),
-            attention_scale=array("attention_scale", "<f4", -1),
-        )
-        if "memory_shapes" in buffers:
-            self._check_sizes(row, buffers)
-        return row
-
-    def _check_sizes(self, row: TeacherRow, buffers: Mapping[str, Any]) -> None:
-        """ValueError unless the flat arrays are as long as the maps' sizes have it: `collate` makes room for those sizes."""
-        channels, quantised = self.manifest.sizes.channels, self._precision == "int8"
-        shapes: list[list[int]] = row.memory_shapes.tolist()
-        if any(side <= 0 for shape in shapes for side in shape):
-            raise ValueError(f"maps of {shapes} cells")
-        cells = [high * wide for high, wide in shapes]
-        wanted = {
-            "memory": sum(width * count for width, count in zip(channels, cells, strict=True)),
-            "memory_scale": sum(channels) if quantised else 0,
-            "attention": len(row.attention_queries) * sum(cells),
-            "attention_scale": len(row.attention_queries) if quantised else 0,
-        }
-        for name, count in wanted.items():
-            if name in buffers and getattr(row, name).size != count:
-                raise ValueError(
-                    f"{name} has {getattr(row, name).size} numbers, not {count}, for maps of {shapes} cells"
-                )
-        queries = row.attention_queries
-        if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < self.manifest.sizes.queries:
-            raise ValueError(f"attention of query {int(queries.max())} of {self.manifest.sizes.queries}")

@@ -31,7 +31,9 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         "teacher.class_slots": map_classes(data.labels, labels, config.teacher.class_map),
     }
     identity |= {f"data.views.{k}": v for k, v in config.data.views.model_dump(exclude={"count"}).items()}
-    identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude={"path", "batch_size"}).items()}
+    # Without further columns a cache is what it was before there could be any.
+    left_out = {"path", "batch_size", *(() if cache.columns else ("columns",))}
+    identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude=left_out).items()}
     # The matching decides which queries are positives, and with that whose attention is kept.
     costs = config.detection.model_dump(include={"class_cost", "l1_cost", "giou_cost", "focal_alpha"})
     identity |= {f"detection.{k}": v for k, v in costs.items()}
@@ -44,4 +46,11 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
 def cached_needs(config: Config) -> TeacherNeeds:
     """What a cache with this recipe's settings holds."""
     cache = config.teacher.cache
-    return TeacherNeeds(True, True, cache.attention_layers, cache.all_layers, cache.attention_giou_floor)
+    return TeacherNeeds(
+        memory=True,
+        attention=True,
+        attention_layers=cache.attention_layers,
+        all_layers=cache.all_layers,
+        attention_giou_floor=cache.attention_giou_floor,
+        columns=frozenset(cache.columns),
+    )

@@ -16,8 +16,7 @@ from qskd.datasets.views import make_view, viewed_size
 from qskd.errors import QskdError
 from qskd.precision import autocast
 from qskd.structures import TeacherRecord
-from qskd.teacher.codec import encode, rounded
-from qskd.teacher.columns import TeacherRow
+from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
 from qskd.teacher.online import OnlineTeacher, queries_above
 

@@ -16,6 +16,7 @@ from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.distillation.method import Facts, Online
 from qskd.losses.matching import assign
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
+from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.manifest import CacheSizes
 
 Choose = Callable[[TeacherRecord], Tensor]
@@ -86,6 +87,12 @@ class OnlineTeacher(nn.Module):
             boxes_cxcywh=output.boxes_cxcywh[layers],
             memory=output.memory if needs.memory else (),
             memory_valid=output.memory_valid if needs.memory or needs.attention else (),
+            extra={
+                name: value
+                for column in COLUMNS
+                if column.optional and column.asked(needs)
+                for name, value in column.taken(output).items()
+            },
         )
         if not needs.attention:
             return record
