@@ -20,6 +20,7 @@ from pipelines.inspection.explain import read_source
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import DATA, check_same_data, check_same_run
 from pipelines.run.history import read_history
+from pipelines.run.ownership import claim
 from pipelines.run.tracked import RUN, open_for
 from pipelines.training import driver as distill
 from pipelines.training.checkpoint_list import LIST, last_report, mend_list
@@ -187,6 +188,7 @@ def test_without_a_whole_checkpoint_the_files_and_the_choices_are_named_and_noth
     folder = Folder(one)
     for name in listed(folder, 2):
         cut(f"{folder.root}/train/{name}/state.safetensors")
+    claim(folder, "train", one.name)
     before = folder.read(LIST)
     with pytest.raises(QskdError) as told:  # before Ray is started
         distill.run(one, "train")

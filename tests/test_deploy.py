@@ -47,9 +47,9 @@ def ray_cluster() -> dict[str, Any]:
 
 
 def test_ray_accepts_the_cluster_file() -> None:
-    from ray.autoscaler._private.util import resolve, validate_config
+    from ray.autoscaler._private.util import prepare_config, validate_config
 
-    prepared = resolve(CLUSTER)
+    prepared = prepare_config(CLUSTER)
     validate_config(prepared)
     assert prepared["available_node_types"]["gpu"]["max_workers"] == 8
     with pytest.raises(Exception, match="Additional properties"):  # the check can fail
@@ -202,7 +202,12 @@ def test_rays_own_upload_of_this_folder_is_small_and_whole(tmp_path: Path) -> No
     package = tmp_path / "package.zip"
     create_package(str(clone), package, include_gitignore=True, logger=logging.getLogger("quiet"))
     sent = set(zipfile.ZipFile(package).namelist())
-    for needed in ("pipelines/distill.py", "qskd/config.py", "pipelines/assets/quickstart.yaml", "runtime_env.yaml"):
+    for needed in (
+        "pipelines/distill.py",
+        "qskd/config/sections.py",
+        "pipelines/assets/quickstart.yaml",
+        "runtime_env.yaml",
+    ):
         assert needed in sent
     assert any(name.startswith("pipelines/assets/shapes_teacher/") and name.endswith(".safetensors") for name in sent)
     assert not [

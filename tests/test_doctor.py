@@ -101,13 +101,13 @@ def test_markup_in_what_was_found_is_printed_as_it_is(tmp_path: Path, monkeypatc
 
 
 def test_importing_it_starts_neither_ray_nor_torch() -> None:
-    code = "import sys, pipelines.doctor; print([n for n in ('ray', 'torch', 'mlflow') if n in sys.modules])"
+    code = "import sys, pipelines.health.machine; print([n for n in ('ray', 'torch', 'mlflow') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_checking_does_not_import_ray_and_the_module_runs(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'a.db'}"
-    code = f"import sys; from pipelines.doctor import checks; checks({uri!r}, {str(tmp_path)!r}); print('ray' in sys.modules)"
+    code = f"import sys; from pipelines.health.machine import checks; checks({uri!r}, {str(tmp_path)!r}); print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
@@ -289,7 +289,7 @@ def test_ray_authentication_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux tells what a process was started with")
 def test_rays_mode_is_the_shells_and_not_what_qskd_sets_for_itself(tmp_path: Path) -> None:
     code = (
-        "import pipelines.cluster.start, os; from pipelines.doctor import _ray_authentication as check\n"
+        "import pipelines.cluster.start, os; from pipelines.health.machine import _ray_authentication as check\n"
         "print(os.environ['RAY_AUTH_MODE'], check().status)"
     )
     for exported, expected in (({}, "token note"), ({"RAY_AUTH_MODE": "token"}, "token ok")):

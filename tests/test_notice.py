@@ -66,7 +66,12 @@ def test_workers_are_told_to_ask_when_elastic_or_on_a_cluster_of_others(
     config = recipe.model_copy(update={"compute": load(None, overrides).compute})
     made: dict[str, Any] = {}
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda _, **settings: made.update(settings))
+
+    class Trainer:
+        def __init__(self, _: Any, **settings: Any) -> None:
+            made.update(settings)
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     plan = distill.make_plan(distill.resolve(config, "train"), "train")
     make_trainer(plan.config, plan.stream, Folder(config), [])
     assert made["train_loop_config"]["preemptible"] is expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from reference import corners, make_targets, near, random_logits, slow_giou
@@ -397,3 +399,83 @@ def test_a_teacher_that_says_nothing_finite_is_told_with_the_image(data: str, tm
     with pytest.raises(QskdError, match=r"not a finite answer to image 10\d"):
         make_cache(cache_config(data, str(tmp_path)), broken, broken.preprocessing.resize)
     assert not list(tmp_path.iterdir())
+
+
+COLUMN = """
+from qskd.teacher.columns.column import Column, floats_of, host, largest_gap
+import numpy as np
+import pyarrow.parquet as pq
+
+class QueryStates(Column):
+    name, arrays, optional = "query_states", ("query_states",), True
+
+    def asked(self, needs):
+        return self.name in needs.columns
+
+    def taken(self, output):
+        return {self.name: output.query_states}
+
+    def formats(self, precision):
+        return {self.name: "<f2"}
+
+    def encode(self, record, precision, shapes):
+        return [{self.name: state} for state in host(record.extra[self.name].to(floats_of("float16")))]
+
+    def shaped(self, flat, sizes):
+        return {self.name: flat[self.name].reshape(sizes.queries, -1)}
+
+    def collate(self, rows, sizes):
+        return {"teacher_query_states": np.stack([row.query_states for row in rows])}
+
+    def decode(self, tensors):
+        return {self.name: tensors["teacher_query_states"].float()} if "teacher_query_states" in tensors else {}
+
+    def errors(self, found, true):
+        return {self.name: largest_gap(found.extra[self.name], true.extra[self.name])} if found.extra else {}
+"""
+USE = """
+import sys
+import torch
+from qskd.structures import TeacherNeeds
+from qskd.teacher.cache import TeacherCacheReader, write_rows
+from qskd.teacher.columns.table import collate, columns_for, decode, encode, largest_errors
+from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, save_cache_manifest
+from tiny import batch_of, random_teacher
+
+old, new = sys.argv[1:]
+teacher, batch = random_teacher(), batch_of(2, 1)
+for folder, extra in ((old, frozenset()), (new, frozenset({"query_states"}))):
+    needs = TeacherNeeds(memory=True, attention=True, columns=extra)
+    record = teacher.record(batch, needs)
+    manifest = CacheManifest({"teacher.cache.precision": "int8"}, teacher.sizes(False), 2, ("one",), {})
+    written = write_rows(folder, file_name("one", 0), encode(record, [1, 2], "int8"), manifest.fingerprint)
+    save_cache_manifest(folder, manifest.with_view(0, (written,)))
+    reader = TeacherCacheReader(folder, columns_for(needs))
+    arrays = collate(reader.read(0, 0, [0, 1]), reader.manifest.sizes, reader.columns)
+    found = decode({name: torch.from_numpy(value) for name, value in arrays.items()})
+    print(sorted(found.extra), largest_errors(found, record).get("query_states", -1) < 0.01)
+"""
+
+
+def test_a_new_column_is_one_file_and_one_entry_and_caches_without_it_are_read_as_before(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "qskd", tmp_path / "qskd", ignore=shutil.ignore_patterns("__pycache__"))
+    columns = tmp_path / "qskd" / "teacher" / "columns"
+    (columns / "query_states.py").write_text(COLUMN)
+    table = (columns / "table.py").read_text()
+    entry = "from qskd.teacher.columns.query_states import QueryStates\n\nCOLUMNS"
+    table = table.replace("\nCOLUMNS", entry, 1).replace(
+        "Memory(), Attention())", "Memory(), Attention(), QueryStates())"
+    )
+    (columns / "table.py").write_text(table)
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(tmp_path / "old"), str(tmp_path / "new")],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root / 'tests'}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["[] True", "['query_states'] True"], done.stderr
+    write = pq.ParquetFile(tmp_path / "old" / file_name("one", 0)).schema_arrow.names
+    assert write == ["image_id", *ARRAYS]  # what a cache without further columns has always had

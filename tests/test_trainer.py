@@ -20,12 +20,17 @@ def test_workers_that_are_begun_again_after_a_failure_import_no_detector(
     config = Config(output=str(tmp_path))
     given: list[Any] = []
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda train, **settings: given.append((train, settings)))
+
+    class Trainer:
+        def __init__(self, train: Any, **settings: Any) -> None:
+            given.append((train, settings))
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     stream: Any = None  # what trains with it is not imported
     make_trainer(config, stream, Folder(config), [])
     ((train, settings),) = given
     monkeypatch.setitem(sys.modules, "pipelines.training.worker", None)
-    with pytest.raises(ImportError, match=r"pipelines\.workers"):
+    with pytest.raises(ImportError, match=r"pipelines\.training\.worker"):
         train(settings["train_loop_config"])
     record_failure(Folder(config), QskdError("a shard", "broken"))
     train(settings["train_loop_config"])

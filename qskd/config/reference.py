@@ -14,8 +14,10 @@ import inspect
 import io
 import json
 import re
+import sys
 import tokenize
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -164,3 +166,8 @@ def _between(page: str, marks: tuple[str, str], text: str) -> str:
 def renewed(page: str, recipe: str) -> str:
     """The page with the recipe and the tables as they are now between its marks."""
     return _between(_between(page, RECIPE_MARKS, f"```yaml\n{recipe.strip()}\n```"), FIELD_MARKS, reference())
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.write_text(renewed(target.read_text(encoding="utf-8"), Path(RECIPE).read_text(encoding="utf-8")))

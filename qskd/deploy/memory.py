@@ -108,3 +108,7 @@ def _peak_of(run: Callable[[int], None], batch: int, before: int) -> int:
     _forget_peak()
     run(batch)
     return _peak_bytes() - before
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))

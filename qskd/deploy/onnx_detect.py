@@ -9,6 +9,7 @@ This file is copied, as it is, into every folder that `qskd export` writes, wher
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,12 @@ def detect(folder: Path, image_file: Path, threshold: float) -> list[dict[str, A
         {"label": config["id2label"].get(str(label), "N/A"), "score": float(score), "box_xyxy": box.tolist()}
         for score, label, box in zip(found["scores"], found["labels"], found["boxes_xyxy"], strict=True)
     ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Objects in an image, as JSON lines.")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--threshold", type=float, default=0.5)
+    given = parser.parse_args()
+    for entry in detect(Path(__file__).parent, given.image, given.threshold):
+        print(json.dumps(entry))
