@@ -107,7 +107,8 @@ def test_importing_it_starts_neither_ray_nor_torch() -> None:
 
 def test_checking_does_not_import_ray_and_the_module_runs(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'a.db'}"
-    code = f"import sys; from pipelines.health.machine import checks; checks({uri!r}, {str(tmp_path)!r}); print('ray' in sys.modules)"
+    code = "import sys; from pipelines.health.machine import checks; "
+    code += f"checks({uri!r}, {str(tmp_path)!r}); print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -404,7 +404,6 @@ def test_a_teacher_that_says_nothing_finite_is_told_with_the_image(data: str, tm
 COLUMN = """
 from qskd.teacher.columns.column import Column, floats_of, host, largest_gap
 import numpy as np
-import pyarrow.parquet as pq
 
 class QueryStates(Column):
     name, arrays, optional = "query_states", ("query_states",), True
