@@ -28,6 +28,7 @@ from benchmarks.local_cache import make_cache
 from benchmarks.timing import Ratio, Report, load_note, machine, print_table
 from pipelines.demo.quickstart import RECIPE, TEACHER, TRAIN
 from pipelines.prepare import prepare
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training import driver as distill
 from pipelines.training.stream import local_stream
 from qskd.config import Config
@@ -120,7 +121,7 @@ def coco_sized(attention: torch.Tensor, images: int = 32) -> TeacherRecord:
     )
 
 
-def loss_curve(config: Config, sizes: CachedTeacher) -> list[float]:
+def loss_curve(config: ResolvedConfig, sizes: CachedTeacher) -> list[float]:
     """The total loss of every step."""
     labels = load_manifest(config.data.train).labels
     stream = distill.make_plan(config, "distill").stream
@@ -163,8 +164,8 @@ def measure(images: int, epochs: int) -> Report:
             record = coco_sized(torch.cat(looks))
             write_rows(str(folder), f"{precision}.parquet", encode(record, range(32), precision), "")
             bytes_coco[precision] = column_bytes([folder / f"{precision}.parquet"])
-            curves[precision] = loss_curve(config, CachedTeacher(manifest.sizes))
-        other = loss_curve(recipe(folder, "float32", epochs, seed=1), CachedTeacher(manifest.sizes))
+            curves[precision] = loss_curve(ResolvedConfig(config), CachedTeacher(manifest.sizes))
+        other = loss_curve(ResolvedConfig(recipe(folder, "float32", epochs, seed=1)), CachedTeacher(manifest.sizes))
     noise = apart(other, curves["float32"])
     for title, sizes in (("quickstart", bytes_small), ("COCO-sized", bytes_coco)):
         print(f"\nBytes an image, {title}")

@@ -24,6 +24,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.overfit import FAMILIES, SAMPLE, make_config, make_shards
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import local_stream
 from qskd.config import Config
@@ -55,7 +56,7 @@ def levels(family: str) -> str:
 
 def curves(config: Config, kind: str, folder: Path | None = None) -> dict[str, list[float]]:
     """Train as the recipe says, without Ray; the weighted terms of each step. The detector is saved to `folder`."""
-    stream = make_plan(config, kind).stream
+    stream = make_plan(ResolvedConfig(config), kind).stream
     labels = [name for _, name in ground_truth(config.data.train).categories]
     teacher = make_teacher(config, labels) if kind == "distill" else None
     training = Training(config, make_student(config, labels), teacher, stream.schedule.total_steps, torch.device("cpu"))

@@ -20,6 +20,7 @@ import torch
 
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN
 from pipelines.prepare import prepare
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import local_stream
 from qskd.config.recipe import load
@@ -39,7 +40,7 @@ def losses(shards: str, seed: int, steps: int, inherit: bool) -> list[float]:
     labels = [name for _, name in ground_truth(shards).categories]
     training = Training(config, make_student(config, labels), None, steps, torch.device("cpu"))
     weights, found = training.module.weights, []
-    for share in local_stream(make_plan(config, "train").stream):
+    for share in local_stream(make_plan(ResolvedConfig(config), "train").stream):
         if share.kind == "train":
             said = training.train_step(train_batch(share.arrays))
             found.append(sum(float(said[name]) * weights[name] for name in ("class", "l1", "giou")))

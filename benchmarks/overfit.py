@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from pipelines.prepare import prepare
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import Share, local_stream
 from qskd.config import FACTS, Config
@@ -142,7 +143,7 @@ def tell(what: str, result: CocoResult, more: str = "") -> None:
 def overfit(config: Config, folder: Path) -> Proof:
     """Train on `config.data.train`, evaluate on `config.data.val` (the same images), save the student to `folder`, load it
     and evaluate again."""
-    stream, truth = make_plan(config, "train").stream, ground_truth(config.data.val)
+    stream, truth = make_plan(ResolvedConfig(config), "train").stream, ground_truth(config.data.val)
     steps = stream.schedule.total_steps
     student = build_student(config.student, [name for _, name in truth.categories], config.seed)
     training = Training(config, student, None, steps, torch.device("cpu"))

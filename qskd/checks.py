@@ -30,8 +30,11 @@ def check_data(config: Config, fields: Sequence[str]) -> None:
             )
 
 
-def check_cache(config: Config, train: Manifest) -> CacheManifest:
-    """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough."""
+def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManifest:
+    """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough.
+
+    known: the fingerprint of a cache that was found to be this recipe's already; the teacher's weights are then not read.
+    """
     path, views = config.teacher.cache.path, config.data.views.count
     check_enough(config)
     manifest = load_cache_manifest(path)
@@ -42,7 +45,8 @@ def check_cache(config: Config, train: Manifest) -> CacheManifest:
             "one made by `qskd cache` with this recipe",
             "run `qskd cache RECIPE`; or run the teacher in every step, which is slower: --set teacher.cache.path=",
         )
-    check_identity(manifest, cache_identity(config, train), path)
+    if manifest.fingerprint != known:
+        check_identity(manifest, cache_identity(config, train), path)
     check_views(manifest, views, path)
     return manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,23 @@ import torch
 from test_loader import Pictures
 from tiny import TEACHER, random_teacher, silent_student
 
-from qskd.checks import check_enough
+from qskd.checks import check_cache, check_enough
 from qskd.config import Config, StudentConfig
 from qskd.config.recipe import apply_overrides, build
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
+from qskd.storage.files import sha256_of
 from qskd.teacher.identity import cache_identity
-from qskd.teacher.manifest import CacheManifest, CacheSizes, check_identity, check_views, fingerprint_of
+from qskd.teacher.manifest import (
+    CacheManifest,
+    CacheSizes,
+    check_identity,
+    check_views,
+    fingerprint_of,
+    save_cache_manifest,
+)
 
 LABELS = ("three", "eight", "nine")
 
@@ -156,3 +165,30 @@ def test_a_method_that_needs_more_than_the_cache_holds_is_refused(work: Path, ov
 )
 def test_a_method_that_needs_no_more_is_let_through(work: Path, overrides: list[str]) -> None:
     check_enough(config(work, *overrides))
+
+
+def test_a_teacher_s_weights_are_read_once_a_process_and_not_where_the_cache_is_known(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(work / "teacher", tmp_path / "teacher")
+    mine = config(work, f"teacher.path={tmp_path}/teacher", f"teacher.cache.path={tmp_path}/cache")
+    read: list[str] = []
+
+    def counted(stream: Any) -> str:
+        read.append(stream.name)
+        return sha256_of(stream)
+
+    monkeypatch.setattr("qskd.detectors.checkpoint.sha256_of", counted)
+    first = identity(mine)
+    assert identity(mine) == first
+    assert len(read) == 1
+    weights = tmp_path / "teacher" / "model.safetensors"
+    os.utime(weights, ns=(1, 1))  # written again, perhaps with other numbers
+    assert identity(mine) == first
+    assert len(read) == 2
+    manifest = manifest_of(mine)
+    save_cache_manifest(str(tmp_path / "cache"), manifest)
+    weights.unlink()  # a trial of a sweep that has looked asks no teacher
+    assert check_cache(mine, load_manifest(mine.data.train), manifest.fingerprint) == manifest
+    with pytest.raises(QskdError, match="no safetensors|no weights"):
+        check_cache(mine, load_manifest(mine.data.train), "another")

@@ -21,6 +21,7 @@ import torch
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
 from benchmarks.evidence.teachers import OWN
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import Share, local_stream
 from qskd.config import Config
@@ -73,7 +74,7 @@ class Cell:
         ratios = json.loads((RECORDS / "clock.json").read_text())["ratios"]
         return round(steps * float(ratios[self.student][clock]))
 
-    def config(self, work: Path) -> Config:
+    def config(self, work: Path) -> ResolvedConfig:
         """The whole recipe of this cell."""
         variant = VARIANTS[self.variant]
         overrides = (

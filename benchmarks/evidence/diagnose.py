@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.evidence.cells import RECORDS, code_version
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import local_stream
 from qskd.boxes import cxcywh_to_xyxy
@@ -52,7 +53,7 @@ GROUPS = {
 }
 
 
-def batches_of(config: Config, count: int) -> Iterable[TrainBatch]:
+def batches_of(config: ResolvedConfig, count: int) -> Iterable[TrainBatch]:
     """Validation images with their objects, as training batches."""
     from dataclasses import replace
 
@@ -135,7 +136,7 @@ def gradient_shares(training: Training, batch: TrainBatch) -> dict[str, float]:
     return {group: norm / sum(norms.values()) for group, norm in norms.items()}
 
 
-def watch(config: Config) -> dict[str, list[Any]]:
+def watch(config: ResolvedConfig) -> dict[str, list[Any]]:
     """One training at the short budget, probed every so many steps: {"step": [...], group: [...]}."""
     plan = make_plan(config, "distill")
     labels = plan.train.labels
@@ -192,7 +193,7 @@ def diagnose(work: Path, student: str = STUDENT) -> None:
     torch.set_num_threads(1)
     ending = "" if student == STUDENT else f"-{student}"
 
-    def config_of(variant: str) -> Config:
+    def config_of(variant: str) -> ResolvedConfig:
         steps = f"training.max_steps={BUDGETS['short']}"
         fields = (*VARIANTS[variant].overrides, steps, "training.epochs=1000000")
         return make_config(work, "val", STUDENTS[student], fields)

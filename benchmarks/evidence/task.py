@@ -16,8 +16,7 @@ from benchmarks.evidence.teachers import MANY, OWN, make_many, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.prepare import prepare
-from pipelines.run.resolve import resolve
-from qskd.config import Config
+from pipelines.run.resolve import ResolvedConfig, resolve
 from qskd.config.recipe import load
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import make_shapes
@@ -48,7 +47,7 @@ def base_overrides(work: Path, split: str, student: Student) -> list[str]:
 
 def make_config(
     work: Path, split: str, student: Student, overrides: Iterable[str] = (), kind: str = "distill"
-) -> Config:
+) -> ResolvedConfig:
     """A cell's whole configuration: the quickstart's recipe, this folder, the student's fields, the cell's own."""
     return resolve(load(RECIPE, [*base_overrides(work, split, student), *student.overrides, *overrides]), kind)
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from pipelines.demo.quickstart import TEACHER
-from pipelines.run.resolve import resolve
+from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import local_stream
-from qskd.config import Config
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
 from qskd.detectors import save_detector
@@ -32,7 +31,7 @@ def teacher_path(work: Path, name: str) -> Path:
     return TEACHER if name == OWN else work / name
 
 
-def recipe(work: Path) -> Config:
+def recipe(work: Path) -> ResolvedConfig:
     """Of the second teacher: the first one's own recipe, begun from its weights, with ten times the queries."""
     fields = [
         f"data.train={work}/train",

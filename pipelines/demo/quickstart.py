@@ -29,11 +29,10 @@ from pipelines.inspection.evaluate import evaluate
 from pipelines.prepare import prepare
 from pipelines.reporting.cards import complete
 from pipelines.run.folder import Folder
-from pipelines.run.resolve import resolve
+from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.tracking.store import how_to_look
 from pipelines.training.driver import RunResult, read_result
 from pipelines.training.plan import make_plan
-from qskd.config import Config
 from qskd.config.recipe import load
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import load_detector, read_preprocessing
@@ -72,7 +71,7 @@ def make_data(folder: Path) -> None:
             prepare(annotations, images, str(shards), quiet=True)
 
 
-def recipe(folder: Path, name: str) -> Config:
+def recipe(folder: Path, name: str) -> ResolvedConfig:
     """The configuration of the student that is called `name` in KINDS."""
     kind = KINDS[name]
     overrides = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pipelines.run.folder import Folder
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.tracking.store import tracking_uri
 from pipelines.training.notices import notices
 from pipelines.training.stream import StreamConfig, keep_bytes_for
 from qskd.checks import check_cache, check_classes, check_data, check_enough, check_teacher
-from qskd.config import Config
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.schedule import Schedule
 from qskd.detectors import describe_student
@@ -28,7 +28,7 @@ SLOW_PATH = "run in every training step: the slow path (`qskd cache` runs it onc
 class Plan:
     """All a training needs to know before it starts."""
 
-    config: Config
+    config: ResolvedConfig
     train: Manifest
     val: Manifest
     stream: StreamConfig
@@ -69,9 +69,9 @@ class Plan:
         return redacted("\n".join(lines))
 
 
-def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
+def make_plan(config: ResolvedConfig, kind: str, dry: bool = False, known_cache: str = "") -> Plan:
     """Read the manifests and check what can be checked before anything is started. Raises QskdError. dry: nothing will be
-    started, so that a cache may be missing."""
+    started, so that a cache may be missing. known_cache: as `check_cache` has it, of a trial whose sweep has looked."""
     check_data(config, ("train", "val"))
     if kind == "distill":
         check_teacher(config)
@@ -108,7 +108,7 @@ def make_plan(config: Config, kind: str, dry: bool = False) -> Plan:
         if missing:
             check_enough(config)
         elif path:
-            cache = check_cache(config, train)
+            cache = check_cache(config, train, known_cache)
         if cache is None:  # else its identity was compared, classes included
             check_classes(config, train)
     own = teacher_preprocessing(config).resize if kind == "distill" and not cache else config.student.resize

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pipelines.cluster.devices import device_here
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import Plan, make_plan
 from pipelines.training.stream import local_stream
 from qskd.config import Config
@@ -64,7 +65,7 @@ class Calibration:
         return replace(parts[0], **means, students=sum(part.students for part in parts))  # type: ignore[arg-type]
 
 
-def calibrate(config: Config, budget_s: float = 2.0) -> Calibration:
+def calibrate(config: ResolvedConfig, budget_s: float = 2.0) -> Calibration:
     """Train a few steps of the recipe, without a cache and as if with one; the cache itself need not be there.
 
     budget_s: for each of the two kinds of step, after one to wake up; a step that takes longer is measured once. Raises
@@ -81,7 +82,7 @@ def calibrate(config: Config, budget_s: float = 2.0) -> Calibration:
         torch.set_num_threads(threads)
 
 
-def _with_enough_cached(config: Config) -> Config:
+def _with_enough_cached(config: ResolvedConfig) -> ResolvedConfig:
     """The recipe without its cache's folder, and with settings of a cache that holds what the method reads."""
     needs, cache = teacher_needs(config.distillation), config.teacher.cache
     if needs is None:

@@ -16,7 +16,7 @@ from pipelines.run.folder import Folder
 from pipelines.run.guards import alone_on, check_same_data, check_same_run
 from pipelines.run.logs import tell
 from pipelines.run.ownership import check_ours, claim, delete_run
-from pipelines.run.resolve import resolve
+from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.run.tracked import open_for
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.tuning.finish import SweepResult, finish
@@ -29,6 +29,7 @@ from qskd.config import Config
 from qskd.config.recipe import replace_fields, to_yaml
 from qskd.errors import QskdError
 from qskd.storage.scratch import scratch_folder
+from qskd.teacher.manifest import load_cache_manifest
 from search_spaces import SearchSpace
 
 log = logging.getLogger("qskd")
@@ -51,7 +52,7 @@ class TuneRequest:
         return {**asked, "trial_epochs": self.trial_epochs, "at_most_parameters": self.at_most_parameters}
 
 
-def trial_recipe(config: Config, request: TuneRequest) -> Config:
+def trial_recipe(config: ResolvedConfig, request: TuneRequest) -> ResolvedConfig:
     """The recipe at a trial's length."""
     if not request.trial_epochs:
         return config
@@ -98,7 +99,7 @@ def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepRes
         return _run(config, request, restart)
 
 
-def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
+def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepResult:
     short = trial_recipe(config, request)
     plan = plan_without_cache(short)
     search = check_request(request.search, as_long_as_it_trains(short, plan))
@@ -120,7 +121,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
         if is_done(search, records):
             tracking.settle(config.name)
             return finish(config, search.describe(), records, tracker)
-        _make_cache(short, cached)
+        known_cache = _make_cache(short, cached)
         limit = parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
         if "recipe_latency_ms" not in facts:
             from pipelines.cluster.devices import device_here
@@ -137,6 +138,7 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
             facts["recipe_latency_ms"],
             (schedule.total_steps, schedule.steps_per_epoch),
             limit,
+            known_cache,
         )
         _search(sweep, plan)
     except KeyboardInterrupt:
@@ -153,8 +155,8 @@ def _run(config: Config, request: TuneRequest, restart: bool) -> SweepResult:
     return finish(config, search.describe(), records, tracker)
 
 
-def _make_cache(config: Config, cached: bool) -> None:
-    """One cache for all trials: what of it is missing is computed now."""
+def _make_cache(config: ResolvedConfig, cached: bool) -> str:
+    """One cache for all trials: what of it is missing is computed now. Its fingerprint; empty without one."""
     from pipelines.caching import driver as cache_teacher
     from pipelines.caching.plan import make_cache_plan
     from pipelines.cluster.room import node_resources
@@ -163,7 +165,7 @@ def _make_cache(config: Config, cached: bool) -> None:
     start_ray()
     if not cached:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
-        return
+        return ""
     if make_cache_plan(config).todo:
         actors = max(
             config.compute.workers, int(sum(node.get("GPU", 0) or node.get("CPU", 0) for node in node_resources()))
@@ -171,14 +173,16 @@ def _make_cache(config: Config, cached: bool) -> None:
         compute = config.compute.model_copy(update={"workers": actors})
         cache_teacher.run(config.model_copy(update={"compute": compute}))
     make_plan(config, "distill")  # checks that the cache is enough for the recipe
+    manifest = load_cache_manifest(config.teacher.cache.path)
+    return manifest.fingerprint if manifest else ""
 
 
-def plan_without_cache(config: Config) -> Plan:
+def plan_without_cache(config: ResolvedConfig) -> Plan:
     """Of a trial, whose cache is yet to be made."""
     return make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
 
 
-def as_long_as_it_trains(config: Config, plan: Plan) -> Config:
+def as_long_as_it_trains(config: ResolvedConfig, plan: Plan) -> ResolvedConfig:
     """The same training, said with the epochs that `training.max_steps` leaves of it: what early stopping counts in."""
     return replace_fields(config, {"training.epochs": plan.stream.schedule.epochs_begun}, "qskd tune")
 
@@ -241,7 +245,7 @@ def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
     if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's
         for overrides in search.space.samples(CALIBRATED - 1, short.seed):
             student = {name: value for name, value in overrides.items() if name.startswith("student")}
-            other = search.space.config(student)
+            other = ResolvedConfig(search.space.config(student))
             students[to_yaml(other)] = other
     budget_s = 2.0 / len(students)
     measured = Calibration.mean([calibrate(student, budget_s) for student in students.values()])

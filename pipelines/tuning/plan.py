@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.caching.plan import bytes_text, duration_text
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.tuning.calibration import Calibration
 from pipelines.tuning.search.request import Search
@@ -122,7 +123,7 @@ class TunePlan:
         return "\n".join(lines)
 
 
-def make_tune_plan(config: Config, search: Search, calibration: Calibration) -> TunePlan:
+def make_tune_plan(config: ResolvedConfig, search: Search, calibration: Calibration) -> TunePlan:
     """Read the manifests. Raises QskdError when data is missing; a cache need not be there yet."""
     plan = make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
     path, views = config.teacher.cache.path, config.data.views.count

@@ -28,8 +28,8 @@ class Sweep:
     """The state of a sweep in the driver: `records`, and which trials are with Tune.
 
     config: the recipe, of a trial's length. slots: how many trials fit into the cluster now. limit_m: most parameters, in
-    millions. recipe_latency_ms: of the recipe's student, which trials' are measured against. steps: of a whole trial, and
-    of an epoch.
+    millions. known_cache: of a `Job`. recipe_latency_ms: of the recipe's student, which trials' are measured against.
+    steps: of a whole trial, and of an epoch.
     """
 
     def __init__(
@@ -43,9 +43,11 @@ class Sweep:
         recipe_latency_ms: float,
         steps: tuple[int, int],
         limit_m: float | None = None,
+        known_cache: str = "",
     ) -> None:
         self.config, self.search, self.records, self.tracking = config, search, records, tracking
         self.labels, self.slots, self.recipe_latency_ms, self.limit_m = labels, slots, recipe_latency_ms, limit_m
+        self.known_cache = known_cache
         self.live: dict[int, Job] = {}
         self.population = Population(search, config, *steps) if search.algorithm == "pbt" else None
 
@@ -113,6 +115,7 @@ class Sweep:
             seen=row.epochs,
             recipe=to_tree(self.config) if measure else None,
             recipe_latency_ms=self.recipe_latency_ms,
+            known_cache=self.known_cache,
             **more,
         )
         self.live[row.number] = job

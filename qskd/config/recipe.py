@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,8 @@ from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 from qskd.redaction import STORE_REMEDY, TRACKING_REMEDY, secret_in
 from qskd.untrusted import LARGEST_YAML, parse_yaml
+
+C = TypeVar("C", bound=Config)
 
 
 def _known_fields(path: Sequence[str | int], tree: Any) -> list[str]:
@@ -145,8 +147,9 @@ def check_field(name: str, where: str, config: Config | None = None) -> None:
         raise QskdError(where, said, f"fields there are: {', '.join(known)}" if known else "a field of the recipe")
 
 
-def replace_fields(config: Config, fields: Mapping[str, Any], where: str) -> Config:
-    """The configuration with these dotted fields set, validated as a whole. QskdError for an unknown or wrong one."""
+def replace_fields(config: C, fields: Mapping[str, Any], where: str) -> C:
+    """The configuration with these dotted fields set, validated as a whole; a resolved one stays one. QskdError for an unknown
+    or wrong one."""
     tree = to_tree(config)
     for name, value in fields.items():
         check_field(name, where, config)
@@ -157,7 +160,7 @@ def replace_fields(config: Config, fields: Mapping[str, Any], where: str) -> Con
                 node[part] = {}
             node = node[part]
         node[last] = value
-    return build(tree, where)
+    return cast(C, build(tree, where))
 
 
 def _read(path: str) -> str:

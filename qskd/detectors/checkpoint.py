@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def load_detector(path_or_name: str | Path) -> Detector:
     return Detector(model).eval()
 
 
+@lru_cache(maxsize=64)
+def _sha256_once(file: Path, size: int, changed_ns: int) -> str:
+    """Of a file as it is now: a process asks for a teacher's several times, and reading gigabytes takes a while."""
+    return sha256_of(file.open("rb"))
+
+
 def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     """sha256 of a checkpoint's weights (its safetensors files) and of what its configuration says. No weights are loaded.
 
@@ -78,7 +85,8 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     with reading(path):
         files = weight_files(path)
     said, _ = read_said(path)
-    weights = hashlib.sha256("".join(sha256_of(open(file, "rb")) for file in files).encode()).hexdigest()  # noqa: SIM115
+    sums = [_sha256_once(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    weights = hashlib.sha256("".join(sums).encode()).hexdigest()
     meaning = {key: value for key, value in said.items() if key not in ("transformers_version", "_name_or_path")}
     with reading(path):  # what can be read may lie too deep to be written
         config = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,8 @@ class Job:
     config: of the trial, as a tree; its output and name are the trial's folder. seen: the epochs that the sweep has
     results of. recipe: the sweep's, when costs are to be measured beside it, and recipe_latency_ms. generation, until: of
     population based training, and the epochs at which the generation ends (0: the whole training). donor, donor_step:
-    the trial whose weights to take over, and of which step.
+    the trial whose weights to take over, and of which step. known_cache: the fingerprint of the cache that the sweep found to
+    be the recipe's: no trial reads the teacher's weights to compare it again.
     """
 
     number: int
@@ -26,6 +27,7 @@ class Job:
     until: float = 0.0
     donor: int | None = None
     donor_step: int = 0
+    known_cache: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -12,6 +12,7 @@ import torch
 from pipelines.cluster.devices import device_here
 from pipelines.run.folder import Folder
 from pipelines.run.history import read_history, rows_until
+from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.tuning.trial.alone import _train_here
 from pipelines.tuning.trial.costs import costs
@@ -26,8 +27,8 @@ def run_trial(job: Job, send: Send) -> None:
     """Train, and `send` every evaluation. What goes wrong is sent too, as {"failed": reason}: an error that is raised would
     be taken for a lost machine, and tried again."""
     try:
-        config = build(job.config)
-        plan = make_plan(config, "distill")
+        config = ResolvedConfig(build(job.config))
+        plan = make_plan(config, "distill", known_cache=job.known_cache)
         if config.compute.threads_per_worker:
             torch.set_num_threads(config.compute.threads_per_worker)
         if job.recipe is not None:
