@@ -190,5 +190,5 @@ def test_a_teacher_s_weights_are_read_once_a_process_and_not_where_the_cache_is_
     save_cache_manifest(str(tmp_path / "cache"), manifest)
     weights.unlink()  # a trial of a sweep that has looked asks no teacher
     assert check_cache(mine, load_manifest(mine.data.train), manifest.fingerprint) == manifest
-    with pytest.raises(QskdError, match="no safetensors|no weights"):
+    with pytest.raises(QskdError, match=r"no safetensors|no weights"):
         check_cache(mine, load_manifest(mine.data.train), "another")
