@@ -42,7 +42,7 @@ from qskd.from_recipe import make_teacher
 from qskd.structures import TeacherRecord
 from qskd.teacher.cache import TeacherCacheReader, write_rows
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.columns.table import ARRAYS, collate, decode, encode, largest_errors
+from qskd.teacher.columns.table import ARRAYS, collate, decode_batch, encode, largest_errors
 from qskd.teacher.identity import cache_identity, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheManifest
@@ -95,7 +95,7 @@ def errors_of(config: Config, teacher: OnlineTeacher, manifest: CacheManifest) -
     for start in range(0, 256, 16):
         rows = list(range(start, start + 16))
         tensors = collate(reader.read(0, 0, rows), manifest.sizes, reader.columns)
-        found = decode({name: torch.from_numpy(value) for name, value in tensors.items()})
+        found = decode_batch({name: torch.from_numpy(value) for name, value in tensors.items()})
         true = maker.ask(loader.load("train", np.array([(0, row, 0) for row in rows])))
         for name, value in largest_errors(found, true).items():
             worst[name] = max(worst.get(name, 0.0), value)
@@ -128,7 +128,7 @@ def loss_curve(config: ResolvedConfig, sizes: CachedTeacher) -> list[float]:
     training = Training(
         config, build_student(config.student, labels, 0), sizes, stream.schedule.total_steps, torch.device("cpu")
     )
-    shares = (share for share in local_stream(stream) if share.kind == "train")
+    shares = (share for share in local_stream(stream) if share.subset == "train")
     return [training.train_step(train_batch(share.arrays))["total"].item() for share in shares]
 
 

@@ -63,7 +63,7 @@ def curves(config: Config, kind: str, folder: Path | None = None) -> dict[str, l
     found: dict[str, list[float]] = {name: [] for name in TERMS}
     weights = training.module.weights
     for share in local_stream(stream):
-        if share.kind != "train":
+        if share.subset != "train":
             continue
         said = training.train_step(train_batch(share.arrays))
         parts = dict.fromkeys(TERMS, 0.0)

@@ -41,7 +41,7 @@ def losses(shards: str, seed: int, steps: int, inherit: bool) -> list[float]:
     training = Training(config, make_student(config, labels), None, steps, torch.device("cpu"))
     weights, found = training.module.weights, []
     for share in local_stream(make_plan(ResolvedConfig(config), "train").stream):
-        if share.kind == "train":
+        if share.subset == "train":
             said = training.train_step(train_batch(share.arrays))
             found.append(sum(float(said[name]) * weights[name] for name in ("class", "l1", "giou")))
             if len(found) == steps:

@@ -190,7 +190,7 @@ def ray_input(images: int) -> str:
     start_ray()
     import ray
 
-    runs = [{"kind": "train", "epoch": 0, "first": at, "last": at + 3} for at in range(images)]
+    runs = [{"subset": "train", "epoch": 0, "first": at, "last": at + 3} for at in range(images)]
     ray.data.from_items(runs[:10], override_num_blocks=10)
     started = time.perf_counter()
     ray.data.from_items(runs, override_num_blocks=len(runs))

@@ -148,7 +148,7 @@ def overfit(config: Config, folder: Path) -> Proof:
     student = build_student(config.student, [name for _, name in truth.categories], config.seed)
     training = Training(config, student, None, steps, torch.device("cpu"))
     results, loss = [], torch.zeros(())
-    for kind, shares in groupby(local_stream(stream), key=lambda share: share.kind):
+    for kind, shares in groupby(local_stream(stream), key=lambda share: share.subset):
         if kind == "train":
             for share in shares:
                 loss = training.train_step(train_batch(share.arrays))["total"]
@@ -159,7 +159,7 @@ def overfit(config: Config, folder: Path) -> Proof:
     training.check_finite()
     with training.evaluation_weights() as detector:
         save_detector(detector, folder, config.student.resize)
-    last = (share for share in local_stream(stream, steps - 1) if share.kind == "val")
+    last = (share for share in local_stream(stream, steps - 1) if share.subset == "val")
     loaded = evaluate(load_detector(folder), last, read_preprocessing(folder), truth)
     tell("saved and loaded", loaded)
     return Proof(results[-1], loaded, steps)

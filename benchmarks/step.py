@@ -38,7 +38,7 @@ from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation
 from qskd.distillation.qskd.method import QSKD
 from qskd.losses.dense_head import DenseHead
 from qskd.losses.matching import assign
-from qskd.teacher.columns.table import decode
+from qskd.teacher.columns.table import decode_batch
 from qskd.training.step import Training
 
 GOAL = 1.05
@@ -88,7 +88,7 @@ def compare(case: Case, steps: int) -> list[Ratio]:
 
 _PLACES: tuple[tuple[Any, str, str], ...] = (
     (sys.modules[__name__], "train_batch", "arrays to tensors"),
-    (qskd.teacher.cached, "decode", "decode the record"),
+    (qskd.teacher.cached, "decode_batch", "decode the record"),
     (Detector, "forward", "student"),
     (qskd.training.module, "assign", "matching"),
     (qskd.training.module, "detection_terms", "detection loss"),
@@ -168,7 +168,7 @@ def backward_split(case: Case, rounds: int) -> list[list[str]]:
     training = case.training("qskd")
     method, batch = training.module.method, train_batch(case.batches[0])
     assert method is not None
-    teacher = decode(batch.cached)
+    teacher = decode_batch(batch.cached)
     pixels, mask = to_pixels(batch.images, batch.sizes, training.student.mean, training.student.std)
     with torch.no_grad():
         output = training.student(pixels, mask, with_attention=False)

@@ -19,8 +19,8 @@ from qskd.distillation.qskd.seen import QSKDSeen, covered, make_mask
 from qskd.losses.matching import assign
 from qskd.pictures.explain import (
     STAND_IN_SCORE,
+    DatasetDetector,
     Explanation,
-    Seer,
     Subject,
     explain,
     stand_in_objects,
@@ -155,7 +155,7 @@ def test_detections_of_a_mirrored_view_are_those_of_the_mirrored_picture(teacher
     mirrored = Subject("a", square, np.array([[4, 8, 30, 40]], np.float32), **labels, view=mirror)
     box = np.array([[size - 30, 8, size - 4, 40]], np.float32)
     flat = Subject("a", np.ascontiguousarray(square[:, ::-1]), box, **labels)
-    seer = Seer(silent_student(recipe().student, LABELS, 3).eval(), teacher.preprocessing, (0, 1, 2))
+    seer = DatasetDetector(silent_student(recipe().student, LABELS, 3).eval(), teacher.preprocessing, (0, 1, 2))
     one, two = (explain(each, config(), LABELS, teacher, {"student": seer}, 0.0) for each in (mirrored, flat))
     np.testing.assert_array_equal(one.image, two.image)
     np.testing.assert_allclose(one.objects.boxes_xyxy, two.objects.boxes_xyxy, atol=1e-4)
@@ -215,8 +215,8 @@ def test_an_image_without_objects_has_no_selection_and_an_empty_mask(teacher: On
 def test_a_students_boxes_come_in_the_datasets_classes() -> None:
     names = ("owl", "cat", "dog")
     detector = silent_student(recipe().student, names, 3).eval()
-    seer = Seer(detector, Preprocessing(ResizeConfig(size=64)), map_classes(LABELS, names, {}))
-    own = Seer(detector, Preprocessing(ResizeConfig(size=64)), (0, 1, 2))
+    seer = DatasetDetector(detector, Preprocessing(ResizeConfig(size=64)), map_classes(LABELS, names, {}))
+    own = DatasetDetector(detector, Preprocessing(ResizeConfig(size=64)), (0, 1, 2))
     said: Explanation = explain(subject(), config(), LABELS, None, {"mapped": seer, "own": own}, 0.0)
     mapped, plain = said.students["mapped"], said.students["own"]
     np.testing.assert_allclose(mapped.scores, plain.scores)

@@ -18,7 +18,7 @@ from qskd.datasets.coco import read_coco
 from qskd.datasets.loader import BatchLoader, label_index, pad
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.samples import Category, Sample
-from qskd.datasets.schedule import Kind, Schedule, split, stream, training_batches
+from qskd.datasets.schedule import Schedule, Subset, split, stream, training_batches
 from qskd.datasets.shards import ShardReader, write_shards
 from qskd.datasets.views import View, make_view, view_boxes, view_image
 from qskd.errors import QskdError
@@ -107,7 +107,7 @@ def test_a_batch_is_each_view_made_by_hand(uri: str) -> None:
 
 def test_an_empty_batch_has_every_array(uri: str) -> None:
     full = loader(uri, teacher_resize=KEEP_ASPECT).load("train", rows_of((0, 1, 0)))
-    kinds: tuple[Kind, ...] = ("train", "val")
+    kinds: tuple[Subset, ...] = ("train", "val")
     for kind in kinds:
         empty = loader(uri, teacher_resize=KEEP_ASPECT).load(kind, rows_of())
         assert {name: (a.dtype, a.ndim) for name, a in empty.items()} == {n: (a.dtype, a.ndim) for n, a in full.items()}
@@ -147,8 +147,8 @@ def test_what_is_kept_changes_no_batch(uri: str, keep_bytes: int) -> None:
     schedule = Schedule(load_manifest(uri).shard_rows, (8,), 0, epochs=3, batch_size=5, window_images=8, views=2)
     for batch in stream(schedule):
         fresh = loader(uri, keep_bytes=0)
-        expected = fresh.load(batch.kind, batch.rows)
-        for name, array in bounded.load(batch.kind, batch.rows).items():
+        expected = fresh.load(batch.subset, batch.rows)
+        for name, array in bounded.load(batch.subset, batch.rows).items():
             np.testing.assert_array_equal(array, expected[name], err_msg=name)
         assert bounded._recent.held_bytes <= keep_bytes
 
@@ -200,7 +200,7 @@ def test_evaluation_sees_every_image_once_over_ranks_and_batches(uri: str) -> No
         ids = [
             image_id
             for batch in stream(schedule)
-            if batch.kind == "val"
+            if batch.subset == "val"
             for rank in range(world_size)
             for image_id in one.load("val", split(batch.rows, world_size, rank))["image_ids"].tolist()
         ]
@@ -252,8 +252,8 @@ def test_the_real_sample_loads(tmp_path: Path) -> None:
     schedule = Schedule(manifest.shard_rows, manifest.shard_rows, 0, epochs=1, batch_size=16, window_images=64)
     objects = {"train": 0, "val": 0}
     for batch in stream(schedule):
-        found = one.load(batch.kind, batch.rows)
-        objects[batch.kind] += int(found["counts"].sum())
+        found = one.load(batch.subset, batch.rows)
+        objects[batch.subset] += int(found["counts"].sum())
         low = found["boxes_cxcywh"][..., :2] - found["boxes_cxcywh"][..., 2:] / 2
         assert low.min() >= -1e-6
         assert (low + found["boxes_cxcywh"][..., 2:]).max() <= 1 + 1e-6

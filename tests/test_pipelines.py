@@ -115,7 +115,7 @@ def without_ray(config: Config) -> list[dict[str, float]]:
     labels = plan.train.labels
     student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
-    shares = (share for share in local_stream(plan.stream) if share.kind == "train")
+    shares = (share for share in local_stream(plan.stream) if share.subset == "train")
     steps = [training.train_step(train_batch(share.arrays)) for share in shares]
     training.check_finite()
     return [{f"loss/{name}": value.item() for name, value in values.items()} for values in steps]

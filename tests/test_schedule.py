@@ -33,7 +33,7 @@ def pairs(rows: np.ndarray) -> list[tuple[int, ...]]:
 
 def everything(batches: object) -> list[tuple[object, ...]]:
     assert hasattr(batches, "__iter__")
-    return [(b.kind, b.step, b.epoch, b.index, b.count, pairs(b.rows)) for b in batches]
+    return [(b.subset, b.step, b.epoch, b.index, b.count, pairs(b.rows)) for b in batches]
 
 
 def test_an_epoch_visits_each_row_exactly_once() -> None:
@@ -131,12 +131,12 @@ def test_an_evaluation_that_was_cut_off_can_be_repeated() -> None:
 
 
 def test_the_stream_is_epochs_with_their_evaluations() -> None:
-    kinds = [(batch.kind, batch.epoch) for batch in stream(SCHEDULE)]
+    kinds = [(batch.subset, batch.epoch) for batch in stream(SCHEDULE)]
     expected = [("train", 0)] * 6 + [("train", 1)] * 6 + [("val", 1)] * 2 + [("train", 2)] * 6 + [("train", 3)] * 6
     assert kinds == [*expected, ("val", 3), ("val", 3)]
     odd = replace(SCHEDULE, epochs=3)
-    assert [batch.epoch for batch in stream(odd) if batch.kind == "val"] == [1, 1, 2, 2]  # the last always
-    assert [batch.step for batch in stream(SCHEDULE) if batch.kind == "train"] == list(range(24))
+    assert [batch.epoch for batch in stream(odd) if batch.subset == "val"] == [1, 1, 2, 2]  # the last always
+    assert [batch.step for batch in stream(SCHEDULE) if batch.subset == "train"] == list(range(24))
 
 
 @pytest.mark.parametrize("limit", [1, 6, 9, 23, 24, 1000])
@@ -147,7 +147,7 @@ def test_a_limit_of_steps_cuts_the_last_epoch_and_evaluates_after_it(limit: int)
     assert cut.total_steps == len(trained) == min(limit, 24)
     assert [(b[1], b[5]) for b in trained] == [(b[1], b[5]) for b in whole if b[0] == "train"][:limit]
     last = [batch for batch in stream(cut) if batch.epoch == cut.epochs_begun - 1]
-    assert [b.is_last for b in last if b.kind == "train"] == [False] * (cut.steps_in(last[0].epoch) - 1) + [True]
+    assert [b.is_last for b in last if b.subset == "train"] == [False] * (cut.steps_in(last[0].epoch) - 1) + [True]
     assert found[-1][:2] == ("val", min(limit, 24))
     assert last[-1].is_last
     for start in range(cut.total_steps):

@@ -37,7 +37,7 @@ def plan(schedule: Schedule, size: int = 320, teacher: ResizeConfig | None = Non
 
 
 def facts(batch: Batch) -> tuple[object, ...]:
-    return batch.kind, batch.step, batch.epoch, batch.index, batch.count, batch.rows.tolist()
+    return batch.subset, batch.step, batch.epoch, batch.index, batch.count, batch.rows.tolist()
 
 
 # ---- pack and unpack
@@ -106,10 +106,10 @@ def test_no_run_crosses_an_epoch_or_the_border_between_training_and_evaluation(n
     runs = list(config.runs(0, 1))
     for run in runs:
         batches = list(config.batches(run))
-        assert {(batch.kind, batch.epoch) for batch in batches} == {(run["kind"], run["epoch"])}
+        assert {(batch.subset, batch.epoch) for batch in batches} == {(run["subset"], run["epoch"])}
         assert [batch.index for batch in batches] == list(range(run["first"], run["last"]))
         assert len(batches) <= config.run_length(1)
-    for _, part in itertools.groupby(runs, key=lambda run: (run["kind"], run["epoch"])):
+    for _, part in itertools.groupby(runs, key=lambda run: (run["subset"], run["epoch"])):
         lengths = [run["last"] - run["first"] for run in part]
         assert set(lengths[:-1]) <= {config.run_length(1)}  # only the last of a part may be short
 
@@ -171,9 +171,9 @@ def test_the_local_stream_is_the_loader_s_batches_in_order(uri: str, world_size:
             batches = list(stream(schedule, start))
             assert len(shares) == len(batches)
             for share, batch in zip(shares, batches, strict=True):
-                own = (share.kind, share.epoch, share.index, share.count, share.is_last)
-                assert own == (batch.kind, batch.epoch, batch.index, batch.count, batch.is_last)
-                expected = loader.load(batch.kind, split(batch.rows, world_size, rank))
+                own = (share.subset, share.epoch, share.index, share.count, share.is_last)
+                assert own == (batch.subset, batch.epoch, batch.index, batch.count, batch.is_last)
+                expected = loader.load(batch.subset, split(batch.rows, world_size, rank))
                 assert share.arrays.keys() == expected.keys()
                 for name, array in expected.items():
                     np.testing.assert_array_equal(share.arrays[name], array, err_msg=name)

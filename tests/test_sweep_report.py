@@ -26,7 +26,7 @@ from pipelines.tuning.report import plots as sweep_plots
 from pipelines.tuning.report.axes import Axis, importances, make_axis
 from pipelines.tuning.report.parallel import plot_parallel
 from pipelines.tuning.report.report import GENERATOR, PICTURES, why_none, write_report
-from pipelines.tuning.report.results import Sweep, best_row, pareto_front, ranked, short_names
+from pipelines.tuning.report.results import SweepSummary, best_row, pareto_front, ranked, short_names
 from pipelines.tuning.report.style import RECIPE_COLOUR
 from pipelines.tuning.report.tables import terminal_table
 from pipelines.tuning.trial.row import TrialRow
@@ -172,7 +172,7 @@ def test_axes_are_logarithmic_where_values_span_a_lot_and_leave_out_what_does_no
 
 def test_boundaries_are_shown_as_gious_not_as_the_searchers_shares() -> None:
     rows = sweep_rows(12, ("query_groups",))
-    sweep = Sweep(tuple(rows), RECIPE)
+    sweep = SweepSummary(tuple(rows), RECIPE)
     axis = next(axis for axis in sweep.axes if axis.name == "query_groups.boundary_1")
     gious = [each.overrides.get("distillation.selection.boundaries", [0.5])[0] for each in sweep.scored]
     low, high = min(gious), max(gious)
@@ -262,7 +262,7 @@ def test_the_plots_front_has_steps_through_what_no_other_trial_beats(
     report: tuple[Path, list[TrialRow], list[Path]],
 ) -> None:
     _, rows, _ = report
-    sweep = Sweep(tuple(rows), RECIPE)
+    sweep = SweepSummary(tuple(rows), RECIPE)
     line = sweep_plots.plot_front(sweep, "latency_ms").data[0]
     assert line.line.shape == "hv"
     fastest_first = sorted(sweep.scored, key=lambda each: (each.latency_ms or 0, -each.best_ap))
@@ -278,7 +278,7 @@ def test_the_plots_front_has_steps_through_what_no_other_trial_beats(
 
 def test_parallel_coordinates_have_every_trial_at_its_place_on_every_axis() -> None:
     rows = sweep_rows(10, ("query_groups",), seed=3)
-    sweep = Sweep(tuple(rows), RECIPE)
+    sweep = SweepSummary(tuple(rows), RECIPE)
     first, *others = plot_parallel(sweep).data[0].dimensions
     aps = np.asarray([each.best_ap for each in sweep.scored])
     np.testing.assert_allclose(first["values"], (aps - aps.min()) / (aps.max() - aps.min()))
@@ -382,7 +382,7 @@ def test_two_hundred_trials_are_drawn_and_absent_parameters_among_them(
     rows = sweep_rows(200, ("query_groups",), seed=1)
     written = write_report(tmp_path, rows, RECIPE, "", "A sweep")
     assert len([path for path in written if path.suffix == ".png"]) == len(PICTURES) - 2  # sizes don't vary
-    assert [why_none(Sweep(tuple(rows), RECIPE), name) == "" for name in PICTURES].count(False) == 2
+    assert [why_none(SweepSummary(tuple(rows), RECIPE), name) == "" for name in PICTURES].count(False) == 2
 
 
 def test_the_terminal_shows_the_best_the_recipe_and_a_command_that_can_be_copied() -> None:
@@ -413,7 +413,7 @@ def test_the_terminal_shows_the_best_the_recipe_and_a_command_that_can_be_copied
 def test_no_pyplot_and_no_word_of_optuna(capfd: pytest.CaptureFixture[str]) -> None:
     import sys
 
-    sweep = Sweep(tuple(sweep_rows(6, ("loss_weights",))), RECIPE)
+    sweep = SweepSummary(tuple(sweep_rows(6, ("loss_weights",))), RECIPE)
     assert isinstance(sweep.axes[0], Axis)
     assert capfd.readouterr() == ("", "")
     assert sweep_pictures.__name__ in sys.modules

@@ -36,7 +36,7 @@ from qskd.storage.files import UNFINISHED
 from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.cache import TeacherCacheReader, finished_file, write_rows
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.columns.table import ARRAYS, TeacherRow, collate, columns_for, decode, encode, largest_errors
+from qskd.teacher.columns.table import ARRAYS, TeacherRow, collate, columns_for, decode_batch, encode, largest_errors
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, load_cache_manifest, save_cache_manifest
 from qskd.teacher.online import OnlineTeacher, queries_above
@@ -72,7 +72,7 @@ def cache(data: str, teacher: OnlineTeacher, tmp_path_factory: pytest.TempPathFa
 
 def decoded(rows: list[TeacherRow], sizes: CacheSizes, columns: tuple[str, ...] = EVERYTHING) -> TeacherRecord:
     arrays = collate(rows, sizes, columns)
-    return decode({name: torch.from_numpy(value) for name, value in arrays.items()})
+    return decode_batch({name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 # ---- the codec
@@ -293,7 +293,7 @@ def test_each_image_meets_its_own_teacher_outputs_whatever_the_order(
     for i, row in enumerate(rows):
         alone = BatchLoader(data, "", ViewConfig(count=2, crop_probability=0.5), ASPECT).load("train", row[None])
         true = maker.ask(alone)
-        found = decode({n: torch.from_numpy(v[i : i + 1]) for n, v in batch.items() if "teacher" in n})
+        found = decode_batch({n: torch.from_numpy(v[i : i + 1]) for n, v in batch.items() if "teacher" in n})
         # Alone, a picture is not padded: the last bits differ, another picture's outputs differ altogether.
         assert float((found.boxes_cxcywh - true.boxes_cxcywh).abs().max()) < 0.02
     assert not any("teacher" in name for name in BatchLoader(data, data, ViewConfig(), ASPECT).load("val", rows))
@@ -426,7 +426,7 @@ class QueryStates(Column):
     def collate(self, rows, sizes):
         return {"teacher_query_states": np.stack([row.query_states for row in rows])}
 
-    def decode(self, tensors):
+    def decode_batch(self, tensors):
         return {self.name: tensors["teacher_query_states"].float()} if "teacher_query_states" in tensors else {}
 
     def errors(self, found, true):
@@ -437,7 +437,7 @@ import sys
 import torch
 from qskd.structures import TeacherNeeds
 from qskd.teacher.cache import TeacherCacheReader, write_rows
-from qskd.teacher.columns.table import collate, columns_for, decode, encode, largest_errors
+from qskd.teacher.columns.table import collate, columns_for, decode_batch, encode, largest_errors
 from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, save_cache_manifest
 from tiny import batch_of, random_teacher
 
@@ -451,7 +451,7 @@ for folder, extra in ((old, frozenset()), (new, frozenset({"query_states"}))):
     save_cache_manifest(folder, manifest.with_view(0, (written,)))
     reader = TeacherCacheReader(folder, columns_for(needs))
     arrays = collate(reader.read(0, 0, [0, 1]), reader.manifest.sizes, reader.columns)
-    found = decode({name: torch.from_numpy(value) for name, value in arrays.items()})
+    found = decode_batch({name: torch.from_numpy(value) for name, value in arrays.items()})
     print(sorted(found.extra), largest_errors(found, record).get("query_states", -1) < 0.01)
 """
 

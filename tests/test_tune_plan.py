@@ -13,7 +13,7 @@ from test_search_spaces import own_space
 from tiny import recipe, silent_student
 
 from pipelines.tuning.calibration import Calibration, calibrate
-from pipelines.tuning.driver import as_long_as_it_trains, plan_without_cache
+from pipelines.tuning.driver import plan_without_cache, with_effective_epochs
 from pipelines.tuning.plan import TunePlan, halving_epochs, make_tune_plan
 from pipelines.tuning.search.request import Search, SearchRequest, check_request
 from qskd.config import Config, StudentConfig
@@ -172,13 +172,13 @@ def plan_of(work: Path, *overrides: str, **changes: Any) -> TunePlan:
 
 def test_early_stopping_counts_the_epochs_that_the_most_steps_leave(work: Path) -> None:
     short = sweep_config(work, "training.max_steps=7")  # five steps an epoch
-    found = as_long_as_it_trains(short, plan_without_cache(short))
+    found = with_effective_epochs(short, plan_without_cache(short))
     assert found.training.epochs == 2
     assert check_request(request(), found).grace_epochs == 1
     with pytest.raises(QskdError, match="--grace-epochs: 5"):
         check_request(request(grace_epochs=5), found)
     whole = sweep_config(work)
-    assert as_long_as_it_trains(whole, plan_without_cache(whole)) == whole
+    assert with_effective_epochs(whole, plan_without_cache(whole)) == whole
 
 
 def test_a_plan_adds_up(work: Path) -> None:

@@ -63,7 +63,7 @@ def pretrain(work: Path, folder: Path, epochs: int, overrides: Iterable[str] = (
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.training.learning_rate, steps, pct_start=0.05)
     total, count = 0.0, 0
     for share in local_stream(plan.stream):
-        if share.kind == "val":
+        if share.subset == "val":
             continue
         batch = train_batch(share.arrays)
         pixels, mask = to_pixels(batch.images, batch.sizes, IMAGENET_MEAN, IMAGENET_STD)

@@ -150,7 +150,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     curve: list[dict[str, float]] = []
     losses: dict[str, float] = {}
     spent_s = 0.0
-    for (is_training, _), shares in groupby(local_stream(plan.stream), key=lambda s: (s.kind == "train", s.epoch)):
+    for (is_training, _), shares in groupby(local_stream(plan.stream), key=lambda s: (s.subset == "train", s.epoch)):
         started = time.perf_counter()
         if is_training:
             rows = [training.train_step(train_batch(share.arrays)) for share in shares]

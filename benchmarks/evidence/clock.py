@@ -38,7 +38,7 @@ def side(work: Path, student: str, variant: str) -> Side:
     plan = make_plan(config, one.kind)
     teacher = teacher_for_training(config, plan.train.labels)
     training = Training(config, make_student(config, plan.train.labels), teacher, 100_000, torch.device("cpu"))
-    shares = (share for share in local_stream(plan.stream) if share.kind == "train")
+    shares = (share for share in local_stream(plan.stream) if share.subset == "train")
 
     def go_on() -> None:
         for share in islice(shares, STEPS):

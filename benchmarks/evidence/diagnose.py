@@ -146,7 +146,7 @@ def watch(config: ResolvedConfig) -> dict[str, list[Any]]:
     )
     seen: dict[str, list[Any]] = {"step": []}
     for share in local_stream(plan.stream):
-        if share.kind != "train":
+        if share.subset != "train":
             continue
         batch = train_batch(share.arrays)
         if training.step % PROBE_EVERY == 0:

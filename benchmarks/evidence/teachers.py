@@ -59,7 +59,7 @@ def make_many(work: Path) -> Path:
     training = Training(config, student, None, plan.stream.schedule.total_steps, torch.device("cpu"))
     loss: list[float] = []
     for share in local_stream(plan.stream):
-        if share.kind != "train":
+        if share.subset != "train":
             continue
         loss.append(float(training.train_step(train_batch(share.arrays))["total"]))
         if training.step % 250 == 0:

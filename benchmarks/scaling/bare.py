@@ -34,7 +34,7 @@ def step_times(recipe: str, seconds: float) -> list[float]:
     labels = plan.train.labels
     student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
-    shares = (share for share in local_stream(plan.stream) if share.kind == "train")
+    shares = (share for share in local_stream(plan.stream) if share.subset == "train")
     batches = [train_batch(share.arrays) for share in itertools.islice(shares, BATCHES)]
     for batch in batches[:WARM_UP]:
         training.train_step(batch)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.training.plan import Plan
-from pipelines.training.stream import RUN_BYTES, Readers, build_dataset, read_stream
+from pipelines.training.stream import RUN_BYTES, Readers, StepRange, build_dataset, read_stream
 
 SMALL_FLOATS = 32  # as many as a step's counts, about
 
@@ -99,7 +99,7 @@ def probe(plan: Plan, workers: int, folder: Path) -> dict[str, float]:
 def loader_image_seconds(plan: Plan, images: int) -> tuple[float, float]:
     """Of a reader, without Ray: an image that is decoded, and one whose view it has kept."""
     loader, batch_size = plan.stream.loader(), plan.stream.schedule.batch_size
-    run = {"kind": "train", "epoch": 0, "first": 0, "last": max(1, images // batch_size)}
+    run = StepRange(subset="train", epoch=0, first=0, last=max(1, images // batch_size))
     batches = [batch.rows for batch in plan.stream.batches(run)]
     taken = []
     for _ in range(2):

@@ -44,7 +44,7 @@ def chunks(batches: Sequence[np.ndarray], resize: ResizeConfig) -> list[list[np.
     return joined
 
 
-class Progress:
+class UnitsDone:
     """An actor that counts images, for the driver to ask."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.caching.actors import Progress, TeacherActor
+from pipelines.caching.actors import TeacherActor, UnitsDone
 from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
 from pipelines.cluster.room import actors_that_fit, check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
@@ -76,7 +76,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         del teacher
         spent = _persist(plan, manifest, sizes, quiet)
     elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
-        _record(plan, plan.existing, sizes)  # killed between its last file and the manifest
+        record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
     seconds = time.perf_counter() - started
     done = plan.images(plan.todo)
@@ -99,8 +99,8 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     return CacheResult(plan.path, done, images, total, seconds, *spent)
 
 
-def _record(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
-    """Enter every view whose files are all there."""
+def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
+    """Add to the manifest each view whose files are all written."""
     for view in range(plan.config.data.views.count):
         units = [(shard, view) for shard in range(len(plan.data.shards))]
         if view not in manifest.views and all(unit in sizes for unit in units):
@@ -129,7 +129,7 @@ def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
             sizes.update(plan.done)
             manifest = plan.existing or manifest
             if not plan.todo:
-                _record(plan, manifest, sizes)
+                record_finished_views(plan, manifest, sizes)
                 return 0.0, 0.0
 
 
@@ -141,7 +141,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
     quiet_ray_data()
     say_if_on_cpus(plan.config.compute.device)
     config, todo = plan.config, plan.todo
-    progress = ray.remote(num_cpus=0)(Progress).remote()
+    progress = ray.remote(num_cpus=0)(UnitsDone).remote()
     gpu = config.compute.device == "cuda" or (
         config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
@@ -169,7 +169,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
                 sizes[int(shard), int(view)] = int(size)
             worked += float(batch["seconds"].sum())
             waited += float(batch["waited_seconds"].sum())
-            manifest = _record(plan, manifest, sizes)
+            manifest = record_finished_views(plan, manifest, sizes)
     return worked, waited
 
 

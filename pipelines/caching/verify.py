@@ -16,8 +16,7 @@ from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
 from qskd.teacher.cache import TeacherCacheReader
-from qskd.teacher.columns.table import collate, largest_errors
-from qskd.teacher.columns.table import decode as decode_record
+from qskd.teacher.columns.table import collate, decode_batch, largest_errors
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import REMEDY
@@ -50,7 +49,7 @@ def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
         if [entry.image_id for entry in stored] != arrays["image_ids"].tolist():
             raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", REMEDY)
         tensors = collate(stored, plan.existing.sizes, reader.columns)
-        found = decode_record({name: torch.from_numpy(value).to(device) for name, value in tensors.items()})
+        found = decode_batch({name: torch.from_numpy(value).to(device) for name, value in tensors.items()})
         for name, value in largest_errors(found, maker.ask(arrays)).items():
             errors[name] = max(errors.get(name, 0.0), value)
     return errors

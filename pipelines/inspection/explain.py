@@ -25,7 +25,7 @@ from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
-from qskd.pictures.explain import Explanation, Seer, explain
+from qskd.pictures.explain import DatasetDetector, Explanation, explain
 from qskd.pictures.explained import explanation_picture, warning_of
 from qskd.storage.files import open_folder
 from qskd.storage.ownership import check_picture
@@ -65,20 +65,20 @@ def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
     return Source(config, join(recipe_or_run, "student") if there else "")
 
 
-def seer_of(
+def as_dataset_detector(
     detector: Detector, preprocessing: Preprocessing, labels: Sequence[str], device: torch.device, where: str
-) -> Seer:
+) -> DatasetDetector:
     """A student as it is looked at; QskdError when it does not know all classes."""
     try:
         slots = map_classes(labels, detector.labels, {})
     except QskdError as error:
         raise QskdError(where, error.found, error.expected, "compare students of the same data") from None
-    return Seer(detector.to(device).eval(), preprocessing, slots)
+    return DatasetDetector(detector.to(device).eval(), preprocessing, slots)
 
 
 def initial_student(
     config: Config, labels: Sequence[str], device: torch.device, teacher: OnlineTeacher | None = None
-) -> dict[str, Seer]:
+) -> dict[str, DatasetDetector]:
     """The student as it stood before its first step, by its title: the recipe and its seed make it again. None, with a
     warning, where they can't: the weights that it began from may be elsewhere."""
     try:
@@ -86,7 +86,9 @@ def initial_student(
     except QskdError as error:
         log.warning("the student before training is left out: %s", error)
         return {}
-    return {BEFORE: seer_of(student, student.preprocessing(config.student.resize), labels, device, "student")}
+    return {
+        BEFORE: as_dataset_detector(student, student.preprocessing(config.student.resize), labels, device, "student")
+    }
 
 
 def title_of(before: str) -> str:
@@ -179,13 +181,15 @@ def write_explanations(
         log.warning("%s has no teacher: its pictures are of objects and students only", config.name)
     else:
         teacher.to(device)
-    seers = {} if before else initial_student(config, labels, device, teacher)
-    seers |= {title: seer_of(d, looks[title], labels, device, folders[title]) for title, d in students.items()}
-    if AFTER not in seers:
+    detectors = {} if before else initial_student(config, labels, device, teacher)
+    detectors |= {
+        title: as_dataset_detector(d, looks[title], labels, device, folders[title]) for title, d in students.items()
+    }
+    if AFTER not in detectors:
         log.warning("%s has no trained student yet", config.name)
     written = []
     for subject, (_, target) in zip(subjects, pairs, strict=True):
-        shown = explain(subject, config, labels, teacher, seers, threshold)
+        shown = explain(subject, config, labels, teacher, detectors, threshold)
         if warning_of(shown):
             log.warning("%s: %s", subject.name, warning_of(shown))
         write_picture(explanation_picture(shown, about(config, teacher, before)), target, inputs)

@@ -89,20 +89,20 @@ def figures(
 
 
 def card_of_run(
-    config: Config, kind: str, train: Manifest, val: Manifest, student: Path, metrics: Mapping[str, float]
+    config: Config, verb: str, train: Manifest, val: Manifest, student: Path, metrics: Mapping[str, float]
 ) -> Card:
     """student: its folder. metrics: of the last evaluation."""
     measured: dict[str, tuple[Detector, Mapping[str, float]]] = {}
     sizes: dict[str, ResizeConfig] = {}
     teacher = _here(config.teacher.path)
-    if kind == "distill" and config.distillation.method != "none":
+    if verb == "distill" and config.distillation.method != "none":
         name = f"teacher, `{teacher}`"
         measured[name] = (load_detector(config.teacher.path), teacher_metrics(config))
         sizes[name] = teacher_preprocessing(config).resize
     detector = load_detector(student)
     measured["this model"], sizes["this model"] = (detector, metrics), config.student.resize
     rows, timing = figures(measured, sizes, config)
-    if kind == "distill":
+    if verb == "distill":
         where = config.card.baseline
         beside = Figures("the same student, no teacher", baseline_metrics(where) if where else {})
         rows.insert(-1, beside)
@@ -112,7 +112,7 @@ def card_of_run(
         family=detector.family,
         classes=len(train.labels),
         rows=tuple(rows),
-        kind=kind,
+        kind=verb,
         recipe=recipe_of(config),
         data=card.data,
         data_licence=card.data_licence,
@@ -122,7 +122,7 @@ def card_of_run(
         teacher_licence=card.teacher_licence,
         licence=card.licence,
         timing=timing,
-        methods=method_titles(config.distillation) if kind == "distill" else (),
+        methods=method_titles(config.distillation) if verb == "distill" else (),
     )
 
 

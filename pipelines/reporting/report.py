@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.cluster.devices import device_here
-from pipelines.inspection.explain import AFTER, about, initial_student, seer_of
+from pipelines.inspection.explain import AFTER, about, as_dataset_detector, initial_student
 from pipelines.inspection.subjects import subject_of_sample
 from pipelines.tracking.tracker import Tracker
 from qskd.config import Config
@@ -44,7 +44,7 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
         teacher.to(device)
     student = load_detector(student_folder), read_preprocessing(student_folder)
     seers = initial_student(config, labels, device, teacher)
-    seers[AFTER] = seer_of(*student, labels, device, str(student_folder))
+    seers[AFTER] = as_dataset_detector(*student, labels, device, str(student_folder))
     reader, shown = ShardReader(config.data.val), dict[int, Explanation]()
     samples = [s for s in reader.read(0, range(min(32, val.shards[0].rows))) if len(s.category_ids)][:SAMPLES]
     for sample in samples:

@@ -135,7 +135,7 @@ def _parsed(name: str, text: str | None, kind: type) -> tuple[bool, Any]:
 
 
 def record_failure(folder: Folder, error: Exception) -> None:
-    """Leave word of an error that trying again can't mend, for the driver."""
+    """Write an error that retrying cannot fix to failure.json, for the driver."""
     if not isinstance(error, QskdError):
         remedy = "if this looks like a fault of qskd, please report it with what `qskd doctor` prints"
         error = QskdError("a worker", "".join(traceback.format_exception(error)), remedy=remedy)

@@ -28,8 +28,8 @@ def add_report(folder: Folder, step: int, epoch: int, evaluation: dict[str, floa
 def add_trial_report(
     folder: Folder, step: int, epoch: int, evaluation: dict[str, float], rows: Rows
 ) -> list[dict[str, Any]]:
-    """The same, with the rows kept until a sweep's driver has surely heard of them: they travel with evaluations only, and
-    a process that dies must not take them along. Gives back the history, the new entry last."""
+    """The same, and keep the rows of losses until the next evaluation is reported: they travel to a sweep's driver with
+    evaluations only, and a crash must not lose them. Gives back the history, the new entry last."""
     before = [entry for entry in read_history(folder) if entry["step"] < step]
     evaluations = [entry["step"] for entry in before if entry["evaluation"]]
     # The last evaluation may not have been heard of; the one before has been, or the trial would not have gone on.

@@ -14,7 +14,7 @@ from qskd.storage.ownership import same_file
 from qskd.storage.stores import join
 
 
-def check_places(config: Config, kind: str) -> None:
+def check_places(config: Config, verb: str) -> None:
     """QskdError where what a verb writes (OUTPUT/NAME; the cache) is, contains or lies in what it reads, and where OUTPUT/NAME
     is or contains the working folder or the home. Links are followed; URIs are compared as text."""
     init, backbone = config.student.init, config.student.backbone.init
@@ -22,7 +22,7 @@ def check_places(config: Config, kind: str) -> None:
     models = {"teacher.path": config.teacher.path, "student.init": init, "student.backbone.init": backbone}
     read |= {field: path for field, path in models.items() if os.path.isdir(os.path.expanduser(path)) or "://" in path}
     run = join(storage_path(config), config.name)  # no store is asked
-    if kind != "cache":
+    if verb != "cache":
         for field, path in {**read, "teacher.cache.path": config.teacher.cache.path}.items():
             _check_apart("output/name", run, field, path, "--set name=... or --set output=...")
         for what, path in {"the working folder": os.getcwd(), "the home folder": os.path.expanduser("~")}.items():

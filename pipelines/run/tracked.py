@@ -15,7 +15,7 @@ log = logging.getLogger("qskd")
 RUN = "mlflow.json"  # in a run's folder: which MLflow run is its
 
 
-def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] | None = None) -> Tracker:
+def open_for(folder: Folder, config: Config, verb: str, tags: Mapping[str, str] | None = None) -> Tracker:
     """The MLflow run that a run's folder names, or a new one, which the folder then names. One that can't be written down
     there (the disk is full) is deleted: the next try would not know of it."""
     try:
@@ -26,7 +26,7 @@ def open_for(folder: Folder, config: Config, kind: str, tags: Mapping[str, str] 
             "%s\n  A NEW MLFLOW RUN IS BEGUN, for the one that this file named is not known. Its curves stay where they are.",
             error if isinstance(error, QskdError) else f"{folder.where(RUN)}: no run_id in it",
         )
-    tracker = Tracker.open(config, kind, run_id, tags=tags)
+    tracker = Tracker.open(config, verb, run_id, tags=tags)
     try:
         folder.write_record(RUN, json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}))
     except BaseException:

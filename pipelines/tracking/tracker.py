@@ -52,7 +52,7 @@ class Tracker:
 
     @classmethod
     def open(
-        cls, config: Config, kind: str, run_id: str = "", parent: str = "", tags: Mapping[str, str] | None = None
+        cls, config: Config, verb: str, run_id: str = "", parent: str = "", tags: Mapping[str, str] | None = None
     ) -> Tracker:
         """Open a new run, or continue `run_id`. parent: the id of the run it is a child of, as a trial is of its sweep.
 
@@ -69,7 +69,7 @@ class Tracker:
                 experiment,
                 run_name=config.tracking.run_name or config.name,
                 tags={
-                    "qskd.kind": kind,
+                    "qskd.kind": verb,
                     "qskd.name": config.name,
                     **({PARENT: parent} if parent else {}),
                     **(tags or {}),

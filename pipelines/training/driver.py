@@ -65,37 +65,37 @@ def check_folder(config: Config, restart: bool) -> Folder:
 
 
 def start(
-    kind: str, recipe: str | None, overrides: Sequence[str] | None, dry_run: bool = False, restart: bool = False
+    verb: str, recipe: str | None, overrides: Sequence[str] | None, dry_run: bool = False, restart: bool = False
 ) -> None:
     """What the command line does: load the recipe, train, and say where the student is."""
     config = load(recipe, overrides or ())
     if dry_run:
-        config = resolve(config, kind)
+        config = resolve(config, verb)
         check_folder(config, restart)
-        plan = make_plan(config, kind, dry=True)
+        plan = make_plan(config, verb, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
         tell(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
         return
-    result = run(config, kind, restart)
+    result = run(config, verb, restart)
     tell(f"student: {result.student}")
     print("  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
     tell(f"look at the run: {how_to_look(tracking_uri(config))}")
 
 
-def run(config: Config, kind: str, restart: bool = False) -> RunResult:
+def run(config: Config, verb: str, restart: bool = False) -> RunResult:
     """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
-    config = resolve(config, kind)
+    config = resolve(config, verb)
     folder = check_folder(config, restart)
-    plan = make_plan(config, kind)
+    plan = make_plan(config, verb)
     with alone_on(folder):
         return _run(plan, folder, restart)
 
 
 def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
-    config, kind = plan.config, plan.kind
+    config, verb = plan.config, plan.verb
     if restart:
         delete_run(folder)
-    claim(folder, kind, config.name)
+    claim(folder, verb, config.name)
     check_same_run(folder, config)
     check_same_data(folder, plan.fingerprints)
     if folder.exists("result.json"):
@@ -104,7 +104,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         if not is_complete(folder):
             end_run(Tracker(tracking_uri(config), done.run_id), folder, config.name)
         return done
-    if kind == "distill" and not plan.stream.teacher_cache:
+    if verb == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
     # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.
@@ -112,7 +112,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     folder.write_record("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
     mend_list(folder)  # here too: what can't be mended is said before Ray starts
-    tracker = open_for(folder, config, kind)
+    tracker = open_for(folder, config, verb)
     start_logs(run=config.name, run_id=tracker.run_id)
     if inherited:
         folder.write("inheritance.txt", inherited)
@@ -162,7 +162,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = read_state(checkpoint)["metrics"]
-        write_card(student, card_of_run(plan.config, plan.kind, plan.train, plan.val, student, metrics))
+        write_card(student, card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics))
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now

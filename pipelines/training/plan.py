@@ -32,7 +32,7 @@ class Plan:
     train: Manifest
     val: Manifest
     stream: StreamConfig
-    kind: str
+    verb: str
     cache_is_missing: bool = False  # of a dry run alone
 
     @property
@@ -57,7 +57,7 @@ class Plan:
             f"output: {Folder(self.config).path}",
             f"MLflow: {tracking_uri(self.config)}",
         ]
-        if self.kind == "distill":
+        if self.verb == "distill":
             cache = self.config.teacher.cache.path
             how = f"its outputs from {cache}" if self.stream.teacher_cache else SLOW_PATH
             if self.cache_is_missing:
@@ -69,11 +69,11 @@ class Plan:
         return redacted("\n".join(lines))
 
 
-def make_plan(config: ResolvedConfig, kind: str, dry: bool = False, known_cache: str = "") -> Plan:
+def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache: str = "") -> Plan:
     """Read the manifests and check what can be checked before anything is started. Raises QskdError. dry: nothing will be
     started, so that a cache may be missing. known_cache: as `check_cache` has it, of a trial whose sweep has looked."""
     check_data(config, ("train", "val"))
-    if kind == "distill":
+    if verb == "distill":
         check_teacher(config)
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
     if train.categories != val.categories:
@@ -102,7 +102,7 @@ def make_plan(config: ResolvedConfig, kind: str, dry: bool = False, known_cache:
         max_steps=config.training.max_steps,
     )
     cache, missing = None, False
-    if kind == "distill":
+    if verb == "distill":
         path = config.teacher.cache.path
         missing = dry and bool(path) and load_cache_manifest(path) is None
         if missing:
@@ -111,7 +111,7 @@ def make_plan(config: ResolvedConfig, kind: str, dry: bool = False, known_cache:
             cache = check_cache(config, train, known_cache)
         if cache is None:  # else its identity was compared, classes included
             check_classes(config, train)
-    own = teacher_preprocessing(config).resize if kind == "distill" and not cache else config.student.resize
+    own = teacher_preprocessing(config).resize if verb == "distill" and not cache else config.student.resize
     stream = StreamConfig(
         train_uri=config.data.train,
         val_uri=config.data.val,
@@ -130,4 +130,4 @@ def make_plan(config: ResolvedConfig, kind: str, dry: bool = False, known_cache:
         )
     row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
     stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
-    return Plan(config, train, val, stream, kind, missing)
+    return Plan(config, train, val, stream, verb, missing)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,7 @@ from pipelines.cluster.start import quiet_ray_data
 from pipelines.training.packing import Arrays, pack, unpack
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
-from qskd.datasets.schedule import Batch, Kind, Schedule, evaluation_batches, split, training_batches
+from qskd.datasets.schedule import Batch, Schedule, Subset, evaluation_batches, split, training_batches
 from qskd.errors import QskdError
 from qskd.teacher.cache import TeacherCacheReader
 
@@ -34,7 +34,15 @@ RUN_BYTES = 24 * 2**20  # decoded pixels in one block, about
 MAX_RUN = 64
 LOADER_ROWS = "loader_rows"  # beside a batch's arrays: rows asked of the reader, and those it did not have in memory
 REPORT = "this is a fault of qskd or of this Ray version: please report it with the versions `qskd doctor` prints"
-Run = dict[str, Any]  # kind, epoch, and the batches `first` to before `last` of it
+
+
+class StepRange(TypedDict):
+    """The batches `first` to before `last` of one epoch, of training or of its evaluation. A row on its way through Ray Data."""
+
+    subset: Subset
+    epoch: int
+    first: int
+    last: int
 
 
 def keep_bytes_for(window_images: int, row_bytes: float) -> int:
@@ -47,7 +55,7 @@ def keep_bytes_for(window_images: int, row_bytes: float) -> int:
 class Share:
     """One worker's part of one global batch. The fields are those of `qskd.datasets.schedule.Batch`; arrays are the loader's."""
 
-    kind: Kind
+    subset: Subset
     epoch: int
     index: int
     count: int
@@ -83,27 +91,27 @@ class StreamConfig:
         share = -(-self.schedule.batch_size // world_size)
         return max(1, min(MAX_RUN, RUN_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
 
-    def batch_count(self, kind: Kind, epoch: int) -> int:
+    def batch_count(self, subset: Subset, epoch: int) -> int:
         """Global batches in this epoch's training or evaluation."""
         size = self.schedule.evaluation_batch_size or self.schedule.batch_size
-        return self.schedule.steps_in(epoch) if kind == "train" else -(-sum(self.schedule.val_shard_rows) // size)
+        return self.schedule.steps_in(epoch) if subset == "train" else -(-sum(self.schedule.val_shard_rows) // size)
 
-    def runs(self, start_step: int, world_size: int) -> Iterator[Run]:
+    def runs(self, start_step: int, world_size: int) -> Iterator[StepRange]:
         """The schedule from a training step on, cut into runs; none crosses from training to evaluation or back."""
         schedule, length = self.schedule, self.run_length(world_size)
         if start_step == schedule.total_steps:
             return
         first_epoch, first = divmod(start_step, schedule.steps_per_epoch)
         for epoch in range(first_epoch, schedule.epochs_begun):
-            parts: list[tuple[Kind, int]] = [("train", first if epoch == first_epoch else 0)]
+            parts: list[tuple[Subset, int]] = [("train", first if epoch == first_epoch else 0)]
             if schedule.evaluates_after(epoch):
                 parts.append(("val", 0))
-            for kind, begin in parts:
-                count = self.batch_count(kind, epoch)
+            for subset, begin in parts:
+                count = self.batch_count(subset, epoch)
                 for at in range(begin, count, length):
-                    yield {"kind": kind, "epoch": epoch, "first": at, "last": min(at + length, count)}
+                    yield {"subset": subset, "epoch": epoch, "first": at, "last": min(at + length, count)}
 
-    def stretches(self, start_step: int, world_size: int) -> Iterator[list[Run]]:
+    def stretches(self, start_step: int, world_size: int) -> Iterator[list[StepRange]]:
         """The runs, as many together as one execution takes."""
         runs = self.runs(start_step, world_size)
         while stretch := list(itertools.islice(runs, self.stretch_runs)):
@@ -121,9 +129,9 @@ class StreamConfig:
             cache,
         )
 
-    def batches(self, run: Run) -> Iterator[Batch]:
+    def batches(self, run: StepRange) -> Iterator[Batch]:
         """The global batches of a run."""
-        if run["kind"] == "train":
+        if run["subset"] == "train":
             part = training_batches(self.schedule, run["epoch"], run["first"])
         else:
             part = itertools.islice(evaluation_batches(self.schedule, run["epoch"]), run["first"], None)
@@ -142,9 +150,11 @@ class RunReader:
             shares: list[Arrays] = [{} for _ in range(self.world_size)]
             for batch in self.config.batches(run):
                 for rank, share in enumerate(shares):
-                    asked, unheld = self.loader.asked, self.loader.unheld
-                    arrays = self.loader.load(batch.kind, split(batch.rows, self.world_size, rank))
-                    arrays[LOADER_ROWS] = np.array([self.loader.asked - asked, self.loader.unheld - unheld])
+                    asked, unheld = self.loader.rows_requested, self.loader.rows_not_in_memory
+                    arrays = self.loader.load(batch.subset, split(batch.rows, self.world_size, rank))
+                    arrays[LOADER_ROWS] = np.array(
+                        [self.loader.rows_requested - asked, self.loader.rows_not_in_memory - unheld]
+                    )
                     share.update({f"{batch.index}/{name}": array for name, array in arrays.items()})
             for rank, share in enumerate(shares):
                 columns = {name: [value] for name, value in run.items()} | {"rank": [rank]}
@@ -158,7 +168,7 @@ class Readers(NamedTuple):
     cpus: float = 1
 
 
-def build_dataset(config: StreamConfig, runs: Sequence[Run], world_size: int, readers: Readers) -> Any:
+def build_dataset(config: StreamConfig, runs: Sequence[StepRange], world_size: int, readers: Readers) -> Any:
     """The Ray Dataset of some consecutive runs: one row for each run and worker, in order."""
     import ray
     from ray.data import DataContext
@@ -178,7 +188,7 @@ def build_dataset(config: StreamConfig, runs: Sequence[Run], world_size: int, re
     )
 
 
-def read_stream(iterator: Any, config: StreamConfig, runs: Sequence[Run], rank: int) -> Iterator[Share]:
+def read_stream(iterator: Any, config: StreamConfig, runs: Sequence[StepRange], rank: int) -> Iterator[Share]:
     """What a worker sees of these runs, each checked to be the next one and this worker's."""
     rows = iter(iterator.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"))
     for run in runs:
@@ -197,7 +207,7 @@ def read_stream(iterator: Any, config: StreamConfig, runs: Sequence[Run], rank: 
         for index in range(run["first"], run["last"]):
             prefix = f"{index}/"
             own = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-            yield Share(run["kind"], run["epoch"], index, config.batch_count(run["kind"], run["epoch"]), own)
+            yield Share(run["subset"], run["epoch"], index, config.batch_count(run["subset"], run["epoch"]), own)
     if next(rows, None) is not None:  # asking also lets the execution end, and its readers go
         raise QskdError("data stream", "more than its runs", f"{len(runs)} runs", REPORT)
 
@@ -224,5 +234,5 @@ def local_stream(config: StreamConfig, start_step: int = 0, world_size: int = 1,
     loader = config.loader()
     for run in config.runs(start_step, world_size):
         for batch in config.batches(run):
-            arrays = loader.load(batch.kind, split(batch.rows, world_size, rank))
-            yield Share(batch.kind, batch.epoch, batch.index, batch.count, arrays)
+            arrays = loader.load(batch.subset, split(batch.rows, world_size, rank))
+            yield Share(batch.subset, batch.epoch, batch.index, batch.count, arrays)

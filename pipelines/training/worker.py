@@ -106,8 +106,8 @@ class Worker:
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
         shares = self.shares(start_step)
-        for (kind, epoch), part in itertools.groupby(shares, key=lambda share: (share.kind, share.epoch)):
-            if kind == "train":
+        for (subset, epoch), part in itertools.groupby(shares, key=lambda share: (share.subset, share.epoch)):
+            if subset == "train":
                 self.train(part)
             else:
                 self.report(epoch, self.evaluate(part))
@@ -170,7 +170,7 @@ class Worker:
 
     def report(self, epoch: int, result: CocoResult | None) -> None:
         """Metrics to the controller; from rank 0 with a checkpoint, with a student folder in it after an evaluation.
-        "placement_group": what to give back when the training is killed (a sweep's `SweepScheduler`)."""
+        "placement_group": id of the placement group that a sweep releases if it kills this trial."""
         import ray.train
         import ray.util
 

@@ -102,7 +102,7 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
     assert teacher is not None  # the method is not "none"
     student = make_student(config, labels)
     steps = plan.stream.schedule.total_steps
-    shares = (share.arrays for share in local_stream(plan.stream, 0, workers, 0) if share.kind == "train")
+    shares = (share.arrays for share in local_stream(plan.stream, 0, workers, 0) if share.subset == "train")
     batches = list(itertools.islice(shares, BATCHES))
 
     online_s = _seconds_per_step(Training(config, student, teacher, steps, device), batches, budget_s)

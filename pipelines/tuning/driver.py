@@ -102,7 +102,7 @@ def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepRes
 def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepResult:
     short = trial_recipe(config, request)
     plan = plan_without_cache(short)
-    search = check_request(request.search, as_long_as_it_trains(short, plan))
+    search = check_request(request.search, with_effective_epochs(short, plan))
     cached = bool(short.teacher.cache.path)
     folder = Folder(config)
     if restart:
@@ -182,7 +182,7 @@ def plan_without_cache(config: ResolvedConfig) -> Plan:
     return make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
 
 
-def as_long_as_it_trains(config: ResolvedConfig, plan: Plan) -> ResolvedConfig:
+def with_effective_epochs(config: ResolvedConfig, plan: Plan) -> ResolvedConfig:
     """The same training, said with the epochs that `training.max_steps` leaves of it: what early stopping counts in."""
     return replace_fields(config, {"training.epochs": plan.stream.schedule.epochs_begun}, "qskd tune")
 
@@ -240,7 +240,7 @@ def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
     config = resolve(config, "distill")
     check_folder(config, restart)
     short = trial_recipe(config, request)
-    search = check_request(request.search, as_long_as_it_trains(short, plan_without_cache(short)))
+    search = check_request(request.search, with_effective_epochs(short, plan_without_cache(short)))
     students = {to_yaml(short): short}
     if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's
         for overrides in search.space.samples(CALIBRATED - 1, short.seed):

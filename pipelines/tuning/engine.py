@@ -1,4 +1,4 @@
-"""Ray Tune's side of a sweep: it starts the trials where there is room, hands their reports over and stops the hopeless.
+"""Ray Tune's side of a sweep: it starts the trials where there is room, passes reports on and stops the trials that ASHA rejects.
 
 What to try, what is known and what is written down is the sweep's (`pipelines.tuning.sweep`); Tune is asked for nothing that has to
 survive the driver. So its own saved state is left alone: a sweep that goes on makes a new Tuner for the trials that remain.

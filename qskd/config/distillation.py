@@ -31,9 +31,8 @@ class MethodSettings(Section):
     # module; a path to a .py file (docs/methods.md)
     method: str = DEFAULT
     warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
-    decay: Fraction = (
-        0.5  # part of all steps, at the end, in which they fall linearly to 0 (chosen by search); 0 = they stay
-    )
+    # part of all steps, at the end, in which they fall linearly to 0 (chosen by search); 0 = they stay
+    decay: Fraction = 0.5
     # More methods at the same time, each a section with these fields and its own; a name is the method's where `method` does
     # not say another. All terms are summed.
     also: dict[str, DistillationConfig] = Field(default_factory=dict)

@@ -1,8 +1,8 @@
 """The whole configuration: strict and frozen. A field no one knows is an error, never ignored (`qskd.config.recipe` reads it).
 
-Sizes of what is built, not how a machine runs it, decide a run's result; what only says where and how fast (`compute`,
-`tracking`) is kept in branches of its own. What `distillation` holds depends on its method (`qskd.config.distillation`).
-A field's comment and a section's docstring are what docs/recipe.md says of them (`qskd.config.reference`).
+`compute` and `tracking` say where and how fast a run goes; all other sections decide its result. What `distillation`
+holds depends on its method (`qskd.config.distillation`). A field's comment and a section's docstring are
+what docs/recipe.md says of them (`qskd.config.reference`).
 """
 
 from __future__ import annotations
@@ -67,18 +67,16 @@ class DetectionLossConfig(Section):
     giou_weight: NonNegative = 2.0  # of the loss
     focal_alpha: Fraction = 0.25  # of the focal loss, and of the class cost of matching
     auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
-    dense_weight: NonNegative = (
-        0.0  # a training-only dense head on the encoder's input: lets a random backbone learn fast
-    )
+    # a training-only dense head on the encoder's input: lets a random backbone learn fast
+    dense_weight: NonNegative = 0.0
 
 
 class TrainingConfig(Section):
     """How long, and by what steps: AdamW, on batches over all workers."""
 
     epochs: Positive = 50  # passes over `data.train`
-    max_steps: Annotated[int, Field(ge=0)] = (
-        0  # end after so many steps, if that comes before the last epoch; 0 = no limit
-    )
+    # end after so many steps, if that comes before the last epoch; 0 = no limit
+    max_steps: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive = 16  # over all workers
     # Images that a worker runs at once: where its share of a batch does not fit into memory, it takes it in parts of at most so
     # many, adds up their gradients (each part's terms are averaged over its own objects) and steps once. 0 = all at once.
@@ -104,9 +102,8 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each worker where Ray has so many now, else CPUs
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
-    loader_workers: Positive = (
-        1  # that read and decode: a training's, over the whole cluster; of `qskd cache`, tasks ahead for each teacher
-    )
+    # that read and decode: a training's, over the whole cluster; of `qskd cache`, tasks ahead for each teacher
+    loader_workers: Positive = 1
     compile: bool = False  # the student's backbone, by torch.compile
     max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers; -1 = any number
     max_preemptions: Annotated[int, Field(ge=-1)] = -1  # nodes that were taken away after a notice count apart

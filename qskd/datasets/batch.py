@@ -63,8 +63,8 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
 def parts_of(
     arrays: Mapping[str, np.ndarray], config: TrainingConfig, world_size: int
 ) -> list[Mapping[str, np.ndarray]]:
-    """A worker's share in the parts that it runs one after the other (`training.micro_batch_size`): as many on every worker,
-    which wait for each other, and in every step; some may be empty."""
+    """Split a worker's share into micro-batches (`training.micro_batch_size`): the same number on every worker and step, since
+    they wait for each other. Some may be empty."""
     if not config.micro_batch_size:
         return [arrays]
     share = -(-config.batch_size // world_size)  # the largest worker's

@@ -14,7 +14,7 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.manifest import REMEDY as SHARDS_REMEDY
 from qskd.datasets.manifest import Manifest
 from qskd.datasets.samples import Sample
-from qskd.datasets.schedule import Kind
+from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes, view_image
 from qskd.errors import QskdError
@@ -111,15 +111,17 @@ class BatchLoader:
         keep_bytes: int = 2**30,
         teacher_cache: RowReader | None = None,
     ) -> None:
-        uris: dict[Kind, str] = {"train": train_uri, "val": val_uri}
-        self._readers = {kind: ShardReader(uri) for kind, uri in uris.items() if uri}
+        uris: dict[Subset, str] = {"train": train_uri, "val": val_uri}
+        self._readers = {subset: ShardReader(uri) for subset, uri in uris.items() if uri}
         self._views = views
         self._resizes = [student_resize]
         if teacher_resize is not None and teacher_resize != student_resize:
             self._resizes.append(teacher_resize)
         self._cache = teacher_cache
         self._recent = _Recent(keep_bytes)
-        self.asked = self.unheld = 0  # rows (and teacher's rows) asked for so far; those that were not in memory then
+        self.rows_requested = self.rows_not_in_memory = (
+            0  # rows (and teacher's rows) asked for so far; those that were not in memory then
+        )
         # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
         stored, finished = self._estimated_bytes()
         self._keep_views = stored + finished <= keep_bytes
@@ -128,11 +130,11 @@ class BatchLoader:
         self._keep_rows = stored <= keep_bytes
         self._held = self._recent.get if self._keep_rows else self._recent.take
 
-    def manifest(self, kind: Kind) -> Manifest:
+    def manifest(self, subset: Subset) -> Manifest:
         """The manifest behind "train" or "val"."""
-        return self._reader(kind).manifest
+        return self._reader(subset).manifest
 
-    def load(self, kind: Kind, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+    def load(self, subset: Subset, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
         """rows [n, 3] of (shard, row, view index) -> a batch of n images, n may be 0.
 
         images: uint8 [n, H, W, 3], zeros right of and below the real part. sizes: int32 [n, 2], its (height, width).
@@ -146,8 +148,8 @@ class BatchLoader:
         """
         rows = np.asarray(rows).reshape(-1, 3)
         wanted: list[tuple[int, int, int]] = [(int(s), int(r), int(v)) for s, r, v in rows]
-        self.asked += len(wanted) * (2 if self._cache is not None and kind == "train" else 1)
-        examples = self._examples(kind, wanted)
+        self.rows_requested += len(wanted) * (2 if self._cache is not None and subset == "train" else 1)
+        examples = self._examples(subset, wanted)
         objects = max((len(example.labels) for example in examples), default=0)
         boxes_cxcywh = np.zeros((len(examples), objects, 4), np.float32)
         labels = np.zeros((len(examples), objects), np.int64)
@@ -166,7 +168,7 @@ class BatchLoader:
         for number, prefix in enumerate(("", "teacher_")[: len(self._resizes)]):
             images, sizes = pad([example.pixels[number] for example in examples])
             batch |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
-        if self._cache is not None and kind == "train":
+        if self._cache is not None and subset == "train":
             said = self._rows_beside(self._cache, wanted, [example.image_id for example in examples])
             batch |= self._cache.collate(said)
         return batch
@@ -178,7 +180,7 @@ class BatchLoader:
         for shard, row, view in asked:
             kept = self._held(("beside", shard, row, view))
             if kept is None:
-                self.unheld += 1
+                self.rows_not_in_memory += 1
                 unread.setdefault((shard, view), set()).update(cache.group_rows(shard, view, row))
             else:
                 found[shard, row, view] = kept
@@ -196,45 +198,45 @@ class BatchLoader:
                 )
         return [found[place] for place in wanted]
 
-    def _reader(self, kind: Kind) -> ShardReader:
-        if kind not in self._readers:
-            raise QskdError(f"data.{kind}", "not given", "a folder of shards", "make one with `qskd prepare`")
-        return self._readers[kind]
+    def _reader(self, subset: Subset) -> ShardReader:
+        if subset not in self._readers:
+            raise QskdError(f"data.{subset}", "not given", "a folder of shards", "make one with `qskd prepare`")
+        return self._readers[subset]
 
     def _estimated_bytes(self) -> tuple[int, int]:
         """Of all rows as they are stored, the teacher's too, and of all finished views."""
         stored = finished = 0
-        for kind, reader in self._readers.items():
+        for subset, reader in self._readers.items():
             pixels = sum(resize.usual_pixels for resize in self._resizes)  # an estimate is enough: the store is bounded
-            views = self._views.count if kind == "train" else 1
+            views = self._views.count if subset == "train" else 1
             stored += sum(shard.bytes for shard in reader.manifest.shards)
             finished += reader.manifest.num_images * views * (3 * pixels + 1000)
         return stored + (self._cache.num_bytes if self._cache is not None else 0), finished
 
-    def _examples(self, kind: Kind, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
+    def _examples(self, subset: Subset, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
         found: dict[Key, Example] = {}
         for place in wanted:
-            example = self._recent.get(("view", kind, *place)) if self._keep_views else None
+            example = self._recent.get(("view", subset, *place)) if self._keep_views else None
             if example is not None:
                 found[place] = example
         missing = [place for place in dict.fromkeys(wanted) if place not in found]
-        samples = self._samples(kind, [place[:2] for place in missing])
+        samples = self._samples(subset, [place[:2] for place in missing])
         for place in missing:
-            example = self._make(kind, place, samples[place[:2]])
+            example = self._make(subset, place, samples[place[:2]])
             if self._keep_views:
-                self._recent.put(("view", kind, *place), example, example.nbytes)
+                self._recent.put(("view", subset, *place), example, example.nbytes)
             found[place] = example
         return [found[place] for place in wanted]
 
-    def _samples(self, kind: Kind, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
-        reader = self._reader(kind)
+    def _samples(self, subset: Subset, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
+        reader = self._reader(subset)
         found: dict[tuple[int, int], Sample] = {}
         unread: dict[int, set[int]] = {}
         asked = dict.fromkeys(places)
         for shard, row in asked:
-            sample = self._held(("row", kind, shard, row))
+            sample = self._held(("row", subset, shard, row))
             if sample is None:
-                self.unheld += 1
+                self.rows_not_in_memory += 1
                 unread.setdefault(shard, set()).update(reader.group_rows(shard, row))
             else:
                 found[shard, row] = sample
@@ -242,16 +244,16 @@ class BatchLoader:
             ordered = sorted(shard_rows)
             for row, sample in zip(ordered, reader.read(shard, ordered), strict=True):
                 if self._keep_rows or (shard, row) not in asked:
-                    self._recent.put(("row", kind, shard, row), sample, len(sample.encoded) + 1000)
+                    self._recent.put(("row", subset, shard, row), sample, len(sample.encoded) + 1000)
                 if (shard, row) in asked:
                     found[shard, row] = sample
         return found
 
-    def _make(self, kind: Kind, place: tuple[int, int, int], sample: Sample) -> Example:
+    def _make(self, subset: Subset, place: tuple[int, int, int], sample: Sample) -> Example:
         shard, row, index = place
-        reader = self._reader(kind)
+        reader = self._reader(subset)
         where = f"{reader.where(shard)}: row {row}, image {sample.image_id} ({sample.file_name})"
-        view = View.IDENTITY if kind == "val" else make_view(self._views, sample.image_id, index)
+        view = View.IDENTITY if subset == "val" else make_view(self._views, sample.image_id, index)
         picture = decode_image(sample.encoded, where)
         if picture.size != (sample.width, sample.height):
             found, expected = f"{picture.width} x {picture.height} pixels", f"{sample.width} x {sample.height}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qskd.errors import QskdError
 
-Kind = Literal["train", "val"]
+Subset = Literal["train", "val"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Batch:
     index, count: the batch's place in its epoch's training or evaluation, 0 <= index < count.
     """
 
-    kind: Kind
+    subset: Subset
     step: int
     epoch: int
     rows: NDArray[np.int32]

@@ -46,8 +46,8 @@ class Subject:
 
 
 @dataclass(frozen=True, eq=False)
-class Seer:
-    """A detector, the pixels it wants, and its logit slot of each of the dataset's classes."""
+class DatasetDetector:
+    """A detector, its preprocessing, and which logit stands for each dataset class."""
 
     detector: Detector
     preprocessing: Preprocessing
@@ -100,7 +100,7 @@ def explain(
     config: Config,
     labels: tuple[str, ...],
     teacher: OnlineTeacher | None,
-    students: Mapping[str, Seer],
+    students: Mapping[str, DatasetDetector],
     threshold: float = 0.3,
 ) -> Explanation:
     """Ask everyone about one image. threshold: the lowest score that counts as a detection, of teacher and students.

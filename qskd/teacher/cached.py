@@ -8,7 +8,7 @@ from qskd.config import ResizeConfig
 from qskd.datasets.batch import TrainBatch
 from qskd.distillation.method import Facts, Online
 from qskd.structures import TeacherNeeds, TeacherRecord
-from qskd.teacher.columns.table import decode
+from qskd.teacher.columns.table import decode_batch
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 
@@ -30,7 +30,7 @@ class CachedTeacher:
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """What came with the batch."""
         if batch.cached:
-            return decode(batch.cached)
+            return decode_batch(batch.cached)
         return self.blank(len(batch.images), batch.images.device)
 
     def online(self, batch: TrainBatch) -> Online | None:

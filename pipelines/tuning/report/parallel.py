@@ -8,14 +8,14 @@ from typing import Any
 
 from pipelines.tuning.report.pictures import new_picture, plain_text
 from pipelines.tuning.report.plots import new_plot, safe_text
-from pipelines.tuning.report.results import RECIPE, Sweep
+from pipelines.tuning.report.results import RECIPE, SweepSummary
 from pipelines.tuning.report.style import ABSENT, CROWD, FAINT, INK, RECIPE_COLOUR, SHADES, shade_colour, space_colours
 
 MOST_AXES = 12  # side by side in a PNG; the page has all
 LEFT, RIGHT = 170, 110  # margins of the plot, in pixels: the colour bar's, and the last name's
 
 
-def draw_parallel(sweep: Sweep, title: str, path: Path) -> None:
+def draw_parallel(sweep: SweepSummary, title: str, path: Path) -> None:
     shown = [sweep.ap_axis, *sweep.axes[:MOST_AXES]]
     figure, axes = new_picture(max(7.2, 1.5 + 0.95 * len(shown)), 5.4)
     axes.set_axis_off()
@@ -53,7 +53,7 @@ def draw_parallel(sweep: Sweep, title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def _parallel_legend(axes: Any, sweep: Sweep, spaces: Mapping[str, str]) -> None:
+def _parallel_legend(axes: Any, sweep: SweepSummary, spaces: Mapping[str, str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=shade_colour(1), lw=3.2, label="the best")]
@@ -65,7 +65,7 @@ def _parallel_legend(axes: Any, sweep: Sweep, spaces: Mapping[str, str]) -> None
     axes.legend(handles=handles + names, frameon=False, fontsize=9, **place)
 
 
-def plot_parallel(sweep: Sweep) -> Any:
+def plot_parallel(sweep: SweepSummary) -> Any:
     """All parameters that vary; parts of axes can be chosen with the pointer, and axes moved."""
     shown, spaces = [sweep.ap_axis, *sweep.axes], space_colours(sweep)
     width = max(900, LEFT + RIGHT + 90 * len(shown))

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.tuning.report.results import RECIPE, Sweep, band_label, best_so_far, boundaries, cost_rows, front_rows
+from pipelines.tuning.report.results import (
+    RECIPE,
+    SweepSummary,
+    band_label,
+    best_so_far,
+    boundaries,
+    cost_rows,
+    front_rows,
+)
 from pipelines.tuning.report.style import (
     AP_LABEL,
     BAND_COLOURS,
@@ -53,7 +61,7 @@ def _labels(axes: Any, x: str, y: str, title: str) -> None:
     axes.set_title(plain_text(title), loc="left", fontweight="bold")
 
 
-def _colour_bar(figure: Any, axes: Any, sweep: Sweep) -> None:
+def _colour_bar(figure: Any, axes: Any, sweep: SweepSummary) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -65,7 +73,7 @@ def _colour_bar(figure: Any, axes: Any, sweep: Sweep) -> None:
         bar.ax.tick_params(colors=FAINT)
 
 
-def _dots(axes: Any, sweep: Sweep, rows: Sequence[TrialRow], x: Sequence[float]) -> None:
+def _dots(axes: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequence[float]) -> None:
     """Trials as dots at (x, AP): hollow those stopped early, a star the recipe, a ring the best."""
     for row, at in zip(rows, x, strict=True):
         colour = RECIPE_COLOUR if row.number == RECIPE else shade_colour(sweep.shade(row.best_ap))
@@ -84,7 +92,7 @@ def _dots(axes: Any, sweep: Sweep, rows: Sequence[TrialRow], x: Sequence[float])
             axes.scatter(at, 100 * row.best_ap, s=150, fc="none", ec=INK, lw=1.3, zorder=6)
 
 
-def _legend(axes: Any, sweep: Sweep, rows: Sequence[TrialRow], extra: Sequence[Any] = (), **where: Any) -> None:
+def _legend(axes: Any, sweep: SweepSummary, rows: Sequence[TrialRow], extra: Sequence[Any] = (), **where: Any) -> None:
     """Of the marks there are."""
     from matplotlib.lines import Line2D
 
@@ -102,7 +110,7 @@ def _legend(axes: Any, sweep: Sweep, rows: Sequence[TrialRow], extra: Sequence[A
     axes.legend(handles=handles, frameon=False, labelcolor=INK, fontsize=9, **{"loc": "best", **where})
 
 
-def draw_history(sweep: Sweep, title: str, path: Path) -> None:
+def draw_history(sweep: SweepSummary, title: str, path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -125,7 +133,7 @@ def draw_history(sweep: Sweep, title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_curves(sweep: Sweep, title: str, path: Path) -> None:
+def draw_curves(sweep: SweepSummary, title: str, path: Path) -> None:
     from matplotlib.lines import Line2D
 
     figure, axes = new_picture()
@@ -164,7 +172,7 @@ def draw_curves(sweep: Sweep, title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_importance(sweep: Sweep, title: str, path: Path) -> None:
+def draw_importance(sweep: SweepSummary, title: str, path: Path) -> None:
     from matplotlib.patches import Patch
 
     found = list(sweep.importances.items())[:MOST_BARS]
@@ -188,7 +196,7 @@ def draw_importance(sweep: Sweep, title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_front(sweep: Sweep, title: str, path: Path, cost: str) -> None:
+def draw_front(sweep: SweepSummary, title: str, path: Path, cost: str) -> None:
     from matplotlib.lines import Line2D
 
     figure, axes = new_picture()
@@ -221,7 +229,7 @@ def draw_front(sweep: Sweep, title: str, path: Path, cost: str) -> None:
     figure.savefig(path)
 
 
-def draw_boundary(sweep: Sweep, title: str, path: Path) -> None:
+def draw_boundary(sweep: SweepSummary, title: str, path: Path) -> None:
     figure, axes = new_picture()
     chosen = [(row, boundaries(row, sweep.recipe)) for row in sweep.scored]
     for row, places in chosen:

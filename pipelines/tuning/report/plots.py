@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.tuning.report.results import (
     RECIPE,
-    Sweep,
+    SweepSummary,
     band_label,
     best_so_far,
     boundaries,
@@ -43,7 +43,7 @@ def safe_text(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def about(sweep: Sweep, row: TrialRow) -> str:
+def about(sweep: SweepSummary, row: TrialRow) -> str:
     """What is shown of a trial under the pointer."""
     what = "the recipe" if row.number == RECIPE else f"trial {row.number}"
     head = f"<b>{what}</b>, {row.state}" + (", the best" if row is sweep.best else "")
@@ -81,11 +81,11 @@ def _line(figure: Any, x: Sequence[float], y: Sequence[float], name: str, **styl
     figure.add_scatter(x=list(x), y=list(y), mode="lines", name=name, line=line, hoverinfo="skip")
 
 
-def _colours(sweep: Sweep, rows: Sequence[TrialRow]) -> list[str]:
+def _colours(sweep: SweepSummary, rows: Sequence[TrialRow]) -> list[str]:
     return [RECIPE_COLOUR if row.number == RECIPE else shade_colour(sweep.shade(row.best_ap)) for row in rows]
 
 
-def _dots(figure: Any, sweep: Sweep, rows: Sequence[TrialRow], x: Sequence[float]) -> None:
+def _dots(figure: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequence[float]) -> None:
     """Trials as dots at (x, AP), in groups that the legend switches on and off."""
     at = dict(zip((row.number for row in rows), x, strict=True))
     groups = {
@@ -120,7 +120,7 @@ def _dots(figure: Any, sweep: Sweep, rows: Sequence[TrialRow], x: Sequence[float
             )
 
 
-def plot_history(sweep: Sweep) -> Any:
+def plot_history(sweep: SweepSummary) -> Any:
     figure = new_plot("trial", AP_LABEL)
     rows, last = sweep.scored, max(row.number for row in sweep.rows)
     best = [100 * ap for ap in best_so_far(rows)]
@@ -140,7 +140,7 @@ def plot_history(sweep: Sweep) -> Any:
     return figure
 
 
-def plot_curves(sweep: Sweep) -> Any:
+def plot_curves(sweep: SweepSummary) -> Any:
     figure = new_plot("epochs trained", AP_LABEL)
     marked = {RECIPE, sweep.best.number if sweep.best is not None else RECIPE}  # drawn last, on top
     for row in sorted(sweep.failed + sweep.scored, key=lambda row: (row.number in marked, row.best_ap)):
@@ -171,7 +171,7 @@ def plot_curves(sweep: Sweep) -> Any:
     return figure
 
 
-def _colour_bar(figure: Any, sweep: Sweep) -> None:
+def _colour_bar(figure: Any, sweep: SweepSummary) -> None:
     """A trace without points that carries the scale of AP."""
     aps = [100 * row.best_ap for row in sweep.scored]
     if min(aps) < max(aps):
@@ -187,7 +187,7 @@ def _colour_bar(figure: Any, sweep: Sweep) -> None:
         figure.add_scatter(x=[None], y=[None], mode="markers", marker={**scale, "colorbar": bar}, showlegend=False)
 
 
-def plot_importance(sweep: Sweep) -> Any:
+def plot_importance(sweep: SweepSummary) -> Any:
     found = list(sweep.importances.items())
     figure = new_plot("part of the variance of AP that it explains, %", "", height=130 + 26 * len(found))
     labels = {axis.name: safe_text(axis.label) for axis in sweep.axes}
@@ -213,7 +213,7 @@ def plot_importance(sweep: Sweep) -> Any:
     return figure
 
 
-def plot_front(sweep: Sweep, cost: str) -> Any:
+def plot_front(sweep: SweepSummary, cost: str) -> Any:
     figure = new_plot(COSTS[cost], AP_LABEL)
     rows, front = cost_rows(sweep, cost), front_rows(sweep, cost)
     x, y = [getattr(row, cost) for row in front], [100 * row.best_ap for row in front]
@@ -225,7 +225,7 @@ def plot_front(sweep: Sweep, cost: str) -> Any:
     return figure
 
 
-def plot_boundary(sweep: Sweep) -> Any:
+def plot_boundary(sweep: SweepSummary) -> Any:
     figure = new_plot("GIoU boundary", AP_LABEL)
     chosen = [(row, boundaries(row, sweep.recipe)) for row in sweep.scored]
     for row, places in chosen:

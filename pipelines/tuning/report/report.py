@@ -12,7 +12,7 @@ from pipelines.tuning.report import pictures as sweep_pictures
 from pipelines.tuning.report import plots as sweep_plots
 from pipelines.tuning.report.axes import LEAST_TRIALS
 from pipelines.tuning.report.parallel import draw_parallel, plot_parallel
-from pipelines.tuning.report.results import RECIPE, Sweep, best_row, boundaries, cost_rows, points, ranked
+from pipelines.tuning.report.results import RECIPE, SweepSummary, best_row, boundaries, cost_rows, points, ranked
 from pipelines.tuning.report.tables import counts_text, html_table, terminal_table, trials_csv, trials_markdown
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
@@ -31,8 +31,8 @@ class Picture:
 
     title: str
     caption: str
-    draw: Callable[[Sweep, str, Path], None]
-    plot: Callable[[Sweep], Any]
+    draw: Callable[[SweepSummary, str, Path], None]
+    plot: Callable[[SweepSummary], Any]
 
 
 def _front(cost: str, title: str, better: str) -> Picture:
@@ -83,7 +83,7 @@ PICTURES: dict[str, Picture] = {
 }
 
 
-def why_none(sweep: Sweep, name: str) -> str:
+def why_none(sweep: SweepSummary, name: str) -> str:
     """The sentence that stands in a picture's place; empty where it can be drawn."""
     scored = sweep.scored
     if not scored:
@@ -124,7 +124,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_report(folder)
-    sweep = Sweep(tuple(rows), recipe)
+    sweep = SweepSummary(tuple(rows), recipe)
     texts = {"trials.csv": trials_csv(rows, recipe), "trials.md": trials_markdown(rows, recipe, title)}
     texts |= {"best.yaml": best_config_yaml} if best_config_yaml else {}
     sections, drawn = [], []
@@ -186,7 +186,7 @@ def _page(title: str, body: str, plotly: bool) -> str:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
-def _summary(sweep: Sweep) -> str:
+def _summary(sweep: SweepSummary) -> str:
     sentences = [counts_text(sweep.rows)]
     best, own = sweep.best, next((row for row in sweep.scored if row.number == RECIPE), None)
     if best is not None and best is own:

@@ -125,7 +125,7 @@ def _shown_value(row: TrialRow, name: str, recipe: Config, absent: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepSummary:
     """A sweep as its pictures see it."""
 
     rows: tuple[TrialRow, ...]
@@ -202,12 +202,12 @@ def best_so_far(rows: Sequence[TrialRow]) -> list[float]:
     return [max(row.best_ap for row in rows[: i + 1]) for i in range(len(rows))]
 
 
-def cost_rows(sweep: Sweep, cost: str) -> list[TrialRow]:
+def cost_rows(sweep: SweepSummary, cost: str) -> list[TrialRow]:
     """The trials with an AP whose cost is known."""
     return [row for row in sweep.scored if getattr(row, cost) is not None]
 
 
-def front_rows(sweep: Sweep, cost: str) -> list[TrialRow]:
+def front_rows(sweep: SweepSummary, cost: str) -> list[TrialRow]:
     """Of those the ones that no other beats, cheapest first."""
     rows = cost_rows(sweep, cost)
     return [rows[i] for i in pareto_front([getattr(row, cost) for row in rows], [row.best_ap for row in rows])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.tuning.report.results import Sweep, cost_rows, front_rows
+from pipelines.tuning.report.results import SweepSummary, cost_rows, front_rows
 from pipelines.tuning.trial.row import TrialRow
 
 # From the worst AP to the best. The palest of such scales is left out: it can't be seen on white.
@@ -27,7 +27,7 @@ def shade_colour(shade: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in zip(*pair, strict=True))
 
 
-def space_colours(sweep: Sweep) -> dict[str, str]:
+def space_colours(sweep: SweepSummary) -> dict[str, str]:
     """Of each search space, where there are several to tell apart; otherwise none."""
     several = sweep.spaces if len(sweep.spaces) > 1 else []
     return {space: SPACE_COLOURS[i % len(SPACE_COLOURS)] for i, space in enumerate(several)}
@@ -38,7 +38,7 @@ def part_text(part: float) -> str:
     return f"{100 * part:.0f} %" if part >= 0.005 else "< 1 %"
 
 
-def numbered(sweep: Sweep, cost: str) -> list[TrialRow]:
+def numbered(sweep: SweepSummary, cost: str) -> list[TrialRow]:
     """The trials of the front that have room for their number beside them; where it is crowded, the better."""
     rows, kept = cost_rows(sweep, cost), list[TrialRow]()
 

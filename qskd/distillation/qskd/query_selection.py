@@ -130,7 +130,7 @@ def select_queries(
 
 
 def shuffle(selection: QuerySelection, boxes_cxcywh: Tensor) -> QuerySelection:
-    """The same selection, said of other queries of the same image and layer: the control of an ablation.
+    """Ablation control: as many queries per object and weight, but random ones of the same image and layer.
 
     The order is drawn by a hash of the boxes, so that it depends on nothing else and is drawn anew as they move.
     """

@@ -47,9 +47,8 @@ class QuerySelectionConfig(Section):
 class FeatureDistillationConfig(Section):
     """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
 
-    weight: NonNegative = (
-        50.0  # chosen by search on the quickstart's task (benchmarks/evidence); the guess before it was 1 to 10
-    )
+    # chosen by search on the quickstart's task (benchmarks/evidence); the guess before it was 1 to 10
+    weight: NonNegative = 50.0
     # What a query's attention counts in the mask: the teacher's largest class probability; that and its GIoU; 1.
     query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
     quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
@@ -70,9 +69,8 @@ class PredictionDistillationConfig(Section):
     # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
     pairing: Literal["rank", "hungarian", "index", "global"] = "rank"
     pair_weight: Literal["confidence", "uniform"] = "confidence"  # times the teacher's largest class probability, or 1
-    divide_by: Literal["pairs", "weights"] = (
-        "pairs"  # their number; weights: the sum of their weights, so that hard negatives dilute positives less
-    )
+    # their number; weights: the sum of their weights, so that hard negatives dilute positives less
+    divide_by: Literal["pairs", "weights"] = "pairs"
     class_gamma: NonNegative = 0.0  # each class's BCE times |p_t - p_s|^gamma, as quality focal loss; 0 = plain BCE
     student_layers: Literal["all", "last"] = "all"  # the decoder layers that learn
     # The decoder layer each learns from; same_index: the student's are spread evenly over the teacher's (DETRDistill).

@@ -117,7 +117,7 @@ def collate(rows: Sequence[TeacherRow], sizes: CacheSizes, columns: Sequence[str
     return batch
 
 
-def decode(tensors: Mapping[str, Tensor]) -> TeacherRecord:
+def decode_batch(tensors: Mapping[str, Tensor]) -> TeacherRecord:
     """What `collate` gave, as tensors, back to what the teacher said, float32; memory is 0 on padding. Runs on their device."""
     from qskd.structures import TeacherRecord
 
