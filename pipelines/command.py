@@ -52,9 +52,7 @@ Methods = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run", help="Print what would happen (train and distill: the resolved recipe, too); do nothing."
-    ),
+    typer.Option("--dry-run", help="Print what would happen; do nothing."),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
 Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector.")]

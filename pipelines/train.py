@@ -5,10 +5,16 @@ python -m pipelines.train configs/shapes_teacher.yaml
 
 from __future__ import annotations
 
-from pipelines.command import DryRun, Recipe, Restart, Set, run
+from pipelines.command import DryRun, Methods, Recipe, Restart, Set, run
 
 
-def command(recipe: Recipe = None, set: Set = None, dry_run: DryRun = False, restart: Restart = False) -> None:
+def command(
+    recipe: Recipe = None,
+    set: Set = None,
+    methods: Methods = None,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+) -> None:
     """Train a detector without a teacher: baselines, and teachers. The same command again goes on where it was stopped."""
     from pipelines.training.driver import start
 

@@ -343,7 +343,7 @@ def test_the_table_names_every_function_that_deletes_and_a_test_for_each() -> No
     }
     assert len(found) > 20
     named = {word for row in rows for word in re.findall(r"`([\w.]+)`", row.split("|")[2])}
-    assert sorted(name for name in found if ".".join(name.split(".")[-2:]) not in named) == []
+    assert sorted(name for name in found if ".".join(name.split(".")[-3:]) not in named) == []
     tests = {
         name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }

@@ -89,7 +89,7 @@ def test_a_few_gpus_for_more_workers_are_idle_loudly(caplog: pytest.LogCaptureFi
 
 SEES_A_GPU = """
 import json, ray, torch
-from qskd.from_recipe import device_here
+from pipelines.cluster.devices import device_here
 from qskd.config import Config
 torch.cuda.is_available = lambda: True  # as on a machine with a GPU, for nobody hides it from a worker that asked for none
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
@@ -97,7 +97,7 @@ ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
 @ray.remote
 def device():
     import torch
-    from qskd.from_recipe import device_here
+    from pipelines.cluster.devices import device_here
     from qskd.config import Config
     torch.cuda.is_available = lambda: True
     return str(device_here(Config()))

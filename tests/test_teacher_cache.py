@@ -426,7 +426,7 @@ class QueryStates(Column):
     def collate(self, rows, sizes):
         return {"teacher_query_states": np.stack([row.query_states for row in rows])}
 
-    def decode_batch(self, tensors):
+    def decode(self, tensors):
         return {self.name: tensors["teacher_query_states"].float()} if "teacher_query_states" in tensors else {}
 
     def errors(self, found, true):

@@ -43,8 +43,8 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
     if teacher is not None:
         teacher.to(device)
     student = load_detector(student_folder), read_preprocessing(student_folder)
-    seers = initial_student(config, labels, device, teacher)
-    seers[AFTER] = as_dataset_detector(*student, labels, device, str(student_folder))
+    detectors = initial_student(config, labels, device, teacher)
+    detectors[AFTER] = as_dataset_detector(*student, labels, device, str(student_folder))
     reader, shown = ShardReader(config.data.val), dict[int, Explanation]()
     samples = [s for s in reader.read(0, range(min(32, val.shards[0].rows))) if len(s.category_ids)][:SAMPLES]
     for sample in samples:
@@ -55,7 +55,7 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
             break
         name = f"{sample.file_name} (image {sample.image_id} of data.val)"
         subject = subject_of_sample(sample, name, val.category_index, View.IDENTITY)
-        shown[sample.image_id] = explain(subject, config, labels, teacher, seers)
+        shown[sample.image_id] = explain(subject, config, labels, teacher, detectors)
     return shown, about(config, teacher)
 
 

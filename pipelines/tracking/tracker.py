@@ -1,4 +1,5 @@
-"""MLflow, one thin layer. The driver opens a run; the controller's callback writes to it; nobody else does.
+"""MLflow, one thin layer. While a training lasts the controller's callback (`reporting.progress`) alone writes to its run; before
+and after it, the driver does.
 
 The run's id is kept beside the training's checkpoints, so that a resumed training continues the run it began. A server
 that does not answer never stops a training: what could not be logged is said once, and the files are in the output folder.

@@ -85,7 +85,9 @@ def module_of(name: str, part: str = "") -> ModuleType:
         close = difflib.get_close_matches(name, [*method_names(), NONE], n=1)
         said = "no such method" + (f" (did you mean {close[0]}?)" if close else "")
         known = ", ".join([NONE, *method_names()])
-        raise QskdError(where, said, f"{known}, a dotted module, or a path to a .py file")
+        raise QskdError(
+            where, said, f"{known}, a file of a folder given with --methods, a dotted module, or a path to a .py file"
+        )
     try:
         return importlib.import_module(name)
     except Exception as error:

@@ -165,7 +165,7 @@ def explain(
         found,
         shown_by,
         {
-            title: predict_image(seer.detector, subject.image, seer.preprocessing, seer.slots, threshold, view)
-            for title, seer in students.items()
+            title: predict_image(student.detector, subject.image, student.preprocessing, student.slots, threshold, view)
+            for title, student in students.items()
         },
     )

@@ -1,5 +1,5 @@
-"""The teacher: at work in the training step, or as its cache remembers it. Either way out comes a TeacherRecord, in the
-dataset's class order."""
+"""The teacher at work in the training step: a TeacherRecord in the dataset's class order, as `qskd.teacher.cached` reads it
+from the cache."""
 
 from __future__ import annotations
 

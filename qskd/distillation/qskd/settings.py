@@ -78,7 +78,7 @@ class PredictionDistillationConfig(Section):
 
 
 class Settings(MethodSettings):
-    """QSKD (docs/METHODS.md): query selection, and the two losses that it guides."""
+    """QSKD (docs/equations.md): query selection, and the two losses that it guides."""
 
     method: str = "qskd"
     selection: QuerySelectionConfig = QuerySelectionConfig()
