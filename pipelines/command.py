@@ -28,7 +28,7 @@ def _add_methods(folders: list[str] | None) -> list[str] | None:
     if folders:
         from qskd.distillation.find import add_folder
 
-        for folder in folders:
+        for folder in reversed(folders):  # each is put before the others
             add_folder(folder)
     return folders
 

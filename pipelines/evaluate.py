@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Model, Set, run
+from pipelines.command import DryRun, Methods, Model, Set, run
 from pipelines.run.logs import tell
 
 
@@ -20,6 +20,7 @@ def command(
         str | None, typer.Option(help="YAML recipe; its teacher.resize, teacher.class_map and compute.device count.")
     ] = None,
     set: Set = None,
+    methods: Methods = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     workers: Annotated[
         int, typer.Option(min=0, help="Most detector processes, over the cluster; 0: here, no Ray.")

@@ -10,6 +10,7 @@ from qskd.datasets.manifest import Manifest
 from qskd.detectors import labels_of, read_config
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
+from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.identity import cache_identity
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 
@@ -83,6 +84,10 @@ def check_enough(config: Config) -> None:
             f"{cache.attention_layers}, as the cache has it",
             f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}",
         )
+    known = sorted(column.name for column in COLUMNS if column.optional)
+    if strange := sorted(set(cache.columns) - set(known)):
+        expected = f"some of: {', '.join(known)}" if known else "none: there are no further columns"
+        raise QskdError("teacher.cache.columns", ", ".join(strange), expected, "take it out")
     if missing := sorted(needs.columns - set(cache.columns)):
         columns = ",".join([*cache.columns, *missing])
         raise refused(

@@ -56,7 +56,10 @@ class SearchSpace:
             raise QskdError("--space", "none", "at least one search space", "for example --space query_groups")
         self.spaces: list[Space] = [load_space(name) for name in names]
         self.recipe = config
-        self._fields = {space.name: tuple(space.fields_of(config)) for space in self.spaces}
+        self._fields: dict[str, tuple[str, ...]] = {}
+        for space in self.spaces:
+            with _of(space, "FIELDS"):
+                self._fields[space.name] = tuple(map(str, space.fields_of(config)))
         self._check_fields()
         self._points: dict[str, dict[str, Any]] = {}
         self._ranges: dict[str, Range] = {}

@@ -77,7 +77,7 @@ def _settings(config: Config) -> Settings:
     distillation = config.distillation
     if isinstance(distillation, Settings):
         return distillation
-    found = f"distillation.method = {distillation.method}: nothing is selected"
+    found = f"distillation.method = {distillation.method}: nothing is selected, or not by the first method"
     raise QskdError("search space query_groups", found, "groups by GIoU", "change that, or leave this space out")
 
 

@@ -23,6 +23,7 @@ from qskd.config.recipe import apply_overrides, build, load
 from qskd.datasets.classes import map_classes
 from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
+from qskd.distillation.find import refuse_strange_methods
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
 from qskd.pictures.explain import DatasetDetector, Explanation, explain
@@ -60,6 +61,7 @@ def read_source(recipe_or_run: str, overrides: Sequence[str] = ()) -> Source:
         found = "no config.yaml in it"
         raise QskdError(recipe_or_run, found, "a run's folder, as in runs/NAME, or a YAML recipe")
     tree = run.read_record("config.yaml")
+    refuse_strange_methods(tree, overrides, join(recipe_or_run, "config.yaml"))
     config = build(apply_overrides(tree, overrides), join(recipe_or_run, "config.yaml"))
     there = filesystem.get_file_info(f"{root}/student/config.json").type != fs.FileType.NotFound
     return Source(config, join(recipe_or_run, "student") if there else "")

@@ -8,10 +8,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipelines.run.folder import RECIPE, TRIAL, Folder
 from qskd.config import Config
-from qskd.config.recipe import flatten, to_tree
+from qskd.config.distillation import NONE
+from qskd.config.recipe import defaults_like, flatten, to_tree
 from qskd.errors import QskdError, writing
 from qskd.storage.stores import is_local
 
@@ -54,14 +56,22 @@ def alone_on(folder: Folder) -> Iterator[None]:
         yield
 
 
+def _what_counts(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings of a distillation that does not happen: runs of before have them in their records."""
+    section = tree.get("distillation")
+    none = isinstance(section, dict) and section.get("method") == NONE
+    return {**tree, "distillation": {"method": NONE}} if none else tree
+
+
 def check_same_run(folder: Folder, config: Config) -> None:
     """Refuse to continue a run with another configuration, naming the fields that differ."""
     if not folder.exists("config.yaml"):
         return
     remedy = f"rm {folder.where('config.yaml')}: then the recipe at hand is taken for this run's, and not compared"
-    before, now = flatten(folder.read_record("config.yaml", remedy=remedy)), flatten(to_tree(config))
+    trees = folder.read_record("config.yaml", remedy=remedy), to_tree(config), defaults_like(config)
+    before, now, usual = (flatten(_what_counts(tree)) for tree in trees)
     # A field that the qskd which began the run did not have yet did what its default does now.
-    before = {key: value for key, value in flatten(to_tree(Config())).items() if key in now} | before
+    before = {key: value for key, value in usual.items() if key in now} | before
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

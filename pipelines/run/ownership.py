@@ -12,7 +12,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
 from pyarrow import fs
 
 from pipelines.run.files import CHECKPOINT_FILE, STUDENT, files_in
@@ -23,11 +22,11 @@ from pipelines.run.tracked import RUN
 from pipelines.tracking.curves import ROWS
 from pipelines.training.checkpoint_list import COPY, LIST, TRAIN
 from qskd import __version__
-from qskd.config.recipe import build
 from qskd.errors import QskdError
 from qskd.storage.files import UNFINISHED
 from qskd.storage.ownership import listed, own_json
 from qskd.storage.stores import is_local, patiently
+from qskd.untrusted import parse_yaml
 
 # --- what a run, a sweep and a trial leave: paths in the folder -----------------------------------------------------------
 _TRAINING = (
@@ -65,9 +64,10 @@ def _reads_as_ours(folder: Folder, name: str) -> bool:
         return False
     try:
         text = folder.read(name)
-        if name == "config.yaml":
-            return bool(build(yaml.safe_load(text)))
-    except (OSError, ValueError, yaml.YAMLError, QskdError):
+        if name == "config.yaml":  # not built: its method may be a file, which would be run
+            tree = parse_yaml(text, name)
+            return isinstance(tree, dict) and {"name", "student", "teacher", "distillation", "training"} <= tree.keys()
+    except (OSError, ValueError, QskdError):
         return False
     found = own_json(text)
     if name == HISTORY:

@@ -58,6 +58,8 @@ def _methods_found(settings: MethodSettings) -> MethodSettings:
     """Where the user's methods are: workers know neither --methods nor this process's folder. A job's working folder is a copy
     that they have too."""
     also = {name: _methods_found(part) for name, part in settings.also.items()}
-    given = settings.method
-    method = given if in_a_job() and given.endswith(".py") and not os.path.isabs(given) else located(given)
+    method = located(settings.method)
+    here = Path.cwd().resolve()
+    if in_a_job() and method.endswith(".py") and Path(method).is_relative_to(here):
+        method = str(Path(method).relative_to(here))
     return settings.model_copy(update={"method": method, "also": also})

@@ -45,7 +45,7 @@ class Plan:
 
     def describe(self, cache_command: str = "qskd cache RECIPE") -> str:
         """What `--dry-run` prints below the configuration. cache_command: makes the cache that is missing."""
-        schedule, _training, compute = self.stream.schedule, self.config.training, self.config.compute
+        schedule, compute = self.stream.schedule, self.config.compute
         workers = f"{compute.min_workers} to {compute.workers}" if compute.min_workers else f"{compute.workers}"
         lines = [
             f"student: {describe_student(self.config.student, len(self.train.labels))}",

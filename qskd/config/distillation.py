@@ -63,7 +63,9 @@ class MethodSettings(Section):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By its content: a process that has not read the file of a user's method yet can't find its class by name.
-        return _of_its_method, (self.model_dump(exclude_unset=True) | {"method": self.method},)
+        said = self.model_dump(exclude_unset=True) | {"method": self.method}
+        also = {name: part.model_dump(exclude_unset=True) | {"method": part.method} for name, part in self.also.items()}
+        return _of_its_method, (said | ({"also": also} if also else {}),)
 
     def weight_fields(self) -> dict[str, str]:
         """The field that weighs a term, by term, of those that are on: what `qskd tune --space loss_weights` varies."""

@@ -151,6 +151,11 @@ def replace_fields(config: C, fields: Mapping[str, Any], where: str) -> C:
     """The configuration with these dotted fields set, validated as a whole; a resolved one stays one. QskdError for an unknown
     or wrong one."""
     tree = to_tree(config)
+    method = fields.get("distillation.method", config.distillation.method)
+    if method != config.distillation.method:  # another one has other fields
+        kept = settings_class(str(method)).model_fields
+        tree["distillation"] = {k: v for k, v in tree["distillation"].items() if k in kept} | {"method": method}
+        config = cast(C, build(tree, where))
     for name, value in fields.items():
         check_field(name, where, config)
         *path, last = name.split(".")
@@ -216,7 +221,19 @@ def changes(config: Config) -> dict[str, Any]:
                 found[key] = value
         return found
 
-    return differing(to_tree(config), to_tree(Config()))
+    return differing(to_tree(config), defaults_like(config))
+
+
+def defaults_like(config: Config) -> dict[str, Any]:
+    """The configuration's tree as if nothing had been said but the methods: a section's defaults are its method's."""
+    usual = to_tree(Config())
+    kind = type(config.distillation)
+    own: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        if not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            own[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+    return usual | {"distillation": own | {"method": DEFAULT, "also": {}}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qskd.config.distillation import DEFAULT, DistillationConfig, settings_class
 from qskd.config.images import ResizeConfig, ViewConfig
@@ -36,7 +36,8 @@ class TeacherCacheConfig(Section):
     attention_giou_floor: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
     attention_layers: Literal["last", "mean"] = "last"  # the last decoder layer's attention, or the mean of all layers'
     all_layers: bool = False  # logits and boxes of every decoder layer, for predictions.teacher_layers: same_index
-    columns: tuple[str, ...] = ()  # further columns, by name, for a method that asks for them (docs/design.md)
+    # further columns, by name, for a method that asks for them (docs/design.md)
+    columns: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))] = ()
     batch_size: Positive = 16  # images the teacher sees at once while the cache is made
 
 

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
 from qskd import __version__
 from qskd.config import MethodSettings
-from qskd.config.recipe import build
-from qskd.distillation.method import methods_of
+from qskd.config.distillation import DEFAULT, NONE
+from qskd.distillation.find import is_built_in
+from qskd.distillation.method import find_method, methods_of
+from qskd.errors import QskdError
 from qskd.storage.ownership import EXTRA_FILE
+from qskd.untrusted import parse_yaml
 
 CARD_FILE = "README.md"
 SHOWN = ("AP", "AP50", "AP75")
@@ -181,7 +182,9 @@ def render(card: Card) -> str:
     size = NOT_MEASURED if own.parameters is None else f"{own.parameters / 1e6:.2f} million parameters"
     measured_on = "" if card.val_images is None else f"AP is COCO's, on {card.val_images} validation images. "
     taught = _methods(card) if card.kind == "distill" else []
-    made = MADE[card.kind].format(" and ".join(title for title, _ in taught))
+    made = MADE[card.kind if taught or card.kind != "distill" else "train"].format(
+        " and ".join(title for title, _ in taught)
+    )
     parts = [
         front_matter(card),
         f"# {card.name}\n",
@@ -205,8 +208,19 @@ def render(card: Card) -> str:
 
 
 def _methods(card: Card) -> Sequence[tuple[str, str]]:
-    """Title and citation of each method. A card from before they were kept has a recipe that names them."""
-    return card.methods or method_titles(build(yaml.safe_load(card.recipe) or {}).distillation)
+    """Title and citation of each method. A card from before they were kept has a recipe that names one of the package's; no
+    other is looked up: whoever wrote the folder could name a file to run."""
+    if card.methods:
+        return card.methods
+    try:
+        section = (parse_yaml(card.recipe, "the card's recipe") or {}).get("distillation") or {}
+        name = section.get("method", DEFAULT)
+    except (QskdError, AttributeError):
+        return ()
+    if name == NONE or not is_built_in(name):
+        return ()
+    method = find_method(name)
+    return ((method.title, method.citation),)
 
 
 def method_titles(settings: MethodSettings) -> tuple[tuple[str, str], ...]:

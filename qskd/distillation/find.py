@@ -12,13 +12,14 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import qskd.distillation
-from qskd.config.distillation import NONE, MethodSettings
+from qskd.config.distillation import DEFAULT, NONE, MethodSettings
 from qskd.errors import QskdError
 from qskd.plug_ins import tell_code_is_run
 
@@ -29,9 +30,34 @@ CONTRACT = "a class Settings(MethodSettings) and one subclass of qskd.distillati
 
 def method_names() -> list[str]:
     """The methods that come with the package, and those of the user's folders."""
-    own = {module.name for module in pkgutil.iter_modules(qskd.distillation.__path__)} - set(NOT_METHODS)
     theirs = {path.stem for folder in _folders() for path in folder.glob("*.py") if path.stem.isidentifier()}
-    return sorted(own | theirs)
+    return sorted(_own() | theirs - {"__init__"})
+
+
+def is_built_in(name: object) -> bool:
+    """Whether the package itself has the method."""
+    return isinstance(name, str) and name in _own()
+
+
+def refuse_strange_methods(tree: Any, overrides: Sequence[str], where: str) -> None:
+    """QskdError where a configuration that another may have written names code to run which the user has not named too: with
+    --methods, or by setting the method."""
+    section = tree.get("distillation") if isinstance(tree, Mapping) else None
+    if not isinstance(section, Mapping) or any(text.startswith("distillation") for text in overrides):
+        return
+    also = section.get("also")
+    parts = [section, *(also.values() if isinstance(also, Mapping) else ())]
+    for name in (part.get("method", DEFAULT) for part in parts if isinstance(part, Mapping)):
+        if name == NONE or is_built_in(name) or not isinstance(name, str):
+            continue
+        if any(Path(name).parent.resolve() == folder for folder in _folders()) and name.endswith(".py"):
+            continue
+        raise QskdError(
+            where,
+            f"names the method {name}, whose code would be run",
+            "a method of the package, or one that you name too",
+            "where you trust it: --methods with the folder it is in, or --set distillation.method=...",
+        )
 
 
 def _folders() -> list[Path]:
@@ -40,7 +66,9 @@ def _folders() -> list[Path]:
 
 def add_folder(folder: str | Path) -> None:
     """Look for methods there too, in this process and those that it starts. QskdError where there is no such folder."""
-    path = Path(folder).expanduser().resolve()
+    path = Path(os.path.expanduser(folder)).resolve()
+    if taken := sorted(each.stem for each in path.glob("*.py") if each.stem in _own()):
+        raise QskdError(f"--methods {folder}", f"{taken[0]}.py has the name of a method of the package", "another name")
     if not path.is_dir():
         raise QskdError(f"--methods {folder}", "no such folder", "a folder with .py files, each a method")
     listed = [str(each) for each in _folders()]
@@ -50,14 +78,14 @@ def add_folder(folder: str | Path) -> None:
 
 def located(name: str) -> str:
     """The name as it can be found from any folder: a file's full path for a method of the user's."""
-    path = _file_of(name)
+    path = None if name == NONE else _file_of(name)
     return name if path is None else str(path)
 
 
 def _file_of(name: str) -> Path | None:
     """The file of a method of the user's; None for one of the package's, or of a dotted module."""
     if name.endswith(".py"):
-        path = Path(name).expanduser().resolve()
+        path = Path(os.path.expanduser(name)).resolve()
         if not path.is_file():
             raise QskdError(f"distillation.method = {name}", "no such file", f"a .py file with {CONTRACT}")
         return path
@@ -88,6 +116,8 @@ def module_of(name: str, part: str = "") -> ModuleType:
         raise QskdError(
             where, said, f"{known}, a file of a folder given with --methods, a dotted module, or a path to a .py file"
         )
+    if not name.startswith("qskd."):
+        tell_code_is_run("distillation.method", Path(name))
     try:
         return importlib.import_module(name)
     except Exception as error:

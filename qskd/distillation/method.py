@@ -7,7 +7,7 @@ written from nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,8 +69,8 @@ class Lesson:
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """One image for `Method.seen`. ask: the teacher's record for what it needs; `attended`, from a record to the queries
-    [B, A] whose attention is wanted. targets: the image's objects (B = 1). scale: pixels of the picture, (width, height)."""
+    """One image for `Method.seen`. ask: the teacher's record for what it needs; `choose`, from a record to the queries
+    [B, A] whose attention is wanted. targets: the image's objects (B = 1). width, height: of the picture, pixels."""
 
     ask: Callable[..., TeacherRecord]
     targets: Targets
@@ -147,22 +147,21 @@ class Several(Method):
 
     def __init__(self, settings: MethodSettings, student: Facts, teacher: Facts) -> None:
         super().__init__(settings, student, teacher)
-        self.parts = nn.ModuleDict()
-        for path, part in parts_of(settings).items():
-            name = path.removeprefix("also.").rstrip(".") or "first"
-            method = find_method(part.method)(part, student, teacher)
-            self.parts[name] = method
+        self.names = [path.removeprefix("also.").rstrip(".") for path in parts_of(settings)]  # "" of the first one
+        self.parts = nn.ModuleList(
+            find_method(part.method)(part, student, teacher) for part in parts_of(settings).values()
+        )
+        for name, method in self._methods():
             for term, weight in method.weights.items():
-                self.weights[self._term(name, term)] = weight
-        if len(self.weights) != sum(len(method.weights) for method in self._methods().values()):
-            raise QskdError("distillation.also", "two methods with terms of the same name", "other names for them")
+                if _term(name, term) in self.weights:
+                    found = f"two methods with a term called {_term(name, term)}"
+                    raise QskdError(
+                        f"distillation.also.{name}", found, "terms that can be told apart", "give it another name"
+                    )
+                self.weights[_term(name, term)] = weight
 
-    def _methods(self) -> Mapping[str, Method]:
-        return dict(self.parts.items())  # type: ignore[arg-type]
-
-    @staticmethod
-    def _term(name: str, term: str) -> str:
-        return term if name == "first" else term_name(name, term)
+    def _methods(self) -> list[tuple[str, Method]]:
+        return list(zip(self.names, self.parts, strict=True))  # type: ignore[arg-type]
 
     @classmethod
     def needs_of(cls, settings: MethodSettings) -> TeacherNeeds:
@@ -177,23 +176,19 @@ class Several(Method):
         return found
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
-        return {
-            self._term(name, term): value
-            for name, method in self._methods().items()
-            for term, value in method(lesson).items()
-        }
+        return {_term(name, term): value for name, method in self._methods() for term, value in method(lesson).items()}
 
     def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
         return {
-            self._term(name, term): weight
-            for name, method in self._methods().items()
+            _term(name, term): weight
+            for name, method in self._methods()
             for term, weight in method.weights_at(step, total_steps).items()
         }
 
 
-def term_name(name: str, term: str) -> str:
-    """What a term of `also.NAME` is called in logs: after NAME, unless it is already."""
-    return term if term == name or term.startswith(f"{name}_") else f"{name}_{term}"
+def _term(name: str, term: str) -> str:
+    """What a term of `also.NAME` is called in logs: after NAME, unless it is already. The first method's keep their names."""
+    return term if not name or term == name or term.startswith(f"{name}_") else f"{name}_{term}"
 
 
 def methods_of(settings: MethodSettings) -> list[tuple[type[Method], MethodSettings]]:

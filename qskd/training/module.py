@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qskd.config import Config
 from qskd.detectors import Detector, to_pixels
 from qskd.distillation.method import Facts, Lesson, Method, Online, build_method
+from qskd.errors import QskdError
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
 from qskd.losses.matching import assign
@@ -26,10 +27,17 @@ class StepModule(nn.Module):
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
-        if self.method is not None:
-            self.weights |= self.method.weights
         if dense:
             self.weights |= {name: config.detection.dense_weight * value for name, value in DENSE_WEIGHTS.items()}
+        if self.method is not None:
+            if taken := sorted(self.method.weights.keys() & {*self.weights, *DENSE_WEIGHTS, "total"}):
+                raise QskdError(
+                    f"distillation.method = {config.distillation.method}",
+                    f"a term called {taken[0]}, as one of the training's own",
+                    "terms of other names",
+                    "rename the term in the method's file",
+                )
+            self.weights |= self.method.weights
 
     def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
         """Each term's weight at a step (0-based): the teacher's terms warm up and decay, the others stay."""

@@ -69,20 +69,20 @@ class QSKD(Method):
         reach = f"boundaries that reach down to GIoU {floor:g}"
         if floor == -1:
             reach = "relative boundaries, or a weight for the lowest band: a query of any GIoU can be kept"
+        reasons: dict[str, tuple[str, str]] = {}
+        if attention:
+            reasons["attention_giou_floor"] = ("selection", reach)
+            reasons["attention_layers"] = ("features.attention_layers", features.attention_layers)
+        if predictions.weight > 0 and every_layer:
+            asked = "same_index, which needs every decoder layer of the teacher"
+            reasons["all_layers"] = ("predictions.teacher_layers", asked)
         return TeacherNeeds(
             memory=features.weight > 0,
             attention=attention,
             attention_layers=features.attention_layers,
             all_layers=predictions.weight > 0 and every_layer,
             attention_giou_floor=floor if attention else 1.0,
-            reasons={
-                "attention_giou_floor": ("selection", reach),
-                "attention_layers": ("features.attention_layers", features.attention_layers),
-                "all_layers": (
-                    "predictions.teacher_layers",
-                    "same_index, which needs every decoder layer of the teacher",
-                ),
-            },
+            reasons=reasons,
         )
 
     @classmethod
