@@ -24,7 +24,7 @@ def command(
     size: Size = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also time onnxruntime.")] = False,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, each model in a process of its own.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 20,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,19 @@ import typer
 from pipelines.run.logs import start_logs
 from pipelines.run.stopping import ended_by_signals
 from qskd.errors import QskdError, told_without_traceback
-from qskd.redaction import redacted
+from qskd.redaction import redacted_uri
 
 
 def local_path(given: str) -> Path:
     """A path of the command line's. QskdError when it is a URI, of which a Path would make `s3:/bucket`."""
     if "://" in given:
         remedy = "copy it there, or from there, for example with `aws s3 sync`"
-        raise QskdError(redacted(given), "a URI", "a path on a local disk", remedy)
-    return Path(given)
+        raise QskdError(redacted_uri(given), "a URI", "a path on a local disk", remedy)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", given):
+        raise QskdError(
+            redacted_uri(given), "neither a path nor a URI", "a path on a local disk", "leave the scheme away"
+        )
+    return Path(given).expanduser() if given.split("/")[0] == "~" else Path(given)
 
 
 def _add_methods(folders: list[str] | None) -> list[str] | None:
@@ -57,7 +62,8 @@ DryRun = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
 Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector.")]
 Size = Annotated[
-    int | None, typer.Option("--size", min=1, help="Side of square images, in pixels; otherwise the checkpoint's own.")
+    int | None,
+    typer.Option("--size", min=1, max=8192, help="Side of square images, in pixels; otherwise the checkpoint's own."),
 ]
 
 

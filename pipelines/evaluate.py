@@ -21,11 +21,11 @@ def command(
     ] = None,
     set: Set = None,
     methods: Methods = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096)] = 16,
     workers: Annotated[
         int, typer.Option(min=0, help="Most detector processes, over the cluster; 0: here, no Ray.")
     ] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads of each.")] = 1,
     backend: Annotated[str, typer.Option(help="auto, hotcoco, faster_coco_eval or pycocotools.")] = "auto",
     per_class: Annotated[bool, typer.Option("--per-class", help="Also print each class's AP.")] = False,
     dry_run: DryRun = False,

@@ -18,7 +18,7 @@ def command(
     model: Model,
     out: Annotated[Path, typer.Option(parser=local_path, metavar="PATH", help="Folder to write.")],
     size: Size = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, of a graph of fixed batch.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images at a time, of a graph of fixed batch.")] = 1,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="A graph for any number of images.")] = False,
     images: Annotated[
         list[Path] | None,
@@ -34,7 +34,7 @@ def command(
     ] = "torchscript",
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference of probabilities and boxes.")] = 1e-4,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0: none.")] = 20,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads to time with.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads to time with.")] = 1,
     overwrite: Annotated[
         bool,
         typer.Option(

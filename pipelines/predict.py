@@ -28,8 +28,10 @@ def command(
 ) -> None:
     """Draw a detector's boxes on images."""
     from pipelines.inspection import predict as program
+    from qskd.storage.files import check_uri
 
     if dry_run:
+        check_uri(model)
         tell("\n".join(f"{model} on {path} → {target}" for path, target in program.targets(images, out)))
         return
     for path, found in program.predict(model, images, out, threshold):

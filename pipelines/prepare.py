@@ -36,9 +36,11 @@ def command(
 ) -> None:
     """Turn COCO JSON and a folder of images into Parquet shards."""
     from qskd.datasets.coco import read_coco
+    from qskd.storage.files import check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
     if dry_run:
+        check_uri(destination)
         dataset = read_coco(annotations, images, policy)
         shards = -(-len(dataset) // rows_per_shard)
         tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")

@@ -10,11 +10,13 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Restart, run
+from pipelines.command import DryRun, Restart, local_path, run
 
 
 def command(
-    folder: Annotated[Path, typer.Option(help="Where data, runs and mlflow.db go.")] = Path("runs/quickstart"),
+    folder: Annotated[
+        Path, typer.Option(parser=local_path, metavar="PATH", help="Where data, runs and mlflow.db go.")
+    ] = Path("runs/quickstart"),
     dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import run
+from pipelines.command import local_path, run
 from pipelines.run.logs import tell
 from qskd.errors import QskdError
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Where annotations.json and images/ go.")],
+    folder: Annotated[Path, typer.Argument(parser=local_path, help="Where annotations.json and images/ go.")],
     images: Annotated[int, typer.Option(min=1)] = 12_000,
     first_image: Annotated[int, typer.Option(min=0, help="Images are numbered; take other ones for validation.")] = 0,
     set: Annotated[
@@ -24,16 +24,19 @@ def command(
     ] = None,
 ) -> None:
     """Make the built-in synthetic dataset: COCO JSON and JPEG files."""
+    from pydantic import ValidationError
+
     from qskd.config.recipe import parse_override
     from qskd.datasets.shapes import ShapesConfig, make_shapes
 
-    fields = {path[0]: value for path, value in map(parse_override, set or ())}
+    fields = {".".join(path): value for path, value in map(parse_override, set or ())}
     try:
-        config = ShapesConfig(images=images, first_image=first_image, **fields)
-    except ValueError as error:
-        raise QskdError("qskd shapes", str(error), ", ".join(ShapesConfig.model_fields)) from None
+        config = ShapesConfig(**{"images": images, "first_image": first_image, **fields})
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise QskdError("qskd shapes", said, ", ".join(ShapesConfig.model_fields)) from None
     annotations, _ = make_shapes(config, folder)
-    tell(f"{annotations}: {images} images")
+    tell(f"{annotations}: {config.images} images")
 
 
 if __name__ == "__main__":

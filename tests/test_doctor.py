@@ -189,7 +189,7 @@ def test_a_login_is_taken_from_the_environment_and_one_in_a_uri_is_refused_and_n
 def test_sqlite_is_opened_for_writing_without_being_changed(tmp_path: Path) -> None:
     path = tmp_path / "a b.db"
     with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE t (x)")
+        connection.executescript("CREATE TABLE experiments (x); CREATE TABLE runs (x)")
     connection.close()
     before = path.read_bytes()
     assert tracking(f"sqlite:///{path}").status == "ok"

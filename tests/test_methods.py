@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from dataclasses import replace
@@ -10,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import STUDENT, batch_of, make_training, random_teacher, recipe
 from torch import Tensor
 
+from pipelines.inspection import explain
+from pipelines.run.folder import Folder
+from pipelines.run.guards import check_same_run
+from pipelines.run.ownership import is_ours
 from qskd.checks import check_enough
 from qskd.config import Config
 from qskd.config.distillation import NoMethod
-from qskd.config.recipe import build, flatten, replace_fields, to_tree, to_yaml
-from qskd.deploy.model_card import method_titles
+from qskd.config.recipe import build, flatten, load, replace_fields, to_tree, to_yaml
+from qskd.deploy.model_card import method_titles, read_card, render
 from qskd.distillation.find import FOLDERS, add_folder, located, method_names
 from qskd.distillation.method import Facts, Method, build_method, teacher_needs
 from qskd.errors import QskdError
@@ -243,3 +249,36 @@ def test_no_method_takes_a_recipe_of_any_and_none_of_its_settings() -> None:
     facts = Facts((8,))
     assert build_method(config.distillation, facts, facts) is None
     assert replace(facts, layers=2).layers == 2
+
+
+def test_a_folder_of_others_runs_no_method_of_theirs(tmp_path: Path) -> None:
+    trap, flag = tmp_path / "trap.py", tmp_path / "it_ran"
+    trap.write_text(f"open({str(flag)!r}, 'w').close()\n")
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    told = to_tree(load(None, ["name=run"]))
+    for section in ({"method": str(trap)}, {"method": "qskd", "also": {"second": {"method": str(trap)}}}):
+        (run / "config.yaml").write_text(yaml.safe_dump({**told, "distillation": section}))
+        recipe = yaml.safe_dump({"distillation": section})
+        rows = [{"name": "this model", "metrics": {}}]
+        facts = {"name": "a", "family": "detr", "classes": 3, "rows": rows, "kind": "distill", "recipe": recipe}
+        (run / "qskd.json").write_text(json.dumps({"card": facts}))
+        card = read_card(run)
+        assert card
+        render(card)
+        folder = Folder(load(None, ["name=run", f"output={tmp_path}/runs"]))
+        assert not is_ours(folder)
+        with pytest.raises(QskdError, match=r"trap\.py"):
+            explain.read_source(str(run), ())
+    assert not flag.exists()
+
+
+def test_a_run_that_an_earlier_qskd_began_without_a_method_is_gone_on_with(tmp_path: Path) -> None:
+    folder = Folder(load(None, ["name=run", f"output={tmp_path}/runs"]))
+    now = load(None, ["name=run", f"output={tmp_path}/runs", "distillation.method=none"])
+    sections = {"method": "none", "selection": {"group_boundaries": [0.3, 0.7]}, "features": {}, "predictions": {}}
+    before = {**to_tree(now), "distillation": {**sections, "decay": "none"}}
+    folder.write_record("config.yaml", yaml.safe_dump(before))
+    check_same_run(folder, now)
+    with pytest.raises(QskdError, match=r"distillation\.method was 'none', is 'qskd'"):
+        check_same_run(folder, load(None, ["name=run", f"output={tmp_path}/runs"]))

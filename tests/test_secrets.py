@@ -15,7 +15,7 @@ from pipelines.health.services import check_storage, check_tracking
 from pipelines.run import logs
 from pipelines.run.folder import Folder
 from pipelines.run.tracked import open_for
-from pipelines.tracking.store import how_to_look
+from pipelines.tracking.store import how_to_look, without_secrets
 from qskd.config import Config
 from qskd.config.recipe import load
 from qskd.errors import QskdError
@@ -31,6 +31,15 @@ TRACKING = [
     f"postgresql://me:{SECRET}@host/db",
     f"mysql+pymysql://me:{SECRET}@host/db",
     f"postgresql://host/db?user=me&password={SECRET}",
+    f"mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BUID%3Du%3BPWD%3D{SECRET}",
+    *(
+        f"http://me:my {SECRET}@host:5000",
+        f"http:///me:{SECRET}@host",
+        f"http:/me:{SECRET}@host",
+        f"http:\\\\me:{SECRET}@host",
+    ),
+    *(f"http://me:12/{SECRET}@host", f"http://me%3A{SECRET}%40host:5000", f"http://host/?pass%77ord={SECRET}"),
+    *(f"http://host/#access_token={SECRET}", f"http://host/?jwt={SECRET}", f"databricks://profile:{SECRET}"),
 ]
 STORES = [
     f"s3://key:{SECRET}@bucket/a",
@@ -109,6 +118,39 @@ def test_a_secret_in_a_storage_uri_is_refused_wherever_one_is_given(
     check = check_storage(uri)
     assert check.status == "problem"
     assert SECRET not in check.found + check.remedy
+
+
+@pytest.mark.parametrize("form", [f"s3://key:{SECRET}@bucket/a", f"s3://key%3A{SECRET}%40bucket/a"])
+def test_no_verb_says_a_secret_that_it_was_given_in_place_of_a_folder(
+    form: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for words in (
+        ["predict", form, "photo.jpg", "--dry-run"],
+        ["prepare", "a.json", "images", form, "--dry-run"],
+        ["shapes", form, "--images", "1"],
+        ["quickstart", "--folder", form, "--dry-run"],
+        ["train", "--dry-run", "--set", f"teacher.class_map={{'{form}': circle}}"],
+    ):
+        refused(capfd, *words)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "",
+            "mlruns",
+            "sqlite:///mlflow.db",
+            "sqlite:////data/a b/mlflow.db",
+            "http://mlflow:5000",
+            "https://host/mlflow/v1",
+        ),
+        *("http://[::1]:5000", "databricks", "databricks://profile", "postgresql://host:5432/db?sslmode=require"),
+        *("mysql+pymysql://host/db?charset=utf8mb4&ssl_ca=/etc/ca.pem", "mssql+pyodbc://host/db?driver=ODBC+Driver+18"),
+    ],
+)
+def test_addresses_of_stores_of_runs_are_taken(uri: str) -> None:
+    assert without_secrets(uri, "tracking.uri") == uri
 
 
 def test_uris_without_secrets_are_taken_and_shown_as_they_are() -> None:

@@ -429,14 +429,20 @@ class QueryStates(Column):
     def decode(self, tensors):
         return {self.name: tensors["teacher_query_states"].float()} if "teacher_query_states" in tensors else {}
 
+    def blank(self, images, sizes, device):
+        import torch
+        return {self.name: torch.zeros(images, sizes.queries, 64, device=device)}
+
     def errors(self, found, true):
         return {self.name: largest_gap(found.extra[self.name], true.extra[self.name])} if found.extra else {}
 """
 USE = """
 import sys
+from dataclasses import replace
 import torch
 from qskd.structures import TeacherNeeds
 from qskd.teacher.cache import TeacherCacheReader, write_rows
+from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import collate, columns_for, decode_batch, encode, largest_errors
 from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, save_cache_manifest
 from tiny import batch_of, random_teacher
@@ -447,11 +453,13 @@ for folder, extra in ((old, frozenset()), (new, frozenset({"query_states"}))):
     needs = TeacherNeeds(memory=True, attention=True, columns=extra)
     record = teacher.record(batch, needs)
     manifest = CacheManifest({"teacher.cache.precision": "int8"}, teacher.sizes(False), 2, ("one",), {})
-    written = write_rows(folder, file_name("one", 0), encode(record, [1, 2], "int8"), manifest.fingerprint)
+    written = write_rows(folder, file_name("one", 0), encode(record, [1, 2], "int8"), manifest.fingerprint, sorted(extra))
     save_cache_manifest(folder, manifest.with_view(0, (written,)))
     reader = TeacherCacheReader(folder, columns_for(needs))
     arrays = collate(reader.read(0, 0, [0, 1]), reader.manifest.sizes, reader.columns)
     found = decode_batch({name: torch.from_numpy(value) for name, value in arrays.items()})
+    blank = CachedTeacher(reader.manifest.sizes).record(replace(batch, cached={}), needs)
+    assert {name: value.shape for name, value in blank.extra.items()} == {n: v.shape for n, v in found.extra.items()}
     print(sorted(found.extra), largest_errors(found, record).get("query_states", -1) < 0.01)
 """
 

@@ -107,7 +107,8 @@ class TeacherActor:
                 windows = row_batches(self.reader, shard, view, self.config.data.views, self.source[2], self.batch_size)
                 try:
                     decoded = self._decoded([batch for window in windows for batch in window])
-                    rows, size = write_rows(path, name, self.maker.in_order(windows, decoded), self.fingerprint)
+                    made, optional = self.maker.in_order(windows, decoded), self.config.teacher.cache.columns
+                    rows, size = write_rows(path, name, made, self.fingerprint, optional)
                     computed = rows
                 except QskdError as error:  # trying again would not help: to the driver, which says it
                     failure = error.to_json()

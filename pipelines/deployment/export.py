@@ -5,7 +5,6 @@ python -m pipelines.export runs/quickstart/qskd/student --out exported --images 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pipelines.inspection.predict import read_image
 from pipelines.run.ownership import enclosing_run
+from pipelines.run.places import place_of
 from qskd.config import ResizeConfig
 from qskd.datasets.views import View, view_image
 from qskd.deploy import onnx_detect
@@ -34,7 +34,7 @@ from qskd.deploy.export import (
     require_parity,
     together,
 )
-from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, write_card
+from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, read_facts, write_card
 from qskd.deploy.speed import Size, compare_speed, cost_of, onnx_runner, torch_runner
 from qskd.detectors import (
     FAMILIES,
@@ -50,7 +50,7 @@ from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.printable import escaped, one_line
 from qskd.storage.files import fetched
-from qskd.storage.ownership import EXTRA_FILE, check_replaceable, same_file
+from qskd.storage.ownership import check_replaceable, same_file
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MOST_IMAGES = 16  # of a folder
@@ -162,7 +162,8 @@ def foresee(model: str, out: Path, options: ExportOptions) -> str:
 def check_out(model: str, out: Path, overwrite: bool) -> None:
     """QskdError unless `out` may be written: another folder than the model's, new, empty or made by qskd, and not one that a
     run keeps, whose student would be replaced."""
-    if Path(model).is_dir() and same_file(out, model):
+    own = place_of(model)
+    if isinstance(own, Path) and own.is_dir() and same_file(out, own):
         raise QskdError("--out", f"{out}, the model's own folder", "another folder")
     check_replaceable(out, overwrite)
     run = enclosing_run(out)
@@ -185,9 +186,7 @@ def _export(model: str, named: str, out: Path, options: ExportOptions, console: 
     detector = load_detector(model)
     FAMILIES[detector.family].check_size(detector.model.config, seen_as.resize.size, seen_as.resize.size)
     with replacing(out, options.overwrite) as fresh:
-        own = Path(model) / EXTRA_FILE
-        extra = json.loads(own.read_text()) if own.is_file() else None
-        save_detector(detector, fresh, seen_as.resize, extra, seen_as.mean, seen_as.std)
+        save_detector(detector, fresh, seen_as.resize, read_facts(model), seen_as.mean, seen_as.std)
         onnx = _add_onnx(detector, fresh, seen_as, options, console) if options.onnx else None
         write_card(fresh, card_of(model, named, detector, seen_as, onnx))
     told = f"→ {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"

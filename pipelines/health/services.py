@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipelines.tracking.store import check_database, without_secrets
 from qskd.errors import QskdError
-from qskd.redaction import TRACKING_REMEDY, redacted, secret_in
+from qskd.redaction import redacted
 from qskd.storage.files import open_folder
 from qskd.storage.stores import is_local
 
@@ -52,8 +53,11 @@ def short(error: BaseException) -> str:
 
 def check_tracking(uri: str) -> Check:
     name, shown = "MLflow tracking", redacted(uri)
-    if secret := secret_in(uri):
-        return Check(name, "problem", f"{shown}: {secret}, which a run refuses to write down", TRACKING_REMEDY)
+    try:
+        without_secrets(uri, "tracking.uri")
+        check_database(uri)
+    except QskdError as error:
+        return Check(name, "problem", f"{error.found}, which a run refuses", error.remedy)
     if uri.startswith(("http://", "https://")):
         return _tracking_server(uri)
     if uri.startswith("sqlite:///"):

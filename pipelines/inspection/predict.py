@@ -57,7 +57,7 @@ def write_picture(pixels: np.ndarray, target: Path, inputs: Sequence[str | Path]
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             save_picture(Image.fromarray(pixels), target, inputs)
-    except ValueError as error:  # an ending that names no image format
+    except (ValueError, KeyError) as error:  # an ending that names no image format
         raise QskdError(str(target), f"can't be written: {error}", "a picture's file", "--out FILE.png") from None
 
 

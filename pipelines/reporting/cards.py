@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.storage.files import open_folder
 from qskd.teacher.identity import teacher_preprocessing
+from qskd.untrusted import parse_large_json
 
 log = logging.getLogger("qskd")
 ROUNDS, TIMING_LIMIT_S = 10, 10.0
@@ -45,8 +45,8 @@ def baseline_metrics(folder: str) -> dict[str, float]:
     filesystem, path = open_folder(folder)
     try:
         with filesystem.open_input_stream(f"{path}/result.json") as stream:
-            return dict(json.loads(stream.read())["metrics"])
-    except (OSError, ValueError, KeyError):
+            return dict(parse_large_json(stream.read(), "result.json")["metrics"])
+    except (OSError, QskdError, ValueError, KeyError, TypeError):
         log.warning("card.baseline: %s is no finished run; the card says that its AP was not measured", folder)
         return {}
 

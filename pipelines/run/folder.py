@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import traceback
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pyarrow import fs
 
 from qskd.config import Config
@@ -16,6 +15,7 @@ from qskd.errors import QskdError
 from qskd.storage.durable import sync_tree
 from qskd.storage.files import open_folder, publish_bytes, read_bytes
 from qskd.storage.stores import is_local, join, patiently
+from qskd.untrusted import parse_large_json, parse_yaml
 
 log = logging.getLogger("qskd")
 MARK = ".qskd-run.json"  # written first: that qskd made the folder (`pipelines.run.ownership`)
@@ -28,7 +28,7 @@ FAILURE = "failure.json"  # why workers gave up; a later run of the same command
 
 def storage_path(config: Config) -> str:
     """The output, a local one whole."""
-    return config.output if "://" in config.output else str(Path(config.output).expanduser().resolve())
+    return config.output if "://" in config.output else os.path.realpath(open_folder(config.output)[1])
 
 
 class Folder:
@@ -110,6 +110,15 @@ class Folder:
         patiently(self.where(name), self.filesystem, delete)
 
     def upload(self, local: str | Path, name: str) -> None:
+        """A folder's files. QskdError where a link stands in the way: what it leads to is not this run's."""
+        links = [
+            path for path in (name, *(f"{name}/{file.name}" for file in Path(local).iterdir())) if self.is_link(path)
+        ]
+        if links:
+            raise QskdError(
+                self.where(links[0]), "a link", "a run's own files", "remove the link; nothing was replaced"
+            )
+
         def upload() -> None:
             self.filesystem.create_dir(f"{self.root}/{name}", recursive=True)
             fs.copy_files(str(local), f"{self.root}/{name}", destination_filesystem=self.filesystem)
@@ -117,6 +126,9 @@ class Folder:
                 sync_tree(f"{self.root}/{name}")
 
         patiently(self.where(name), self.filesystem, upload)
+
+    def is_link(self, name: str) -> bool:
+        return is_local(self.filesystem) and os.path.islink(f"{self.root}/{name}")
 
     def for_ray(self) -> dict[str, Any]:
         """Ray Train's and Tune's `storage_path`, and for a URI the file system too: Ray itself knows only pyarrow's."""
@@ -128,8 +140,8 @@ class Folder:
 def _parsed(name: str, text: str | None, kind: type) -> tuple[bool, Any]:
     """Whether the text is whole, and what it says."""
     try:
-        value = (yaml.safe_load if name.endswith(".yaml") else json.loads)(text or "")
-    except (ValueError, yaml.YAMLError, RecursionError):
+        value = (parse_yaml if name.endswith(".yaml") else parse_large_json)(text or "", name)
+    except QskdError:
         return False, None
     return isinstance(value, kind), value
 

@@ -107,7 +107,7 @@ def _ray_ids() -> dict[str, str]:
 
 def tell(*texts: str, sep: str = " ") -> None:
     """What a verb has to say at its end, on standard output."""
-    print(escaped(sep.join(texts)), flush=True)
+    print(escaped(redacted(sep.join(texts))), flush=True)
 
 
 def say(text: str, quiet: bool = False, **fields: Any) -> None:

@@ -71,7 +71,11 @@ def _reads_as_ours(folder: Folder, name: str) -> bool:
         return False
     found = own_json(text)
     if name == HISTORY:
-        return isinstance(found, list) and bool(found) and all({"step", "evaluation"} <= set(entry) for entry in found)
+        return (
+            isinstance(found, list)
+            and bool(found)
+            and all(isinstance(entry, dict) and {"step", "evaluation"} <= set(entry) for entry in found)
+        )
     keys = {DATA: {"data.train"}, SWEEP: {"asked"}, RUN: {"uri", "run_id"}, "result.json": {"student", "metrics"}}[name]
     return isinstance(found, dict) and keys <= found.keys()
 
@@ -84,7 +88,13 @@ def check_ours(folder: Folder, restart: bool = False) -> None:
     if kind == fs.FileType.File:
         raise QskdError(folder.path, "a file", "a folder for the run", remedy)
     if kind == fs.FileType.NotFound and is_local(folder.filesystem):
+        above = next(place for place in Path(folder.root).parents if os.path.lexists(place))
+        if not above.is_dir():
+            raise QskdError(folder.path, f"{above} is no folder", "a place for a folder", remedy)
         return
+    if links := [name for name in _OWN_FOLDERS if folder.is_link(name)]:
+        said = f"{listed(links)} in it leads elsewhere, by a link: the run would write there"
+        raise QskdError(folder.path, said, "folders of the run's own", f"remove the link, or {remedy}")
     if not is_ours(folder):
         names = _top_level(folder)
         if names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipelines.run.folder import storage_path
 from qskd.config import Config
@@ -20,6 +20,7 @@ def check_places(config: Config, verb: str) -> None:
     init, backbone = config.student.init, config.student.backbone.init
     read = {"data.train": config.data.train, "data.val": config.data.val}
     models = {"teacher.path": config.teacher.path, "student.init": init, "student.backbone.init": backbone}
+    models["card.baseline"] = config.card.baseline
     read |= {field: path for field, path in models.items() if os.path.isdir(os.path.expanduser(path)) or "://" in path}
     run = join(storage_path(config), config.name)  # no store is asked
     if verb != "cache":
@@ -51,7 +52,7 @@ def _check_apart(field: str, path: str, other_field: str, other: str, remedy: st
 
 def _relation(one: str, other: str) -> str:
     """How a folder stands to another: "is", "contains", "lies in", or "" for apart."""
-    first, second = _place(one), _place(other)
+    first, second = place_of(one), place_of(other)
     if isinstance(first, Path) and isinstance(second, Path):
         if same_file(first, second):
             return "is"
@@ -67,12 +68,13 @@ def _relation(one: str, other: str) -> str:
     return "lies in" if first[: len(second)] == second else ""
 
 
-def _place(path: str) -> Path | tuple[str, ...]:
-    """A local folder, links followed; the scheme, host and names of a URI."""
+def place_of(path: str) -> Path | tuple[str, ...]:
+    """A local folder, links followed; the scheme, host and names of a URI. Stores decode %61, and of a chain (`a::b`) the last
+    link is the place."""
     if "://" not in path:
         return Path(os.path.realpath(os.path.expanduser(path)))
-    parts = urlsplit(path)
-    if parts.scheme == "file":
-        return Path(os.path.realpath(parts.path))
-    names = [name for name in os.path.normpath(f"/{parts.path}").split("/") if name]
+    parts = urlsplit(path.rpartition("::")[2])
+    if parts.scheme in ("file", "local"):
+        return Path(os.path.realpath(unquote(f"{parts.netloc}{parts.path}")))
+    names = [name for name in os.path.normpath(f"/{unquote(parts.path)}").split("/") if name]
     return ({"gcs": "gs"}.get(parts.scheme, parts.scheme), parts.netloc.rpartition("@")[2], *names)

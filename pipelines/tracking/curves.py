@@ -20,7 +20,9 @@ from pipelines.run.logs import say
 from pipelines.run.stopping import this_command
 from pipelines.run.tracked import RUN
 from pipelines.tracking.tracker import KeptRow, Tracker
+from qskd.errors import QskdError
 from qskd.storage.stores import patience_s, patiently
+from qskd.untrusted import parse_large_json
 
 log = logging.getLogger("qskd")
 ROWS = "rows"
@@ -74,10 +76,10 @@ def _names(folder: Folder) -> list[str]:
 
 def _read(folder: Folder, name: str) -> dict[str, Any]:
     try:
-        file = json.loads(folder.read(f"{ROWS}/{name}"))
+        file = parse_large_json(folder.read(f"{ROWS}/{name}"), name)
         if [len(row) for row in file["rows"]].count(2) == len(file["rows"]) and isinstance(file["time_ms"], int):
             return dict(file)
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
+    except (QskdError, ValueError, KeyError, TypeError, FileNotFoundError):
         pass
     log.warning("%s is damaged: if MLflow has missed its rows, they are lost", folder.where(f"{ROWS}/{name}"))
     return {"time_ms": 0, "rows": []}

@@ -7,13 +7,23 @@ import fcntl
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qskd.config import Config
 from qskd.errors import QskdError
-from qskd.redaction import TRACKING_REMEDY, redacted, secret_in
+from qskd.redaction import TRACKING_REMEDY, redacted_uri, secret_in
+
+_HOST = r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])?(?::\d+)?"
+_HARMLESS = r"(?:ssl\w*|charset|driver|\w*timeout|application_name|target_session_attrs|host|port|encrypt|trustservercertificate)"
+_ADDRESS = re.compile(
+    rf"sqlite(?:\+\w+)?:///[^?#]*|https?://{_HOST}(?:/[\w./~-]*)?|databricks(?:-uc)?(?:://[\w.-]+)?|uc(?::[\w.-]+)?|"
+    rf"(?:postgresql|postgres|mysql|mssql)(?:\+\w+)?://{_HOST}(?:,{_HOST})*/[\w.-]*"
+    rf"(?:\?(?:{_HARMLESS}=[\w./+ -]*&?)*)?",
+    re.IGNORECASE,
+)
 
 
 def _named_uri(config: Config | None) -> str:
@@ -30,7 +40,16 @@ def without_secrets(uri: str, where: str) -> str:
     """The URI as it is; QskdError where it holds a user or password, which mlflow.json, MLflow's own pages and messages would
     show. where: the field or variable that holds it."""
     if secret := secret_in(uri):
-        raise QskdError(where, f"{uri}: {secret}", "a URI without credentials", TRACKING_REMEDY)
+        raise QskdError(where, f"{redacted_uri(uri)}: {secret}", "a URI without credentials", TRACKING_REMEDY)
+    if ":" in uri and not uri.startswith("file:") and not _ADDRESS.fullmatch(uri):
+        # Not shown: who knows what is in it.
+        raise QskdError(
+            where,
+            f"a URI of {uri.partition(':')[0]}, {len(uri)} characters, of a form that may hide credentials",
+            "sqlite:///FILE, http(s)://HOST[:PORT][/PATH], databricks://PROFILE, or DATABASE://HOST[:PORT]/NAME, whose query "
+            "has nothing but names of encryption, timeouts and drivers",
+            TRACKING_REMEDY,
+        )
     return uri
 
 
@@ -57,9 +76,33 @@ def _client(uri: str) -> Any:
             "tracking.uri", f"{uri!r}, a folder", "a database or server", "use sqlite:///FILE or http://HOST"
         )
     with _alone_on(uri):
+        check_database(uri)
         client = mlflow.MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)  # makes a new database's tables
     return client
+
+
+def check_database(uri: str) -> None:
+    """QskdError where a sqlite store's file is there and is not MLflow's, which would add its tables. Read only."""
+    match = re.match(r"^sqlite(?:\+\w+)?:///([^?]+)", uri)
+    if not match or not os.path.lexists(match[1]):
+        return
+    path, lock = Path(match[1]), Path(f"{match[1]}.lock")
+    try:
+        if not path.is_file():
+            found = "no file" if not path.is_symlink() else "a link to nothing"
+        elif not path.stat().st_size:  # as sqlite leaves one that was killed; the lock says that it was ours
+            found = "" if lock.is_file() else "an empty file that MLflow did not make"
+        else:
+            with contextlib.closing(
+                sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
+            ) as base:
+                tables = {name for (name,) in base.execute("select name from sqlite_master where type = 'table'")}
+            found = "" if not tables or {"experiments", "runs"} <= tables else "a database that is not MLflow's"
+    except (OSError, sqlite3.Error) as error:
+        found = f"no database of sqlite ({error})"
+    if found:
+        raise QskdError("tracking.uri", f"{path}: {found}", "MLflow's own file, or a new one", "name another file")
 
 
 @contextlib.contextmanager
@@ -69,6 +112,8 @@ def _alone_on(uri: str) -> Iterator[None]:
     if not match:
         yield
         return
+    if not os.path.lexists(f"{match[1]}.lock"):  # with one, another process may be about to make the tables
+        check_database(uri)
     Path(match[1]).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{match[1]}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -91,5 +136,8 @@ def _create_experiment(client: Any, name: str, uri: str) -> str:
 
 def how_to_look(uri: str) -> str:
     """The command, or the address, that shows the runs."""
-    uri = redacted(uri)
+    try:
+        without_secrets(uri, "tracking.uri")
+    except QskdError:
+        uri = f"{uri.partition(':')[0]}://***"
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

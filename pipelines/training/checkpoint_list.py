@@ -15,8 +15,10 @@ from pyarrow import fs
 from pipelines.run.files import delete_checkpoint
 from pipelines.run.folder import Folder
 from pipelines.training.checkpoints import damage, nothing_whole
+from qskd.errors import QskdError
 from qskd.storage.durable import sync_file, sync_tree
 from qskd.storage.stores import is_local, patiently
+from qskd.untrusted import parse_large_json
 
 log = logging.getLogger("qskd")
 TRAIN = "train"  # what Ray calls the run
@@ -112,7 +114,7 @@ def last_report(folder: Folder) -> tuple[dict[str, Any], str] | None:
 def _parsed(text: str) -> dict[str, Any]:
     """{} for what is no whole JSON object."""
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = parse_large_json(text, "")
+    except QskdError:
         return {}
     return found if isinstance(found, dict) else {}

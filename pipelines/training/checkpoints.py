@@ -19,6 +19,7 @@ from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult
 from qskd.storage.stores import patiently
 from qskd.training.step import Training
+from qskd.untrusted import parse_large_json
 
 
 def write_checkpoint(folder: Path, training: Training, config: Config, result: CocoResult | None) -> None:
@@ -73,10 +74,10 @@ def _weights_problem(filesystem: fs.FileSystem, path: str, size: int) -> str:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST_HEADER + 1
         header = stream.read(length) if length <= LONGEST_HEADER else b""
     try:
-        tensors = json.loads(header)
+        tensors = parse_large_json(header, path)
         ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (QskdError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return f"has {size} bytes and no whole header"
     return "" if size == expected else f"has {size} of {expected} bytes"
 
@@ -85,8 +86,8 @@ def _json_problem(filesystem: fs.FileSystem, path: str) -> str:
     with filesystem.open_input_stream(path) as stream:
         content = stream.read()
     try:
-        whole = isinstance(json.loads(content), dict)
-    except ValueError:
+        whole = isinstance(parse_large_json(content, path), dict)
+    except QskdError:
         whole = False
     return "" if whole else f"has {len(content)} bytes, which are no JSON object"
 
@@ -95,9 +96,9 @@ def read_state(checkpoint: str | Path, named: str = "") -> dict[str, Any]:
     """step (of training, done) and metrics (the last evaluation's) from a checkpoint's local folder; QskdError where they can't
     be read. named: the folder that messages name, where the local one is a copy."""
     try:
-        state = json.loads(Path(checkpoint, STATE).read_text())
+        state = parse_large_json(Path(checkpoint, STATE).read_bytes(), STATE)
         return {"step": int(state["step"]), "metrics": dict(state["metrics"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, QskdError, ValueError, KeyError, TypeError) as error:
         raise QskdError(f"{named or checkpoint}/{STATE}", f"can't be read: {error}", "a whole file", GO_BACK) from None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qskd.config.section import Fraction, Positive, Section
+from qskd.config.section import Fraction, Pixels, Positive, Section
 
 
 class ResizeConfig(Section):
@@ -15,8 +15,8 @@ class ResizeConfig(Section):
     # square: height = width = `size`. shortest_edge: shorter side to `size`, longer at most `longest`, aspect ratio kept, and
     # the batch padded to its largest image (DETR's own way).
     mode: Literal["square", "shortest_edge"] = "square"
-    size: Positive = 320  # pixels: both sides, or the shorter one
-    longest: Positive = 1333  # pixels, for shortest_edge
+    size: Pixels = 320  # pixels: both sides, or the shorter one
+    longest: Pixels = 1333  # pixels, for shortest_edge
 
     @property
     def usual_pixels(self) -> int:

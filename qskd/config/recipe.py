@@ -130,11 +130,21 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
 
 def _refuse_secrets(tree: Any, where: str) -> None:
     for field, value in flatten(tree).items() if isinstance(tree, dict) else ():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (secret := secret_in(text)):
-                found = f"{field}: {secret}, which the run's files, MLflow and logs would all keep"
+        for text in _texts(value, field):
+            if secret := secret_in(text):
+                named = str(field).partition("://")[0] + "://***" if secret_in(str(field)) else field
+                found = f"{named}: {secret}, which the run's files, MLflow and logs would all keep"
                 remedy = TRACKING_REMEDY if str(field).startswith("tracking.") else STORE_REMEDY
                 raise QskdError(where, found, "a URI without credentials", remedy)
+
+
+def _texts(value: Any, field: object) -> Iterator[str]:
+    yield str(field)
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.items() if isinstance(value, dict) else ((i, each) for i, each in enumerate(value)):
+            yield from _texts(inner[1], inner[0])
 
 
 def check_field(name: str, where: str, config: Config | None = None) -> None:

@@ -8,6 +8,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
+# Above any detector's, below what takes all of a machine's memory before anyone could say which field was wrong.
+Layers = Annotated[int, Field(gt=0, le=256)]
+Width = Annotated[int, Field(gt=0, le=2**13)]
+Count = Annotated[int, Field(gt=0, le=2**16)]
+Pixels = Annotated[int, Field(gt=0, le=2**13)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from qskd.config.images import ResizeConfig
-from qskd.config.section import Fraction, Positive, Section
+from qskd.config.section import Count, Fraction, Layers, Section, Width
 from qskd.config.student_sizes import SizeName, resolve
 from qskd.families.facts import FACTS, Family
 
@@ -19,9 +19,9 @@ class BackboneConfig(Section):
     # Any family reads either; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging shortcuts).
     type: Literal["resnet", "rt_detr_resnet"] = "resnet"
     layer_type: Literal["basic", "bottleneck"] = "basic"  # ResNet-18's and 34's; ResNet-50's and larger ones'
-    embedding_size: Positive = 64  # channels before the first stage
-    hidden_sizes: tuple[Positive, ...] = (64, 128, 256, 512)  # channels of each stage
-    depths: tuple[Positive, ...] = (2, 2, 2, 2)  # residual layers of each stage
+    embedding_size: Width = 64  # channels before the first stage
+    hidden_sizes: tuple[Width, ...] = (64, 128, 256, 512)  # channels of each stage
+    depths: tuple[Layers, ...] = (2, 2, 2, 2)  # residual layers of each stage
     init: str = ""  # Hub name or folder of a ResNet whose weights to start from; empty: random
 
     @model_validator(mode="after")
@@ -54,16 +54,16 @@ class StudentConfig(Section):
     init: str = ""  # Hub name or folder of a detector to start from (its head is re-made when the classes differ)
     family: Family = "conditional_detr"  # of transformers' DETR families
     backbone: BackboneConfig = BackboneConfig()
-    width: Positive = 256  # d_model
-    encoder_layers: Positive = 6  # of the transformer
-    decoder_layers: Positive = 6  # of the transformer
-    heads: Positive = 8  # of each attention; they divide `width`
-    ffn_width: Positive = 1024  # inner width of each feed-forward part
-    queries: Positive = 300  # for objects, in each image
+    width: Width = 256  # d_model
+    encoder_layers: Layers = 6  # of the transformer
+    decoder_layers: Layers = 6  # of the transformer
+    heads: Count = 8  # of each attention; they divide `width`
+    ffn_width: Count = 1024  # inner width of each feed-forward part
+    queries: Count = 300  # for objects, in each image
     dropout: Fraction = 0.0  # in the transformer, while it is trained
     # The last backbone stages, at most 3. deformable_detr makes further levels by stride 2; RT-DETR and D-FINE were made
     # with 3. The other families read one map.
-    feature_levels: Positive = 1
+    feature_levels: Count = 1
     box_refinement: bool = True  # deformable_detr only: the others always refine, or never
     backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
     train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too

@@ -43,7 +43,7 @@ class ShapesConfig(Section):
     images: Positive = 12_000
     first_image: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
-    size: Annotated[int, Field(ge=32)] = 64  # pixels, square
+    size: Annotated[int, Field(ge=32, le=8192)] = 64  # pixels, square
     min_objects: Annotated[int, Field(ge=0)] = 1
     max_objects: Annotated[int, Field(ge=0, le=200)] = 5
     min_object: Annotated[float, Field(ge=8)] = 12.0  # diameter in pixels
@@ -233,7 +233,7 @@ def make_shapes(config: ShapesConfig, folder: str | Path) -> tuple[Path, Path]:
     folder = Path(folder)
     annotations, images = folder / "annotations.json", folder / "images"
     recipe = {"made by": "qskd.datasets.shapes", "config": config.model_dump(mode="json")}
-    if os.path.exists(annotations):
+    if os.path.lexists(annotations):
         if _recipe_of(annotations) == recipe:
             return annotations, images
         raise QskdError(

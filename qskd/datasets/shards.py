@@ -7,6 +7,7 @@ and the dataset it replaces stays whole until the new one is.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ def write_shards(
     with writing(destination):
         patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     shards: list[Shard] = []
+    fresh: set[str] = set()  # what was not there before: a failure deletes these alone
     tally = _Tally()
     rows = tally.counted(dataset.samples())
     # Inside the destination when that is local: a rename does not cross file systems.
@@ -98,6 +100,8 @@ def write_shards(
                 checksum = sha256_of(spool.open("rb"))
                 name = f"shard-{len(shards):05d}-{checksum[:8]}.parquet"
                 shards.append(Shard(name, tally.images - before, spool.stat().st_size, checksum))
+                if _absent(filesystem, destination, f"{root}/{name}"):
+                    fresh.add(name)
                 publish(spool, filesystem, f"{root}/{name}")
             if not shards:
                 raise QskdError(
@@ -116,7 +120,7 @@ def write_shards(
             spool.write_text(manifest.to_json())
             publish(spool, filesystem, f"{root}/{MANIFEST}")
         except BaseException:
-            remove(filesystem, root, {shard.file for shard in shards} - old_files)
+            remove(filesystem, root, fresh)
             raise
     remove(filesystem, root, old_files - {shard.file for shard in shards})
     return manifest
@@ -135,11 +139,17 @@ class _Tally:
             yield sample
 
 
+def _absent(filesystem: pafs.FileSystem, uri: str, path: str) -> bool:
+    info = patiently(uri, filesystem, lambda: filesystem.get_file_info(path))
+    if info.type == pafs.FileType.NotFound and is_local(filesystem) and os.path.islink(path):
+        raise QskdError(path, "a link to nothing", "a folder without it", "remove the link, or mount what it leads to")
+    return bool(info.type == pafs.FileType.NotFound)
+
+
 def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256: str, overwrite: bool) -> set[str]:
     """The shard files of the dataset already there, if any; QskdError when it must not be replaced. Whatever an edited
     manifest names: only what is called as `write_shards` calls a shard of that checksum."""
-    info = patiently(uri, filesystem, lambda: filesystem.get_file_info(f"{root}/{MANIFEST}"))
-    if info.type == pafs.FileType.NotFound:
+    if _absent(filesystem, uri, f"{root}/{MANIFEST}"):
         return set()
     try:
         manifest = load_manifest(uri)

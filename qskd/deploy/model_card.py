@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from qskd import __version__
 from qskd.config import MethodSettings
@@ -18,7 +21,7 @@ from qskd.distillation.find import is_built_in
 from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
 from qskd.storage.ownership import EXTRA_FILE
-from qskd.untrusted import parse_yaml
+from qskd.untrusted import parse_large_json, parse_yaml
 
 CARD_FILE = "README.md"
 SHOWN = ("AP", "AP50", "AP75")
@@ -100,23 +103,31 @@ class Card:
     methods: tuple[tuple[str, str], ...] = ()  # (title, citation) of each method that taught it
 
 
+_CARD = TypeAdapter(Card)
+
+
 def read_card(folder: str | Path) -> Card | None:
-    """The facts that a folder made by qskd keeps; None where there are none."""
+    """The facts that a folder made by qskd keeps; None where there are none, or not a card's."""
     try:
-        tree = json.loads((Path(folder) / EXTRA_FILE).read_text())["card"]
-        known = {entry.name for entry in fields(Card)}
-        tree = {key: value for key, value in tree.items() if key in known}  # a later qskd may know more
-        onnx = tree.get("onnx") and OnnxFacts(**tree["onnx"])
-        methods = tuple((str(title), str(citation)) for title, citation in tree.get("methods", ()))
-        return Card(**{**tree, "rows": tuple(Figures(**row) for row in tree["rows"]), "onnx": onnx, "methods": methods})
-    except (OSError, ValueError, KeyError, TypeError):
+        card = _CARD.validate_python((read_facts(folder) or {}).get("card"))  # what a later qskd adds is left out
+    except ValidationError:
         return None
+    return card if card.rows and card.kind in MADE else None
+
+
+def read_facts(folder: str | Path) -> dict[str, Any] | None:
+    """What qskd.json holds; None where there is none, or what anyone else wrote there is no JSON object."""
+    try:
+        found = parse_large_json((Path(folder) / EXTRA_FILE).read_bytes(), EXTRA_FILE)
+    except (OSError, QskdError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_card(folder: str | Path, card: Card) -> None:
     """Write README.md, and the facts into qskd.json, whose other entries stay."""
     facts = Path(folder) / EXTRA_FILE
-    extra = json.loads(facts.read_text()) if facts.is_file() else {}
+    extra = read_facts(folder) or {}
     facts.write_text(json.dumps({**extra, "card": asdict(card)}, indent=2, sort_keys=True) + "\n")
     (Path(folder) / CARD_FILE).write_text(render(card), encoding="utf-8")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError, writing
-from qskd.redaction import STORE_REMEDY, redacted, secret_in
+from qskd.redaction import STORE_REMEDY, redacted, redacted_uri, secret_in
 from qskd.storage import durable
 from qskd.storage.scratch import scratch_folder
 from qskd.storage.stores import is_local, join, patiently
@@ -46,15 +47,36 @@ UNFINISHED = ".writing-"  # what a name begins with until its file is whole
 _APPEAR_WHOLE = ("s3", "gcs", "abfs")
 
 
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_LONGEST_PATH = 4096  # bytes: Linux opens no longer one
+
+
+def local_name(path: str) -> str:
+    """The path as it is; QskdError for what would make a folder called `s3:`, or is too long for any file system."""
+    if _ONE_SLASH.match(path):
+        raise QskdError(redacted_uri(path), "neither a path nor a URI", "SCHEME://..., or a path", "write it with ://")
+    if len(path.encode(errors="replace")) > _LONGEST_PATH:
+        raise QskdError(
+            f"{path[:60]}...", f"a path of {len(path)} characters", f"at most {_LONGEST_PATH}", "shorten it"
+        )
+    return path
+
+
+def check_uri(uri: str) -> None:
+    """QskdError where a URI has a secret in it; no store is asked."""
+    if secret := secret_in(uri):
+        found = f"{secret}, which recipes, MLflow and logs would all keep"
+        raise QskdError(redacted_uri(uri), found, "a URI without", STORE_REMEDY)
+
+
 @lru_cache(maxsize=64)
 def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
     """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
     if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
         raise QskdError(uri, "a path with a NUL character, or one that is not UTF-8", "a path in UTF-8", "rename it")
     if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    if secret := secret_in(uri):
-        raise QskdError(uri, f"{secret}, which recipes, MLflow and logs would all keep", "a URI without", STORE_REMEDY)
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(local_name(uri)))
+    check_uri(uri)
     try:
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -66,7 +88,7 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
         import fsspec  # type: ignore[import-untyped]
 
         filesystem, path = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError, OSError) as error:
+    except Exception as error:  # each of fsspec's file systems has exceptions of its own
         remedy = "check the scheme, or install the fsspec package that serves it"
         raise QskdError(uri, f"can't be opened: {error}", "a path or a file system URI", remedy) from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
@@ -149,7 +171,7 @@ def fetched(uri: str) -> Iterator[str]:
     """A local copy of a folder with files, for what reads only local ones, until the block ends. A local path (or a Hub
     name) is given back as it is."""
     if "://" not in uri:
-        yield uri
+        yield os.path.expanduser(uri)
         return
     filesystem, root = open_folder(uri)
     with scratch_folder("fetched") as local:

@@ -6,7 +6,6 @@ Nothing else is ever deleted or replaced; docs/deletes.md lists every place that
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import uuid
@@ -17,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from qskd.errors import QskdError
+from qskd.untrusted import parse_large_json
 
 EXTRA_FILE = (
     "qskd.json"  # in a detector's folder: what transformers does not read, and the mark that qskd made the folder
@@ -40,7 +40,7 @@ def listed(names: Sequence[str]) -> str:
 def made_by_us(folder: Path) -> bool:
     """Whether a detector's folder carries qskd's mark: a qskd.json that is a JSON object."""
     try:
-        return isinstance(json.loads((folder / EXTRA_FILE).read_text()), dict)
+        return isinstance(own_json((folder / EXTRA_FILE).read_text()), dict)
     except (OSError, ValueError):
         return False
 
@@ -87,6 +87,8 @@ def remove_own_detector_files(folder: Path, keep: Iterable[str] = ()) -> None:
 # --- pictures -----------------------------------------------------------------------------------------------------------
 def is_own_picture(path: Path) -> bool:
     """Whether `save_picture` wrote this file: its EXIF names the program."""
+    if not path.is_file():  # a named pipe would keep its reader waiting
+        return False
     try:
         with Image.open(path) as picture:
             return str(picture.getexif().get(_SOFTWARE, "")).startswith("qskd")
@@ -140,6 +142,6 @@ def head_says(text: str | bytes, format_name: str) -> bool:
 def own_json(text: str) -> Any:
     """Parsed, or None for what is no JSON."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_large_json(text, "")
+    except QskdError:
         return None

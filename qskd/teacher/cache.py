@@ -8,7 +8,6 @@ Free of torch, so that the processes that read it start fast; `qskd.teacher.colu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -30,17 +29,18 @@ FINGERPRINT_KEY = b"qskd.fingerprint"
 SPOOL = "spool"  # a file that is not yet whole, in a locked folder of its own
 
 
-def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str) -> tuple[int, int]:
-    """Write one file of a cache; it appears whole or not at all. Returns its (rows, bytes).
+def write_rows(
+    uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str, optional: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Write one file of a cache; it appears whole or not at all. Returns its (rows, bytes). optional: columns kept besides.
 
     The same rows give the same bytes.
     """
     filesystem, root = open_folder(uri)
     with writing(uri):
         patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
-    rows, count = iter(rows), 0
-    first = list(islice(rows, 1))
-    names = stored(first[0]) if first else ALWAYS
+    count = 0
+    names = stored(optional)
     schema = schema_of(names).with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
     # Locked: another job's end deletes what killed ones left unfinished.
     with locked_folder(UNFINISHED, root) if is_local(filesystem) else scratch_folder("rows") as folder:
@@ -53,7 +53,7 @@ def write_rows(uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str
             write_statistics=False,
             write_page_checksum=True,
         ) as writer:
-            for group in _groups(chain(first, rows)):
+            for group in _groups(rows):
                 columns: dict[str, Any] = {"image_id": [row.image_id for row in group]}
                 columns |= {
                     field: [np.ascontiguousarray(getattr(row, field)).tobytes() for row in group] for field in names

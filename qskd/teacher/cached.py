@@ -8,7 +8,7 @@ from qskd.config import ResizeConfig
 from qskd.datasets.batch import TrainBatch
 from qskd.distillation.method import Facts, Online
 from qskd.structures import TeacherNeeds, TeacherRecord
-from qskd.teacher.columns.table import decode_batch
+from qskd.teacher.columns.table import blank_extra, decode_batch
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 
@@ -31,13 +31,13 @@ class CachedTeacher:
         """What came with the batch."""
         if batch.cached:
             return decode_batch(batch.cached)
-        return self.blank(len(batch.images), batch.images.device)
+        return self.blank(len(batch.images), batch.images.device, needs)
 
     def online(self, batch: TrainBatch) -> Online | None:
         """Nobody can be asked: `check_enough` has refused a method that would."""
         return None
 
-    def blank(self, images: int, device: torch.device) -> TeacherRecord:
+    def blank(self, images: int, device: torch.device, needs: TeacherNeeds) -> TeacherRecord:
         """A record of zeros for images that stand in for none; its values are never used, its shapes are."""
         shape = (self.sizes.layers, images, self.sizes.queries)
         valid = torch.ones(images, 1, 1, dtype=torch.bool, device=device)
@@ -47,6 +47,7 @@ class CachedTeacher:
             memory=tuple(torch.zeros(images, width, 1, 1, device=device) for width in self.sizes.channels),
             memory_valid=(valid,) * len(self.sizes.channels),
             attention_queries=torch.full((images, 1), -1, dtype=torch.int64, device=device),
+            extra=blank_extra(images, self.sizes, device, needs),
             attention=(torch.zeros(images, 1, 1, 1, device=device),) * len(self.sizes.channels),
         )
 

@@ -70,6 +70,10 @@ class Column(ABC):
         """Fields of a TeacherRecord, float32, from what `collate` gave; others go to its `extra`. Nothing, or an empty value,
         where its arrays were not read."""
 
+    def blank(self, images: int, sizes: CacheSizes, device: torch.device) -> dict[str, Any]:
+        """What `decode` would give for images that stand in for none, as zeros: an optional column's entries of `extra`."""
+        return {}
+
     @abstractmethod
     def errors(self, found: TeacherRecord, true: TeacherRecord) -> dict[str, float]:
         """How far a decoded batch is from the true one, by what is compared."""

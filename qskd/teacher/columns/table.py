@@ -20,6 +20,7 @@ from qskd.teacher.columns.predictions import Predictions
 from qskd.teacher.manifest import CacheSizes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qskd.structures import TeacherNeeds, TeacherRecord
@@ -60,9 +61,9 @@ def schema_of(names: Sequence[str]) -> pa.Schema:
     return pa.schema([("image_id", pa.int64()), *((name, pa.binary()) for name in names)])
 
 
-def stored(row: TeacherRow) -> tuple[str, ...]:
-    """The arrays that a file of such rows has: an optional column's where the row has any of it."""
-    kept = [column for column in COLUMNS if not column.optional or any(getattr(row, n).size for n in column.arrays)]
+def stored(optional: Sequence[str]) -> tuple[str, ...]:
+    """The arrays that a file has. optional: the recipe's `teacher.cache.columns`."""
+    kept = [column for column in COLUMNS if not column.optional or column.name in optional]
     return tuple(name for column in kept for name in column.arrays)
 
 
@@ -127,6 +128,15 @@ def decode_batch(tensors: Mapping[str, Tensor]) -> TeacherRecord:
         said |= column.decode(tensors)
     extra = {name: value for name, value in said.items() if name not in known}
     return TeacherRecord(**{name: value for name, value in said.items() if name in known}, extra=extra)
+
+
+def blank_extra(images: int, sizes: CacheSizes, device: torch.device, needs: TeacherNeeds) -> dict[str, Any]:
+    """The optional columns' part of a record of zeros, of those that the method asks for."""
+    extra: dict[str, Any] = {}
+    for column in COLUMNS:
+        if column.optional and column.asked(needs):
+            extra |= column.blank(images, sizes, device)
+    return extra
 
 
 def largest_errors(found: TeacherRecord, true: TeacherRecord) -> dict[str, float]:
