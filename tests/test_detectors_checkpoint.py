@@ -170,7 +170,7 @@ def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
         load_detector(folder)
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nothing", "runs/some/folder"])
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nothing", "runs/some/folder", "runs/student"])
 def test_a_folder_that_is_not_there_is_said_without_asking_the_hub(path: str) -> None:
     with pytest.raises(QskdError, match="no such folder"):
         load_detector(path)

@@ -47,7 +47,9 @@ def check_path(path: str | Path, weights: bool = True) -> str:
         raise uri_refused(str(path))
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        if str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
+        # "student" is what a run calls its own: a mistyped run, of which no Hub need hear, nor see the user's token.
+        named = str(path)
+        if named.startswith(("/", ".", "~")) or named.count("/") > 1 or named.rpartition("/")[2] == "student":
             raise QskdError(str(path), "no such folder", "a folder saved by transformers, or a Hub name")
         return str(path)
     if not (folder / "config.json").is_file():
