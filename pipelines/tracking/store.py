@@ -21,7 +21,7 @@ _HARMLESS = r"(?:ssl\w*|charset|driver|\w*timeout|application_name|target_sessio
 _ADDRESS = re.compile(
     rf"sqlite(?:\+\w+)?:///[^?#]*|https?://{_HOST}(?:/[\w./~-]*)?|databricks(?:-uc)?(?:://[\w.-]+)?|uc(?::[\w.-]+)?|"
     rf"(?:postgresql|postgres|mysql|mssql)(?:\+\w+)?://{_HOST}(?:,{_HOST})*/[\w.-]*"
-    rf"(?:\?(?:{_HARMLESS}=[\w./+ -]*&?)*)?",
+    rf"(?:\?{_HARMLESS}=[\w./+ -]*(?:&{_HARMLESS}=[\w./+ -]*)*)?",
     re.IGNORECASE,
 )
 

@@ -143,8 +143,8 @@ def _texts(value: Any, field: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple | dict):
-        for inner in value.items() if isinstance(value, dict) else ((i, each) for i, each in enumerate(value)):
-            yield from _texts(inner[1], inner[0])
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, name)
 
 
 def check_field(name: str, where: str, config: Config | None = None) -> None:
