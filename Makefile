@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-.PHONY: install quickstart test test-fast lint clean
+.PHONY: install quickstart test test-fast lint gpu-check clean
 install: .venv/installed
 
 quickstart: install
@@ -34,6 +34,10 @@ test: lint
 
 test-fast: lint
 	$(PYTEST) -m "not slow"
+
+# For machines with a GPU: is it right there, how fast is a step. Without one every part runs at toy size.
+gpu-check: install
+	$(BIN)/python -m benchmarks.gpu --out gpu-check.json
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

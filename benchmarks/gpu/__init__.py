@@ -1,0 +1,1 @@
+"""What a CUDA machine does with qskd: python -m benchmarks.gpu."""
