@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.config import ResizeConfig
+from qskd.detectors.exact import Exact, exactly
 from qskd.detectors.taps import Tap, listening
 from qskd.families.family import Family, Predictions
 from qskd.families.table import find_family
@@ -104,6 +105,7 @@ class Detector(nn.Module):
         self._encoder_layers = [m for m in model.modules() if type(m).__name__.endswith("EncoderLayer")]
         self._layers = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
+        self._placing = [Exact(module) for module in family.placing(model)]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -159,7 +161,7 @@ class Detector(nn.Module):
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
         taps = [*self._projections, *self._memory, *self._layers, *(self._cross_attentions if with_attention else [])]
-        with listening(taps):
+        with listening(taps), exactly(self._placing, pixel_values.device.type):
             outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
             features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
             memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])

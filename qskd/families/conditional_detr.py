@@ -34,6 +34,9 @@ class ConditionalDetr(Family):
     def class_heads(self, model: Any) -> list[nn.Linear]:
         return [model.class_labels_classifier]
 
+    def placing(self, model: Any) -> list[nn.Module]:
+        return [model.model.decoder.ref_point_head]
+
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         decoder = model.model.decoder
         # Each layer's raw output goes on to the next; only a copy is normed, as in the original. (transformers with

@@ -40,6 +40,10 @@ class DFine(RTDetr):
     def class_heads(self, model: Any) -> list[nn.Linear]:
         return [*model.class_embed, *super().class_heads(model)]  # the model's and the decoder's are the same ones
 
+    def placing(self, model: Any) -> list[nn.Module]:
+        decoder = model.model.decoder
+        return [*super().placing(model), decoder.pre_bbox_head, decoder.integral]
+
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         decoder, logits, boxes = model.model.decoder, [], []
         states = [state.float() for state in layer_states]

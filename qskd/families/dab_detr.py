@@ -47,6 +47,9 @@ class DabDetr(Family):
     def memory_channels(self, config: Any) -> int:
         return int(config.hidden_size)
 
+    def placing(self, model: Any) -> list[nn.Module]:
+        return [model.model.decoder.bbox_embed]
+
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         states = outputs.intermediate_hidden_states.float()  # [L, B, Q, D], each layer's after the norm
         # Not detached: a layer's box also teaches the layers before it, as in transformers.

@@ -77,6 +77,12 @@ class DeformableDetr(Family):
     def num_queries(self, config: Any) -> int:
         return int(config.two_stage_num_proposals if config.two_stage else config.num_queries)
 
+    def placing(self, model: Any) -> list[nn.Module]:
+        inner, decoder = model.model, model.model.decoder
+        if not model.config.two_stage:
+            return [inner.reference_points, *(decoder.bbox_embed or [])]
+        return [inner.enc_output, inner.enc_output_norm, decoder.class_embed[-1], *decoder.bbox_embed]
+
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         logits, boxes = [], []
         reference = outputs.init_reference_points

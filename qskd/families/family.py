@@ -85,6 +85,11 @@ class Family(ABC):
         """One module a decoder layer; called with keyword arguments, which `attention` receives."""
         return [layer.encoder_attn for layer in model.model.decoder.layers]
 
+    def placing(self, model: Any) -> list[nn.Module]:
+        """The modules that say where a box or a reference point is, and which queries are chosen: under autocast they run in
+        float32 (`qskd.detectors.exact`). Not those that only `predict` runs, which is in float32 as a whole."""
+        return []
+
     # --- what it computes -------------------------------------------------------------------------------------------
     def memory(self, returned: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         """What `memory_sources` returned -> maps [B, C, H, W], finest first. shapes: (H, W) of each projected map."""

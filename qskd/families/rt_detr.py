@@ -65,6 +65,12 @@ class RTDetr(Family):
     def feature_channels(self, config: Any) -> int:
         return int(config.encoder_hidden_dim)
 
+    def placing(self, model: Any) -> list[nn.Module]:
+        inner = model.model
+        # With its input projections: anchors have the precision of what these give.
+        chosen_by = [*inner.decoder_input_proj, inner.enc_output, inner.enc_score_head, inner.enc_bbox_head]
+        return [*chosen_by, *inner.decoder.bbox_embed]
+
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         decoder, logits, boxes = model.model.decoder, [], []
         reference = outputs.init_reference_points.float().sigmoid()
