@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qskd.datasets.findings.coco_marks import CocoMarks
+from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
 from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
@@ -25,7 +27,6 @@ from qskd.untrusted import parse_large_json
 __all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
 OnError = Literal["stop", "skip"]
 _FIX = "correct the dataset, or pass `--on-error skip` to leave such entries out and list them in the manifest"
-_CLIP_NOTE_PIXELS = 1.0
 _LONGEST_PATH = 4096  # characters: no system takes a longer one
 _LARGEST_SIDE = 2**31 - 1  # pixels: a shard's column holds no more
 _LARGEST_AREA = float(np.finfo(np.float32).max)  # square pixels: likewise
@@ -60,14 +61,18 @@ class CocoDataset:
         self._problems: list[Problem] = []
         self._picture_problems: list[Problem] = []
         self._errors: list[QskdError] = []
+        self._marks, self._given = CocoMarks(), GivenBoxes()
         document, self.source_sha256 = self._parse()
         self.categories = self._read_categories(document["categories"])
         self._images = self._read_images(document["images"])
+        self.listed_objects = len(document["annotations"])
         self._read_annotations(document["annotations"])
+        self.findings = [*self._given.findings(), *self._marks.findings()]
         if self._errors:
             first, more = self._errors[0], len(self._errors) - 1
             others = f" ({more} more such problems, the next at {self._errors[1].where})" if more else ""
-            raise QskdError(first.where, first.found + others, first.expected, first.remedy)
+            boxes = "".join(f"\n    {finding.found}" for finding in self._given.findings())
+            raise QskdError(first.where, first.found + others + boxes, first.expected, first.remedy)
 
     def __len__(self) -> int:
         """Images the JSON lists; `samples()` yields fewer when broken pictures are skipped."""
@@ -94,6 +99,10 @@ class CocoDataset:
                 self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
                 continue
             yield _sample(image, encoded)
+
+    def outline(self) -> Iterator[Sample]:
+        """The images as the JSON lists them, without their pictures: `encoded` is empty."""
+        return (_sample(image, b"") for image in self._images.values())
 
     def sample_of(self, picture: Path) -> Sample:
         """The picture as the JSON describes it: the image whose file_name is how the picture's path ends. QskdError when
@@ -272,6 +281,7 @@ class CocoDataset:
             self._complain(where, f"bbox {shown_value(bbox)} is not four finite numbers", expected, "the annotation")
             return
         x, y, w, h = bbox
+        self._given.add(bbox, image.width, image.height, entry["image_id"], entry["id"])
         # Written so that a box rounded to float32, as samples hold it, is judged.
         left, top = np.float32(min(max(x, 0), image.width)), np.float32(min(max(y, 0), image.height))
         right, bottom = np.float32(max(0, min(x + w, image.width))), np.float32(max(0, min(y + h, image.height)))
@@ -280,6 +290,14 @@ class CocoDataset:
             return
         if right <= left or bottom <= top:
             self._complain(where, f"bbox {bbox} is outside its image", expected, "the annotation")
+            return
+        if (
+            not (0 <= x + w / 2 <= image.width and 0 <= y + h / 2 <= image.height)
+            or w > 2 * image.width
+            or h > 2 * image.height
+        ):
+            found = f"bbox {bbox} lies far outside its image: its centre does, or it is more than twice as large"
+            self._complain(where, found, expected, "the annotation")
             return
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
         if area is not None and not (_is(area, float) and 0 <= area <= _LARGEST_AREA):  # False for NaN
@@ -294,13 +312,14 @@ class CocoDataset:
             self._complain(where, f"iscrowd {shown_value(crowd)}", "0 or 1", "the annotation")
             return
         beyond = max(-x, -y, x + w - image.width, y + h - image.height)
-        if beyond > _CLIP_NOTE_PIXELS:
+        if beyond > SLACK:
             found = f"bbox {bbox} reaches {beyond:.1f} px outside its {image.width} x {image.height} image"
             self._note(QskdError(where, found), "nothing; the box was clipped")
         box = float(left), float(top), float(right), float(bottom)
         size = float(w * h if area is None else area)
         if size > _LARGEST_AREA:
             size = (box[2] - box[0]) * (box[3] - box[1])
+        self._marks.add(entry, entry["image_id"], entry["id"])
         image.objects.append((*box, entry["category_id"], size, bool(crowd)))
 
 
