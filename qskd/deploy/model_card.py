@@ -20,12 +20,13 @@ from qskd.config.distillation import DEFAULT, NONE
 from qskd.distillation.find import is_built_in
 from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
+from qskd.evaluation.shown import NOT_MEASURED, measured
 from qskd.storage.ownership import EXTRA_FILE
 from qskd.untrusted import parse_large_json, parse_yaml
 
 CARD_FILE = "README.md"
 SHOWN = ("AP", "AP50", "AP75")
-NOT_MEASURED, NOT_STATED = "not measured", "not stated"
+NOT_STATED = "not stated"
 MADE = {"distill": "distilled from a teacher with {}", "train": "trained without a teacher", "": "exported"}
 
 
@@ -64,6 +65,9 @@ class Figures:
     gflops: float | None = None
     ms: float | None = None
     input: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", measured(self.metrics))  # -1, where nothing could be measured, is no figure
 
 
 @dataclass(frozen=True)

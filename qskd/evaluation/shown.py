@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 NOT_MEASURED = "not measured"
 
@@ -20,3 +20,8 @@ def measured(metrics: Mapping[str, float]) -> dict[str, float]:
 def score_text(score: float | None, digits: int = 3) -> str:
     """A score in 0..1, or that it was not measured."""
     return f"{score:.{digits}f}" if score is not None and is_measured(score) else NOT_MEASURED
+
+
+def scores_text(metrics: Mapping[str, float], names: Sequence[str], digits: int = 3) -> str:
+    """Scores by name on a line, "AP 0.123  AP50 0.456"."""
+    return "  ".join(f"{name} {score_text(metrics.get(name), digits)}" for name in names)

@@ -65,14 +65,18 @@ def between(train: Manifest, val: Manifest, queries: int | None) -> list[str]:
             )
     elif train.fingerprint == val.fingerprint:
         said.append("data.train and data.val are the same: AP is of what was trained on, not of new pictures")
-    for name, split in (("train", train), ("val", val)):
-        if queries and split.most_objects is not None and split.most_objects > queries:
-            said.append(
-                f"data.{name} has images with up to {split.most_objects} objects (image {split.most_objects_in}), and the "
-                f"student finds at most student.queries = {queries} in each: the others are lost. --set "
-                f"student.queries={split.most_objects}, or cut the pictures into tiles"
-            )
-    if val.most_objects is not None and val.most_objects > COUNTED:
+    crowded = [
+        f"data.{name} has images with up to {split.most_objects} objects (image {split.most_objects_in})"
+        for name, split in (("train", train), ("val", val))
+        if queries and (split.most_objects or 0) > queries
+    ]
+    if crowded:
+        most = max(train.most_objects or 0, val.most_objects or 0)
+        said.append(
+            f"{', '.join(crowded)}, and the student finds at most student.queries = {queries} in each: the others are lost. "
+            f"--set student.queries={most}, or cut the pictures into tiles"
+        )
+    if (val.most_objects or 0) > COUNTED:
         said.append(
             f"data.val has images with up to {val.most_objects} objects (image {val.most_objects_in}), and AP counts {COUNTED} "
             "detections of an image: `qskd evaluate --max-detections N` counts more"
