@@ -16,9 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qskd.datasets.coco_fields import is_a as _is
+from qskd.datasets.coco_fields import read_categories
+from qskd.datasets.coco_fields import some as _some
+from qskd.datasets.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.findings.coco_marks import CocoMarks
 from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
-from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
+from qskd.datasets.samples import Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
@@ -63,7 +67,7 @@ class CocoDataset:
         self._errors: list[QskdError] = []
         self._marks, self._given = CocoMarks(), GivenBoxes()
         document, self.source_sha256 = self._parse()
-        self.categories = self._read_categories(document["categories"])
+        self.categories = read_categories(document["categories"], str(self._path))
         self._images = self._read_images(document["images"])
         self.listed_objects = len(document["annotations"])
         self._read_annotations(document["annotations"])
@@ -189,33 +193,6 @@ class CocoDataset:
             raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
         return document, hashlib.sha256(raw).hexdigest()
 
-    def _read_categories(self, entries: list[Any]) -> tuple[Category, ...]:
-        found: dict[int, Category] = {}
-        names: dict[str, int] = {}
-        remedy = "give every category an id and a name of its own"  # no sample to skip: what a label means is in doubt
-        for position, entry in enumerate(entries):
-            where = f"{self._path}: categories[{position}]"
-            problem = _wrong_field(entry, {"id": int, "name": str})
-            if problem:
-                raise QskdError(where, problem, "an integer id and a name", remedy)
-            if len(entry["name"]) > LONGEST_CLASS_NAME:
-                found_name = f"a name of {len(entry['name'])} characters, {shown_value(entry['name'])}"
-                raise QskdError(where, found_name, f"{LONGEST_CLASS_NAME} or fewer", "give it a shorter name")
-            group = entry.get("supercategory")
-            known_group = _is(group, str) or _is(group, int)  # free text, which nothing depends on
-            category = Category(entry["id"], entry["name"], one_line(str(group)) if known_group else "")
-            if category.id in found:
-                other = found[category.id].name
-                both = f"id {category.id} is both {shown_value(other)} and {shown_value(category.name)}"
-                raise QskdError(where, both, "one name", remedy)
-            if category.name in names:
-                both = f"{names[category.name]} and {category.id}"
-                raise QskdError(where, f"name {shown_value(category.name)} has two ids, {both}", "one id", remedy)
-            found[category.id], names[category.name] = category, category.id
-        if not found:
-            raise QskdError(str(self._path), "no categories", "at least one", "give the instances file")
-        return tuple(found[key] for key in sorted(found))
-
     def _read_images(self, entries: list[Any]) -> dict[int, _Image]:
         found: dict[int, _Image] = {}
         self._ambiguous: set[int] = set()
@@ -331,30 +308,3 @@ def read_coco(annotations: Path, images: Path, on_error: OnError = "stop") -> Co
     errors in both modes.
     """
     return CocoDataset(Path(annotations), Path(images), on_error)
-
-
-def _is(value: Any, kind: type) -> bool:
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    if kind is float:
-        # An integer of 400 digits is no number that floats know.
-        return isinstance(value, float) or _is(value, int)
-    if kind is str:  # JSON can spell half a surrogate pair, which is no text
-        return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return isinstance(value, kind)
-
-
-def _wrong_field(entry: Any, needed: dict[str, type]) -> str:
-    """What is wrong with the entry's fields, or the empty string."""
-    if not isinstance(entry, dict):
-        return f"a {type(entry).__name__} instead of an object"
-    for key, kind in needed.items():
-        if key not in entry:
-            return f"no `{key}`"
-        if not _is(entry[key], kind):
-            return f"`{key}` is {shown_value(entry[key])}"
-    return ""
-
-
-def _some(values: list[Any], limit: int = 12) -> str:
-    return ", ".join(map(str, values[:limit])) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
