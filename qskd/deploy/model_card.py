@@ -20,7 +20,7 @@ from qskd.config.distillation import DEFAULT, NONE
 from qskd.distillation.find import is_built_in
 from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
-from qskd.evaluation.shown import NOT_MEASURED, measured
+from qskd.evaluation.shown import NOT_MEASURED, is_measured, score_text
 from qskd.storage.ownership import EXTRA_FILE
 from qskd.untrusted import parse_large_json, parse_yaml
 
@@ -65,9 +65,6 @@ class Figures:
     gflops: float | None = None
     ms: float | None = None
     input: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", measured(self.metrics))  # -1, where nothing could be measured, is no figure
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def front_matter(card: Card) -> str:
             metric_value=round(own[name], 4),
         )
         for name in SHOWN
-        if name in own
+        if is_measured(own.get(name))
     ]
     tags = ["object-detection", "detr", card.family.replace("_", "-")]
     tags += {"distill": ["qskd", "knowledge-distillation"], "train": ["qskd"]}.get(card.kind, [])
@@ -183,7 +180,7 @@ def _table(card: Card) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in card.rows:
-        metrics = [cell(row.metrics.get(name), "{:.3f}") for name in SHOWN]
+        metrics = [score_text(row.metrics.get(name)) for name in SHOWN]
         millions = None if row.parameters is None else row.parameters / 1e6
         cells = [*metrics, cell(millions, "{:.2f} M"), row.input or NOT_STATED]
         cells += [cell(row.gflops, "{:.3g}"), cell(row.ms, "{:.1f}")]
