@@ -147,12 +147,13 @@ class Survey:
         unused = [category for category in categories if category.id not in self._category_ids]
         if not unused:
             return []
-        parents = {category.supercategory for category in categories if category.supercategory != category.name}
+        above = {category.supercategory for category in categories if category.supercategory != category.name}
+        parents = [category for category in unused if category.name in above]
         said = [
-            f"{category.id} {one_line(category.name)}" + (" (parent of others)" if category.name in parents else "")
-            for category in unused[:MORE_EXAMPLES]
+            f"{c.id} {one_line(c.name)}{' (parent of others)' if c in parents else ''}" for c in unused[:MORE_EXAMPLES]
         ]
-        options = " ".join(f"--leave-out {shlex.quote(one_line(category.name))}" for category in unused[:MORE_EXAMPLES])
+        named = parents or unused
+        options = " ".join(f"--leave-out {shlex.quote(one_line(category.name))}" for category in named[:MOST_EXAMPLES])
         return [
             Finding(
                 "unused-categories",
@@ -161,7 +162,7 @@ class Survey:
                 tuple(said),
                 "A detector gets a class for each, which it can't learn, and a teacher must have a label for it. Exporters such "
                 "as Roboflow add a parent category that nothing is annotated with.",
-                f"leave them out (in every split alike): {options}; or keep them, if another split has them",
+                f"leave those that no split has out of every split: {options}{' ...' if len(named) > MOST_EXAMPLES else ''}",
             )
         ]
 
