@@ -313,6 +313,9 @@ def test_a_skip_that_leaves_no_annotation_shows_the_first_problems(root: Path, t
     ):
         prepared(root, tmp_path, floats, on_error="skip")
     assert os.listdir(tmp_path / "s") == []
+    path = written(root, tmp_path, floats)
+    words = ["prepare", str(path), str(root / "images"), str(tmp_path / "s"), "--on-error", "skip", "--dry-run"]
+    assert isinstance(CliRunner().invoke(app, words).exception, QskdError)
 
 
 # -- at a training's start

@@ -151,12 +151,14 @@ def findings_of(dataset: SampleSource, survey: Survey) -> tuple[Finding, ...]:
 
 
 def outlined(dataset: SampleSource) -> tuple[Finding, ...]:
-    """What looks wrong as far as can be told without pictures: nothing yet, where the source has no `outline`."""
+    """What looks wrong as far as can be told without pictures: nothing yet, where the source has no `outline`. QskdError where
+    nothing is left to write."""
     if not hasattr(dataset, "outline"):
         return ()
     survey = Survey()
     for sample in dataset.outline():
         survey.add(sample)
+    _check_left(dataset, survey, dataset.source)
     return findings_of(dataset, survey)
 
 
