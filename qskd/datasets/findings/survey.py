@@ -125,7 +125,7 @@ class Survey:
         twice = _repeated(names)
         for rows in twice:
             by_name.add(f"{self._names[rows[0]]}: images {_listed(ids[rows])}")
-        once = ~np.isin(np.arange(len(names)), [row for rows in twice for row in rows])
+        once = ~np.isin(np.arange(len(names)), np.concatenate([np.zeros(0, np.int64), *twice]))
         for rows in _repeated(contents, once & (contents != 0)):
             by_content.add(", ".join(f"image {ids[row]} ({one_line(self._names[row])})" for row in rows[:3]))
         return [
@@ -176,8 +176,12 @@ def _repeated(values: NDArray[np.uint64], among: NDArray[np.bool_] | None = None
     """The rows of each value that is there more than once, by the first; among: the rows that are looked at."""
     rows = np.arange(len(values)) if among is None else np.flatnonzero(among)
     _, place, counts = np.unique(values[rows], return_inverse=True, return_counts=True)
-    rows, place = rows[counts[place] > 1], place[counts[place] > 1]  # few: what follows is not as fast
-    return sorted((rows[place == value] for value in np.unique(place)), key=lambda group: int(group[0]))
+    rows, place = rows[counts[place] > 1], place[counts[place] > 1]
+    if not len(rows):
+        return []
+    order = np.argsort(place, kind="stable")
+    groups = np.split(rows[order], np.flatnonzero(np.diff(place[order])) + 1)
+    return sorted(groups, key=lambda group: int(group[0]))
 
 
 def _listed(ids: NDArray[np.int64]) -> str:
