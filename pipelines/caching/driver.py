@@ -75,7 +75,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         save_cache_manifest(plan.path, manifest)
         del teacher
         spent = _persist(plan, manifest, sizes, quiet)
-    elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
+    elif plan.existing is not None:
         record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
     seconds = time.perf_counter() - started
@@ -100,13 +100,15 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
 
 
 def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
-    """Add to the manifest each view whose files are all written."""
+    """Enter in the manifest each view whose files are all written: a new one, and one of which a file was made again, on
+    another device perhaps, with other bytes."""
     for view in range(plan.config.data.views.count):
         units = [(shard, view) for shard in range(len(plan.data.shards))]
-        if view not in manifest.views and all(unit in sizes for unit in units):
+        if all(unit in sizes for unit in units):
             files = tuple((plan.data.shard_rows[unit[0]], sizes[unit]) for unit in units)
-            manifest = manifest.with_view(view, files)
-            save_cache_manifest(plan.path, manifest)
+            if manifest.views.get(view) != files:
+                manifest = manifest.with_view(view, files)
+                save_cache_manifest(plan.path, manifest)
     return manifest
 
 

@@ -14,6 +14,7 @@ import torch
 from pipelines.cluster.devices import device_of
 from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
+from qskd.checks import check_shards
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
 from qskd.datasets.classes import map_classes
@@ -89,6 +90,7 @@ def evaluate(
     as `compute.device` has it.
     """
     manifest = load_manifest(data)
+    check_shards(data, manifest)
     with fetched(model) as folder:
         preprocessing = read_preprocessing(folder, resize)
         if workers:  # complain before anything starts
