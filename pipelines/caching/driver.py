@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.caching.actors import TeacherActor, UnitsDone
 from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
+from pipelines.cluster.address import check_address
 from pipelines.cluster.room import actors_that_fit, check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.run.logs import say, start_logs
@@ -55,6 +56,7 @@ def foresee(config: Config, overwrite: bool = False) -> str:
 def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
     started, config = time.perf_counter(), resolve(config, "cache")
+    check_address()
     plan = make_cache_plan(config, overwrite)
     start_logs(run=config.name)
     say(f"cache: {plan.describe()}", quiet)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from pipelines.cluster.address import check_address
 from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
@@ -21,6 +22,7 @@ from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import resolve
 from pipelines.run.stopping import was_stopped
 from pipelines.run.tracked import open_for
+from pipelines.tracking.answers import check_answers
 from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
@@ -93,6 +95,9 @@ def run(config: Config, verb: str, restart: bool = False) -> RunResult:
 
 def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     config, verb = plan.config, plan.verb
+    if restart or not folder.exists("result.json"):
+        check_address()
+        check_answers(tracking_uri(config))
     if restart:
         delete_run(folder)
     claim(folder, verb, config.name)
