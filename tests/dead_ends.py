@@ -36,9 +36,9 @@ def dropped() -> Iterator[str]:
 
 
 @contextmanager
-def web_server() -> Iterator[str]:
-    """Answers 501 to everything."""
-    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+def web_server(handler: type[BaseHTTPRequestHandler] = BaseHTTPRequestHandler) -> Iterator[str]:
+    """By default it answers 501 to everything."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield f"127.0.0.1:{server.server_port}"

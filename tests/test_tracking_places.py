@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,23 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(databas
     assert command == ["env", f"MLFLOW_TRACKING_URI={uri}", "mlflow", "experiments", "restore", "-x", number]
     client.restore_experiment(number)
     assert Tracker.open(config, "train").run_id
+
+
+def test_a_server_that_keeps_the_experiment_as_deleted_is_found_out() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            kept = b'{"experiment": {"experiment_id": "7", "name": "qskd", "lifecycle_stage": "deleted"}}'
+            self.wfile.write(kept if self.path.endswith("get-by-name?experiment_name=qskd") else b"OK")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with web_server(Handler) as address:
+        check = check_tracking(f"http://{address}")
+    assert check.status == "problem"
+    assert "(id 7) was deleted" in check.found
 
 
 DEAD: dict[str, tuple[Callable[[], AbstractContextManager[str]], str, str]] = {
