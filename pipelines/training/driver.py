@@ -17,7 +17,7 @@ from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
-from pipelines.run.logs import start_logs, tell
+from pipelines.run.logs import say, start_logs, tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import resolve
 from pipelines.run.stopping import was_stopped
@@ -26,7 +26,8 @@ from pipelines.tracking.answers import check_answers
 from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
-from pipelines.training.checkpoint_list import delete_unlisted, mend_list
+from pipelines.training.at_stop import say_where_it_stopped
+from pipelines.training.checkpoint_list import delete_unlisted, last_report, mend_list
 from pipelines.training.checkpoints import read_state
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.training.trainer import make_trainer
@@ -124,6 +125,9 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         tracker.text("inheritance.txt", inherited)
     for notice in plan.notices:
         log.warning(notice)
+    if last := last_report(folder):
+        step, total = last[0]["step"], plan.stream.schedule.total_steps
+        say(f"{config.name}: goes on from step {step} of {total}", run=config.name, step=step)
     try:
         start_ray()
         say_if_on_cpus(config.compute.device)
@@ -135,6 +139,8 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         whole = fill_in(tracker, folder, config.name, PATIENCE_S)
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException as error:
+        if was_stopped(error):
+            say_where_it_stopped(folder, config.name, plan.stream.schedule.total_steps)
         tracker.finish("KILLED" if was_stopped(error) else "FAILED")
         raise
     end_run(tracker, folder, config.name, 0.0, whole)
