@@ -107,6 +107,23 @@ def test_a_head_that_answers_or_wants_a_token_is_one(code: grpc.StatusCode, monk
         assert _ray_cluster().status == "ok"
 
 
+def test_what_ray_says_of_a_head_that_answers_and_can_not_be_joined_is_told_with_the_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(**_: object) -> None:
+        raise RuntimeError("Version mismatch:\n  Ray 2.59")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuses)
+    with grpc_server(grpc.StatusCode.OK) as at:
+        monkeypatch.setenv("RAY_ADDRESS", at)
+        with pytest.raises(
+            QskdError, match=r"joined from this machine: RuntimeError: Version mismatch: Ray 2\.59"
+        ) as raised:
+            start_ray()
+    assert raised.value.where == f"RAY_ADDRESS={at}"
+
+
 @pytest.mark.parametrize("word", ["", "local"])
 def test_where_no_cluster_is_meant_nothing_is_asked(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", word)

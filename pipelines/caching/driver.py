@@ -56,8 +56,9 @@ def foresee(config: Config, overwrite: bool = False) -> str:
 def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
     started, config = time.perf_counter(), resolve(config, "cache")
-    check_address()
     plan = make_cache_plan(config, overwrite)
+    if plan.todo:
+        check_address()
     start_logs(run=config.name)
     say(f"cache: {plan.describe()}", quiet)
     if overwrite:

@@ -7,10 +7,8 @@ import os
 from pipelines.health.reachable import reachable
 from qskd.errors import QskdError
 
-CONNECT_S, ANSWER_S = (
-    4.0,
-    5.0,
-)  # for a name and a connection, then for an answer: a command fails within 15 s of its start
+# For a name and a connection, then for an answer: a command fails within 15 s of its start.
+CONNECT_S, ANSWER_S = 4.0, 5.0
 VARIABLE = "RAY_ADDRESS"
 REMEDY = (
     f"`unset {VARIABLE}`: Ray then starts on this machine; or start the cluster (`ray start --head`), or correct the address; "

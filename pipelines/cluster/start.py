@@ -26,7 +26,7 @@ def start_ray() -> None:
         try:
             with sigterm_kept():
                 ray.init(runtime_env={"env_vars": _for_workers()}, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (ConnectionError, ImportError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             if cluster_address():
                 raise could_not_join(error) from error
             raise
