@@ -67,6 +67,8 @@ def test_a_relative_address_means_what_sqlalchemy_reads(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     config = load(None, ["tracking.uri=sqlite:///a%20b/runs.db"])
     assert sqlite_file(tracking_uri(config)) == tmp_path / "a b" / "runs.db"
+    config = load(None, ["tracking.uri=sqlite+pysqlcipher:///runs.db"])  # a driver that is named stays
+    assert tracking_uri(config) == f"sqlite+pysqlcipher:///{tmp_path}/runs.db"
 
 
 def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(database: Path, tmp_path: Path) -> None:

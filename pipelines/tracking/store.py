@@ -81,7 +81,11 @@ def relative_store(config: Config | None = None) -> str:
 def tracking_uri(config: Config | None = None) -> str:
     """The URI of the recipe, else MLFLOW_TRACKING_URI, else sqlite in the working folder."""
     relative = relative_store(config)  # the controller, which writes to it, may work elsewhere
-    return sqlite_uri(Path.cwd() / relative) if relative else _named_uri(config)
+    named = _named_uri(config)
+    if not relative:
+        return named
+    whole, driver = sqlite_uri(Path.cwd() / relative), named.partition(":")[0]
+    return f"{driver}:{whole.partition(':')[2]}" if "+" in driver else whole
 
 
 def _client(uri: str) -> Any:

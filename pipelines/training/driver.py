@@ -119,16 +119,16 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     folder.delete(FAILURE)
     mend_list(folder)  # here too: what can't be mended is said before Ray starts
     tracker = open_for(folder, config, verb)
-    start_logs(run=config.name, run_id=tracker.run_id)
-    if inherited:
-        folder.write("inheritance.txt", inherited)
-        tracker.text("inheritance.txt", inherited)
-    for notice in plan.notices:
-        log.warning(notice)
-    if last := last_report(folder):
-        step, total = last[0]["step"], plan.stream.schedule.total_steps
-        say(f"{config.name}: goes on from step {step} of {total}", run=config.name, step=step)
     try:
+        start_logs(run=config.name, run_id=tracker.run_id)
+        if inherited:
+            folder.write("inheritance.txt", inherited)
+            tracker.text("inheritance.txt", inherited)
+        for notice in plan.notices:
+            log.warning(notice)
+        if last := last_report(folder):
+            step, total = last[0]["step"], plan.stream.schedule.total_steps
+            say(f"{config.name}: goes on from step {step} of {total}", run=config.name, step=step)
         start_ray()
         say_if_on_cpus(config.compute.device)
         started = time.perf_counter()
