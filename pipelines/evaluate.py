@@ -38,6 +38,7 @@ def command(
 ) -> None:
     """COCO AP of any detector, distilled or not."""
     from pipelines.inspection import evaluate as program
+    from qskd.checks import check_shards
     from qskd.config.recipe import load
     from qskd.datasets.manifest import load_manifest
     from qskd.detectors import read_preprocessing
@@ -50,6 +51,7 @@ def command(
     if dry_run:
         with fetched(model) as folder:
             manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
+        check_shards(data, manifest)
         tell(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
         return
     result = program.evaluate(

@@ -38,7 +38,7 @@ def command(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace qskd's own files in a folder of its that holds others too; those stay."
+            "--overwrite", help="Replace an earlier export, qskd's own files alone; what else is in its folder stays."
         ),
     ] = False,
     dry_run: DryRun = False,

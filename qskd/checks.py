@@ -10,9 +10,11 @@ from qskd.datasets.manifest import Manifest
 from qskd.detectors import labels_of, read_config
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
+from qskd.storage.listing import wrong_files
+from qskd.storage.ownership import listed
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.identity import cache_identity
-from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest
+from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
 
 
 def check_teacher(config: Config) -> None:
@@ -44,8 +46,42 @@ def check_objects(uri: str, data: Manifest, purpose: str) -> None:
         )
 
 
+def check_shards(uri: str, manifest: Manifest) -> None:
+    """QskdError that names the shards that are missing or have other sizes than the manifest says. One listing."""
+    wrong = wrong_files(uri, {shard.file: shard.bytes for shard in manifest.shards})
+    if wrong:
+        options = _prepare_options(manifest)
+        raise QskdError(
+            uri,
+            listed([f"{name} {problem}" for name, problem in wrong.items()]),
+            f"all {len(manifest.shards)} shards as its manifest.json says",
+            f"copy them again, or make them again: `qskd prepare {manifest.source} IMAGES {uri}{options}`, from the same JSON and "
+            "images; they come out the same, and what was made with them (a cache, runs) goes on",
+        )
+
+
+def _prepare_options(manifest: Manifest) -> str:
+    """How the shards were prepared, as far as that shows."""
+    rows, usual = manifest.shards[0].rows, 512
+    sized = f" --rows-per-shard {rows}" if rows > usual or (len(manifest.shards) > 1 and rows != usual) else ""
+    return sized + (" --on-error skip" if manifest.problems else "")
+
+
+def check_cache_files(uri: str, manifest: CacheManifest, views: int) -> None:
+    """QskdError that names the files of the views 0 to views - 1 that are missing or have other sizes than the manifest says.
+    One listing."""
+    wrong = wrong_files(uri, sizes_of(manifest, range(views)))
+    if wrong:
+        raise QskdError(
+            uri,
+            listed([f"{name} {problem}" for name, problem in wrong.items()]),
+            "all files of the cache as its manifest.json says",
+            "`qskd cache RECIPE` makes these again, and no others",
+        )
+
+
 def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManifest:
-    """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough.
+    """The manifest of the recipe's cache; QskdError unless it is there, whole, this teacher's, on these views, and enough.
 
     known: the fingerprint of a cache that was found to be this recipe's already; the teacher's weights are then not read.
     """
@@ -62,6 +98,7 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
     if manifest.fingerprint != known:
         check_identity(manifest, cache_identity(config, train), path)
     check_views(manifest, views, path)
+    check_cache_files(path, manifest, views)
     return manifest
 
 

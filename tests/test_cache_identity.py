@@ -29,6 +29,7 @@ from qskd.teacher.manifest import (
     check_views,
     fingerprint_of,
     save_cache_manifest,
+    sizes_of,
 )
 
 LABELS = ("three", "eight", "nine")
@@ -188,6 +189,8 @@ def test_a_teacher_s_weights_are_read_once_a_process_and_not_where_the_cache_is_
     assert len(read) == 2
     manifest = manifest_of(mine)
     save_cache_manifest(str(tmp_path / "cache"), manifest)
+    for name, size in sizes_of(manifest, manifest.views).items():  # all that is looked at of its files
+        (tmp_path / "cache" / name).write_bytes(bytes(size))
     weights.unlink()  # a trial of a sweep that has looked asks no teacher
     assert check_cache(mine, load_manifest(mine.data.train), manifest.fingerprint) == manifest
     with pytest.raises(QskdError, match=r"no safetensors|no weights"):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,18 @@ def test_an_export_does_not_write_into_a_strangers_folder(options: tuple[str, ..
         assert tree(here) == before
 
 
-def test_an_export_replaces_its_own_files_and_by_option_alone_beside_others(here: Path) -> None:
+def test_an_export_replaces_its_own_files_alone_and_by_option_alone(here: Path) -> None:
     out = here / "exported"
     assert export(here, out).exception is None
-    assert export(here, out).exception is None  # its own of before
+    before = tree(here)
+    for options in ((), ("--dry-run",)):
+        result = export(here, out, *options)  # its own of before
+        assert "holds an earlier export: README.md, config.json" in str(result.exception)
+        assert "--overwrite" in str(result.exception)
+        assert tree(here) == before
+    (out / "README.md").write_bytes(b"old")
+    assert export(here, out, "--overwrite").exception is None
+    assert tree(here) == before
     (out / "model.onnx").write_bytes(b"of an earlier export")
     (out / "config.json").write_bytes(b"old")
     (out / "notes.txt").write_bytes(NOTES)
@@ -164,6 +173,22 @@ def test_an_export_replaces_its_own_files_and_by_option_alone_beside_others(here
     assert "model.onnx" not in after
     load_detector(out)
     assert not list(here.glob(".exported.*"))
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_exported_files_have_the_rights_that_the_umask_gives(umask: int, rights: int, here: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # into a new folder, and beside a file of another's
+            assert export(here, here / "exported", "--overwrite").exception is None
+            found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (here / "exported").iterdir()}
+            assert "model.safetensors" in found
+            assert {name: mode for name, mode in found.items() if mode != rights and name != "notes.txt"} == {}
+            (here / "exported/notes.txt").write_bytes(NOTES)
+            (here / "exported/notes.txt").chmod(0o640)
+        assert stat.S_IMODE((here / "exported/notes.txt").stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_an_export_does_not_replace_a_runs_student(here: Path) -> None:

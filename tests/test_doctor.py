@@ -127,8 +127,8 @@ def test_a_server_that_answers_is_ok_and_is_asked_for_its_health_and_for_runs(se
     assert tracking(server.url).status == "ok"
     assert tracking(f"{server.url}/mlflow/").status == "ok"
     assert [path.partition("?")[0] for path, _ in server.seen] == [
-        *("/health", "/api/2.0/mlflow/experiments/search"),
-        *("/mlflow/health", "/mlflow/api/2.0/mlflow/experiments/search"),
+        *("/health", *(f"/api/2.0/mlflow/experiments/{what}" for what in ("search", "get-by-name"))),
+        *("/mlflow/health", *(f"/mlflow/api/2.0/mlflow/experiments/{what}" for what in ("search", "get-by-name"))),
     ]
 
 
@@ -214,9 +214,10 @@ def test_sqlite_that_can_not_be_written_is_a_problem(tmp_path: Path) -> None:
     assert "locked" in check.found
 
 
-def test_folders_are_refused_and_other_databases_left_alone() -> None:
+def test_folders_are_refused_and_other_databases_left_alone(server: Any) -> None:
     assert tracking("./mlruns").status == tracking("file:///tmp/mlruns").status == "problem"
-    assert tracking("postgresql://host/db").status == "note"
+    assert tracking(f"postgresql://{server.host}/db").status == "note"  # its port can be reached, no more is asked
+    assert not server.seen
     assert tracking("postgresql://me:s3cret@host/db").status == "problem"
 
 

@@ -20,8 +20,10 @@ from test_pipelines import SIZES
 from pipelines.cluster.loopback import make_token
 from pipelines.prepare import prepare
 from pipelines.run.folder import Folder
-from pipelines.run.history import read_history
+from pipelines.run.history import add_report, read_history
 from pipelines.run.stopping import SAME_S
+from pipelines.training.at_stop import say_where_it_stopped
+from pipelines.training.checkpoint_list import LIST
 from qskd.config import Config
 from qskd.config.recipe import load, to_yaml
 from qskd.datasets.shapes import ShapesConfig, make_shapes
@@ -115,6 +117,29 @@ def test_the_token_that_is_made_is_for_its_user_alone_and_stays(
     assert list(token.parent.iterdir()) == [token]
 
 
+@pytest.mark.parametrize(
+    ("reported", "listed", "said"),
+    [
+        ([], 0, "stopped before its first checkpoint: it will begin at step 0 of 90 again"),
+        ([6, 12], 12, "stopped; it will go on from step 12 of 90, its last checkpoint"),
+        ([6], 12, "stopped; it will go on from step 12 of 90"),  # between Ray's list and the run's own record
+        ([6], None, "stopped; it will go on from step 6 of 90"),  # while Ray writes its list
+        ([90], 90, "stopped after its last step, 90 of 90: what is left is to write the student down"),
+    ],
+)
+def test_a_training_that_is_stopped_says_from_which_step_it_will_go_on(
+    reported: list[int], listed: int | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder(load(None, [f"output={tmp_path}", "name=it"]))
+    for step in reported:
+        add_report(folder, step, 0, {}, [])
+    if listed != 0:
+        latest = {"checkpoint_dir_name": "checkpoint_1", "metrics": {"step": listed}}
+        folder.write(LIST, json.dumps({"latest_checkpoint_result": latest}) if listed else '{"latest')
+    say_where_it_stopped(folder, "it", 90)
+    assert f"it: {said}" in capsys.readouterr().out
+
+
 def listeners(root: psutil.Process) -> set[tuple[str, str]]:
     """(process, address) of all that listens for TCP, or has a UDP port, among a process and its descendants."""
     found = set()
@@ -187,7 +212,9 @@ def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order
 
     reached = read_history(folder)[-1]["step"]
     assert 0 < reached < 90
+    assert f"one: stopped; it will go on from step {reached} of 90, its last checkpoint ({folder.path})" in out
     process = start(recipe, home)
     assert process.wait(400) == 0, (tmp_path / "err").read_text()[-3000:]
+    assert f"one: goes on from step {reached} of 90\n" in (tmp_path / "out").read_text()
     assert client.get_run(run_id).info.status == "FINISHED"
     assert read_history(folder)[-1]["step"] == 90

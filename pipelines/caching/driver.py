@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.caching.actors import TeacherActor, UnitsDone
 from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
+from pipelines.cluster.address import check_address
 from pipelines.cluster.room import actors_that_fit, check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.run.logs import say, start_logs
@@ -56,6 +57,8 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
     started, config = time.perf_counter(), resolve(config, "cache")
     plan = make_cache_plan(config, overwrite)
+    if plan.todo:
+        check_address()
     start_logs(run=config.name)
     say(f"cache: {plan.describe()}", quiet)
     if overwrite:
@@ -75,7 +78,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         save_cache_manifest(plan.path, manifest)
         del teacher
         spent = _persist(plan, manifest, sizes, quiet)
-    elif plan.existing is not None and len(plan.existing.views) < config.data.views.count:
+    elif plan.existing is not None:
         record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
     seconds = time.perf_counter() - started
@@ -100,13 +103,15 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
 
 
 def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
-    """Add to the manifest each view whose files are all written."""
+    """Enter in the manifest each view whose files are all written: a new one, and one of which a file was made again, on
+    another device perhaps, with other bytes."""
     for view in range(plan.config.data.views.count):
         units = [(shard, view) for shard in range(len(plan.data.shards))]
-        if view not in manifest.views and all(unit in sizes for unit in units):
+        if all(unit in sizes for unit in units):
             files = tuple((plan.data.shard_rows[unit[0]], sizes[unit]) for unit in units)
-            manifest = manifest.with_view(view, files)
-            save_cache_manifest(plan.path, manifest)
+            if manifest.views.get(view) != files:
+                manifest = manifest.with_view(view, files)
+                save_cache_manifest(plan.path, manifest)
     return manifest
 
 

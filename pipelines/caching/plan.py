@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -15,12 +15,14 @@ import torch
 
 from pipelines.caching.actors import decode
 from pipelines.cluster.devices import device_here
-from qskd.checks import check_data, check_teacher
+from qskd.checks import check_data, check_shards, check_teacher
 from qskd.config import Config
 from qskd.datasets.manifest import MANIFEST, Manifest, load_manifest
 from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError
 from qskd.storage.files import UNFINISHED, open_folder
+from qskd.storage.listing import MISSING, sizes_in
+from qskd.storage.ownership import listed
 from qskd.storage.scratch import remove_orphan
 from qskd.storage.stores import patiently
 from qskd.teacher.cache import SPOOL, carries_fingerprint, finished_file
@@ -34,6 +36,7 @@ from qskd.teacher.manifest import (
     load_cache_manifest,
     replaceable_cache,
     shard_names,
+    sizes_of,
 )
 from qskd.teacher.online import OnlineTeacher
 
@@ -92,6 +95,7 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
     check_teacher(config)
     check_data(config, ("train",))
     data, path = load_manifest(config.data.train), config.teacher.cache.path
+    check_shards(config.data.train, data)
     identity = cache_identity(config, data)
     if overwrite:
         replaceable_cache(path)
@@ -104,15 +108,34 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
     plan = CachePlan(config, data, identity, existing, {})
     if existing is None:
         return plan
-    names, fingerprint = shard_names(data), fingerprint_of(identity)
+    return replace(plan, done=_whole_files(plan, existing))
+
+
+def _whole_files(plan: CachePlan, existing: CacheManifest) -> dict[Unit, int]:
+    """The bytes of each unit's file that is there and whole. One listing says it of the views that are finished; a file's end
+    is read where there is no such record, or the file is not as it says."""
+    names, fingerprint = shard_names(plan.data), fingerprint_of(plan.identity)
+    there, told = sizes_in(plan.path), sizes_of(existing, existing.views)
 
     def size_of(unit: Unit) -> int | None:
         shard, view = unit
-        return finished_file(path, file_name(names[shard], view), data.shard_rows[shard], fingerprint)
+        name = file_name(names[shard], view)
+        if name in told and there.get(name) == told[name]:
+            return told[name]
+        if name not in there:
+            return None
+        return finished_file(plan.path, name, plan.data.shard_rows[shard], fingerprint)
 
     with ThreadPoolExecutor(16) as pool:
-        sizes = zip(plan.units, pool.map(size_of, plan.units), strict=True)
-        return CachePlan(config, data, identity, existing, {unit: size for unit, size in sizes if size is not None})
+        sizes = dict(zip(plan.units, pool.map(size_of, plan.units), strict=True))
+    lost = []
+    for shard, view in plan.units:
+        name = file_name(names[shard], view)
+        if name in told and sizes[shard, view] is None:
+            lost.append(f"{name} " + (f"has {there[name]} bytes instead of {told[name]}" if name in there else MISSING))
+    if lost:
+        log.warning("%s: %s: `qskd cache RECIPE` makes these again, and no others", plan.path, listed(lost))
+    return {unit: size for unit, size in sizes.items() if size is not None}
 
 
 @dataclass(frozen=True)

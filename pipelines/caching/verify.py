@@ -19,7 +19,7 @@ from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import collate, decode_batch, largest_errors
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.making import CacheMaker, row_batches
-from qskd.teacher.manifest import REMEDY
+from qskd.teacher.manifest import FILE_REMEDY
 
 
 def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
@@ -47,7 +47,7 @@ def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
         arrays = decode((config.data.train, config.data.views, resize), [rows])[0]
         stored = reader.read(shard, view, rows[:, 1].tolist())
         if [entry.image_id for entry in stored] != arrays["image_ids"].tolist():
-            raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", REMEDY)
+            raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", FILE_REMEDY)
         tensors = collate(stored, plan.existing.sizes, reader.columns)
         found = decode_batch({name: torch.from_numpy(value).to(device) for name, value in tensors.items()})
         for name, value in largest_errors(found, maker.ask(arrays)).items():

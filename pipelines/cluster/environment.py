@@ -41,4 +41,4 @@ def in_a_job() -> bool:
 
 def joined() -> bool:
     """Whether this process belongs to a cluster that others started."""
-    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local") or bool(os.environ.get("RAY_JOB_ID"))

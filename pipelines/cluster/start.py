@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from pipelines.cluster.address import check_address, cluster_address, could_not_join
 from pipelines.cluster.environment import VERBOSE, _for_workers, joined
 from pipelines.cluster.loopback import choose_loopback, make_token
 from pipelines.run.stopping import sigterm_kept
@@ -13,15 +14,22 @@ LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU
 
 
 def start_ray() -> None:
-    """Join the cluster this process belongs to (RAY_ADDRESS, or a job of it), else start Ray on this machine alone."""
+    """Join the cluster this process belongs to (RAY_ADDRESS, or a job of it), else start Ray on this machine alone. QskdError
+    where RAY_ADDRESS names none that answers."""
     import ray
 
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
     if joined():
-        with sigterm_kept():
-            ray.init(runtime_env={"env_vars": _for_workers()}, **quiet)
+        check_address()
+        try:
+            with sigterm_kept():
+                ray.init(runtime_env={"env_vars": _for_workers()}, **quiet)
+        except (ConnectionError, ImportError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            if cluster_address():
+                raise could_not_join(error) from error
+            raise
         return
     choose_loopback()
     make_token()

@@ -30,7 +30,7 @@ from pipelines.prepare import prepare
 from pipelines.reporting.cards import complete
 from pipelines.run.folder import Folder
 from pipelines.run.resolve import ResolvedConfig, resolve
-from pipelines.tracking.store import how_to_look
+from pipelines.tracking.store import how_to_look, sqlite_uri
 from pipelines.training.driver import RunResult, read_result
 from pipelines.training.plan import make_plan
 from qskd.config.recipe import load
@@ -83,7 +83,7 @@ def recipe(folder: Path, name: str) -> ResolvedConfig:
         f"student.backbone.init={BACKBONE}",
         f"teacher.path={TEACHER}",
         f"teacher.cache.path={folder}/data/train.teacher",
-        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        f"tracking.uri={sqlite_uri(f'{folder}/mlflow.db')}",
         "tracking.experiment=quickstart",
         *(["student.inherit=false"] if kind == "train" else []),
     ]

@@ -50,7 +50,7 @@ from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.printable import escaped, one_line
 from qskd.storage.files import fetched
-from qskd.storage.ownership import check_replaceable, same_file
+from qskd.storage.ownership import check_replaceable, listed, same_file
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MOST_IMAGES = 16  # of a folder
@@ -62,7 +62,7 @@ TIMING_LIMIT_S = 30.0
 class ExportOptions:
     """size: side of the images; None: what the checkpoint's own processor says. batch_size: images at a time of a graph
     of fixed batch. rounds: of timing, 0 = none. images: files, or folders of which the first sixteen images are taken.
-    overwrite: replace qskd's own files in a folder that holds others too, which stay."""
+    overwrite: replace an earlier export; what else is in its folder stays."""
 
     size: int | None = None
     batch_size: int = 1
@@ -160,8 +160,8 @@ def foresee(model: str, out: Path, options: ExportOptions) -> str:
 
 
 def check_out(model: str, out: Path, overwrite: bool) -> None:
-    """QskdError unless `out` may be written: another folder than the model's, new, empty or made by qskd, and not one that a
-    run keeps, whose student would be replaced."""
+    """QskdError unless `out` may be written: another folder than the model's, new, empty or, with `overwrite`, made by qskd, and
+    not one that a run keeps, whose student would be replaced."""
     own = place_of(model)
     if isinstance(own, Path) and own.is_dir() and same_file(out, own):
         raise QskdError("--out", f"{out}, the model's own folder", "another folder")
@@ -169,6 +169,13 @@ def check_out(model: str, out: Path, overwrite: bool) -> None:
     run = enclosing_run(out)
     if run is not None and out.is_dir() and any(out.iterdir()):
         raise QskdError("--out", f"{out}, a folder of the run {run}", "a folder of its own", "choose another folder")
+    if out.is_dir() and not overwrite and (names := sorted(path.name for path in out.iterdir())):
+        raise QskdError(
+            "--out",
+            f"{out}, which holds an earlier export: {listed(names)}",
+            "a new or an empty folder",
+            "choose another folder; or `--overwrite`, which replaces qskd's own files there; nothing was written",
+        )
 
 
 def export(model: str, out: Path, options: ExportOptions, console: Console | None = None) -> Path:

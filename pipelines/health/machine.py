@@ -18,8 +18,11 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 import pipelines
+from pipelines.cluster.address import check_address, cluster_address
 from pipelines.health.services import Check, check_storage, check_tracking, guarded, short
+from qskd.errors import QskdError
 from qskd.printable import escaped
+from qskd.redaction import redacted
 
 _GIB = 2**30
 _FILES_WANTED = 4096
@@ -46,6 +49,7 @@ def checks(tracking_uri: str = "", storage: str = "") -> list[Check]:
         ("storage", lambda: check_storage(storage)),
         ("shared memory", _shared_memory),
         ("open files", _open_files),
+        ("Ray cluster", _ray_cluster),
         ("Ray authentication", _ray_authentication),
     ]
     return [guarded(name, step) for name, step in steps]
@@ -234,6 +238,17 @@ def _shell_environment() -> dict[str, str]:
     except OSError:
         return dict(os.environ)
     return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+
+
+def _ray_cluster() -> Check:
+    named = cluster_address()
+    if not named:
+        return Check("Ray cluster", "ok", "RAY_ADDRESS is not set: Ray starts on this machine")
+    try:
+        check_address()
+    except QskdError as error:
+        return Check("Ray cluster", "problem", f"{error.where}: {error.found}", error.remedy.partition("; `qskd")[0])
+    return Check("Ray cluster", "ok", f"RAY_ADDRESS={redacted(named)} answers (--cluster looks at its nodes)")
 
 
 def _ray_authentication() -> Check:

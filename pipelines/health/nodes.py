@@ -154,10 +154,11 @@ def ask_nodes(storage: str) -> list[NodeReport]:
     os.environ.setdefault("RAY_ADDRESS", "auto")  # never start one: it would be this machine alone
     try:
         start_ray()
-    except (ConnectionError, RuntimeError) as error:
+    except (QskdError, ConnectionError, RuntimeError) as error:
+        said = f"{error.where}: {error.found}" if isinstance(error, QskdError) else str(error)
         raise QskdError(
             "qskd doctor --cluster",
-            f"no Ray cluster can be joined: {' '.join(str(error).split())[:300]}",
+            f"no Ray cluster can be joined: {' '.join(said.split())[:300]}",
             "a cluster of which this machine is a node, or RAY_ADDRESS",
             "ray job submit --address http://HEAD:8265 -- python -m pipelines.doctor --cluster; or RAY_ADDRESS=HOST:PORT",
         ) from None

@@ -18,14 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.tracking.store import check_database, without_secrets
+from pipelines.tracking.answers import silence
+from pipelines.tracking.store import check_database, deleted, sqlite_file, without_secrets
+from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.redaction import redacted
 from qskd.storage.files import open_folder
 from qskd.storage.stores import is_local
+from qskd.untrusted import parse_json
 
 _SERVER_TIMEOUT_S = 3.0
 _HEALTH, _API = "/health", "/api/2.0/mlflow/experiments/search?max_results=1"
+_BY_NAME = "/api/2.0/mlflow/experiments/get-by-name?experiment_name="
 _STORAGE_TIMEOUT_S = 30.0  # object stores retry by themselves, some for minutes
 
 
@@ -60,15 +64,17 @@ def check_tracking(uri: str) -> Check:
         return Check(name, "problem", f"{error.found}, which a run refuses", error.remedy)
     if uri.startswith(("http://", "https://")):
         return _tracking_server(uri)
-    if uri.startswith("sqlite:///"):
-        return _tracking_file(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
+    if (file := sqlite_file(uri)) is not None:
+        return _tracking_file(file, uri)
+    if problem := silence(uri):
+        return Check(name, "problem", f"{shown} does not answer: {problem}", "start it, or correct the address")
     if uri.startswith("file:") or not re.match(r"^[a-z][a-z0-9+-]*:", uri):
         remedy = "use sqlite:///FILE or http://HOST:PORT"
         return Check(name, "problem", f"{shown} is a folder; runs are kept in a database or on a server", remedy)
     return Check(name, "note", f"{shown}: this kind of store is not checked")
 
 
-def _ask_server(uri: str, path: str) -> str:
+def _ask_server(uri: str, path: str, most: int = 64) -> str:
     """The beginning of what an MLflow server answers to a GET of this path, with the login that MLflow's client takes from
     the environment."""
     parts = urllib.parse.urlsplit(uri)
@@ -80,7 +86,17 @@ def _ask_server(uri: str, path: str) -> str:
     elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=_SERVER_TIMEOUT_S) as answer:
-        return str(answer.read(64).decode(errors="replace").strip())
+        return str(answer.read(most).decode(errors="replace").strip())
+
+
+def _deleted_on(uri: str) -> str:
+    """The id of the default experiment, where a server keeps it as deleted."""
+    try:
+        answer = parse_json(_ask_server(uri, f"{_BY_NAME}{Config().tracking.experiment}", 2**16), "MLflow")
+        found = answer["experiment"]
+        return str(found["experiment_id"]) if found["lifecycle_stage"] == "deleted" else ""
+    except (QskdError, OSError, KeyError, TypeError):  # there is none of the name
+        return ""
 
 
 def _tracking_server(uri: str) -> Check:
@@ -91,6 +107,8 @@ def _tracking_server(uri: str) -> Check:
             return Check(name, "note", f"{shown}{path} says {body!r}, not OK", "is this an MLflow server?")
         path = _API  # any name reaches /health, but not what runs are written through
         _ask_server(uri, path)
+        if gone := _deleted_on(uri):
+            return _gone(gone, uri)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -105,7 +123,23 @@ def _tracking_server(uri: str) -> Check:
     return Check(name, "ok", f"{shown} answers")
 
 
-def _tracking_file(path: Path) -> Check:
+def _gone(number: str, uri: str) -> Check:
+    """Of the experiment that runs are kept in unless their recipe names another."""
+    error = deleted(Config().tracking.experiment, number, uri)
+    return Check("MLflow tracking", "problem", f"{error.where}: {error.found}", error.remedy)
+
+
+def _deleted_in(connection: sqlite3.Connection) -> str:
+    """As `_deleted_on`, of a database; one without MLflow's tables has none yet."""
+    asked = "select experiment_id from experiments where name = ? and lifecycle_stage = 'deleted'"
+    try:
+        found = connection.execute(asked, (Config().tracking.experiment,)).fetchone()
+    except sqlite3.OperationalError:
+        return ""
+    return str(found[0]) if found else ""
+
+
+def _tracking_file(path: Path, uri: str) -> Check:
     name, path = "MLflow tracking", path.absolute()
     remedy = "choose a file in a folder you can write to: tracking.uri=sqlite:///FILE"
     try:
@@ -117,11 +151,12 @@ def _tracking_file(path: Path) -> Check:
         try:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
+            gone = _deleted_in(connection)
         finally:
             connection.close()
     except (OSError, sqlite3.Error) as error:
         return Check(name, "problem", f"{path} can't be written to: {short(error)}", remedy)
-    return Check(name, "ok", f"sqlite at {path}")
+    return _gone(gone, uri) if gone else Check(name, "ok", f"sqlite at {path}")
 
 
 def check_storage(storage: str) -> Check:

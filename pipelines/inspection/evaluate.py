@@ -15,6 +15,7 @@ import torch
 from pipelines.cluster.devices import device_of
 from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
+from qskd.checks import check_shards
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
 from qskd.datasets.classes import map_classes
@@ -104,6 +105,7 @@ def evaluate(
             "%s has images with up to %d objects (image %s), of which %d can be found: --max-detections %d counts all"
         )
         log.warning(told, data, most, where, max_detections, most)
+    check_shards(data, manifest)
     with fetched(model) as folder:
         preprocessing = read_preprocessing(folder, resize)
         if workers:  # complain before anything starts

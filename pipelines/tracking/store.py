@@ -7,10 +7,12 @@ import fcntl
 import logging
 import os
 import re
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from qskd.config import Config
 from qskd.errors import QskdError
@@ -53,16 +55,37 @@ def without_secrets(uri: str, where: str) -> str:
     return uri
 
 
+_MUST_BE_QUOTED = {"%": "%25", "?": "%3F", "#": "%23"}
+_SQLITE = re.compile(r"^sqlite(?:\+\w+)?:///([^?]+)")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite store, as SQLAlchemy reads its URI: percent-encoded; None for other stores."""
+    match = _SQLITE.match(uri)
+    return Path(unquote(match[1])) if match else None
+
+
+def sqlite_uri(file: str | Path) -> str:
+    """The URI of a file that is a sqlite store. One with letters that a URI must quote names the driver too: MLflow makes the
+    folder that `sqlite:///` is followed by, without decoding it, beside the right one."""
+    quoted = "".join(_MUST_BE_QUOTED.get(letter, letter) for letter in str(file))
+    return f"sqlite:///{quoted}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
+
+
 def relative_store(config: Config | None = None) -> str:
     """The sqlite file that runs are kept in, where it is named from the working folder; empty otherwise."""
-    relative = re.match(r"^sqlite:///(?!/)(.+)$", _named_uri(config))
-    return relative[1] if relative else ""
+    file = sqlite_file(_named_uri(config))
+    return "" if file is None or file.is_absolute() else str(file)
 
 
 def tracking_uri(config: Config | None = None) -> str:
     """The URI of the recipe, else MLFLOW_TRACKING_URI, else sqlite in the working folder."""
     relative = relative_store(config)  # the controller, which writes to it, may work elsewhere
-    return f"sqlite:///{Path.cwd() / relative}" if relative else _named_uri(config)
+    named = _named_uri(config)
+    if not relative:
+        return named
+    whole, driver = sqlite_uri(Path.cwd() / relative), named.partition(":")[0]
+    return f"{driver}:{whole.partition(':')[2]}" if "+" in driver else whole
 
 
 def _client(uri: str) -> Any:
@@ -84,10 +107,10 @@ def _client(uri: str) -> Any:
 
 def check_database(uri: str) -> None:
     """QskdError where a sqlite store's file is there and is not MLflow's, which would add its tables. Read only."""
-    match = re.match(r"^sqlite(?:\+\w+)?:///([^?]+)", uri)
-    if not match or not os.path.lexists(match[1]):
+    path = sqlite_file(uri)
+    if path is None or not os.path.lexists(path):
         return
-    path, lock = Path(match[1]), Path(f"{match[1]}.lock")
+    lock = Path(f"{path}.lock")
     try:
         if not path.is_file():
             found = "no file" if not path.is_symlink() else "a link to nothing"
@@ -108,36 +131,52 @@ def check_database(uri: str) -> None:
 @contextlib.contextmanager
 def _alone_on(uri: str) -> Iterator[None]:
     """One process at a time on a sqlite store: two that make its tables at once break each other."""
-    match = re.match(r"^sqlite:///([^?]+)", uri)
-    if not match:
+    file = sqlite_file(uri)
+    if file is None:
         yield
         return
-    if not os.path.lexists(f"{match[1]}.lock"):  # with one, another process may be about to make the tables
+    if not os.path.lexists(f"{file}.lock"):  # with one, another process may be about to make the tables
         check_database(uri)
-    Path(match[1]).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{match[1]}.lock", "a") as lock:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{file}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _create_experiment(client: Any, name: str, uri: str) -> str:
-    # MLflow would put a sqlite store's artefacts beside the working folder of whoever asks first; beside the database is
-    # where every later reader finds them.
-    match = re.match(r"^sqlite:///([^?]+)", uri)
-    location = (Path(match[1]).resolve().parent / "mlartifacts" / name).as_uri() if match else None
-    try:
-        return str(client.create_experiment(name, artifact_location=location))
-    except Exception:  # another process was faster
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return str(found.experiment_id)
+def experiment_of(client: Any, name: str, uri: str) -> str:
+    """The id of the experiment, which is made where there is none. QskdError where it was deleted: MLflow keeps its name."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # MLflow would put a sqlite store's artefacts beside the working folder of whoever asks first; beside the database is
+        # where every later reader finds them.
+        file = sqlite_file(uri)
+        location = (file.resolve().parent / "mlartifacts" / name).as_uri() if file else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except Exception:  # another process was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise deleted(name, str(found.experiment_id), uri)
+    return str(found.experiment_id)
+
+
+def deleted(experiment: str, number: str, uri: str) -> QskdError:
+    """Of an experiment that was deleted in MLflow."""
+    return QskdError(
+        f"tracking.experiment={experiment}",
+        f"this experiment (id {number}) was deleted in MLflow at {uri}, which keeps its name",
+        "one that is there, or a name that is new",
+        f"restore it: `{shlex.join(['env', f'MLFLOW_TRACKING_URI={uri}', 'mlflow', 'experiments', 'restore', '-x', number])}`; "
+        "or keep runs in another: --set tracking.experiment=OTHER",
+    )
 
 
 def how_to_look(uri: str) -> str:
-    """The command, or the address, that shows the runs."""
+    """The command, to be pasted into a shell, or the address that shows the runs."""
     try:
         without_secrets(uri, "tracking.uri")
     except QskdError:
         uri = f"{uri.partition(':')[0]}://***"
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.tracking.store import _client, _create_experiment, tracking_uri
+from pipelines.tracking.answers import check_answers
+from pipelines.tracking.store import _client, experiment_of, tracking_uri
 from qskd.config import Config
 from qskd.config.recipe import flatten, to_tree, to_yaml
 from qskd.errors import QskdError
@@ -57,15 +58,15 @@ class Tracker:
     ) -> Tracker:
         """Open a new run, or continue `run_id`. parent: the id of the run it is a child of, as a trial is of its sweep.
 
-        Raises QskdError when the server does not answer: better now than later.
+        Raises QskdError when the server does not answer, or the experiment was deleted: better now than later.
         """
         uri = tracking_uri(config)
+        check_answers(uri)
         try:
             client = _client(uri)
             if run_id and _continues(client, uri, run_id):
                 return cls(uri, run_id)
-            found = client.get_experiment_by_name(config.tracking.experiment)
-            experiment = found.experiment_id if found else _create_experiment(client, config.tracking.experiment, uri)
+            experiment = experiment_of(client, config.tracking.experiment, uri)
             run = client.create_run(
                 experiment,
                 run_name=config.tracking.run_name or config.name,

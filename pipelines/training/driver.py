@@ -12,19 +12,22 @@ from typing import Any
 
 from pyarrow import fs
 
+from pipelines.cluster.address import check_address
 from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
-from pipelines.run.logs import start_logs, tell
+from pipelines.run.logs import say, start_logs, tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import resolve
 from pipelines.run.stopping import was_stopped
 from pipelines.run.tracked import open_for
+from pipelines.tracking.answers import check_answers
 from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
-from pipelines.training.checkpoint_list import delete_unlisted, mend_list
+from pipelines.training.at_stop import say_where_it_stopped
+from pipelines.training.checkpoint_list import delete_unlisted, last_report, mend_list
 from pipelines.training.checkpoints import read_state
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.training.trainer import make_trainer
@@ -95,6 +98,9 @@ def run(config: Config, verb: str, restart: bool = False) -> RunResult:
 
 def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     config, verb = plan.config, plan.verb
+    if restart or not folder.exists("result.json"):
+        check_address()
+        check_answers(tracking_uri(config))
     if restart:
         delete_run(folder)
     claim(folder, verb, config.name)
@@ -115,13 +121,16 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     folder.delete(FAILURE)
     mend_list(folder)  # here too: what can't be mended is said before Ray starts
     tracker = open_for(folder, config, verb)
-    start_logs(run=config.name, run_id=tracker.run_id)
-    if inherited:
-        folder.write("inheritance.txt", inherited)
-        tracker.text("inheritance.txt", inherited)
-    for notice in plan.notices:
-        log.warning(notice)
     try:
+        start_logs(run=config.name, run_id=tracker.run_id)
+        if inherited:
+            folder.write("inheritance.txt", inherited)
+            tracker.text("inheritance.txt", inherited)
+        for notice in plan.notices:
+            log.warning(notice)
+        if last := last_report(folder):
+            step, total = last[0]["step"], plan.stream.schedule.total_steps
+            say(f"{config.name}: goes on from step {step} of {total}", run=config.name, step=step)
         start_ray()
         say_if_on_cpus(config.compute.device)
         started = time.perf_counter()
@@ -132,6 +141,8 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         whole = fill_in(tracker, folder, config.name, PATIENCE_S)
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException as error:
+        if was_stopped(error):
+            say_where_it_stopped(folder, config.name, plan.stream.schedule.total_steps)
         tracker.finish("KILLED" if was_stopped(error) else "FAILED")
         raise
     end_run(tracker, folder, config.name, 0.0, whole)

@@ -10,7 +10,15 @@ from pipelines.run.resolve import ResolvedConfig
 from pipelines.tracking.store import tracking_uri
 from pipelines.training.notices import notices
 from pipelines.training.stream import StreamConfig, keep_bytes_for
-from qskd.checks import check_cache, check_classes, check_data, check_enough, check_objects, check_teacher
+from qskd.checks import (
+    check_cache,
+    check_classes,
+    check_data,
+    check_enough,
+    check_objects,
+    check_shards,
+    check_teacher,
+)
 from qskd.datasets.findings.splits import between
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.schedule import Schedule
@@ -85,6 +93,8 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
     if verb == "distill":
         check_teacher(config)
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    check_shards(config.data.train, train)
+    check_shards(config.data.val, val)
     if train.categories != val.categories:
         raise QskdError(
             config.data.val,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipelines.cluster.address import check_address
 from pipelines.cluster.devices import uses_gpu
 from pipelines.run.folder import Folder
 from pipelines.run.guards import alone_on, check_same_data, check_same_run
@@ -18,6 +19,8 @@ from pipelines.run.logs import tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.run.tracked import open_for
+from pipelines.tracking.answers import check_answers
+from pipelines.tracking.store import tracking_uri
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.tuning.finish import SweepResult, finish
 from pipelines.tuning.records import ENDED, Records, check_no_training
@@ -106,6 +109,8 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     search = check_request(request.search, with_effective_epochs(short, plan))
     cached = bool(short.teacher.cache.path)
     folder = Folder(config)
+    check_address()
+    check_answers(tracking_uri(config))
     if restart:
         delete_run(folder)
     claim(folder, "tune", config.name)

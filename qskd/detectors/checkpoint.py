@@ -110,6 +110,7 @@ def replacing(folder: str | Path, overwrite: bool = False, durable: bool = True)
         fresh.mkdir()
     try:
         yield fresh
+        _share(fresh)
         if durable:
             sync_tree(fresh)
         if overwrite and target.is_dir() and foreign_to_detector(target):
@@ -135,6 +136,15 @@ def replacing(folder: str | Path, overwrite: bool = False, durable: bool = True)
                 log.warning("%s: what others wrote into %s meanwhile was kept there", stale, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _share(fresh: Path) -> None:
+    """Give files the rights that the user's umask gives a new one, as its folder has them: safetensors writes for their owner
+    alone, whom a server that reads the folder need not be."""
+    rights = fresh.stat().st_mode & 0o666
+    for path in fresh.iterdir():
+        if path.is_file():
+            path.chmod(rights)
 
 
 def _replace_own(fresh: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish
 from qskd.storage.scratch import locked_folder, scratch_folder
 from qskd.storage.stores import is_local, join, patiently
 from qskd.teacher.columns.table import ALWAYS, COMPRESSION, PRECISIONS, TeacherRow, collate, row_from, schema_of, stored
-from qskd.teacher.manifest import REMEDY, file_name, load_cache_manifest
+from qskd.teacher.manifest import FILE_REMEDY, REMEDY, file_name, load_cache_manifest
 
 ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
 FINGERPRINT_KEY = b"qskd.fingerprint"
@@ -89,7 +89,20 @@ def finished_file(uri: str, name: str, rows: int, fingerprint: str) -> int | Non
     if info.type != pafs.FileType.File or (metadata := _footer(uri, name)) is None:
         return None
     known = metadata.metadata or {}
-    return int(info.size) if metadata.num_rows == rows and known.get(FINGERPRINT_KEY) == fingerprint.encode() else None
+    whole = _bytes_told(metadata) == info.size and metadata.num_rows == rows
+    return int(info.size) if whole and known.get(FINGERPRINT_KEY) == fingerprint.encode() else None
+
+
+def _bytes_told(metadata: pq.FileMetaData) -> int:
+    """How long a file of `write_rows` is by its own footer, which is there and readable too where bytes in its middle are not:
+    the columns' data, the footer, its length, and the format's four letters."""
+    columns = (
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    )
+    ends = (each.data_page_offset + each.total_compressed_size for each in columns)
+    return max(ends, default=4) + int(metadata.serialized_size) + 8
 
 
 def carries_fingerprint(uri: str, name: str) -> bool:
@@ -115,7 +128,7 @@ def _footer(uri: str, name: str) -> pq.FileMetaData | None:
 class TeacherCacheReader:
     """Reads rows by (shard, view, row), and of each row only the columns asked for; the others are empty arrays."""
 
-    remedy = REMEDY
+    remedy = FILE_REMEDY
 
     def __init__(self, uri: str, columns: Sequence[str] = ("image_id", *ALWAYS)) -> None:
         manifest = load_cache_manifest(uri)
@@ -131,7 +144,7 @@ class TeacherCacheReader:
             )
         fixed = {FINGERPRINT_KEY: manifest.fingerprint.encode()}
         expected = schema_of(tuple(dict.fromkeys((*ALWAYS, *self.columns[1:]))))
-        self._files = ParquetFiles(uri, self._expected, expected, REMEDY, fixed)
+        self._files = ParquetFiles(uri, self._expected, expected, FILE_REMEDY, fixed)
 
     def _number(self, shard: int, view: int) -> int:
         if view not in self.manifest.views:
@@ -181,5 +194,5 @@ class TeacherCacheReader:
             ]
         except ValueError as error:  # a buffer that can't have the shape it should
             raise QskdError(
-                self._files.where(number), f"a damaged row: {error}", "arrays of the manifest's sizes", REMEDY
+                self._files.where(number), f"a damaged row: {error}", "arrays of the manifest's sizes", FILE_REMEDY
             ) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from qskd.untrusted import LARGEST_MANIFEST, parse_json
 CODEC_VERSION = 1
 FORMAT = "qskd-teacher-cache"
 REMEDY = "make it again: `qskd cache RECIPE --overwrite`, which deletes this cache's own files in teacher.cache.path, nothing else"
+FILE_REMEDY = "delete this file: `qskd cache RECIPE` then makes it again, and no other"
 NOT_OURS = "choose another folder, --set teacher.cache.path=ANOTHER: this file is no cache's, and is left as it is"
 _SHORT = 12  # letters of a checksum that a message shows
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
@@ -123,6 +124,15 @@ def shard_names(data: Manifest) -> tuple[str, ...]:
 def file_name(shard: str, view: int) -> str:
     """The cache's file beside one image shard, for one view."""
     return f"{shard}.view-{view:03d}.parquet"
+
+
+def sizes_of(manifest: CacheManifest, views: Iterable[int]) -> dict[str, int]:
+    """The bytes of each file of these views, by name. Views that are not finished have none yet."""
+    return {
+        file_name(shard, view): size
+        for view in views
+        for shard, (_, size) in zip(manifest.shards, manifest.views.get(view, ()), strict=False)
+    }
 
 
 def check_identity(manifest: CacheManifest, expected: Mapping[str, Any], where: str) -> None:

@@ -1,0 +1,134 @@
+"""A RAY_ADDRESS that no cluster answers at is an error within seconds, before Ray is asked, that names it and says what to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from dead_ends import closed, dropped, named, silent, web_server
+from ray.core.generated.gcs_service_pb2 import CheckAliveReply, CheckAliveRequest
+
+from pipelines.cluster import address
+from pipelines.cluster.address import check_address
+from pipelines.cluster.environment import joined
+from pipelines.cluster.start import start_ray
+from pipelines.health.machine import _ray_cluster
+from pipelines.tracking import answers
+from qskd.errors import QskdError
+
+LIMIT_S = 10.0  # of the fifteen that a command has
+
+
+def test_what_is_waited_for_leaves_a_command_time_to_start() -> None:
+    assert address.CONNECT_S + address.ANSWER_S < LIMIT_S
+    assert answers.ANSWER_S < LIMIT_S
+
+
+@contextmanager
+def grpc_server(code: grpc.StatusCode | None) -> Iterator[str]:
+    """With a GCS's service, which answers so; without a code it is one that is no GCS."""
+
+    def answer(request: CheckAliveRequest, context: grpc.ServicerContext) -> CheckAliveReply:
+        if code is not grpc.StatusCode.OK:
+            context.abort(code, "")
+        return CheckAliveReply()
+
+    method = grpc.unary_unary_rpc_method_handler(
+        answer, CheckAliveRequest.FromString, CheckAliveReply.SerializeToString
+    )
+    server = grpc.server(ThreadPoolExecutor(1))
+    if code is not None:
+        handlers = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", {"CheckAlive": method})
+        server.add_generic_rpc_handlers((handlers,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+DEAD = {
+    "a closed port": (closed, "connection refused"),
+    "packets are dropped": (dropped, "no answer within 0.5 s"),
+    "something that says nothing": (silent, "does not answer as a Ray cluster's head"),
+    "a web server": (web_server, "does not answer as a Ray cluster's head"),
+    "another service of gRPC's": (lambda: grpc_server(None), "UNIMPLEMENTED"),
+    "a name that is none": (lambda: named("no-such-head.invalid:6379"), "no machine of that name is known"),
+    "no port": (lambda: named("head"), "no HOST:PORT"),
+    "Ray Client": (lambda: named("ray://127.0.0.1:1"), "Ray Client, which qskd does not use"),
+    "the dashboard": (lambda: named("http://127.0.0.1:8265"), "Ray's dashboard"),
+}
+
+
+@pytest.mark.parametrize("kind", DEAD)
+def test_an_address_where_no_cluster_answers_is_an_error_within_seconds_that_names_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, said = DEAD[kind]
+    monkeypatch.setattr(address, "CONNECT_S", 0.5)
+    monkeypatch.setattr(address, "ANSWER_S", 0.5)
+    with make() as at:
+        monkeypatch.setenv("RAY_ADDRESS", at)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' own
+        began = time.monotonic()
+        with pytest.raises(QskdError) as raised:
+            start_ray()
+        assert time.monotonic() - began < LIMIT_S
+        assert raised.value.where == f"RAY_ADDRESS={at}"
+        assert said in raised.value.found
+        assert "unset RAY_ADDRESS" in raised.value.remedy or "ray job submit" in raised.value.remedy
+        check = _ray_cluster()
+        assert (check.status, check.found) == ("problem", f"{raised.value.where}: {raised.value.found}")
+
+
+@pytest.mark.parametrize("left", ["", "dead"])
+def test_auto_where_a_cluster_was_is_an_error_too(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: set())  # other tests' own
+    monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda _: str(tmp_path / "ray_current_cluster"))
+    with closed() as dead:
+        if left:
+            (tmp_path / "ray_current_cluster").write_text(dead)
+        with pytest.raises(QskdError) as raised:
+            check_address()
+    found = f"auto, which means {dead}: connection refused" if left else "no Ray cluster runs on this machine"
+    assert (raised.value.where, raised.value.found) == ("RAY_ADDRESS=auto", found)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED], ids=lambda code: code.name)
+def test_a_head_that_answers_or_wants_a_token_is_one(code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch) -> None:
+    with grpc_server(code) as at:
+        monkeypatch.setenv("RAY_ADDRESS", at)
+        check_address()
+        assert _ray_cluster().status == "ok"
+
+
+def test_what_ray_says_of_a_head_that_answers_and_can_not_be_joined_is_told_with_the_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(**_: object) -> None:
+        raise RuntimeError("Version mismatch:\n  Ray 2.59")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuses)
+    with grpc_server(grpc.StatusCode.OK) as at:
+        monkeypatch.setenv("RAY_ADDRESS", at)
+        with pytest.raises(
+            QskdError, match=r"joined from this machine: RuntimeError: Version mismatch: Ray 2\.59"
+        ) as raised:
+            start_ray()
+    assert raised.value.where == f"RAY_ADDRESS={at}"
+
+
+@pytest.mark.parametrize("word", ["", "local"])
+def test_where_no_cluster_is_meant_nothing_is_asked(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", word)
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    monkeypatch.delattr(address, "head_problem")
+    check_address()
+    assert not joined()
+    assert _ray_cluster().status == "ok"
