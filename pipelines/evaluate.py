@@ -5,11 +5,12 @@ python -m pipelines.evaluate runs/NAME/student shards/val
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Methods, Model, Set, run
+from pipelines.command import DryRun, Methods, Model, Set, local_path, run
 from pipelines.run.logs import tell
 
 
@@ -27,19 +28,30 @@ def command(
     ] = 1,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads of each.")] = 1,
     backend: Annotated[str, typer.Option(help="auto, hotcoco, faster_coco_eval or pycocotools.")] = "auto",
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also print each class's AP.")] = False,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="All classes in the table; otherwise the worst thirty.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=local_path, metavar="FOLDER", help="Keep JSON, CSV and pictures there."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """COCO AP of any detector, distilled or not."""
+    from rich.console import Console
+
     from pipelines.inspection import evaluate as program
+    from pipelines.inspection.kept import check_kept, keep
+    from pipelines.inspection.tables import class_table, metrics_line, remarks
     from qskd.config.recipe import load
     from qskd.datasets.manifest import load_manifest
     from qskd.detectors import read_preprocessing
-    from qskd.printable import one_line
     from qskd.storage.files import fetched
 
     config = load(recipe, set or ())
     program.check_overrides(set or ())
+    if out is not None:
+        check_kept(out)
     if dry_run:
         with fetched(model) as folder:
             manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
@@ -56,9 +68,10 @@ def command(
         backend,  # type: ignore[arg-type]
         config.compute.device,
     )
-    tell("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    if per_class:
-        tell("\n".join(f"{value:.4f}  {one_line(name)}" for name, value in result.per_class.items()))
+    Console().print(class_table(result, per_class))
+    tell(*remarks(result), metrics_line(result), sep="\n")
+    if out is not None:
+        tell(f"→ {out}: {', '.join(keep(result, out))}")
 
 
 if __name__ == "__main__":

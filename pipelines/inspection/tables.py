@@ -1,0 +1,81 @@
+"""An evaluation on a terminal: the numbers, a row a class, the best threshold, what is taken for what."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from qskd.evaluation.average_precision import METRICS
+from qskd.evaluation.details import ClassFigures, Evaluation
+from qskd.printable import one_line
+
+MOST_CLASSES, MOST_CONFUSED = 30, 8
+NOTHING = "–"  # could not be measured
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """-1 is how COCO's programs say that there was nothing to measure."""
+    return NOTHING if value is None or value < 0 else f"{value:.{digits}f}"
+
+
+def metrics_line(evaluation: Evaluation) -> str:
+    return "  ".join(f"{name} {number(evaluation.metrics[name], 4)}" for name in METRICS)
+
+
+def class_table(evaluation: Evaluation, everything: bool = False) -> Table:
+    """The worst class first. everything: all of them, however many."""
+    classes = evaluation.classes if everything else evaluation.classes[:MOST_CLASSES]
+    left = len(evaluation.classes) - len(classes)
+    more = f"{left} more, all better or without objects: --per-class" if left else None
+    table = Table(title="Classes, the worst first", caption=more, caption_justify="left")
+    for column in ("class", "id", "images", "objects", "AP", "AP50", "best F1", "at score"):
+        table.add_column(column, justify="left" if column == "class" else "right", no_wrap=column != "class")
+    for one in classes:
+        table.add_row(*class_cells(one))
+    return table
+
+
+def class_cells(one: ClassFigures) -> list[Text]:
+    best = (None, None) if one.best is None else (one.best.f1, one.best.score)
+    cells = [one_line(one.name), str(one.id), str(one.images), str(one.objects)]
+    return [Text(cell) for cell in [*cells, *(number(value) for value in (one.ap, one.ap50, *best))]]
+
+
+def remarks(evaluation: Evaluation) -> list[str]:
+    """What is to be known besides the table, a line each."""
+    said = [best_threshold(evaluation)]
+    confused = evaluation.confused(MOST_CONFUSED)
+    if confused and evaluation.best:
+        objects = {one.id: one.objects for one in evaluation.classes}
+        pairs = (
+            f"{one_line(evaluation.names[one.true or 0])} for {one_line(evaluation.names[one.predicted or 0])} "
+            f"({one.count} of {objects[one.true or 0]})"
+            for one in confused
+        )
+        said.append(f"taken at that score for another class, most often: {', '.join(pairs)}")
+    if evaluation.plain:
+        said.append(plain_line(evaluation))
+    return said
+
+
+def best_threshold(evaluation: Evaluation) -> str:
+    best = evaluation.best
+    if best is None:
+        return "best threshold: none, for there is no object or no detection"
+    return (
+        f"best threshold: score {best.score:.3f}, where F1 is {best.f1:.3f} (precision {best.precision:.3f}, recall "
+        f"{best.recall:.3f}, IoU 0.5, all classes together)"
+    )
+
+
+def plain_line(evaluation: Evaluation) -> str:
+    """How AP changes with the pairs that transformers' own post-processing keeps."""
+    plain = evaluation.plain
+    if plain is None:
+        return ""
+    there, here = plain.metrics["AP"], evaluation.metrics["AP"]
+    difference = f" ({100 * (there - here):+.2f} points)" if min(there, here) >= 0 else ""
+    return (
+        f"with transformers' own post-processing, which keeps {plain.rule}: AP {number(there, 4)}{difference}, AP50 "
+        f"{number(plain.metrics['AP50'], 4)}; the numbers above are of the 100 best (query, class) pairs, as COCO's are"
+    )
