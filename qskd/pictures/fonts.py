@@ -14,6 +14,7 @@ from qskd.printable import one_line
 log = logging.getLogger("qskd")
 # Letters of their own width; combining marks and the like are drawn with what stands before them.
 _NO_GLYPH = {"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"}
+_BESIDE = "0123456789.#"  # scores and numbers stand beside names
 _LAST = ("bold", "italic", "oblique", "black", "light", "thin", "condensed", "mono", "serif")
 
 
@@ -51,7 +52,7 @@ def _file_of(letters: str, bold: bool) -> str | None:
 
 
 def _letters(text: str) -> set[str]:
-    return {letter for letter in one_line(text) if unicodedata.category(letter) not in _NO_GLYPH}
+    return set(_BESIDE) | {letter for letter in one_line(text) if unicodedata.category(letter) not in _NO_GLYPH}
 
 
 @lru_cache
