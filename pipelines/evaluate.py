@@ -68,8 +68,9 @@ def command(
         backend,  # type: ignore[arg-type]
         config.compute.device,
     )
+    tell(metrics_line(result))
     Console().print(class_table(result, per_class))
-    tell(*remarks(result), metrics_line(result), sep="\n")
+    tell(*remarks(result), sep="\n")
     if out is not None:
         tell(f"→ {out}: {', '.join(keep(result, out))}")
 

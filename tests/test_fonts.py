@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,11 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from PIL import ImageFont
+from test_evaluation import tricky
 
+from qskd.evaluation.details import evaluate_in_detail
 from qskd.pictures import fonts
+from qskd.pictures.evaluated import confusion_picture
 from qskd.pictures.plots import draw_boxes
 
 CAT = "猫"
@@ -86,6 +91,16 @@ def test_a_name_that_dejavu_lacks_is_drawn_with_a_font_of_this_machines(
     assert font.size == 20
     assert white(drawn(CAT)) > 50 > white(drawn("i"))  # a full square
     assert not caplog.records
+
+
+def test_class_names_of_a_matrix_are_drawn_with_a_font_that_has_them(folder: Path) -> None:
+    make_font(folder / "squares.ttf", CAT + "0123456789.#")
+    said = evaluate_in_detail(*tricky(0))
+    named = replace(said, classes=tuple(replace(one, name=CAT * (place + 1)) for place, one in enumerate(said.classes)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a letter that it has no picture for
+        picture = confusion_picture(named)
+    assert (picture < 128).all(-1).sum() > (confusion_picture(said) < 128).all(-1).sum()  # full squares
 
 
 def test_a_name_that_no_font_has_is_shown_by_number_and_that_is_said_once(

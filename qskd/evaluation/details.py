@@ -35,7 +35,7 @@ class Threshold:
 @dataclass(frozen=True)
 class ClassFigures:
     """One category. images: those with it; objects: without crowd regions. ap, ap50: None where there is no object. best: its own
-    best threshold; None where it has no object or no detection."""
+    best threshold; None where no detection of it is right."""
 
     id: int
     name: str
@@ -149,14 +149,14 @@ def evaluate_in_detail(
     classes = []
     for place, (number, name) in enumerate(truth.categories):
         mine = objects & (ids == number)
-        own = _of_class(verdicts, number)
+        own = best_threshold(_of_class(verdicts, number), int(mine.sum()))[0]
         measured = bool(mine.any())
         classes.append(
             ClassFigures(
                 *(number, name, len(np.unique(truth.object_image_ids[mine])), int(mine.sum())),
                 ap=result.class_ap(place) if measured else None,
                 ap50=result.class_ap(place, 0) if measured else None,
-                best=best_threshold(own, int(mine.sum()))[0] if measured else None,
+                best=own if own and own.f1 else None,
             )
         )
     counted = confusions(truth, found, best.score) if best else {}
