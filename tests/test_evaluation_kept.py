@@ -36,7 +36,7 @@ from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.deploy.model_card import read_card, render, write_card
 from qskd.detectors import load_detector, read_config, save_detector
 from qskd.errors import QskdError
-from qskd.evaluation.details import Evaluation, Plain, evaluate_in_detail
+from qskd.evaluation.details import Confusion, Evaluation, Plain, evaluate_in_detail
 from qskd.evaluation.detections import Detections
 from qskd.pictures.evaluated import matrix_of, pictures_of
 
@@ -185,6 +185,9 @@ def test_the_card_has_the_classes_the_threshold_and_the_pictures_beside_it(said:
     assert "card-thresholds.png" not in section  # which is not there
     assert read_card(tmp_path) == replace(CARD, evaluation=kept)
     assert "## Classes" not in render(CARD)
+    # What others wrote into qskd.json may lack anything.
+    strange = replace(kept, metrics={}, classes=(), plain=Plain("x\n# y", {}), confusions=(Confusion(404, 405, 3),))
+    assert "# y" not in render(replace(CARD, evaluation=strange)).splitlines()
 
 
 def test_evaluate_prints_the_table_and_keeps_it(tiny_folders: Path, tmp_path: Path) -> None:

@@ -44,15 +44,12 @@ def class_cells(one: ClassFigures) -> list[Text]:
 def remarks(evaluation: Evaluation) -> list[str]:
     """What is to be known besides the table, a line each."""
     said = [best_threshold(evaluation)]
-    confused = evaluation.confused(MOST_CONFUSED)
-    if confused and evaluation.best:
-        objects = {one.id: one.objects for one in evaluation.classes}
-        pairs = (
-            f"{one_line(evaluation.names[one.true or 0])} for {one_line(evaluation.names[one.predicted or 0])} "
-            f"({one.count} of {objects[one.true or 0]})"
-            for one in confused
-        )
-        said.append(f"taken at that score for another class, most often: {', '.join(pairs)}")
+    taken = [
+        f"{one_line(one.true)} for {one_line(one.predicted)} ({one.count} of {one.objects})"
+        for one in evaluation.taken_for(MOST_CONFUSED)
+    ]
+    if taken:
+        said.append(f"taken at that score for another class, most often: {', '.join(taken)}")
     if evaluation.plain:
         said.append(plain_line(evaluation))
     return said

@@ -65,21 +65,19 @@ def _remarks(evaluation: Evaluation) -> list[str]:
     else:
         said.append(
             f"Best threshold on scores, all classes together: {best.score:.3f}, where F1 is {best.f1:.3f} (precision "
-            f"{best.precision:.3f}, recall {best.recall:.3f})."
+            f"{best.precision:.3f}, recall {best.recall:.3f}). `pipeline` keeps scores above 0.5 unless it is given `threshold`."
         )
-    confused = evaluation.confused(6)
-    if confused:
-        objects = {one.id: one.objects for one in evaluation.classes}
-        pairs = [
-            f"{_name(evaluation.names[one.true or 0])} for {_name(evaluation.names[one.predicted or 0])} "
-            f"({one.count} of {objects[one.true or 0]})"
-            for one in confused
-        ]
-        said.append(f"Taken for another class at that score, most often: {', '.join(pairs)}.")
-    if evaluation.plain is not None:
-        there, here = evaluation.plain.metrics["AP"], evaluation.metrics["AP"]
+    taken = [
+        f"{_name(one.true)} for {_name(one.predicted)} ({one.count} of {one.objects})"
+        for one in evaluation.taken_for(6)
+    ]
+    if taken:
+        said.append(f"Taken for another class at that score, most often: {', '.join(taken)}.")
+    plain = evaluation.plain
+    if plain is not None and "AP" in plain.metrics and "AP" in evaluation.metrics:
+        there, here = plain.metrics["AP"], evaluation.metrics["AP"]
         said.append(
-            f"transformers' own post-processing keeps {evaluation.plain.rule}: AP {there:.3f} there, {here:.3f} with the 100 "
+            f"transformers' own post-processing keeps {one_line(plain.rule)}: AP {there:.3f} there, {here:.3f} with the 100 "
             "best (query, class) pairs, which the figures of this card are of."
         )
     return said

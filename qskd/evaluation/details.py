@@ -57,6 +57,16 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class TakenFor:
+    """Of a class's `objects`, `count` were found as another class. Names."""
+
+    true: str
+    predicted: str
+    count: int
+    objects: int
+
+
+@dataclass(frozen=True)
 class Curve:
     """Points of equal number, x falling or rising."""
 
@@ -94,22 +104,24 @@ class Evaluation:
         """AP by name, in the order of category ids; -1 where it could not be measured, as in `metrics`."""
         return {one.name: -1.0 if one.ap is None else one.ap for one in sorted(self.classes, key=lambda one: one.id)}
 
-    @cached_property
-    def names(self) -> dict[int, str]:
-        return {one.id: one.name for one in self.classes}
-
-    def confused(self, most: int) -> list[Confusion]:
-        """Categories that were taken for others, most often first."""
-        wrong = [
-            one
-            for one in self.confusions
-            if one.true is not None and one.predicted is not None and one.true != one.predicted
+    def taken_for(self, most: int) -> list[TakenFor]:
+        """Classes whose objects were taken for another's at the best threshold, most often first."""
+        known = {one.id: one for one in self.classes}
+        return [
+            TakenFor(known[pair.true].name, known[pair.predicted].name, pair.count, known[pair.true].objects)
+            for pair in self._mistaken(most)
+            if pair.true in known and pair.predicted in known
         ]
-        return sorted(wrong, key=lambda one: (-one.count, one.true or 0, one.predicted or 0))[:most]
+
+    def _mistaken(self, most: int) -> list[Confusion]:
+        wrong = [
+            pair for pair in self.confusions if None not in (pair.true, pair.predicted) and pair.true != pair.predicted
+        ]
+        return sorted(wrong, key=lambda pair: (-pair.count, pair.true, pair.predicted))[:most]
 
     def without_curves(self) -> Evaluation:
         """What a model card keeps."""
-        return replace(self, precision_recall=None, thresholds=None, confusions=tuple(self.confused(10)))
+        return replace(self, precision_recall=None, thresholds=None, confusions=tuple(self._mistaken(10)))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=1)
