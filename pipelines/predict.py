@@ -34,7 +34,7 @@ def command(
     ] = None,
     threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is kept.")] = 0.5,
     pictures: Annotated[bool, typer.Option(help="Without: JSON and CSV alone.")] = True,
-    every: Annotated[int, typer.Option(min=1, help="Of a video's frames, each so manieth.")] = 1,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Of a video, look at every Nth frame.")] = 1,
     annotations: Annotated[
         Path | None,
         typer.Option(

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -163,9 +164,11 @@ def test_a_model_without_ids_is_said_to_number_its_labels(
     assert "keeps no category ids" in caplog.text
 
 
-def test_inputs_in_several_folders_keep_their_places_in_the_output_folder(model: Path, tmp_path: Path) -> None:
-    for name in ("one/1.png", "two/1.png"):
+def test_inputs_of_one_name_keep_their_places_in_the_output_folder(model: Path, tmp_path: Path) -> None:
+    for name in ("one/1.png", "two/1.png", "three/3.png"):
         draw(tmp_path / name)
+    ran(model, tmp_path / "one", tmp_path / "three", "--out", tmp_path / "flat")
+    assert {name for name in tree(tmp_path / "flat") if name.endswith(".png")} == {"1.boxes.png", "3.boxes.png"}
     ran(model, tmp_path / "one", tmp_path / "two", "--out", tmp_path / "out")
     assert {name for name in tree(tmp_path / "out") if name.endswith(".png")} == {"one/1.boxes.png", "two/1.boxes.png"}
 
@@ -233,6 +236,24 @@ def test_frames_of_a_video_are_its_pictures_in_order(tmp_path: Path) -> None:
         assert frame.pixels[8:24, 8:40].mean() > 245
     assert [frame.index for frame in frames(video, every=4)] == [0, 4]
     assert frame_rate(video) == 5
+
+
+def test_frames_of_a_telephones_video_are_upright(tmp_path: Path) -> None:
+    """Held upright it stores lying frames, and says in the track's matrix (ISO 14496-12, tkhd) that they are to be turned."""
+    pytest.importorskip("av")
+    from pipelines.inspection.videos import frames
+
+    video = film(tmp_path / "clip.mp4", count=2)
+    data = bytearray(video.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix comes after 40 bytes
+    one = 0x10000
+    assert struct.unpack(">9i", data[at : at + 36]) == (one, 0, 0, 0, one, 0, 0, 0, 0x40000000)
+    data[at : at + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 64 * one, 0, 0x40000000)  # a quarter turn clockwise
+    video.write_bytes(data)
+    for frame in frames(video):
+        assert frame.pixels.shape == (96, 64, 3)
+        assert frame.pixels[8:40, 40:56].mean() > 245  # what was above on the left is above on the right
+        assert frame.pixels[8:40, 8:24].mean() < 50
 
 
 def test_a_video_is_drawn_and_its_frames_are_in_the_results(model: Path, tmp_path: Path) -> None:

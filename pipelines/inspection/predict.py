@@ -46,18 +46,21 @@ def is_folder(out: Path | None) -> bool:
 
 def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]:
     """The picture (of a video: the video) to write for each input: beside it, in the folder `out`, or `out` for one input. In a
-    folder inputs keep their places towards one another. QskdError where that would replace an input, or a file that qskd did not
-    draw."""
+    folder inputs of one name keep their places towards one another. QskdError where that would replace an input, or a file that
+    qskd did not draw."""
     folder = is_folder(out)
     if out is not None and not folder and len(images) > 1:
         raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
-    above = os.path.commonpath([path.absolute().parent for path in images]) if folder else ""
+    same_names = folder and len({(path.stem, is_video(path)) for path in images}) < len(images)
+    above = os.path.commonpath([path.absolute().parent for path in images]) if same_names else ""
 
     def target(path: Path) -> Path:
         drawn = path.with_name(f"{path.stem}{DRAWN}{'.mp4' if is_video(path) else '.png'}")
         if out is None:
             return drawn
-        return out / drawn.absolute().relative_to(above) if folder else out
+        if not folder:
+            return out
+        return out / (drawn.absolute().relative_to(above) if same_names else drawn.name)
 
     pairs = [(path, target(path)) for path in images]
     check_all_differ(pairs)
@@ -91,8 +94,8 @@ def write_picture(pixels: np.ndarray, target: Path, inputs: Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be predicted. sources: files alone (`files_of`). pictures: whether boxes are drawn. every: of a video's frames
-    each so manieth is looked at. annotations: COCO JSON with the ids of images and categories."""
+    """What is to be predicted. sources: files alone (`files_of`). pictures: whether boxes are drawn. every: of a video each
+    Nth frame is looked at. annotations: COCO JSON with the ids of images and categories."""
 
     model: str
     sources: tuple[Path, ...]

@@ -61,7 +61,7 @@ def check_video(path: Path) -> None:
 
 
 def frames(path: Path, every: int = 1) -> Iterator[Frame]:
-    """Every so manieth frame, from the first. One is in memory at a time."""
+    """Every Nth frame (N: `every`), from the first. One is in memory at a time."""
     with _reading(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
