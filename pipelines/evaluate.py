@@ -5,11 +5,12 @@ python -m pipelines.evaluate runs/NAME/student shards/val
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Methods, Model, Set, run
+from pipelines.command import DryRun, Methods, Model, Set, local_path, run
 from pipelines.run.logs import tell
 
 
@@ -33,21 +34,31 @@ def command(
             min=11, max=100_000, help="Detections of an image that are kept and counted; COCO's AP counts 100."
         ),
     ] = 100,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also print each class's AP.")] = False,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="All classes in the table; otherwise the worst thirty.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=local_path, metavar="FOLDER", help="Keep JSON, CSV and pictures there."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """COCO AP of any detector, distilled or not."""
+    from rich.console import Console
+
     from pipelines.inspection import evaluate as program
+    from pipelines.inspection.kept import check_kept, keep
+    from pipelines.inspection.tables import class_table, metrics_line, remarks
     from qskd.checks import check_shards
     from qskd.config.recipe import load
     from qskd.datasets.manifest import load_manifest
     from qskd.detectors import read_preprocessing
-    from qskd.evaluation.shown import score_text, scores_text
-    from qskd.printable import one_line
     from qskd.storage.files import fetched
 
     config = load(recipe, set or ())
     program.check_overrides(set or ())
+    if out is not None:
+        check_kept(out)
     if dry_run:
         with fetched(model) as folder:
             manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
@@ -66,10 +77,11 @@ def command(
         config.compute.device,
         max_detections,
     )
-    named = {name.replace("AR100", f"AR{max_detections}"): value for name, value in result.metrics.items()}
-    tell(scores_text(named, list(named), 4))
-    if per_class:
-        tell("\n".join(f"{score_text(value, 4)}  {one_line(name)}" for name, value in result.per_class.items()))
+    tell(metrics_line(result))
+    Console().print(class_table(result, per_class))
+    tell(*remarks(result), sep="\n")
+    if out is not None:
+        tell(f"→ {out}: {', '.join(keep(result, out))}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Draw a detector's boxes on images (`qskd predict`).
+"""Draw a detector's boxes on images and videos, and keep what was found (`qskd predict`).
 
 python -m pipelines.predict runs/NAME/student photo.jpg
+python -m pipelines.predict runs/NAME/student photos/ clip.mp4 --out found
 """
 
 from __future__ import annotations
@@ -16,26 +17,46 @@ from pipelines.run.logs import tell
 
 def command(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(parser=local_path, help="Image files.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=local_path, help="Images, videos, folders of them, or patterns in quotes ('photos/**/*.jpg')."
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
-            parser=local_path, metavar="PATH", help="Picture to write, for one image. Otherwise IMAGE.boxes.png."
+            parser=local_path,
+            metavar="PATH",
+            help="Folder for pictures, detections.json (COCO's results) and detections.csv; for one image also a file. "
+            "Otherwise IMAGE.boxes.png beside each, and no JSON.",
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is drawn.")] = 0.5,
+    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lowest score that is kept.")] = 0.5,
+    pictures: Annotated[bool, typer.Option(help="Without: JSON and CSV alone.")] = True,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Of a video, look at every Nth frame.")] = 1,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local_path, metavar="PATH", help="COCO JSON whose image and category ids the results carry."
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Draw a detector's boxes on images."""
+    """Draw a detector's boxes on images and videos; keep them as COCO's results and a table."""
     from pipelines.inspection import predict as program
+    from pipelines.inspection.results import told, told_of_video
     from qskd.storage.files import check_uri
 
+    asked = program.request(model, images, out, threshold, pictures, every, annotations)
     if dry_run:
         check_uri(model)
-        tell("\n".join(f"{model} on {path} → {target}" for path, target in program.targets(images, out)))
+        tell("\n".join(f"{model} on {path} → {target if pictures else out}" for path, target in asked.targets()))
         return
-    for path, found in program.predict(model, images, out, threshold):
-        tell(f"{path}: {len(found.scores)} object(s)")
+    for found, labels in program.predict_all(asked):
+        say = told_of_video(found, labels) if found[0].frame is not None else told(found[0], labels)
+        where = f" → {found[0].picture}" if found[0].picture else ""
+        tell(f"{found[0].source}{where}: {say}")
 
 
 if __name__ == "__main__":

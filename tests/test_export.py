@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,18 @@ def test_the_folder_detects_without_torch_and_finds_what_qskd_finds(exported: Pa
     assert [entry["label"] for entry in alone] == [labels[label] for label in found.category_ids]
     np.testing.assert_allclose([entry["score"] for entry in alone], found.scores, atol=1e-4)
     np.testing.assert_allclose([entry["box_xyxy"] for entry in alone], found.boxes_xyxy, atol=0.05)
+
+
+def test_detect_gives_the_datasets_category_ids_where_the_folder_keeps_them(exported: Path, tmp_path: Path) -> None:
+    image, folder = picture(tmp_path / "photo.png"), tmp_path / "exported"
+    shutil.copytree(exported, folder)
+    said = json.loads((folder / "config.json").read_text())
+    assert not any("category_id" in entry for entry in onnx_detect.detect(folder, image, 0.05))
+    said["dataset_category_ids"] = [100 + slot for slot in range(len(said["id2label"]))]
+    (folder / "config.json").write_text(json.dumps(said))
+    found = onnx_detect.detect(folder, image, 0.05)
+    assert len(found) > 2
+    assert [said["id2label"][str(entry["category_id"] - 100)] for entry in found] == [entry["label"] for entry in found]
 
 
 def test_pixels_are_those_of_the_folders_own_processor(exported: Path, tmp_path: Path) -> None:

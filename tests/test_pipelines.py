@@ -192,6 +192,29 @@ def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disti
     check_ours(Folder(config(work, "distilled", *LONGER)), restart=True)  # knows the name of every file that is left
 
 
+def test_a_run_keeps_what_its_last_evaluation_says_in_its_folder_mlflow_and_card(
+    work: Path, distilled: distill.RunResult
+) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    names = {"evaluation.json", "per_class.csv", "precision_recall.png", "thresholds.png", "confusion.png"}
+    assert {path.name for path in Path(distilled.folder, "evaluation").iterdir()} == names
+    assert {Path(a.path).name for a in client.list_artifacts(distilled.run_id, "evaluation")} == names
+    metrics = client.get_run(distilled.run_id).data.metrics
+    said = json.loads(Path(distilled.folder, "evaluation/evaluation.json").read_text())
+    assert said["metrics"] == pytest.approx(distilled.metrics, abs=1e-9)
+    assert metrics["final/best_threshold"] == pytest.approx(said["best"]["score"])
+    card = Path(distilled.student, "README.md").read_text()
+    for name in ("precision_recall", "thresholds", "confusion"):
+        assert f"(card-{name}.png)" in card
+        assert Path(distilled.student, f"card-{name}.png").is_file()
+    for one in said["classes"]:
+        assert f"| {one['name']} | {one['id']} |" in card
+    ids = [category.id for category in load_manifest(str(work / "train")).categories]
+    assert json.loads(Path(distilled.student, "config.json").read_text())["dataset_category_ids"] == ids
+
+
 def test_evaluating_the_students_folder_gives_the_trainings_last_numbers(
     work: Path, distilled: distill.RunResult
 ) -> None:

@@ -23,6 +23,7 @@ from pipelines.run.places import place_of
 from qskd.config import ResizeConfig
 from qskd.datasets.views import View, view_image
 from qskd.deploy import onnx_detect
+from qskd.deploy.card_evaluation import PICTURES
 from qskd.deploy.export import (
     TOLERANCE,
     Exporter,
@@ -195,7 +196,12 @@ def _export(model: str, named: str, out: Path, options: ExportOptions, console: 
     with replacing(out, options.overwrite) as fresh:
         save_detector(detector, fresh, seen_as.resize, read_facts(model), seen_as.mean, seen_as.std)
         onnx = _add_onnx(detector, fresh, seen_as, options, console) if options.onnx else None
-        write_card(fresh, card_of(model, named, detector, seen_as, onnx))
+        card = card_of(model, named, detector, seen_as, onnx)
+        if card.evaluation is not None:
+            for name in PICTURES:
+                if (Path(model) / name).is_file():
+                    (fresh / name).write_bytes((Path(model) / name).read_bytes())
+        write_card(fresh, card)
     told = f"→ {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"
     console.print(escaped(told), markup=False, soft_wrap=True)
     return out
@@ -214,6 +220,7 @@ def card_of(model: str, named: str, detector: Detector, seen_as: Preprocessing, 
     rows = card.rows
     if read_preprocessing(model).resize != seen_as.resize:
         rows = (*rows[:-1], Figures("this model", {}, cost.parameters, cost.gflops, input=str(size)))
+        card = replace(card, evaluation=None)
     return replace(card, rows=rows, onnx=onnx)
 
 

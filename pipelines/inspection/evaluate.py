@@ -23,13 +23,16 @@ from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import load_manifest
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
 from qskd.errors import QskdError
-from qskd.evaluation.average_precision import CocoResult, evaluate_coco
+from qskd.evaluation.average_precision import evaluate_coco
+from qskd.evaluation.details import Evaluation, evaluate_in_detail
 from qskd.evaluation.detections import Backend, Detections
-from qskd.evaluation.inference import predict_batch
+from qskd.evaluation.inference import predict_pairs
+from qskd.evaluation.pairs import Pairs, pairs_of_transformers
 from qskd.from_recipe import ground_truth
 from qskd.storage.files import fetched
 
 log = logging.getLogger("qskd")
+CHOICE = "choice"  # of pairs: the column that tells them apart
 COUNT = ("teacher.resize", "teacher.class_map", "compute.device")  # the fields of a recipe that an evaluation reads
 
 
@@ -44,7 +47,7 @@ class DetectorActor:
         class_map: Mapping[str, str],
         threads: int,
         device: str = "auto",
-        top_k: int = 100,
+        max_detections: int = 100,
     ) -> None:
         torch.set_num_threads(threads)
         manifest = load_manifest(data)
@@ -53,16 +56,20 @@ class DetectorActor:
             self.detector = load_detector(folder).to(self.device).eval()
         self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))
         self.category_ids = tuple(category.id for category in manifest.categories)
-        self.preprocessing, self.top_k = preprocessing, top_k
+        self.preprocessing = preprocessing
+        # Ours, and what transformers would keep, where that is something else.
+        rule = pairs_of_transformers(self.detector.family, self.detector.num_queries, max_detections)
+        self.choices = [Pairs(max_detections, False), *([rule] if rule else [])]
         self.loader = BatchLoader(data, data, ViewConfig(), preprocessing.resize, None, keep_bytes=0)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = np.stack([batch["shard"], batch["row"], np.zeros_like(batch["row"])], 1).astype(np.int32)
         arrays = self.loader.load("val", rows)
-        found = predict_batch(
-            self.detector, arrays, self.preprocessing, self.category_ids, self.slots, self.device, self.top_k
+        found = predict_pairs(
+            *(self.detector, arrays, self.preprocessing, self.category_ids, self.choices, self.slots, self.device)
         )
-        return dict(vars(found))
+        choice = np.repeat(np.arange(len(found)), [len(part.scores) for part in found])
+        return {**vars(Detections.concatenate(found)), CHOICE: choice}
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -89,8 +96,8 @@ def evaluate(
     backend: Backend | Literal["auto"] = "auto",
     device: str = "auto",
     max_detections: int = 100,
-) -> CocoResult:
-    """COCO AP of a Hub name, folder or URI. resize: None takes the checkpoint's own.
+) -> Evaluation:
+    """COCO AP of a Hub name, folder or URI, and all else that `Evaluation` says. resize: None takes the checkpoint's own.
 
     workers: the most detector actors, over the whole cluster; 0 does it all in this process, without Ray. device: of each,
     as `compute.device` has it. max_detections: of an image; so many are kept and counted. A metric is -1 where the data has
@@ -107,9 +114,10 @@ def evaluate(
         log.warning(told, data, most, where, max_detections, most)
     check_shards(data, manifest)
     with fetched(model) as folder:
-        preprocessing = read_preprocessing(folder, resize)
-        if workers:  # complain before anything starts
-            map_classes(manifest.labels, load_detector(folder).labels, class_map or {})
+        preprocessing, detector = read_preprocessing(folder, resize), load_detector(folder)
+        map_classes(manifest.labels, detector.labels, class_map or {})  # complain before anything starts
+        rule = pairs_of_transformers(detector.family, detector.num_queries, max_detections)
+        del detector
     arguments = (model, data, preprocessing, class_map or {}, threads, device, max_detections)
     places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
     if workers:
@@ -120,10 +128,20 @@ def evaluate(
         actor = DetectorActor(*arguments)
         chunks = np.split(places, range(batch_size, len(places), batch_size))
         found = [actor({"shard": chunk[:, 0], "row": chunk[:, 1]}) for chunk in chunks]
-    parts = [Detections(**{name: np.asarray(values) for name, values in part.items()}) for part in found]
-    return evaluate_coco(
-        ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend, max_detections
+    ours, plain = (_chosen(found, choice) for choice in (0, 1))
+    truth = ground_truth(data)
+    return evaluate_in_detail(
+        truth, ours, evaluate_coco(truth, ours, backend, max_detections), plain if rule else None, rule, max_detections
     )
+
+
+def _chosen(found: Sequence[Mapping[str, Any]], choice: int) -> Detections:
+    """Of what the detectors' batches gave, the detections of one choice of pairs."""
+    parts = []
+    for part in found:
+        mine = np.asarray(part[CHOICE]) == choice
+        parts.append(Detections(**{name: np.asarray(part[name])[mine] for name in part if name != CHOICE}))
+    return Detections.concatenate([Detections.empty(), *parts])
 
 
 def _on_cluster(

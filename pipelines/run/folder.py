@@ -23,6 +23,9 @@ SWEEP = "sweep.json"  # what a sweep was asked for
 COPIES = "copies"  # of records, see `Folder`
 TRIAL = "trial.json"  # what is known of a trial of a sweep
 RECIPE = "recipe.yaml"  # beside it, at the sweep's end: the trial as a training of its own
+DETAILS = (
+    "evaluation/evaluation.json"  # what the last evaluation of a training says besides AP; beside it table and pictures
+)
 FAILURE = "failure.json"  # why workers gave up; a later run of the same command deletes it and tries again
 
 

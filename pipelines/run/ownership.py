@@ -34,15 +34,16 @@ _TRAINING = (
 )
 _RECORDS = "|".join(map(re.escape, (HISTORY, RUN, FAILURE, COPY)))
 _TRIAL = rf"{re.escape(TRIAL)}|{re.escape(RECIPE)}|checkpoint\.json|checkpoints/\d{{9}}/(?:{CHECKPOINT_FILE.pattern})"
+_EVALUATION = r"evaluation/(?:evaluation\.json|per_class\.csv|precision_recall\.png|thresholds\.png|confusion\.png)"
 _REPORT = r"report/(?:index\.html|trials\.csv|trials\.md|best\.yaml|[a-z_]+\.(?:png|html))"
 OWN = re.compile(
-    rf"{re.escape(MARK)}|config\.yaml|{re.escape(DATA)}|result\.json|inheritance\.txt|{_RECORDS}|{STUDENT}|{_TRAINING}|"
+    rf"{re.escape(MARK)}|config\.yaml|{re.escape(DATA)}|result\.json|inheritance\.txt|{_EVALUATION}|{_RECORDS}|{STUDENT}|{_TRAINING}|"
     rf"{re.escape(SWEEP)}|refused\.json|best\.yaml|{_REPORT}|"
     rf"trials/\d{{4,}}/(?:{_RECORDS}|{STUDENT}|{_TRAINING}|{_TRIAL})|"
     rf"(?:trials/\d{{4,}}/)?(?:{COPIES}/[\w.]+\.(?:json|yaml)|{ROWS}/[\w-]+\.json)|"
-    rf"(?:trials/\d{{4,}}/)?(?:(?:student|{TRAIN}|report|{COPIES}|{ROWS})/)?{re.escape(UNFINISHED)}[^/]*"
+    rf"(?:trials/\d{{4,}}/)?(?:(?:student|{TRAIN}|report|evaluation|{COPIES}|{ROWS})/)?{re.escape(UNFINISHED)}[^/]*"
 )
-_OWN_FOLDERS = ("student", TRAIN, "report", "trials", COPIES, ROWS)
+_OWN_FOLDERS = ("student", "evaluation", TRAIN, "report", "trials", COPIES, ROWS)
 # What a later run would go on from: deleted first, so that a half deleted run is begun anew.
 _FIRST = (Path(LIST).name, "checkpoint.json", TRIAL, "result.json")
 

@@ -7,7 +7,7 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyarrow import fs
@@ -164,6 +164,7 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
 def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:
     """Copy the student out of the last checkpoint, log it, and write result.json: the mark of a finished run."""
     from pipelines.reporting.cards import card_of_run
+    from pipelines.reporting.details import read_details, write_details
     from pipelines.reporting.report import write_report
     from pipelines.run.history import read_history
     from qskd.deploy.model_card import write_card
@@ -175,7 +176,12 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = read_state(checkpoint)["metrics"]
-        write_card(student, card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics))
+        evaluation = read_details(folder)
+        card = card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics)
+        if evaluation is not None:
+            write_details(evaluation, folder, tracker, student, plan.stream.schedule.total_steps)
+            card = replace(card, evaluation=evaluation.without_curves())
+        write_card(student, card)
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now

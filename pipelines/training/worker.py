@@ -13,7 +13,7 @@ import torch
 from pipelines.cluster.devices import pick_device
 from pipelines.cluster.room import reader_cpus
 from pipelines.reporting.meter import Gauges, Meter
-from pipelines.run.folder import Folder, record_failure
+from pipelines.run.folder import DETAILS, Folder, record_failure
 from pipelines.run.logs import as_json, start_logs
 from pipelines.training.checkpoints import restore, write_checkpoint
 from pipelines.training.stream import LOADER_ROWS, Readers, Share, StreamConfig, open_stream
@@ -23,8 +23,10 @@ from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import load_manifest
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult, evaluate_coco
+from qskd.evaluation.details import Evaluation, evaluate_in_detail
 from qskd.evaluation.detections import Detections
-from qskd.evaluation.inference import predict_batch
+from qskd.evaluation.inference import predict_pairs
+from qskd.evaluation.pairs import Pairs, pairs_of_transformers
 from qskd.from_recipe import ground_truth, make_student, teacher_for_training
 from qskd.storage.scratch import scratch_folder
 from qskd.training.step import Training
@@ -97,11 +99,13 @@ class Worker:
         manifest = load_manifest(stream.train_uri)
         self.category_ids = tuple(category.id for category in manifest.categories)
         student = make_student(config, manifest.labels)
+        student.category_ids = self.category_ids  # in its config.json, so that its results carry them
         teacher = teacher_for_training(config, manifest.labels)
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
         self.meter = Meter(Gauges(config.name, rank))
         self.notice: Any = None
+        self.details: Evaluation | None = None
 
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
@@ -159,14 +163,25 @@ class Worker:
         return True
 
     def evaluate(self, shares: Iterator[Share]) -> CocoResult | None:
-        """COCO AP over the validation set; on rank 0, None elsewhere."""
+        """COCO AP over the validation set; on rank 0, None elsewhere. After the last step all else that is said of the final
+        student is kept too (`details`)."""
+        is_last = self.training.step >= self.stream.schedule.total_steps
         with self.training.evaluation_weights() as student:
             seen_as = student.preprocessing(self.config.student.resize)
+            rule = pairs_of_transformers(student.family, student.num_queries) if is_last else None
+            choices = [Pairs(100, False), *([rule] if rule else [])]
             found = [
-                predict_batch(student, share.arrays, seen_as, self.category_ids, device=self.device) for share in shares
+                predict_pairs(student, share.arrays, seen_as, self.category_ids, choices, device=self.device)
+                for share in shares
             ]
-        everything = gather_detections(Detections.concatenate(found), self.world_size)
-        return evaluate_coco(self.truth, everything) if everything is not None and self.truth is not None else None
+        parts = [Detections.concatenate([each[choice] for each in found]) for choice in range(len(choices))]
+        everything, *plain = [gather_detections(part, self.world_size) for part in parts]
+        if everything is None or self.truth is None:
+            return None
+        result = evaluate_coco(self.truth, everything)
+        if is_last:
+            self.details = evaluate_in_detail(self.truth, everything, result, plain[0] if plain else None, rule)
+        return result
 
     def report(self, epoch: int, result: CocoResult | None) -> None:
         """Metrics to the controller; from rank 0 with a checkpoint, with a student folder in it after an evaluation.
@@ -184,6 +199,8 @@ class Worker:
         if self.rank:
             ray.train.report(metrics)
             return
+        if self.details is not None:  # before the checkpoint, after which nothing is evaluated again
+            Folder(self.config).write(DETAILS, self.details.to_json())
         with scratch_folder("checkpoint") as folder:
             write_checkpoint(folder, self.training, self.config, result)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder))

@@ -25,6 +25,7 @@ from qskd.families.table import find_family
 
 log = logging.getLogger(__name__)
 MOST_CLASSES = 100_000
+CATEGORY_IDS = "dataset_category_ids"  # by slot; transformers keeps the field and does nothing with it
 MOST_LABEL = 1000  # characters, as `qskd prepare` takes them; messages and pictures shorten them
 _MOST = {"layers": 256, "size": 2**20, "items": 256, "characters": 200}
 _LAYERS = re.compile(r"(layers|depths|levels|points|patterns|blocks)$")  # modules are built one by one, so many
@@ -149,7 +150,9 @@ def _taken(said: dict[str, Any], config_class: Any, where: str, prefix: str = ""
         raise _refused(where, prefix + "backbone", shown(clean.get("backbone")), expected)
     if clean.get("anchor_image_size") is not None:
         _check_anchors(clean, where)
-    return clean if backbone else clean | _labels(said, where) | _architectures(said, where)
+    if backbone:
+        return clean
+    return clean | _labels(said, where) | _architectures(said, where) | _category_ids(said, where)
 
 
 def _backbone(said: Any, where: str) -> dict[str, Any] | None:
@@ -219,6 +222,19 @@ def _labels(said: dict[str, Any], where: str) -> dict[str, Any]:
     if count in (None, len(named)):
         found["label2id"] = {name: int(slot) for slot, name in named.items()}
     return found
+
+
+def _category_ids(said: dict[str, Any], where: str) -> dict[str, Any]:
+    """The dataset's category id of each slot, as a student that qskd trained keeps them."""
+    ids = said.get(CATEGORY_IDS)
+    if ids is None:
+        return {}
+    classes = len(said.get("id2label") or {}) or said.get("num_labels")
+    right = isinstance(ids, list) and all(type(one) is int and abs(one) < 2**63 for one in ids)
+    if not right or len(set(ids)) != len(ids) or len(ids) != classes:
+        expected = f"a whole number for each of the {classes} classes, none of them twice"
+        raise _refused(where, CATEGORY_IDS, shown(ids), expected, f"correct the field in {where}, or delete it")
+    return {CATEGORY_IDS: ids}
 
 
 def _architectures(said: dict[str, Any], where: str) -> dict[str, Any]:

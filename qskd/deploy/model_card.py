@@ -17,9 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 from qskd import __version__
 from qskd.config import MethodSettings
 from qskd.config.distillation import DEFAULT, NONE
+from qskd.deploy.card_evaluation import PICTURES, classes_section
 from qskd.distillation.find import is_built_in
 from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
+from qskd.evaluation.details import Evaluation
 from qskd.evaluation.shown import NOT_MEASURED, is_measured, score_text
 from qskd.storage.ownership import EXTRA_FILE
 from qskd.untrusted import parse_large_json, parse_yaml
@@ -102,6 +104,7 @@ class Card:
     timing: str = ""
     onnx: OnnxFacts | None = None
     methods: tuple[tuple[str, str], ...] = ()  # (title, citation) of each method that taught it
+    evaluation: Evaluation | None = None  # of this model, without its curves
 
 
 _CARD = TypeAdapter(Card)
@@ -130,7 +133,8 @@ def write_card(folder: str | Path, card: Card) -> None:
     facts = Path(folder) / EXTRA_FILE
     extra = read_facts(folder) or {}
     facts.write_text(json.dumps({**extra, "card": asdict(card)}, indent=2, sort_keys=True) + "\n")
-    (Path(folder) / CARD_FILE).write_text(render(card), encoding="utf-8")
+    pictures = [name for name in PICTURES if (Path(folder) / name).is_file()]
+    (Path(folder) / CARD_FILE).write_text(render(card, pictures), encoding="utf-8")
 
 
 def is_hub_name(model: str) -> bool:
@@ -188,8 +192,8 @@ def _table(card: Card) -> str:
     return "\n".join(lines)
 
 
-def render(card: Card) -> str:
-    """The whole README.md."""
+def render(card: Card, pictures: Sequence[str] = ()) -> str:
+    """The whole README.md. pictures: of its evaluation, those that are beside it."""
     own = card.rows[-1]
     size = NOT_MEASURED if own.parameters is None else f"{own.parameters / 1e6:.2f} million parameters"
     measured_on = "" if card.val_images is None else f"AP is COCO's, on {card.val_images} validation images. "
@@ -208,6 +212,8 @@ def render(card: Card) -> str:
         "## Use\n",
         '```python\nfrom transformers import pipeline\n\npipeline("object-detection", model="THIS_FOLDER")("photo.jpg")\n```\n',
     ]
+    if card.evaluation is not None:
+        parts.append(classes_section(card.evaluation, pictures))
     if card.onnx is not None:
         facts = asdict(card.onnx) | {"batch": "any number" if card.onnx.batch is None else card.onnx.batch}
         facts["latency"] = card.onnx.latency or "Its latency was not measured."

@@ -74,7 +74,8 @@ def boxes_of(
 
 
 def detect(folder: Path, image_file: Path, threshold: float) -> list[dict[str, Any]]:
-    """The objects in one image file: "label", "score" and "box_xyxy" in pixels, best first."""
+    """The objects in one image file: "label", "score" and "box_xyxy" in pixels, best first; "category_id", the dataset's, where
+    config.json keeps it."""
     import onnxruntime
     from PIL import Image
 
@@ -91,8 +92,14 @@ def detect(folder: Path, image_file: Path, threshold: float) -> list[dict[str, A
     found = boxes_of(
         logits[:1], pred_boxes[:1], np.array([[picture.height, picture.width]]), config["model_type"], threshold
     )[0]
+    ids = config.get("dataset_category_ids")
     return [
-        {"label": config["id2label"].get(str(label), "N/A"), "score": float(score), "box_xyxy": box.tolist()}
+        {
+            "label": config["id2label"].get(str(label), "N/A"),
+            **({"category_id": ids[label]} if ids else {}),
+            "score": float(score),
+            "box_xyxy": box.tolist(),
+        }
         for score, label, box in zip(found["scores"], found["labels"], found["boxes_xyxy"], strict=True)
     ]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.config import ResizeConfig
 from qskd.detectors.exact import Exact, exactly
@@ -111,6 +112,20 @@ class Detector(nn.Module):
     def labels(self) -> tuple[str, ...]:
         """Class names by slot of the logits."""
         return labels_of(self.model.config)
+
+    @property
+    def category_ids(self) -> tuple[int, ...] | None:
+        """The category id that each slot has in the dataset it was trained on; None where the checkpoint does not say."""
+        ids = getattr(self.model.config, CATEGORY_IDS, None)
+        return None if ids is None else tuple(ids)
+
+    @category_ids.setter
+    def category_ids(self, ids: Sequence[int]) -> None:
+        if len(ids) != len(self.labels):
+            raise ValueError(f"{len(ids)} category ids for {len(self.labels)} classes")
+        setattr(
+            self.model.config, CATEGORY_IDS, [int(one) for one in ids]
+        )  # `save_pretrained` writes it to config.json
 
     def train(self, mode: bool = True) -> Detector:
         """As any module's; but encoder layers without dropout stay as in evaluation themselves (not what is in them): all they

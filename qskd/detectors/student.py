@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import read_preprocessing
 from qskd.checkpoints.timm_resnet import is_dilated
 from qskd.config import StudentConfig
@@ -148,6 +149,8 @@ def _remake_class_heads(model: Any, heads: Sequence[nn.Linear], labels: Sequence
         shared.append(made[id(head.weight)])
     for head, fresh in zip(heads, shared, strict=True):
         head.weight, head.bias, head.out_features = fresh.weight, fresh.bias, len(labels) + more
+    if hasattr(model.config, CATEGORY_IDS):
+        delattr(model.config, CATEGORY_IDS)  # of other classes
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: slot for slot, label in enumerate(labels)}
     model.num_labels = len(labels)

@@ -27,14 +27,20 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 _SLOW_FROM_IMAGES = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CocoResult:
     """metrics: the twelve of `METRICS` as fractions, -1 where nothing could be measured (as pycocotools has it).
-    per_class: AP of each category by name, in the order given. backend: the program that counted."""
+    per_class: AP of each category by name, in the order given. backend: the program that counted. precision: float
+    [10 IoUs, 101 recalls, K categories in the order given], -1 where nothing could be measured."""
 
     metrics: dict[str, float]
     per_class: dict[str, float]
     backend: Backend
+    precision: Array
+
+    def class_ap(self, place: int, iou: int | None = None) -> float:
+        """AP of the category at this place of those given; iou: 0 to 9, for one of the ten IoUs alone."""
+        return _mean(self.precision[slice(None) if iou is None else iou, :, place])
 
 
 def detections_from(
@@ -44,9 +50,11 @@ def detections_from(
     original_sizes: Tensor,
     category_ids_of_label: Sequence[int] | Array,
     top_k: int = 100,
+    one_a_query: bool = False,
 ) -> Detections:
     """The `top_k` best (query, class) pairs of each image, best first, as transformers' sigmoid DETR families give them
     in `post_process_object_detection`: a query may appear with several classes, boxes are not clipped to the image.
+    one_a_query: with its best class alone, as DETR's own.
 
     logits [B, Q, K]; boxes_cxcywh [B, Q, 4] relative to the image; original_sizes [B, 2] height, width in pixels;
     category_ids_of_label: the dataset's category id of each of the K classes. Half precision is computed in float32.
@@ -57,7 +65,12 @@ def detections_from(
             f"logits are {tuple(logits.shape)}, but there are {len(image_ids)} image ids, sizes of shape "
             f"{tuple(original_sizes.shape)} and {len(category_ids_of_label)} category ids"
         )
-    probabilities = logits.detach().float().sigmoid().flatten(1)
+    probabilities = logits.detach().float().sigmoid()
+    if one_a_query:
+        best = probabilities.argmax(-1, keepdim=True)
+        probabilities = torch.full_like(probabilities, -1.0).scatter(-1, best, probabilities.gather(-1, best))
+        top_k = min(top_k, logits.shape[1])
+    probabilities = probabilities.flatten(1)
     kept = min(top_k, probabilities.shape[1])
     scores, places = torch.topk(probabilities, kept, dim=1)
     queries = torch.div(places, classes, rounding_mode="floor")
@@ -100,7 +113,9 @@ def evaluate_coco(
         precision, recall = COUNT[chosen](truth, found, [1, 10, max_detections])
     else:  # nothing to find, nothing to measure; not every program takes an empty table
         precision, recall = np.full((10, 101, len(truth.categories), 4, 3), -1.0), np.full((10, 0, 4, 3), -1.0)
-    return CocoResult(_twelve(precision, recall), _per_class(precision, truth.categories), chosen)
+    ranks = {number: rank for rank, number in enumerate(sorted(number for number, _ in truth.categories))}
+    given = precision[:, :, [ranks[number] for number, _ in truth.categories], 0, 2]
+    return CocoResult(_twelve(precision, recall), _per_class(given, truth.categories), chosen, given)
 
 
 def choose_backend() -> Backend:
@@ -199,8 +214,7 @@ def _twelve(precision: Array, recall: Array) -> dict[str, float]:
 
 def _per_class(precision: Array, categories: Sequence[tuple[int, str]]) -> dict[str, float]:
     names = [name for _, name in categories]
-    ranks = {number: rank for rank, number in enumerate(sorted(number for number, _ in categories))}
     return {
-        name if names.count(name) == 1 else f"{name} (id {number})": _mean(precision[:, :, ranks[number], 0, 2])
-        for number, name in categories
+        name if names.count(name) == 1 else f"{name} (id {number})": _mean(precision[:, :, place])
+        for place, (number, name) in enumerate(categories)
     }

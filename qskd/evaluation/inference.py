@@ -11,6 +11,7 @@ from qskd.datasets.views import View, crop_size, view_image
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.evaluation.average_precision import detections_from
 from qskd.evaluation.detections import Detections
+from qskd.evaluation.pairs import Pairs
 
 
 def predict_batch(
@@ -27,8 +28,21 @@ def predict_batch(
     slots: the logit slot of each class in `category_ids`; None when they are the same. The detector must be in evaluation
     mode.
     """
+    return predict_pairs(detector, arrays, preprocessing, category_ids, [Pairs(top_k, False)], slots, device)[0]
+
+
+def predict_pairs(
+    detector: Detector,
+    arrays: Mapping[str, np.ndarray],
+    preprocessing: Preprocessing,
+    category_ids: Sequence[int],
+    choices: Sequence[Pairs],
+    slots: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Detections]:
+    """The same for each choice of (query, class) pairs, of one pass of the detector."""
     if not len(arrays["image_ids"]):
-        return Detections.empty()
+        return [Detections.empty() for _ in choices]
     images = torch.from_numpy(arrays["images"].copy()).to(device, non_blocking=True)
     sizes = torch.from_numpy(arrays["sizes"].copy()).to(device, non_blocking=True)
     pixels, mask = to_pixels(images, sizes, preprocessing.mean, preprocessing.std)
@@ -37,7 +51,8 @@ def predict_batch(
         logits = output.logits[-1] if slots is None else output.logits[-1][..., list(slots)]
         original_sizes = torch.from_numpy(arrays["original_sizes"].copy())
         ids = arrays["image_ids"].tolist()
-        return detections_from(logits.cpu(), output.boxes_cxcywh[-1].cpu(), ids, original_sizes, category_ids, top_k)
+        said = logits.cpu(), output.boxes_cxcywh[-1].cpu(), ids, original_sizes, category_ids
+        return [detections_from(*said, choice.most, choice.one_a_query) for choice in choices]
 
 
 def predict_image(

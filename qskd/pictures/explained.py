@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from qskd.evaluation.detections import Detections
 from qskd.pictures.drawing import OBJECT, corners, counted, fitted
 from qskd.pictures.explain import STAND_IN_SCORE, Explanation
+from qskd.pictures.fonts import shown_name
 from qskd.pictures.panels import Key, Panel, draw_dashed, sheet
 from qskd.pictures.plots import Picture, class_colour, draw_boxes
 
@@ -22,6 +23,7 @@ _CLASSES_SHOWN = 8  # in a legend
 
 def _class_keys(labels: npt.NDArray[Any], names: Sequence[str]) -> tuple[Key, ...]:
     counts = Counter(int(label) for label in labels).most_common()
+    names = [shown_name(name, label) for label, name in enumerate(names)]
     keys = [
         Key(f"{names[label]} ({count})" if count > 1 else names[label], (class_colour(label),))
         for label, count in counts[:_CLASSES_SHOWN]

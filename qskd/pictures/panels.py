@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qskd.pictures.plots import FAINT, INK, Colour, Picture, load_font, shortened, wrapped
+from qskd.pictures.fonts import font_for, load_font
+from qskd.pictures.plots import FAINT, INK, Colour, Picture, shortened, wrapped
 
 WARNING: Colour = (176, 52, 0)
 _LEAST_WIDTH = 448  # of a column: notes and legends need as much, however narrow the picture
@@ -61,6 +62,11 @@ def sheet(heading: str, about: str, warning: str, panels: Sequence[Panel]) -> Pi
     return np.asarray(canvas)
 
 
+def _fitting(text: str, font: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
+    """This font, or one of its size that has the text's letters."""
+    return font_for(text, int(font.size), "Bold" in str(font.getname()[1])) or font
+
+
 def _line_height(font: ImageFont.FreeTypeFont) -> int:
     return int(sum(font.getmetrics()) * 1.12)
 
@@ -69,7 +75,8 @@ def _text_block(lines: Sequence[str], font: ImageFont.FreeTypeFont, colour: Colo
     block = Image.new("RGB", (width, max(1, _line_height(font) * len(lines))), (255, 255, 255))
     draw = ImageDraw.Draw(block)
     for i, line in enumerate(lines):
-        draw.text((0, i * _line_height(font)), shortened(line, font, width), fill=colour, font=font)
+        own = _fitting(line, font)
+        draw.text((0, i * _line_height(font)), shortened(line, own, width), fill=colour, font=own)
     return block
 
 
@@ -102,20 +109,21 @@ def _row(panels: Sequence[Panel], cell: int) -> Image.Image:
 
 def _legend(keys: Sequence[Key], width: int) -> Image.Image:
     """Entries one after the other, as many on a line as there is room for."""
-    font = load_font(17)
-    line, y, x = _line_height(font) + 3, 0, 0
+    plain = load_font(17)
+    line, y, x = _line_height(plain) + 3, 0, 0
     placed = []
     for key in keys:
+        font = _fitting(key.text, plain)
         offset = 0 if key.style == "words" else (_SWATCH[0] * (4 if key.style == "heat" else 1) + 8)
         text = shortened(key.text, font, width - offset)
         long = offset + int(font.getlength(text)) + 1
         if x and x + long > width:
             x, y = 0, y + line
-        placed.append((x, y, offset, key, text))
+        placed.append((x, y, offset, key, text, font))
         x += long + 22
     legend = Image.new("RGB", (width, y + line if placed else 1), (255, 255, 255))
     draw = ImageDraw.Draw(legend)
-    for x, y, offset, key, text in placed:
+    for x, y, offset, key, text, font in placed:
         top = y + (line - 3 - _SWATCH[1]) // 2
         corners = (x, top, x + offset - 9, top + _SWATCH[1] - 1)
         if key.style == "heat":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from qskd.pictures.fonts import font_for, load_font, shown_name
 from qskd.printable import LONGEST_LINE, one_line
 
 Picture = npt.NDArray[np.uint8]
@@ -29,14 +29,6 @@ PALETTE: tuple[Colour, ...] = (
 INK: Colour = (33, 33, 33)
 FAINT: Colour = (110, 110, 110)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
-
-
-@lru_cache
-def load_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    import matplotlib  # brings DejaVu Sans along; Pillow alone has no font that reads well at every size
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def class_colour(label: int) -> Colour:
@@ -66,7 +58,8 @@ def draw_boxes(
     """A copy of the image with its boxes, each in its class's colour and with a caption ("cat 0.87", long names cut short).
 
     image: uint8 [H, W, 3]. boxes_xyxy [N, 4]: pixels of `image`; may reach outside. labels [N]: class indices.
-    scores [N]: shown when given, best drawn last, on top. names: of the classes; empty strings show no name.
+    scores [N]: shown when given, best drawn last, on top. names: of the classes; empty strings show no name, one that no
+    font here has shows its number.
     Images whose longer side is below `smallest_side` are enlarged by a whole factor first, so that captions stay
     legible: the result is uint8 [f * H, f * W, 3].
     """
@@ -93,18 +86,19 @@ def draw_boxes(
         left, top, right, bottom = corners[i]
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0), width=line + 2)
         draw.rectangle((left, top, right, bottom), outline=class_colour(int(labels[i])), width=line)
-    captions: list[tuple[Place, str, Colour]] = []
-    pad = max(2, int(font.size) // 6)
+    captions: list[tuple[Place, str, Colour, ImageFont.FreeTypeFont]] = []
+    pad, plain = max(2, int(font.size) // 6), font
     for i in order[::-1]:  # the best choose their place first
-        name = names[int(labels[i])] if names is not None else str(int(labels[i]))
+        name = shown_name(names[int(labels[i])], int(labels[i])) if names is not None else str(int(labels[i]))
+        font = font_for(name, int(plain.size)) or plain
         score = f"{float(scores[i]):.2f}" if scores is not None else ""
         room = 0.6 * canvas.width - font.getlength(f" {score}")
         text = " ".join(word for word in (shortened(name, font, room), score) if word)
         wanted = (font.getlength(text) + 2 * pad, sum(font.getmetrics()) + 2.0)
-        place = _free_place(wanted, canvas.size, corners[i], [taken for taken, _, _ in captions]) if text else None
+        place = _free_place(wanted, canvas.size, corners[i], [taken for taken, *_ in captions]) if text else None
         if place is not None:
-            captions.append((place, text, class_colour(int(labels[i]))))
-    for (left, top, right, bottom), text, colour in reversed(captions):
+            captions.append((place, text, class_colour(int(labels[i])), font))
+    for (left, top, right, bottom), text, colour, font in reversed(captions):
         draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
         draw.text((left + pad, top + 1), text, fill=_text_colour(colour), font=font)
     return np.asarray(canvas)

@@ -1,0 +1,42 @@
+"""What `qskd predict` is given: image files, videos, folders of both, patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qskd.errors import QskdError
+from qskd.storage.ownership import is_own_picture
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
+DRAWN = ".boxes"  # before the ending of what we draw beside an input
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_ENDINGS
+
+
+def files_of(given: Sequence[Path]) -> list[Path]:
+    """Files as they are given; of folders (not of those inside) and patterns (`**` is any depth) the images and videos, by name.
+    What `qskd predict` drew there itself is left out. QskdError for a folder or pattern with none."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            found += _kept(path, [path / name for name in sorted(os.listdir(path))])
+        elif glob.has_magic(str(path)) and not os.path.lexists(path):  # a file may be called a[1].jpg
+            found += _kept(path, [Path(name) for name in sorted(glob.glob(str(path), recursive=True))])
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _kept(given: Path, inside: Sequence[Path]) -> list[Path]:
+    kept = [path for path in inside if path.suffix.lower() in IMAGE_ENDINGS + VIDEO_ENDINGS and path.is_file()]
+    kept = [path for path in kept if not (path.stem.endswith(DRAWN) and (is_video(path) or is_own_picture(path)))]
+    if not kept:
+        endings = ", ".join(IMAGE_ENDINGS + VIDEO_ENDINGS)
+        raise QskdError(str(given), "no images or videos", f"files that end in {endings}", "check the path")
+    return kept
