@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.cluster.noise import own_stderr
 from pipelines.run.logs import start_logs
 from pipelines.run.stopping import ended_by_signals
 from qskd.errors import QskdError, told_without_traceback
@@ -86,6 +87,7 @@ def run(command: Callable[..., None], verb: str, arguments: list[str] | None = N
 
 def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
     """Run a command line; a QskdError is told without a traceback, with exit code 1."""
+    own_stderr()
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8, and printing it must not end the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

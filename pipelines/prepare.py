@@ -59,21 +59,20 @@ def prepare(
     quiet: bool = False,
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it."""
-    from rich.markup import escape
-    from rich.progress import Progress
-
+    from pipelines.reporting.board import progress
     from qskd.datasets.coco import read_coco
     from qskd.datasets.shards import write_shards
 
-    dataset = read_coco(annotations, images, on_error)
-    with Progress(disable=quiet, transient=True) as progress:
-        task = progress.add_task(escape(f"{one_line(annotations.name)} → {one_line(destination)}"), total=len(dataset))
+    with progress("prepare", quiet=quiet) as row:
+        row.stage(f"reading {one_line(annotations.name)}")
+        dataset = read_coco(annotations, images, on_error)
+        row.shown.total = len(dataset)
         return write_shards(
             dataset,
             destination,
             rows_per_shard=rows_per_shard,
             overwrite=overwrite,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda done, total: row.at(done),
         )
 
 

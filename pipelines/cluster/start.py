@@ -7,6 +7,7 @@ import os
 
 from pipelines.cluster.environment import VERBOSE, _for_workers, joined
 from pipelines.cluster.loopback import choose_loopback, make_token
+from pipelines.cluster.noise import keep_back_noise
 from pipelines.run.stopping import sigterm_kept
 
 LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
@@ -18,6 +19,7 @@ def start_ray() -> None:
 
     if ray.is_initialized():
         return
+    keep_back_noise()
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
     if joined():
         with sigterm_kept():

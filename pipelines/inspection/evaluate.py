@@ -5,6 +5,7 @@ python -m pipelines.evaluate runs/quickstart/qskd/student runs/quickstart/data/v
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ import torch
 from pipelines.cluster.devices import device_of
 from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
+from pipelines.reporting.board import Row, progress
+from pipelines.reporting.pulse import Pulse
+from pipelines.reporting.watch import CountWatch
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
 from qskd.datasets.classes import map_classes
@@ -41,7 +45,9 @@ class DetectorActor:
         class_map: Mapping[str, str],
         threads: int,
         device: str = "auto",
+        subject: str = "",
     ) -> None:
+        self.pulse, self.images = Pulse(subject, uuid.uuid4().hex), 0
         torch.set_num_threads(threads)
         manifest = load_manifest(data)
         self.device = device_of(device)
@@ -56,6 +62,8 @@ class DetectorActor:
         rows = np.stack([batch["shard"], batch["row"], np.zeros_like(batch["row"])], 1).astype(np.int32)
         arrays = self.loader.load("val", rows)
         found = predict_batch(self.detector, arrays, self.preprocessing, self.category_ids, self.slots, self.device)
+        self.images += len(rows)
+        self.pulse.tell(images=self.images)
         return dict(vars(found))
 
 
@@ -95,21 +103,32 @@ def evaluate(
             map_classes(manifest.labels, load_detector(folder).labels, class_map or {})
     arguments = (model, data, preprocessing, class_map or {}, threads, device)
     places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
-    if workers:
-        found = _on_cluster(arguments, places, batch_size, workers, device)
-    else:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
-        actor = DetectorActor(*arguments)
-        chunks = np.split(places, range(batch_size, len(places), batch_size))
-        found = [actor({"shard": chunk[:, 0], "row": chunk[:, 1]}) for chunk in chunks]
-    parts = [Detections(**{name: np.asarray(values) for name, values in part.items()}) for part in found]
-    return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+    with progress("evaluate", len(places)) as row:
+        if workers:
+            found = _on_cluster(arguments, places, batch_size, workers, device, row)
+        else:
+            found = _here(arguments, places, batch_size, device, row)
+        row.at(len(places), doing="computing AP")
+        parts = [Detections(**{name: np.asarray(values) for name, values in part.items()}) for part in found]
+        return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+
+
+def _here(
+    arguments: tuple[Any, ...], places: np.ndarray, batch_size: int, device: str, row: Row
+) -> list[dict[str, np.ndarray]]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
+    actor, found = DetectorActor(*arguments), []
+    for chunk in np.split(places, range(batch_size, len(places), batch_size)):
+        found.append(actor({"shard": chunk[:, 0], "row": chunk[:, 1]}))
+        row.at(actor.images)
+    return found
 
 
 def _on_cluster(
-    arguments: tuple[Any, ...], places: np.ndarray, batch_size: int, workers: int, device: str
+    arguments: tuple[Any, ...], places: np.ndarray, batch_size: int, workers: int, device: str, row: Row
 ) -> list[dict[str, Any]]:
+    row.stage("starting Ray")
     start_ray()
     import ray
 
@@ -118,14 +137,17 @@ def _on_cluster(
     there = bool(ray.cluster_resources().get("GPU"))
     if device == "cuda":
         check_gpus(1)
+    row.stage("loading the detector")
+    subject = f"evaluation-{uuid.uuid4().hex}"
     rows = [{"shard": shard, "row": row} for shard, row in places.tolist()]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows) // batch_size, 8 * workers)))
     detections = dataset.map_batches(
         DetectorActor,
-        fn_constructor_args=arguments,
+        fn_constructor_args=(*arguments, subject),
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
         num_gpus=1 if device == "cuda" or (device == "auto" and there) else 0,
         num_cpus=1,
     )
-    return list(detections.iter_batches(batch_size=None))
+    with CountWatch(row, subject, len(places)):
+        return list(detections.iter_batches(batch_size=None))

@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
+from pipelines.reporting.board import current, progress, stage
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
 from pipelines.run.logs import start_logs, tell
@@ -87,7 +88,8 @@ def run(config: Config, verb: str, restart: bool = False) -> RunResult:
     config = resolve(config, verb)
     folder = check_folder(config, restart)
     plan = make_plan(config, verb)
-    with alone_on(folder):
+    steps = plan.stream.schedule.total_steps
+    with alone_on(folder), progress(config.name, steps, "step", subject=folder.path):
         return _run(plan, folder, restart)
 
 
@@ -106,12 +108,16 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         return done
     if verb == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
+        stage("loading the teacher")
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
+    if config.student.inherit:
+        stage("building the student")
     # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.
     inherited = start_student(config, plan.train.labels)[1] if config.student.inherit else ""
     folder.write_record("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
     mend_list(folder)  # here too: what can't be mended is said before Ray starts
+    stage("opening the run in MLflow")
     tracker = open_for(folder, config, verb)
     start_logs(run=config.name, run_id=tracker.run_id)
     if inherited:
@@ -120,6 +126,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     for notice in plan.notices:
         log.warning(notice)
     try:
+        stage("starting Ray")
         start_ray()
         say_if_on_cpus(config.compute.device)
         started = time.perf_counter()
@@ -127,6 +134,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
             result = fit(plan, tracker, folder)
         finally:
             raise_failure(folder)  # says more than what Ray makes of it
+        stage("telling MLflow")
         whole = fill_in(tracker, folder, config.name, PATIENCE_S)
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException as error:
@@ -138,13 +146,15 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
 
 def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     """Ray Train. Goes on from the last checkpoint when OUTPUT/NAME/train has one."""
-    from pipelines.reporting.progress import ProgressPrinter, TrackingCallback
+    from pipelines.reporting.progress import TrackingCallback
+    from pipelines.reporting.watch import TrainingWatch
 
+    stage("starting the workers")
     tracking = TrackingCallback(tracker, folder)
     trainer = make_trainer(plan.config, plan.stream, folder, [tracking], tracker.run_id)
     tracking.catch_up(plan.config.compute.workers)
     fill_in(tracker, folder, plan.config.name)
-    with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
+    with TrainingWatch(current(), folder, plan.stream.schedule):
         return trainer.fit()
 
 
@@ -162,8 +172,10 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = read_state(checkpoint)["metrics"]
+        stage("measuring parameters, FLOPs and latency")
         write_card(student, card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics))
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
+        stage("writing the student")
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now
     done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))

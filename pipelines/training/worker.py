@@ -13,6 +13,7 @@ import torch
 from pipelines.cluster.devices import pick_device
 from pipelines.cluster.room import reader_cpus
 from pipelines.reporting.meter import Gauges, Meter
+from pipelines.reporting.pace import Pace
 from pipelines.run.folder import Folder, record_failure
 from pipelines.run.logs import as_json, start_logs
 from pipelines.training.checkpoints import restore, write_checkpoint
@@ -94,6 +95,8 @@ class Worker:
         self.config, self.stream, self.world_size, self.rank = config, stream, world_size, rank
         self.preemptible = preemptible
         self.device = device or pick_device(config.compute.device)
+        self.pace = Pace(Folder(config).path if rank == 0 else "", stream.schedule.batch_size)
+        self.pace.doing("building the student")
         manifest = load_manifest(stream.train_uri)
         self.category_ids = tuple(category.id for category in manifest.categories)
         student = make_student(config, manifest.labels)
@@ -105,6 +108,7 @@ class Worker:
 
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
+        self.pace.doing("reading the first batches")
         shares = self.shares(start_step)
         for (subset, epoch), part in itertools.groupby(shares, key=lambda share: (share.subset, share.epoch)):
             if subset == "train":
@@ -131,6 +135,7 @@ class Worker:
             parts = parts_of(arrays, self.config.training, self.world_size)
             values = self.training.train_step(*(train_batch(part, self.device) for part in parts))
             self.meter.add(self.training.step, values, batch_size, waited_s, asked)
+            self.pace.step(self.training.step, values["total"], time.perf_counter() - waiting_since)
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):
                     self.report(share.epoch, None)
@@ -162,8 +167,10 @@ class Worker:
         """COCO AP over the validation set; on rank 0, None elsewhere."""
         with self.training.evaluation_weights() as student:
             seen_as = student.preprocessing(self.config.student.resize)
+            counted = self.pace.evaluating(shares, self.stream.batch_count("val", 0))
             found = [
-                predict_batch(student, share.arrays, seen_as, self.category_ids, device=self.device) for share in shares
+                predict_batch(student, share.arrays, seen_as, self.category_ids, device=self.device)
+                for share in counted
             ]
         everything = gather_detections(Detections.concatenate(found), self.world_size)
         return evaluate_coco(self.truth, everything) if everything is not None and self.truth is not None else None
@@ -184,6 +191,7 @@ class Worker:
         if self.rank:
             ray.train.report(metrics)
             return
+        self.pace.doing("writing a checkpoint")
         with scratch_folder("checkpoint") as folder:
             write_checkpoint(folder, self.training, self.config, result)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder))
