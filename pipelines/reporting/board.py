@@ -60,16 +60,17 @@ class Row:
         if done < shown.done:  # begun again from a checkpoint
             self.seen.clear()
         shown.done, shown.doing = done, doing
-        shown.numbers |= numbers or {}
+        new = dict(numbers or {})
         speed = self._speed(now, done)
         if speed and shown.unit == "images":
-            shown.numbers["images_per_s"] = speed
+            new["images_per_s"] = speed
+        shown.numbers |= new
         if left_s is None and speed and shown.total:
             left_s = (shown.total - done) / speed
         shown.left_s = left_s
         since_last = min(max((now - self.begun) / 10, FIRST_LINE_S), LONGEST_LINE_S)
         if self.way == "lines" and done and now - self.said_at >= since_last:
-            fields = {shown.unit: done, "of": shown.total, **shown.numbers}
+            fields = {shown.unit: done, "of": shown.total, **new}
             self.line(line_text(shown), run=shown.name, **fields)
 
     def _speed(self, now: float, done: int) -> float:

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
-from pipelines.reporting.board import current, progress, stage
+from pipelines.reporting.board import current, progress, stage, way_here
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
 from pipelines.run.logs import start_logs, tell
@@ -27,10 +27,11 @@ from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.checkpoint_list import delete_unlisted, mend_list
 from pipelines.training.checkpoints import read_state
+from pipelines.training.estimate import foresee_time
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.training.trainer import make_trainer
 from qskd.config import Config
-from qskd.config.recipe import load, to_yaml
+from qskd.config.recipe import load, shown_fields, to_yaml
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher, start_student
 from qskd.storage.scratch import scratch_folder
@@ -66,7 +67,12 @@ def check_folder(config: Config, restart: bool) -> Folder:
 
 
 def start(
-    verb: str, recipe: str | None, overrides: Sequence[str] | None, dry_run: bool = False, restart: bool = False
+    verb: str,
+    recipe: str | None,
+    overrides: Sequence[str] | None,
+    dry_run: bool = False,
+    all_fields: bool = False,
+    restart: bool = False,
 ) -> None:
     """What the command line does: load the recipe, train, and say where the student is."""
     config = load(recipe, overrides or ())
@@ -75,7 +81,12 @@ def start(
         check_folder(config, restart)
         plan = make_plan(config, verb, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
-        tell(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
+        about = plan.describe(shlex.join(["qskd", "cache", *same]))
+        tell(shown_fields(config, everything=all_fields), about, sep="\n")
+        with progress(config.name, quiet=way_here() == "lines"):
+            stage("trying a few steps")
+            time_needed = foresee_time(plan)
+        tell(time_needed)
         return
     result = run(config, verb, restart)
     tell(f"student: {result.student}")
