@@ -33,29 +33,15 @@ def command(
     """COCO AP of any detector, distilled or not."""
     from pipelines.inspection import evaluate as program
     from qskd.config.recipe import load
-    from qskd.datasets.manifest import load_manifest
-    from qskd.detectors import read_preprocessing
     from qskd.printable import one_line
-    from qskd.storage.files import fetched
 
     config = load(recipe, set or ())
     program.check_overrides(set or ())
+    asked = (config.teacher.resize, config.teacher.class_map, batch_size, workers, threads)
     if dry_run:
-        with fetched(model) as folder:
-            manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
-        tell(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
+        tell(program.foresee(model, data, *asked, device=config.compute.device))
         return
-    result = program.evaluate(
-        model,
-        data,
-        config.teacher.resize,
-        config.teacher.class_map,
-        batch_size,
-        workers,
-        threads,
-        backend,  # type: ignore[arg-type]
-        config.compute.device,
-    )
+    result = program.evaluate(model, data, *asked, backend, config.compute.device)  # type: ignore[arg-type]
     tell("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
     if per_class:
         tell("\n".join(f"{value:.4f}  {one_line(name)}" for name, value in result.per_class.items()))

@@ -112,3 +112,15 @@ def test_a_dry_run_of_cache_shows_what_differs_too(here: Path, tmp_path: Path) -
     assert done.output.startswith("# what differs from the defaults")
     assert "learning_rate:" not in done.output
     assert "tried here on" in done.output
+
+
+def test_a_dry_run_of_evaluate_says_how_long_it_takes_or_why_not(here: Path) -> None:
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(app, ["evaluate", *words, "--dry-run"])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert re.search(
+        r"^time: about \d+ s: [\d.]+ ms an image, tried here on cpu", said(str(TEACHER), f"{here}/val"), re.M
+    )
+    assert "time: not known: it could not be tried here" in said(f"{here}/model", f"{here}/val")  # other classes

@@ -5,6 +5,7 @@ python -m pipelines.evaluate runs/quickstart/qskd/student runs/quickstart/data/v
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,11 +19,12 @@ from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.reporting.board import Row, progress
 from pipelines.reporting.pulse import Pulse
 from pipelines.reporting.watch import CountWatch
+from pipelines.reporting.words import duration_text
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
 from qskd.datasets.classes import map_classes
 from qskd.datasets.loader import BatchLoader
-from qskd.datasets.manifest import load_manifest
+from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult, evaluate_coco
@@ -102,7 +104,7 @@ def evaluate(
         if workers:  # complain before anything starts
             map_classes(manifest.labels, load_detector(folder).labels, class_map or {})
     arguments = (model, data, preprocessing, class_map or {}, threads, device)
-    places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
+    places = _places(manifest)
     with progress("evaluate", len(places)) as row:
         if workers:
             found = _on_cluster(arguments, places, batch_size, workers, device, row)
@@ -111,6 +113,47 @@ def evaluate(
         row.at(len(places), doing="computing AP")
         parts = [Detections(**{name: np.asarray(values) for name, values in part.items()}) for part in found]
         return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+
+
+def foresee(
+    model: str,
+    data: str,
+    resize: ResizeConfig | None = None,
+    class_map: Mapping[str, str] | None = None,
+    batch_size: int = 16,
+    workers: int = 1,
+    threads: int = 1,
+    device: str = "auto",
+) -> str:
+    """What `--dry-run` prints: what is evaluated, and how long it will take, from two batches tried in this process."""
+    manifest = load_manifest(data)
+    with fetched(model) as folder:
+        preprocessing = read_preprocessing(folder, resize)
+    said = f"{model} on {manifest.num_images} images of {data}, resized: {preprocessing.resize}, {workers} process(es)"
+    if "://" in data:
+        return f"{said}\ntime: not known: the images are in a store, and not on this machine"
+    before = torch.get_num_threads()
+    try:
+        actor = DetectorActor(model, data, preprocessing, class_map or {}, threads, device)
+        chunk = _places(manifest)[:batch_size]
+        for _ in range(2):  # the first wakes it up
+            started = time.perf_counter()
+            actor({"shard": chunk[:, 0], "row": chunk[:, 1]})
+        image_s = (time.perf_counter() - started) / len(chunk)
+    except Exception as error:  # the rest stands all the same
+        return (
+            f"{said}\ntime: not known: it could not be tried here: {type(error).__name__}: {str(error).splitlines()[0]}"
+        )
+    finally:
+        torch.set_num_threads(before)
+    total = duration_text(manifest.num_images * image_s / max(1, workers))
+    tried = f"{1000 * image_s:.1f} ms an image, tried here on {actor.device} with {len(chunk)} images"
+    return f"{said}\ntime: about {total}: {tried}, {max(1, workers)} process(es); starting and AP's own arithmetic come on top"
+
+
+def _places(manifest: Manifest) -> np.ndarray:
+    """(shard, row) of each image."""
+    return np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
 
 
 def _here(
