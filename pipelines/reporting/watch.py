@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from pipelines.reporting.board import Row
@@ -15,25 +16,29 @@ from qskd.datasets.schedule import Schedule
 from qskd.errors import QskdError
 
 log = logging.getLogger("qskd")
+PATIENCE_S = 5.0
 
 
 class Watch:
-    """A thread that does `look` about once a second; a context manager."""
+    """A thread that does `look` about once a second; a context manager. subject: what is posted of it is forgotten at the end."""
 
-    def __init__(self, every_s: float = 1.0) -> None:
-        self.every_s, self.stopped = every_s, threading.Event()
+    def __init__(self, subject: str, every_s: float = 1.0) -> None:
+        self.subject, self.every_s, self.stopped = subject, every_s, threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def look(self) -> None:
         raise NotImplementedError
 
+    def last_look(self) -> None:
+        """What remains to be said at the end. Does not ask Ray, which may be gone."""
+
     def _run(self) -> None:
         while not self.stopped.wait(self.every_s):
-            self.look_safely()
+            self._safely(self.look)
 
-    def look_safely(self) -> None:
+    def _safely(self, look: Callable[[], None]) -> None:
         try:
-            self.look()
+            look()
         except (QskdError, OSError) as error:  # only what is shown: the work may well go on
             log.warning("no progress can be shown for now: %s", error)
 
@@ -43,25 +48,24 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
-        self.thread.join()
+        self.thread.join(PATIENCE_S)
+        self._safely(self.last_look)
+        if not self.thread.is_alive():  # else it waits for a Ray that does not answer
+            forget(self.subject)
 
 
 class CountWatch(Watch):
     """Moves a row by the images that processes say they have done. left: how many of the row's are yet to be done now."""
 
     def __init__(self, row: Row, subject: str, left: int) -> None:
-        super().__init__()
-        self.row, self.subject, self.before = row, subject, row.shown.total - left
+        super().__init__(subject)
+        self.row, self.before = row, row.shown.total - left
         forget(subject)  # of a program that was killed
 
     def look(self) -> None:
         done = sum(int(each.get("images", 0)) for each in heard(self.subject).values())
         if done:  # a process that was lost has its work done again
             self.row.at(min(self.before + done, self.row.shown.total))
-
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        forget(self.subject)
 
 
 class TrainingWatch(Watch):
@@ -72,8 +76,10 @@ class TrainingWatch(Watch):
     """
 
     def __init__(self, row: Row, folder: Folder, schedule: Schedule, another: bool = False) -> None:
-        super().__init__()
+        super().__init__(folder.path)
         self.row, self.folder, self.schedule, self.another = row, folder, schedule, another
+        if not another:
+            forget(self.subject)  # what a killed run of before said
         self.printed: set[int] | None = None if another else self._steps_there()
         if self.printed:
             row.shown.done = max(self.printed)
@@ -81,26 +87,27 @@ class TrainingWatch(Watch):
     def _steps_there(self) -> set[int]:
         return {entry["step"] for entry in read_history(self.folder)}
 
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self.look_safely()
-        forget(self.folder.path)
-
     def look(self) -> None:
-        said = heard(self.folder.path)
-        if self.printed is None:
-            if not said:
-                return
+        said = heard(self.subject)
+        if self.printed is None and said:
             self.printed = self._steps_there()
+        self._print_reports(said.get("worker", {}))
+        self._move(said.get("worker", {}), said.get("driver", {}))
+
+    def last_look(self) -> None:
+        self._print_reports({})
+
+    def _print_reports(self, worker: dict[str, Any]) -> None:
+        if self.printed is None:
+            return
         for entry in read_history(self.folder):
             if entry["step"] not in self.printed:
                 self.printed.add(entry["step"])
                 self.row.shown.numbers |= numbers_of(entry)
                 fields = {"run": self.row.shown.name, "step": entry["step"]}
                 fields |= {**entry.get("training", {}), **entry["evaluation"]}
-                left_s = time_left(self.schedule, entry["step"], said.get("worker", {}))
+                left_s = time_left(self.schedule, entry["step"], worker)
                 self.row.line(progress_line(self.row.shown.name, entry, self.schedule.total_steps, left_s), **fields)
-        self._move(said.get("worker", {}), said.get("driver", {}))
 
     def _move(self, worker: dict[str, Any], driver: dict[str, Any]) -> None:
         if self.another and driver.get("doing"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.reporting.board import Row
-from pipelines.reporting.pulse import forget, heard
+from pipelines.reporting.pulse import heard
 from pipelines.reporting.watch import Watch
 from pipelines.tuning.records import ENDED, Records
 from pipelines.tuning.report.results import best_row
@@ -14,12 +14,12 @@ class SweepWatch(Watch):
     fails, leaves nothing to do."""
 
     def __init__(self, row: Row, records: Records, steps: tuple[int, int], trials: int) -> None:
-        super().__init__()
+        super().__init__(records.folder.path)
         self.row, self.records, (self.steps, self.steps_per_epoch), self.trials = row, records, steps, trials
         row.shown.total = trials * self.steps
 
     def look(self) -> None:
-        at_work = heard(self.records.folder.path, below=True)
+        at_work = heard(self.subject, below=True)
         rows = list(self.records.rows.values())  # the sweep's own thread adds to them
         done, speed, doing = 0, 0.0, ""
         for row in rows:
@@ -38,7 +38,3 @@ class SweepWatch(Watch):
         if best is not None:
             numbers["best"] = f"{best.best_ap:.3f} (trial {best.number})"
         self.row.at(done, "" if speed else doing, numbers=numbers)
-
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        forget(self.records.folder.path)
