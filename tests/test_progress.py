@@ -26,6 +26,9 @@ from pipelines.reporting.watch import TrainingWatch, time_left
 from pipelines.reporting.words import Shown, line_text
 from pipelines.run.folder import Folder
 from pipelines.run.history import add_report
+from pipelines.tuning.records import Records
+from pipelines.tuning.trial.row import TrialRow
+from pipelines.tuning.watch import SweepWatch
 from qskd.config.recipe import load
 from qskd.datasets.schedule import Schedule
 
@@ -195,3 +198,36 @@ def test_without_ray_nothing_is_posted_or_heard_and_nothing_fails() -> None:
     assert (done.stdout, done.stderr) == ("{}\n", "")
     assert heard("runs/never") == {}
     forget("runs/never")
+
+
+def test_a_row_that_another_process_shows_prints_nothing_and_says_its_stages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    monkeypatch.setattr(board, "_shown_elsewhere", True)
+    with progress("one", 100, "step", subject="runs/one") as row:
+        stage("starting Ray")
+        assert row.pulse.facts == {"doing": "starting Ray"}
+        clock[0] += 100.0
+        row.at(10)
+        assert row.pulse.facts == {"doing": ""}  # the worker's own words count now
+        row.line("a report")
+    with progress("two", quiet=True) as row:
+        row.stage("reading")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_sweeps_row_counts_a_stopped_trial_as_done_and_the_rest_of_a_running_one_as_to_do(
+    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Records(load(None, [f"output={tmp_path}", "name=sweep"]))
+    records.put(TrialRow(0, "finished", curve=((1.0, 0.2), (3.0, 0.4))))
+    records.put(TrialRow(1, "stopped", curve=((1.0, 0.1),)))
+    records.put(TrialRow(2, "running", curve=((2.0, 0.3),)))
+    with progress("sweep", unit="step") as row:
+        watch = SweepWatch(row, records, (300, 100), 5)
+        watch.look()
+        assert (row.shown.done, row.shown.total) == (300 + 300 + 200, 5 * 300)
+        records.put(TrialRow(2, "finished", curve=((2.0, 0.3), (3.0, 0.5))))
+        clock[0] += 100.0
+        watch.look()
+    assert capsys.readouterr().out == "sweep  step  900/1500  3/5 trials  best AP 0.500 (trial 2)  about 10 min left\n"

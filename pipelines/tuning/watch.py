@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from pipelines.reporting.board import Row
 from pipelines.reporting.pulse import heard
 from pipelines.reporting.watch import Watch
@@ -17,6 +19,7 @@ class SweepWatch(Watch):
         super().__init__(records.folder.path)
         self.row, self.records, (self.steps, self.steps_per_epoch), self.trials = row, records, steps, trials
         row.shown.total = trials * self.steps
+        self.first: tuple[float, int] | None = None
 
     def look(self) -> None:
         at_work = heard(self.subject, below=True)
@@ -37,4 +40,11 @@ class SweepWatch(Watch):
         best = best_row(rows)
         if best is not None:
             numbers["best"] = f"{best.best_ap:.3f} (trial {best.number})"
-        self.row.at(done, "" if speed else doing, numbers=numbers)
+        self.row.at(done, "" if speed else doing, self._time_left(done), numbers)
+
+    def _time_left(self, done: int) -> float | None:
+        """At the speed since the first look: a trial's early end is a leap, and of late there may have been none."""
+        now = time.monotonic()
+        self.first = self.first or (now, done)
+        spent_s, gained = now - self.first[0], done - self.first[1]
+        return (self.row.shown.total - done) * spent_s / gained if gained > 0 else None
