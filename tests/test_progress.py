@@ -231,3 +231,17 @@ def test_a_sweeps_row_counts_a_stopped_trial_as_done_and_the_rest_of_a_running_o
         clock[0] += 100.0
         watch.look()
     assert capsys.readouterr().out == "sweep  step  900/1500  3/5 trials  best AP 0.500 (trial 2)  about 10 min left\n"
+
+
+def test_in_json_a_stage_and_a_step_are_objects_with_their_numbers() -> None:
+    code = (
+        "from pipelines.run.logs import start_logs; from pipelines.reporting import board; start_logs()\n"
+        "with board.progress('one', 300, 'step', quiet=True) as row:\n"
+        "    row.stage('starting Ray'); row.begun -= 60; row.said_at -= 60\n"
+        "    row.at(20, left_s=9.0, numbers={'loss': 2.0})"
+    )
+    environment = os.environ | {"QSKD_LOG": "json", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    stages, steps = map(json.loads, done.stderr.splitlines())
+    assert (stages["run"], stages["doing"]) == ("one", "starting Ray")
+    assert (steps["step"], steps["of"], steps["loss"]) == (20, 300, 2.0)
