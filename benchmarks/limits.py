@@ -107,7 +107,7 @@ def whole_order(images: int) -> str:
 
 
 def first_stretch(images: int) -> str:
-    """The runs of steps of fifty epochs at 800 pixels, batch 16 over eight workers, and listing the first execution's."""
+    """The ranges of steps of fifty epochs at 800 pixels, batch 16 over eight workers, and listing the first execution's."""
     from pipelines.training.stream import StreamConfig
     from qskd.config import ResizeConfig, ViewConfig
     from qskd.datasets.schedule import Schedule
@@ -118,8 +118,8 @@ def first_stretch(images: int) -> str:
     started = time.perf_counter()
     held = next(stream.stretches(schedule.total_steps // 2, 8))
     took = time.perf_counter() - started
-    runs = -(-schedule.steps_per_epoch // stream.run_length(8)) * schedule.epochs
-    return f"{runs:,} runs of {stream.run_length(8)} steps; the first {len(held)} listed in {1000 * took:.0f} ms"
+    ranges = -(-schedule.steps_per_epoch // stream.range_length(8)) * schedule.epochs
+    return f"{ranges:,} ranges of {stream.range_length(8)} steps; the first {len(held)} listed in {1000 * took:.0f} ms"
 
 
 def evaluation(images: int) -> str:
@@ -190,7 +190,7 @@ def reading(readers: int) -> str:
 
 
 def ray_input(images: int) -> str:
-    """Ray Data's input for so many runs of steps (here `images` is their number), made before the first block flows."""
+    """Ray Data's input for so many ranges of steps (here `images` is their number), made before the first block flows."""
     from pipelines.cluster.start import start_ray
 
     start_ray()

@@ -234,7 +234,7 @@ def in_two_processes(data: Data, rounds: int) -> tuple[list[Ratio], list[tuple[s
             for name in sorted(sides, reverse=number % 2 == 0):
                 passes[name].append(timing.watch(sides[name], timing.checksum))
         # Ray's batches come in runs: from the end of one, the count of those that follow is exact.
-        length = data.stream.run_length(1)
+        length = data.stream.range_length(1)
         first = -(-WARM_UP // length) * length - 1
         fps = {name: [one.speed(BATCH, first) for one in each] for name, each in passes.items()}
         step = BATCH / (PACE * statistics.median(fps["DataLoader"]))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import Methods, Recipe, Set, run
+from pipelines.command import AllFields, Methods, Recipe, Set, check_all_fields, run
 
 
 def command(
@@ -23,15 +23,17 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what there is and what the rest will cost.")
     ] = False,
+    all_fields: AllFields = False,
 ) -> None:
     """Run the teacher once over the data and keep its outputs, for every `qskd distill` of the same recipe."""
+    check_all_fields(all_fields=all_fields, dry_run=dry_run)
     from pipelines.caching import driver, verify
     from pipelines.run.logs import tell
-    from qskd.config.recipe import load
+    from qskd.config.recipe import load, shown_fields
 
     config = load(recipe, set or ())
     if dry_run:
-        tell(driver.foresee(config, overwrite))
+        tell(shown_fields(config, everything=all_fields), driver.foresee(config, overwrite), sep="\n")
     elif check:
         errors = verify.verify(config, check)
         print(*(f"{name:<28} {value:.3g}" for name, value in errors.items()), sep="\n")

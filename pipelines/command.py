@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.cluster.noise import own_stderr
 from pipelines.run.logs import start_logs
 from pipelines.run.stopping import ended_by_signals
 from qskd.errors import QskdError, told_without_traceback
@@ -59,6 +60,12 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print what would happen; do nothing."),
 ]
+AllFields = Annotated[
+    bool,
+    typer.Option(
+        "--all-fields", help="With --dry-run: print every field of the recipe, not only what is not the default."
+    ),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
 Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector.")]
 Size = Annotated[
@@ -86,12 +93,19 @@ def run(command: Callable[..., None], verb: str, arguments: list[str] | None = N
 
 def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
     """Run a command line; a QskdError is told without a traceback, with exit code 1."""
+    own_stderr()
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8, and printing it must not end the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     start_logs()
     with told_without_traceback(), ended_by_signals():
         app(arguments, prog_name=name)
+
+
+def check_all_fields(*, all_fields: bool, dry_run: bool) -> None:
+    """QskdError for --all-fields where it would have no effect."""
+    if all_fields and not dry_run:
+        raise QskdError("--all-fields", "has no effect without --dry-run", "both, or neither", "add --dry-run")
 
 
 def one_of(option: str, value: str, *known: str) -> Any:

@@ -49,34 +49,17 @@ def command(
     from pipelines.inspection import evaluate as program
     from pipelines.inspection.kept import check_kept, keep
     from pipelines.inspection.tables import class_table, metrics_line, remarks
-    from qskd.checks import check_shards
     from qskd.config.recipe import load
-    from qskd.datasets.manifest import load_manifest
-    from qskd.detectors import read_preprocessing
-    from qskd.storage.files import fetched
 
     config = load(recipe, set or ())
     program.check_overrides(set or ())
     if out is not None:
         check_kept(out)
+    asked = (config.teacher.resize, config.teacher.class_map, batch_size, workers, threads)
     if dry_run:
-        with fetched(model) as folder:
-            manifest, seen_as = load_manifest(data), read_preprocessing(folder, config.teacher.resize).resize
-        check_shards(data, manifest)
-        tell(f"{model} on {manifest.num_images} images of {data}, resized: {seen_as}, {workers} process(es)")
+        tell(program.foresee(model, data, *asked, device=config.compute.device))
         return
-    result = program.evaluate(
-        model,
-        data,
-        config.teacher.resize,
-        config.teacher.class_map,
-        batch_size,
-        workers,
-        threads,
-        backend,  # type: ignore[arg-type]
-        config.compute.device,
-        max_detections,
-    )
+    result = program.evaluate(model, data, *asked, backend, config.compute.device, max_detections)  # type: ignore[arg-type]
     tell(metrics_line(result))
     Console().print(class_table(result, per_class))
     tell(*remarks(result), sep="\n")

@@ -92,22 +92,21 @@ def prepare(
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it; when
     `strict`, for what looks wrong and is not named in `accept` too. leave_out: categories, by name."""
-    from rich.markup import escape
-    from rich.progress import Progress
-
+    from pipelines.reporting.board import progress
     from qskd.datasets.coco import read_coco
     from qskd.datasets.findings.leaving_out import without
     from qskd.datasets.shards import write_shards
 
-    dataset = without(read_coco(annotations, images, on_error), leave_out)
-    with Progress(disable=quiet, transient=True) as progress:
-        task = progress.add_task(escape(f"{one_line(annotations.name)} → {one_line(destination)}"), total=len(dataset))
+    with progress("prepare", quiet=quiet) as row:
+        row.stage(f"reading {one_line(annotations.name)}")
+        dataset = without(read_coco(annotations, images, on_error), leave_out)
+        row.shown.total = len(dataset)
         return write_shards(
             dataset,
             destination,
             rows_per_shard=rows_per_shard,
             overwrite=overwrite,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda done, total: row.at(done),
             strict=strict,
             accept=accept,
         )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import Methods, Recipe, Restart, Set, run
+from pipelines.command import AllFields, Methods, Recipe, Restart, Set, check_all_fields, run
 
 
 def command(
@@ -40,19 +40,21 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print trials, epochs, hours and bytes, with and without the cache.")
     ] = False,
+    all_fields: AllFields = False,
     restart: Restart = False,
 ) -> None:
     """Search student architectures, GIoU boundaries and loss weights. The same command again goes on where it was stopped."""
+    check_all_fields(all_fields=all_fields, dry_run=dry_run)
     from pipelines.run.logs import tell
     from pipelines.tuning import driver
     from pipelines.tuning.search.request import SearchRequest
-    from qskd.config.recipe import load
+    from qskd.config.recipe import load, shown_fields
 
     search = SearchRequest(tuple(space or ()), trials, algorithm, tuple(objective or ("AP",)), asha, grace_epochs)
     request = driver.TuneRequest(search, trial_epochs, at_most_parameters, at_once)
     config = load(recipe, set or ())
     if dry_run:
-        tell(driver.foresee(config, request, restart))
+        tell(shown_fields(config, everything=all_fields), driver.foresee(config, request, restart), sep="\n")
     else:
         driver.run(config, request, restart)
 

@@ -16,7 +16,8 @@ from pyarrow.fs import LocalFileSystem
 from typer.testing import CliRunner
 
 from pipelines.cli import app, main
-from pipelines.demo.quickstart import BACKBONE, KINDS, RECIPE, TEACHER, recipe
+from pipelines.demo.quickstart import BACKBONE, RECIPE, TEACHER, recipe
+from pipelines.demo.quickstart import VERBS as STUDENTS
 from pipelines.prepare import prepare
 from qskd.config.recipe import load
 from qskd.datasets.shapes import ShapesConfig, make_shapes
@@ -238,7 +239,7 @@ def test_a_checkpoint_at_a_uri_is_refused_by_its_field(
 
 def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path: Path) -> None:
     taught, untaught = (recipe(tmp_path, name).model_dump() for name in ("qskd", "baseline"))
-    assert set(KINDS) == {"qskd", "baseline"}
+    assert set(STUDENTS) == {"qskd", "baseline"}
     differing = {key for key in taught if taught[key] != untaught[key]}
     assert differing == {"name", "distillation", "student"}
     assert {key for key, value in taught["student"].items() if untaught["student"][key] != value} == {"inherit"}

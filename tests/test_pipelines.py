@@ -144,13 +144,13 @@ def killing(part: str, when: Callable[[], object]) -> Iterator[list[int]]:
     killer.join(5)
 
 
-def in_stretches(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
-    """Runs of this test take several executions of Ray Data, of so many runs of steps each."""
+def in_stretches(monkeypatch: pytest.MonkeyPatch, ranges: int) -> None:
+    """Runs of this test take several executions of Ray Data, of so many ranges of steps each."""
     whole = distill.make_plan
 
     def plan(config: Config, kind: str) -> distill.Plan:
         made = whole(config, kind)
-        return replace(made, stream=replace(made.stream, stretch_runs=runs))
+        return replace(made, stream=replace(made.stream, stretch_ranges=ranges))
 
     monkeypatch.setattr(distill, "make_plan", plan)
 

@@ -1,4 +1,4 @@
-"""The stream's plan, without Ray: runs that cover the schedule, and arrays that come out of a buffer as they went in."""
+"""The stream's plan, without Ray: ranges that cover the schedule, and arrays that come out of a buffer as they went in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines.training.packing import pack, unpack
-from pipelines.training.stream import MAX_RUN, RUN_BYTES, StreamConfig, local_stream
+from pipelines.training.stream import MAX_RANGE, RANGE_BYTES, StreamConfig, local_stream
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.manifest import load_manifest
@@ -86,62 +86,62 @@ def test_unpacked_arrays_are_aligned_views_of_the_buffer() -> None:
         assert (array.ctypes.data - base) % 64 == 0, name
 
 
-# ---- runs
+# ---- ranges
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_runs_cover_the_schedule_exactly_from_any_step(name: str, world_size: int) -> None:
+def test_ranges_cover_the_schedule_exactly_from_any_step(name: str, world_size: int) -> None:
     schedule = SCHEDULES[name]
     config = plan(schedule, size=1000)  # blocks of a few steps
     steps = range(schedule.total_steps + 1) if schedule.total_steps < 60 else (0, 1, 124, 125, 126, 374, 375)
     for start in steps:
-        found = [facts(batch) for run in config.runs(start, world_size) for batch in config.batches(run)]
+        found = [facts(batch) for part in config.ranges(start, world_size) for batch in config.batches(part)]
         assert found == [facts(batch) for batch in stream(schedule, start)]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_no_run_crosses_an_epoch_or_the_border_between_training_and_evaluation(name: str) -> None:
+def test_no_range_crosses_an_epoch_or_the_border_between_training_and_evaluation(name: str) -> None:
     config = plan(SCHEDULES[name], size=100)
-    runs = list(config.runs(0, 1))
-    for run in runs:
-        batches = list(config.batches(run))
-        assert {(batch.subset, batch.epoch) for batch in batches} == {(run["subset"], run["epoch"])}
-        assert [batch.index for batch in batches] == list(range(run["first"], run["last"]))
-        assert len(batches) <= config.run_length(1)
-    for _, part in itertools.groupby(runs, key=lambda run: (run["subset"], run["epoch"])):
-        lengths = [run["last"] - run["first"] for run in part]
-        assert set(lengths[:-1]) <= {config.run_length(1)}  # only the last of a part may be short
+    ranges = list(config.ranges(0, 1))
+    for steps in ranges:
+        batches = list(config.batches(steps))
+        assert {(batch.subset, batch.epoch) for batch in batches} == {(steps["subset"], steps["epoch"])}
+        assert [batch.index for batch in batches] == list(range(steps["first"], steps["last"]))
+        assert len(batches) <= config.range_length(1)
+    for _, part in itertools.groupby(ranges, key=lambda steps: (steps["subset"], steps["epoch"])):
+        lengths = [steps["last"] - steps["first"] for steps in part]
+        assert set(lengths[:-1]) <= {config.range_length(1)}  # only the last of a part may be short
 
 
 @pytest.mark.parametrize("size", [16, 64, 320, 640, 5000])
 @pytest.mark.parametrize("teacher", [None, ResizeConfig(mode="shortest_edge", size=480, longest=800)])
-def test_a_run_s_pixels_stay_within_bounds(size: int, teacher: ResizeConfig | None) -> None:
+def test_the_pixels_of_a_range_stay_within_bounds(size: int, teacher: ResizeConfig | None) -> None:
     config = plan(SCHEDULES["plain"], size, teacher)
-    length = config.run_length(1)
-    assert 1 <= length <= MAX_RUN
+    length = config.range_length(1)
+    assert 1 <= length <= MAX_RANGE
     pixels = size * size + (480 * 720 if teacher else 0)
-    assert length == 1 or length * 3 * pixels * 4 <= RUN_BYTES
-    assert config.run_length(4) >= length  # a smaller share leaves room for more steps
+    assert length == 1 or length * 3 * pixels * 4 <= RANGE_BYTES
+    assert config.range_length(4) >= length  # a smaller share leaves room for more steps
 
 
-def test_runs_from_the_end_are_none() -> None:
+def test_ranges_from_the_end_are_none() -> None:
     for schedule in SCHEDULES.values():
-        assert list(plan(schedule).runs(schedule.total_steps, 1)) == []
+        assert list(plan(schedule).ranges(schedule.total_steps, 1)) == []
 
 
-@pytest.mark.parametrize("runs", [1, 2, 7, 1000])
-def test_stretches_joined_are_the_runs_and_none_is_too_long(runs: int) -> None:
-    config = replace(plan(SCHEDULES["many views"], size=1000), stretch_runs=runs)
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_stretches_joined_are_the_ranges_and_none_is_too_long(count: int) -> None:
+    config = replace(plan(SCHEDULES["many views"], size=1000), stretch_ranges=count)
     for start in (0, 1, 200, 374):
         stretches = list(config.stretches(start, 2))
-        assert [run for stretch in stretches for run in stretch] == list(config.runs(start, 2))
-        assert {len(stretch) for stretch in stretches[:-1]} <= {runs}
-        assert 0 < len(stretches[-1]) <= runs
+        assert [steps for stretch in stretches for steps in stretch] == list(config.ranges(start, 2))
+        assert {len(stretch) for stretch in stretches[:-1]} <= {count}
+        assert 0 < len(stretches[-1]) <= count
 
 
 def test_a_long_schedule_s_first_stretch_does_not_wait_for_its_last() -> None:
-    # A billion images, a hundred epochs: some 10^9 runs that no one could list.
+    # A billion images, a hundred epochs: some 10^9 ranges that no one could list.
     schedule = Schedule((10**6,) * 1000, (8,), 0, epochs=100, batch_size=64, window_images=4096)
     stretch = next(plan(schedule, size=1000).stretches(schedule.total_steps // 2, 1))
     assert len(stretch) == 4096

@@ -16,8 +16,8 @@ from pipelines.cli import app
 from pipelines.demo.quickstart import TEACHER, Row, show
 from pipelines.inspection.evaluate import DetectorActor, evaluate
 from pipelines.prepare import prepare
-from pipelines.reporting.progress import progress_line
 from pipelines.reporting.report import log_curves
+from pipelines.reporting.watch import progress_line
 from pipelines.tuning.report.report import PICTURES, why_none
 from pipelines.tuning.report.results import SweepSummary
 from pipelines.tuning.report.tables import html_table, terminal_table, trials_csv
@@ -67,7 +67,9 @@ def test_evaluate_keeps_and_counts_as_many_detections_as_it_is_told(data: Path) 
     rows = {"shard": np.zeros(4, np.int32), "row": np.arange(4, dtype=np.int32)}
     for most in (11, 200):  # 30 queries of 8 classes are 240 pairs
         actor = DetectorActor(str(TEACHER), str(data / "some"), preprocessing, {}, 1, "cpu", most)
-        assert (actor(rows)["choice"] == 0).sum() == 4 * most  # beside what transformers would keep, where that is fewer
+        assert (
+            actor(rows)["choice"] == 0
+        ).sum() == 4 * most  # beside what transformers would keep, where that is fewer
     many = evaluate(str(TEACHER), str(data / "some"), workers=0, max_detections=200)
     words = ["evaluate", str(TEACHER), str(data / "some"), "--workers", "0", "--max-detections", "200"]
     assert f"AR200 {many.metrics['AR100']:.4f}" in CliRunner().invoke(app, words).stdout

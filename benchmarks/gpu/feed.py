@@ -32,7 +32,7 @@ def speeds(device: torch.device, readers: Sequence[int], images: int, edge: int)
         start_ray()
         for count in (n for n in readers if n <= max(1, (os.cpu_count() or 1) - 1)):
             seen = watch(partial(_arrays, stream, count), consume)
-            length = stream.run_length(1)
+            length = stream.range_length(1)
             first = min(count * length, len(seen.arrivals) // 2)
             yield count, seen.speed(stream.schedule.batch_size, first), seen.arrivals[0]
 

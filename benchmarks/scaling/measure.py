@@ -138,7 +138,7 @@ def measure(rounds: int, steps: int, bare_seconds: float, blocks: int) -> Record
         bare = folder / "bare.yaml"
         bare.write_text(to_yaml(recipe(folder, "bare", 1, steps)))
         plan = distill.make_plan(distill.resolve(recipe(folder, "plan", 1, steps), "distill"), "distill")
-        record.run_steps = plan.stream.run_length(2)
+        record.run_steps = plan.stream.range_length(2)
         record.loader_decoded_s, record.loader_kept_s = loader_image_seconds(plan, IMAGES)
         for number in range(rounds):
             for count in (1, 2) if number % 2 == 0 else (2, 1):

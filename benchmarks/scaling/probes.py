@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.training.plan import Plan
-from pipelines.training.stream import RUN_BYTES, Readers, StepRange, build_dataset, read_stream
+from pipelines.training.stream import RANGE_BYTES, Readers, StepRange, build_dataset, read_stream
 
 SMALL_FLOATS = 32  # as many as a step's counts, about
 
@@ -113,10 +113,10 @@ def loader_image_seconds(plan: Plan, images: int) -> tuple[float, float]:
 def block_seconds(plan: Plan, workers: int, blocks: int) -> float:
     """Of Ray Data, for one block that holds next to nothing, dealt to so many consumers: the driver's own pace."""
     schedule = replace(plan.stream.schedule, batch_size=workers, epochs=10_000, evaluate_every_epochs=10_000)
-    tiny = replace(plan.stream, schedule=schedule, teacher_cache="", teacher_columns=(), teacher_row_bytes=RUN_BYTES)
-    runs = list(islice(tiny.runs(0, workers), 10 + blocks // workers))
-    assert {run["last"] - run["first"] for run in runs} == {1}
-    dataset = build_dataset(tiny, runs, workers, Readers())
+    tiny = replace(plan.stream, schedule=schedule, teacher_cache="", teacher_columns=(), teacher_row_bytes=RANGE_BYTES)
+    ranges = list(islice(tiny.ranges(0, workers), 10 + blocks // workers))
+    assert {steps["last"] - steps["first"] for steps in ranges} == {1}
+    dataset = build_dataset(tiny, ranges, workers, Readers())
     parts = [dataset.iterator()] if workers == 1 else dataset.streaming_split(workers, equal=False)
     arrivals: list[list[float]] = [[] for _ in parts]
 
@@ -124,7 +124,7 @@ def block_seconds(plan: Plan, workers: int, blocks: int) -> float:
         arrivals[rank] += [time.perf_counter() for _ in shares]
 
     threads = [
-        threading.Thread(target=consume, args=(rank, read_stream(part, tiny, runs, rank)))
+        threading.Thread(target=consume, args=(rank, read_stream(part, tiny, ranges, rank)))
         for rank, part in enumerate(parts)
     ]
     for thread in threads:
@@ -132,4 +132,4 @@ def block_seconds(plan: Plan, workers: int, blocks: int) -> float:
     for thread in threads:
         thread.join()
     first, last = max(each[9] for each in arrivals), max(each[-1] for each in arrivals)
-    return (last - first) / (workers * (len(runs) - 10))
+    return (last - first) / (workers * (len(ranges) - 10))

@@ -44,19 +44,6 @@ def chunks(batches: Sequence[np.ndarray], resize: ResizeConfig) -> list[list[np.
     return joined
 
 
-class UnitsDone:
-    """An actor that counts images, for the driver to ask."""
-
-    def __init__(self) -> None:
-        self.images = 0
-
-    def add(self, images: int) -> None:
-        self.images += images
-
-    def done(self) -> int:
-        return self.images
-
-
 class TeacherActor:
     """Holds the teacher. A unit (one shard, one view) goes in, its file is written, a line about it comes out.
 
@@ -64,10 +51,13 @@ class TeacherActor:
     driver need not see every batch, and pixels take the shortest way.
     """
 
-    def __init__(self, config: dict[str, Any], fingerprint: str, batch_size: int, progress: Any) -> None:
+    def __init__(self, config: dict[str, Any], fingerprint: str, batch_size: int) -> None:
+        import uuid
+
         import torch
 
         from pipelines.cluster.devices import device_here
+        from pipelines.reporting.pulse import Pulse
         from pipelines.run.logs import start_logs
         from qskd.config.recipe import build
         from qskd.datasets.shards import ShardReader
@@ -75,7 +65,8 @@ class TeacherActor:
         from qskd.teacher.identity import teacher_preprocessing
         from qskd.teacher.making import CacheMaker
 
-        self.config, self.fingerprint, self.batch_size, self.progress = build(config), fingerprint, batch_size, progress
+        self.config, self.fingerprint, self.batch_size = build(config), fingerprint, batch_size
+        self.pulse, self.images = Pulse(self.config.teacher.cache.path, uuid.uuid4().hex), 0
         start_logs(run=self.config.name)
         if self.config.compute.threads_per_worker:
             torch.set_num_threads(self.config.compute.threads_per_worker)
@@ -131,4 +122,5 @@ class TeacherActor:
             self.waited_s += time.perf_counter() - asked
             for arrays in ready:
                 yield arrays
-                self.progress.add.remote(len(arrays["image_ids"]))
+                self.images += len(arrays["image_ids"])
+                self.pulse.tell(images=self.images)

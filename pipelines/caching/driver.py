@@ -6,17 +6,18 @@ python -m pipelines.cache_teacher student.yaml --set teacher.cache.path=shards/t
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from pipelines.caching.actors import TeacherActor, UnitsDone
-from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, duration_text, estimate, make_cache_plan
+from pipelines.caching.actors import TeacherActor
+from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, estimate, make_cache_plan
 from pipelines.cluster.address import check_address
 from pipelines.cluster.room import actors_that_fit, check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
+from pipelines.reporting.board import current, progress, stage
+from pipelines.reporting.watch import CountWatch
+from pipelines.reporting.words import duration_text
 from pipelines.run.logs import say, start_logs
 from pipelines.run.resolve import resolve
 from qskd.config import Config
@@ -65,19 +66,21 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         clean(plan.path, everything=True)
     sizes, spent = dict(plan.done), (0.0, 0.0)
     if plan.todo:
-        teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
-        assert teacher is not None
-        say(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), quiet)
-        manifest = plan.existing or CacheManifest(
-            plan.identity,
-            teacher.sizes(config.teacher.cache.all_layers),
-            plan.batch_size,
-            shard_names(plan.data),
-            {},
-        )
-        save_cache_manifest(plan.path, manifest)
-        del teacher
-        spent = _persist(plan, manifest, sizes, quiet)
+        with progress("cache", plan.images(plan.todo), quiet=quiet):
+            stage("trying the teacher on a few images")
+            teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
+            assert teacher is not None
+            say(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), quiet)
+            manifest = plan.existing or CacheManifest(
+                plan.identity,
+                teacher.sizes(config.teacher.cache.all_layers),
+                plan.batch_size,
+                shard_names(plan.data),
+                {},
+            )
+            save_cache_manifest(plan.path, manifest)
+            del teacher
+            spent = _persist(plan, manifest, sizes)
     elif plan.existing is not None:
         record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
@@ -115,7 +118,7 @@ def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mappi
     return manifest
 
 
-def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:
+def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -> tuple[float, float]:
     """`_compute`, begun again with what is missing when Ray itself gives up: Ray Data's own helpers, which it does not replace
     within a job, may be on a node that goes. At most `compute.max_failures` times. The seconds are of the last try."""
     import ray
@@ -123,7 +126,7 @@ def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
     allowed, tries = plan.config.compute.max_failures, 0
     while True:
         try:
-            return _compute(plan, manifest, sizes, quiet)
+            return _compute(plan, manifest, sizes)
         except ray.exceptions.RayError as error:
             tries += 1
             # An error in the code that ran, which would come again, is a RayTaskError.
@@ -138,15 +141,15 @@ def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
                 return 0.0, 0.0
 
 
-def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], quiet: bool) -> tuple[float, float]:
+def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -> tuple[float, float]:
     """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work, and waited."""
+    stage("starting Ray")
     start_ray()
     import ray
 
     quiet_ray_data()
     say_if_on_cpus(plan.config.compute.device)
     config, todo = plan.config, plan.todo
-    progress = ray.remote(num_cpus=0)(UnitsDone).remote()
     gpu = config.compute.device == "cuda" or (
         config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
@@ -156,7 +159,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
     units = [{"shard": shard, "view": view} for shard, view in todo]
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         TeacherActor,
-        fn_constructor_args=(to_tree(config), manifest.fingerprint, manifest.batch_size, progress),
+        fn_constructor_args=(to_tree(config), manifest.fingerprint, manifest.batch_size),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
@@ -164,7 +167,8 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
         num_gpus=1 if gpu else 0,
     )
     worked = waited = 0.0
-    with _Ticker(progress, plan.images(todo), quiet):
+    stage("starting the teacher's processes")
+    with CountWatch(current(), plan.path, plan.images(todo)):
         for batch in dataset.iter_batches(batch_size=None):
             for shard, view, size, failure in zip(
                 *(batch[n] for n in ("shard", "view", "bytes", "failure")), strict=True
@@ -176,39 +180,3 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int], q
             waited += float(batch["waited_seconds"].sum())
             manifest = record_finished_views(plan, manifest, sizes)
     return worked, waited
-
-
-class _Ticker:
-    """Says every few seconds how far the actors are."""
-
-    def __init__(self, progress: Any, images: int, quiet: bool, every_s: float = 5.0) -> None:
-        self.progress, self.images, self.quiet, self.every_s = progress, images, quiet, every_s
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join(5)
-
-    def _watch(self) -> None:
-        import ray
-
-        first: tuple[float, int] | None = None
-        while not self.stop.wait(self.every_s):
-            try:
-                done = int(ray.get(self.progress.done.remote(), timeout=self.every_s))
-            except Exception:  # the cluster is busy, or the job is over: it is only a progress line
-                continue
-            now = time.perf_counter()
-            if not done:
-                continue
-            first = first or (now, done)
-            speed = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
-            left = (
-                f", {speed:.1f} images/s, about {duration_text((self.images - done) / speed)} left" if speed > 0 else ""
-            )
-            text = f"cache  {done}/{self.images} images{left}"
-            say(text, self.quiet, done=done, images=self.images, images_per_s=round(speed, 1))

@@ -15,6 +15,7 @@ import torch
 
 from pipelines.caching.actors import decode
 from pipelines.cluster.devices import device_here
+from pipelines.reporting.words import duration_text
 from qskd.checks import check_data, check_shards, check_teacher
 from qskd.config import Config
 from qskd.datasets.manifest import MANIFEST, Manifest, load_manifest
@@ -150,12 +151,6 @@ class Estimate:
         total, size = duration_text(images * self.seconds / workers), bytes_text(images * self.bytes)
         one = f"{1000 * self.seconds:.1f} ms and {bytes_text(self.bytes)} an image"
         return f"about {total} and {size}: {one}, tried here on {self.device}, {workers} actor(s); starting up comes on top"
-
-
-def duration_text(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def bytes_text(count: float) -> str:

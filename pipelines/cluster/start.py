@@ -8,6 +8,7 @@ import os
 from pipelines.cluster.address import check_address, cluster_address, could_not_join
 from pipelines.cluster.environment import VERBOSE, _for_workers, joined
 from pipelines.cluster.loopback import choose_loopback, make_token
+from pipelines.cluster.noise import keep_back_noise
 from pipelines.run.stopping import sigterm_kept
 
 LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
@@ -20,6 +21,7 @@ def start_ray() -> None:
 
     if ray.is_initialized():
         return
+    keep_back_noise()
     quiet = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
     if joined():
         check_address()

@@ -11,10 +11,12 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -27,7 +29,9 @@ from pipelines.caching.driver import run as cache
 from pipelines.cluster.start import start_ray
 from pipelines.inspection.evaluate import evaluate
 from pipelines.prepare import prepare
+from pipelines.reporting.board import progress
 from pipelines.reporting.cards import complete
+from pipelines.reporting.watch import TrainingWatch
 from pipelines.run.folder import Folder
 from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.tracking.store import how_to_look, sqlite_uri
@@ -59,7 +63,7 @@ TRAIN = ShapesConfig(
 )
 VAL = TRAIN.model_copy(update={"images": 500, "first_image": 1_000_000})
 TEST = TRAIN.model_copy(update={"images": 1000, "first_image": 2_000_000})  # for `benchmarks.evidence` alone
-KINDS = {"baseline": "train", "qskd": "distill"}
+VERBS = {"baseline": "train", "qskd": "distill"}  # of each student, by its name
 CLOSING_S = 20  # for a training that was told to stop
 
 
@@ -69,12 +73,12 @@ def make_data(folder: Path) -> None:
         shards = folder / "data" / name
         if not (shards / "manifest.json").exists():
             annotations, images = make_shapes(config, folder / "data" / f"{name}-coco")
-            prepare(annotations, images, str(shards), quiet=True)
+            prepare(annotations, images, str(shards))
 
 
 def recipe(folder: Path, name: str) -> ResolvedConfig:
-    """The configuration of the student that is called `name` in KINDS."""
-    kind = KINDS[name]
+    """The configuration of the student that is called `name` in VERBS."""
+    verb = VERBS[name]
     overrides = [
         f"name={name}",
         f"output={folder}",
@@ -85,9 +89,9 @@ def recipe(folder: Path, name: str) -> ResolvedConfig:
         f"teacher.cache.path={folder}/data/train.teacher",
         f"tracking.uri={sqlite_uri(f'{folder}/mlflow.db')}",
         "tracking.experiment=quickstart",
-        *(["student.inherit=false"] if kind == "train" else []),
+        *(["student.inherit=false"] if verb == "train" else []),
     ]
-    return resolve(load(RECIPE, overrides), kind)
+    return resolve(load(RECIPE, overrides), verb)
 
 
 @dataclass(frozen=True)
@@ -127,20 +131,38 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     commands = {
         name: [sys.executable, "-m", "pipelines.demo.student", str(folder), name, *(["--restart"] if restart else [])]
-        for name in KINDS
+        for name in VERBS
     }
     # Sessions of their own: Ctrl-C would reach them too, and the SIGTERM below would be a second signal, which ends at once.
+    # What they say comes through here, that it does not get into the middle of the bars.
     processes = {
-        name: subprocess.Popen(command, env=environment, start_new_session=True) for name, command in commands.items()
+        name: subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+        )
+        for name, command in commands.items()
     }
+    relays = [
+        threading.Thread(target=_relay, args=(source, of), daemon=True)
+        for process in processes.values()
+        for source, of in ((process.stdout, "stdout"), (process.stderr, "stderr"))
+    ]
+    for relay in relays:
+        relay.start()
     try:
-        while any(process.poll() is None for process in processes.values()):
-            failed = [name for name, process in processes.items() if process.poll()]
-            if failed:
-                raise QskdError(
-                    "quickstart", f"training failed: {', '.join(failed)}", remedy="the messages above say why"
-                )
-            time.sleep(0.2)
+        with contextlib.ExitStack() as shown:
+            for name in VERBS:
+                config = recipe(folder, name)
+                schedule, own = make_plan(config, VERBS[name]).stream.schedule, Folder(config)
+                row = shown.enter_context(progress(name, schedule.total_steps, "step"))
+                row.stage("starting")
+                shown.enter_context(TrainingWatch(row, own, schedule, another=True))
+            _wait(processes)
     finally:
         for process in processes.values():
             process.terminate()
@@ -148,7 +170,24 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(CLOSING_S)
             process.kill()
-    return {name: read_result(Folder(recipe(folder, name))) for name in KINDS}
+        for relay in relays:
+            relay.join(1.0)
+    return {name: read_result(Folder(recipe(folder, name))) for name in VERBS}
+
+
+def _relay(source: Any, stream: str) -> None:
+    """Pass on what a process says, to what is standard output or error when it says so."""
+    for line in source:
+        print(line, end="", file=getattr(sys, stream), flush=True)
+
+
+def _wait(processes: Mapping[str, subprocess.Popen[str]]) -> None:
+    """Until all have ended well; QskdError as soon as one has not."""
+    while any(process.poll() is None for process in processes.values()):
+        failed = [name for name, process in processes.items() if process.poll()]
+        if failed:
+            raise QskdError("quickstart", f"training failed: {', '.join(failed)}", remedy="the messages above say why")
+        time.sleep(0.2)
 
 
 def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> None:
@@ -162,7 +201,7 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
             " of each, then train, both at once:",
             soft_wrap=True,
         )
-        for name in KINDS:
+        for name in VERBS:
             console.print(f"  {name}: {recipe(folder, name).training.epochs} epochs → {shown}/{name}")
         return
     console.print(
@@ -178,7 +217,7 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
         soft_wrap=True,
     )
     plan = make_plan(recipe(folder, "qskd"), "distill")
-    console.print(f"    {plan.stream.schedule.total_steps} steps each; the first lines take about half a minute")
+    console.print(f"    {plan.stream.schedule.total_steps} steps each")
     results = train_both(folder, restart)
     ray.shutdown()  # its processes would disturb the timing
     console.print("[bold]4/5[/] the teacher on the held-out images")

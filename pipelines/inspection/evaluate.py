@@ -6,6 +6,8 @@ python -m pipelines.evaluate runs/quickstart/qskd/student runs/quickstart/data/v
 from __future__ import annotations
 
 import logging
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,12 +17,16 @@ import torch
 from pipelines.cluster.devices import device_of
 from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
+from pipelines.reporting.board import Row, progress
+from pipelines.reporting.pulse import Pulse
+from pipelines.reporting.watch import CountWatch
+from pipelines.reporting.words import duration_text
 from qskd.checks import check_shards
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
 from qskd.datasets.classes import map_classes
 from qskd.datasets.loader import BatchLoader
-from qskd.datasets.manifest import load_manifest
+from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import evaluate_coco
@@ -48,7 +54,9 @@ class DetectorActor:
         threads: int,
         device: str = "auto",
         max_detections: int = 100,
+        subject: str = "",
     ) -> None:
+        self.pulse, self.images = Pulse(subject, uuid.uuid4().hex), 0
         torch.set_num_threads(threads)
         manifest = load_manifest(data)
         self.device = device_of(device)
@@ -68,6 +76,8 @@ class DetectorActor:
         found = predict_pairs(
             *(self.detector, arrays, self.preprocessing, self.category_ids, self.choices, self.slots, self.device)
         )
+        self.images += len(rows)
+        self.pulse.tell(images=self.images)
         choice = np.repeat(np.arange(len(found)), [len(part.scores) for part in found])
         return {**vars(Detections.concatenate(found)), CHOICE: choice}
 
@@ -119,20 +129,17 @@ def evaluate(
         rule = pairs_of_transformers(detector.family, detector.num_queries, max_detections)
         del detector
     arguments = (model, data, preprocessing, class_map or {}, threads, device, max_detections)
-    places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
-    if workers:
-        found = _on_cluster(arguments, places, batch_size, workers, device)
-    else:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
-        actor = DetectorActor(*arguments)
-        chunks = np.split(places, range(batch_size, len(places), batch_size))
-        found = [actor({"shard": chunk[:, 0], "row": chunk[:, 1]}) for chunk in chunks]
-    ours, plain = (_chosen(found, choice) for choice in (0, 1))
-    truth = ground_truth(data)
-    return evaluate_in_detail(
-        truth, ours, evaluate_coco(truth, ours, backend, max_detections), plain if rule else None, rule, max_detections
-    )
+    places = _places(manifest)
+    with progress("evaluate", len(places)) as row:
+        if workers:
+            found = _on_cluster(arguments, places, batch_size, workers, device, row)
+        else:
+            found = _here(arguments, places, batch_size, device, row)
+        row.at(len(places), doing="computing AP")
+        ours, plain = (_chosen(found, choice) for choice in (0, 1))
+        truth = ground_truth(data)
+        result = evaluate_coco(truth, ours, backend, max_detections)
+        return evaluate_in_detail(truth, ours, result, plain if rule else None, rule, max_detections)
 
 
 def _chosen(found: Sequence[Mapping[str, Any]], choice: int) -> Detections:
@@ -144,9 +151,64 @@ def _chosen(found: Sequence[Mapping[str, Any]], choice: int) -> Detections:
     return Detections.concatenate([Detections.empty(), *parts])
 
 
+def foresee(
+    model: str,
+    data: str,
+    resize: ResizeConfig | None = None,
+    class_map: Mapping[str, str] | None = None,
+    batch_size: int = 16,
+    workers: int = 1,
+    threads: int = 1,
+    device: str = "auto",
+) -> str:
+    """What `--dry-run` prints: what is evaluated, and how long it will take, from two batches tried in this process."""
+    manifest = load_manifest(data)
+    check_shards(data, manifest)
+    with fetched(model) as folder:
+        preprocessing = read_preprocessing(folder, resize)
+    said = f"{model} on {manifest.num_images} images of {data}, resized: {preprocessing.resize}, {workers} process(es)"
+    if "://" in data:
+        return f"{said}\ntime: not known: the images are in a store, and not on this machine"
+    before = torch.get_num_threads()
+    try:
+        actor = DetectorActor(model, data, preprocessing, class_map or {}, threads, device)
+        chunk = _places(manifest)[:batch_size]
+        for _ in range(2):  # the first wakes it up
+            started = time.perf_counter()
+            actor({"shard": chunk[:, 0], "row": chunk[:, 1]})
+        image_s = (time.perf_counter() - started) / len(chunk)
+    except Exception as error:  # the rest stands all the same
+        return (
+            f"{said}\ntime: not known: it could not be tried here: {type(error).__name__}: {str(error).splitlines()[0]}"
+        )
+    finally:
+        torch.set_num_threads(before)
+    total = duration_text(manifest.num_images * image_s / max(1, workers))
+    tried = f"{1000 * image_s:.1f} ms an image, tried here on {actor.device} with {len(chunk)} images"
+    return f"{said}\ntime: about {total}: {tried}, {max(1, workers)} process(es); starting and AP's own arithmetic come on top"
+
+
+def _places(manifest: Manifest) -> np.ndarray:
+    """(shard, row) of each image."""
+    return np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
+
+
+def _here(
+    arguments: tuple[Any, ...], places: np.ndarray, batch_size: int, device: str, row: Row
+) -> list[dict[str, np.ndarray]]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise QskdError("compute.device", "cuda, and there is no GPU here", "cpu, auto, or a machine with one")
+    actor, found = DetectorActor(*arguments), []
+    for chunk in np.split(places, range(batch_size, len(places), batch_size)):
+        found.append(actor({"shard": chunk[:, 0], "row": chunk[:, 1]}))
+        row.at(actor.images)
+    return found
+
+
 def _on_cluster(
-    arguments: tuple[Any, ...], places: np.ndarray, batch_size: int, workers: int, device: str
+    arguments: tuple[Any, ...], places: np.ndarray, batch_size: int, workers: int, device: str, row: Row
 ) -> list[dict[str, Any]]:
+    row.stage("starting Ray")
     start_ray()
     import ray
 
@@ -155,14 +217,17 @@ def _on_cluster(
     there = bool(ray.cluster_resources().get("GPU"))
     if device == "cuda":
         check_gpus(1)
+    row.stage("loading the detector")
+    subject = f"evaluation-{uuid.uuid4().hex}"
     rows = [{"shard": shard, "row": row} for shard, row in places.tolist()]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows) // batch_size, 8 * workers)))
     detections = dataset.map_batches(
         DetectorActor,
-        fn_constructor_args=arguments,
+        fn_constructor_args=(*arguments, subject),
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
         num_gpus=1 if device == "cuda" or (device == "auto" and there) else 0,
         num_cpus=1,
     )
-    return list(detections.iter_batches(batch_size=None))
+    with CountWatch(row, subject, len(places)):
+        return list(detections.iter_batches(batch_size=None))

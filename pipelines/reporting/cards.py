@@ -12,6 +12,7 @@ import yaml
 
 from pipelines.cluster.devices import device_here
 from pipelines.inspection.evaluate import evaluate
+from pipelines.reporting.board import stage
 from qskd.config import Config, ResizeConfig
 from qskd.config.recipe import changes
 from qskd.datasets.manifest import Manifest
@@ -55,6 +56,7 @@ def teacher_metrics(config: Config) -> dict[str, float]:
     """AP of the teacher on the validation images, where the recipe asks for that."""
     if not config.card.evaluate_teacher:
         return {}
+    stage("evaluating the teacher")
     compute, seen_as = config.compute, teacher_preprocessing(config).resize
     threads = compute.threads_per_worker or 1
     teacher = (config.teacher.path, config.data.val, seen_as, config.teacher.class_map)

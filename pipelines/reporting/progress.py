@@ -1,23 +1,17 @@
-"""What the controller does with a report: MLflow, a progress file, and from that file lines on the driver's terminal."""
+"""What the controller does with a report: MLflow, and the run's own record, from which the driver's terminal has its lines."""
 
 from __future__ import annotations
 
-import logging
-import threading
 from typing import Any
 
 import ray.train
 
 from pipelines.run.folder import Folder
 from pipelines.run.history import add_report, last_step, read_history
-from pipelines.run.logs import say
 from pipelines.tracking.curves import forget_after, tell
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.checkpoint_list import keep_list, last_report
-from qskd.errors import QskdError
-from qskd.evaluation.shown import measured, scores_text
-
-log = logging.getLogger("qskd")
+from qskd.evaluation.shown import measured
 
 
 class TrackingCallback(ray.train.UserCallback):
@@ -76,52 +70,3 @@ def mean_rows(of_workers: list[list[tuple[int, dict[str, float]]]]) -> list[tupl
         (same_step[0][0], {name: joined(name, [row[name] for _, row in same_step]) for name in same_step[0][1]})
         for same_step in zip(*of_workers, strict=True)
     ]
-
-
-def progress_line(name: str, entry: dict[str, Any], total_steps: int) -> str:
-    parts = [f"{name}  step {entry['step']:>{len(str(total_steps))}}/{total_steps}"]
-    training = entry.get("training", {})
-    if training:
-        parts.append(f"loss {training['loss/total']:7.3f}  {training['speed/images_per_s']:6.1f} images/s")
-    evaluation = entry["evaluation"]
-    if evaluation:
-        parts.append(scores_text(evaluation, ("AP", "AP50")))
-    return "  ".join(parts)
-
-
-class ProgressPrinter:
-    """A thread on the driver that prints each new entry of the progress file; a context manager."""
-
-    def __init__(self, folder: Folder, name: str, total_steps: int, every_s: float = 1.0) -> None:
-        self.folder, self.name, self.total_steps, self.every_s = folder, name, total_steps, every_s
-        self.printed = {entry["step"] for entry in read_history(folder)}
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _print_new(self) -> None:
-        for entry in read_history(self.folder):
-            if entry["step"] not in self.printed:
-                self.printed.add(entry["step"])
-                numbers = {
-                    "run": self.name,
-                    "step": entry["step"],
-                    **entry.get("training", {}),
-                    **measured(entry["evaluation"]),
-                }
-                say(progress_line(self.name, entry, self.total_steps), **numbers)
-
-    def _watch(self) -> None:
-        while not self.stopped.wait(self.every_s):
-            try:
-                self._print_new()
-            except (QskdError, OSError) as error:  # only lines on a terminal: the training may well go on
-                log.warning("no progress can be shown for now: %s", error)
-
-    def __enter__(self) -> ProgressPrinter:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.thread.join()
-        self._print_new()

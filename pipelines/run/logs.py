@@ -32,6 +32,17 @@ class TextLines(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
+class ToStandardError(logging.StreamHandler):
+    """To what is standard error when a line comes: while a bar is drawn, that is what puts lines above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
 class WithoutSecrets(logging.Filter):
     """Takes users and passwords of URIs out of a record: its message, and its exception's traceback."""
 
@@ -81,14 +92,14 @@ def start_logs(**speaker: Any) -> None:
     """
     _speaker.update({name: value for name, value in (_ray_ids() | speaker).items() if value not in ("", None)})
     if not as_json():
-        handler = logging.StreamHandler(sys.stderr)
+        handler = ToStandardError()
         handler.setFormatter(TextLines("%(levelname)s %(message)s"))
         logging.basicConfig(handlers=[handler], level=logging.WARNING)
         _hide_secrets()
         return
     if any(isinstance(handler.formatter, JsonLines) for handler in log.handlers):
         return
-    handler = logging.StreamHandler(sys.stderr)
+    handler = ToStandardError()
     handler.setFormatter(JsonLines())
     log.addHandler(handler)
     log.setLevel(logging.INFO)

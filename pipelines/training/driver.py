@@ -15,6 +15,7 @@ from pyarrow import fs
 from pipelines.cluster.address import check_address
 from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
+from pipelines.reporting.board import current, progress, stage, way_here
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
 from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
 from pipelines.run.logs import say, start_logs, tell
@@ -29,10 +30,11 @@ from pipelines.tracking.tracker import Tracker
 from pipelines.training.at_stop import say_where_it_stopped
 from pipelines.training.checkpoint_list import delete_unlisted, last_report, mend_list
 from pipelines.training.checkpoints import read_state
+from pipelines.training.estimate import foresee_time
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.training.trainer import make_trainer
 from qskd.config import Config
-from qskd.config.recipe import load, to_yaml
+from qskd.config.recipe import load, shown_fields, to_yaml
 from qskd.errors import QskdError
 from qskd.evaluation.shown import scores_text
 from qskd.from_recipe import make_teacher, start_student
@@ -70,7 +72,12 @@ def check_folder(config: Config, restart: bool) -> Folder:
 
 
 def start(
-    verb: str, recipe: str | None, overrides: Sequence[str] | None, dry_run: bool = False, restart: bool = False
+    verb: str,
+    recipe: str | None,
+    overrides: Sequence[str] | None,
+    dry_run: bool = False,
+    all_fields: bool = False,
+    restart: bool = False,
 ) -> None:
     """What the command line does: load the recipe, train, and say where the student is."""
     config = load(recipe, overrides or ())
@@ -79,7 +86,12 @@ def start(
         check_folder(config, restart)
         plan = make_plan(config, verb, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
-        tell(to_yaml(config), plan.describe(shlex.join(["qskd", "cache", *same])), sep="\n")
+        about = plan.describe(shlex.join(["qskd", "cache", *same]))
+        tell(shown_fields(config, everything=all_fields), about, sep="\n")
+        with progress(config.name, quiet=way_here() == "lines"):
+            stage("trying a few steps")
+            time_needed = foresee_time(plan)
+        tell(time_needed)
         return
     result = run(config, verb, restart)
     tell(f"student: {result.student}")
@@ -92,7 +104,8 @@ def run(config: Config, verb: str, restart: bool = False) -> RunResult:
     config = resolve(config, verb)
     folder = check_folder(config, restart)
     plan = make_plan(config, verb)
-    with alone_on(folder):
+    steps = plan.stream.schedule.total_steps
+    with alone_on(folder), progress(config.name, steps, "step", subject=folder.path):
         return _run(plan, folder, restart)
 
 
@@ -114,12 +127,16 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         return done
     if verb == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
+        stage("loading the teacher")
         make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
+    if config.student.inherit:
+        stage("building the student")
     # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.
     inherited = start_student(config, plan.train.labels)[1] if config.student.inherit else ""
     folder.write_record("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
     mend_list(folder)  # here too: what can't be mended is said before Ray starts
+    stage("opening the run in MLflow")
     tracker = open_for(folder, config, verb)
     try:
         start_logs(run=config.name, run_id=tracker.run_id)
@@ -131,6 +148,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         if last := last_report(folder):
             step, total = last[0]["step"], plan.stream.schedule.total_steps
             say(f"{config.name}: goes on from step {step} of {total}", run=config.name, step=step)
+        stage("starting Ray")
         start_ray()
         say_if_on_cpus(config.compute.device)
         started = time.perf_counter()
@@ -138,6 +156,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
             result = fit(plan, tracker, folder)
         finally:
             raise_failure(folder)  # says more than what Ray makes of it
+        stage("telling MLflow")
         whole = fill_in(tracker, folder, config.name, PATIENCE_S)
         done = finish(plan, folder, tracker, result, time.perf_counter() - started)
     except BaseException as error:
@@ -151,13 +170,15 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
 
 def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     """Ray Train. Goes on from the last checkpoint when OUTPUT/NAME/train has one."""
-    from pipelines.reporting.progress import ProgressPrinter, TrackingCallback
+    from pipelines.reporting.progress import TrackingCallback
+    from pipelines.reporting.watch import TrainingWatch
 
+    stage("starting the workers")
     tracking = TrackingCallback(tracker, folder)
     trainer = make_trainer(plan.config, plan.stream, folder, [tracking], tracker.run_id)
     tracking.catch_up(plan.config.compute.workers)
     fill_in(tracker, folder, plan.config.name)
-    with ProgressPrinter(folder, plan.config.name, plan.stream.schedule.total_steps):
+    with TrainingWatch(current(), folder, plan.stream.schedule):
         return trainer.fit()
 
 
@@ -176,6 +197,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = read_state(checkpoint)["metrics"]
+        stage("measuring parameters, FLOPs and latency")
         evaluation = read_details(folder)
         card = card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics)
         if evaluation is not None:
@@ -183,6 +205,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
             card = replace(card, evaluation=evaluation.without_curves())
         write_card(student, card)
         write_report(plan.config, plan.val, read_history(folder), student, tracker)
+        stage("writing the student")
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now
     done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))

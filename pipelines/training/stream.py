@@ -1,14 +1,14 @@
 """Ray Data: shards -> batches on the worker that trains. One execution spans epochs: the whole of a short schedule.
 
-The schedule is cut into runs of consecutive steps. A reader process takes a run, reads the rows it needs and emits one row
+The schedule is cut into ranges of consecutive steps. A reader process takes a range, reads the rows it needs and emits one row
 for each worker: that worker's share of every step in it. Ray deals rows out in turn (`preserve_order`), every row says
 whose it is, and the worker checks it: sample order depends on (seed, epoch, world size) and on nothing else.
 
-Why runs: a Ray Data block costs some 10 ms of driver time, and more with each worker (docs/scale.md), whatever its size. Blocks of
-tens of steps make that vanish.
+Why ranges: a Ray Data block costs some 10 ms of driver time, and more with each worker (docs/scale.md), whatever its size. Those
+of tens of steps make that vanish.
 
 Why not one execution whatever the length: Ray makes all of its input before the first block flows, at about a millisecond
-for each run of steps. COCO's fifty epochs are 120,000 runs on eight workers. So an execution takes a stretch of them, and the
+for each range of steps. COCO's fifty epochs are 120,000 ranges on eight workers. So an execution takes a stretch of them, and the
 next begins when it ends.
 """
 
@@ -30,8 +30,8 @@ from qskd.datasets.schedule import Batch, Schedule, Subset, evaluation_batches, 
 from qskd.errors import QskdError
 from qskd.teacher.cache import TeacherCacheReader
 
-RUN_BYTES = 24 * 2**20  # decoded pixels in one block, about
-MAX_RUN = 64
+RANGE_BYTES = 24 * 2**20  # decoded pixels in one block, about
+MAX_RANGE = 64
 LOADER_ROWS = "loader_rows"  # beside a batch's arrays: rows asked of the reader, and those it did not have in memory
 REPORT = "this is a fault of qskd or of this Ray version: please report it with the versions `qskd doctor` prints"
 
@@ -81,24 +81,24 @@ class StreamConfig:
     teacher_cache: str = ""  # folder of the teacher's outputs; empty: none
     teacher_columns: tuple[str, ...] = ()
     teacher_row_bytes: int = 0  # of one image's columns, about
-    stretch_runs: int = 4096  # runs in one execution of Ray Data
+    stretch_ranges: int = 4096  # ranges in one execution of Ray Data
 
-    def run_length(self, world_size: int) -> int:
+    def range_length(self, world_size: int) -> int:
         """Steps in a block, from the size of a decoded batch."""
         resizes = [resize for resize in (self.student_resize, self.teacher_resize) if resize is not None]
         # Not the most pixels allowed: that made blocks of a single step.
         pixels = sum(resize.usual_pixels for resize in resizes)
         share = -(-self.schedule.batch_size // world_size)
-        return max(1, min(MAX_RUN, RUN_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
+        return max(1, min(MAX_RANGE, RANGE_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
 
     def batch_count(self, subset: Subset, epoch: int) -> int:
         """Global batches in this epoch's training or evaluation."""
         size = self.schedule.evaluation_batch_size or self.schedule.batch_size
         return self.schedule.steps_in(epoch) if subset == "train" else -(-sum(self.schedule.val_shard_rows) // size)
 
-    def runs(self, start_step: int, world_size: int) -> Iterator[StepRange]:
-        """The schedule from a training step on, cut into runs; none crosses from training to evaluation or back."""
-        schedule, length = self.schedule, self.run_length(world_size)
+    def ranges(self, start_step: int, world_size: int) -> Iterator[StepRange]:
+        """The schedule from a training step on, cut into ranges; none crosses from training to evaluation or back."""
+        schedule, length = self.schedule, self.range_length(world_size)
         if start_step == schedule.total_steps:
             return
         first_epoch, first = divmod(start_step, schedule.steps_per_epoch)
@@ -112,9 +112,9 @@ class StreamConfig:
                     yield {"subset": subset, "epoch": epoch, "first": at, "last": min(at + length, count)}
 
     def stretches(self, start_step: int, world_size: int) -> Iterator[list[StepRange]]:
-        """The runs, as many together as one execution takes."""
-        runs = self.runs(start_step, world_size)
-        while stretch := list(itertools.islice(runs, self.stretch_runs)):
+        """The ranges, as many together as one execution takes."""
+        ranges = self.ranges(start_step, world_size)
+        while stretch := list(itertools.islice(ranges, self.stretch_ranges)):
             yield stretch
 
     def loader(self) -> BatchLoader:
@@ -129,26 +129,26 @@ class StreamConfig:
             cache,
         )
 
-    def batches(self, run: StepRange) -> Iterator[Batch]:
-        """The global batches of a run."""
-        if run["subset"] == "train":
-            part = training_batches(self.schedule, run["epoch"], run["first"])
+    def batches(self, steps: StepRange) -> Iterator[Batch]:
+        """The global batches of a range."""
+        if steps["subset"] == "train":
+            part = training_batches(self.schedule, steps["epoch"], steps["first"])
         else:
-            part = itertools.islice(evaluation_batches(self.schedule, run["epoch"]), run["first"], None)
-        return itertools.islice(part, run["last"] - run["first"])
+            part = itertools.islice(evaluation_batches(self.schedule, steps["epoch"]), steps["first"], None)
+        return itertools.islice(part, steps["last"] - steps["first"])
 
 
-class RunReader:
-    """A reader process: runs in, one packed row for each worker out."""
+class RangeReader:
+    """A reader process: ranges in, one packed row for each worker out."""
 
     def __init__(self, config: StreamConfig, world_size: int) -> None:
         self.config, self.world_size = config, world_size
         self.loader = config.loader()
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for run in table.to_pylist():
+        for steps in table.to_pylist():
             shares: list[Arrays] = [{} for _ in range(self.world_size)]
-            for batch in self.config.batches(run):
+            for batch in self.config.batches(steps):
                 for rank, share in enumerate(shares):
                     asked, unheld = self.loader.rows_requested, self.loader.rows_not_in_memory
                     arrays = self.loader.load(batch.subset, split(batch.rows, self.world_size, rank))
@@ -157,7 +157,7 @@ class RunReader:
                     )
                     share.update({f"{batch.index}/{name}": array for name, array in arrays.items()})
             for rank, share in enumerate(shares):
-                columns = {name: [value] for name, value in run.items()} | {"rank": [rank]}
+                columns = {name: [value] for name, value in steps.items()} | {"rank": [rank]}
                 yield pa.table({**columns, "payload": pa.array([pack(share)], type=pa.large_binary())})
 
 
@@ -168,8 +168,8 @@ class Readers(NamedTuple):
     cpus: float = 1
 
 
-def build_dataset(config: StreamConfig, runs: Sequence[StepRange], world_size: int, readers: Readers) -> Any:
-    """The Ray Dataset of some consecutive runs: one row for each run and worker, in order."""
+def build_dataset(config: StreamConfig, ranges: Sequence[StepRange], world_size: int, readers: Readers) -> Any:
+    """The Ray Dataset of some consecutive ranges: one row for each range and worker, in order."""
     import ray
     from ray.data import DataContext
 
@@ -177,8 +177,8 @@ def build_dataset(config: StreamConfig, runs: Sequence[StepRange], world_size: i
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # never merge rows into one block: a block is what a worker is dealt
-    return ray.data.from_items(list(runs), override_num_blocks=len(runs)).map_batches(
-        RunReader,
+    return ray.data.from_items(list(ranges), override_num_blocks=len(ranges)).map_batches(
+        RangeReader,
         fn_constructor_args=(config, world_size),
         batch_size=1,
         batch_format="pyarrow",
@@ -188,51 +188,53 @@ def build_dataset(config: StreamConfig, runs: Sequence[StepRange], world_size: i
     )
 
 
-def read_stream(iterator: Any, config: StreamConfig, runs: Sequence[StepRange], rank: int) -> Iterator[Share]:
-    """What a worker sees of these runs, each checked to be the next one and this worker's."""
+def read_stream(iterator: Any, config: StreamConfig, ranges: Sequence[StepRange], rank: int) -> Iterator[Share]:
+    """What a worker sees of these ranges, each checked to be the next one and this worker's."""
     rows = iter(iterator.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"))
-    for run in runs:
+    for steps in ranges:
         table = next(rows, None)
         found = "the end" if table is None else table.drop_columns("payload").to_pylist()
-        if found != [{**run, "rank": rank}] or table is None:
+        if found != [{**steps, "rank": rank}] or table is None:
             raise QskdError(
                 "data stream",
                 str(found),
-                str([{**run, "rank": rank}]),
+                str([{**steps, "rank": rank}]),
                 REPORT,
             )
         chunk = table["payload"].chunk(0)
         start, stop = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + 2]
         arrays = unpack(np.frombuffer(chunk.buffers()[2], np.uint8)[start:stop])
-        for index in range(run["first"], run["last"]):
+        for index in range(steps["first"], steps["last"]):
             prefix = f"{index}/"
             own = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-            yield Share(run["subset"], run["epoch"], index, config.batch_count(run["subset"], run["epoch"]), own)
+            yield Share(
+                steps["subset"], steps["epoch"], index, config.batch_count(steps["subset"], steps["epoch"]), own
+            )
     if next(rows, None) is not None:  # asking also lets the execution end, and its readers go
-        raise QskdError("data stream", "more than its runs", f"{len(runs)} runs", REPORT)
+        raise QskdError("data stream", "more than its ranges of steps", f"{len(ranges)} of them", REPORT)
 
 
 def open_stream(config: StreamConfig, start_step: int, world_size: int, rank: int, readers: Readers) -> Iterator[Share]:
     """This worker's batches. With several workers rank 0 starts each execution and hands the others their parts."""
-    for runs in config.stretches(start_step, world_size):
+    for ranges in config.stretches(start_step, world_size):
         if world_size == 1:
-            part = build_dataset(config, runs, world_size, readers).iterator()
+            part = build_dataset(config, ranges, world_size, readers).iterator()
         else:
             import torch.distributed as dist
 
             parts: list[Any] = [None]
             if rank == 0:
-                dataset = build_dataset(config, runs, world_size, readers)
+                dataset = build_dataset(config, ranges, world_size, readers)
                 parts = [dataset.streaming_split(world_size, equal=False)]
             dist.broadcast_object_list(parts, src=0)
             part = parts[0][rank]
-        yield from read_stream(part, config, runs, rank)
+        yield from read_stream(part, config, ranges, rank)
 
 
 def local_stream(config: StreamConfig, start_step: int = 0, world_size: int = 1, rank: int = 0) -> Iterator[Share]:
     """The same batches without Ray, in this process: for tests, and to measure what Ray costs."""
     loader = config.loader()
-    for run in config.runs(start_step, world_size):
-        for batch in config.batches(run):
+    for steps in config.ranges(start_step, world_size):
+        for batch in config.batches(steps):
             arrays = loader.load(batch.subset, split(batch.rows, world_size, rank))
             yield Share(batch.subset, batch.epoch, batch.index, batch.count, arrays)

@@ -13,6 +13,7 @@ import torch
 from pipelines.cluster.devices import pick_device
 from pipelines.cluster.room import reader_cpus
 from pipelines.reporting.meter import Gauges, Meter
+from pipelines.reporting.pace import Pace
 from pipelines.run.folder import DETAILS, Folder, record_failure
 from pipelines.run.logs import as_json, start_logs
 from pipelines.training.checkpoints import restore, write_checkpoint
@@ -96,6 +97,8 @@ class Worker:
         self.config, self.stream, self.world_size, self.rank = config, stream, world_size, rank
         self.preemptible = preemptible
         self.device = device or pick_device(config.compute.device)
+        self.pace = Pace(Folder(config).path if rank == 0 else "", stream.schedule.batch_size)
+        self.pace.doing("building the student")
         manifest = load_manifest(stream.train_uri)
         self.category_ids = tuple(category.id for category in manifest.categories)
         student = make_student(config, manifest.labels)
@@ -109,6 +112,7 @@ class Worker:
 
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
+        self.pace.doing("reading the first batches")
         shares = self.shares(start_step)
         for (subset, epoch), part in itertools.groupby(shares, key=lambda share: (share.subset, share.epoch)):
             if subset == "train":
@@ -135,6 +139,7 @@ class Worker:
             parts = parts_of(arrays, self.config.training, self.world_size)
             values = self.training.train_step(*(train_batch(part, self.device) for part in parts))
             self.meter.add(self.training.step, values, batch_size, waited_s, asked)
+            self.pace.step(self.training.step, values["total"], time.perf_counter() - waiting_since)
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):
                     self.report(share.epoch, None)
@@ -170,9 +175,10 @@ class Worker:
             seen_as = student.preprocessing(self.config.student.resize)
             rule = pairs_of_transformers(student.family, student.num_queries) if is_last else None
             choices = [Pairs(100, False), *([rule] if rule else [])]
+            counted = self.pace.evaluating(shares, self.stream.batch_count("val", 0))
             found = [
                 predict_pairs(student, share.arrays, seen_as, self.category_ids, choices, device=self.device)
-                for share in shares
+                for share in counted
             ]
         parts = [Detections.concatenate([each[choice] for each in found]) for choice in range(len(choices))]
         everything, *plain = [gather_detections(part, self.world_size) for part in parts]
@@ -201,6 +207,7 @@ class Worker:
             return
         if self.details is not None:  # before the checkpoint, after which nothing is evaluated again
             Folder(self.config).write(DETAILS, self.details.to_json())
+        self.pace.doing("writing a checkpoint")
         with scratch_folder("checkpoint") as folder:
             write_checkpoint(folder, self.training, self.config, result)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder))

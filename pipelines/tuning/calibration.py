@@ -5,34 +5,32 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
-
-import numpy as np
-import torch
 
 from pipelines.cluster.devices import device_here
 from pipelines.run.resolve import ResolvedConfig
+from pipelines.training.estimate import (
+    BATCHES,
+    as_a_worker,
+    as_the_teacher_sees,
+    seconds_per_evaluated_image,
+    seconds_per_step,
+    with_record,
+)
 from pipelines.training.plan import Plan, make_plan
 from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.config.recipe import replace_fields
-from qskd.datasets.batch import parts_of, train_batch
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
-from qskd.evaluation.inference import predict_batch
 from qskd.from_recipe import make_student, make_teacher
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.columns.table import TeacherRow, collate, columns_for
+from qskd.teacher.columns.table import TeacherRow, columns_for
 from qskd.teacher.making import CacheMaker
-from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
-
-Arrays = Mapping[str, np.ndarray]
-BATCHES = 3  # held in memory; steps go round
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,8 @@ def calibrate(config: ResolvedConfig, budget_s: float = 2.0) -> Calibration:
     """
     config = _with_enough_cached(config)
     plan = make_plan(config, "distill")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.compute.threads_per_worker or threads)
-    try:
-        with torch.random.fork_rng():
-            return _measure(config, plan, budget_s)
-    finally:
-        torch.set_num_threads(threads)
+    with as_a_worker(config):
+        return _measure(config, plan, budget_s)
 
 
 def _with_enough_cached(config: ResolvedConfig) -> ResolvedConfig:
@@ -105,78 +98,32 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
     shares = (share.arrays for share in local_stream(plan.stream, 0, workers, 0) if share.subset == "train")
     batches = list(itertools.islice(shares, BATCHES))
 
-    online_s = _seconds_per_step(Training(config, student, teacher, steps, device), batches, budget_s)
+    online_s = seconds_per_step(Training(config, student, teacher, steps, device), batches, budget_s)[0]
 
     maker, rows, teacher_s = CacheMaker(config, teacher, device), [], 0.0
     for arrays in batches:
         started = time.perf_counter()
-        rows.append(maker.rows(_as_the_teacher_sees(arrays)))
+        rows.append(maker.rows(as_the_teacher_sees(arrays)))
         teacher_s = time.perf_counter() - started  # the last one's: the first wakes it up
     needs = teacher_needs(config.distillation)
     assert needs is not None
     columns = columns_for(needs)
-    cached = [_with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
+    cached = [with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
     memory = CachedTeacher(teacher.sizes(config.teacher.cache.all_layers))
     training = Training(config, student, memory, steps, device)
-    cached_s = _seconds_per_step(training, cached, budget_s)
+    cached_s = seconds_per_step(training, cached, budget_s)[0]
 
-    def evaluate() -> None:
-        categories = tuple(category.id for category in plan.train.categories)
-        with training.evaluation_weights() as weights:
-            predict_batch(weights, batches[-1], weights.preprocessing(config.student.resize), categories, device=device)
-
-    evaluate()
-    evaluate_s = _timed(evaluate, device)
+    evaluate_s = seconds_per_evaluated_image(training, batches[-1], plan.train)
     every_row = [row for part in rows for row in part]
     return Calibration(
         cached_step_s=cached_s * workers,
         online_step_s=online_s * workers,
         teacher_image_s=teacher_s / len(batches[-1]["images"]),
-        evaluate_image_s=evaluate_s / len(batches[-1]["images"]),
+        evaluate_image_s=evaluate_s,
         cached_bytes=fmean(_bytes(row, columns) for row in every_row),
         stored_bytes=fmean(row.nbytes for row in every_row),
         device=str(device),
     )
-
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds, with all that the device was given to do."""
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def _seconds_per_step(training: Training, batches: Sequence[Arrays], budget_s: float) -> float:
-    """The median over as many steps as fit into the budget, the first left out; the way to the device included."""
-
-    def step(arrays: Arrays) -> None:
-        parts = parts_of(arrays, training.config.training, training.world)
-        training.train_step(*(train_batch(part, training.device) for part in parts))
-
-    times: list[float] = []
-    for arrays in itertools.cycle(batches):
-        times.append(_timed(partial(step, arrays), training.device))
-        if len(times) > 1 and sum(times[1:]) + times[-1] > budget_s:
-            break
-    training.check_finite()
-    return median(times[1:])
-
-
-def _as_the_teacher_sees(arrays: Arrays) -> Arrays:
-    """The loader's arrays with the teacher's pixels as the images, as the cache job loads them."""
-    if "teacher_images" not in arrays:
-        return arrays
-    return {**arrays, "images": arrays["teacher_images"], "sizes": arrays["teacher_sizes"]}
-
-
-def _with_record(
-    arrays: Arrays, rows: Sequence[TeacherRow], teacher: OnlineTeacher, config: Config, columns: Sequence[str]
-) -> Arrays:
-    """The loader's arrays as they are where there is a cache: the teacher's outputs in place of its pixels."""
-    own = {name: array for name, array in arrays.items() if not name.startswith("teacher_")}
-    return own | collate(rows, teacher.sizes(config.teacher.cache.all_layers), columns)
 
 
 def _bytes(row: TeacherRow, columns: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.cluster.address import check_address
 from pipelines.cluster.devices import uses_gpu
+from pipelines.reporting.board import current, progress, stage
 from pipelines.run.folder import Folder
 from pipelines.run.guards import alone_on, check_same_data, check_same_run
 from pipelines.run.logs import tell
@@ -28,6 +29,7 @@ from pipelines.tuning.search.request import SearchRequest, check_request
 from pipelines.tuning.sweep import Sweep, is_done
 from pipelines.tuning.tracking import SweepTracking
 from pipelines.tuning.trial.costs import parameters_m, recipe_latency_ms
+from pipelines.tuning.watch import SweepWatch
 from qskd.checks import check_objects
 from qskd.config import Config
 from qskd.config.recipe import replace_fields, to_yaml
@@ -99,7 +101,7 @@ def check_folder(config: Config, restart: bool) -> Folder:
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
     """Search, or go on with a search that was stopped. Raises QskdError; KeyboardInterrupt after Ctrl-C and SIGTERM."""
     config = resolve(config, "distill")
-    with alone_on(check_folder(config, restart)):
+    with alone_on(check_folder(config, restart)), progress(config.name, unit="step"):
         return _run(config, request, restart)
 
 
@@ -119,6 +121,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     check_same_data(folder, plan.fingerprints)
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
     folder.write_record("config.yaml", to_yaml(config))
+    stage("opening the run in MLflow")
     tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
     tell(search.describe())
     for notice in plan.data_notices:
@@ -127,6 +130,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
     try:
         if is_done(search, records):
+            stage("writing the report, telling MLflow")
             tracking.settle(config.name)
             return finish(config, search.describe(), records, tracker)
         known_cache = _make_cache(short, cached)
@@ -134,6 +138,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
         if "recipe_latency_ms" not in facts:
             from pipelines.cluster.devices import device_here
 
+            stage("measuring the recipe's latency")
             facts["recipe_latency_ms"] = recipe_latency_ms(short, plan.train.labels, device_here(short))
             records.note(**facts)
         sweep = Sweep(
@@ -148,7 +153,9 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
             limit,
             known_cache,
         )
-        _search(sweep, plan)
+        stage("starting the trials")
+        with SweepWatch(current(), records, (schedule.total_steps, schedule.steps_per_epoch), search.trials):
+            _search(sweep, plan)
     except KeyboardInterrupt:
         pass
     except BaseException:
@@ -159,6 +166,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
         ended = sum(row.state in ENDED for row in records.rows.values())
         tell(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
         raise KeyboardInterrupt
+    stage("writing the report, telling MLflow")
     tracking.settle(config.name)
     return finish(config, search.describe(), records, tracker)
 
@@ -170,6 +178,7 @@ def _make_cache(config: ResolvedConfig, cached: bool) -> str:
     from pipelines.cluster.room import node_resources
     from pipelines.cluster.start import start_ray
 
+    stage("starting Ray")
     start_ray()
     if not cached:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
@@ -179,6 +188,7 @@ def _make_cache(config: ResolvedConfig, cached: bool) -> str:
             config.compute.workers, int(sum(node.get("GPU", 0) or node.get("CPU", 0) for node in node_resources()))
         )
         compute = config.compute.model_copy(update={"workers": actors})
+        stage("making the teacher's cache")
         cache_teacher.run(config.model_copy(update={"compute": compute}))
     make_plan(config, "distill")  # checks that the cache is enough for the recipe
     manifest = load_cache_manifest(config.teacher.cache.path)

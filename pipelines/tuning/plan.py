@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.caching.plan import bytes_text, duration_text
+from pipelines.caching.plan import bytes_text
+from pipelines.reporting.words import duration_text
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from pipelines.tuning.calibration import Calibration

@@ -234,6 +234,14 @@ def changes(config: Config) -> dict[str, Any]:
     return differing(to_tree(config), defaults_like(config))
 
 
+def shown_fields(config: Config, *, everything: bool = False) -> str:
+    """What a dry run prints of the recipe, as YAML: what differs from the defaults, or every field."""
+    if everything:
+        return "# every field\n" + to_yaml(config)
+    own = yaml.safe_dump(changes(config), sort_keys=False, width=120)
+    return f"# what differs from the defaults (every field: --all-fields)\n{own}"
+
+
 def defaults_like(config: Config) -> dict[str, Any]:
     """The configuration's tree as if nothing had been said but the methods: a section's defaults are its method's."""
     usual = to_tree(Config())

@@ -95,7 +95,7 @@ def _permutation(length: int, *key: int | str) -> NDArray[np.int64]:
 
 
 class EpochOrder:
-    """An epoch's order, made window by window as it is asked for: a run of steps late in a billion images costs what one
+    """An epoch's order, made window by window as it is asked for: a range of steps late in a billion images costs what one
     in a thousand does, beyond the shards' own permutation. Depends on the arguments only.
 
     Shards are permuted; neighbours are joined to windows of at least `window_images` rows (too few left at the end join
@@ -121,7 +121,7 @@ class EpochOrder:
 
     def _window(self, number: int) -> NDArray[np.int32]:
         made_for, rows = self._latest  # read and written whole: readers in several threads may share an order
-        if made_for != number:  # runs come in order: the last window is the one that is asked for again
+        if made_for != number:  # ranges of steps come in order: the last window is the one that is asked for again
             rows = _all_rows(self._shard_rows, self._windows[number])
             rows = rows[_permutation(len(rows), "rows", self._seed, self._epoch, number)]
             self._latest = number, rows
@@ -143,7 +143,7 @@ def epoch_order(shard_rows: Sequence[int], seed: int, epoch: int, window_images:
     return EpochOrder(shard_rows, seed, epoch, window_images).rows(0, sum(shard_rows))
 
 
-@lru_cache(maxsize=1)  # a reader is asked for an epoch's runs one after the other
+@lru_cache(maxsize=1)  # a reader is asked for an epoch's ranges of steps one after the other
 def _order_of(shard_rows: tuple[int, ...], seed: int, epoch: int, window_images: int) -> EpochOrder:
     return EpochOrder(shard_rows, seed, epoch, window_images)
 
