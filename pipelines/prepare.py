@@ -17,6 +17,13 @@ from qskd.printable import escaped, one_line, shown_value
 if TYPE_CHECKING:
     from qskd.datasets.manifest import Manifest
 
+Drawn = Annotated[
+    str,
+    typer.Option(
+        help="Where EXIF turns a picture, its boxes refer to the upright or the stored one. auto: as the JSON's size says, "
+        "and upright where it can't tell."
+    ),
+]
 SkipBroken = Annotated[
     str, typer.Option(help="stop: name the first broken sample and stop. skip: leave it out, and record it.")
 ]
@@ -31,6 +38,7 @@ def command(
     destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
     on_error: SkipBroken = "stop",
+    exif: Drawn = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards made from another source.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -39,13 +47,14 @@ def command(
     from qskd.storage.files import check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
+    drawn = one_of("--exif", exif, "auto", "upright", "stored")
     if dry_run:
         check_uri(destination)
-        dataset = read_coco(annotations, images, policy)
+        dataset = read_coco(annotations, images, policy, drawn)
         shards = -(-len(dataset) // rows_per_shard)
         tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
         return
-    manifest = prepare(annotations, images, destination, rows_per_shard, policy, overwrite)
+    manifest = prepare(annotations, images, destination, rows_per_shard, policy, overwrite, exif=drawn)
     tell(describe(manifest, destination))
 
 
@@ -57,6 +66,7 @@ def prepare(
     on_error: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
     quiet: bool = False,
+    exif: Literal["auto", "upright", "stored"] = "auto",
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it."""
     from rich.markup import escape
@@ -65,7 +75,7 @@ def prepare(
     from qskd.datasets.coco import read_coco
     from qskd.datasets.shards import write_shards
 
-    dataset = read_coco(annotations, images, on_error)
+    dataset = read_coco(annotations, images, on_error, exif)
     with Progress(disable=quiet, transient=True) as progress:
         task = progress.add_task(escape(f"{one_line(annotations.name)} → {one_line(destination)}"), total=len(dataset))
         return write_shards(
@@ -88,6 +98,8 @@ def describe(manifest: Manifest, destination: str) -> str:
             f"{category.id}→{index} {one_line(category.name)}" for index, category in enumerate(manifest.categories)
         ),
     ]
+    if manifest.pictures is not None:
+        lines += manifest.pictures.lines()
     if manifest.problems:
         lines.append(f"{len(manifest.problems)} problem(s), all in {destination}/manifest.json; the first:")
         lines += [f"  {shown_value(problem)}" for problem in manifest.problems[:3]]

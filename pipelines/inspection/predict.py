@@ -5,13 +5,14 @@ python -m pipelines.predict runs/quickstart/qskd/student photo.jpg --out boxes.p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from qskd.datasets.views import decode_image
+from qskd.datasets.views import decoded
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.errors import QskdError, writing
 from qskd.evaluation.detections import Detections
@@ -20,13 +21,18 @@ from qskd.pictures.plots import draw_boxes
 from qskd.storage.files import fetched
 from qskd.storage.ownership import check_picture, save_picture
 
+log = logging.getLogger("qskd")
+
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB uint8 [H, W, 3], decoded as in training."""
+    """RGB uint8 [H, W, 3], upright, decoded as in training; warns where little of the file's range is used."""
     try:
-        return np.asarray(decode_image(path.read_bytes(), str(path)))
+        picture = decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise QskdError(str(path), f"can't be read: {error.strerror}", "an image file") from None
+    if picture.note:
+        log.warning("%s: %s", path, picture.note)
+    return np.asarray(picture.rgb)
 
 
 def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]:

@@ -1,11 +1,12 @@
 """COCO detection JSON -> samples and categories. Every complaint names the file, the image id and the annotation id.
 
-Annotations refer to the pixels as stored: EXIF orientation is ignored, as COCO's own tools do.
+Samples are upright. Where EXIF turns a picture, its boxes are read against the upright picture unless the JSON's size is that
+of the stored pixels (`Exif`); then they are turned with it.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import math
 import os
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qskd.datasets.pictures.facts import Exif, PictureFacts, Seen, facts_of, turned_boxes
+from qskd.datasets.pictures.files import PictureFolder, folded
 from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
@@ -40,29 +43,34 @@ class _Image:
     objects: list[tuple[float, float, float, float, int, float, bool]] = field(default_factory=list)
 
 
-def _sample(image: _Image, encoded: bytes) -> Sample:
+def _sample(image: _Image, encoded: bytes, seen: Seen, facts: PictureFacts) -> Sample:
     objects = image.objects
+    boxes_xyxy = np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4)
     return Sample(
-        *(image.id, image.file_name, image.width, image.height, encoded),
-        boxes_xyxy=np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4),
+        *(image.id, image.file_name, *seen.upright, encoded),
+        boxes_xyxy=turned_boxes(boxes_xyxy, seen.stored, seen.orientation) if facts.boxes_turned else boxes_xyxy,
         category_ids=np.array([entry[4] for entry in objects], np.int64),
         area=np.array([entry[5] for entry in objects], np.float32),
         iscrowd=np.array([entry[6] for entry in objects], np.bool_),
+        picture=facts,
     )
 
 
 class CocoDataset:
     """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
 
-    def __init__(self, annotations: Path, images: Path, on_error: OnError) -> None:
+    def __init__(self, annotations: Path, images: Path, on_error: OnError, exif: Exif = "auto") -> None:
         self.source = annotations.name
-        self._path, self._root, self._on_error = annotations, images, on_error
+        self._path, self._root, self._on_error, self._exif = annotations, images, on_error, exif
         self._problems: list[Problem] = []
         self._picture_problems: list[Problem] = []
         self._errors: list[QskdError] = []
         document, self.source_sha256 = self._parse()
         self.categories = self._read_categories(document["categories"])
+        self._folder = PictureFolder(self._root)
         self._images = self._read_images(document["images"])
+        if exif != "auto":
+            self._take_sizes(exif)
         self._read_annotations(document["annotations"])
         if self._errors:
             first, more = self._errors[0], len(self._errors) - 1
@@ -81,19 +89,18 @@ class CocoDataset:
     def samples(self) -> Iterator[Sample]:
         """Images in the JSON's order, one file read at a time. Raises QskdError at a broken picture unless skipping."""
         self._picture_problems = []
-        root = self._root.resolve()
         for image in self._images.values():
             where = self._image_where(image.id, image.file_name)
-            path = self._locate(root, image, where)
+            path, respelt = self._folder.locate(image.file_name, where)
             try:
-                encoded = self._read_picture(path, image, where)
+                sample = self._read_sample(path, image, where, respelt)
             except QskdError as error:
                 if self._on_error == "stop":
                     raise
                 dropped = f"the image and its {len(image.objects)} annotations"
                 self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
                 continue
-            yield _sample(image, encoded)
+            yield sample
 
     def sample_of(self, picture: Path) -> Sample:
         """The picture as the JSON describes it: the image whose file_name is how the picture's path ends. QskdError when
@@ -101,49 +108,35 @@ class CocoDataset:
         parts = PurePosixPath(picture.absolute().as_posix()).parts
         names = [(image, PurePosixPath(image.file_name).parts) for image in self._images.values()]
         found = [image for image, name in names if name == parts[-len(name) :]]
+        found = found or [image for image, name in names if _folded(name) == _folded(parts[-len(name) :])]
         if len(found) != 1:
             listed = _some([f"{image.id} ({one_line(image.file_name)})" for image in found]) or "no such image"
             raise QskdError(str(self._path), f"{listed} for {picture}", "one image whose file_name ends its path")
         where = self._image_where(found[0].id, found[0].file_name)
-        return _sample(found[0], self._read_picture(picture, found[0], where))
+        return self._read_sample(picture, found[0], where)
 
     # -- pictures
 
-    def _locate(self, root: Path, image: _Image, where: str) -> Path:
-        """The picture's real path. Leaving the image folder is an attack or a mix-up: refused even when skipping."""
-        name = PurePosixPath(image.file_name)
-        remedy = "use file names inside the image folder; copy pictures that a symbolic link leads elsewhere for"
-        expected = f"a file inside {self._root}"
-        if name.is_absolute() or ".." in name.parts or "\0" in image.file_name or Path(image.file_name).is_absolute():
-            raise QskdError(
-                where, f"file_name {shown_value(image.file_name)} leaves the image folder", expected, remedy
-            )
-        try:
-            path = (root / name).resolve()
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
-            return root / name  # no such file, which is for `_read_picture` to say
-        except RuntimeError as error:  # a loop of links
-            raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
-        if not path.is_relative_to(root):
-            raise QskdError(where, f"file_name {shown_value(image.file_name)} is a link to {path}", expected, remedy)
-        return path
+    def _read_sample(self, path: Path, image: _Image, where: str, respelt: bool = False) -> Sample:
+        encoded = self._folder.read(path, where, image.file_name, _FIX)
+        seen, size = check_image(encoded, where), (image.width, image.height)
+        if size not in (seen.upright, seen.stored):
+            found = f"the picture is {seen.width} x {seen.height} pixels"
+            if seen.stored != seen.upright:
+                found += f" ({seen.stored[0]} x {seen.stored[1]} before EXIF turns it)"
+            raise QskdError(where, found, f"{image.width} x {image.height}, as the JSON says", _FIX)
+        facts = facts_of(seen, size, self._exif, respelt)
+        return _sample(image, encoded, seen, facts)
 
-    def _read_picture(self, path: Path, image: _Image, where: str) -> bytes:
-        if not os.path.isfile(path):  # also False for names no file system takes; and a pipe would block the read
-            remedy = f"is {self._root} the right image folder? {_FIX}"
-            raise QskdError(where, "no such file", f"a picture at {path}", remedy)
-        try:
-            encoded = path.read_bytes()
-        except OSError as error:
-            raise QskdError(where, f"can't be read: {error.strerror}", f"a picture at {path}", _FIX) from None
-        width, height, turned = check_image(encoded, where)
-        if (width, height) != (image.width, image.height):
-            sizes = f"the picture is {width} x {height} pixels", f"{image.width} x {image.height}, as the JSON says"
-            hint = "the JSON describes the EXIF-turned picture: turn the stored pixels, or " if turned else ""
-            raise QskdError(where, *sizes, hint + _FIX)
-        return encoded
+    def _take_sizes(self, exif: Exif) -> None:
+        """Boxes were drawn on the upright, or on the stored picture, whatever the JSON's sizes say: take its size instead."""
+        for image in self._images.values():
+            where = self._image_where(image.id, image.file_name)
+            path, _ = self._folder.locate(image.file_name, where)
+            with contextlib.suppress(QskdError):  # told when its turn comes
+                seen = check_image(self._folder.read(path, where, image.file_name, _FIX), where)
+                if (image.width, image.height) in (seen.upright, seen.stored):
+                    image.width, image.height = seen.upright if exif == "upright" else seen.stored
 
     # -- the JSON
 
@@ -304,14 +297,19 @@ class CocoDataset:
         image.objects.append((*box, entry["category_id"], size, bool(crowd)))
 
 
-def read_coco(annotations: Path, images: Path, on_error: OnError = "stop") -> CocoDataset:
+def read_coco(annotations: Path, images: Path, on_error: OnError = "stop", exif: Exif = "auto") -> CocoDataset:
     """Check a COCO detection JSON and return its samples, lazily.
 
     on_error: "stop" raises QskdError at the first broken entry (and counts the others); "skip" drops broken images and
     annotations and lists them in `.problems`. Broken JSON, ambiguous categories and file names that leave `images` are
-    errors in both modes.
+    errors in both modes. exif: what boxes refer to where EXIF turns a picture; "upright" and "stored" go before the JSON's
+    sizes, and read each picture once more.
     """
-    return CocoDataset(Path(annotations), Path(images), on_error)
+    return CocoDataset(Path(annotations), Path(images), on_error, exif)
+
+
+def _folded(parts: tuple[str, ...]) -> list[str]:
+    return [folded(part) for part in parts]
 
 
 def _is(value: Any, kind: type) -> bool:

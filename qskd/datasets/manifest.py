@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from qskd.datasets.pictures.facts import PictureCounts
 from qskd.datasets.samples import Category, Count, Problem
 from qskd.errors import QskdError
 from qskd.printable import shown_value
@@ -54,6 +55,7 @@ class Manifest:
     source: str
     source_sha256: str
     problems: tuple[Problem, ...] = ()
+    pictures: PictureCounts | None = None  # None: written before pictures were turned upright
 
     @cached_property
     def category_index(self) -> dict[int, int]:
@@ -73,7 +75,9 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the shards' checksums and the categories: the same value, the same data in the same order."""
-        content = [[shard.sha256 for shard in self.shards], [[c.id, c.name] for c in self.categories]]
+        content: list[Any] = [[shard.sha256 for shard in self.shards], [[c.id, c.name] for c in self.categories]]
+        if self.pictures is not None and self.pictures.need_the_rule:  # the same bytes were seen otherwise before
+            content.append("upright, scaled by the bits used")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
+from qskd.datasets.pictures.facts import PictureCounts, look
 from qskd.datasets.samples import (
     ARRAYS,
     SCHEMA,
@@ -35,6 +36,7 @@ from qskd.datasets.samples import (
     to_table,
 )
 from qskd.errors import QskdError, writing
+from qskd.printable import one_line
 from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish, read_bytes, remove, sha256_of
 from qskd.storage.ownership import head_says
 from qskd.storage.stores import is_local, join, patiently
@@ -116,6 +118,7 @@ def write_shards(
                 dataset.source,
                 dataset.source_sha256,
                 tuple(dataset.problems),
+                tally.pictures,
             )
             spool.write_text(manifest.to_json())
             publish(spool, filesystem, f"{root}/{MANIFEST}")
@@ -129,6 +132,7 @@ def write_shards(
 class _Tally:
     def __init__(self) -> None:
         self.images = self.objects = self.crowds = 0
+        self.pictures = PictureCounts()
 
     def counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for sample in samples:
@@ -136,6 +140,7 @@ class _Tally:
             self.images += 1
             self.crowds += crowds
             self.objects += len(sample.iscrowd) - crowds
+            self.pictures += PictureCounts.of([sample.picture or look(sample.encoded)])
             yield sample
 
 
@@ -193,7 +198,20 @@ class ShardReader:
         names = list(SCHEMA.names if columns is None else columns)
         if unknown := set(names) - set(SCHEMA.names):
             raise QskdError(self.where(shard), f"no columns {sorted(unknown)}", f"some of {SCHEMA.names}")
-        return to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
+        samples = to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
+        if self.manifest.pictures is None and "encoded" in names:
+            for sample in samples:
+                self._check_seen_alike(shard, sample)
+        return samples
+
+    def _check_seen_alike(self, shard: int, sample: Sample) -> None:
+        """QskdError for a picture that qskd saw otherwise when these shards were written: its boxes may be another picture's."""
+        picture = look(sample.encoded)
+        if picture.turned or picture.deep:
+            where = f"{self.where(shard)}: image {sample.image_id} ({one_line(sample.file_name)})"
+            kind = "is turned by EXIF" if picture.turned else "has more than 8 bits a channel"
+            found = f"the picture {kind}, and the shards are of an earlier qskd, which saw such pictures otherwise"
+            raise QskdError(where, found, "shards of this qskd", "make them anew: the same `qskd prepare` command")
 
     def read_table(self, shard: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
         """These columns of some row groups, or of the whole shard, as Arrow."""
