@@ -114,6 +114,18 @@ def test_the_option_goes_before_the_jsons_size(
     assert counts == PictureCounts(turned=turned, boxes_turned=turned * (drawn == "stored"))
 
 
+def test_a_box_that_only_the_upright_picture_has_room_for_is_told_of_the_option(tmp_path: Path) -> None:
+    annotations, images = dataset_of(tmp_path, (64, 20), 6, "upright", sized="stored")
+    document = json.loads(annotations.read_text())
+    document["annotations"][0]["bbox"] = [30, 2, 10, 10]  # the stored picture is 20 pixels wide
+    annotations.write_text(json.dumps(document))
+    with pytest.raises(QskdError, match="outside its image") as raised:
+        read_coco(annotations, images)
+    assert "--exif upright" in raised.value.expected
+    (sample,) = read_coco(annotations, images, exif="upright").samples()
+    assert sample.boxes_xyxy.tolist() == [[30, 2, 40, 12]]
+
+
 def test_every_program_sees_a_turned_picture_and_its_box_alike(tmp_path: Path) -> None:
     annotations, images = dataset_of(tmp_path, (64, 40), 6, "stored", "PNG")
     manifest = prepare(annotations, images, str(tmp_path / "shards"), quiet=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qskd.datasets.pictures.facts import Exif, PictureFacts, Seen, facts_of, turned_boxes
+from qskd.datasets.pictures.facts import Exif, PictureFacts, Seen, facts_of, fits_only_turned, turned_boxes
 from qskd.datasets.pictures.files import PictureFolder, folded
 from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
 from qskd.datasets.views import check_image
@@ -265,6 +265,8 @@ class CocoDataset:
             self._complain(where, f"bbox {shown_value(bbox)} is not four finite numbers", expected, "the annotation")
             return
         x, y, w, h = bbox
+        if fits_only_turned(bbox, (image.width, image.height)):
+            expected += "; if EXIF turns the picture and its boxes were drawn on it upright: --exif upright"
         # Written so that a box rounded to float32, as samples hold it, is judged.
         left, top = np.float32(min(max(x, 0), image.width)), np.float32(min(max(y, 0), image.height))
         right, bottom = np.float32(max(0, min(x + w, image.width))), np.float32(max(0, min(y + h, image.height)))

@@ -132,10 +132,10 @@ def _deep_as_rgb(picture: Image.Image, encoded: bytes) -> tuple[Image.Image, str
     if picture.mode == "F":
         return _float_as_rgb(np.asarray(picture))
     if picture.mode[0] == "I":
-        values = np.asarray(picture).astype(np.int64)
+        values = np.asarray(picture).astype(np.int32)
     elif picture.mode in ("RGB", "RGBA"):
         # Pillow keeps the high byte of each channel.
-        high = np.asarray(picture).astype(np.int64)[..., :3]
+        high = np.asarray(picture).astype(np.int32)[..., :3]
         low = _low_bytes(encoded)
         values = high * 256 + (high if low is None else low)
     else:  # CMYK, which has no plain range
@@ -150,7 +150,7 @@ def _deep_as_rgb(picture: Image.Image, encoded: bytes) -> tuple[Image.Image, str
     return scaled.convert("RGB"), note
 
 
-def _low_bytes(encoded: bytes) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+def _low_bytes(encoded: bytes) -> np.ndarray[Any, np.dtype[np.int32]] | None:
     """The low bytes [H, W, 3] of a picture's 16-bit channels: the same data, read in the other order of bytes."""
     picture: Any = opened(encoded)
     native = {"little": "L", "big": "B"}[sys.byteorder]
@@ -167,7 +167,7 @@ def _low_bytes(encoded: bytes) -> np.ndarray[Any, np.dtype[np.int64]] | None:
         picture.load()
     except Exception:  # an order that Pillow does not read: grey with transparency
         return None
-    return np.asarray(picture).astype(np.int64)[..., :3]
+    return np.asarray(picture).astype(np.int32)[..., :3]
 
 
 def _float_as_rgb(values: np.ndarray[Any, Any]) -> tuple[Image.Image, str]:

@@ -133,7 +133,17 @@ def look(encoded: bytes) -> PictureFacts:
     except PictureError:
         return PictureFacts()
     deep = is_deep(picture)
-    return PictureFacts(turned=orientation_of(picture) != 1, deep=deep)
+    # Pillow decodes a whole PNG in search of EXIF, which may follow the pixels.
+    none = picture.format == "PNG" and not any(mark in encoded for mark in (b"eXIf", b"exif", b"adobe.xmp"))
+    return PictureFacts(turned=not none and orientation_of(picture) != 1, deep=deep)
+
+
+def fits_only_turned(bbox_xywh: list[float], size: Size) -> bool:
+    """Whether a box of this many pixels lies in a picture of the size turned by a quarter, and not in one of the size itself."""
+    x, y, w, h = bbox_xywh
+    width, height = size
+    turned = min(x, y, w, h) >= 0 and x + w <= height and y + h <= width
+    return turned and not (x + w <= width and y + h <= height)
 
 
 def turned_boxes(boxes_xyxy: NDArray[np.float32], stored: Size, orientation: int) -> NDArray[np.float32]:
