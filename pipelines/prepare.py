@@ -98,8 +98,8 @@ def describe(manifest: Manifest, destination: str) -> str:
             f"{category.id}→{index} {one_line(category.name)}" for index, category in enumerate(manifest.categories)
         ),
     ]
-    if manifest.pictures is not None:
-        lines += manifest.pictures.lines()
+    if manifest.picture_counts is not None:
+        lines += manifest.picture_counts.lines()
     if manifest.problems:
         lines.append(f"{len(manifest.problems)} problem(s), all in {destination}/manifest.json; the first:")
         lines += [f"  {shown_value(problem)}" for problem in manifest.problems[:3]]

@@ -156,7 +156,7 @@ def test_turned_and_deep_pictures_are_counted_in_the_manifest_and_told(tmp_path:
     annotations.write_text(json.dumps(document))
     destination = str(tmp_path / "shards")
     manifest = prepare(annotations, images, destination, quiet=True)
-    assert manifest.pictures == PictureCounts(turned=1, undecided=1, deep=2, dim=1, respelt=2)
+    assert manifest.picture_counts == PictureCounts(turned=1, undecided=1, deep=2, dim=1, respelt=2)
     assert Manifest.from_json((tmp_path / "shards" / MANIFEST).read_text(), "x") == manifest
     said = CliRunner().invoke(app, ["prepare", str(annotations), str(images), destination]).output
     assert said.strip() == describe(manifest, destination).strip()
@@ -176,13 +176,13 @@ def test_turned_and_deep_pictures_are_counted_in_the_manifest_and_told(tmp_path:
 def test_a_dataset_without_such_pictures_says_nothing_of_them(tmp_path: Path) -> None:
     annotations, images = dataset_of(tmp_path, (48, 48), 1, "upright")
     manifest = prepare(annotations, images, str(tmp_path / "shards"), quiet=True)
-    assert manifest.pictures == PictureCounts()
+    assert manifest.picture_counts == PictureCounts()
     assert len(describe(manifest, "shards").splitlines()) == 2
 
 
 def _of_an_earlier_qskd(shards: Path, manifest: Manifest) -> None:
-    old = json.loads(replace(manifest, pictures=None).to_json())
-    del old["pictures"]
+    old = json.loads(replace(manifest, picture_counts=None).to_json())
+    del old["picture_counts"]
     (shards / MANIFEST).write_text(json.dumps(old))
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qskd.datasets.pictures.facts import Exif, PictureFacts, Seen, facts_of, fits_only_turned, turned_boxes
+from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
 from qskd.datasets.pictures.files import PictureFolder, folded
 from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
 from qskd.datasets.views import check_image
@@ -43,16 +43,14 @@ class _Image:
     objects: list[tuple[float, float, float, float, int, float, bool]] = field(default_factory=list)
 
 
-def _sample(image: _Image, encoded: bytes, seen: Seen, facts: PictureFacts) -> Sample:
+def _sample(image: _Image, encoded: bytes) -> Sample:
     objects = image.objects
-    boxes_xyxy = np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4)
     return Sample(
-        *(image.id, image.file_name, *seen.upright, encoded),
-        boxes_xyxy=turned_boxes(boxes_xyxy, seen.stored, seen.orientation) if facts.boxes_turned else boxes_xyxy,
+        *(image.id, image.file_name, image.width, image.height, encoded),
+        boxes_xyxy=np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4),
         category_ids=np.array([entry[4] for entry in objects], np.int64),
         area=np.array([entry[5] for entry in objects], np.float32),
         iscrowd=np.array([entry[6] for entry in objects], np.bool_),
-        picture=facts,
     )
 
 
@@ -65,9 +63,9 @@ class CocoDataset:
         self._problems: list[Problem] = []
         self._picture_problems: list[Problem] = []
         self._errors: list[QskdError] = []
+        self._folders: dict[Path, PictureFolder] = {}
         document, self.source_sha256 = self._parse()
         self.categories = self._read_categories(document["categories"])
-        self._folder = PictureFolder(self._root)
         self._images = self._read_images(document["images"])
         if exif != "auto":
             self._take_sizes(exif)
@@ -89,11 +87,12 @@ class CocoDataset:
     def samples(self) -> Iterator[Sample]:
         """Images in the JSON's order, one file read at a time. Raises QskdError at a broken picture unless skipping."""
         self._picture_problems = []
+        root = self._root.resolve()
         for image in self._images.values():
             where = self._image_where(image.id, image.file_name)
-            path, respelt = self._folder.locate(image.file_name, where)
+            path = self._locate(root, image, where)
             try:
-                sample = self._read_sample(path, image, where, respelt)
+                sample = self._read_sample(path, image, where)
             except QskdError as error:
                 if self._on_error == "stop":
                     raise
@@ -108,7 +107,8 @@ class CocoDataset:
         parts = PurePosixPath(picture.absolute().as_posix()).parts
         names = [(image, PurePosixPath(image.file_name).parts) for image in self._images.values()]
         found = [image for image, name in names if name == parts[-len(name) :]]
-        found = found or [image for image, name in names if _folded(name) == _folded(parts[-len(name) :])]
+        if not found:
+            found = [image for image, name in names if folded("/".join(name)) == folded("/".join(parts[-len(name) :]))]
         if len(found) != 1:
             listed = _some([f"{image.id} ({one_line(image.file_name)})" for image in found]) or "no such image"
             raise QskdError(str(self._path), f"{listed} for {picture}", "one image whose file_name ends its path")
@@ -117,24 +117,29 @@ class CocoDataset:
 
     # -- pictures
 
-    def _read_sample(self, path: Path, image: _Image, where: str, respelt: bool = False) -> Sample:
-        encoded = self._folder.read(path, where, image.file_name, _FIX)
-        seen, size = check_image(encoded, where), (image.width, image.height)
-        if size not in (seen.upright, seen.stored):
-            found = f"the picture is {seen.width} x {seen.height} pixels"
-            if seen.stored != seen.upright:
-                found += f" ({seen.stored[0]} x {seen.stored[1]} before EXIF turns it)"
-            raise QskdError(where, found, f"{image.width} x {image.height}, as the JSON says", _FIX)
-        facts = facts_of(seen, size, self._exif, respelt)
-        return _sample(image, encoded, seen, facts)
+    def _folder(self, root: Path) -> PictureFolder:
+        return self._folders.setdefault(root, PictureFolder(root))
+
+    def _locate(self, root: Path, image: _Image, where: str) -> Path:
+        """The picture's real path. Leaving the image folder is an attack or a mix-up: refused even when skipping."""
+        return self._folder(root).locate(image.file_name, where)
+
+    def _read_bytes(self, path: Path, image: _Image, where: str) -> bytes:
+        return self._folder(self._root.resolve()).read(path, where, image.file_name, _FIX)
+
+    def _read_sample(self, path: Path, image: _Image, where: str) -> Sample:
+        encoded = self._read_bytes(path, image, where)
+        respelt = any(image.file_name in folder.respelt for folder in self._folders.values())
+        return upright(_sample(image, encoded), check_image(encoded, where), self._exif, respelt, where, _FIX)
 
     def _take_sizes(self, exif: Exif) -> None:
         """Boxes were drawn on the upright, or on the stored picture, whatever the JSON's sizes say: take its size instead."""
+        root = self._root.resolve()
         for image in self._images.values():
             where = self._image_where(image.id, image.file_name)
-            path, _ = self._folder.locate(image.file_name, where)
+            path = self._locate(root, image, where)
             with contextlib.suppress(QskdError):  # told when its turn comes
-                seen = check_image(self._folder.read(path, where, image.file_name, _FIX), where)
+                seen = check_image(self._read_bytes(path, image, where), where)
                 if (image.width, image.height) in (seen.upright, seen.stored):
                     image.width, image.height = seen.upright if exif == "upright" else seen.stored
 
@@ -308,10 +313,6 @@ def read_coco(annotations: Path, images: Path, on_error: OnError = "stop", exif:
     sizes, and read each picture once more.
     """
     return CocoDataset(Path(annotations), Path(images), on_error, exif)
-
-
-def _folded(parts: tuple[str, ...]) -> list[str]:
-    return [folded(part) for part in parts]
 
 
 def _is(value: Any, kind: type) -> bool:

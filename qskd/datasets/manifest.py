@@ -55,7 +55,7 @@ class Manifest:
     source: str
     source_sha256: str
     problems: tuple[Problem, ...] = ()
-    pictures: PictureCounts | None = None  # None: written before pictures were turned upright
+    picture_counts: PictureCounts | None = None  # None: written before pictures were turned upright
 
     @cached_property
     def category_index(self) -> dict[int, int]:
@@ -76,7 +76,9 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 over the shards' checksums and the categories: the same value, the same data in the same order."""
         content: list[Any] = [[shard.sha256 for shard in self.shards], [[c.id, c.name] for c in self.categories]]
-        if self.pictures is not None and self.pictures.need_the_rule:  # the same bytes were seen otherwise before
+        if (
+            self.picture_counts is not None and self.picture_counts.need_the_rule
+        ):  # the same bytes were seen otherwise before
             content.append("upright, scaled by the bits used")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

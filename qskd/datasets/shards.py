@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
-from qskd.datasets.pictures.facts import PictureCounts, look
+from qskd.datasets.pictures.facts import PictureCounter, look
 from qskd.datasets.samples import (
     ARRAYS,
     SCHEMA,
@@ -81,7 +81,8 @@ def write_shards(
     shards: list[Shard] = []
     fresh: set[str] = set()  # what was not there before: a failure deletes these alone
     tally = _Tally()
-    rows = tally.counted(dataset.samples())
+    counter = PictureCounter()
+    rows = tally.counted(counter.counted(dataset.samples()))
     # Inside the destination when that is local: a rename does not cross file systems.
     with (
         writing(destination),
@@ -118,7 +119,7 @@ def write_shards(
                 dataset.source,
                 dataset.source_sha256,
                 tuple(dataset.problems),
-                tally.pictures,
+                picture_counts=counter.counts,
             )
             spool.write_text(manifest.to_json())
             publish(spool, filesystem, f"{root}/{MANIFEST}")
@@ -132,7 +133,6 @@ def write_shards(
 class _Tally:
     def __init__(self) -> None:
         self.images = self.objects = self.crowds = 0
-        self.pictures = PictureCounts()
 
     def counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for sample in samples:
@@ -140,7 +140,6 @@ class _Tally:
             self.images += 1
             self.crowds += crowds
             self.objects += len(sample.iscrowd) - crowds
-            self.pictures += PictureCounts.of([sample.picture or look(sample.encoded)])
             yield sample
 
 
@@ -199,7 +198,7 @@ class ShardReader:
         if unknown := set(names) - set(SCHEMA.names):
             raise QskdError(self.where(shard), f"no columns {sorted(unknown)}", f"some of {SCHEMA.names}")
         samples = to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
-        if self.manifest.pictures is None and "encoded" in names:
+        if self.manifest.picture_counts is None and "encoded" in names:
             for sample in samples:
                 self._check_seen_alike(shard, sample)
         return samples

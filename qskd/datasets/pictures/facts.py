@@ -3,8 +3,8 @@ boxes of a turned picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from qskd.datasets.pictures.decoding import PictureError, is_deep, opened, orientation_of
-from qskd.datasets.samples import Count
+from qskd.datasets.samples import Count, Sample
+from qskd.errors import QskdError
 
 # What boxes refer to where EXIF turns a picture. auto: what the JSON's size says, and the upright picture where it can't tell.
 Exif = Literal["auto", "upright", "stored"]
@@ -113,10 +114,29 @@ def _pictures(count: int) -> str:
     return "1 picture is" if count == 1 else f"{count} pictures are"
 
 
-def facts_of(seen: Seen, size: Size, exif: Exif, respelt: bool) -> PictureFacts:
-    """size: what the JSON says, the upright or the stored picture's; after `exif` other than auto, of that."""
+class PictureCounter:
+    """Counts the pictures of samples that pass."""
+
+    def __init__(self) -> None:
+        self.counts = PictureCounts()
+
+    def counted(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self.counts += PictureCounts.of([sample.picture or look(sample.encoded)])
+            yield sample
+
+
+def upright(listed: Sample, seen: Seen, exif: Exif, respelt: bool, where: str, remedy: str) -> Sample:
+    """The sample as it is seen. listed: as its source lists it, with the size of the upright or of the stored picture (after
+    `exif` other than auto, of that); QskdError with another one."""
+    size = listed.width, listed.height
+    if size not in (seen.upright, seen.stored):
+        found = f"the picture is {seen.width} x {seen.height} pixels"
+        if seen.stored != seen.upright:
+            found += f" ({seen.stored[0]} x {seen.stored[1]} before EXIF turns it)"
+        raise QskdError(where, found, f"{listed.width} x {listed.height}, as the JSON says", remedy)
     turned, alike = seen.orientation != 1, seen.stored == seen.upright
-    return PictureFacts(
+    facts = PictureFacts(
         turned=turned,
         undecided=turned and alike and exif == "auto",
         boxes_turned=turned and (exif == "stored" if alike else size == seen.stored),
@@ -124,6 +144,10 @@ def facts_of(seen: Seen, size: Size, exif: Exif, respelt: bool) -> PictureFacts:
         dim=bool(seen.note),
         respelt=respelt,
     )
+    boxes_xyxy = listed.boxes_xyxy
+    if facts.boxes_turned:
+        boxes_xyxy = turned_boxes(boxes_xyxy, seen.stored, seen.orientation)
+    return replace(listed, width=seen.width, height=seen.height, boxes_xyxy=boxes_xyxy, picture=facts)
 
 
 def look(encoded: bytes) -> PictureFacts:

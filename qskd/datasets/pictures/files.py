@@ -20,42 +20,41 @@ def folded(name: str) -> str:
 
 
 class PictureFolder:
-    """Finds pictures below `root`, and nothing outside it."""
+    """Finds pictures below `root`, a real path, and nothing outside it. respelt: the names whose files were spelt otherwise."""
 
     def __init__(self, root: Path) -> None:
-        self._named, self._root = root, root.resolve()
+        self._root, self.respelt = root, set[str]()
         self._indices: dict[PurePosixPath, dict[str, list[str]]] = {}  # folders looked through so far
 
-    def locate(self, file_name: str, where: str) -> tuple[Path, bool]:
-        """The picture's real path, and whether it is spelt otherwise than `file_name`. One that is nowhere has the path where it
-        should be. Leaving the folder is an attack or a mix-up: QskdError."""
+    def locate(self, file_name: str, where: str) -> Path:
+        """The picture's real path, or where it should be. Leaving the folder is an attack or a mix-up: QskdError."""
         name = PurePosixPath(file_name)
         remedy = "use file names inside the image folder; copy pictures that a symbolic link leads elsewhere for"
-        expected = f"a file inside {self._named}"
+        expected = f"a file inside {self._root}"
         if name.is_absolute() or ".." in name.parts or "\0" in file_name or Path(file_name).is_absolute():
             raise QskdError(where, f"file_name {shown_value(file_name)} leaves the image folder", expected, remedy)
-        respelt = False
         if not os.path.isfile(self._root / name):  # also False for names no file system takes
             alike = self.alike(file_name)
             if len(alike) == 1:
-                name, respelt = alike[0], True
+                name = alike[0]
+                self.respelt.add(file_name)
         try:
             path = (self._root / name).resolve()
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise QskdError(where, f"file_name {shown_value(file_name)}: {error}", expected, remedy) from None
-            return self._root / name, False  # no such file, which is for `read` to say
+            return self._root / name  # no such file, which is for `read` to say
         except RuntimeError as error:  # a loop of links
             raise QskdError(where, f"file_name {shown_value(file_name)}: {error}", expected, remedy) from None
         if not path.is_relative_to(self._root):
             raise QskdError(where, f"file_name {shown_value(file_name)} is a link to {path}", expected, remedy)
-        return path, respelt
+        return path
 
     def read(self, path: Path, where: str, file_name: str, remedy: str) -> bytes:
         """The bytes of a picture at `path`. QskdError names the file that is nearest where there is none."""
         if not os.path.isfile(path):  # a pipe would block the read
             found = "no such file" + self._near(file_name)
-            raise QskdError(where, found, f"a picture at {path}", f"is {self._named} the right image folder? {remedy}")
+            raise QskdError(where, found, f"a picture at {path}", f"is {self._root} the right image folder? {remedy}")
         try:
             return path.read_bytes()
         except OSError as error:
