@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.timing import load_note, machine, print_table
 
 ROWS_PER_SHARD = 512  # `qskd prepare`'s
@@ -43,6 +45,7 @@ def _shard_rows(images: int) -> tuple[int, ...]:
 
 def manifest(images: int) -> str:
     """Written by `to_json`, read again by `load_manifest`, as each worker and reader does."""
+    from qskd.datasets.findings.splits import MOST_KEPT, packed_pictures
     from qskd.datasets.manifest import MANIFEST, Manifest, Shard, load_manifest
     from qskd.datasets.samples import Category
 
@@ -53,9 +56,12 @@ def manifest(images: int) -> str:
     )
     with tempfile.TemporaryDirectory(prefix="qskd-limits-") as folder:
         file = Path(folder) / MANIFEST
-        file.write_text(Manifest(categories, images, 7 * images, 0, shards, "made up", "0" * 64).to_json())
+        kept = np.arange(1, min(images, MOST_KEPT) + 1)
+        pictures = packed_pictures(kept.astype(np.uint64), kept)
+        whole = Manifest(categories, images, 7 * images, 0, shards, "made up", "0" * 64, pictures=pictures)
+        file.write_text(whole.to_json())
         size, before = file.stat().st_size, peak_mib()
-        del shards
+        del shards, whole
         started = time.perf_counter()
         load_manifest(folder)
         took = time.perf_counter() - started

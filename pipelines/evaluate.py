@@ -27,6 +27,12 @@ def command(
     ] = 1,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads of each.")] = 1,
     backend: Annotated[str, typer.Option(help="auto, hotcoco, faster_coco_eval or pycocotools.")] = "auto",
+    max_detections: Annotated[
+        int,
+        typer.Option(
+            min=11, max=100_000, help="Detections of an image that are kept and counted; COCO's AP counts 100."
+        ),
+    ] = 100,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also print each class's AP.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -35,6 +41,7 @@ def command(
     from qskd.config.recipe import load
     from qskd.datasets.manifest import load_manifest
     from qskd.detectors import read_preprocessing
+    from qskd.evaluation.shown import score_text, scores_text
     from qskd.printable import one_line
     from qskd.storage.files import fetched
 
@@ -55,10 +62,12 @@ def command(
         threads,
         backend,  # type: ignore[arg-type]
         config.compute.device,
+        max_detections,
     )
-    tell("  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
+    named = {name.replace("AR100", f"AR{max_detections}"): value for name, value in result.metrics.items()}
+    tell(scores_text(named, list(named), 4))
     if per_class:
-        tell("\n".join(f"{value:.4f}  {one_line(name)}" for name, value in result.per_class.items()))
+        tell("\n".join(f"{score_text(value, 4)}  {one_line(name)}" for name, value in result.per_class.items()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m pipelines.prepare annotations.json images/ shards/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +16,7 @@ from pipelines.run.logs import tell
 from qskd.printable import escaped, one_line, shown_value
 
 if TYPE_CHECKING:
+    from qskd.datasets.findings.finding import Finding
     from qskd.datasets.manifest import Manifest
 
 Drawn = Annotated[
@@ -40,21 +42,49 @@ def command(
     on_error: SkipBroken = "stop",
     exif: Drawn = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards made from another source.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="What looks wrong is an error; no shards are made.")] = False,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="What --strict lets pass, by the finding's name; repeatable."),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CATEGORY", help="Leave a category out, with its annotations, by its name; repeatable."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Turn COCO JSON and a folder of images into Parquet shards."""
+    """Turn COCO JSON and a folder of images into Parquet shards, and say what looks wrong in them."""
     from qskd.datasets.coco import read_coco
+    from qskd.datasets.findings.finding import refuse
+    from qskd.datasets.findings.leaving_out import without
+    from qskd.datasets.shards import outlined
     from qskd.storage.files import check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
     drawn = one_of("--exif", exif, "auto", "upright", "stored")
     if dry_run:
         check_uri(destination)
-        dataset = read_coco(annotations, images, policy, drawn)
+        dataset = without(read_coco(annotations, images, policy, drawn), leave_out or ())
         shards = -(-len(dataset) // rows_per_shard)
         tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
+        findings = outlined(dataset)  # pictures are not looked at
+        tell("\n".join(looks_wrong(findings)))
+        if strict:
+            refuse(findings, str(annotations), accept or ())
         return
-    manifest = prepare(annotations, images, destination, rows_per_shard, policy, overwrite, exif=drawn)
+    manifest = prepare(
+        annotations,
+        images,
+        destination,
+        rows_per_shard,
+        policy,
+        overwrite,
+        False,
+        strict,
+        accept or (),
+        leave_out or (),
+        exif=drawn,
+    )
     tell(describe(manifest, destination))
 
 
@@ -66,16 +96,21 @@ def prepare(
     on_error: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
+    accept: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
     exif: Literal["auto", "upright", "stored"] = "auto",
 ) -> Manifest:
-    """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it."""
+    """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it; when
+    `strict`, for what looks wrong and is not named in `accept` too. leave_out: categories, by name."""
     from rich.markup import escape
     from rich.progress import Progress
 
     from qskd.datasets.coco import read_coco
+    from qskd.datasets.findings.leaving_out import without
     from qskd.datasets.shards import write_shards
 
-    dataset = read_coco(annotations, images, on_error, exif)
+    dataset = without(read_coco(annotations, images, on_error, exif), leave_out)
     with Progress(disable=quiet, transient=True) as progress:
         task = progress.add_task(escape(f"{one_line(annotations.name)} → {one_line(destination)}"), total=len(dataset))
         return write_shards(
@@ -84,6 +119,8 @@ def prepare(
             rows_per_shard=rows_per_shard,
             overwrite=overwrite,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
+            strict=strict,
+            accept=accept,
         )
 
 
@@ -103,7 +140,15 @@ def describe(manifest: Manifest, destination: str) -> str:
     if manifest.problems:
         lines.append(f"{len(manifest.problems)} problem(s), all in {destination}/manifest.json; the first:")
         lines += [f"  {shown_value(problem)}" for problem in manifest.problems[:3]]
-    return escaped("\n".join(lines))
+    return escaped("\n".join([*lines, *looks_wrong(manifest.findings)]))
+
+
+def looks_wrong(findings: Sequence[Finding]) -> list[str]:
+    """The findings as lines."""
+    if not findings:
+        return ["nothing looks wrong"]
+    lines = [f"  {line}" for finding in findings for line in finding.lines()]
+    return [f"{len(findings)} thing(s) look wrong (--strict makes that an error):", *lines]
 
 
 if __name__ == "__main__":

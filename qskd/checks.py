@@ -31,6 +31,19 @@ def check_data(config: Config, fields: Sequence[str]) -> None:
             )
 
 
+def check_objects(uri: str, data: Manifest, purpose: str) -> None:
+    """QskdError where a shard folder has not a single object (crowds aside). purpose: what they are wanted for."""
+    if not data.num_objects:
+        crowds = f" ({data.num_crowds} crowds)" if data.num_crowds else ""
+        raise QskdError(
+            uri,
+            f"no object in {data.num_images} images{crowds}",
+            f"at least one object, {purpose}",
+            f"{data.source}, which the shards were made of, has no usable annotation: see `problems` and `findings` in their "
+            "manifest.json, correct it, and run `qskd prepare` again",
+        )
+
+
 def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManifest:
     """The manifest of the recipe's cache; QskdError unless it is there, this teacher's, on these views, and enough.
 

@@ -237,14 +237,14 @@ def test_truncated_pictures_are_named(folder: Path, keep: float) -> None:
 def test_boxes_partly_outside_are_clipped_and_noted_beyond_a_pixel(folder: Path) -> None:
     def change(document: dict[str, Any]) -> None:
         document["annotations"][0]["bbox"] = [-0.5, 2, 10, 28.9]
-        document["annotations"][2]["bbox"] = [15, -4, 100, 10]
+        document["annotations"][2]["bbox"] = [15, -4, 9, 10]
 
     dataset = read(folder, changed(change))
     samples = list(dataset.samples())
     np.testing.assert_allclose(samples[0].boxes_xyxy[0], [0, 2, 9.5, 30])
     np.testing.assert_allclose(samples[1].boxes_xyxy[0], [15, 0, 20, 6])
     assert [problem["where"].rpartition(" ")[2] for problem in dataset.problems] == ["3"]
-    assert "95.0 px" in dataset.problems[0]["found"]
+    assert "4.0 px" in dataset.problems[0]["found"]
 
 
 def test_a_size_that_is_neither_the_stored_nor_the_upright_one_is_told_with_both(folder: Path) -> None:

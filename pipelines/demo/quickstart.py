@@ -38,6 +38,7 @@ from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.detectors.cost import gflops, latency_ms, parameters
 from qskd.errors import QskdError
+from qskd.evaluation.shown import is_measured, score_text
 from qskd.printable import escaped
 
 ASSETS = Path(pipelines.__file__).parent / "assets"
@@ -115,7 +116,7 @@ def show(rows: list[Row], console: Console) -> None:
     for column in ("", "AP", "AP50", "AP75", "parameters", "GFLOPs", "ms/image"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
-        scores = [f"{row.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")]
+        scores = [score_text(row.metrics.get(name)) for name in ("AP", "AP50", "AP75")]
         table.add_row(row.name, *scores, f"{row.parameters_m:.2f} M", f"{row.gflops:.3f}", f"{row.ms:.1f}")
     console.print(table)
 
@@ -190,13 +191,14 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     ]
     show(rows, console)
     complete(results["qskd"].student, teacher.metrics, results["baseline"].metrics)
-    gap = teacher.metrics["AP"] - results["baseline"].metrics["AP"]
-    gain = results["qskd"].metrics["AP"] - results["baseline"].metrics["AP"]
-    console.print(
-        f"QSKD, begun from the teacher's layers: {100 * gain:+.1f} AP over the student without a teacher, "
-        f"{gain / gap:.0%} of the gap; one seed.",
-        soft_wrap=True,
-    )
+    aps = {"teacher": teacher.metrics["AP"], **{name: result.metrics["AP"] for name, result in results.items()}}
+    if all(map(is_measured, aps.values())):
+        gap, gain = aps["teacher"] - aps["baseline"], aps["qskd"] - aps["baseline"]
+        console.print(
+            f"QSKD, begun from the teacher's layers: {100 * gain:+.1f} AP over the student without a teacher, "
+            f"{gain / gap:.0%} of the gap; one seed.",
+            soft_wrap=True,
+        )
     look = how_to_look(recipe(folder, "qskd").tracking.uri)
     console.print(f"student: {shown}/qskd/student (a plain Hugging Face folder)", soft_wrap=True)
     console.print(f"runs, curves and pictures: {escape(escaped(look))}", soft_wrap=True)

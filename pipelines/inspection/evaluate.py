@@ -5,6 +5,7 @@ python -m pipelines.evaluate runs/quickstart/qskd/student runs/quickstart/data/v
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from qskd.evaluation.inference import predict_batch
 from qskd.from_recipe import ground_truth
 from qskd.storage.files import fetched
 
+log = logging.getLogger("qskd")
 COUNT = ("teacher.resize", "teacher.class_map", "compute.device")  # the fields of a recipe that an evaluation reads
 
 
@@ -41,6 +43,7 @@ class DetectorActor:
         class_map: Mapping[str, str],
         threads: int,
         device: str = "auto",
+        top_k: int = 100,
     ) -> None:
         torch.set_num_threads(threads)
         manifest = load_manifest(data)
@@ -49,13 +52,15 @@ class DetectorActor:
             self.detector = load_detector(folder).to(self.device).eval()
         self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))
         self.category_ids = tuple(category.id for category in manifest.categories)
-        self.preprocessing = preprocessing
+        self.preprocessing, self.top_k = preprocessing, top_k
         self.loader = BatchLoader(data, data, ViewConfig(), preprocessing.resize, None, keep_bytes=0)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = np.stack([batch["shard"], batch["row"], np.zeros_like(batch["row"])], 1).astype(np.int32)
         arrays = self.loader.load("val", rows)
-        found = predict_batch(self.detector, arrays, self.preprocessing, self.category_ids, self.slots, self.device)
+        found = predict_batch(
+            self.detector, arrays, self.preprocessing, self.category_ids, self.slots, self.device, self.top_k
+        )
         return dict(vars(found))
 
 
@@ -82,18 +87,28 @@ def evaluate(
     threads: int = 1,
     backend: Backend | Literal["auto"] = "auto",
     device: str = "auto",
+    max_detections: int = 100,
 ) -> CocoResult:
     """COCO AP of a Hub name, folder or URI. resize: None takes the checkpoint's own.
 
     workers: the most detector actors, over the whole cluster; 0 does it all in this process, without Ray. device: of each,
-    as `compute.device` has it.
+    as `compute.device` has it. max_detections: of an image; so many are kept and counted. A metric is -1 where the data has
+    no object to measure it on.
     """
     manifest = load_manifest(data)
+    if not manifest.num_objects:
+        log.warning("%s has no objects: nothing can be measured on it", data)
+    elif (manifest.most_objects or 0) > max_detections:
+        most, where = manifest.most_objects, manifest.most_objects_in
+        told = (
+            "%s has images with up to %d objects (image %s), of which %d can be found: --max-detections %d counts all"
+        )
+        log.warning(told, data, most, where, max_detections, most)
     with fetched(model) as folder:
         preprocessing = read_preprocessing(folder, resize)
         if workers:  # complain before anything starts
             map_classes(manifest.labels, load_detector(folder).labels, class_map or {})
-    arguments = (model, data, preprocessing, class_map or {}, threads, device)
+    arguments = (model, data, preprocessing, class_map or {}, threads, device, max_detections)
     places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
     if workers:
         found = _on_cluster(arguments, places, batch_size, workers, device)
@@ -104,7 +119,9 @@ def evaluate(
         chunks = np.split(places, range(batch_size, len(places), batch_size))
         found = [actor({"shard": chunk[:, 0], "row": chunk[:, 1]}) for chunk in chunks]
     parts = [Detections(**{name: np.asarray(values) for name, values in part.items()}) for part in found]
-    return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+    return evaluate_coco(
+        ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend, max_detections
+    )
 
 
 def _on_cluster(

@@ -15,6 +15,7 @@ from pipelines.tracking.curves import forget_after, tell
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.checkpoint_list import keep_list, last_report
 from qskd.errors import QskdError
+from qskd.evaluation.shown import measured, scores_text
 
 log = logging.getLogger("qskd")
 
@@ -43,7 +44,7 @@ class TrackingCallback(ray.train.UserCallback):
         """To the run's own record of rows, MLflow and the progress file. replace: what that record has of the same step."""
         rows = [(step, row) for step, row in report["rows"] if self._is_new("loss/total", step)]
         everything = list(report["rows"])
-        evaluation = {f"val/{name}": value for name, value in report.get("evaluation", {}).items() if value >= 0}
+        evaluation = {f"val/{name}": value for name, value in measured(report.get("evaluation", {})).items()}
         if evaluation:
             everything.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
             if self._is_new("val/AP", report["step"]):
@@ -84,7 +85,7 @@ def progress_line(name: str, entry: dict[str, Any], total_steps: int) -> str:
         parts.append(f"loss {training['loss/total']:7.3f}  {training['speed/images_per_s']:6.1f} images/s")
     evaluation = entry["evaluation"]
     if evaluation:
-        parts.append(f"AP {evaluation['AP']:.3f}  AP50 {evaluation['AP50']:.3f}")
+        parts.append(scores_text(evaluation, ("AP", "AP50")))
     return "  ".join(parts)
 
 
@@ -101,7 +102,12 @@ class ProgressPrinter:
         for entry in read_history(self.folder):
             if entry["step"] not in self.printed:
                 self.printed.add(entry["step"])
-                numbers = {"run": self.name, "step": entry["step"], **entry.get("training", {}), **entry["evaluation"]}
+                numbers = {
+                    "run": self.name,
+                    "step": entry["step"],
+                    **entry.get("training", {}),
+                    **measured(entry["evaluation"]),
+                }
                 say(progress_line(self.name, entry, self.total_steps), **numbers)
 
     def _watch(self) -> None:

@@ -23,6 +23,7 @@ from qskd.datasets.shards import ShardReader
 from qskd.datasets.views import View
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.evaluation.detections import Detections
+from qskd.evaluation.shown import is_measured
 from qskd.from_recipe import make_teacher
 from qskd.pictures.explain import Explanation, explain
 from qskd.pictures.explained import explanation_picture
@@ -94,9 +95,14 @@ def log_curves(history: list[dict[str, Any]], tracker: Tracker, scratch: Path) -
     """pictures/ap.png and pictures/loss.png: each term over its first value, for they differ in size by the hundred."""
     evaluated = [entry for entry in history if entry["evaluation"]]
     steps = [entry["step"] for entry in evaluated]
-    series = {name: (steps, [entry["evaluation"][name] for entry in evaluated]) for name in ("AP", "AP50", "AP75")}
-    curve_plot(series, "training step", "average precision", scratch / "ap.png")
-    tracker.picture("pictures/ap.png", scratch / "ap.png")
+    series = {}
+    for metric in ("AP", "AP50", "AP75"):
+        scores = [entry["evaluation"][metric] for entry in evaluated]
+        if any(map(is_measured, scores)):
+            series[metric] = (steps, [score if is_measured(score) else np.nan for score in scores])
+    if series:
+        curve_plot(series, "training step", "average precision", scratch / "ap.png")
+        tracker.picture("pictures/ap.png", scratch / "ap.png")
     names = [name for entry in history for name in entry.get("training", {}) if name.startswith("loss/")]
     plain = [name for name in dict.fromkeys(names) if not _AUXILIARY.search(name.removeprefix("loss/"))]
     losses = {}

@@ -31,6 +31,7 @@ from pipelines.training.trainer import make_trainer
 from qskd.config import Config
 from qskd.config.recipe import load, to_yaml
 from qskd.errors import QskdError
+from qskd.evaluation.shown import scores_text
 from qskd.from_recipe import make_teacher, start_student
 from qskd.storage.scratch import scratch_folder
 
@@ -39,7 +40,8 @@ log = logging.getLogger("qskd")
 
 @dataclass(frozen=True)
 class RunResult:
-    """student: the plain Hugging Face folder. metrics: the last evaluation's. seconds: of this command."""
+    """student: the plain Hugging Face folder. metrics: the last evaluation's, -1 where nothing could be measured. seconds: of
+    this command."""
 
     folder: str
     student: str
@@ -78,7 +80,7 @@ def start(
         return
     result = run(config, verb, restart)
     tell(f"student: {result.student}")
-    print("  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+    print(scores_text(result.metrics, ("AP", "AP50", "AP75")))
     tell(f"look at the run: {how_to_look(tracking_uri(config))}")
 
 

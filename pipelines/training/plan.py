@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from pipelines.run.folder import Folder
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.tracking.store import tracking_uri
 from pipelines.training.notices import notices
 from pipelines.training.stream import StreamConfig, keep_bytes_for
-from qskd.checks import check_cache, check_classes, check_data, check_enough, check_teacher
+from qskd.checks import check_cache, check_classes, check_data, check_enough, check_objects, check_teacher
+from qskd.datasets.findings.splits import between
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.schedule import Schedule
 from qskd.detectors import describe_student
@@ -39,9 +41,16 @@ class Plan:
     def fingerprints(self) -> dict[str, str]:
         return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint}
 
+    @cached_property
+    def data_notices(self) -> list[str]:
+        """Of the splits alone, and of what the student can find of them."""
+        student = self.config.student
+        return between(self.train, self.val, None if student.init else student.queries)  # a checkpoint has its own
+
     @property
     def notices(self) -> list[str]:
-        return notices(self.config, self.stream.schedule.total_steps / self.stream.schedule.steps_per_epoch)
+        schedule = self.stream.schedule
+        return [*self.data_notices, *notices(self.config, schedule.total_steps / schedule.steps_per_epoch)]
 
     def describe(self, cache_command: str = "qskd cache RECIPE") -> str:
         """What `--dry-run` prints below the configuration. cache_command: makes the cache that is missing."""
@@ -83,6 +92,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
             f"those of {config.data.train}: {[c.name for c in train.categories]}",
             "prepare both splits from JSON files with the same categories",
         )
+    check_objects(config.data.train, train, "to learn from")
     if not val.num_images:
         raise QskdError(config.data.val, "no images", "at least one, to evaluate on")
     workers = config.compute.workers

@@ -25,6 +25,7 @@ from pipelines.tuning.search.request import SearchRequest, check_request
 from pipelines.tuning.sweep import Sweep, is_done
 from pipelines.tuning.tracking import SweepTracking
 from pipelines.tuning.trial.costs import parameters_m, recipe_latency_ms
+from qskd.checks import check_objects
 from qskd.config import Config
 from qskd.config.recipe import replace_fields, to_yaml
 from qskd.errors import QskdError
@@ -115,6 +116,8 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     folder.write_record("config.yaml", to_yaml(config))
     tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
     tell(search.describe())
+    for notice in plan.data_notices:
+        log.warning(notice)
     schedule = plan.stream.schedule
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
     try:
@@ -178,8 +181,10 @@ def _make_cache(config: ResolvedConfig, cached: bool) -> str:
 
 
 def plan_without_cache(config: ResolvedConfig) -> Plan:
-    """Of a trial, whose cache is yet to be made."""
-    return make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
+    """Of a trial, whose cache is yet to be made. QskdError also where no AP can be measured, which trials are compared by."""
+    plan = make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
+    check_objects(config.data.val, plan.val, "for an AP to compare trials by")
+    return plan
 
 
 def with_effective_epochs(config: ResolvedConfig, plan: Plan) -> ResolvedConfig:
@@ -240,7 +245,8 @@ def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
     config = resolve(config, "distill")
     check_folder(config, restart)
     short = trial_recipe(config, request)
-    search = check_request(request.search, with_effective_epochs(short, plan_without_cache(short)))
+    plan = plan_without_cache(short)
+    search = check_request(request.search, with_effective_epochs(short, plan))
     students = {to_yaml(short): short}
     if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's
         for overrides in search.space.samples(CALIBRATED - 1, short.seed):
@@ -249,4 +255,6 @@ def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
             students[to_yaml(other)] = other
     budget_s = 2.0 / len(students)
     measured = Calibration.mean([calibrate(student, budget_s) for student in students.values()])
-    return make_tune_plan(short, search, measured).describe()
+    return "\n".join(
+        [make_tune_plan(short, search, measured).describe(), *(f"notice: {each}" for each in plan.data_notices)]
+    )

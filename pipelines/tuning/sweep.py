@@ -19,6 +19,7 @@ from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
+from qskd.evaluation.shown import score_text
 
 DONE: Literal["FINISHED"] = "FINISHED"  # Tune's word for: nothing is left to start
 REFUSALS = 200  # in a row, until the space is taken to have nothing that fits
@@ -185,7 +186,10 @@ class Sweep:
         if best is not None:
             heard = sum(len(each.curve) for each in rows)
             self.tracking.leader(heard, best)
-        print(f"trial {row.number}: epoch {epochs:g}  AP {ap:.3f}{'  stopped' if stop else ''}{leader}", flush=True)
+        print(
+            f"trial {row.number}: epoch {epochs:g}  AP {score_text(ap)}{'  stopped' if stop else ''}{leader}",
+            flush=True,
+        )
 
     def ended(self, number: int) -> None:
         job = self.live.pop(number, None)

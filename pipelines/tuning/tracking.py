@@ -13,6 +13,7 @@ from pipelines.tuning.records import ENDED, Records
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.evaluation.shown import measured
 
 log = logging.getLogger("qskd")
 NUMBER, STATE, REASON = "qskd.trial", "qskd.state", "qskd.reason"
@@ -85,7 +86,7 @@ class SweepTracking:
         rows: Rows,
         replace: bool = True,
     ) -> None:
-        found = {f"val/{name}": value for name, value in metrics.items() if value >= 0}
+        found = {f"val/{name}": value for name, value in measured(metrics).items()}
         if best >= 0:  # MLflow sorts runs by a metric's last value, and a sweep chooses by the best evaluation
             found["best/AP"] = best
         self._tell(number, f"{step:09d}", [*rows, (step, {**found, "epoch": epochs})], replace)

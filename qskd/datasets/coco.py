@@ -17,9 +17,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qskd.datasets.coco_fields import is_a as _is
+from qskd.datasets.coco_fields import read_categories
+from qskd.datasets.coco_fields import some as _some
+from qskd.datasets.coco_fields import wrong_field as _wrong_field
+from qskd.datasets.findings.coco_marks import CocoMarks
+from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
 from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
 from qskd.datasets.pictures.files import PictureFolder, folded
-from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
+from qskd.datasets.samples import Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
@@ -28,7 +34,6 @@ from qskd.untrusted import parse_large_json
 __all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
 OnError = Literal["stop", "skip"]
 _FIX = "correct the dataset, or pass `--on-error skip` to leave such entries out and list them in the manifest"
-_CLIP_NOTE_PIXELS = 1.0
 _LONGEST_PATH = 4096  # characters: no system takes a longer one
 _LARGEST_SIDE = 2**31 - 1  # pixels: a shard's column holds no more
 _LARGEST_AREA = float(np.finfo(np.float32).max)  # square pixels: likewise
@@ -63,17 +68,21 @@ class CocoDataset:
         self._problems: list[Problem] = []
         self._picture_problems: list[Problem] = []
         self._errors: list[QskdError] = []
+        self._marks, self._given = CocoMarks(), GivenBoxes()
         self._folders: dict[Path, PictureFolder] = {}
         document, self.source_sha256 = self._parse()
-        self.categories = self._read_categories(document["categories"])
+        self.categories = read_categories(document["categories"], str(self._path))
         self._images = self._read_images(document["images"])
+        self.listed_objects = len(document["annotations"])
         if exif != "auto":
             self._take_sizes(exif)
         self._read_annotations(document["annotations"])
+        self.findings = [*self._given.findings(), *self._marks.findings()]
         if self._errors:
             first, more = self._errors[0], len(self._errors) - 1
             others = f" ({more} more such problems, the next at {self._errors[1].where})" if more else ""
-            raise QskdError(first.where, first.found + others, first.expected, first.remedy)
+            boxes = "".join(f"\n    {finding.found}" for finding in self._given.findings())
+            raise QskdError(first.where, first.found + others + boxes, first.expected, first.remedy)
 
     def __len__(self) -> int:
         """Images the JSON lists; `samples()` yields fewer when broken pictures are skipped."""
@@ -100,6 +109,10 @@ class CocoDataset:
                 self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
                 continue
             yield sample
+
+    def outline(self) -> Iterator[Sample]:
+        """The images as the JSON lists them, without their pictures: `encoded` is empty."""
+        return (_sample(image, b"") for image in self._images.values())
 
     def sample_of(self, picture: Path) -> Sample:
         """The picture as the JSON describes it: the image whose file_name is how the picture's path ends. QskdError when
@@ -178,33 +191,6 @@ class CocoDataset:
             raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
         return document, hashlib.sha256(raw).hexdigest()
 
-    def _read_categories(self, entries: list[Any]) -> tuple[Category, ...]:
-        found: dict[int, Category] = {}
-        names: dict[str, int] = {}
-        remedy = "give every category an id and a name of its own"  # no sample to skip: what a label means is in doubt
-        for position, entry in enumerate(entries):
-            where = f"{self._path}: categories[{position}]"
-            problem = _wrong_field(entry, {"id": int, "name": str})
-            if problem:
-                raise QskdError(where, problem, "an integer id and a name", remedy)
-            if len(entry["name"]) > LONGEST_CLASS_NAME:
-                found_name = f"a name of {len(entry['name'])} characters, {shown_value(entry['name'])}"
-                raise QskdError(where, found_name, f"{LONGEST_CLASS_NAME} or fewer", "give it a shorter name")
-            group = entry.get("supercategory")
-            known_group = _is(group, str) or _is(group, int)  # free text, which nothing depends on
-            category = Category(entry["id"], entry["name"], one_line(str(group)) if known_group else "")
-            if category.id in found:
-                other = found[category.id].name
-                both = f"id {category.id} is both {shown_value(other)} and {shown_value(category.name)}"
-                raise QskdError(where, both, "one name", remedy)
-            if category.name in names:
-                both = f"{names[category.name]} and {category.id}"
-                raise QskdError(where, f"name {shown_value(category.name)} has two ids, {both}", "one id", remedy)
-            found[category.id], names[category.name] = category, category.id
-        if not found:
-            raise QskdError(str(self._path), "no categories", "at least one", "give the instances file")
-        return tuple(found[key] for key in sorted(found))
-
     def _read_images(self, entries: list[Any]) -> dict[int, _Image]:
         found: dict[int, _Image] = {}
         self._ambiguous: set[int] = set()
@@ -270,6 +256,7 @@ class CocoDataset:
             self._complain(where, f"bbox {shown_value(bbox)} is not four finite numbers", expected, "the annotation")
             return
         x, y, w, h = bbox
+        self._given.add(bbox, image.width, image.height, entry["image_id"], entry["id"])
         if fits_only_turned(bbox, (image.width, image.height)):
             expected += "; if EXIF turns the picture and its boxes were drawn on it upright: --exif upright"
         # Written so that a box rounded to float32, as samples hold it, is judged.
@@ -280,6 +267,14 @@ class CocoDataset:
             return
         if right <= left or bottom <= top:
             self._complain(where, f"bbox {bbox} is outside its image", expected, "the annotation")
+            return
+        if (
+            not (0 <= x + w / 2 <= image.width and 0 <= y + h / 2 <= image.height)
+            or w > 2 * image.width
+            or h > 2 * image.height
+        ):
+            found = f"bbox {bbox} lies far outside its image: its centre does, or it is more than twice as large"
+            self._complain(where, found, expected, "the annotation")
             return
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
         if area is not None and not (_is(area, float) and 0 <= area <= _LARGEST_AREA):  # False for NaN
@@ -294,13 +289,14 @@ class CocoDataset:
             self._complain(where, f"iscrowd {shown_value(crowd)}", "0 or 1", "the annotation")
             return
         beyond = max(-x, -y, x + w - image.width, y + h - image.height)
-        if beyond > _CLIP_NOTE_PIXELS:
+        if beyond > SLACK:
             found = f"bbox {bbox} reaches {beyond:.1f} px outside its {image.width} x {image.height} image"
             self._note(QskdError(where, found), "nothing; the box was clipped")
         box = float(left), float(top), float(right), float(bottom)
         size = float(w * h if area is None else area)
         if size > _LARGEST_AREA:
             size = (box[2] - box[0]) * (box[3] - box[1])
+        self._marks.add(entry, entry["image_id"], entry["id"])
         image.objects.append((*box, entry["category_id"], size, bool(crowd)))
 
 
@@ -313,30 +309,3 @@ def read_coco(annotations: Path, images: Path, on_error: OnError = "stop", exif:
     sizes, and read each picture once more.
     """
     return CocoDataset(Path(annotations), Path(images), on_error, exif)
-
-
-def _is(value: Any, kind: type) -> bool:
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    if kind is float:
-        # An integer of 400 digits is no number that floats know.
-        return isinstance(value, float) or _is(value, int)
-    if kind is str:  # JSON can spell half a surrogate pair, which is no text
-        return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return isinstance(value, kind)
-
-
-def _wrong_field(entry: Any, needed: dict[str, type]) -> str:
-    """What is wrong with the entry's fields, or the empty string."""
-    if not isinstance(entry, dict):
-        return f"a {type(entry).__name__} instead of an object"
-    for key, kind in needed.items():
-        if key not in entry:
-            return f"no `{key}`"
-        if not _is(entry[key], kind):
-            return f"`{key}` is {shown_value(entry[key])}"
-    return ""
-
-
-def _some(values: list[Any], limit: int = 12) -> str:
-    return ", ".join(map(str, values[:limit])) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from qskd.datasets.findings.finding import Finding
+from qskd.datasets.findings.splits import picture_rows
 from qskd.datasets.pictures.facts import PictureCounts
-from qskd.datasets.samples import Category, Count, Problem
+from qskd.datasets.samples import Category, Count, Integer, Problem
 from qskd.errors import QskdError
 from qskd.printable import shown_value
 from qskd.storage.files import open_folder, read_bytes
@@ -43,7 +45,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard folder holds. Labels are 0..K-1 in the order of ascending category id; objects exclude crowds."""
+    """What a shard folder holds. Labels are 0..K-1 in the order of ascending category id; objects exclude crowds.
+
+    most_objects: of one image, and most_objects_in: that image's id; findings: what looks wrong; pictures: what they hash to
+    (`qskd.datasets.findings.splits`). All of these are empty where qskd was older.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -55,6 +61,10 @@ class Manifest:
     source: str
     source_sha256: str
     problems: tuple[Problem, ...] = ()
+    most_objects: Count | None = None
+    most_objects_in: Integer | None = None
+    findings: tuple[Finding, ...] = ()
+    pictures: str = ""
     picture_counts: PictureCounts | None = None  # None: written before pictures were turned upright
 
     @cached_property
@@ -102,6 +112,8 @@ class Manifest:
                 raise ValueError("it lists no shards or no categories")
             if not all(_SHARD_NAME.fullmatch(shard.file) for shard in manifest.shards):
                 raise ValueError("a shard's name is not a plain file name")
+            if len(picture_rows(manifest.pictures)) > manifest.num_images:
+                raise ValueError("`pictures` has more rows than there are images")
             if manifest.fingerprint != fingerprint or manifest.num_images != sum(manifest.shard_rows):
                 raise ValueError("its fingerprint or counts disagree with its shards: it was edited or mixed up")
         except (ValueError, KeyError, TypeError, AttributeError) as error:

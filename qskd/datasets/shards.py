@@ -22,6 +22,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from qskd.datasets.findings.finding import Finding, refuse
+from qskd.datasets.findings.splits import packed_pictures
+from qskd.datasets.findings.survey import Survey
 from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
 from qskd.datasets.pictures.facts import PictureCounter, look
 from qskd.datasets.samples import (
@@ -41,12 +44,18 @@ from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish, r
 from qskd.storage.ownership import head_says
 from qskd.storage.stores import is_local, join, patiently
 
+_SHOWN_PROBLEMS = 3
 __all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest"]
-__all__ += ["read_annotations", "verify", "write_shards"]
+__all__ += ["findings_of", "outlined", "read_annotations", "verify", "write_shards"]
 
 
 class SampleSource(Protocol):
-    """What can be written as shards; `CocoDataset` is one. `problems` is read after `samples()` is exhausted."""
+    """What can be written as shards; `CocoDataset` is one. `problems` is read after `samples()` is exhausted.
+
+    A source may also have `findings` (read then too): what looks wrong in it and samples can't show, see
+    `qskd.datasets.findings`; `listed_objects`: how many annotations it lists, broken ones included; and `outline()`: its samples
+    without pictures (`encoded` empty), from which most of what looks wrong is told before any picture is read.
+    """
 
     source: str
     source_sha256: str
@@ -65,8 +74,11 @@ def write_shards(
     rows_per_group: int = 64,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    strict: bool = False,
+    accept: Sequence[str] = (),
 ) -> Manifest:
-    """Write the samples as shards, then the manifest; returns it.
+    """Write the samples as shards, then the manifest; returns it. strict: QskdError when something looks wrong (see
+    `qskd.datasets.findings`) that `accept` does not name; no manifest is then written.
 
     progress: called with (images written, images the source lists). Raises QskdError when `destination` holds shards
     of another source and `overwrite` is False, or a manifest.json that qskd did not write; shards of the same source are made
@@ -76,13 +88,15 @@ def write_shards(
     filesystem, root = open_folder(destination)
     with writing(destination):
         old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
+    if strict:
+        refuse(outlined(dataset), dataset.source, accept)
     with writing(destination):
         patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
     shards: list[Shard] = []
     fresh: set[str] = set()  # what was not there before: a failure deletes these alone
-    tally = _Tally()
+    survey = Survey()
     counter = PictureCounter()
-    rows = tally.counted(counter.counted(dataset.samples()))
+    rows = survey.counted(counter.counted(dataset.samples()))
     # Inside the destination when that is local: a rename does not cross file systems.
     with (
         writing(destination),
@@ -95,31 +109,35 @@ def write_shards(
                     spool, SCHEMA, compression="NONE", use_dictionary=False, write_page_checksum=True
                 ) as writer:
                     shard_samples = chain([first], islice(rows, rows_per_shard - 1))
-                    before = tally.images - 1
+                    before = survey.images - 1
                     while group := list(islice(shard_samples, rows_per_group)):
                         writer.write_table(to_table(group))
                         if progress:
-                            progress(tally.images, len(dataset))
+                            progress(survey.images, len(dataset))
                 checksum = sha256_of(spool.open("rb"))
                 name = f"shard-{len(shards):05d}-{checksum[:8]}.parquet"
-                shards.append(Shard(name, tally.images - before, spool.stat().st_size, checksum))
+                shards.append(Shard(name, survey.images - before, spool.stat().st_size, checksum))
                 if _absent(filesystem, destination, f"{root}/{name}"):
                     fresh.add(name)
                 publish(spool, filesystem, f"{root}/{name}")
-            if not shards:
-                raise QskdError(
-                    destination, f"{dataset.source} has no usable image", "at least one", "see its problems"
-                )
+            _check_left(dataset, survey, destination)
+            findings = findings_of(dataset, survey)
+            if strict:
+                refuse(findings, dataset.source, accept)
             manifest = Manifest(
                 dataset.categories,
-                tally.images,
-                tally.objects,
-                tally.crowds,
+                survey.images,
+                survey.objects,
+                survey.crowds,
                 tuple(shards),
                 dataset.source,
                 dataset.source_sha256,
                 tuple(dataset.problems),
-                picture_counts=counter.counts,
+                survey.most_objects,
+                survey.most_objects_in,
+                findings,
+                packed_pictures(*survey.hashes()),
+                counter.counts,
             )
             spool.write_text(manifest.to_json())
             publish(spool, filesystem, f"{root}/{MANIFEST}")
@@ -130,17 +148,39 @@ def write_shards(
     return manifest
 
 
-class _Tally:
-    def __init__(self) -> None:
-        self.images = self.objects = self.crowds = 0
+def findings_of(dataset: SampleSource, survey: Survey) -> tuple[Finding, ...]:
+    """What looks wrong: to the source itself, and in its samples, all of which the survey has seen."""
+    return (*getattr(dataset, "findings", ()), *survey.findings(dataset.categories))
 
-    def counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        for sample in samples:
-            crowds = int(sample.iscrowd.sum())
-            self.images += 1
-            self.crowds += crowds
-            self.objects += len(sample.iscrowd) - crowds
-            yield sample
+
+def outlined(dataset: SampleSource) -> tuple[Finding, ...]:
+    """What looks wrong as far as can be told without pictures: nothing yet, where the source has no `outline`. QskdError where
+    nothing is left to write."""
+    if not hasattr(dataset, "outline"):
+        return ()
+    survey = Survey()
+    for sample in dataset.outline():
+        survey.add(sample)
+    _check_left(dataset, survey, dataset.source)
+    return findings_of(dataset, survey)
+
+
+def _check_left(dataset: SampleSource, survey: Survey, destination: str) -> None:
+    """QskdError where all images were left out, or all annotations, with the first reasons: no manifest will tell them."""
+    listed: int = getattr(dataset, "listed_objects", 0)
+    if not survey.images:
+        what = "usable image"
+    elif listed and not survey.objects + survey.crowds and dataset.problems:
+        what = f"usable annotation: all {listed} were left out"
+    else:
+        return
+    problems = dataset.problems
+    shown = "".join(
+        f"\n    {one_line(each['where'])}: {one_line(each['found'])}" for each in problems[:_SHOWN_PROBLEMS]
+    )
+    first = f"; {len(problems)} problem(s), the first:{shown}" if problems else ""
+    remedy = "correct these; what is skipped must not be everything" if problems else "give a list with images"
+    raise QskdError(destination, f"{dataset.source} has no {what}{first}", "at least one", remedy)
 
 
 def _absent(filesystem: pafs.FileSystem, uri: str, path: str) -> bool:

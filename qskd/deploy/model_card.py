@@ -20,12 +20,13 @@ from qskd.config.distillation import DEFAULT, NONE
 from qskd.distillation.find import is_built_in
 from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
+from qskd.evaluation.shown import NOT_MEASURED, is_measured, score_text
 from qskd.storage.ownership import EXTRA_FILE
 from qskd.untrusted import parse_large_json, parse_yaml
 
 CARD_FILE = "README.md"
 SHOWN = ("AP", "AP50", "AP75")
-NOT_MEASURED, NOT_STATED = "not measured", "not stated"
+NOT_STATED = "not stated"
 MADE = {"distill": "distilled from a teacher with {}", "train": "trained without a teacher", "": "exported"}
 
 
@@ -154,7 +155,7 @@ def front_matter(card: Card) -> str:
             metric_value=round(own[name], 4),
         )
         for name in SHOWN
-        if name in own
+        if is_measured(own.get(name))
     ]
     tags = ["object-detection", "detr", card.family.replace("_", "-")]
     tags += {"distill": ["qskd", "knowledge-distillation"], "train": ["qskd"]}.get(card.kind, [])
@@ -179,7 +180,7 @@ def _table(card: Card) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in card.rows:
-        metrics = [cell(row.metrics.get(name), "{:.3f}") for name in SHOWN]
+        metrics = [score_text(row.metrics.get(name)) for name in SHOWN]
         millions = None if row.parameters is None else row.parameters / 1e6
         cells = [*metrics, cell(millions, "{:.2f} M"), row.input or NOT_STATED]
         cells += [cell(row.gflops, "{:.3g}"), cell(row.ms, "{:.1f}")]

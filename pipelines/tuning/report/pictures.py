@@ -14,6 +14,7 @@ from pipelines.tuning.report.results import (
     boundaries,
     cost_rows,
     front_rows,
+    measured_curve,
 )
 from pipelines.tuning.report.style import (
     AP_LABEL,
@@ -139,9 +140,10 @@ def draw_curves(sweep: SweepSummary, title: str, path: Path) -> None:
     figure, axes = new_picture()
     crowd = len(sweep.rows) > CROWD
     for row in sorted(sweep.failed + sweep.scored, key=lambda row: row.best_ap):
-        if not row.curve:
+        curve = measured_curve(row)
+        if not curve:
             continue
-        epochs, aps = [at for at, _ in row.curve], [100 * ap for _, ap in row.curve]
+        epochs, aps = [at for at, _ in curve], [100 * ap for _, ap in curve]
         style: dict[str, Any] = {
             "color": shade_colour(sweep.shade(row.best_ap)),
             "lw": 1.0 if crowd else 1.5,
@@ -162,7 +164,7 @@ def draw_curves(sweep: SweepSummary, title: str, path: Path) -> None:
     if sweep.best is not None and sweep.best.number != RECIPE:
         colour = shade_colour(1.0)
         handles.append(Line2D([], [], color=colour, lw=3, label=f"the best, trial {sweep.best.number}"))
-    if any(row.curve for row in sweep.failed):
+    if any(map(measured_curve, sweep.failed)):
         handles.append(Line2D([], [], color=FAILED, ls=(0, (1, 1.2)), marker="x", label="failed"))
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)

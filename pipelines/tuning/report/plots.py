@@ -15,6 +15,7 @@ from pipelines.tuning.report.results import (
     cost_rows,
     epochs_text,
     front_rows,
+    measured_curve,
     points,
 )
 from pipelines.tuning.report.style import (
@@ -144,7 +145,8 @@ def plot_curves(sweep: SweepSummary) -> Any:
     figure = new_plot("epochs trained", AP_LABEL)
     marked = {RECIPE, sweep.best.number if sweep.best is not None else RECIPE}  # drawn last, on top
     for row in sorted(sweep.failed + sweep.scored, key=lambda row: (row.number in marked, row.best_ap)):
-        if not row.curve:
+        curve = measured_curve(row)
+        if not curve:
             continue
         line: dict[str, Any] = {"color": shade_colour(sweep.shade(row.best_ap)), "width": 1.6}
         if row.state == "failed":
@@ -155,14 +157,14 @@ def plot_curves(sweep: SweepSummary) -> Any:
             line |= {"width": 4}
         told = about(sweep, row)
         figure.add_scatter(
-            x=[epochs for epochs, _ in row.curve],
-            y=[100 * ap for _, ap in row.curve],
-            mode="lines" if len(sweep.rows) > CROWD and len(row.curve) > 1 else "lines+markers",
+            x=[epochs for epochs, _ in curve],
+            y=[100 * ap for _, ap in curve],
+            mode="lines" if len(sweep.rows) > CROWD and len(curve) > 1 else "lines+markers",
             line=line,
             marker={"size": 5, "color": line["color"]},
             name="the recipe" if row.number == RECIPE else f"the best, trial {row.number}",
             showlegend=row.number in marked,
-            text=[f"epoch {epochs_text(at)}: AP {points(ap)}<br>{told}" for at, ap in row.curve],
+            text=[f"epoch {epochs_text(at)}: AP {points(ap)}<br>{told}" for at, ap in curve],
             hoverinfo="text",
         )
     figure.update_xaxes(rangemode="tozero")

@@ -13,6 +13,7 @@ from pipelines.tuning.report.axes import Axis, importances, make_axis, value_tex
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.config.recipe import flatten, to_tree
+from qskd.evaluation.shown import is_measured
 
 RECIPE = 0  # the number of the trial that is the recipe itself
 BOUNDARIES = "distillation.selection.boundaries"
@@ -57,6 +58,11 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
         if not front or values[i] > values[front[-1]] or twin:
             front.append(i)
     return front
+
+
+def measured_curve(row: TrialRow) -> list[tuple[float, float]]:
+    """(epochs, AP) of the trial's evaluations that could be measured."""
+    return [(epochs, ap) for epochs, ap in row.curve if is_measured(ap)]
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from pipelines.tuning.report.results import (
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.config.recipe import flatten, to_tree
+from qskd.evaluation.shown import measured
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -120,7 +121,9 @@ def trials_csv(rows: Sequence[TrialRow], recipe: Config) -> str:
     writer.writerow(head)
     for row in ranked(rows):
         line: list[Any] = [getattr(row, name) if name != "best_ap" or row.best_ap >= 0 else None for name in facts]
-        line += [row.metrics.get(name) for name in metrics] + [row.parameters.get(name) for name in parameters]
+        line += [measured(row.metrics).get(name) for name in metrics] + [
+            row.parameters.get(name) for name in parameters
+        ]
         writer.writerow(line + [flatten(row.overrides).get(name, own.get(name)) for name in fields])
     return text.getvalue()
 

@@ -1,0 +1,84 @@
+"""What two splits tell only together, and a split and a student: pictures in both, more objects than can be found."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qskd.datasets.findings.finding import MOST_EXAMPLES
+from qskd.datasets.findings.survey import COUNTED
+
+if TYPE_CHECKING:
+    from qskd.datasets.manifest import Manifest
+
+MOST_KEPT = 2**17  # pictures: all of COCO's 118,000; as text in the manifest 2.8 MB
+_ROW = np.dtype([("content", "<u8"), ("image_id", "<i8")])
+
+
+def packed_pictures(contents: NDArray[np.uint64], image_ids: NDArray[np.int64]) -> str:
+    """Hashes of pictures and their images' ids as text for a manifest: of more than MOST_KEPT those with the lowest hashes.
+    Two sets keep the same part of the range of hashes, so that a picture in both is in both texts, or in neither where the
+    larger set was cut."""
+    kept = np.argsort(contents, kind="stable")[:MOST_KEPT]
+    rows = np.empty(len(kept), _ROW)
+    rows["content"], rows["image_id"] = contents[kept], image_ids[kept]
+    return base64.b64encode(rows.tobytes()).decode()
+
+
+def unpacked_pictures(text: str) -> Mapping[int, int]:
+    """Hash -> image id. ValueError where the text is not one of `packed_pictures`."""
+    rows = picture_rows(text)
+    return dict(zip(rows["content"].tolist(), rows["image_id"].tolist(), strict=True))
+
+
+def picture_rows(text: str) -> NDArray[np.void]:
+    """The same as rows of `content` and `image_id`."""
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), _ROW)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"`pictures` can't be read: {error}") from None
+
+
+def between(train: Manifest, val: Manifest, queries: int | None) -> list[str]:
+    """A sentence for each thing that a training on these two splits should know of. queries: the student's,
+    where they are known. Of a manifest from
+    before these things were kept, nothing is said."""
+    said = []
+    if not val.num_objects:
+        said.append("data.val has no objects: AP can't be measured, and every checkpoint is as good as any other")
+    if train.pictures and val.pictures and train.fingerprint != val.fingerprint:
+        ours, theirs = unpacked_pictures(train.pictures), unpacked_pictures(val.pictures)
+        shared = [(image_id, ours[content]) for content, image_id in theirs.items() if content in ours]
+        if shared:
+            first = sorted(shared)[:MOST_EXAMPLES]
+            pairs = ", ".join(f"image {of_val} of val is image {of_train} of train" for of_val, of_train in first)
+            pairs += ", ..." if len(shared) > len(first) else ""
+            least = "at least " if max(train.num_images, val.num_images) > MOST_KEPT else ""
+            said.append(
+                f"data.train and data.val share {least}{len(shared)} of {val.num_images} validation pictures, byte for byte "
+                f"({pairs}): AP will be too good. Prepare them from lists that have no picture in common"
+            )
+    elif train.fingerprint == val.fingerprint:
+        said.append("data.train and data.val are the same: AP is of what was trained on, not of new pictures")
+    crowded = [
+        f"data.{name} has images with up to {split.most_objects} objects (image {split.most_objects_in})"
+        for name, split in (("train", train), ("val", val))
+        if queries and (split.most_objects or 0) > queries
+    ]
+    if crowded:
+        most = max(train.most_objects or 0, val.most_objects or 0)
+        said.append(
+            f"{', '.join(crowded)}, and the student finds at most student.queries = {queries} in each: the others are lost. "
+            f"--set student.queries={most}, or cut the pictures into tiles"
+        )
+    if (val.most_objects or 0) > COUNTED:
+        said.append(
+            f"data.val has images with up to {val.most_objects} objects (image {val.most_objects_in}), and AP counts {COUNTED} "
+            "detections of an image: `qskd evaluate --max-detections N` counts more"
+        )
+    return said
