@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qskd.datasets.formats.outlines import with_bbox
 from qskd.datasets.samples import LONGEST_CLASS_NAME, Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
@@ -130,14 +131,17 @@ class CocoDataset:
             raise QskdError(where, f"file_name {shown_value(image.file_name)} is a link to {path}", expected, remedy)
         return path
 
-    def _read_picture(self, path: Path, image: _Image, where: str) -> bytes:
+    def _read_bytes(self, path: Path, image: _Image, where: str) -> bytes:
         if not os.path.isfile(path):  # also False for names no file system takes; and a pipe would block the read
             remedy = f"is {self._root} the right image folder? {_FIX}"
             raise QskdError(where, "no such file", f"a picture at {path}", remedy)
         try:
-            encoded = path.read_bytes()
+            return path.read_bytes()
         except OSError as error:
             raise QskdError(where, f"can't be read: {error.strerror}", f"a picture at {path}", _FIX) from None
+
+    def _read_picture(self, path: Path, image: _Image, where: str) -> bytes:
+        encoded = self._read_bytes(path, image, where)
         width, height, turned = check_image(encoded, where)
         if (width, height) != (image.width, image.height):
             sizes = f"the picture is {width} x {height} pixels", f"{image.width} x {image.height}, as the JSON says"
@@ -150,6 +154,9 @@ class CocoDataset:
     def _image_where(self, image_id: Any, file_name: Any) -> str:
         name = one_line(file_name) if isinstance(file_name, str) else shown_value(file_name)
         return f"{self._path}: image {image_id} ({name})"
+
+    def _annotation_where(self, image_id: int, annotation_id: int) -> str:
+        return f"{self._path}: image {image_id}, annotation {annotation_id}"
 
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
         error = QskdError(where, found, expected, _FIX)
@@ -241,7 +248,8 @@ class CocoDataset:
         seen: set[int] = set()
         needed: dict[str, type] = {"id": int, "image_id": int, "category_id": int, "bbox": list}
         for position, entry in enumerate(entries):
-            problem = _wrong_field(entry, needed)
+            entry, problem = with_bbox(entry, self._images)
+            problem = problem or _wrong_field(entry, needed)
             if problem:
                 named = isinstance(entry, dict) and _is(entry.get("id"), int)
                 key = entry["id"] if named else f"number {position}"
@@ -251,7 +259,7 @@ class CocoDataset:
             identifier, image = entry["id"], self._images.get(entry["image_id"])
             if image is None and entry["image_id"] in self._ambiguous:
                 continue  # went with its image, and was recorded there
-            where = f"{self._path}: image {entry['image_id']}, annotation {identifier}"
+            where = self._annotation_where(entry["image_id"], identifier)
             if identifier in seen:
                 found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
                 self._complain(where, found, expected, "the second annotation")
@@ -283,12 +291,8 @@ class CocoDataset:
             return
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
         if area is not None and not (_is(area, float) and 0 <= area <= _LARGEST_AREA):  # False for NaN
-            self._complain(
-                where,
-                f"area {shown_value(area)}",
-                "a finite number of square pixels",
-                "the area; width x height is used",
-            )
+            said, dropped = f"area {shown_value(area)}", "the area; width x height is used"
+            self._complain(where, said, "a finite number of square pixels", dropped)
             area = None
         if not (isinstance(crowd, int | float) and crowd in (0, 1)):
             self._complain(where, f"iscrowd {shown_value(crowd)}", "0 or 1", "the annotation")
