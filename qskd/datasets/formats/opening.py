@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qskd.datasets.coco import CocoDataset, OnError, read_coco
-from qskd.datasets.formats.hugging_face import HuggingFaceDataset
+from qskd.datasets.formats.hugging_face import BOX_FORMATS, HuggingFaceDataset
 from qskd.datasets.formats.reading import some
 from qskd.datasets.formats.rows import find_splits
 from qskd.datasets.formats.voc import VocDataset
@@ -35,6 +35,10 @@ def open_dataset(
     images: the folder of its pictures. COCO JSON needs it; for YOLO it is what the data.yaml's entries are relative to, for VOC the
     folder of pictures. split, classes, box_format: docs/data.md; QskdError where a format has no use for one.
     """
+    if box_format not in (None, *BOX_FORMATS):
+        raise QskdError("--box-format", str(box_format), f"one of {some(BOX_FORMATS)}")
+    if images is None and not os.path.exists(source):
+        raise QskdError(str(source), "no such file or folder", _EXPECTED, "check the path")
     kind, source, images = _recognised(source, images)
     unused: dict[str, dict[str, Any]] = {
         "coco": {"--split": split, "--classes": classes, "--box-format": box_format},
@@ -46,8 +50,6 @@ def open_dataset(
         if value is not None:
             raise QskdError(str(source), f"{option} {value}", f"no such thing for {_NAMES[kind]}", "leave it away")
     if kind == "coco":
-        if images is None and not os.path.exists(source):
-            raise QskdError(str(source), "no such file or folder", _EXPECTED, "check the path")
         if images is None:
             remedy = f"name it: `qskd prepare {source} IMAGES DESTINATION`"
             raise QskdError(str(source), "COCO JSON without the folder of its images", "that folder", remedy)
