@@ -228,6 +228,9 @@ def test_what_can_not_be_read_as_one_dataset_is_told(tmp_path: Path) -> None:
     for config in ("first", "second"):
         parquet(tmp_path / "configs" / config / "train-00000-of-00001.parquet", ROWS)
     assert f"give one of them, for example {tmp_path / 'configs' / 'first'}" in said(tmp_path / "configs")
+    parquet(tmp_path / "mixed" / "train-00000-of-00002.parquet", ROWS)
+    parquet(tmp_path / "mixed" / "train-00001-of-00002.parquet", [{"image": image()}], None)
+    assert "no column objects, which other files" in said(tmp_path / "mixed")
     assert "flatten_indices" in said(saved(tmp_path / "shuffled", ROWS, _indices_data_files=[{"filename": "i.arrow"}]))
     saved(tmp_path / "away", ROWS, _data_files=[{"filename": "../saved/data.arrow"}])
     assert "names of .arrow files" in said(tmp_path / "away")

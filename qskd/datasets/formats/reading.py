@@ -25,7 +25,7 @@ PICTURES = set(_SUFFIXES.split())
 def read_text(path: Path, expected: str, largest: int = LARGEST_TEXT) -> str:
     """A small file's text (UTF-8, a mark at its beginning left out). QskdError when it is no file, too large, or no text."""
     try:
-        if not path.is_file():  # a pipe would block
+        if not os.path.isfile(path):  # a pipe would block
             raise QskdError(str(path), "no such file", expected, "check the path")
         if (size := path.stat().st_size) > largest:
             raise QskdError(str(path), f"{size} bytes", f"{expected}, of at most {largest}")
@@ -85,7 +85,7 @@ def read_class_names(path: Path) -> dict[int, str]:
 def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int, bool]:
     """(width, height, whether EXIF asks for a quarter turn) of the picture as stored, by its head alone. QskdError when broken."""
     try:
-        if isinstance(file, Path) and not file.is_file():  # a pipe would block
+        if isinstance(file, Path) and not os.path.isfile(file):  # a pipe would block
             raise FileNotFoundError
         with Image.open(file, formats=IMAGE_FORMATS) as picture:
             # Not of a PNG without EXIF at its head: Pillow would decode it all to look for one at the end.
@@ -111,8 +111,12 @@ def pictures_below(folder: Path) -> list[Path]:
 
 def _files_below(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     # Linked folders are gone into: pictures that lie elsewhere are then refused by name, not lost.
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a loop of links
             folders.clear()

@@ -111,10 +111,8 @@ class Rows:
             self._lines = [*self._json_lines()]
             self.columns = list(dict.fromkeys(key for line in self._lines for key in line))
         else:
-            schemas = [self._schema(path) for path in files]
-            self.columns = [str(name) for name in schemas[0].names]
-            self._lengths: list[int] = []
-            self.features = self._features(schemas[0])
+            self.columns, noted = self._schema(files[0])
+            self.features = self._features(noted)
 
     def read(self, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(where, values of these columns) of each row, in order. where: file and row or line."""
@@ -145,26 +143,31 @@ class Rows:
     def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
+                if missing := set(columns) - set(file.schema_arrow.names):  # which Arrow would leave out without a word
+                    raise ValueError(f"no column {', '.join(sorted(missing))}, which other files of the split have")
                 yield from file.iter_batches(_TAKEN, columns=columns)
         else:
-            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 for batch in stream:
+                    batch.validate(full=True)  # offsets of an edited file would lead anywhere in memory
                     chosen = batch.select(columns)
                     yield from (chosen.slice(start, _TAKEN) for start in range(0, len(chosen), _TAKEN))
 
     @staticmethod
-    def _schema(path: Path) -> pa.Schema:
+    def _schema(path: Path) -> tuple[list[str], bytes]:
+        """The columns' names, and what `datasets` notes of them."""
         try:
             if path.suffix.lower() == ".parquet":
-                return pq.read_schema(path)
-            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-                return stream.schema
+                schema = pq.read_schema(path)
+            else:
+                with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+                    schema = stream.schema
+            return [str(name) for name in schema.names], (schema.metadata or {}).get(b"huggingface", b"")
         except _READERS as error:
             raise _unreadable(path, error) from None
 
-    def _features(self, schema: pa.Schema) -> dict[str, Any]:
-        """What `datasets` notes of the columns: names of classes, which column is an image."""
-        noted = (schema.metadata or {}).get(b"huggingface")
+    def _features(self, noted: bytes) -> dict[str, Any]:
+        """What `datasets` knows of the columns: names of classes, which column is an image."""
         value = parse_json(noted, f"{self._files[0]}: its `huggingface` metadata") if noted else None
         if value is None and (self.folder / "dataset_info.json").is_file():
             value = {"info": _json(self.folder / "dataset_info.json")}
@@ -174,7 +177,7 @@ class Rows:
 
     def _json_lines(self) -> Iterator[dict[str, Any]]:
         path = self._files[0]
-        for number, line in enumerate(read_text(path, "metadata.jsonl", 2**30).splitlines(), 1):
+        for number, line in enumerate(read_text(path, "metadata.jsonl", 2**30).split("\n"), 1):
             if line.strip():
                 where = f"{path}: line {number}"
                 value = parse_json(line, where, "one JSON object a line")

@@ -49,23 +49,23 @@ class YoloDataset(ImportedDataset):
         split = _split_of(config, self._split, where)
         self.source = f"{self._path.name} ({split})"
         pose = "kpt_shape" in config
-        labelled, sought, real = 0, "", set()
+        labelled, sought = 0, ""
+        real: set[Path] = set()
         for image_id, (folder, path) in enumerate(self._pictures(config, split)):
-            if (resolved := os.path.realpath(path)) in real:
-                self._note(QskdError(str(path), "the picture is listed twice"), "the second entry")
-                continue
-            real.add(resolved)
             name = path.relative_to(folder).as_posix()
             located = self._located(folder, name, str(path))
+            if located in real:
+                self._note(QskdError(str(path), "the picture is listed twice"), "the second entry")
+                continue
+            real.add(located)
             try:
                 width, height = upright(*picture_size(located, str(path)))
             except QskdError as error:
                 self._complain(error.where, error.found, error.expected, "the image and its labels")
                 continue
             self._add_image(image_id, folder, name, width, height)
-            places = _label_places(path)
-            label = next((place for place in places if place.is_file()), None)
-            sought = sought or str(places[0])
+            label = next((place for place in _label_places(path, located) if os.path.isfile(place)), None)
+            sought = sought or str(next(_label_places(path, located)))
             if label:
                 labelled += 1
                 self._read_labels(label, image_id, width, height, names, pose)
@@ -92,7 +92,7 @@ class YoloDataset(ImportedDataset):
                 remedy = "download the dataset, and write its folder"
                 raise QskdError(where, f"{entry}: a URL", "a folder on a local disk", remedy)
             root, place = self._find(config, entry.replace("\\", "/"), where)  # as Windows writes it
-            if place.is_dir():
+            if os.path.isdir(place):
                 found = pictures_below(place)
                 if not found:
                     kinds = f"files that end in {some(sorted(PICTURES), 30)}"
@@ -111,14 +111,15 @@ class YoloDataset(ImportedDataset):
         if self._given_root is not None:
             roots = [self._given_root.absolute()]
         elif isinstance(said, str) and said and "\0" not in said:
-            roots = [beside / Path(said).expanduser(), Path(said).expanduser().absolute(), beside]
+            home = os.path.expanduser(said)
+            roots = [beside / home, Path(home).absolute(), beside]
         else:
             roots = [beside]
         tried = []
         for root in dict.fromkeys(roots):
             for name in (entry, entry.removeprefix("../")):
                 place = Path(os.path.normpath(root / name))
-                if place.exists():
+                if os.path.exists(place):
                     return Path(os.path.normpath(root)), place
                 tried.append(place)
         hint = ", or get the dataset first (nothing of `download:` is run here)" if "download" in config else ""
@@ -132,7 +133,7 @@ class YoloDataset(ImportedDataset):
         """The pictures of a .txt file, one path a line: relative to the file when they begin with ./, else to the root."""
         text = read_text(listing, "a list of pictures, one a line", 2**28)
         folders = [Path(os.path.normpath(folder)) for folder in dict.fromkeys((root, listing.parent))]
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             name = line.strip().replace("\\", "/")
             if not name:
                 continue
@@ -205,18 +206,16 @@ def _read_object(words: tuple[str, ...], pose: bool) -> tuple[int, tuple[float, 
     return index, (min(xs), min(ys), max(xs), max(ys))
 
 
-def _label_places(picture: Path) -> list[Path]:
-    """Where a picture's labels may be: the last folder `images` in its path (then in its path without links) replaced by
-    `labels`; else beside it."""
-    places = []
-    for path in (picture, Path(os.path.realpath(picture))):
+def _label_places(picture: Path, located: Path) -> Iterator[Path]:
+    """Where a picture's labels may be: the last folder `images` in its path (then in its path without links, `located`) replaced
+    by `labels`; else beside it."""
+    for path in (picture, located):
         parts = list(path.parent.parts)
         for position in reversed(range(len(parts))):
             if parts[position] == "images":
-                swapped = Path(*parts[:position], "labels", *parts[position + 1 :])
-                places.append(swapped / f"{path.stem}.txt")
+                yield Path(*parts[:position], "labels", *parts[position + 1 :], f"{path.stem}.txt")
                 break
-    return list(dict.fromkeys([*places, picture.with_suffix(".txt")]))
+    yield picture.with_suffix(".txt")
 
 
 def _read_names(config: dict[str, Any], where: str) -> dict[int, str]:
