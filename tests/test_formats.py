@@ -134,6 +134,18 @@ def test_yolos_labels_may_lie_beside_the_pictures_and_the_folder_may_be_given(yo
     np.testing.assert_allclose(sample.boxes_xyxy, [[15, 5, 25, 15]], atol=1e-5)
 
 
+def test_pictures_of_one_name_in_several_folders_keep_their_own_labels(tmp_path: Path) -> None:
+    for folder, box in (("one", "0 0.5 0.5 0.25 0.5"), ("two", "1 0.25 0.75 0.5 0.5")):
+        picture(tmp_path / folder / "images" / "a.png")
+        write(tmp_path / folder / "labels" / "a.txt", box)
+    source = write(tmp_path / "data.yaml", "train: [one/images, two/images]\nnames: [a, b]\n")
+    first, second = open_dataset(source, None).samples()
+    assert (first.file_name, second.file_name) == ("one/images/a.png", "two/images/a.png")
+    np.testing.assert_allclose(first.boxes_xyxy, [[15, 5, 25, 15]], atol=1e-5)
+    np.testing.assert_allclose(second.boxes_xyxy, [[0, 10, 20, 20]], atol=1e-5)
+    assert (first.category_ids.tolist(), second.category_ids.tolist()) == ([0], [1])
+
+
 # What a line of a label file is; what the message must hold.
 BAD_LINES = {
     "3 0.5 0.5 0.2 0.2": ["class 3", "3 classes", "0 to 2"],

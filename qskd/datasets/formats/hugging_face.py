@@ -61,6 +61,7 @@ class HuggingFaceDataset(ImportedDataset):
         name = choose_split(splits, self._split if splits.keys() != {""} else self._split or "", str(self._path))
         self.source = self._path.resolve().name + (f" ({name})" if name else "")
         self._rows = rows = Rows(splits[name])
+        self._root = rows.folder
         self._image = self._image_column(rows)
         self._file_name = "file_name" if not self._image and "file_name" in rows.columns else None
         self._objects = next((column for column in _OBJECTS if column in rows.columns), None)
@@ -105,7 +106,7 @@ class HuggingFaceDataset(ImportedDataset):
             return None
         self._image_places[image_id], self._rows_of[image_id] = where, number
         self._sizes[image_id] = int(width or 0), int(height or 0)
-        self._add_image(image_id, self._rows.folder, name, *self._sizes[image_id])
+        self._add_image(image_id, name, *self._sizes[image_id])
         return image_id
 
     def _add_objects(self, where: str, row: dict[str, Any], image_id: int, class_ids: dict[str, int]) -> None:

@@ -15,11 +15,11 @@ from qskd.errors import QskdError
 
 
 class ImportedDataset(CocoDataset):
-    """What all importers share. One of them fills the lists in `_import`: `_add_image`, then `_add_object` for what is in it,
-    and `_complain` for each entry that can't be read, which stops or is skipped as `--on-error` says."""
+    """What all importers share. One of them fills the lists in `_import`: `_root`, the folder of all pictures; `_add_image`, then
+    `_add_object` for what is in it; and `_complain` for each entry that can't be read, which stops or is skipped as `--on-error`
+    says."""
 
     def __init__(self, source: Path, root: Path, on_error: OnError) -> None:
-        self._folders: dict[int, Path] = {}  # image id -> the folder that its file_name is relative to
         self._object_places: list[str] = []  # annotation id -> where it stands, for messages
         self._document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
         super().__init__(source, root, on_error)
@@ -45,9 +45,8 @@ class ImportedDataset(CocoDataset):
         entry: Any = SimpleNamespace(file_name=file_name)
         return CocoDataset._locate(self, folder.resolve(), entry, where)
 
-    def _add_image(self, image_id: int, folder: Path, file_name: str, width: int, height: int) -> None:
-        """file_name: relative to `folder`, which it must not leave. width, height: pixels."""
-        self._folders[image_id] = folder
+    def _add_image(self, image_id: int, file_name: str, width: int, height: int) -> None:
+        """file_name: relative to `_root`. width, height: pixels."""
         entry = {"id": image_id, "file_name": file_name, "width": width, "height": height}
         self._document["images"].append(entry)
 
@@ -58,10 +57,7 @@ class ImportedDataset(CocoDataset):
         self._object_places.append(where)
 
     def _image_where(self, image_id: Any, file_name: Any) -> str:
-        return str(self._folders[image_id] / file_name)
+        return str(self._root / file_name)
 
     def _annotation_where(self, image_id: int, annotation_id: int) -> str:
         return self._object_places[annotation_id]
-
-    def _locate(self, root: Path, image: Any, where: str) -> Path:
-        return super()._locate(self._folders[image.id].resolve(), image, where)

@@ -78,7 +78,7 @@ class VocDataset(ImportedDataset):
             min(found.box_xyxy[:2]) for each in pool.values() for _, found in each.objects if isinstance(found, _Object)
         )
         origin = 1 if min(starts, default=1) >= 1 else 0
-        picture_folder = self._picture_folder(folder)
+        picture_folder = self._root = self._picture_folder(folder)
         pictures = _by_key(picture_folder)
         for image_id, key in enumerate(keys):
             if key in broken:
@@ -177,7 +177,7 @@ class VocDataset(ImportedDataset):
             found = f"size {size[0]} x {size[1]}, where {named[0]} is {width} x {height}"
             self._complain(where, found, "the picture's own size", "the image and its objects")
             return
-        self._add_image(image_id, folder, name, *(size or seen))
+        self._add_image(image_id, name, *(size or seen))
         for place, found_object in annotation.objects:
             if isinstance(found_object, QskdError):
                 self._complain(place, found_object.found, found_object.expected, "the object")

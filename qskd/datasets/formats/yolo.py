@@ -51,9 +51,11 @@ class YoloDataset(ImportedDataset):
         pose = "kpt_shape" in config
         labelled, sought = 0, ""
         real: set[Path] = set()
-        for image_id, (folder, path) in enumerate(self._pictures(config, split)):
-            name = path.relative_to(folder).as_posix()
-            located = self._located(folder, name, str(path))
+        pictures = list(self._pictures(config, split))
+        if pictures:
+            self._root = Path(os.path.commonpath([folder for folder, _ in pictures]))
+        for image_id, (folder, path) in enumerate(pictures):
+            located = self._located(folder, path.relative_to(folder).as_posix(), str(path))
             if located in real:
                 self._note(QskdError(str(path), "the picture is listed twice"), "the second entry")
                 continue
@@ -63,7 +65,7 @@ class YoloDataset(ImportedDataset):
             except QskdError as error:
                 self._complain(error.where, error.found, error.expected, "the image and its labels")
                 continue
-            self._add_image(image_id, folder, name, width, height)
+            self._add_image(image_id, path.relative_to(self._root).as_posix(), width, height)
             label = next((place for place in _label_places(path, located) if os.path.isfile(place)), None)
             sought = sought or str(next(_label_places(path, located)))
             if label:
