@@ -10,7 +10,7 @@ from typing import Any
 
 from qskd.datasets.coco import OnError
 from qskd.datasets.formats.imported import ImportedDataset
-from qskd.datasets.formats.reading import choose_split, names_of, picture_size, read_class_names, some, upright
+from qskd.datasets.formats.reading import choose_split, names_of, picture_size, read_class_names, some
 from qskd.datasets.formats.rows import Rows, find_splits
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
@@ -37,6 +37,27 @@ class _BadRow(Exception):
     """What is wrong with a row's picture."""
 
 
+class _Embedded:
+    """The pictures inside a table, which are asked for in its order, once or more."""
+
+    def __init__(self, rows: Rows, column: str) -> None:
+        self._rows, self._column = rows, column
+        self._left: Iterator[tuple[str, dict[str, Any]]] = iter(())
+
+    def read(self, where: str) -> bytes:
+        """The bytes of a picture, of the row that `where` begins with."""
+        for again in (False, True):
+            if again:  # from the first row on
+                self._left = self._rows.read([self._column])
+            for place, row in self._left:
+                if where.startswith(f"{place} ("):
+                    try:
+                        return _encoded(row[self._column])
+                    except _BadRow as error:
+                        raise QskdError(where, str(error), _EXPECTED) from None
+        raise QskdError(where, "the row is gone", "a file that nobody changes meanwhile")
+
+
 class HuggingFaceDataset(ImportedDataset):
     """One split. classes: a file of class names, for datasets whose categories are bare numbers, or to fix the order of names.
     box_format: one of BOX_FORMATS; without it COCO's xywh, unless the boxes show that they are not."""
@@ -50,7 +71,6 @@ class HuggingFaceDataset(ImportedDataset):
         box_format: str | None = None,
     ) -> None:
         self._split, self._classes, self._box_format = split, classes, box_format
-        self._rows_of: dict[int, int] = {}  # image id -> row, of pictures inside the table
         self._image_places: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}  # image id -> width, height
         self._boxes: list[tuple[float, ...]] = []  # four numbers as written, and the picture's width and height
@@ -63,6 +83,7 @@ class HuggingFaceDataset(ImportedDataset):
         self._rows = rows = Rows(splits[name])
         self._root = rows.folder
         self._image = self._image_column(rows)
+        self._embedded = _Embedded(rows, str(self._image))
         self._file_name = "file_name" if not self._image and "file_name" in rows.columns else None
         self._objects = next((column for column in _OBJECTS if column in rows.columns), None)
         inside = [self._objects] if self._objects else [key for key in (*_BOXES, *_CLASSES) if key in rows.columns]
@@ -97,14 +118,16 @@ class HuggingFaceDataset(ImportedDataset):
             self._complain(where, str(error), _EXPECTED, "the image and its objects")
             return None
         try:
-            width, height = upright(*picture_size(file, where)) if file else (row.get("width"), row.get("height"))
+            width, height = (
+                self._drawn_on(*picture_size(file, where)) if file else (row.get("width"), row.get("height"))
+            )
         except QskdError as error:
             self._complain(error.where, error.found, error.expected, "the image and its objects")
             return None
         if not all(isinstance(side, int) and 0 < side < 2**31 for side in (width, height)):
             self._complain(where, f"size {shown_value(width)} x {shown_value(height)}", "pixels", "the image")
             return None
-        self._image_places[image_id], self._rows_of[image_id] = where, number
+        self._image_places[image_id] = where
         self._sizes[image_id] = int(width or 0), int(height or 0)
         self._add_image(image_id, name, *self._sizes[image_id])
         return image_id
@@ -152,19 +175,7 @@ class HuggingFaceDataset(ImportedDataset):
         return super()._locate(root, image, where) if self._file_name else Path(image.file_name)
 
     def _read_bytes(self, path: Path, image: Any, where: str) -> bytes:
-        if self._file_name:
-            return super()._read_bytes(path, image, where)
-        row = self._rows_of[image.id]
-        if getattr(self, "_next_row", row + 1) > row:  # samples() has begun, perhaps again
-            self._cursor, self._next_row = self._rows.read([str(self._image)]), 0
-        while True:
-            _, values = next(self._cursor)
-            self._next_row += 1
-            if self._next_row > row:
-                try:
-                    return _encoded(values[str(self._image)])
-                except _BadRow as error:
-                    raise QskdError(where, str(error), _EXPECTED) from None
+        return super()._read_bytes(path, image, where) if self._file_name else self._embedded.read(where)
 
     # -- classes and boxes
 

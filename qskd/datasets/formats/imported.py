@@ -45,6 +45,11 @@ class ImportedDataset(CocoDataset):
         entry: Any = SimpleNamespace(file_name=file_name)
         return CocoDataset._locate(self, folder.resolve(), entry, where)
 
+    @staticmethod
+    def _drawn_on(width: int, height: int, turned: bool) -> tuple[int, int]:
+        """The size of what boxes were drawn on: the picture as a person sees it, as annotation tools have it."""
+        return (height, width) if turned else (width, height)
+
     def _add_image(self, image_id: int, file_name: str, width: int, height: int) -> None:
         """file_name: relative to `_root`. width, height: pixels."""
         entry = {"id": image_id, "file_name": file_name, "width": width, "height": height}

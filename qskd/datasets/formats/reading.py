@@ -98,11 +98,6 @@ def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int, bool]:
         raise QskdError(where, found, expected, "replace or remove the picture, or pass `--on-error skip`") from None
 
 
-def upright(width: int, height: int, turned: bool) -> tuple[int, int]:
-    """(width, height) of a picture as a person sees it: what annotation tools draw boxes on."""
-    return (height, width) if turned else (width, height)
-
-
 def pictures_below(folder: Path) -> list[Path]:
     """All pictures in a folder and those in it, by name, in an order that is the same everywhere."""
     found = [path for path in _files_below(folder) if path.suffix.lower() in PICTURES]

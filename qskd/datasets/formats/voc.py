@@ -20,7 +20,6 @@ from qskd.datasets.formats.reading import (
     read_class_names,
     read_text,
     some,
-    upright,
 )
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
@@ -78,7 +77,7 @@ class VocDataset(ImportedDataset):
             min(found.box_xyxy[:2]) for each in pool.values() for _, found in each.objects if isinstance(found, _Object)
         )
         origin = 1 if min(starts, default=1) >= 1 else 0
-        picture_folder = self._root = self._picture_folder(folder)
+        picture_folder = self._root = self._pictures_beside(folder)
         pictures = _by_key(picture_folder)
         for image_id, key in enumerate(keys):
             if key in broken:
@@ -126,7 +125,7 @@ class VocDataset(ImportedDataset):
         self.source += f" ({split})"
         return root, _keys(root / split, root)
 
-    def _picture_folder(self, folder: Path) -> Path:
+    def _pictures_beside(self, folder: Path) -> Path:
         if self._given_pictures is not None:
             if not self._given_pictures.is_dir():
                 raise QskdError(str(self._given_pictures), "no such folder", "the folder with the pictures")
@@ -172,7 +171,7 @@ class VocDataset(ImportedDataset):
         except QskdError as error:
             self._complain(error.where, error.found, error.expected, "the image and its objects")
             return
-        seen, size = upright(width, height, turned), annotation.size
+        seen, size = self._drawn_on(width, height, turned), annotation.size
         if size and size not in (seen, (width, height)):
             found = f"size {size[0]} x {size[1]}, where {named[0]} is {width} x {height}"
             self._complain(where, found, "the picture's own size", "the image and its objects")

@@ -19,7 +19,6 @@ from qskd.datasets.formats.reading import (
     pictures_below,
     read_text,
     some,
-    upright,
 )
 from qskd.errors import QskdError
 from qskd.printable import shown_value
@@ -61,7 +60,7 @@ class YoloDataset(ImportedDataset):
                 continue
             real.add(located)
             try:
-                width, height = upright(*picture_size(located, str(path)))
+                width, height = self._drawn_on(*picture_size(located, str(path)))
             except QskdError as error:
                 self._complain(error.where, error.found, error.expected, "the image and its labels")
                 continue
