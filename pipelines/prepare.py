@@ -1,6 +1,7 @@
-"""COCO JSON and a folder of images -> Parquet shards (`qskd prepare`).
+"""COCO JSON and a folder of images, or a dataset in another format -> Parquet shards (`qskd prepare`).
 
 python -m pipelines.prepare annotations.json images/ shards/
+python -m pipelines.prepare data.yaml shards/train --split train
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import typer
 
 from pipelines.command import DryRun, local_path, one_of, run
 from pipelines.run.logs import tell
+from qskd.errors import QskdError
 from qskd.printable import escaped, one_line, shown_value
 
 if TYPE_CHECKING:
@@ -32,12 +34,30 @@ SkipBroken = Annotated[
 
 
 def command(
-    annotations: Annotated[Path, typer.Argument(parser=local_path, help="COCO JSON (instances), on a local disk.")],
-    images: Annotated[
+    annotations: Annotated[
         Path,
-        typer.Argument(parser=local_path, help="Local folder that the JSON's file names are relative to."),
+        typer.Argument(
+            parser=local_path,
+            help="COCO JSON (instances), YOLO's data.yaml, or a folder with Pascal VOC or a Hugging Face dataset; on a local disk.",
+        ),
     ],
-    destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[IMAGES] DESTINATION",
+            help="IMAGES: local folder that the JSON's file names are relative to; other formats need none. "
+            "DESTINATION: shard folder to write, a path or a URI.",
+        ),
+    ],
+    split: Annotated[str | None, typer.Option(help="Of a dataset in another format: train, val, ...")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(parser=local_path, help="File of class names, one a line, for VOC or Hugging Face."),
+    ] = None,
+    box_format: Annotated[
+        str | None,
+        typer.Option(help="Of a Hugging Face dataset: xywh (COCO's), xyxy or cxcywh, or these with -relative (0..1)."),
+    ] = None,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
     on_error: SkipBroken = "stop",
     exif: Drawn = "auto",
@@ -54,17 +74,21 @@ def command(
     dry_run: DryRun = False,
 ) -> None:
     """Turn COCO JSON and a folder of images into Parquet shards, and say what looks wrong in them."""
-    from qskd.datasets.coco import read_coco
     from qskd.datasets.findings.finding import refuse
     from qskd.datasets.findings.leaving_out import without
+    from qskd.datasets.formats.opening import open_dataset
     from qskd.datasets.shards import outlined
     from qskd.storage.files import check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
     drawn = one_of("--exif", exif, "auto", "upright", "stored")
+    images, destination = _images_and_destination(annotations, places)
     if dry_run:
         check_uri(destination)
-        dataset = without(read_coco(annotations, images, policy, drawn), leave_out or ())
+        dataset = without(
+            open_dataset(annotations, images, policy, split=split, classes=classes, box_format=box_format, exif=drawn),
+            leave_out or (),
+        )
         shards = -(-len(dataset) // rows_per_shard)
         tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
         findings = outlined(dataset)  # pictures are not looked at
@@ -84,13 +108,23 @@ def command(
         accept or (),
         leave_out or (),
         exif=drawn,
+        split=split,
+        classes=classes,
+        box_format=box_format,
     )
     tell(describe(manifest, destination))
 
 
+def _images_and_destination(annotations: Path, places: list[str]) -> tuple[Path | None, str]:
+    if len(places) > 2:
+        usage = "qskd prepare ANNOTATIONS [IMAGES] DESTINATION"
+        raise QskdError(str(annotations), f"{len(places) + 1} paths", usage, "quote paths that have spaces")
+    return (local_path(places[0]) if len(places) == 2 else None), places[-1]
+
+
 def prepare(
     annotations: Path,
-    images: Path,
+    images: Path | None,
     destination: str,
     rows_per_shard: int = 512,
     on_error: Literal["stop", "skip"] = "stop",
@@ -100,17 +134,23 @@ def prepare(
     accept: Sequence[str] = (),
     leave_out: Sequence[str] = (),
     exif: Literal["auto", "upright", "stored"] = "auto",
+    split: str | None = None,
+    classes: Path | None = None,
+    box_format: str | None = None,
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it; when
     `strict`, for what looks wrong and is not named in `accept` too. leave_out: categories, by name."""
     from rich.markup import escape
     from rich.progress import Progress
 
-    from qskd.datasets.coco import read_coco
     from qskd.datasets.findings.leaving_out import without
+    from qskd.datasets.formats.opening import open_dataset
     from qskd.datasets.shards import write_shards
 
-    dataset = without(read_coco(annotations, images, on_error, exif), leave_out)
+    dataset = without(
+        open_dataset(annotations, images, on_error, split=split, classes=classes, box_format=box_format, exif=exif),
+        leave_out,
+    )
     with Progress(disable=quiet, transient=True) as progress:
         task = progress.add_task(escape(f"{one_line(annotations.name)} → {one_line(destination)}"), total=len(dataset))
         return write_shards(

@@ -23,6 +23,7 @@ from qskd.datasets.coco_fields import some as _some
 from qskd.datasets.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.findings.coco_marks import CocoMarks
 from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
+from qskd.datasets.formats.outlines import with_bbox
 from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
 from qskd.datasets.pictures.files import PictureFolder, folded
 from qskd.datasets.samples import Category, Problem, Sample
@@ -162,6 +163,9 @@ class CocoDataset:
         name = one_line(file_name) if isinstance(file_name, str) else shown_value(file_name)
         return f"{self._path}: image {image_id} ({name})"
 
+    def _annotation_where(self, image_id: int, annotation_id: int) -> str:
+        return f"{self._path}: image {image_id}, annotation {annotation_id}"
+
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
         error = QskdError(where, found, expected, _FIX)
         if self._on_error == "stop":
@@ -225,7 +229,8 @@ class CocoDataset:
         seen: set[int] = set()
         needed: dict[str, type] = {"id": int, "image_id": int, "category_id": int, "bbox": list}
         for position, entry in enumerate(entries):
-            problem = _wrong_field(entry, needed)
+            entry, problem = with_bbox(entry, self._images)
+            problem = problem or _wrong_field(entry, needed)
             if problem:
                 named = isinstance(entry, dict) and _is(entry.get("id"), int)
                 key = entry["id"] if named else f"number {position}"
@@ -235,7 +240,7 @@ class CocoDataset:
             identifier, image = entry["id"], self._images.get(entry["image_id"])
             if image is None and entry["image_id"] in self._ambiguous:
                 continue  # went with its image, and was recorded there
-            where = f"{self._path}: image {entry['image_id']}, annotation {identifier}"
+            where = self._annotation_where(entry["image_id"], identifier)
             if identifier in seen:
                 found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
                 self._complain(where, found, expected, "the second annotation")
@@ -278,12 +283,8 @@ class CocoDataset:
             return
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
         if area is not None and not (_is(area, float) and 0 <= area <= _LARGEST_AREA):  # False for NaN
-            self._complain(
-                where,
-                f"area {shown_value(area)}",
-                "a finite number of square pixels",
-                "the area; width x height is used",
-            )
+            said, dropped = f"area {shown_value(area)}", "the area; width x height is used"
+            self._complain(where, said, "a finite number of square pixels", dropped)
             area = None
         if not (isinstance(crowd, int | float) and crowd in (0, 1)):
             self._complain(where, f"iscrowd {shown_value(crowd)}", "0 or 1", "the annotation")
