@@ -1,6 +1,7 @@
-"""COCO JSON and a folder of images -> Parquet shards (`qskd prepare`).
+"""COCO JSON and a folder of images, or a dataset in another format -> Parquet shards (`qskd prepare`).
 
 python -m pipelines.prepare annotations.json images/ shards/
+python -m pipelines.prepare data.yaml shards/train --split train
 """
 
 from __future__ import annotations
@@ -13,26 +14,53 @@ import typer
 
 from pipelines.command import DryRun, local_path, one_of, run
 from pipelines.run.logs import tell
+from qskd.errors import QskdError
 from qskd.printable import escaped, one_line, shown_value
 
 if TYPE_CHECKING:
     from qskd.datasets.findings.finding import Finding
     from qskd.datasets.manifest import Manifest
 
+Drawn = Annotated[
+    str,
+    typer.Option(
+        help="Where EXIF turns a picture, its boxes refer to the upright or the stored one. auto: as the JSON's size says, "
+        "and upright where it can't tell."
+    ),
+]
 SkipBroken = Annotated[
     str, typer.Option(help="stop: name the first broken sample and stop. skip: leave it out, and record it.")
 ]
 
 
 def command(
-    annotations: Annotated[Path, typer.Argument(parser=local_path, help="COCO JSON (instances), on a local disk.")],
-    images: Annotated[
+    annotations: Annotated[
         Path,
-        typer.Argument(parser=local_path, help="Local folder that the JSON's file names are relative to."),
+        typer.Argument(
+            parser=local_path,
+            help="COCO JSON (instances), YOLO's data.yaml, or a folder with Pascal VOC or a Hugging Face dataset; on a local disk.",
+        ),
     ],
-    destination: Annotated[str, typer.Argument(help="Shard folder to write: a path or a URI.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[IMAGES] DESTINATION",
+            help="IMAGES: local folder that the JSON's file names are relative to; other formats need none. "
+            "DESTINATION: shard folder to write, a path or a URI.",
+        ),
+    ],
+    split: Annotated[str | None, typer.Option(help="Of a dataset in another format: train, val, ...")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(parser=local_path, help="File of class names, one a line, for VOC or Hugging Face."),
+    ] = None,
+    box_format: Annotated[
+        str | None,
+        typer.Option(help="Of a Hugging Face dataset: xywh (COCO's), xyxy or cxcywh, or these with -relative (0..1)."),
+    ] = None,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 512,
     on_error: SkipBroken = "stop",
+    exif: Drawn = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards made from another source.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="What looks wrong is an error; no shards are made.")] = False,
     accept: Annotated[
@@ -46,16 +74,21 @@ def command(
     dry_run: DryRun = False,
 ) -> None:
     """Turn COCO JSON and a folder of images into Parquet shards, and say what looks wrong in them."""
-    from qskd.datasets.coco import read_coco
     from qskd.datasets.findings.finding import refuse
     from qskd.datasets.findings.leaving_out import without
+    from qskd.datasets.formats.opening import open_dataset
     from qskd.datasets.shards import outlined
     from qskd.storage.files import check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
+    drawn = one_of("--exif", exif, "auto", "upright", "stored")
+    images, destination = _images_and_destination(annotations, places)
     if dry_run:
         check_uri(destination)
-        dataset = without(read_coco(annotations, images, policy), leave_out or ())
+        dataset = without(
+            open_dataset(annotations, images, policy, split=split, classes=classes, box_format=box_format, exif=drawn),
+            leave_out or (),
+        )
         shards = -(-len(dataset) // rows_per_shard)
         tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
         findings = outlined(dataset)  # pictures are not looked at
@@ -74,13 +107,24 @@ def command(
         strict,
         accept or (),
         leave_out or (),
+        exif=drawn,
+        split=split,
+        classes=classes,
+        box_format=box_format,
     )
     tell(describe(manifest, destination))
 
 
+def _images_and_destination(annotations: Path, places: list[str]) -> tuple[Path | None, str]:
+    if len(places) > 2:
+        usage = "qskd prepare ANNOTATIONS [IMAGES] DESTINATION"
+        raise QskdError(str(annotations), f"{len(places) + 1} paths", usage, "quote paths that have spaces")
+    return (local_path(places[0]) if len(places) == 2 else None), places[-1]
+
+
 def prepare(
     annotations: Path,
-    images: Path,
+    images: Path | None,
     destination: str,
     rows_per_shard: int = 512,
     on_error: Literal["stop", "skip"] = "stop",
@@ -89,17 +133,24 @@ def prepare(
     strict: bool = False,
     accept: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    exif: Literal["auto", "upright", "stored"] = "auto",
+    split: str | None = None,
+    classes: Path | None = None,
+    box_format: str | None = None,
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it; when
     `strict`, for what looks wrong and is not named in `accept` too. leave_out: categories, by name."""
     from pipelines.reporting.board import progress
-    from qskd.datasets.coco import read_coco
     from qskd.datasets.findings.leaving_out import without
+    from qskd.datasets.formats.opening import open_dataset
     from qskd.datasets.shards import write_shards
 
     with progress("prepare", quiet=quiet) as row:
         row.stage(f"reading {one_line(annotations.name)}")
-        dataset = without(read_coco(annotations, images, on_error), leave_out)
+        dataset = without(
+            open_dataset(annotations, images, on_error, split=split, classes=classes, box_format=box_format, exif=exif),
+            leave_out,
+        )
         row.shown.total = len(dataset)
         return write_shards(
             dataset,
@@ -123,6 +174,8 @@ def describe(manifest: Manifest, destination: str) -> str:
             f"{category.id}→{index} {one_line(category.name)}" for index, category in enumerate(manifest.categories)
         ),
     ]
+    if manifest.picture_counts is not None:
+        lines += manifest.picture_counts.lines()
     if manifest.problems:
         lines.append(f"{len(manifest.problems)} problem(s), all in {destination}/manifest.json; the first:")
         lines += [f"  {shown_value(problem)}" for problem in manifest.problems[:3]]

@@ -247,9 +247,9 @@ def test_boxes_partly_outside_are_clipped_and_noted_beyond_a_pixel(folder: Path)
     assert "4.0 px" in dataset.problems[0]["found"]
 
 
-def test_an_exif_turned_size_gets_a_hint(folder: Path) -> None:
+def test_a_size_that_is_neither_the_stored_nor_the_upright_one_is_told_with_both(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (30, 40)).save(folder / "images" / "turned.jpg", exif=exif)
-    with pytest.raises(QskdError, match="EXIF-turned"):
+    Image.new("RGB", (30, 41)).save(folder / "images" / "turned.jpg", exif=exif)
+    with pytest.raises(QskdError, match=r"41 x 30 pixels \(30 x 41 before EXIF turns it\)"):
         list(read(folder, changed(_set("images", 0, file_name="turned.jpg"))).samples())

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from strangers import NOTES, ROOT, SHAPES, config, refused, strangers, tree
@@ -249,6 +250,16 @@ def test_a_picture_of_ours_is_replaced_and_nothing_else_of_that_name(here: Path)
         write_picture(read_image(photo), here / f"new.{ending}", [photo])
         assert is_own_picture(here / f"new.{ending}")
     assert not is_own_picture(photo)
+
+
+@pytest.mark.parametrize("ending", ["gif", "bmp"])
+def test_a_format_that_can_not_carry_the_mark_is_refused_the_first_time(ending: str, tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(QskdError, match="can't carry the mark"):
+        write_picture(pixels, tmp_path / f"new.{ending}", [])
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        write_picture(pixels, tmp_path / "new.tiff", [])
 
 
 def test_shapes_are_not_drawn_over_a_strangers_pictures(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,8 +175,20 @@ assert not {"torch", "transformers", "qskd"} & set(sys.modules)
 """
 
 
-def test_the_folder_detects_without_torch_and_finds_what_qskd_finds(exported: Path, tmp_path: Path) -> None:
-    image = picture(tmp_path / "photo.png")
+def deep_and_turned(path: Path) -> Path:
+    """12 bits in 16, stored a quarter turn away from upright."""
+    grey = Image.open(picture(path)).convert("L").transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 16).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("kind", [picture, deep_and_turned])
+def test_the_folder_detects_without_torch_and_finds_what_qskd_finds(
+    exported: Path, tmp_path: Path, kind: Callable[[Path], Path]
+) -> None:
+    image = kind(tmp_path / "photo.png")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", ALONE, str(image)]
     done = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, check=False)

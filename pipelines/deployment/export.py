@@ -5,7 +5,6 @@ python -m pipelines.export runs/quickstart/qskd/student --out exported --images 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +21,13 @@ from pipelines.run.ownership import enclosing_run
 from pipelines.run.places import place_of
 from qskd.config import ResizeConfig
 from qskd.datasets.views import View, view_image
-from qskd.deploy import onnx_detect
 from qskd.deploy.card_evaluation import PICTURES
 from qskd.deploy.export import (
     TOLERANCE,
     Exporter,
     Parity,
     check_parity,
+    detect_program,
     export_onnx,
     open_session,
     random_batches,
@@ -53,7 +52,7 @@ from qskd.printable import escaped, one_line
 from qskd.storage.files import fetched
 from qskd.storage.ownership import check_replaceable, listed, same_file
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MOST_IMAGES = 16  # of a folder
 DYNAMIC_SIZES = (1, 2, 3, 5)  # batches that a graph of free batch is tried with
 TIMING_LIMIT_S = 30.0
@@ -229,7 +228,7 @@ def _add_onnx(
 ) -> OnnxFacts:
     file, size = folder / "model.onnx", seen_as.resize.size
     export_onnx(detector, file, size, options.batch, options.exporter)
-    shutil.copy(onnx_detect.__file__, folder / "detect.py")
+    (folder / "detect.py").write_text(detect_program(), encoding="utf-8")
     session = open_session(file, options.threads)
     sizes = DYNAMIC_SIZES if options.dynamic_batch else (options.batch_size,) * 3
     found = check_parity(detector, session, random_batches(size, sizes))

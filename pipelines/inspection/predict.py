@@ -19,7 +19,7 @@ from pipelines.cluster.devices import device_of
 from pipelines.inspection.results import Ids, Prediction, check_results, ids_for, write_results
 from pipelines.inspection.sources import DRAWN, IMAGE_ENDINGS, files_of, is_video
 from pipelines.inspection.videos import VideoWriter, check_video, check_video_target, frame_rate, frames
-from qskd.datasets.views import decode_image
+from qskd.datasets.views import decoded
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
 from qskd.errors import QskdError, writing
 from qskd.evaluation.detections import Detections
@@ -30,13 +30,18 @@ from qskd.storage.ownership import check_picture, listed, save_picture
 
 log = logging.getLogger("qskd")
 
+log = logging.getLogger("qskd")
+
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB uint8 [H, W, 3], decoded as in training."""
+    """RGB uint8 [H, W, 3], upright, decoded as in training; warns where little of the file's range is used."""
     try:
-        return np.asarray(decode_image(path.read_bytes(), str(path)))
+        picture = decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise QskdError(str(path), f"can't be read: {error.strerror}", "an image file") from None
+    if picture.note:
+        log.warning("%s: %s", path, picture.note)
+    return np.asarray(picture.rgb)
 
 
 def is_folder(out: Path | None) -> bool:

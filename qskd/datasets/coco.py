@@ -1,11 +1,12 @@
 """COCO detection JSON -> samples and categories. Every complaint names the file, the image id and the annotation id.
 
-Annotations refer to the pixels as stored: EXIF orientation is ignored, as COCO's own tools do.
+Samples are upright. Where EXIF turns a picture, its boxes are read against the upright picture unless the JSON's size is that
+of the stored pixels (`Exif`); then they are turned with it.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import math
 import os
@@ -22,6 +23,9 @@ from qskd.datasets.coco_fields import some as _some
 from qskd.datasets.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.findings.coco_marks import CocoMarks
 from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
+from qskd.datasets.formats.outlines import with_bbox
+from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
+from qskd.datasets.pictures.files import PictureFolder, folded
 from qskd.datasets.samples import Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
@@ -59,17 +63,20 @@ def _sample(image: _Image, encoded: bytes) -> Sample:
 class CocoDataset:
     """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
 
-    def __init__(self, annotations: Path, images: Path, on_error: OnError) -> None:
+    def __init__(self, annotations: Path, images: Path, on_error: OnError, exif: Exif = "auto") -> None:
         self.source = annotations.name
-        self._path, self._root, self._on_error = annotations, images, on_error
+        self._path, self._root, self._on_error, self._exif = annotations, images, on_error, exif
         self._problems: list[Problem] = []
         self._picture_problems: list[Problem] = []
         self._errors: list[QskdError] = []
         self._marks, self._given = CocoMarks(), GivenBoxes()
+        self._folders: dict[Path, PictureFolder] = {}
         document, self.source_sha256 = self._parse()
         self.categories = read_categories(document["categories"], str(self._path))
         self._images = self._read_images(document["images"])
         self.listed_objects = len(document["annotations"])
+        if exif != "auto":
+            self._take_sizes(exif)
         self._read_annotations(document["annotations"])
         self.findings = [*self._given.findings(), *self._marks.findings()]
         if self._errors:
@@ -95,14 +102,14 @@ class CocoDataset:
             where = self._image_where(image.id, image.file_name)
             path = self._locate(root, image, where)
             try:
-                encoded = self._read_picture(path, image, where)
+                sample = self._read_sample(path, image, where)
             except QskdError as error:
                 if self._on_error == "stop":
                     raise
                 dropped = f"the image and its {len(image.objects)} annotations"
                 self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
                 continue
-            yield _sample(image, encoded)
+            yield sample
 
     def outline(self) -> Iterator[Sample]:
         """The images as the JSON lists them, without their pictures: `encoded` is empty."""
@@ -114,55 +121,50 @@ class CocoDataset:
         parts = PurePosixPath(picture.absolute().as_posix()).parts
         names = [(image, PurePosixPath(image.file_name).parts) for image in self._images.values()]
         found = [image for image, name in names if name == parts[-len(name) :]]
+        if not found:
+            found = [image for image, name in names if folded("/".join(name)) == folded("/".join(parts[-len(name) :]))]
         if len(found) != 1:
             listed = _some([f"{image.id} ({one_line(image.file_name)})" for image in found]) or "no such image"
             raise QskdError(str(self._path), f"{listed} for {picture}", "one image whose file_name ends its path")
         where = self._image_where(found[0].id, found[0].file_name)
-        return _sample(found[0], self._read_picture(picture, found[0], where))
+        return self._read_sample(picture, found[0], where)
 
     # -- pictures
 
+    def _folder(self, root: Path) -> PictureFolder:
+        return self._folders.setdefault(root, PictureFolder(root))
+
     def _locate(self, root: Path, image: _Image, where: str) -> Path:
         """The picture's real path. Leaving the image folder is an attack or a mix-up: refused even when skipping."""
-        name = PurePosixPath(image.file_name)
-        remedy = "use file names inside the image folder; copy pictures that a symbolic link leads elsewhere for"
-        expected = f"a file inside {self._root}"
-        if name.is_absolute() or ".." in name.parts or "\0" in image.file_name or Path(image.file_name).is_absolute():
-            raise QskdError(
-                where, f"file_name {shown_value(image.file_name)} leaves the image folder", expected, remedy
-            )
-        try:
-            path = (root / name).resolve()
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
-            return root / name  # no such file, which is for `_read_picture` to say
-        except RuntimeError as error:  # a loop of links
-            raise QskdError(where, f"file_name {shown_value(image.file_name)}: {error}", expected, remedy) from None
-        if not path.is_relative_to(root):
-            raise QskdError(where, f"file_name {shown_value(image.file_name)} is a link to {path}", expected, remedy)
-        return path
+        return self._folder(root).locate(image.file_name, where)
 
-    def _read_picture(self, path: Path, image: _Image, where: str) -> bytes:
-        if not os.path.isfile(path):  # also False for names no file system takes; and a pipe would block the read
-            remedy = f"is {self._root} the right image folder? {_FIX}"
-            raise QskdError(where, "no such file", f"a picture at {path}", remedy)
-        try:
-            encoded = path.read_bytes()
-        except OSError as error:
-            raise QskdError(where, f"can't be read: {error.strerror}", f"a picture at {path}", _FIX) from None
-        width, height, turned = check_image(encoded, where)
-        if (width, height) != (image.width, image.height):
-            sizes = f"the picture is {width} x {height} pixels", f"{image.width} x {image.height}, as the JSON says"
-            hint = "the JSON describes the EXIF-turned picture: turn the stored pixels, or " if turned else ""
-            raise QskdError(where, *sizes, hint + _FIX)
-        return encoded
+    def _read_bytes(self, path: Path, image: _Image, where: str) -> bytes:
+        return self._folder(self._root.resolve()).read(path, where, image.file_name, _FIX)
+
+    def _read_sample(self, path: Path, image: _Image, where: str) -> Sample:
+        encoded = self._read_bytes(path, image, where)
+        respelt = any(image.file_name in folder.respelt for folder in self._folders.values())
+        return upright(_sample(image, encoded), check_image(encoded, where), self._exif, respelt, where, _FIX)
+
+    def _take_sizes(self, exif: Exif) -> None:
+        """Boxes were drawn on the upright, or on the stored picture, whatever the JSON's sizes say: take its size instead."""
+        root = self._root.resolve()
+        for image in self._images.values():
+            where = self._image_where(image.id, image.file_name)
+            path = self._locate(root, image, where)
+            with contextlib.suppress(QskdError):  # told when its turn comes
+                seen = check_image(self._read_bytes(path, image, where), where)
+                if (image.width, image.height) in (seen.upright, seen.stored):
+                    image.width, image.height = seen.upright if exif == "upright" else seen.stored
 
     # -- the JSON
 
     def _image_where(self, image_id: Any, file_name: Any) -> str:
         name = one_line(file_name) if isinstance(file_name, str) else shown_value(file_name)
         return f"{self._path}: image {image_id} ({name})"
+
+    def _annotation_where(self, image_id: int, annotation_id: int) -> str:
+        return f"{self._path}: image {image_id}, annotation {annotation_id}"
 
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
         error = QskdError(where, found, expected, _FIX)
@@ -227,7 +229,8 @@ class CocoDataset:
         seen: set[int] = set()
         needed: dict[str, type] = {"id": int, "image_id": int, "category_id": int, "bbox": list}
         for position, entry in enumerate(entries):
-            problem = _wrong_field(entry, needed)
+            entry, problem = with_bbox(entry, self._images)
+            problem = problem or _wrong_field(entry, needed)
             if problem:
                 named = isinstance(entry, dict) and _is(entry.get("id"), int)
                 key = entry["id"] if named else f"number {position}"
@@ -237,7 +240,7 @@ class CocoDataset:
             identifier, image = entry["id"], self._images.get(entry["image_id"])
             if image is None and entry["image_id"] in self._ambiguous:
                 continue  # went with its image, and was recorded there
-            where = f"{self._path}: image {entry['image_id']}, annotation {identifier}"
+            where = self._annotation_where(entry["image_id"], identifier)
             if identifier in seen:
                 found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
                 self._complain(where, found, expected, "the second annotation")
@@ -259,6 +262,8 @@ class CocoDataset:
             return
         x, y, w, h = bbox
         self._given.add(bbox, image.width, image.height, entry["image_id"], entry["id"])
+        if fits_only_turned(bbox, (image.width, image.height)):
+            expected += "; if EXIF turns the picture and its boxes were drawn on it upright: --exif upright"
         # Written so that a box rounded to float32, as samples hold it, is judged.
         left, top = np.float32(min(max(x, 0), image.width)), np.float32(min(max(y, 0), image.height))
         right, bottom = np.float32(max(0, min(x + w, image.width))), np.float32(max(0, min(y + h, image.height)))
@@ -278,12 +283,8 @@ class CocoDataset:
             return
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
         if area is not None and not (_is(area, float) and 0 <= area <= _LARGEST_AREA):  # False for NaN
-            self._complain(
-                where,
-                f"area {shown_value(area)}",
-                "a finite number of square pixels",
-                "the area; width x height is used",
-            )
+            said, dropped = f"area {shown_value(area)}", "the area; width x height is used"
+            self._complain(where, said, "a finite number of square pixels", dropped)
             area = None
         if not (isinstance(crowd, int | float) and crowd in (0, 1)):
             self._complain(where, f"iscrowd {shown_value(crowd)}", "0 or 1", "the annotation")
@@ -300,11 +301,12 @@ class CocoDataset:
         image.objects.append((*box, entry["category_id"], size, bool(crowd)))
 
 
-def read_coco(annotations: Path, images: Path, on_error: OnError = "stop") -> CocoDataset:
+def read_coco(annotations: Path, images: Path, on_error: OnError = "stop", exif: Exif = "auto") -> CocoDataset:
     """Check a COCO detection JSON and return its samples, lazily.
 
     on_error: "stop" raises QskdError at the first broken entry (and counts the others); "skip" drops broken images and
     annotations and lists them in `.problems`. Broken JSON, ambiguous categories and file names that leave `images` are
-    errors in both modes.
+    errors in both modes. exif: what boxes refer to where EXIF turns a picture; "upright" and "stored" go before the JSON's
+    sizes, and read each picture once more.
     """
-    return CocoDataset(Path(annotations), Path(images), on_error)
+    return CocoDataset(Path(annotations), Path(images), on_error, exif)

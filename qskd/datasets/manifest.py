@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qskd.datasets.findings.finding import Finding
 from qskd.datasets.findings.splits import picture_rows
+from qskd.datasets.pictures.facts import PictureCounts
 from qskd.datasets.samples import Category, Count, Integer, Problem
 from qskd.errors import QskdError
 from qskd.printable import shown_value
@@ -64,6 +65,7 @@ class Manifest:
     most_objects_in: Integer | None = None
     findings: tuple[Finding, ...] = ()
     pictures: str = ""
+    picture_counts: PictureCounts | None = None  # None: written before pictures were turned upright
 
     @cached_property
     def category_index(self) -> dict[int, int]:
@@ -83,7 +85,11 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the shards' checksums and the categories: the same value, the same data in the same order."""
-        content = [[shard.sha256 for shard in self.shards], [[c.id, c.name] for c in self.categories]]
+        content: list[Any] = [[shard.sha256 for shard in self.shards], [[c.id, c.name] for c in self.categories]]
+        if (
+            self.picture_counts is not None and self.picture_counts.need_the_rule
+        ):  # the same bytes were seen otherwise before
+            content.append("upright, scaled by the bits used")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
+
+if TYPE_CHECKING:
+    from qskd.datasets.pictures.facts import PictureFacts
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -52,9 +55,10 @@ class Category:
 class Sample:
     """One image and its N objects.
 
-    width, height: pixels, of the file as stored. encoded: the file's bytes, untouched. boxes_xyxy: float32 [N, 4],
-    absolute pixels inside the image. category_ids: int64 [N], the dataset's own. area: float32 [N], square pixels, the
-    JSON's (COCO: of the segmentation), else the box's. iscrowd: bool [N].
+    width, height: pixels, of the upright picture. encoded: the file's bytes, untouched. boxes_xyxy: float32 [N, 4],
+    absolute pixels inside the upright image. category_ids: int64 [N], the dataset's own. area: float32 [N], square pixels,
+    the JSON's (COCO: of the segmentation), else the box's. iscrowd: bool [N]. picture: what its source found out of the
+    picture, which shards do not keep for each.
     """
 
     image_id: int
@@ -66,6 +70,7 @@ class Sample:
     category_ids: NDArray[np.int64]
     area: NDArray[np.float32]
     iscrowd: NDArray[np.bool_]
+    picture: PictureFacts | None = field(default=None, repr=False)
 
 
 def to_table(samples: Sequence[Sample]) -> pa.Table:

@@ -26,6 +26,7 @@ from qskd.datasets.findings.finding import Finding, refuse
 from qskd.datasets.findings.splits import packed_pictures
 from qskd.datasets.findings.survey import Survey
 from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
+from qskd.datasets.pictures.facts import PictureCounter, look
 from qskd.datasets.samples import (
     ARRAYS,
     SCHEMA,
@@ -94,7 +95,8 @@ def write_shards(
     shards: list[Shard] = []
     fresh: set[str] = set()  # what was not there before: a failure deletes these alone
     survey = Survey()
-    rows = survey.counted(dataset.samples())
+    counter = PictureCounter()
+    rows = survey.counted(counter.counted(dataset.samples()))
     # Inside the destination when that is local: a rename does not cross file systems.
     with (
         writing(destination),
@@ -135,6 +137,7 @@ def write_shards(
                 survey.most_objects_in,
                 findings,
                 packed_pictures(*survey.hashes()),
+                counter.counts,
             )
             spool.write_text(manifest.to_json())
             publish(spool, filesystem, f"{root}/{MANIFEST}")
@@ -234,7 +237,20 @@ class ShardReader:
         names = list(SCHEMA.names if columns is None else columns)
         if unknown := set(names) - set(SCHEMA.names):
             raise QskdError(self.where(shard), f"no columns {sorted(unknown)}", f"some of {SCHEMA.names}")
-        return to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
+        samples = to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
+        if self.manifest.picture_counts is None and "encoded" in names:
+            for sample in samples:
+                self._check_seen_alike(shard, sample)
+        return samples
+
+    def _check_seen_alike(self, shard: int, sample: Sample) -> None:
+        """QskdError for a picture that qskd saw otherwise when these shards were written: its boxes may be another picture's."""
+        picture = look(sample.encoded)
+        if picture.turned or picture.deep:
+            where = f"{self.where(shard)}: image {sample.image_id} ({one_line(sample.file_name)})"
+            kind = "is turned by EXIF" if picture.turned else "has more than 8 bits a channel"
+            found = f"the picture {kind}, and the shards are of an earlier qskd, which saw such pictures otherwise"
+            raise QskdError(where, found, "shards of this qskd", "make them anew: the same `qskd prepare` command")
 
     def read_table(self, shard: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
         """These columns of some row groups, or of the whole shard, as Arrow."""

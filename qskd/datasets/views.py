@@ -1,28 +1,26 @@
 """A View: the seeded crop and flip of one image, the same for teacher and student, whatever size each resizes it to.
 
-Also the only place that turns encoded bytes into pixels. EXIF orientation is ignored everywhere: COCO annotations refer
-to the pixels as stored in the file.
+Also where encoded bytes become pixels, by the one rule of `qskd.datasets.pictures.decoding`: upright, as EXIF says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.pictures.decoding import Decoded, PictureError, decode, loaded, opened, orientation_of
+from qskd.datasets.pictures.facts import Seen
 from qskd.errors import QskdError
 
 Pixels: TypeAlias = NDArray[np.uint8]  # [H, W, 3] RGB
-# Pillow would also open formats that start other programs (EPS runs Ghostscript); a dataset has no use for those.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_EXIF_ORIENTATION = 0x0112
 _REMEDY = "replace or remove the picture; `--on-error skip` in `qskd prepare` leaves such images out"
 
 
@@ -140,49 +138,35 @@ def view_boxes(
     return np.concatenate([(low + high) / 2, high - low], axis=1).astype(np.float32), kept
 
 
-def _open(encoded: bytes, where: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
-    except Exception as error:  # Pillow's plugins raise almost anything on broken headers
-        head = encoded[:8].hex(" ") or "no bytes at all"
-        raise QskdError(
-            where,
-            f"not a readable image ({type(error).__name__}; {len(encoded)} bytes, beginning {head})",
-            f"a whole {', '.join(IMAGE_FORMATS)} file",
-            _REMEDY,
-        ) from None
-
-
-def _load(picture: Image.Image, where: str) -> None:
-    try:
-        picture.load()
-    except Exception as error:
-        expected = f"a whole {picture.format} of {picture.width} x {picture.height} pixels"
-        raise QskdError(where, f"the picture is broken: {error}", expected, _REMEDY) from None
-
-
-def check_image(encoded: bytes, where: str) -> tuple[int, int, bool]:
-    """(width, height, whether EXIF asks for a quarter turn). Reads the data to its end; QskdError when broken."""
-    picture = _open(encoded, where)
-    width, height = picture.size
-    if picture.mode == "F":
-        raise QskdError(where, "floating-point pixels", "8 or 16 bits a channel", "convert the picture to 8 bits")
-    if picture.format == "JPEG":
-        picture.draft("RGB", (width // 8, height // 8))  # still reads all data, but skips most of the inverse transform
-    _load(picture, where)
-    turned = False
-    with contextlib.suppress(Exception):  # broken EXIF is no broken picture: it is only used for a hint
-        turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    return width, height, turned
+def decoded(encoded: bytes, where: str) -> Decoded:
+    """Encoded bytes -> an upright RGB picture, by the rule of `qskd.datasets.pictures.decoding`, and what is to be said of it.
+    Raises QskdError naming `where` when the bytes are broken, or a picture of a kind that is not read."""
+    with _named(where):
+        return decode(encoded)
 
 
 def decode_image(encoded: bytes, where: str) -> Image.Image:
-    """Encoded bytes -> RGB picture. Greyscale, palette, CMYK and alpha are converted (alpha is dropped); 16-bit
-    greyscale is scaled to 8. Raises QskdError naming `where` when the bytes are broken."""
-    picture: Any = _open(encoded, where)
-    _load(picture, where)
-    if picture.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit values at 255, which would turn such pictures white.
-        values = np.asarray(picture).astype(np.float64)
-        picture = Image.fromarray(np.clip(np.floor(values / 257), 0, 255).astype(np.uint8))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    """`decoded`, the picture alone."""
+    return decoded(encoded, where).rgb
+
+
+def check_image(encoded: bytes, where: str) -> Seen:
+    """What is true of the picture. Reads the data to its end; QskdError when it is broken, or `decode_image` refuses it."""
+    with _named(where):
+        picture = opened(encoded)
+        if picture.format not in ("JPEG", "MPO"):
+            found = decode(encoded)
+            return Seen(*found.rgb.size, found.orientation, found.deep, found.note)
+        width, height = picture.size
+        picture.draft("RGB", (width // 8, height // 8))  # still reads all data, but skips most of the inverse transform
+        loaded(picture)
+        orientation = orientation_of(picture)
+    return Seen(*((height, width) if orientation >= 5 else (width, height)), orientation, False, "")
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except PictureError as error:
+        raise QskdError(where, error.found, error.expected, error.remedy or _REMEDY) from None

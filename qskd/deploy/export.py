@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qskd.datasets.pictures import decoding
+from qskd.deploy import onnx_detect
 from qskd.deploy.onnx_detect import probabilities_of
 from qskd.detectors import FAMILIES, Detector
 from qskd.errors import QskdError
@@ -40,6 +44,20 @@ class Predicting(nn.Module):
         """[B, 3, S, S] -> logits [B, Q, K] (DETR: K + 1) and boxes [B, Q, 4], cxcywh in 0..1, of the last layer."""
         outputs = self.model(pixel_values, return_dict=True)
         return outputs.logits, outputs.pred_boxes
+
+
+def detect_program() -> str:
+    """The text of detect.py: `onnx_detect`, with the text of the decoder in place of its import."""
+    (imported,) = re.findall(r"^from qskd\..* import .*\n", program := _text(onnx_detect), re.MULTILINE)
+    there = set(program.splitlines())
+    lines = _text(decoding).partition("from __future__ import annotations\n")[2].strip().splitlines()
+    rule = [line for line in lines if not (line.startswith(("import ", "from ")) and line in there)]
+    said = [f"# {line}".rstrip() for line in (decoding.__doc__ or "").strip().splitlines()]
+    return program.replace(imported, "\n".join([*said, *rule, "", ""]))
+
+
+def _text(module: ModuleType) -> str:
+    return Path(module.__file__ or "").read_text(encoding="utf-8")
 
 
 def need(package: str) -> Any:

@@ -1,20 +1,24 @@
 """From an image to boxes with an exported detector: numpy, onnxruntime and Pillow; no torch, transformers or qskd.
 
-This file is copied, as it is, into every folder that `qskd export` writes, where it is called detect.py:
+`qskd export` writes it, with the decoder (`qskd.datasets.pictures.decoding`) in it, as detect.py into every folder:
 
     python detect.py photo.jpg --threshold 0.5
 
-`pixels_of` and `boxes_of` are what a program of yours needs before and after the graph; they use numpy only.
+`decode`, `pixels_of` and `boxes_of` are what a program of yours needs before and after the graph; they use numpy and Pillow only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from qskd.datasets.pictures.decoding import PictureError, decode
 
 BEST_PAIRS = {"conditional_detr": 100, "deformable_detr": 100, "dab-detr": 100}  # the others: as many as queries
 
@@ -74,15 +78,20 @@ def boxes_of(
 
 
 def detect(folder: Path, image_file: Path, threshold: float) -> list[dict[str, Any]]:
-    """The objects in one image file: "label", "score" and "box_xyxy" in pixels, best first; "category_id", the dataset's, where
-    config.json keeps it."""
-    import onnxruntime
-    from PIL import Image
+    """The objects in one image file: "label", "score" and "box_xyxy" in pixels of the upright image, best first; "category_id", the
+    dataset's, where config.json keeps it.
 
+    PictureError for a file that is no picture, or of a kind that is not read.
+    """
+    import onnxruntime
+
+    seen = decode(image_file.read_bytes())
+    if seen.note:
+        print(f"{image_file}: {seen.note}", file=sys.stderr)
+    picture = seen.rgb
     config = json.loads((folder / "config.json").read_text())
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    picture = Image.open(image_file).convert("RGB")
     size = processor["size"]
     resized = picture.resize((size["width"], size["height"]), Image.Resampling.BILINEAR)
     pixels = pixels_of(np.asarray(resized)[None], processor["image_mean"], processor["image_std"])
@@ -109,5 +118,9 @@ if __name__ == "__main__":
     parser.add_argument("image", type=Path)
     parser.add_argument("--threshold", type=float, default=0.5)
     given = parser.parse_args()
-    for entry in detect(Path(__file__).parent, given.image, given.threshold):
+    try:
+        found_there = detect(Path(__file__).parent, given.image, given.threshold)
+    except (OSError, PictureError) as error:
+        sys.exit(f"error: {given.image}: {error}")
+    for entry in found_there:
         print(json.dumps(entry))

@@ -127,6 +127,8 @@ def save_picture(picture: Image.Image, target: Path, inputs: Iterable[str | Path
     unfinished = place.with_name(f".writing-{uuid.uuid4().hex}{place.suffix}")
     try:
         picture.save(unfinished, exif=exif)
+        if not is_own_picture(unfinished):  # GIF, BMP: it could never be drawn again
+            raise ValueError(f"a file of {place.suffix} can't carry the mark by which qskd knows its own pictures")
         os.replace(unfinished, place)
     finally:
         with contextlib.suppress(OSError):  # what was wrong with the place has been said

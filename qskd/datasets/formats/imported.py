@@ -1,0 +1,68 @@
+"""A dataset of another format as COCO's reader sees one: an importer lists images, objects and categories; all checks, samples
+and shards are the same from there on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qskd.datasets.coco import CocoDataset, OnError
+from qskd.errors import QskdError
+
+
+class ImportedDataset(CocoDataset):
+    """What all importers share. One of them fills the lists in `_import`: `_root`, the folder of all pictures; `_add_image`, then
+    `_add_object` for what is in it; and `_complain` for each entry that can't be read, which stops or is skipped as `--on-error`
+    says."""
+
+    def __init__(self, source: Path, root: Path, on_error: OnError) -> None:
+        self._object_places: list[str] = []  # annotation id -> where it stands, for messages
+        self._document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
+        super().__init__(source, root, on_error)
+
+    @abstractmethod
+    def _import(self) -> None:
+        """Fill the lists. Raises QskdError for what is no sample's fault."""
+
+    def _parse(self) -> tuple[dict[str, list[Any]], str]:
+        self._import()
+        if not self._document["images"] and not self._errors:
+            first = f"; the first problem is at {self._problems[0]['where']}" if self._problems else ""
+            raise QskdError(str(self._path), f"no usable image{first}", "at least one", "give the dataset's folder")
+        # What was read, not the files themselves: of the same dataset in another place the shards are the same.
+        text = json.dumps([self.source, self._document], sort_keys=True)
+        return self._document, hashlib.sha256(text.encode()).hexdigest()
+
+    def _add_categories(self, names: dict[int, str]) -> None:
+        self._document["categories"] = [{"id": key, "name": name} for key, name in sorted(names.items())]
+
+    def _located(self, folder: Path, file_name: str, where: str) -> Path:
+        """A picture's real path. QskdError when it leaves its folder, which is no entry to skip."""
+        entry: Any = SimpleNamespace(file_name=file_name)
+        return CocoDataset._locate(self, folder.resolve(), entry, where)
+
+    @staticmethod
+    def _drawn_on(width: int, height: int, turned: bool) -> tuple[int, int]:
+        """The size of what boxes were drawn on: the picture as a person sees it, as annotation tools have it."""
+        return (height, width) if turned else (width, height)
+
+    def _add_image(self, image_id: int, file_name: str, width: int, height: int) -> None:
+        """file_name: relative to `_root`. width, height: pixels."""
+        entry = {"id": image_id, "file_name": file_name, "width": width, "height": height}
+        self._document["images"].append(entry)
+
+    def _add_object(self, where: str, image_id: int, category_id: int, bbox_xywh: Any, **others: Any) -> None:
+        """bbox_xywh: left, top, width, height in pixels. others: `area`, `iscrowd`."""
+        entry = {"id": len(self._object_places), "image_id": image_id, "category_id": category_id, "bbox": bbox_xywh}
+        self._document["annotations"].append(entry | others)
+        self._object_places.append(where)
+
+    def _image_where(self, image_id: Any, file_name: Any) -> str:
+        return str(self._root / file_name)
+
+    def _annotation_where(self, image_id: int, annotation_id: int) -> str:
+        return self._object_places[annotation_id]

@@ -1,0 +1,180 @@
+"""Encoded bytes -> an upright RGB picture of 8 bits a channel. The one rule, for shards, training and every program.
+
+`qskd export` puts this file's text into detect.py, so it uses numpy and Pillow only, and nothing of qskd.
+
+- A picture is turned as its EXIF orientation says (in JPEG, PNG, WebP and TIFF), as people and transformers see it.
+- More than 8 bits a channel: the fewest of 8, 10, 12, 14 or 16 bits that hold the picture's largest value are taken for its
+  range (cameras put 12 bits into files of 16). Larger or negative values are refused.
+- Floating point: 0 is black and 1 is white. Values beyond are refused: nothing says what is white.
+- Grey, palette, CMYK and so on become RGB; transparency is dropped. Of several frames the first is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+# Pillow would also open formats that start other programs (EPS runs Ghostscript); a dataset has no use for those.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+ORIENTATION = 0x0112
+BITS = (8, 10, 12, 14, 16)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow warns of pictures from half the size that it refuses, which are read here, and of broken EXIF, which means nothing.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Corrupt EXIF data")
+
+
+class PictureError(ValueError):
+    """What was found in the bytes, what was expected, what to do ("" where the caller knows best)."""
+
+    def __init__(self, found: str, expected: str, remedy: str = "") -> None:
+        super().__init__(f"{found}; expected: {expected}" + (f"; what to do: {remedy}" if remedy else ""))
+        self.found, self.expected, self.remedy = found, expected, remedy
+
+
+class Decoded(NamedTuple):
+    """rgb: upright, 8 bits a channel. orientation: what EXIF said, 1 to 8; 1 is upright. deep: more than 8 bits a channel in
+    the file. note: what a person should know of its range, or the empty string."""
+
+    rgb: Image.Image
+    orientation: int
+    deep: bool
+    note: str
+
+
+def opened(encoded: bytes) -> Image.Image:
+    """The picture with its pixels still encoded. PictureError when this is no picture, or one of too many pixels."""
+    try:
+        return Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise PictureError(
+            f"{_size_said(encoded)}, more than is decoded: {error}",
+            f"at most {limit:,} pixels, such as {int(limit**0.5):,} x {int(limit**0.5):,}",
+            "make the picture smaller (and its boxes with it), or cut it into tiles: a detector sees some 1,000 pixels a side",
+        ) from None
+    except Exception as error:  # Pillow's plugins raise almost anything on broken headers
+        head = encoded[:8].hex(" ") or "no bytes at all"
+        found = f"not a readable image ({type(error).__name__}; {len(encoded)} bytes, beginning {head})"
+        raise PictureError(found, f"a whole {', '.join(IMAGE_FORMATS)} file") from None
+
+
+def _size_said(encoded: bytes) -> str:
+    """What the header of a picture says that `Image.open` refuses for its size."""
+    for kind in IMAGE_FORMATS:
+        try:
+            width, height = Image.OPEN[kind][0](io.BytesIO(encoded), "").size
+        except Exception:  # another format's
+            continue
+        return f"{width:,} x {height:,} pixels"
+    return "a picture"
+
+
+def loaded(picture: Image.Image) -> None:
+    """Decode the pixels. PictureError when the picture is broken."""
+    expected = f"a whole {picture.format} of {picture.width} x {picture.height} pixels"
+    try:
+        picture.load()
+    except Exception as error:
+        raise PictureError(f"the picture is broken: {error}", expected) from None
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """1 to 8, as EXIF says; 1 where it says nothing, or nonsense: broken EXIF is no broken picture."""
+    try:
+        said = picture.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
+    return said if isinstance(said, int) and said in _TURNS else 1
+
+
+def is_deep(picture: Image.Image) -> bool:
+    """Whether a picture whose pixels are still encoded has more than 8 bits a channel."""
+    return picture.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
+
+
+def decode(encoded: bytes) -> Decoded:
+    """Raises PictureError when the bytes are broken, no picture, or one whose range is not known."""
+    picture = opened(encoded)
+    deep = is_deep(picture)
+    before = orientation_of(picture) if picture.format == "TIFF" else 1  # Pillow turns these when it loads them
+    loaded(picture)
+    left = orientation_of(picture)
+    rgb, note = _deep_as_rgb(picture, encoded) if deep else (_as_rgb(picture), "")
+    return Decoded(rgb.transpose(_TURNS[left]) if left != 1 else rgb, max(before, left), deep, note)
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB":
+        return picture
+    picture.info.pop("transparency", None)  # dropped, without Pillow's warning that it is
+    try:
+        return picture.convert("RGB")
+    except ValueError:
+        expected = "grey, RGB, CMYK or a palette, with or without transparency"
+        raise PictureError(f"pixels of mode {picture.mode}", expected, "convert the picture to RGB") from None
+
+
+def _deep_as_rgb(picture: Image.Image, encoded: bytes) -> tuple[Image.Image, str]:
+    if picture.mode == "F":
+        return _float_as_rgb(np.asarray(picture))
+    if picture.mode[0] == "I":
+        values = np.asarray(picture).astype(np.int32)
+    elif picture.mode in ("RGB", "RGBA"):
+        # Pillow keeps the high byte of each channel.
+        high = np.asarray(picture).astype(np.int32)[..., :3]
+        low = _low_bytes(encoded)
+        values = high * 256 + (high if low is None else low)
+    else:  # CMYK, which has no plain range
+        return _as_rgb(picture), ""
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= 2 ** BITS[-1]:
+        found = f"values from {least} to {most}"
+        raise PictureError(found, f"0 to {2 ** BITS[-1] - 1}", "convert the picture to 8 or 16 bits a channel")
+    bits = next(bits for bits in BITS if most < 2**bits)
+    scaled = Image.fromarray((values * 255 // (2**bits - 1)).astype(np.uint8))
+    note = f"16 bits a channel, of which only 0 to {most} are used: read as {bits} bits" if bits < BITS[-1] else ""
+    return scaled.convert("RGB"), note
+
+
+def _low_bytes(encoded: bytes) -> np.ndarray[Any, np.dtype[np.int32]] | None:
+    """The low bytes [H, W, 3] of a picture's 16-bit channels: the same data, read in the other order of bytes."""
+    picture: Any = opened(encoded)
+    native = {"little": "L", "big": "B"}[sys.byteorder]
+
+    def swapped(mode: str) -> str:
+        kind, _, order = mode.partition(";16")
+        return f"{kind};16{'B' if order.replace('N', native) == 'L' else 'L'}" if order else mode
+
+    try:
+        picture.tile = [
+            (codec, extents, offset, swapped(mode) if isinstance(mode, str) else (swapped(mode[0]), *mode[1:]))
+            for codec, extents, offset, mode in picture.tile
+        ]
+        picture.load()
+    except Exception:  # an order that Pillow does not read: grey with transparency
+        return None
+    return np.asarray(picture).astype(np.int32)[..., :3]
+
+
+def _float_as_rgb(values: np.ndarray[Any, Any]) -> tuple[Image.Image, str]:
+    least, most = float(values.min()), float(values.max())
+    if not (least >= 0 and most <= 1):  # False for NaN
+        found = f"floating-point pixels from {least:.4g} to {most:.4g}"
+        remedy = "scale them to 0..1, or convert the picture to 8 or 16 bits a channel"
+        raise PictureError(found, "0 (black) to 1 (white)", remedy)
+    scaled = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    return scaled.convert("RGB"), f"floating point, of which only 0 to {most:.2g} is used" if most < 0.25 else ""
