@@ -461,6 +461,10 @@ def test_what_is_no_dataset_is_told_with_what_to_give(tmp_path: Path, yolo: Path
     assert "several datasets" in said(yolo.parent)
     (tmp_path / "empty").mkdir()
     assert "no dataset that is known" in said(tmp_path / "empty")
+    assert "that has the annotations" in said(yolo.parent / "images" / "train")
+    write(tmp_path / "shards" / "manifest.json", "{}")
+    write(tmp_path / "shards" / "shard-00000-abcd.parquet", "")
+    assert "shards that are made already" in said(tmp_path / "shards")
 
 
 def test_roboflows_coco_folder_is_taken_as_it_is(tmp_path: Path) -> None:
