@@ -146,6 +146,35 @@ def test_pictures_of_one_name_in_several_folders_keep_their_own_labels(tmp_path:
     assert (first.category_ids.tolist(), second.category_ids.tolist()) == ([0], [1])
 
 
+def test_a_dataset_in_another_place_is_the_same_source_and_another_label_another(yolo: Path, tmp_path: Path) -> None:
+    before = open_dataset(yolo, None, split="train").source_sha256
+    moved = yolo.parent.rename(tmp_path / "moved")
+    assert open_dataset(moved / "data.yaml", None, split="train").source_sha256 == before
+    assert open_dataset(moved / "data.yaml", None, split="val").source_sha256 != before
+    write(moved / "labels" / "train" / "a.txt", "0 0.5 0.5 0.25 0.4\n")
+    assert open_dataset(moved / "data.yaml", None, split="train").source_sha256 != before
+
+
+def test_yolos_label_files_without_a_picture_are_told_of(yolo: Path) -> None:
+    write(yolo.parent / "labels" / "train" / "lost.txt", "0 0.5 0.5 0.25 0.5")
+    write(yolo.parent / "labels" / "train" / "classes.txt", "cat")
+    (problem,) = open_dataset(yolo, None, split="train").problems
+    assert problem["where"] == str(yolo.parent / "labels" / "train")
+    assert problem["found"].startswith("1 label files without a picture")
+    assert "lost.txt" in problem["found"]
+
+
+def test_a_data_yaml_with_the_folder_of_its_pictures_is_that_folder_or_told(yolo: Path, tmp_path: Path) -> None:
+    """As COCO's images are given."""
+    assert len(open_dataset(yolo, yolo.parent / "images" / "train", split="train")) == 4
+    with pytest.raises(QskdError, match="no such folder or file"):
+        open_dataset(yolo, yolo.parent / "images" / "val", split="train")
+    picture(tmp_path / "other" / "images" / "x.png")
+    yolo.write_text(f"path: {tmp_path / 'other'}\ntrain: images/train\nnames: [a, b, c]\n")
+    with pytest.raises(QskdError, match="no such folder or file"):  # not the folder of that name beside the data.yaml
+        open_dataset(yolo, None)
+
+
 # What a line of a label file is; what the message must hold.
 BAD_LINES = {
     "3 0.5 0.5 0.2 0.2": ["class 3", "3 classes", "0 to 2"],
@@ -432,6 +461,10 @@ def test_what_is_no_dataset_is_told_with_what_to_give(tmp_path: Path, yolo: Path
     assert "several datasets" in said(yolo.parent)
     (tmp_path / "empty").mkdir()
     assert "no dataset that is known" in said(tmp_path / "empty")
+    assert "that has the annotations" in said(yolo.parent / "images" / "train")
+    write(tmp_path / "shards" / "manifest.json", "{}")
+    write(tmp_path / "shards" / "shard-00000-abcd.parquet", "")
+    assert "shards that are made already" in said(tmp_path / "shards")
 
 
 def test_roboflows_coco_folder_is_taken_as_it_is(tmp_path: Path) -> None:

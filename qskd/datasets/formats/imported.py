@@ -34,7 +34,7 @@ class ImportedDataset(CocoDataset):
             first = f"; the first problem is at {self._problems[0]['where']}" if self._problems else ""
             raise QskdError(str(self._path), f"no usable image{first}", "at least one", "give the dataset's folder")
         # What was read, not the files themselves: of the same dataset in another place the shards are the same.
-        text = json.dumps([self.source, self._document], sort_keys=True)
+        text = json.dumps(self._document, sort_keys=True)
         return self._document, hashlib.sha256(text.encode()).hexdigest()
 
     def _add_categories(self, names: dict[int, str]) -> None:

@@ -12,6 +12,7 @@ from qskd.datasets.formats.reading import some
 from qskd.datasets.formats.rows import find_splits
 from qskd.datasets.formats.voc import VocDataset
 from qskd.datasets.formats.yolo import YoloDataset
+from qskd.datasets.manifest import MANIFEST
 from qskd.datasets.pictures.facts import Exif
 from qskd.errors import QskdError
 
@@ -77,6 +78,8 @@ def _recognised(source: Path, images: Path | None) -> tuple[str, Path, Path | No
             remedy = "give the folder with the XML files" if suffix == ".xml" else _MAKE_YAML
             raise QskdError(str(source), f"a single {suffix} file", _EXPECTED, remedy)
         return "coco", source, images
+    if (source / MANIFEST).is_file() and any(source.glob("shard-*.parquet")):
+        raise QskdError(str(source), "shards that are made already", _EXPECTED, "name this folder in a recipe's `data`")
     found: dict[str, tuple[str, Path, Path | None]] = {}
     yamls = sorted(path for pattern in ("*.yaml", "*.yml") for path in source.glob(pattern))
     if yamls:
@@ -96,10 +99,11 @@ def _recognised(source: Path, images: Path | None) -> tuple[str, Path, Path | No
     if jsons:
         remedy = f"name the JSON and the images: `qskd prepare {jsons[0]} IMAGES DESTINATION`"
     else:
-        remedy = _MAKE_YAML if any(source.glob("labels/**/*.txt")) or any(source.glob("*.txt")) else "check the path"
+        remedy = _MAKE_YAML if any(source.glob("labels/**/*.txt")) or any(source.glob("*.txt")) else _GIVE
     raise QskdError(str(source), "no dataset that is known", _EXPECTED, remedy)
 
 
+_GIVE = "give the file or folder that has the annotations, not the pictures' alone"
 _MAKE_YAML = (
     "for YOLO's label files write a data.yaml with the lines `names: [first, second]` and `train: images/train`"
 )

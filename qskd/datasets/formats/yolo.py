@@ -99,6 +99,7 @@ class YoloDataset(ImportedDataset):
                     kinds = f"files that end in {some(sorted(PICTURES), 30)}"
                     raise QskdError(str(place), f"no picture in this folder of `{split}`", kinds, "check the path")
                 yield from ((place, path) for path in found)
+                self._look_for_orphans(place, found)
             elif place.suffix.lower() == ".txt":
                 yield from self._listed(place, root)
             else:
@@ -108,19 +109,19 @@ class YoloDataset(ImportedDataset):
         """(dataset's root, where an entry of a split is): relative to `path:`, which is itself relative to the data.yaml or the
         working folder, else to the data.yaml's folder; without the leading ../ that Roboflow writes, where it leads nowhere."""
         beside = self._path.absolute().parent
-        said = config.get("path")
-        if self._given_root is not None:
-            roots = [self._given_root.absolute()]
-        elif isinstance(said, str) and said and "\0" not in said:
+        said, given = config.get("path"), self._given_root and Path(os.path.normpath(self._given_root.absolute()))
+        roots = [beside]
+        if isinstance(said, str) and said and "\0" not in said:
             home = os.path.expanduser(said)
-            roots = [beside / home, Path(home).absolute(), beside]
-        else:
-            roots = [beside]
+            there = [beside / home, Path(home).absolute()]
+            roots = [root for root in there if os.path.isdir(root)] or [*there, beside]
+        roots = [given, *roots] if given else roots
         tried = []
         for root in dict.fromkeys(roots):
             for name in (entry, entry.removeprefix("../")):
                 place = Path(os.path.normpath(root / name))
-                if os.path.exists(place):
+                # The given folder may itself be what the entry names, as COCO's images are.
+                if os.path.exists(place) and (not given or place.is_relative_to(given)):
                     return Path(os.path.normpath(root)), place
                 tried.append(place)
         hint = ", or get the dataset first (nothing of `download:` is run here)" if "download" in config else ""
@@ -153,6 +154,18 @@ class YoloDataset(ImportedDataset):
             yield folder, path
 
     # -- the labels
+
+    def _look_for_orphans(self, folder: Path, pictures: list[Path]) -> None:
+        """Label files whose picture is not there are told of: a download may have stopped half-way."""
+        labels = next(_label_places(folder / "a.jpg", folder / "a.jpg")).parent
+        if labels == folder or not os.path.isdir(labels):
+            return
+        known = {path.relative_to(folder).with_suffix(".txt") for path in pictures}
+        orphans = [path for path in sorted(labels.rglob("*.txt")) if path.relative_to(labels) not in known]
+        orphans = [path for path in orphans if path.name != "classes.txt"]  # labelImg's
+        if orphans:
+            found = f"{len(orphans)} label files without a picture in {folder}, the first {orphans[0].name}"
+            self._note(QskdError(str(labels), found), "these label files")
 
     def _read_labels(
         self, path: Path, image_id: int, width: int, height: int, names: dict[int, str], pose: bool
