@@ -134,6 +134,20 @@ def test_yolos_labels_may_lie_beside_the_pictures_and_the_folder_may_be_given(yo
     np.testing.assert_allclose(sample.boxes_xyxy, [[15, 5, 25, 15]], atol=1e-5)
 
 
+def test_boxes_of_a_turned_picture_refer_to_what_a_person_sees_unless_told(tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6  # the stored 40 x 20 pixels are seen as 20 x 40
+    picture(tmp_path / "images" / "a.jpg", exif=tags)
+    write(tmp_path / "labels" / "a.txt", "0 0.25 0.5 0.5 0.25\n")
+    source = write(tmp_path / "data.yaml", "train: images\nnames: [a]\n")
+    (sample,) = open_dataset(source, None).samples()
+    assert (sample.width, sample.height) == (20, 40)
+    np.testing.assert_allclose(sample.boxes_xyxy, [[0, 15, 10, 25]], atol=1e-5)
+    # On the stored pixels 0..20 x 7.5..12.5, which a quarter turn to the right takes to 20-12.5..20-7.5 x 0..20.
+    (sample,) = open_dataset(source, None, exif="stored").samples()
+    np.testing.assert_allclose(sample.boxes_xyxy, [[7.5, 0, 12.5, 20]], atol=1e-5)
+
+
 def test_pictures_of_one_name_in_several_folders_keep_their_own_labels(tmp_path: Path) -> None:
     for folder, box in (("one", "0 0.5 0.5 0.25 0.5"), ("two", "1 0.25 0.75 0.5 0.5")):
         picture(tmp_path / folder / "images" / "a.png")

@@ -12,6 +12,7 @@ from qskd.datasets.coco import OnError
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import choose_split, names_of, picture_size, read_class_names, some
 from qskd.datasets.formats.rows import Rows, find_splits
+from qskd.datasets.pictures.facts import Exif
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 
@@ -66,6 +67,7 @@ class HuggingFaceDataset(ImportedDataset):
         self,
         source: Path,
         on_error: OnError,
+        exif: Exif = "auto",
         split: str | None = None,
         classes: Path | None = None,
         box_format: str | None = None,
@@ -74,7 +76,7 @@ class HuggingFaceDataset(ImportedDataset):
         self._image_places: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}  # image id -> width, height
         self._boxes: list[tuple[float, ...]] = []  # four numbers as written, and the picture's width and height
-        super().__init__(source, source if source.is_dir() else source.parent, on_error)
+        super().__init__(source, source if source.is_dir() else source.parent, on_error, exif)
 
     def _import(self) -> None:
         splits = find_splits(self._path)

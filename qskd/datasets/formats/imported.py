@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qskd.datasets.coco import CocoDataset, OnError
+from qskd.datasets.pictures.facts import Exif
 from qskd.errors import QskdError
 
 
@@ -19,10 +20,10 @@ class ImportedDataset(CocoDataset):
     `_add_object` for what is in it; and `_complain` for each entry that can't be read, which stops or is skipped as `--on-error`
     says."""
 
-    def __init__(self, source: Path, root: Path, on_error: OnError) -> None:
+    def __init__(self, source: Path, root: Path, on_error: OnError, exif: Exif) -> None:
         self._object_places: list[str] = []  # annotation id -> where it stands, for messages
         self._document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
-        super().__init__(source, root, on_error)
+        super().__init__(source, root, on_error, exif)
 
     @abstractmethod
     def _import(self) -> None:
@@ -45,10 +46,9 @@ class ImportedDataset(CocoDataset):
         entry: Any = SimpleNamespace(file_name=file_name)
         return CocoDataset._locate(self, folder.resolve(), entry, where)
 
-    @staticmethod
-    def _drawn_on(width: int, height: int, turned: bool) -> tuple[int, int]:
-        """The size of what boxes were drawn on: the picture as a person sees it, as annotation tools have it."""
-        return (height, width) if turned else (width, height)
+    def _drawn_on(self, width: int, height: int, turned: bool) -> tuple[int, int]:
+        """The size of what boxes were drawn on: the picture as a person sees it, as annotation tools have it, unless told."""
+        return (height, width) if turned and self._exif != "stored" else (width, height)
 
     def _add_image(self, image_id: int, file_name: str, width: int, height: int) -> None:
         """file_name: relative to `_root`. width, height: pixels."""

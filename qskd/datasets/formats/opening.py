@@ -58,10 +58,10 @@ def open_dataset(
             raise QskdError(str(source), "COCO JSON without the folder of its images", "that folder", remedy)
         return read_coco(source, images, on_error, exif)
     if kind == "yolo":
-        return YoloDataset(source, images, on_error, split)
+        return YoloDataset(source, images, on_error, exif, split)
     if kind == "voc":
-        return VocDataset(source, images, on_error, split, classes)
-    return HuggingFaceDataset(source, on_error, split, classes, box_format)
+        return VocDataset(source, images, on_error, exif, split, classes)
+    return HuggingFaceDataset(source, on_error, exif, split, classes, box_format)
 
 
 _NAMES = {"coco": "COCO JSON", "yolo": "YOLO's data.yaml", "voc": "Pascal VOC", "hf": "a Hugging Face dataset"}

@@ -10,13 +10,12 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from qskd.datasets.pictures.decoding import IMAGE_FORMATS
+from qskd.datasets.pictures.decoding import IMAGE_FORMATS, orientation_of
 from qskd.errors import QskdError
 from qskd.printable import shown_value
 from qskd.untrusted import parse_json, parse_yaml
 
 LARGEST_TEXT = 2**24  # bytes: a label file of 200,000 objects
-_ORIENTATION = 0x0112
 # Those that no program here decodes are listed too: the reader says so of each, where silence would lose them.
 _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .mpo .heic .heif .avif .jp2 .dng .pfm .ppm .pgm"
 PICTURES = set(_SUFFIXES.split())
@@ -89,7 +88,7 @@ def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int, bool]:
             raise FileNotFoundError
         with Image.open(file, formats=IMAGE_FORMATS) as picture:
             # Not of a PNG without EXIF at its head: Pillow would decode it all to look for one at the end.
-            turned = "exif" in picture.info and picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            turned = "exif" in picture.info and orientation_of(picture) >= 5
             return picture.width, picture.height, turned and picture.format != "TIFF"  # whose size Pillow turns itself
     except Exception as error:  # Pillow's plugins raise almost anything on broken headers
         missing = isinstance(error, FileNotFoundError)

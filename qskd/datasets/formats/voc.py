@@ -21,6 +21,7 @@ from qskd.datasets.formats.reading import (
     read_text,
     some,
 )
+from qskd.datasets.pictures.facts import Exif
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 
@@ -56,11 +57,12 @@ class VocDataset(ImportedDataset):
         source: Path,
         pictures: Path | None,
         on_error: OnError,
+        exif: Exif = "auto",
         split: str | None = None,
         classes: Path | None = None,
     ) -> None:
         self._given_pictures, self._split, self._classes = pictures, split, classes
-        super().__init__(source, pictures or source, on_error)
+        super().__init__(source, pictures or source, on_error, exif)
 
     def _import(self) -> None:
         self.source = self._path.resolve().name

@@ -20,6 +20,7 @@ from qskd.datasets.formats.reading import (
     read_text,
     some,
 )
+from qskd.datasets.pictures.facts import Exif
 from qskd.errors import QskdError
 from qskd.printable import shown_value
 from qskd.untrusted import parse_yaml
@@ -33,9 +34,11 @@ _ROUNDING = 0.01  # relative to the picture: how far outside 0..1 a number may b
 class YoloDataset(ImportedDataset):
     """One split of a data.yaml. root: the folder that its entries are relative to, instead of what `path:` says."""
 
-    def __init__(self, source: Path, root: Path | None, on_error: OnError, split: str | None = None) -> None:
+    def __init__(
+        self, source: Path, root: Path | None, on_error: OnError, exif: Exif = "auto", split: str | None = None
+    ) -> None:
         self._given_root, self._split = root, split
-        super().__init__(source, root or source.parent, on_error)
+        super().__init__(source, root or source.parent, on_error, exif)
 
     def _import(self) -> None:
         where = str(self._path)
