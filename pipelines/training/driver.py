@@ -47,6 +47,11 @@ class RunResult:
     run_id: str
     seconds: float
 
+    @property
+    def ap(self) -> float:
+        """COCO AP of the last evaluation, 0..1; -1 where nothing could be measured."""
+        return self.metrics.get("AP", -1.0)
+
 
 def read_result(folder: Folder) -> RunResult:
     """Of a finished run."""

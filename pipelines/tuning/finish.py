@@ -30,6 +30,11 @@ class SweepResult:
     run_id: str
     version: str = ""
 
+    @property
+    def ap(self) -> float:
+        """Of the best trial's best evaluation, 0..1; -1 where no trial was evaluated."""
+        return self.best.best_ap if self.best is not None else -1.0
+
 
 def best_recipe(config: Config, best: TrialRow) -> str:
     """The recipe with the best trial's settings at its full length, as YAML, with the command that trains it."""

@@ -36,6 +36,10 @@ class CocoResult:
     per_class: dict[str, float]
     backend: Backend
 
+    @property
+    def ap(self) -> float:
+        return self.metrics["AP"]
+
 
 def detections_from(
     logits: Tensor,
