@@ -193,7 +193,7 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     gap = teacher.metrics["AP"] - results["baseline"].metrics["AP"]
     gain = results["qskd"].metrics["AP"] - results["baseline"].metrics["AP"]
     console.print(
-        f"QSKD, begun from the teacher's layers: {100 * gain:+.1f} AP over the student without a teacher, "
+        f"QSKD, begun from the teacher's layers: {gain:+.3f} AP over the student without a teacher, "
         f"{gain / gap:.0%} of the gap; one seed.",
         soft_wrap=True,
     )

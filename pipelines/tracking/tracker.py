@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.tracking.about import PRIMARY, source_tags
 from pipelines.tracking.store import _client, _create_experiment, tracking_uri
 from qskd.config import Config
 from qskd.config.recipe import flatten, to_tree, to_yaml
@@ -65,11 +66,17 @@ class Tracker:
             if run_id and _continues(client, uri, run_id):
                 return cls(uri, run_id)
             found = client.get_experiment_by_name(config.tracking.experiment)
-            experiment = found.experiment_id if found else _create_experiment(client, config.tracking.experiment, uri)
+            if found:
+                experiment = found.experiment_id
+            else:
+                experiment = _create_experiment(client, config.tracking.experiment, uri)
+                for name, value in PRIMARY.items():
+                    client.set_experiment_tag(experiment, name, value)
             run = client.create_run(
                 experiment,
                 run_name=config.tracking.run_name or config.name,
                 tags={
+                    **source_tags(verb),
                     "qskd.kind": verb,
                     "qskd.name": config.name,
                     **({PARENT: parent} if parent else {}),
@@ -106,6 +113,11 @@ class Tracker:
             self._complained = True
             return False
         return True
+
+    @property
+    def complained(self) -> bool:
+        """Whether anything could not be logged by this process."""
+        return self._complained
 
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -168,6 +180,14 @@ class Tracker:
 
     def tag(self, name: str, value: str) -> None:
         self._call("set_tag", name, value)
+
+    def inputs(self, datasets: Sequence[Any]) -> None:
+        """What the run is made from (`pipelines.tracking.about.dataset_inputs`)."""
+        self._call("log_inputs", datasets)
+
+    def model(self, model: Any) -> None:
+        """That an artefact of this run is a model, by MLflow's own description of it."""
+        self._call("_record_logged_model", model)
 
     def children(self, tag: str) -> dict[str, tuple[str, str]]:
         """The runs below this one: the value of their tag -> id and status. Empty when the server does not answer."""

@@ -21,7 +21,8 @@ from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import resolve
 from pipelines.run.stopping import was_stopped
 from pipelines.run.tracked import open_for
-from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
+from pipelines.tracking.about import NOTE, command_note, dataset_inputs, figure_metrics, result_note
+from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete, tell_result
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.checkpoint_list import delete_unlisted, mend_list
@@ -117,7 +118,11 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     folder.write_record("config.yaml", to_yaml(config))
     folder.delete(FAILURE)
     mend_list(folder)  # here too: what can't be mended is said before Ray starts
-    tracker = open_for(folder, config, verb)
+    note = command_note()
+    tracker = open_for(folder, config, verb, {NOTE: note})
+    tracker.inputs(
+        dataset_inputs({"training": (config.data.train, plan.train), "validation": (config.data.val, plan.val)})
+    )
     start_logs(run=config.name, run_id=tracker.run_id)
     if inherited:
         folder.write("inheritance.txt", inherited)
@@ -137,7 +142,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     except BaseException as error:
         tracker.finish("KILLED" if was_stopped(error) else "FAILED")
         raise
-    end_run(tracker, folder, config.name, 0.0, whole)
+    end_run(tracker, folder, config.name, 0.0, whole and not tracker.complained)
     return done
 
 
@@ -157,7 +162,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
     """Copy the student out of the last checkpoint, log it, and write result.json: the mark of a finished run."""
     from pipelines.reporting.cards import card_of_run
     from pipelines.reporting.report import write_report
-    from pipelines.run.history import read_history
+    from pipelines.run.history import best_text, last_step, read_history
     from qskd.deploy.model_card import write_card
 
     if result.error is not None or result.checkpoint is None:
@@ -167,8 +172,15 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         student.mkdir()
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = read_state(checkpoint)["metrics"]
-        write_card(student, card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics))
-        write_report(plan.config, plan.val, read_history(folder), student, tracker)
+        card, history = (
+            card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics),
+            read_history(folder),
+        )
+        write_card(student, card)
+        note = result_note(command_note(), folder.where("student"), metrics, card.rows[-1], best_text(history))
+        tracker.tag(NOTE, note)
+        tell_result(tracker, folder, last_step(history), figure_metrics(card.rows[-1]))
+        write_report(plan.config, plan.val, history, student, tracker)
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now
     done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))

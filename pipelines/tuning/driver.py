@@ -18,6 +18,7 @@ from pipelines.run.logs import tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.run.tracked import open_for
+from pipelines.tracking.about import NOTE, command_note, dataset_inputs
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
 from pipelines.tuning.finish import SweepResult, finish
 from pipelines.tuning.records import ENDED, Records, check_no_training
@@ -113,7 +114,10 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     check_same_data(folder, plan.fingerprints)
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
     folder.write_record("config.yaml", to_yaml(config))
-    tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
+    tracker = open_for(folder, config, "sweep", {NOTE: command_note(search.describe())})
+    tracker.inputs(
+        dataset_inputs({"training": (config.data.train, plan.train), "validation": (config.data.val, plan.val)})
+    )
     tell(search.describe())
     schedule = plan.stream.schedule
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)

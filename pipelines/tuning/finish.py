@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipelines.run.folder import RECIPE, Folder
 from pipelines.run.logs import tell
+from pipelines.tracking.model import log_student
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.tuning.records import Records
@@ -103,5 +104,5 @@ def _register(config: Config, records: Records, best: TrialRow, parent: Tracker)
     child = Tracker(parent.uri, best.run_id)
     with scratch_folder("best") as scratch:
         fs.copy_files(f"{trial.root}/student", str(scratch), source_filesystem=trial.filesystem)
-        child.folder(scratch, "student")
+        log_student(child, scratch)
     return child.register("student", config.name, ALIAS)
