@@ -78,6 +78,18 @@ def test_a_run_names_its_user_its_program_git_s_commit_and_the_command(
     assert "secret" not in json.dumps(found)
 
 
+def test_an_experiment_that_qskd_makes_is_one_of_trainings_and_another_s_stays_as_it_is(
+    tracker: Tracker, root: Path
+) -> None:
+    client = mlflow.MlflowClient(tracker.uri)
+    tags = client.get_experiment_by_name("e").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert tags["mlflow.experiment.primaryMetric.name"] == "best/AP"
+    theirs = client.create_experiment("theirs", tags={"mlflow.experimentKind": "genai_development"})
+    Tracker.open(config_at(root, "tracking.experiment=theirs"), "train")
+    assert client.get_experiment(theirs).tags["mlflow.experimentKind"] == "genai_development"
+
+
 def test_its_data_are_inputs_with_name_digest_and_source(tracker: Tracker, tiny_folders: Path) -> None:
     manifest = load_manifest(str(tiny_folders / "train"))
     data = {"training": (str(tiny_folders / "train"), manifest), "validation": ("s3://bucket/shards/val", manifest)}

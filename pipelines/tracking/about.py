@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from qskd.deploy.model_card import Figures
 
 NOTE = "mlflow.note.content"  # the description, Markdown
-PRIMARY = {  # of an experiment: what its pages sort and compare by
+OF_EXPERIMENTS = {  # tags of one that qskd makes: pages for trainings, not for language models; what they compare by
+    "mlflow.experimentKind": "custom_model_development",
     "mlflow.experiment.primaryMetric.name": "best/AP",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
 }
