@@ -85,6 +85,9 @@ def test_an_experiment_that_qskd_makes_is_one_of_trainings_and_another_s_stays_a
     tags = client.get_experiment_by_name("e").tags
     assert tags["mlflow.experimentKind"] == "custom_model_development"
     assert tags["mlflow.experiment.primaryMetric.name"] == "best/AP"
+    view = json.loads(tags["mlflow.sharedViewState.qskd"])
+    assert view["selectedColumns"][0] == "metrics.`best/AP`"
+    assert f"experiments/{client.get_experiment_by_name('e').experiment_id}/runs?viewStateShareKey=qskd" in tags[NOTE]
     theirs = client.create_experiment("theirs", tags={"mlflow.experimentKind": "genai_development"})
     Tracker.open(config_at(root, "tracking.experiment=theirs"), "train")
     assert client.get_experiment(theirs).tags["mlflow.experimentKind"] == "genai_development"

@@ -19,13 +19,28 @@ if TYPE_CHECKING:
     from qskd.deploy.model_card import Figures
 
 NOTE = "mlflow.note.content"  # the description, Markdown
-OF_EXPERIMENTS = {  # tags of one that qskd makes: pages for trainings, not for language models; what they compare by
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.experiment.primaryMetric.name": "best/AP",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
-}
+VIEW = "qskd"  # of an experiment's list of runs: `?viewStateShareKey=qskd`
+SHOWN = ("best/AP", "val/AP", "val/AP50", "cost/parameters_m", "cost/gflops", "cost/latency_ms")
 DIGEST_LENGTH, NAME_LENGTH = 36, 500  # limits of MLflow's server
 FACTS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}
+
+
+def experiment_tags(experiment_id: str) -> dict[str, str]:
+    """Of an experiment that qskd makes: its pages are those for trainings, not for language models. MLflow's list of runs shows no
+    metric by itself, and a server can't tell it to; a view of the list, which the description links, shows AP and costs."""
+    view = {
+        "selectedColumns": [f"metrics.`{name}`" for name in SHOWN],
+        "orderByKey": "metrics.`best/AP`",
+        "orderByAsc": False,
+    }
+    link = f"#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.experiment.primaryMetric.name": "best/AP",
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
+        f"mlflow.sharedViewState.{VIEW}": json.dumps(view),
+        NOTE: f"Detectors trained by qskd. [Runs with AP, size and latency, the best first]({link})",
+    }
 
 
 def source_tags(verb: str) -> dict[str, str]:

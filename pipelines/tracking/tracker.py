@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.tracking.about import OF_EXPERIMENTS, source_tags
+from pipelines.tracking.about import experiment_tags, source_tags
 from pipelines.tracking.store import _client, _create_experiment, tracking_uri
 from qskd.config import Config
 from qskd.config.recipe import flatten, to_tree, to_yaml
@@ -70,7 +70,7 @@ class Tracker:
                 experiment = found.experiment_id
             else:
                 experiment = _create_experiment(client, config.tracking.experiment, uri)
-                for name, value in OF_EXPERIMENTS.items():
+                for name, value in experiment_tags(experiment).items():
                     client.set_experiment_tag(experiment, name, value)
             run = client.create_run(
                 experiment,
