@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -20,6 +23,8 @@ from pipelines.reporting.meter import Meter
 from pipelines.reporting.progress import TrackingCallback
 from pipelines.run.folder import Folder
 from pipelines.run.history import best_text, read_history
+from pipelines.run.ownership import claim
+from pipelines.run.resolve import resolve
 from pipelines.tracking.about import (
     NOTE,
     command_note,
@@ -31,9 +36,15 @@ from pipelines.tracking.about import (
 from pipelines.tracking.curves import tell_result
 from pipelines.tracking.model import log_student
 from pipelines.tracking.tracker import Tracker
+from pipelines.training.checkpoints import write_checkpoint
+from pipelines.training.driver import finish
+from pipelines.training.plan import make_plan
 from qskd.config import Config
 from qskd.datasets.manifest import load_manifest
 from qskd.deploy.model_card import Figures
+from qskd.evaluation.average_precision import METRICS, CocoResult
+from qskd.from_recipe import make_student
+from qskd.training.step import Training
 
 
 def config_at(root: Path, *more: str) -> Config:
@@ -185,3 +196,47 @@ def test_a_registered_student_is_loaded_by_its_alias_and_by_plain_transformers(l
     folder = mlflow.artifacts.download_artifacts("models:/it@best")
     assert AutoModelForObjectDetection.from_pretrained(folder).config.num_labels == 3
     assert mlflow.models.get_model_info("models:/it@best").flavors["python_function"]
+
+
+class Checkpoint:
+    """What Ray Train gives of a checkpoint on this disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextlib.contextmanager
+    def as_directory(self) -> Iterator[str]:
+        yield str(self.folder)
+
+
+def test_a_finished_run_tells_its_result_its_figures_and_its_student(
+    tiny_folders: Path, tmp_path: Path, tracker: Tracker, root: Path
+) -> None:
+    data = [f"data.{split}={tiny_folders / split}" for split in ("train", "val")]
+    where = [
+        f"output={tmp_path}/runs",
+        f"tracking.uri=sqlite:///{root}/mlflow.db",
+        "tracking.experiment=e",
+        "name=done",
+    ]
+    plan = make_plan(resolve(recipe(None, *where, *data, "training.batch_size=2"), "train"), "train")
+    folder, labels = Folder(plan.config), plan.train.labels
+    claim(folder, "train", "done")
+    own = Tracker.open(plan.config, "train")
+    training = Training(plan.config, make_student(plan.config, labels), None, 4, torch.device("cpu"))
+    found = CocoResult({**dict.fromkeys(METRICS, 0.25), "APl": -1.0}, {}, "pycocotools")
+    (tmp_path / "checkpoint").mkdir()
+    write_checkpoint(tmp_path / "checkpoint", training, plan.config, found)
+    rows = [(4, {"loss/total": 1.0, "speed/images_per_s": 2.0})]
+    TrackingCallback(own, folder).write({"step": 4, "epoch": 0, "rows": rows, "evaluation": found.metrics})
+    result = SimpleNamespace(error=None, checkpoint=Checkpoint(tmp_path / "checkpoint"))
+    done = finish(plan, folder, own, result, 1.0)
+    assert done.ap == 0.25
+    run = run_of(own)
+    assert run.data.metrics.keys() >= {"cost/parameters_m", "cost/gflops", "cost/latency_ms", "best/AP", "best/step"}
+    assert "AP 0.250" in run.data.tags[NOTE]
+    assert done.student in run.data.tags[NOTE]
+    assert "mlflow.log-model.history" in run.data.tags
+    files = {each.path for each in mlflow.MlflowClient(own.uri).list_artifacts(own.run_id, "student")}
+    assert {"student/config.json", "student/model.safetensors", "student/MLmodel"} <= files
+    assert not (Path(done.student) / "MLmodel").exists()  # the run's own folder stays plain
