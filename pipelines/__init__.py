@@ -4,3 +4,5 @@ Only this package imports Ray and MLflow.
 """
 
 from pipelines.cluster import environment as environment  # Ray reads its variables when it is imported
+
+OF_QSKD = True  # what tells this package from another of its name (`qskd.verbs`)

@@ -18,6 +18,8 @@ from search_spaces._composition import OVERRIDES, SearchSpace
 from search_spaces._loading import Space, load_space, space_names
 from search_spaces._trials import PointTrial, RandomTrial, Range, Trial
 
+OF_QSKD = True  # what tells this package from another of its name (`qskd.verbs`)
+
 __all__ = [
     "OVERRIDES",
     "PointTrial",

@@ -83,6 +83,20 @@ def test_the_library_knows_neither_ray_nor_mlflow_nor_the_programs(graph: dict[s
             assert "search_spaces" not in packages, name
 
 
+def test_one_file_of_the_library_reaches_the_programs_by_name() -> None:
+    """`import qskd` offers the verbs. What an import statement can't hide, `importlib` could: it stands in one file."""
+    naming = [
+        name
+        for name, path in modules().items()
+        if name.startswith("qskd")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"pipelines[\w.]*", node.value)
+    ]
+    assert set(naming) == {"qskd.verbs"}
+
+
 def test_datasets_and_losses_know_no_teacher_and_nobody_imports_the_command_line(graph: dict[str, set[str]]) -> None:
     for name in graph:
         below = reached(graph, name)
@@ -96,7 +110,7 @@ def test_a_room_has_about_a_dozen_files_and_a_file_about_three_hundred_lines() -
     counts = Counter(str(path.parent.relative_to(ROOT)) for path in paths)
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES and folder != "pipelines"} == {}
     assert {path.stem for path in (ROOT / "pipelines").glob("*.py")} == {
-        "__init__", "cli", "command", *(door.__name__.rpartition(".")[2] for door in DOORS.values())
+        "__init__", "api", "cli", "command", *(door.__name__.rpartition(".")[2] for door in DOORS.values())
     }  # fmt: skip
     assert {str(path): lines for path in paths if (lines := len(path.read_text().splitlines())) > 345} == {}
 

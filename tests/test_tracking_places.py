@@ -76,7 +76,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(databas
     uri = sqlite_uri(tmp_path / "it's.db")
     config: Config = load(None, [f"tracking.uri={uri}"])
     client = _client(uri)
-    number = experiment_of(client, "qskd", uri)
+    number = experiment_of(client, "qskd", uri, lambda _: {})
     assert check_tracking(uri).status == "ok"
     client.delete_experiment(number)
     for _ in range(2):

@@ -234,7 +234,7 @@ def quickstart(folder: Path, dry_run: bool = False, restart: bool = False) -> No
     if all(map(is_measured, aps.values())):
         gap, gain = aps["teacher"] - aps["baseline"], aps["qskd"] - aps["baseline"]
         console.print(
-            f"QSKD, begun from the teacher's layers: {100 * gain:+.1f} AP over the student without a teacher, "
+            f"QSKD, begun from the teacher's layers: {gain:+.3f} AP over the student without a teacher, "
             f"{gain / gap:.0%} of the gap; one seed.",
             soft_wrap=True,
         )

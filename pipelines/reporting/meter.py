@@ -35,13 +35,22 @@ class Meter:
         self.pending: list[dict[str, Tensor]] = []
         self.step, self.images, self.waited_s, self.started = 0, 0, 0.0, time.perf_counter()
         self.asked = self.unheld = 0
+        self.learning_rate: float | None = None
 
     def add(
-        self, step: int, values: dict[str, Tensor], images: int, waited_s: float, loader_rows: np.ndarray | None = None
+        self,
+        step: int,
+        values: dict[str, Tensor],
+        images: int,
+        waited_s: float,
+        loader_rows: np.ndarray | None = None,
+        learning_rate: float | None = None,
     ) -> None:
-        """One step. images: of all workers. loader_rows: `pipelines.training.stream.LOADER_ROWS` of the batch."""
+        """One step. images: of all workers. loader_rows: `pipelines.training.stream.LOADER_ROWS` of the batch. learning_rate: of
+        all but the backbone."""
         self.step = step
         self.pending.append(values)
+        self.learning_rate = learning_rate
         self.images += images
         self.waited_s += waited_s
         if loader_rows is not None:
@@ -59,6 +68,8 @@ class Meter:
         row |= {"speed/step_s": spent_s / steps, "speed/loader_wait_s": self.waited_s / steps}
         if self.asked:
             row["speed/loader_hit_share"] = 1 - self.unheld / self.asked
+        if self.learning_rate is not None:
+            row["learning_rate"] = self.learning_rate
         row |= peak_memory_mib()
         self.rows.append((self.step, row))
         if self.gauges is not None:

@@ -40,6 +40,7 @@ class TrackingCallback(ray.train.UserCallback):
         everything = list(report["rows"])
         evaluation = {f"val/{name}": value for name, value in measured(report.get("evaluation", {})).items()}
         if evaluation:
+            evaluation |= self._best(report["step"], evaluation.get("val/AP", -1.0))
             everything.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
             if self._is_new("val/AP", report["step"]):
                 rows.append(everything[-1])
@@ -49,6 +50,12 @@ class TrackingCallback(ray.train.UserCallback):
         tell(self.tracker, self.folder, f"{report['step']:09d}", everything, rows, replace)
         found = report.get("evaluation", {})
         add_report(self.folder, report["step"], report["epoch"] + 1, found, report["rows"])
+
+    def _best(self, step: int, ap: float) -> dict[str, float]:
+        """The best evaluation so far, and its step: MLflow lists a metric's last value, which of val/AP is the last one's."""
+        aps = [(entry["evaluation"].get("AP", -1.0), -entry["step"]) for entry in read_history(self.folder)]
+        best, at = max([(ap, -step), *(each for each in aps if -each[1] < step)])
+        return {"best/AP": best, "best/step": float(-at)} if best >= 0 else {}
 
     def _is_new(self, metric: str, step: int) -> bool:
         """After a restart some steps are reported a second time."""

@@ -17,6 +17,7 @@ from pipelines.cluster.devices import device_here
 from pipelines.inspection.explain import AFTER, about, as_dataset_detector, initial_student
 from pipelines.inspection.subjects import subject_of_sample
 from pipelines.reporting.board import stage
+from pipelines.tracking.model import log_student
 from pipelines.tracking.tracker import Tracker
 from qskd.config import Config
 from qskd.datasets.manifest import Manifest
@@ -125,7 +126,7 @@ def write_report(
     """Log the student's folder, curves and pictures. What fails of the last two is said in a warning: the training is
     done, and its result matters more."""
     stage("telling MLflow")
-    tracker.folder(student_folder, "student")
+    log_student(tracker, student_folder)
     stage("drawing curves and pictures")
     with scratch_folder("report") as folder:
         parts: dict[str, Callable[[], None]] = {

@@ -58,6 +58,15 @@ def best_ap(history: list[dict[str, Any]], before_step: int) -> float:
     return max((entry["evaluation"].get("AP", -1.0) for entry in history if entry["step"] < before_step), default=-1.0)
 
 
+def best_text(history: list[dict[str, Any]]) -> str:
+    """Which evaluation was the best, where it is not the last; empty otherwise."""
+    found = [(entry["evaluation"].get("AP", -1.0), entry["step"]) for entry in history if entry["evaluation"]]
+    if not found or max(found)[0] <= found[-1][0]:
+        return ""
+    ap, step = max(found)
+    return f"The best AP on the way was {ap:.3f}, after step {step}; the student is that of the last step."
+
+
 def _entry(step: int, epoch: int, evaluation: dict[str, float], rows: Rows) -> dict[str, Any]:
     entry: dict[str, Any] = {"step": step, "epoch": epoch, "evaluation": evaluation}
     return entry | ({"training": rows[-1][1]} if rows else {})

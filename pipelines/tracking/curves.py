@@ -48,6 +48,12 @@ def tell(
         folder.write(f"{ROWS}/{name}.json", json.dumps({**kept, "unsent": True}))
 
 
+def tell_result(tracker: Tracker, folder: Folder, step: int, values: dict[str, float]) -> None:
+    """What was measured of the finished student, at the last step."""
+    if values:
+        tell(tracker, folder, "result", [(step, values)])
+
+
 def forget_after(folder: Folder, step: int) -> None:
     """Delete the rows of reports after a step: a training that went back to an older checkpoint makes them again, perhaps at
     other steps."""

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -143,8 +143,9 @@ def _alone_on(uri: str) -> Iterator[None]:
         yield
 
 
-def experiment_of(client: Any, name: str, uri: str) -> str:
-    """The id of the experiment, which is made where there is none. QskdError where it was deleted: MLflow keeps its name."""
+def experiment_of(client: Any, name: str, uri: str, tags_of: Callable[[str], Mapping[str, str]]) -> str:
+    """The id of the experiment, which is made where there is none, with the tags of its id. QskdError where it was deleted: MLflow
+    keeps its name."""
     found = client.get_experiment_by_name(name)
     if found is None:
         # MLflow would put a sqlite store's artefacts beside the working folder of whoever asks first; beside the database is
@@ -152,7 +153,10 @@ def experiment_of(client: Any, name: str, uri: str) -> str:
         file = sqlite_file(uri)
         location = (file.resolve().parent / "mlartifacts" / name).as_uri() if file else None
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            made = str(client.create_experiment(name, artifact_location=location))
+            for tag, value in tags_of(made).items():
+                client.set_experiment_tag(made, tag, value)
+            return made
         except Exception:  # another process was faster
             found = client.get_experiment_by_name(name)
             if found is None:

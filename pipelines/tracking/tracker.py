@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.tracking.about import experiment_tags, source_tags
 from pipelines.tracking.answers import check_answers
 from pipelines.tracking.store import _client, experiment_of, tracking_uri
 from qskd.config import Config
@@ -66,11 +67,12 @@ class Tracker:
             client = _client(uri)
             if run_id and _continues(client, uri, run_id):
                 return cls(uri, run_id)
-            experiment = experiment_of(client, config.tracking.experiment, uri)
+            experiment = experiment_of(client, config.tracking.experiment, uri, experiment_tags)
             run = client.create_run(
                 experiment,
                 run_name=config.tracking.run_name or config.name,
                 tags={
+                    **source_tags(verb),
                     "qskd.kind": verb,
                     "qskd.name": config.name,
                     **({PARENT: parent} if parent else {}),
@@ -107,6 +109,11 @@ class Tracker:
             self._complained = True
             return False
         return True
+
+    @property
+    def complained(self) -> bool:
+        """Whether anything could not be logged by this process."""
+        return self._complained
 
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -169,6 +176,14 @@ class Tracker:
 
     def tag(self, name: str, value: str) -> None:
         self._call("set_tag", name, value)
+
+    def inputs(self, datasets: Sequence[Any]) -> None:
+        """What the run is made from (`pipelines.tracking.about.dataset_inputs`)."""
+        self._call("log_inputs", datasets)
+
+    def model(self, model: Any) -> None:
+        """That an artefact of this run is a model, by MLflow's own description of it."""
+        self._call("_record_logged_model", model)
 
     def children(self, tag: str) -> dict[str, tuple[str, str]]:
         """The runs below this one: the value of their tag -> id and status. Empty when the server does not answer."""

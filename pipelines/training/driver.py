@@ -23,8 +23,9 @@ from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import resolve
 from pipelines.run.stopping import was_stopped
 from pipelines.run.tracked import open_for
+from pipelines.tracking.about import NOTE, command_note, dataset_inputs, figure_metrics, result_note
 from pipelines.tracking.answers import check_answers
-from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete
+from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete, tell_result
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.at_stop import say_where_it_stopped
@@ -53,6 +54,11 @@ class RunResult:
     metrics: dict[str, float]
     run_id: str
     seconds: float
+
+    @property
+    def ap(self) -> float:
+        """COCO AP of the last evaluation, 0..1; -1 where nothing could be measured."""
+        return self.metrics.get("AP", -1.0)
 
 
 def read_result(folder: Folder) -> RunResult:
@@ -137,8 +143,12 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     folder.delete(FAILURE)
     mend_list(folder)  # here too: what can't be mended is said before Ray starts
     stage("opening the run in MLflow")
-    tracker = open_for(folder, config, verb)
+    note = command_note()
+    tracker = open_for(folder, config, verb, {NOTE: note})
     try:
+        tracker.inputs(
+            dataset_inputs({"training": (config.data.train, plan.train), "validation": (config.data.val, plan.val)})
+        )
         start_logs(run=config.name, run_id=tracker.run_id)
         if inherited:
             folder.write("inheritance.txt", inherited)
@@ -164,7 +174,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
             say_where_it_stopped(folder, config.name, plan.stream.schedule.total_steps)
         tracker.finish("KILLED" if was_stopped(error) else "FAILED")
         raise
-    end_run(tracker, folder, config.name, 0.0, whole)
+    end_run(tracker, folder, config.name, 0.0, whole and not tracker.complained)
     return done
 
 
@@ -187,7 +197,7 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
     from pipelines.reporting.cards import card_of_run
     from pipelines.reporting.details import read_details, write_details
     from pipelines.reporting.report import write_report
-    from pipelines.run.history import read_history
+    from pipelines.run.history import best_text, last_step, read_history
     from qskd.deploy.model_card import write_card
 
     if result.error is not None or result.checkpoint is None:
@@ -198,13 +208,16 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         fs.copy_files(f"{checkpoint}/student", str(student))
         metrics = read_state(checkpoint)["metrics"]
         stage("measuring parameters, FLOPs and latency")
-        evaluation = read_details(folder)
+        evaluation, history = read_details(folder), read_history(folder)
         card = card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics)
         if evaluation is not None:
             write_details(evaluation, folder, tracker, student, plan.stream.schedule.total_steps)
             card = replace(card, evaluation=evaluation.without_curves())
         write_card(student, card)
-        write_report(plan.config, plan.val, read_history(folder), student, tracker)
+        note = result_note(command_note(), folder.where("student"), metrics, card.rows[-1], best_text(history))
+        tracker.tag(NOTE, note)
+        tell_result(tracker, folder, last_step(history), figure_metrics(card.rows[-1]))
+        write_report(plan.config, plan.val, history, student, tracker)
         stage("writing the student")
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now

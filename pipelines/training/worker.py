@@ -138,7 +138,7 @@ class Worker:
             arrays = {name: array for name, array in share.arrays.items() if name != LOADER_ROWS}
             parts = parts_of(arrays, self.config.training, self.world_size)
             values = self.training.train_step(*(train_batch(part, self.device) for part in parts))
-            self.meter.add(self.training.step, values, batch_size, waited_s, asked)
+            self.meter.add(self.training.step, values, batch_size, waited_s, asked, self.training.learning_rate)
             self.pace.step(self.training.step, values["total"], time.perf_counter() - waiting_since)
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):

@@ -20,6 +20,7 @@ from pipelines.run.logs import tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.run.tracked import open_for
+from pipelines.tracking.about import NOTE, command_note, dataset_inputs
 from pipelines.tracking.answers import check_answers
 from pipelines.tracking.store import tracking_uri
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
@@ -122,7 +123,10 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     facts = records.settle(request.settled([space.source for space in search.space.spaces]))
     folder.write_record("config.yaml", to_yaml(config))
     stage("opening the run in MLflow")
-    tracker = open_for(folder, config, "sweep", {"mlflow.note.content": search.describe()})
+    tracker = open_for(folder, config, "sweep", {NOTE: command_note(search.describe())})
+    tracker.inputs(
+        dataset_inputs({"training": (config.data.train, plan.train), "validation": (config.data.val, plan.val)})
+    )
     tell(search.describe())
     for notice in plan.data_notices:
         log.warning(notice)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipelines.run.folder import RECIPE, Folder
 from pipelines.run.logs import tell
+from pipelines.tracking.model import log_student
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.tuning.records import Records
@@ -29,6 +30,11 @@ class SweepResult:
     best_recipe: str
     run_id: str
     version: str = ""
+
+    @property
+    def ap(self) -> float:
+        """Of the best trial's best evaluation, 0..1; -1 where no trial was evaluated."""
+        return self.best.best_ap if self.best is not None else -1.0
 
 
 def best_recipe(config: Config, best: TrialRow) -> str:
@@ -98,5 +104,5 @@ def _register(config: Config, records: Records, best: TrialRow, parent: Tracker)
     child = Tracker(parent.uri, best.run_id)
     with scratch_folder("best") as scratch:
         fs.copy_files(f"{trial.root}/student", str(scratch), source_filesystem=trial.filesystem)
-        child.folder(scratch, "student")
+        log_student(child, scratch)
     return child.register("student", config.name, ALIAS)

@@ -49,7 +49,18 @@ def read_preprocessing(folder_or_name: str | Path, resize: ResizeConfig | None =
     that is not done here.
     """
     where = check_path(folder_or_name, weights=False)
-    said = _processor(where)
+    return _preprocessing(_processor(where), where, resize)
+
+
+def preprocessing_of(processor: Any) -> Preprocessing:
+    """What one of transformers' image processors does to pictures. QskdError as for `read_preprocessing`."""
+    where, said = type(processor).__name__, dict(processor.to_dict())
+    if said.get("size") is not None and not isinstance(said["size"], int):
+        said["size"] = dict(said["size"])
+    return _preprocessing(_checked(said, where), where, None)
+
+
+def _preprocessing(said: dict[str, Any], where: str, resize: ResizeConfig | None) -> Preprocessing:
     if not said.get("do_rescale", True):
         # transformers then takes 0..255 for 0..1 where it normalises: nobody trains so, but a loader may do the dividing.
         raise QskdError(

@@ -3,7 +3,14 @@
 from qskd.imports import without_collecting
 
 with without_collecting():
-    from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing, to_pixels
+    from qskd.checkpoints.preprocessing import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        Preprocessing,
+        preprocessing_of,
+        read_preprocessing,
+        to_pixels,
+    )
     from qskd.checkpoints.weights import read_config, uri_refused
     from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
     from qskd.detectors.detector import Detector, labels_of
@@ -25,6 +32,7 @@ __all__ = [
     "inherit",
     "labels_of",
     "load_detector",
+    "preprocessing_of",
     "read_config",
     "read_preprocessing",
     "replacing",

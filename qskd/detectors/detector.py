@@ -162,6 +162,11 @@ class Detector(nn.Module):
         return tuple(resize.usual_pixels / stride**2 for stride in self.memory_strides)
 
     @property
+    def masks_padding(self) -> bool:
+        """Whether the model leaves padding out of account; others' boxes come relative to the padded batch."""
+        return self._family.masks_padding
+
+    @property
     def backbone(self) -> nn.Module:
         """The part that learns at its own rate."""
         return self._family.backbone(self.model)
@@ -175,16 +180,27 @@ class Detector(nn.Module):
         they are when it is called: call it before the optimizer's step.
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
-        taps = [*self._projections, *self._memory, *self._layers, *(self._cross_attentions if with_attention else [])]
-        with listening(taps), exactly(self._placing, pixel_values.device.type):
+        with listening(self.taps(with_attention)), exactly(self._placing, pixel_values.device.type):
             outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
-            features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
-            memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
-            states = [tap.returned for tap in self._layers]
-            cross = [CrossAttention(tap.module, _detached(tap.given)) for tap in self._cross_attentions]
+            return self.read(outputs, pixel_mask, with_attention)
+
+    def taps(self, with_attention: bool = True) -> list[Tap]:
+        """What has to listen to a forward of the model that `read` is to tell of."""
+        return [*self._projections, *self._memory, *self._layers, *(self._cross_attentions if with_attention else [])]
+
+    def read(self, outputs: Any, pixel_mask: Tensor, with_attention: bool = True) -> DetectorOutput:
+        """What a forward of the model has said, while its taps still hold what they heard.
+
+        outputs: of the base model (`model.model`). pixel_mask: [B, H, W] bool, as it was given.
+        """
+        features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
+        memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
+        states = [tap.returned for tap in self._layers]
+        taps = self._cross_attentions if with_attention else []
+        cross = [CrossAttention(tap.module, _detached(tap.given)) for tap in taps]
 
         # Heads in float32: bf16 has 8 bits, less than a pixel needs.
-        with torch.autocast(pixel_values.device.type, enabled=False):
+        with torch.autocast(pixel_mask.device.type, enabled=False):
             predictions = self._family.predict(self.model, outputs, states)
             if not self._family.masks_padding:
                 predictions = _without_padding(predictions, pixel_mask)

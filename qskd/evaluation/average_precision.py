@@ -42,6 +42,10 @@ class CocoResult:
         """AP of the category at this place of those given; iou: 0 to 9, for one of the ten IoUs alone."""
         return _mean(self.precision[slice(None) if iou is None else iou, :, place])
 
+    @property
+    def ap(self) -> float:
+        return self.metrics["AP"]
+
 
 def detections_from(
     logits: Tensor,

@@ -100,6 +100,11 @@ class Evaluation:
     plain: Plain | None = None
     max_detections: int = 100
 
+    @property
+    def ap(self) -> float:
+        """-1 where it could not be measured."""
+        return self.metrics["AP"]
+
     @cached_property
     def per_class(self) -> dict[str, float]:
         """AP by name, in the order of category ids; -1 where it could not be measured, as in `metrics`."""

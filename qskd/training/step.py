@@ -107,6 +107,11 @@ class Training:
     def student(self) -> Detector:
         return self.module.student
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step, of all but the backbone's parameters."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def train_step(self, *parts: TrainBatch) -> dict[str, Tensor]:
         """Forward and backward of this worker's share of a batch, whole or in parts (as many on every worker), and one update.
         Returns each term's value and "total" (means over the parts), as tensors still on the device.

@@ -66,7 +66,7 @@ def _colour_bar(figure: Any, axes: Any, sweep: SweepSummary) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    aps = [100 * row.best_ap for row in sweep.scored]
+    aps = [row.best_ap for row in sweep.scored]
     if min(aps) < max(aps):
         scale = ScalarMappable(Normalize(min(aps), max(aps)), LinearSegmentedColormap.from_list("ap", SHADES))
         bar = figure.colorbar(scale, ax=axes, label=AP_LABEL, fraction=0.04, pad=0.02)
@@ -82,7 +82,7 @@ def _dots(axes: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequence[
         shape = {"marker": "*", "s": 190} if row.number == RECIPE else {"marker": "o", "s": 34}
         axes.scatter(
             at,
-            100 * row.best_ap,
+            row.best_ap,
             fc="white" if hollow else colour,
             ec=colour,
             lw=1.3,
@@ -90,7 +90,7 @@ def _dots(axes: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequence[
             **shape,
         )
         if row is sweep.best:
-            axes.scatter(at, 100 * row.best_ap, s=150, fc="none", ec=INK, lw=1.3, zorder=6)
+            axes.scatter(at, row.best_ap, s=150, fc="none", ec=INK, lw=1.3, zorder=6)
 
 
 def _legend(axes: Any, sweep: SweepSummary, rows: Sequence[TrialRow], extra: Sequence[Any] = (), **where: Any) -> None:
@@ -118,7 +118,7 @@ def draw_history(sweep: SweepSummary, title: str, path: Path) -> None:
     figure, axes = new_picture()
     rows = sweep.scored
     last = max(row.number for row in sweep.rows)
-    best = [100 * ap for ap in best_so_far(rows)]
+    best = best_so_far(rows)
     axes.step([*(row.number for row in rows), last], [*best, best[-1]], where="post", color=INK, lw=1.5, zorder=3)
     _dots(axes, sweep, rows, [row.number for row in rows])
     extra = [Line2D([], [], color=INK, lw=1.5, label="best so far")]
@@ -143,7 +143,7 @@ def draw_curves(sweep: SweepSummary, title: str, path: Path) -> None:
         curve = measured_curve(row)
         if not curve:
             continue
-        epochs, aps = [at for at, _ in curve], [100 * ap for _, ap in curve]
+        epochs, aps = [at for at, _ in curve], [ap for _, ap in curve]
         style: dict[str, Any] = {
             "color": shade_colour(sweep.shade(row.best_ap)),
             "lw": 1.0 if crowd else 1.5,
@@ -204,7 +204,7 @@ def draw_front(sweep: SweepSummary, title: str, path: Path, cost: str) -> None:
     figure, axes = new_picture()
     rows, front = cost_rows(sweep, cost), front_rows(sweep, cost)
     x = [getattr(row, cost) for row in front]
-    y = [100 * row.best_ap for row in front]
+    y = [row.best_ap for row in front]
     right = max(getattr(row, cost) for row in rows)
     axes.step([*x, right], [*y, y[-1]], where="post", color=INK, lw=1.5, zorder=3)
     _dots(axes, sweep, rows, [getattr(row, cost) for row in rows])
@@ -218,7 +218,7 @@ def draw_front(sweep: SweepSummary, title: str, path: Path, cost: str) -> None:
             "color": INK,
             "zorder": 7,
         }
-        axes.annotate(str(row.number), (getattr(row, cost), 100 * row.best_ap), **place)
+        axes.annotate(str(row.number), (getattr(row, cost), row.best_ap), **place)
     _labels(axes, COSTS[cost], AP_LABEL, title)
     _legend(
         axes,
@@ -236,22 +236,22 @@ def draw_boundary(sweep: SweepSummary, title: str, path: Path) -> None:
     chosen = [(row, boundaries(row, sweep.recipe)) for row in sweep.scored]
     for row, places in chosen:
         recipe = row.number == RECIPE
-        ap = 100 * row.best_ap
+        ap = row.best_ap
         axes.plot(
             places, [ap] * len(places), color=RECIPE_COLOUR if recipe else "0.75", lw=1.6 if recipe else 1, zorder=2
         )
     for band in range(max(len(places) for _, places in chosen)):
         those = [(row, places[band]) for row, places in chosen if len(places) > band]
         colour = BAND_COLOURS[band % len(BAND_COLOURS)]
-        plain = [(at, 100 * row.best_ap) for row, at in those if row.number != RECIPE]
+        plain = [(at, row.best_ap) for row, at in those if row.number != RECIPE]
         axes.scatter(
             *(zip(*plain, strict=True) if plain else ([], [])), s=38, color=colour, label=band_label(band), zorder=3
         )
         for row, at in those:
             if row is sweep.best:
-                axes.scatter(at, 100 * row.best_ap, s=150, fc="none", ec=INK, lw=1.3, zorder=5)
+                axes.scatter(at, row.best_ap, s=150, fc="none", ec=INK, lw=1.3, zorder=5)
             if row.number == RECIPE:
-                axes.scatter(at, 100 * row.best_ap, s=190, marker="*", fc=RECIPE_COLOUR, ec="white", lw=0.6, zorder=4)
+                axes.scatter(at, row.best_ap, s=190, marker="*", fc=RECIPE_COLOUR, ec="white", lw=0.6, zorder=4)
     if any(row.number == RECIPE for row, _ in chosen):
         axes.scatter([], [], s=150, marker="*", color=RECIPE_COLOUR, label="the recipe's")
     axes.scatter([], [], s=110, fc="none", ec=INK, lw=1.3, label="the best trial's")

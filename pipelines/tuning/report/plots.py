@@ -9,6 +9,7 @@ from typing import Any
 from pipelines.tuning.report.results import (
     RECIPE,
     SweepSummary,
+    ap_text,
     band_label,
     best_so_far,
     boundaries,
@@ -16,7 +17,6 @@ from pipelines.tuning.report.results import (
     epochs_text,
     front_rows,
     measured_curve,
-    points,
 )
 from pipelines.tuning.report.style import (
     AP_LABEL,
@@ -48,8 +48,8 @@ def about(sweep: SweepSummary, row: TrialRow) -> str:
     """What is shown of a trial under the pointer."""
     what = "the recipe" if row.number == RECIPE else f"trial {row.number}"
     head = f"<b>{what}</b>, {row.state}" + (", the best" if row is sweep.best else "")
-    facts = [f"AP {points(row.best_ap)}"] if row.best_ap >= 0 else []
-    facts += [f"AP50 {points(row.metrics['AP50'])}"] if row.metrics.get("AP50", -1) >= 0 else []
+    facts = [f"AP {ap_text(row.best_ap)}"] if row.best_ap >= 0 else []
+    facts += [f"AP50 {ap_text(row.metrics['AP50'])}"] if row.metrics.get("AP50", -1) >= 0 else []
     facts += [f"{epochs_text(row.epochs)} epochs"]
     facts += [f"{row.parameters_m:.2f} M parameters"] if row.parameters_m is not None else []
     facts += [f"{row.latency_ms:.1f} ms"] if row.latency_ms is not None else []
@@ -112,7 +112,7 @@ def _dots(figure: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequenc
         if those:
             figure.add_scatter(
                 x=[at[row.number] for row in those],
-                y=[100 * row.best_ap for row in those],
+                y=[row.best_ap for row in those],
                 mode="markers",
                 name=name,
                 marker=shape,
@@ -124,14 +124,14 @@ def _dots(figure: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequenc
 def plot_history(sweep: SweepSummary) -> Any:
     figure = new_plot("trial", AP_LABEL)
     rows, last = sweep.scored, max(row.number for row in sweep.rows)
-    best = [100 * ap for ap in best_so_far(rows)]
+    best = best_so_far(rows)
     _line(figure, [*(row.number for row in rows), last], [*best, best[-1]], "best so far", shape="hv")
     _dots(figure, sweep, rows, [row.number for row in rows])
     if sweep.failed:
-        low, high = min(100 * row.best_ap for row in rows), best[-1]
+        low, high = min(row.best_ap for row in rows), best[-1]
         figure.add_scatter(
             x=[row.number for row in sweep.failed],
-            y=[low - 0.08 * (high - low or 1.0)] * len(sweep.failed),
+            y=[low - 0.08 * (high - low or 0.01)] * len(sweep.failed),
             mode="markers",
             name="failed",
             marker={"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": FAILED}},
@@ -158,13 +158,13 @@ def plot_curves(sweep: SweepSummary) -> Any:
         told = about(sweep, row)
         figure.add_scatter(
             x=[epochs for epochs, _ in curve],
-            y=[100 * ap for _, ap in curve],
+            y=[ap for _, ap in curve],
             mode="lines" if len(sweep.rows) > CROWD and len(curve) > 1 else "lines+markers",
             line=line,
             marker={"size": 5, "color": line["color"]},
             name="the recipe" if row.number == RECIPE else f"the best, trial {row.number}",
             showlegend=row.number in marked,
-            text=[f"epoch {epochs_text(at)}: AP {points(ap)}<br>{told}" for at, ap in curve],
+            text=[f"epoch {epochs_text(at)}: AP {ap_text(ap)}<br>{told}" for at, ap in curve],
             hoverinfo="text",
         )
     figure.update_xaxes(rangemode="tozero")
@@ -175,7 +175,7 @@ def plot_curves(sweep: SweepSummary) -> Any:
 
 def _colour_bar(figure: Any, sweep: SweepSummary) -> None:
     """A trace without points that carries the scale of AP."""
-    aps = [100 * row.best_ap for row in sweep.scored]
+    aps = [row.best_ap for row in sweep.scored]
     if min(aps) < max(aps):
         bar = {
             "title": {"text": "best AP"},
@@ -218,11 +218,11 @@ def plot_importance(sweep: SweepSummary) -> Any:
 def plot_front(sweep: SweepSummary, cost: str) -> Any:
     figure = new_plot(COSTS[cost], AP_LABEL)
     rows, front = cost_rows(sweep, cost), front_rows(sweep, cost)
-    x, y = [getattr(row, cost) for row in front], [100 * row.best_ap for row in front]
+    x, y = [getattr(row, cost) for row in front], [row.best_ap for row in front]
     _line(figure, [*x, max(getattr(row, cost) for row in rows)], [*y, y[-1]], "Pareto front", shape="hv")
     _dots(figure, sweep, rows, [getattr(row, cost) for row in rows])
     for row in numbered(sweep, cost):
-        at = {"x": getattr(row, cost), "y": 100 * row.best_ap, "xshift": -14, "yshift": 14}
+        at = {"x": getattr(row, cost), "y": row.best_ap, "xshift": -14, "yshift": 14}
         figure.add_annotation(**at, text=str(row.number), showarrow=False, font={"size": 12})
     return figure
 
@@ -232,11 +232,11 @@ def plot_boundary(sweep: SweepSummary) -> Any:
     chosen = [(row, boundaries(row, sweep.recipe)) for row in sweep.scored]
     for row, places in chosen:
         style = {"color": RECIPE_COLOUR, "width": 2.5} if row.number == RECIPE else {"color": "#c4c4c4", "width": 1}
-        _line(figure, places, [100 * row.best_ap] * len(places), "", **style)
+        _line(figure, places, [row.best_ap] * len(places), "", **style)
         figure.data[-1].showlegend = False
 
     def dots(those: Sequence[tuple[TrialRow, float]], name: str, **marker: Any) -> None:
-        y = [100 * row.best_ap for row, _ in those]
+        y = [row.best_ap for row, _ in those]
         text = [f"boundary {at:.3g}<br>{about(sweep, row)}" for row, at in those]
         place = {"x": [at for _, at in those], "y": y, "text": text}
         figure.add_scatter(**place, mode="markers", name=name, hoverinfo="text", marker=marker)

@@ -12,7 +12,7 @@ from pipelines.tuning.report import pictures as sweep_pictures
 from pipelines.tuning.report import plots as sweep_plots
 from pipelines.tuning.report.axes import LEAST_TRIALS
 from pipelines.tuning.report.parallel import draw_parallel, plot_parallel
-from pipelines.tuning.report.results import RECIPE, SweepSummary, best_row, boundaries, cost_rows, points, ranked
+from pipelines.tuning.report.results import RECIPE, SweepSummary, ap_text, best_row, boundaries, cost_rows, ranked
 from pipelines.tuning.report.tables import counts_text, html_table, terminal_table, trials_csv, trials_markdown
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
@@ -190,12 +190,12 @@ def _summary(sweep: SweepSummary) -> str:
     sentences = [counts_text(sweep.rows)]
     best, own = sweep.best, next((row for row in sweep.scored if row.number == RECIPE), None)
     if best is not None and best is own:
-        sentences.append(f"The best is the recipe itself, with an AP of {points(best.best_ap)}.")
+        sentences.append(f"The best is the recipe itself, with an AP of {ap_text(best.best_ap)}.")
     elif best is not None:
         size = f" and {best.parameters_m:.2f} M parameters" if best.parameters_m is not None else ""
-        said = f"The best is trial {best.number}, with an AP of {points(best.best_ap)}{size}"
+        said = f"The best is trial {best.number}, with an AP of {ap_text(best.best_ap)}{size}"
         if own is not None:
             theirs = f" and {own.parameters_m:.2f} M" if own.parameters_m is not None else ""
-            said += f"; the recipe has {points(own.best_ap)}{theirs}"
+            said += f"; the recipe has {ap_text(own.best_ap)}{theirs}"
         sentences.append(said + ".")
     return f"<p>{html.escape(' '.join(sentences))}</p>"

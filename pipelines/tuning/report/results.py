@@ -66,9 +66,9 @@ def measured_curve(row: TrialRow) -> list[tuple[float, float]]:
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
-def points(ap: float) -> str:
-    """AP in points, as papers have it."""
-    return f"{100 * ap:.1f}"
+def ap_text(ap: float) -> str:
+    """AP as a fraction, as every program of qskd, MLflow and COCO's own evaluation have it."""
+    return f"{ap:.3f}"
 
 
 def epochs_text(epochs: float) -> str:
@@ -194,8 +194,8 @@ class SweepSummary:
     def ap_axis(self) -> Axis:
         """AP as the first of the parallel coordinates."""
         aps = [row.best_ap for row in self.scored]
-        found = make_axis("AP", "AP", [100 * ap for ap in aps])
-        return found or Axis("AP", "AP", (1.0,) * len(aps), ((1.0, points(aps[0])),))
+        found = make_axis("AP", "AP", aps)
+        return found or Axis("AP", "AP", (1.0,) * len(aps), ((1.0, ap_text(aps[0])),))
 
     @cached_property
     def spaces(self) -> list[str]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.tuning.report.results import (
     RECIPE,
+    ap_text,
     best_row,
     differences_text,
     epochs_text,
     field_names,
     has_ap,
-    points,
     ranked,
 )
 from pipelines.tuning.trial.row import TrialRow
@@ -53,8 +53,8 @@ def _cells(row: TrialRow) -> list[str]:
     return [
         str(row.number),
         "stopped early" if row.state == "stopped" else row.state,
-        points(row.best_ap) if row.best_ap >= 0 else "–",
-        points(ap50) if ap50 >= 0 else "–",
+        ap_text(row.best_ap) if row.best_ap >= 0 else "–",
+        ap_text(ap50) if ap50 >= 0 else "–",
         epochs_text(row.epochs),
         f"{row.parameters_m:.2f} M" if row.parameters_m is not None else "–",
         f"{row.latency_ms:.1f} ms" if row.latency_ms is not None else "–",

@@ -1,0 +1,322 @@
+"""The verbs as functions, for programs: the same names and options, values instead of prints. `import qskd` has them.
+
+They raise QskdError where the command line prints one. Nothing heavy is imported before a function is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from pipelines.caching.driver import CacheResult
+    from pipelines.training.driver import RunResult
+    from pipelines.tuning.finish import SweepResult
+    from qskd.config import Config
+    from qskd.datasets.findings.finding import Finding
+    from qskd.datasets.manifest import Manifest
+    from qskd.evaluation.details import Evaluation
+
+    Picture: TypeAlias = str | Path | Image.Image | np.ndarray
+
+Recipe: TypeAlias = (
+    "str | Path | Mapping[str, Any] | Config | None"  # a YAML file or URI, its fields, or what these became
+)
+Fields: TypeAlias = Mapping[str, Any] | Sequence[str]  # {"a.b": value}, or texts "a.b=value" as after --set
+Folder: TypeAlias = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """folder: of the shards. classes: names, by label. problems: what was left out, as manifest.json has it. findings: what looks
+    wrong, though it can be read. manifest: all that is known of them."""
+
+    folder: str
+    images: int
+    objects: int
+    classes: tuple[str, ...]
+    problems: tuple[Any, ...]
+    findings: tuple[Finding, ...]
+    manifest: Manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """N objects found in one image, best first. image: as it was given. boxes_xyxy: [N, 4] float32, pixels of the image.
+    scores: [N] float32. labels: N class names. label_ids: [N] int64, slots of the detector's classes."""
+
+    image: Any
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    labels: tuple[str, ...]
+    label_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Exported:
+    """folder: plain Hugging Face. onnx: the graph beside it, None without. largest_difference: between PyTorch and the graph, of
+    class probabilities and boxes (of the image); None without a graph. latency: a sentence, empty where it was not measured."""
+
+    folder: str
+    onnx: str | None
+    largest_difference: float | None
+    latency: str
+
+
+def _configuration(recipe: Recipe, set: Fields, methods: Sequence[Folder]) -> Config:
+    from qskd.config import Config
+    from qskd.config.recipe import apply_overrides, build, load
+    from qskd.distillation.find import add_folder
+
+    for folder in reversed(list(methods)):
+        add_folder(os.fspath(folder))
+    texts = list(set)
+    if isinstance(set, Mapping):
+        texts = [f"{name}={json.dumps(value, default=os.fspath)}" for name, value in set.items()]
+    if isinstance(recipe, Config):  # of what was left at its default, other fields may decide
+        return build(apply_overrides(recipe.model_dump(mode="json", exclude_unset=True), texts), "recipe")
+    if isinstance(recipe, Mapping):
+        return build(apply_overrides(json.loads(json.dumps(recipe, default=os.fspath)), texts), "recipe")
+    return load(None if recipe is None else os.fspath(recipe), texts)
+
+
+@contextlib.contextmanager
+def _unless(verbose: bool) -> Iterator[None]:
+    """Without what the verb prints on standard output; warnings are logged as ever."""
+    if verbose:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def prepare(
+    annotations: Folder,
+    images: Folder | None,
+    destination: Folder,
+    *,
+    split: str | None = None,
+    classes: Folder | None = None,
+    box_format: str | None = None,
+    rows_per_shard: int = 512,
+    on_error: Literal["stop", "skip"] = "stop",
+    exif: Literal["auto", "upright", "stored"] = "auto",
+    overwrite: bool = False,
+    strict: bool = False,
+    accept: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+) -> Prepared:
+    """Turn COCO JSON and a folder of images into Parquet shards, or YOLO's data.yaml, a folder with Pascal VOC or a Hugging Face
+    dataset (images: None). destination: a path or a URI. Options as of `qskd prepare --help`."""
+    from pipelines.prepare import prepare as program
+
+    folder = os.fspath(destination)
+    manifest = program(
+        Path(annotations),
+        None if images is None else Path(images),
+        folder,
+        rows_per_shard=rows_per_shard,
+        on_error=on_error,
+        overwrite=overwrite,
+        quiet=True,
+        strict=strict,
+        accept=accept,
+        leave_out=leave_out,
+        exif=exif,
+        split=split,
+        classes=None if classes is None else Path(classes),
+        box_format=box_format,
+    )
+    told = tuple(manifest.problems), tuple(manifest.findings)
+    return Prepared(folder, manifest.num_images, manifest.num_objects, manifest.labels, *told, manifest)
+
+
+def cache(
+    recipe: Recipe = None,
+    *,
+    set: Fields = (),
+    methods: Sequence[Folder] = (),
+    overwrite: bool = False,
+    verbose: bool = False,
+) -> CacheResult:
+    """Run the teacher once over the data and keep its outputs. verbose: progress on standard output."""
+    from pipelines.caching.driver import run
+
+    config = _configuration(recipe, set, methods)
+    with _unless(verbose):
+        return run(config, overwrite, quiet=not verbose)
+
+
+def train(
+    recipe: Recipe = None,
+    *,
+    set: Fields = (),
+    methods: Sequence[Folder] = (),
+    restart: bool = False,
+    verbose: bool = False,
+) -> RunResult:
+    """Train a detector without a teacher; the same call again goes on where it was stopped. verbose: progress on standard
+    output."""
+    return _trained("train", recipe, set, methods, restart, verbose)
+
+
+def distill(
+    recipe: Recipe = None,
+    *,
+    set: Fields = (),
+    methods: Sequence[Folder] = (),
+    restart: bool = False,
+    verbose: bool = False,
+) -> RunResult:
+    """Distil a student from a teacher; the same call again goes on where it was stopped. verbose: progress on standard
+    output."""
+    return _trained("distill", recipe, set, methods, restart, verbose)
+
+
+def _trained(
+    verb: str, recipe: Recipe, set: Fields, methods: Sequence[Folder], restart: bool, verbose: bool
+) -> RunResult:
+    from pipelines.training.driver import run
+
+    config = _configuration(recipe, set, methods)
+    with _unless(verbose):
+        return run(config, verb, restart)
+
+
+def tune(
+    recipe: Recipe = None,
+    *,
+    set: Fields = (),
+    methods: Sequence[Folder] = (),
+    space: Sequence[str] = (),
+    trials: int = 20,
+    algorithm: Literal["tpe", "random", "pbt"] = "tpe",
+    objective: Sequence[str] = ("AP",),
+    asha: bool | None = None,
+    grace_epochs: int = 0,
+    trial_epochs: int = 0,
+    at_most_parameters: str = "",
+    at_once: int = 0,
+    restart: bool = False,
+    verbose: bool = False,
+) -> SweepResult:
+    """Search student architectures, GIoU boundaries and loss weights; options as of `qskd tune --help`. The same call again goes
+    on where it was stopped. verbose: progress on standard output."""
+    from pipelines.tuning import driver
+    from pipelines.tuning.search.request import SearchRequest
+
+    search = SearchRequest(tuple(space), trials, algorithm, tuple(objective), asha, grace_epochs)
+    request = driver.TuneRequest(search, trial_epochs, at_most_parameters, at_once)
+    config = _configuration(recipe, set, methods)
+    with _unless(verbose):
+        return driver.run(config, request, restart)
+
+
+def evaluate(
+    model: Folder,
+    data: Folder,
+    *,
+    recipe: Recipe = None,
+    set: Fields = (),
+    batch_size: int = 16,
+    workers: int = 0,
+    threads: int = 1,
+    backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = "auto",
+    max_detections: int = 100,
+) -> Evaluation:
+    """COCO AP of any detector on a folder of shards, by class too, and the best threshold. recipe, set: their teacher.resize, teacher.class_map and compute.device
+    count. workers: 0 does it in this process; otherwise the most detector processes of Ray."""
+    from pipelines.inspection.evaluate import evaluate as program
+
+    config = _configuration(recipe, set, ())
+    with _unless(False):
+        return program(
+            os.fspath(model),
+            os.fspath(data),
+            config.teacher.resize,
+            config.teacher.class_map,
+            batch_size,
+            workers,
+            threads,
+            backend,
+            config.compute.device,
+            max_detections,
+        )
+
+
+def predict(model: Folder, images: Picture | Sequence[Picture], *, threshold: float = 0.5) -> list[Prediction]:
+    """What a detector finds in each image: files, Pillow's pictures, or RGB uint8 arrays [H, W, 3]; one image is a list of one.
+    Writes nothing. threshold: lowest score."""
+    import numpy as np
+    from PIL import Image
+
+    from pipelines.inspection.predict import read_image
+    from qskd.detectors import load_detector, read_preprocessing
+    from qskd.evaluation.inference import predict_image
+    from qskd.storage.files import fetched
+
+    one = isinstance(images, str | Path | Image.Image | np.ndarray)
+    several: Sequence[Any] = [images] if one else images  # type: ignore[assignment]
+    with fetched(os.fspath(model)) as folder:
+        detector, preprocessing = load_detector(folder).eval(), read_preprocessing(folder)
+    said = []
+    for image in several:
+        if isinstance(image, Image.Image):
+            pixels = np.asarray(image.convert("RGB"))
+        else:
+            pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        found = predict_image(detector, pixels, preprocessing, range(len(detector.labels)), threshold)
+        names = tuple(detector.labels[label] for label in found.category_ids.tolist())
+        said.append(Prediction(image, found.boxes_xyxy, found.scores, names, found.category_ids))
+    return said
+
+
+def export(
+    model: Folder,
+    out: Folder,
+    *,
+    size: int | None = None,
+    batch_size: int = 1,
+    dynamic_batch: bool = False,
+    images: Sequence[Folder] = (),
+    onnx: bool = True,
+    exporter: Literal["torchscript", "dynamo"] = "torchscript",
+    tolerance: float = 1e-4,
+    rounds: int = 20,
+    threads: int = 1,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a detector as a folder to deploy: plain Hugging Face and ONNX, checked against PyTorch; options as of
+    `qskd export --help`."""
+    from rich.console import Console
+
+    from pipelines.deployment import export as program
+    from qskd.deploy.model_card import read_card
+
+    options = program.ExportOptions(
+        size=size,
+        batch_size=batch_size,
+        dynamic_batch=dynamic_batch,
+        exporter=exporter,
+        onnx=onnx,
+        images=tuple(Path(image) for image in images),
+        tolerance=tolerance,
+        rounds=rounds,
+        threads=threads,
+        overwrite=overwrite,
+    )
+    folder = program.export(os.fspath(model), Path(out), options, Console(file=io.StringIO()))
+    card = read_card(folder)
+    facts = card.onnx if card is not None and onnx else None
+    if facts is None:
+        return Exported(str(folder), None, None, "")
+    return Exported(str(folder), str(folder / "model.onnx"), max(facts.probabilities, facts.boxes), facts.latency)

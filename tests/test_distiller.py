@@ -1,0 +1,231 @@
+"""Distillation in a loop of one's own, and in transformers' Trainer: the model runs as ever, the teacher's terms come beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import EASY_SELECTION, LABELS, SIZE, STUDENT, arrays, random_teacher, recipe, shake, silent_student
+
+from qskd.config import FACTS, ResizeConfig
+from qskd.detectors import Detector, Preprocessing, to_pixels
+from qskd.errors import QskdError
+from qskd.structures import Targets
+from qskd.training.distiller import Distiller, targets_of
+from qskd.training.trainer import FILE, DistillationMixin
+
+SEEN_AS = Preprocessing(ResizeConfig(size=SIZE))
+METHOD = {"selection": EASY_SELECTION}
+
+
+def student_of(family: str) -> Any:
+    """A plain transformers model."""
+    levels = 2 if FACTS[family].hybrid or family == "deformable_detr" else 1
+    detector = silent_student(recipe({"family": family, "feature_levels": levels}).student, LABELS, 3)
+    shake(detector, 3)
+    return detector.model
+
+
+def batch_of(counts: list[int], seed: int = 0, padded: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What transformers' processors make; `padded`: the last image's real height and width."""
+    made = arrays(counts, seed)
+    sizes = torch.full((len(counts), 2), SIZE)
+    if padded:
+        sizes[-1] = torch.tensor(padded)
+    pixels, mask = to_pixels(torch.from_numpy(made["images"]), sizes, SEEN_AS.mean, SEEN_AS.std)
+    labels = [
+        {
+            "class_labels": torch.from_numpy(made["labels"][i, :count]),
+            "boxes": torch.from_numpy(made["boxes_cxcywh"][i, :count]),
+            "size": torch.tensor([SIZE, SIZE]),
+        }
+        for i, count in enumerate(counts)
+    ]
+    return {"pixel_values": pixels, "pixel_mask": mask.long(), "labels": labels}
+
+
+def sure_teacher() -> Any:
+    """Random, but its scores are far from a fresh student's."""
+    teacher = random_teacher()
+    with torch.no_grad():
+        for name, parameter in teacher.detector.named_parameters():
+            if "class_embed" in name and name.endswith("bias"):
+                parameter.add_(4.0)
+    return teacher
+
+
+@pytest.mark.parametrize("family", FACTS)
+def test_a_forward_of_the_model_s_owner_says_what_the_detector_s_own_says(family: str) -> None:
+    model = student_of(family).eval()
+    model.config.auxiliary_loss = True
+    batch = batch_of([2, 1])
+    distiller = Distiller(model, random_teacher(), SEEN_AS, method=METHOD)
+    assert model.config.auxiliary_loss is True
+    expected = distiller.student(batch["pixel_values"], batch["pixel_mask"].bool(), with_attention=False)
+    model.train()
+    for module in model.modules():  # batch statistics and dropout as in evaluation
+        if module is not model:
+            module.training = False
+    outputs = model(**batch)
+    heard = distiller._heard(batch["pixel_mask"].bool(), targets_of(batch["labels"], batch["pixel_mask"].bool())[1])
+    assert torch.isfinite(outputs.loss)
+    for name in ("logits", "boxes_cxcywh", "query_states"):
+        torch.testing.assert_close(getattr(heard, name), getattr(expected, name))
+    torch.testing.assert_close(heard.memory, expected.memory)
+    torch.testing.assert_close(heard.boxes_cxcywh[-1], outputs.pred_boxes)
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "conditional_detr"])
+def test_its_terms_fall_and_their_gradients_reach_the_student_but_not_the_teacher(family: str) -> None:
+    torch.manual_seed(0)
+    model, teacher = student_of(family).train(), sure_teacher()
+    distiller = Distiller(model, teacher, SEEN_AS, method=METHOD)
+    batch = batch_of([2, 1, 0])
+    model(**batch)
+    distiller(batch).loss.backward()
+    touched = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.abs().sum() > 0}
+    assert any("backbone" in name for name in touched)
+    assert any("decoder" in name for name in touched)
+    assert all(each.grad is None for each in teacher.parameters())
+    own = {id(each) for each in distiller.parameters()}
+    assert own
+    assert not own & {id(each) for each in (*model.parameters(), *teacher.parameters())}
+    optimizer = torch.optim.AdamW([*model.parameters(), *distiller.parameters()], lr=2e-3)
+    rows = []
+    for _ in range(25):
+        model(**batch)
+        said = distiller(batch)
+        optimizer.zero_grad()
+        said.loss.backward()
+        optimizer.step()
+        rows.append({name: value.item() for name, value in said.terms.items()})
+    assert rows[0].keys() == {"agfd", "lapd_class", "lapd_l1", "lapd_giou"}
+    assert {name: (rows[0][name], rows[-1][name]) for name in rows[0] if rows[-1][name] >= rows[0][name]} == {}
+
+
+def test_boxes_of_a_padded_batch_are_taken_back_to_their_image() -> None:
+    mask = torch.zeros(2, 40, 80, dtype=torch.bool)
+    mask[0], mask[1, :20, :40] = True, True
+    box = torch.tensor([[0.25, 0.25, 0.5, 0.5]])  # of the padded batch: the whole second image
+    label = {"class_labels": torch.tensor([1]), "boxes": box}
+    targets, scale = targets_of([{**label, "size": torch.tensor([40, 80])}] * 2, mask)
+    assert targets.boxes_cxcywh[0, 0].tolist() == [0.25, 0.25, 0.5, 0.5]
+    assert targets.boxes_cxcywh[1, 0].tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert scale.tolist() == [[1.0] * 4, [2.0] * 4]
+    alone, _ = targets_of([label, {**label, "size": [20, 40]}], mask)  # relative to their images
+    assert alone.boxes_cxcywh[:, 0].tolist() == [box[0].tolist()] * 2
+    assert isinstance(targets, Targets)
+    assert targets.counts == (1, 1)
+
+
+def test_a_teacher_of_another_size_sees_the_same_pictures() -> None:
+    teacher = random_teacher()
+    teacher.preprocessing = Preprocessing(ResizeConfig(size=2 * SIZE), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    distiller = Distiller(student_of("conditional_detr"), teacher, SEEN_AS, method=METHOD)
+    batch = batch_of([2, 1], padded=(32, 64))
+    images, sizes = distiller._as_teacher_sees(batch["pixel_values"], batch["pixel_mask"].bool())
+    assert sizes.tolist() == [[2 * SIZE, 2 * SIZE]] * 2
+    small = torch.from_numpy(arrays([2, 1])["images"])
+    halved = images.float().unflatten(1, (SIZE, 2)).unflatten(3, (SIZE, 2)).mean((2, 4))
+    assert (halved[0] - small[0].float()).abs().mean() < 12
+    distiller.teacher.preprocessing = SEEN_AS
+    same, _ = distiller._as_teacher_sees(batch["pixel_values"], batch["pixel_mask"].bool())
+    assert torch.equal(same[0], small[0])
+
+
+def test_what_can_not_be_distilled_is_said_by_name() -> None:
+    model = student_of("conditional_detr").train()
+    distiller = Distiller(model, random_teacher(), SEEN_AS, method=METHOD)
+    batch = batch_of([1, 1])
+    with pytest.raises(QskdError, match="the student has not run"):
+        distiller(batch)
+    model(**batch)
+    distiller(batch)
+    with pytest.raises(QskdError, match="the student has not run"):
+        distiller(batch)  # what was heard is forgotten, not used twice
+    model.eval()
+    model(**batch)
+    with pytest.raises(QskdError, match="training mode"):
+        distiller(batch)
+    with pytest.raises(QskdError, match="weihgt"):
+        Distiller(model, random_teacher(), SEEN_AS, method={"method": "mimic", "weihgt": 1})
+    with pytest.raises(QskdError, match="a distillation method"):
+        Distiller(model, random_teacher(), SEEN_AS, method={"method": "none"})
+
+
+class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self) -> None:
+        batch = batch_of([2, 1, 1, 2])
+        self.rows = [
+            {"pixel_values": batch["pixel_values"][i], "labels": batch["labels"][i]}
+            for i in range(len(batch["labels"]))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": [row["labels"] for row in rows],
+    }
+
+
+def trainer_of(folder: Path, steps: int) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    class Distilling(DistillationMixin, Trainer):
+        pass
+
+    torch.manual_seed(0)
+    model = student_of("conditional_detr")
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_steps=3,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    distiller = Distiller(model, random_teacher(), SEEN_AS, method=METHOD)
+    return Distilling(
+        model=model, args=arguments, train_dataset=Pictures(), data_collator=together, distiller=distiller
+    )
+
+
+def test_transformers_trainer_trains_student_and_projectors_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    trainer = trainer_of(tmp_path, 6)
+    before = {name: value.clone() for name, value in trainer.distiller.state_dict().items()}
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "distillation/agfd" in row]
+    assert len(logged) == 6
+    assert logged[-1]["distillation/agfd"] < logged[0]["distillation/agfd"]
+    assert all(row["loss"] > 0 for row in logged)
+    after = trainer.distiller.state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "checkpoint-3" / FILE).is_file()
+    again = trainer_of(tmp_path, 6)
+    again._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    kept = load_file(tmp_path / "checkpoint-3" / FILE)
+    assert again.distiller.step == 3
+    for name, value in again.distiller.state_dict().items():
+        assert torch.equal(value, kept[name])
+        assert not torch.equal(value, after[name])
+    # The result is a plain transformers folder, without the method's parts.
+    again.save_model(str(tmp_path / "student"))
+    assert FILE not in {file.name for file in (tmp_path / "student").iterdir()}
+    assert isinstance(Detector(type(again.model).from_pretrained(tmp_path / "student")), Detector)
+    assert STUDENT["queries"] == Detector(again.model).num_queries
