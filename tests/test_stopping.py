@@ -122,7 +122,7 @@ def test_the_token_that_is_made_is_for_its_user_alone_and_stays(
     ("reported", "listed", "said"),
     [
         ([], 0, "stopped before its first checkpoint: it will begin at step 0 of 90 again"),
-        ([6, 12], 12, "stopped at step 12 of 90, its last checkpoint, and will go on there or a little later"),
+        ([6, 12], 12, "stopped at step 12 of 90, its last checkpoint; it will go on there or a little later"),
         ([6], 12, "stopped at step 12 of 90, its last"),  # between Ray's list and the run's own record
         ([6], None, "stopped at step 6 of 90, its last"),  # while Ray writes its list
         ([90], 90, "stopped after its last step, 90 of 90: what is left is to write the student down"),

@@ -23,5 +23,5 @@ def say_where_it_stopped(folder: Folder, name: str, total_steps: int) -> None:
         told = f"stopped after its last step, {step} of {total_steps}: what is left is to write the student down"
     else:
         # Ray ends the workers after this is said, and meanwhile they may make a step more.
-        told = f"stopped at step {step} of {total_steps}, its last checkpoint, and will go on there or a little later ({folder.path})"
+        told = f"stopped at step {step} of {total_steps}, its last checkpoint; it will go on there or a little later"
     say(f"\n{name}: {told}", run=name, step=step)
