@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from qskd.config import Config
@@ -50,21 +51,21 @@ def check_shards(uri: str, manifest: Manifest) -> None:
     """QskdError that names the shards that are missing or have other sizes than the manifest says. One listing."""
     wrong = wrong_files(uri, {shard.file: shard.bytes for shard in manifest.shards})
     if wrong:
-        options = _prepare_options(manifest)
+        command = shlex.join(["qskd", "prepare", manifest.source, "IMAGES", uri, *_prepare_options(manifest)])
         raise QskdError(
             uri,
             listed([f"{name} {problem}" for name, problem in wrong.items()]),
             f"all {len(manifest.shards)} shards as its manifest.json says",
-            f"copy them again, or make them again: `qskd prepare {manifest.source} IMAGES {uri}{options}`, from the same JSON and "
+            f"copy them again, or make them again: `{command}`, from the same JSON and "
             "images; they come out the same, and what was made with them (a cache, runs) goes on",
         )
 
 
-def _prepare_options(manifest: Manifest) -> str:
+def _prepare_options(manifest: Manifest) -> list[str]:
     """How the shards were prepared, as far as that shows."""
     rows, usual = manifest.shards[0].rows, 512
-    sized = f" --rows-per-shard {rows}" if rows > usual or (len(manifest.shards) > 1 and rows != usual) else ""
-    return sized + (" --on-error skip" if manifest.problems else "")
+    sized = ["--rows-per-shard", str(rows)] if rows > usual or (len(manifest.shards) > 1 and rows != usual) else []
+    return sized + (["--on-error", "skip"] if manifest.problems else [])
 
 
 def check_cache_files(uri: str, manifest: CacheManifest, views: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -121,9 +122,9 @@ def test_the_token_that_is_made_is_for_its_user_alone_and_stays(
     ("reported", "listed", "said"),
     [
         ([], 0, "stopped before its first checkpoint: it will begin at step 0 of 90 again"),
-        ([6, 12], 12, "stopped; it will go on from step 12 of 90, its last checkpoint"),
-        ([6], 12, "stopped; it will go on from step 12 of 90"),  # between Ray's list and the run's own record
-        ([6], None, "stopped; it will go on from step 6 of 90"),  # while Ray writes its list
+        ([6, 12], 12, "stopped at step 12 of 90, its last checkpoint; it will go on there or a little later"),
+        ([6], 12, "stopped at step 12 of 90, its last"),  # between Ray's list and the run's own record
+        ([6], None, "stopped at step 6 of 90, its last"),  # while Ray writes its list
         ([90], 90, "stopped after its last step, 90 of 90: what is left is to write the student down"),
     ],
 )
@@ -212,7 +213,9 @@ def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order
 
     reached = read_history(folder)[-1]["step"]
     assert 0 < reached < 90
-    assert f"one: stopped; it will go on from step {reached} of 90, its last checkpoint ({folder.path})" in out
+    said = re.search(r"^one: stopped at step (\d+) of 90, its last checkpoint", out, re.MULTILINE)
+    assert said is not None
+    assert 0 < int(said[1]) <= reached  # workers may make a step more until Ray has ended them
     process = start(recipe, home)
     assert process.wait(400) == 0, (tmp_path / "err").read_text()[-3000:]
     assert f"one: goes on from step {reached} of 90\n" in (tmp_path / "out").read_text()

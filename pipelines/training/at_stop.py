@@ -22,5 +22,6 @@ def say_where_it_stopped(folder: Folder, name: str, total_steps: int) -> None:
     elif step >= total_steps:
         told = f"stopped after its last step, {step} of {total_steps}: what is left is to write the student down"
     else:
-        told = f"stopped; it will go on from step {step} of {total_steps}, its last checkpoint ({folder.path})"
+        # Ray ends the workers after this is said, and meanwhile they may make a step more.
+        told = f"stopped at step {step} of {total_steps}, its last checkpoint; it will go on there or a little later"
     say(f"\n{name}: {told}", run=name, step=step)
