@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from qskd.errors import QskdError
-from qskd.evaluation.average_precision import METRICS, CocoResult, evaluate_coco
+from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.detections import Array, Detections, GroundTruth
 from qskd.evaluation.matching import NEITHER, RIGHT, Verdicts, confusions, judge
 from qskd.evaluation.pairs import Pairs
@@ -226,8 +226,3 @@ def _precision_recall(result: CocoResult) -> dict[str, Curve] | None:
 
 def _rounded(values: Array | Sequence[float]) -> tuple[float, ...]:
     return tuple(round(float(value), 5) for value in values)
-
-
-def measured(metrics: dict[str, float]) -> dict[str, float]:
-    """Those of the twelve that could be measured."""
-    return {name: metrics[name] for name in METRICS if metrics.get(name, -1.0) >= 0}
