@@ -233,8 +233,9 @@ def evaluate(
     backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = "auto",
     max_detections: int = 100,
 ) -> Evaluation:
-    """COCO AP of any detector on a folder of shards, by class too, and the best threshold. recipe, set: their teacher.resize, teacher.class_map and compute.device
-    count. workers: 0 does it in this process; otherwise the most detector processes of Ray."""
+    """COCO AP of any detector on a folder of shards, by class too, and the best threshold. recipe, set: their teacher.resize,
+    teacher.class_map and compute.device count. workers: 0 does it in this process; otherwise the most detector processes of
+    Ray."""
     from pipelines.inspection.evaluate import evaluate as program
 
     config = _configuration(recipe, set, ())

@@ -18,7 +18,17 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 OURS = ("qskd", "pipelines", "search_spaces")
 # Asked for behind a check that they are installed (`find_spec`, ImportError), and said so where they are missing.
-IF_INSTALLED = {"faster_coco_eval", "timm", "torchvision", "hotcoco", "onnx", "onnxruntime", "onnxscript", "psutil"}
+IF_INSTALLED = {
+    "faster_coco_eval",
+    "timm",
+    "torchvision",
+    "hotcoco",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "psutil",
+    "av",
+}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -260,11 +261,10 @@ def test_a_video_is_drawn_and_its_frames_are_in_the_results(model: Path, tmp_pat
     pytest.importorskip("av")
     from pipelines.inspection.videos import frame_rate, frames
 
-    clip, photo = (
-        film(tmp_path / "in/clip.mp4") if (tmp_path / "in").mkdir() is None else None,
-        draw(tmp_path / "in/5.png"),
-    )
-    assert clip is not None
+    photo = draw(tmp_path / "in/5.png")
+    clip = film(tmp_path / "in/clip.mp4")
+    ran(model, clip, "--threshold", 0)
+    assert (tmp_path / "in/clip.boxes.mp4").is_file()  # not an input of the next, which is given its folder
     for _ in range(2):  # its own is replaced
         said = ran(model, tmp_path / "in", "--out", tmp_path / "out", "--threshold", 0, "--every", 2)
     assert "3 frames: " in said
@@ -285,6 +285,7 @@ def test_a_video_replaces_neither_an_input_nor_a_strangers_file_and_a_broken_one
 ) -> None:
     pytest.importorskip("av")
     clip, theirs = film(tmp_path / "clip.mp4"), film(tmp_path / "clip.boxes.mp4")
+    assert files_of([tmp_path]) == [theirs, clip]
     refused(lambda: ran(model, clip), "is there already", tmp_path)
     refused(lambda: ran(model, clip, "--out", clip), "is an input", tmp_path)
     theirs.write_bytes(NOTES)
@@ -297,6 +298,15 @@ def test_a_video_replaces_neither_an_input_nor_a_strangers_file_and_a_broken_one
     with contextlib.suppress(QskdError):
         ran(model, clip)
     assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"clip.boxes.mp4"}
+
+
+def test_a_video_without_pyav_is_told_what_to_install(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clip.mp4").write_bytes(NOTES)
+    monkeypatch.setitem(sys.modules, "av", None)  # as where it is not installed
+    error = refused(lambda: ran(model, tmp_path), "PyAV is not installed", tmp_path)
+    assert "qskd[video]" in error.remedy
 
 
 def test_names_of_a_detector_survive_its_folder(model: Path) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.inspection.videos import is_own_video
 from qskd.errors import QskdError
 from qskd.storage.ownership import is_own_picture
 
@@ -17,6 +18,10 @@ DRAWN = ".boxes"  # before the ending of what we draw beside an input
 
 def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_ENDINGS
+
+
+def _is_own(path: Path) -> bool:
+    return is_own_video(path) if is_video(path) else is_own_picture(path)
 
 
 def files_of(given: Sequence[Path]) -> list[Path]:
@@ -35,7 +40,7 @@ def files_of(given: Sequence[Path]) -> list[Path]:
 
 def _kept(given: Path, inside: Sequence[Path]) -> list[Path]:
     kept = [path for path in inside if path.suffix.lower() in IMAGE_ENDINGS + VIDEO_ENDINGS and path.is_file()]
-    kept = [path for path in kept if not (path.stem.endswith(DRAWN) and (is_video(path) or is_own_picture(path)))]
+    kept = [path for path in kept if not (path.stem.endswith(DRAWN) and _is_own(path))]
     if not kept:
         endings = ", ".join(IMAGE_ENDINGS + VIDEO_ENDINGS)
         raise QskdError(str(given), "no images or videos", f"files that end in {endings}", "check the path")

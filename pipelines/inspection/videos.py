@@ -136,5 +136,8 @@ class VideoWriter:
                 check_video_target(self.target, self.source)  # what came meanwhile
                 os.replace(self.unfinished, self.target)
         finally:
+            with contextlib.suppress(Exception):  # of a video that broke off; what was wrong is being told
+                if self.container is not None:
+                    self.container.close()
             with contextlib.suppress(OSError):
                 self.unfinished.unlink(missing_ok=True)
