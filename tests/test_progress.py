@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -31,6 +32,7 @@ from pipelines.tuning.trial.row import TrialRow
 from pipelines.tuning.watch import SweepWatch
 from qskd.config.recipe import load
 from qskd.datasets.schedule import Schedule
+from qskd.errors import QskdError
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS: dict[str, float | str] = {"loss": 3.897, "images_per_s": 199.3, "AP": 0.231, "AP50": 0.368}
@@ -245,3 +247,20 @@ def test_in_json_a_stage_and_a_step_are_objects_with_their_numbers() -> None:
     stages, steps = map(json.loads, done.stderr.splitlines())
     assert (stages["run"], stages["doing"]) == ("one", "starting Ray")
     assert (steps["step"], steps["of"], steps["loss"]) == (20, 300, 2.0)
+
+
+def test_a_students_row_goes_when_its_process_has_ended_and_a_failed_one_ends_the_wait() -> None:
+    from pipelines.demo.quickstart import _wait
+
+    def process(code: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code], text=True)
+
+    slow = process("import time; time.sleep(2)")
+    closed: list[tuple[str, bool]] = []
+    shown = {name: contextlib.ExitStack() for name in ("fast", "slow")}
+    for name, own in shown.items():
+        own.callback(lambda name=name: closed.append((name, slow.poll() is None)))
+    _wait({"fast": process(""), "slow": slow}, shown)
+    assert closed[0] == ("fast", True)  # while the other was at work
+    with pytest.raises(QskdError, match="training failed: fast"):
+        _wait({"fast": process("raise SystemExit(3)"), "slow": slow}, shown)

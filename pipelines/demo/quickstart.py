@@ -155,14 +155,15 @@ def train_both(folder: Path, restart: bool) -> dict[str, RunResult]:
     for relay in relays:
         relay.start()
     try:
-        with contextlib.ExitStack() as shown:
-            for name in VERBS:
+        with contextlib.ExitStack() as everything:
+            shown = {name: everything.enter_context(contextlib.ExitStack()) for name in VERBS}
+            for name, own in shown.items():
                 config = recipe(folder, name)
-                schedule, own = make_plan(config, VERBS[name]).stream.schedule, Folder(config)
-                row = shown.enter_context(progress(name, schedule.total_steps, "step"))
+                schedule = make_plan(config, VERBS[name]).stream.schedule
+                row = own.enter_context(progress(name, schedule.total_steps, "step"))
                 row.stage("starting")
-                shown.enter_context(TrainingWatch(row, own, schedule, another=True))
-            _wait(processes)
+                own.enter_context(TrainingWatch(row, Folder(config), schedule, another=True))
+            _wait(processes, shown)
     finally:
         for process in processes.values():
             process.terminate()
@@ -181,12 +182,18 @@ def _relay(source: Any, stream: str) -> None:
         print(line, end="", file=getattr(sys, stream), flush=True)
 
 
-def _wait(processes: Mapping[str, subprocess.Popen[str]]) -> None:
-    """Until all have ended well; QskdError as soon as one has not."""
-    while any(process.poll() is None for process in processes.values()):
-        failed = [name for name, process in processes.items() if process.poll()]
+def _wait(processes: Mapping[str, subprocess.Popen[str]], shown: Mapping[str, contextlib.ExitStack]) -> None:
+    """Until all have ended well; QskdError as soon as one has not. shown: closed as soon as its process has ended."""
+    while True:
+        codes = {name: process.poll() for name, process in processes.items()}
+        failed = [name for name, code in codes.items() if code]
         if failed:
             raise QskdError("quickstart", f"training failed: {', '.join(failed)}", remedy="the messages above say why")
+        for name, code in codes.items():
+            if code == 0:
+                shown[name].close()
+        if None not in codes.values():
+            return
         time.sleep(0.2)
 
 

@@ -86,11 +86,12 @@ def heard(subject: str, below: bool = False) -> dict[str, dict[str, Any]]:
     return found
 
 
-def forget(subject: str) -> None:
-    """Take away what was said of a subject, and below it: a cluster outlives its runs."""
+def forget(subject: str, speaker: str = "") -> None:
+    """Take away what was said of a subject by a speaker, or by all and below it too: a cluster outlives its runs."""
     try:
         store = _store()
-        for start in (subject + SEPARATOR, subject + "/"):
+        everything = (subject + SEPARATOR, subject + "/")
+        for start in (subject + SEPARATOR + speaker,) if speaker else everything:
             if store:
                 store._internal_kv_del(start, del_by_prefix=True, namespace=NAMESPACE)
     except Exception as error:

@@ -80,7 +80,7 @@ class TrainingWatch(Watch):
         super().__init__(folder.path)
         self.row, self.folder, self.schedule, self.another = row, folder, schedule, another
         if not another:
-            forget(self.subject)  # what a killed run of before said
+            forget(self.subject, "worker")  # what a killed run of before said
         self.printed: set[int] | None = None if another else self._steps_there()
         if self.printed:
             row.shown.done = max(self.printed)
