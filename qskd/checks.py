@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qskd.config import Config
-from qskd.datasets.classes import map_classes
+from qskd.datasets.classes import NOBODY, listing, map_classes, respelled
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import labels_of, read_config
 from qskd.distillation.method import teacher_needs
@@ -56,6 +56,22 @@ def check_classes(config: Config, train: Manifest) -> None:
     """QskdError where the teacher does not know all classes. Reads no weights."""
     if config.distillation.method != "none":
         map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+
+
+def class_notices(config: Config, train: Manifest) -> list[str]:
+    """What there is to say of classes that the teacher spells otherwise, or knows nothing of. Reads no weights."""
+    if config.distillation.method == "none":
+        return []
+    labels = labels_of(read_config(config.teacher.path))
+    slots = map_classes(train.labels, labels, config.teacher.class_map)
+    told = []
+    if said := respelled(train.labels, labels, slots):
+        told.append(f"classes that the teacher spells otherwise: {said}")
+    if silent := [name for name, slot in zip(train.labels, slots, strict=True) if slot == NOBODY]:
+        told.append(
+            f"teacher.class_map leaves to nobody: {listing(silent)}; the student learns these from objects alone"
+        )
+    return told
 
 
 def check_enough(config: Config) -> None:

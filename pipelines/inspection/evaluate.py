@@ -5,7 +5,8 @@ python -m pipelines.evaluate runs/quickstart/qskd/student runs/quickstart/data/v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
-from qskd.datasets.classes import map_classes
+from qskd.datasets.classes import NOBODY, Explicit, map_classes, model_side
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import load_manifest
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
@@ -25,8 +26,10 @@ from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.detections import Backend, Detections
 from qskd.evaluation.inference import predict_batch
 from qskd.from_recipe import ground_truth
+from qskd.printable import one_line
 from qskd.storage.files import fetched
 
+log = logging.getLogger("qskd")
 COUNT = ("teacher.resize", "teacher.class_map", "compute.device")  # the fields of a recipe that an evaluation reads
 
 
@@ -38,7 +41,7 @@ class DetectorActor:
         model: str,
         data: str,
         preprocessing: Preprocessing,
-        class_map: Mapping[str, str],
+        class_map: Explicit,
         threads: int,
         device: str = "auto",
     ) -> None:
@@ -47,8 +50,9 @@ class DetectorActor:
         self.device = device_of(device)
         with fetched(model) as folder:
             self.detector = load_detector(folder).to(self.device).eval()
-        self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))
-        self.category_ids = tuple(category.id for category in manifest.categories)
+        slots = map_classes(manifest.labels, self.detector.labels, class_map, model_side(model))
+        known = [(slot, one.id) for slot, one in zip(slots, manifest.categories, strict=True) if slot != NOBODY]
+        self.slots, self.category_ids = ([pair[side] for pair in known] for side in (0, 1))
         self.preprocessing = preprocessing
         self.loader = BatchLoader(data, data, ViewConfig(), preprocessing.resize, None, keep_bytes=0)
 
@@ -76,7 +80,7 @@ def evaluate(
     model: str,
     data: str,
     resize: ResizeConfig | None = None,
-    class_map: Mapping[str, str] | None = None,
+    class_map: Explicit | None = None,
     batch_size: int = 16,
     workers: int = 1,
     threads: int = 1,
@@ -92,7 +96,7 @@ def evaluate(
     with fetched(model) as folder:
         preprocessing = read_preprocessing(folder, resize)
         if workers:  # complain before anything starts
-            map_classes(manifest.labels, load_detector(folder).labels, class_map or {})
+            map_classes(manifest.labels, load_detector(folder).labels, class_map or {}, model_side(model))
     arguments = (model, data, preprocessing, class_map or {}, threads, device)
     places = np.array([(s, r) for s, count in enumerate(manifest.shard_rows) for r in range(count)]).reshape(-1, 2)
     if workers:
@@ -104,7 +108,12 @@ def evaluate(
         chunks = np.split(places, range(batch_size, len(places), batch_size))
         found = [actor({"shard": chunk[:, 0], "row": chunk[:, 1]}) for chunk in chunks]
     parts = [Detections(**{name: np.asarray(values) for name, values in part.items()}) for part in found]
-    return evaluate_coco(ground_truth(data), Detections.concatenate([Detections.empty(), *parts]), backend=backend)
+    truth = ground_truth(data)
+    for name in (name for name, label in (class_map or {}).items() if label is None):
+        (number,) = (category.id for category in manifest.categories if category.name == name)
+        if count := int((truth.category_ids == number).sum()):
+            log.warning("%s is left to nobody: its %d object(s) count as missed", one_line(name), count)
+    return evaluate_coco(truth, Detections.concatenate([Detections.empty(), *parts]), backend=backend)
 
 
 def _on_cluster(

@@ -20,7 +20,7 @@ from pipelines.inspection.subjects import Dataset, classes, find_subject
 from pipelines.run.folder import Folder
 from qskd.config import Config
 from qskd.config.recipe import apply_overrides, build, load
-from qskd.datasets.classes import map_classes
+from qskd.datasets.classes import Side, map_classes
 from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
 from qskd.distillation.find import refuse_strange_methods
@@ -72,7 +72,7 @@ def as_dataset_detector(
 ) -> DatasetDetector:
     """A student as it is looked at; QskdError when it does not know all classes."""
     try:
-        slots = map_classes(labels, detector.labels, {})
+        slots = map_classes(labels, detector.labels, {}, Side("student", where))
     except QskdError as error:
         raise QskdError(where, error.found, error.expected, "compare students of the same data") from None
     return DatasetDetector(detector.to(device).eval(), preprocessing, slots)

@@ -21,6 +21,7 @@ from qskd.config import Config
 from qskd.config.recipe import build
 from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import load_manifest
+from qskd.datasets.splits import evaluated
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.detections import Detections
@@ -95,7 +96,7 @@ class Worker:
         self.preemptible = preemptible
         self.device = device or pick_device(config.compute.device)
         manifest = load_manifest(stream.train_uri)
-        self.category_ids = tuple(category.id for category in manifest.categories)
+        self.slots, self.category_ids = evaluated(manifest, load_manifest(stream.val_uri))
         student = make_student(config, manifest.labels)
         teacher = teacher_for_training(config, manifest.labels)
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
@@ -163,7 +164,8 @@ class Worker:
         with self.training.evaluation_weights() as student:
             seen_as = student.preprocessing(self.config.student.resize)
             found = [
-                predict_batch(student, share.arrays, seen_as, self.category_ids, device=self.device) for share in shares
+                predict_batch(student, share.arrays, seen_as, self.category_ids, self.slots, self.device)
+                for share in shares
             ]
         everything = gather_detections(Detections.concatenate(found), self.world_size)
         return evaluate_coco(self.truth, everything) if everything is not None and self.truth is not None else None
