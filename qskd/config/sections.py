@@ -44,7 +44,7 @@ class TeacherCacheConfig(Section):
 class TeacherConfig(Section):
     """The large detector."""
 
-    path: str = ""  # a Hub name, or a folder that transformers can load
+    path: str = ""  # a Hub name, a folder that transformers can load, or a run's
     cache: TeacherCacheConfig = TeacherCacheConfig()
     resize: ResizeConfig | None = None  # null: what the checkpoint's own image processor says
     # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ; null leaves a
