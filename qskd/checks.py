@@ -11,7 +11,7 @@ from qskd.detectors import labels_of, read_config
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.teacher.columns.table import COLUMNS
-from qskd.teacher.identity import cache_identity
+from qskd.teacher.identity import cache_identity, cache_names
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest
 
 
@@ -47,7 +47,7 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
             "run `qskd cache RECIPE`; or run the teacher in every step, which is slower: --set teacher.cache.path=",
         )
     if manifest.fingerprint != known:
-        check_identity(manifest, cache_identity(config, train), path)
+        check_identity(manifest, cache_identity(config, train), path, cache_names(config))
     check_views(manifest, views, path)
     return manifest
 
