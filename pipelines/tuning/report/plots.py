@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.tuning.report import style
 from pipelines.tuning.report.results import (
     RECIPE,
     SweepSummary,
@@ -17,25 +18,10 @@ from pipelines.tuning.report.results import (
     front_rows,
     points,
 )
-from pipelines.tuning.report.style import (
-    AP_LABEL,
-    BAND_COLOURS,
-    COSTS,
-    CROWD,
-    FAILED,
-    FAINT,
-    INK,
-    RECIPE_COLOUR,
-    SHADES,
-    numbered,
-    part_text,
-    shade_colour,
-    space_colours,
-)
 from pipelines.tuning.trial.row import TrialRow
 
 MOST_LINES = 16  # in what is shown of a trial under the pointer
-_AXIS = {"showgrid": True, "gridcolor": "#ececec", "zeroline": False, "linecolor": FAINT, "ticks": "outside"}
+_AXIS = {"showgrid": True, "gridcolor": "#ececec", "zeroline": False, "linecolor": style.FAINT, "ticks": "outside"}
 
 
 def safe_text(text: str) -> str:
@@ -66,23 +52,30 @@ def new_plot(x: str, y: str, height: int = 480) -> Any:
     figure.update_layout(
         template="none",
         height=height,
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": style.INK},
         margin={"l": 70, "r": 20, "t": 40, "b": 60},
         xaxis={**_AXIS, "title": {"text": x}, "showgrid": False},
         yaxis={**_AXIS, "title": {"text": y}},
-        hoverlabel={"bgcolor": "white", "align": "left", "font": {"size": 12, "color": INK}, "bordercolor": FAINT},
+        hoverlabel={
+            "bgcolor": "white",
+            "align": "left",
+            "font": {"size": 12, "color": style.INK},
+            "bordercolor": style.FAINT,
+        },
         hovermode="closest",
     )
     return figure
 
 
-def _line(figure: Any, x: Sequence[float], y: Sequence[float], name: str, **style: Any) -> None:
-    line = {"color": INK, "width": 2, **style}
+def _line(figure: Any, x: Sequence[float], y: Sequence[float], name: str, **look: Any) -> None:
+    line = {"color": style.INK, "width": 2, **look}
     figure.add_scatter(x=list(x), y=list(y), mode="lines", name=name, line=line, hoverinfo="skip")
 
 
 def _colours(sweep: SweepSummary, rows: Sequence[TrialRow]) -> list[str]:
-    return [RECIPE_COLOUR if row.number == RECIPE else shade_colour(sweep.shade(row.best_ap)) for row in rows]
+    return [
+        style.RECIPE_COLOUR if row.number == RECIPE else style.shade_colour(sweep.shade(row.best_ap)) for row in rows
+    ]
 
 
 def _dots(figure: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequence[float]) -> None:
@@ -107,7 +100,7 @@ def _dots(figure: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequenc
         if name == "the recipe":
             shape |= {"size": 17, "symbol": "star"}
         if name == "the best":
-            shape = {"size": 19, "symbol": "circle-open", "line": {"width": 2}, "color": INK}
+            shape = {"size": 19, "symbol": "circle-open", "line": {"width": 2}, "color": style.INK}
         if those:
             figure.add_scatter(
                 x=[at[row.number] for row in those],
@@ -121,7 +114,7 @@ def _dots(figure: Any, sweep: SweepSummary, rows: Sequence[TrialRow], x: Sequenc
 
 
 def plot_history(sweep: SweepSummary) -> Any:
-    figure = new_plot("trial", AP_LABEL)
+    figure = new_plot("trial", style.AP_LABEL)
     rows, last = sweep.scored, max(row.number for row in sweep.rows)
     best = [100 * ap for ap in best_so_far(rows)]
     _line(figure, [*(row.number for row in rows), last], [*best, best[-1]], "best so far", shape="hv")
@@ -133,7 +126,7 @@ def plot_history(sweep: SweepSummary) -> Any:
             y=[low - 0.08 * (high - low or 1.0)] * len(sweep.failed),
             mode="markers",
             name="failed",
-            marker={"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": FAILED}},
+            marker={"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": style.FAILED}},
             text=[about(sweep, row) for row in sweep.failed],
             hoverinfo="text",
         )
@@ -141,23 +134,23 @@ def plot_history(sweep: SweepSummary) -> Any:
 
 
 def plot_curves(sweep: SweepSummary) -> Any:
-    figure = new_plot("epochs trained", AP_LABEL)
+    figure = new_plot("epochs trained", style.AP_LABEL)
     marked = {RECIPE, sweep.best.number if sweep.best is not None else RECIPE}  # drawn last, on top
     for row in sorted(sweep.failed + sweep.scored, key=lambda row: (row.number in marked, row.best_ap)):
         if not row.curve:
             continue
-        line: dict[str, Any] = {"color": shade_colour(sweep.shade(row.best_ap)), "width": 1.6}
+        line: dict[str, Any] = {"color": style.shade_colour(sweep.shade(row.best_ap)), "width": 1.6}
         if row.state == "failed":
-            line |= {"color": FAILED, "dash": "dot"}
+            line |= {"color": style.FAILED, "dash": "dot"}
         if row.number == RECIPE:
-            line |= {"color": RECIPE_COLOUR, "dash": "dash", "width": 3}
+            line |= {"color": style.RECIPE_COLOUR, "dash": "dash", "width": 3}
         if row is sweep.best:
             line |= {"width": 4}
         told = about(sweep, row)
         figure.add_scatter(
             x=[epochs for epochs, _ in row.curve],
             y=[100 * ap for _, ap in row.curve],
-            mode="lines" if len(sweep.rows) > CROWD and len(row.curve) > 1 else "lines+markers",
+            mode="lines" if len(sweep.rows) > style.CROWD and len(row.curve) > 1 else "lines+markers",
             line=line,
             marker={"size": 5, "color": line["color"]},
             name="the recipe" if row.number == RECIPE else f"the best, trial {row.number}",
@@ -183,7 +176,13 @@ def _colour_bar(figure: Any, sweep: SweepSummary) -> None:
             "yanchor": "bottom",
             "outlinewidth": 0,
         }
-        scale = {"colorscale": list(SHADES), "cmin": min(aps), "cmax": max(aps), "color": [min(aps)], "showscale": True}
+        scale = {
+            "colorscale": list(style.SHADES),
+            "cmin": min(aps),
+            "cmax": max(aps),
+            "color": [min(aps)],
+            "showscale": True,
+        }
         figure.add_scatter(x=[None], y=[None], mode="markers", marker={**scale, "colorbar": bar}, showlegend=False)
 
 
@@ -191,16 +190,16 @@ def plot_importance(sweep: SweepSummary) -> Any:
     found = list(sweep.importances.items())
     figure = new_plot("part of the variance of AP that it explains, %", "", height=130 + 26 * len(found))
     labels = {axis.name: safe_text(axis.label) for axis in sweep.axes}
-    spaces, space_of = space_colours(sweep), {axis.name: axis.space for axis in sweep.axes}
-    for space in spaces or {"": SHADES[3]}:
+    spaces, space_of = style.space_colours(sweep), {axis.name: axis.space for axis in sweep.axes}
+    for space in spaces or {"": style.SHADES[3]}:
         those = [(i, name, part) for i, (name, part) in enumerate(found) if not spaces or space_of[name] == space]
         figure.add_bar(
             x=[100 * part for _, _, part in those],
             y=[i for i, _, _ in those],
             name=safe_text(space),
             orientation="h",
-            marker={"color": spaces.get(space, SHADES[3])},
-            text=[part_text(part) for _, _, part in those],
+            marker={"color": spaces.get(space, style.SHADES[3])},
+            text=[style.part_text(part) for _, _, part in those],
             textposition="outside",
             cliponaxis=False,
             hovertext=[f"{safe_text(name)}: {100 * part:.1f} %" for _, name, part in those],
@@ -214,23 +213,25 @@ def plot_importance(sweep: SweepSummary) -> Any:
 
 
 def plot_front(sweep: SweepSummary, cost: str) -> Any:
-    figure = new_plot(COSTS[cost], AP_LABEL)
+    figure = new_plot(style.COSTS[cost], style.AP_LABEL)
     rows, front = cost_rows(sweep, cost), front_rows(sweep, cost)
     x, y = [getattr(row, cost) for row in front], [100 * row.best_ap for row in front]
     _line(figure, [*x, max(getattr(row, cost) for row in rows)], [*y, y[-1]], "Pareto front", shape="hv")
     _dots(figure, sweep, rows, [getattr(row, cost) for row in rows])
-    for row in numbered(sweep, cost):
+    for row in style.numbered(sweep, cost):
         at = {"x": getattr(row, cost), "y": 100 * row.best_ap, "xshift": -14, "yshift": 14}
         figure.add_annotation(**at, text=str(row.number), showarrow=False, font={"size": 12})
     return figure
 
 
 def plot_boundary(sweep: SweepSummary) -> Any:
-    figure = new_plot("GIoU boundary", AP_LABEL)
+    figure = new_plot("GIoU boundary", style.AP_LABEL)
     chosen = [(row, boundaries(row, sweep.recipe)) for row in sweep.scored]
     for row, places in chosen:
-        style = {"color": RECIPE_COLOUR, "width": 2.5} if row.number == RECIPE else {"color": "#c4c4c4", "width": 1}
-        _line(figure, places, [100 * row.best_ap] * len(places), "", **style)
+        look = (
+            {"color": style.RECIPE_COLOUR, "width": 2.5} if row.number == RECIPE else {"color": "#c4c4c4", "width": 1}
+        )
+        _line(figure, places, [100 * row.best_ap] * len(places), "", **look)
         figure.data[-1].showlegend = False
 
     def dots(those: Sequence[tuple[TrialRow, float]], name: str, **marker: Any) -> None:
@@ -241,12 +242,12 @@ def plot_boundary(sweep: SweepSummary) -> Any:
 
     for band in range(max(len(places) for _, places in chosen)):
         those = [(row, places[band]) for row, places in chosen if len(places) > band and row.number != RECIPE]
-        dots(those, band_label(band), size=10, color=BAND_COLOURS[band % len(BAND_COLOURS)])
+        dots(those, band_label(band), size=10, color=style.BAND_COLOURS[band % len(style.BAND_COLOURS)])
     recipe = [(row, at) for row, places in chosen if row.number == RECIPE for at in places]
     if recipe:
-        dots(recipe, "the recipe's", size=17, symbol="star", color=RECIPE_COLOUR)
+        dots(recipe, "the recipe's", size=17, symbol="star", color=style.RECIPE_COLOUR)
     best = [(row, at) for row, places in chosen if row is sweep.best for at in places]
-    dots(best, "the best trial's", size=19, symbol="circle-open", color=INK, line={"width": 2})
+    dots(best, "the best trial's", size=19, symbol="circle-open", color=style.INK, line={"width": 2})
     return figure
 
 
