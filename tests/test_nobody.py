@@ -14,7 +14,7 @@ from strangers import config
 from test_predictions import CLASSES, network, only_predictions, run
 from test_splits import counted_by_others
 from test_teacher import pixels
-from tiny import FAMILIES, LABELS, batch_of, random_teacher, recipe, silent_student
+from tiny import FAMILIES, LABELS, batch_of, make_training, random_teacher, recipe, silent_student, trained_weights
 
 from pipelines.demo.quickstart import TEACHER
 from pipelines.inspection.evaluate import evaluate
@@ -146,3 +146,16 @@ def test_an_evaluation_equals_pycocotools_without_detections_of_the_class(
     assert found.metrics["AP"] == pytest.approx(ap, abs=1e-4)
     assert found.metrics["AP50"] == pytest.approx(ap50, abs=1e-4)
     assert found.per_class[nobody] == (0 if objects else -1)
+
+
+def test_a_training_step_with_such_a_teacher_is_finite_and_its_class_is_learnt_from_objects() -> None:
+    _, teacher = half_deaf()
+    training = make_training(recipe(FAMILIES["refined"]), teacher)
+    before = trained_weights(training)
+    values = training.train_step(batch_of(2, 0, 3))
+    assert "lapd_class" in {name.removeprefix("loss/") for name in values}
+    assert all(bool(torch.isfinite(value)) for value in values.values())
+    heads = [name for name in before if "class_embed" in name and name.endswith("weight")]
+    after = trained_weights(training)
+    assert heads
+    assert all(not torch.equal(before[name][1], after[name][1]) for name in heads)  # the row of "dog"
