@@ -16,7 +16,7 @@ from pipelines.run.logs import tell
 def command(
     models: Annotated[
         list[str],
-        typer.Argument(help="Hub names, folders or URIs of detectors; the others are compared with the first."),
+        typer.Argument(help="Hub names, folders or URIs of detectors or runs; the others are compared with the first."),
     ],
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Images at a time; may be repeated. [default: 1 2 4 8]")

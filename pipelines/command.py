@@ -67,7 +67,7 @@ AllFields = Annotated[
     ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
-Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector.")]
+Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector, or of a run.")]
 Size = Annotated[
     int | None,
     typer.Option("--size", min=1, max=8192, help="Side of square images, in pixels; otherwise the checkpoint's own."),

@@ -23,7 +23,10 @@ def command(
         Path | None, typer.Option(parser=local_path, metavar="PATH", help="COCO JSON that describes the image files.")
     ] = None,
     before: Annotated[
-        str, typer.Option(help="Folder of another student to compare with. Otherwise the student before its training.")
+        str,
+        typer.Option(
+            help="Folder of another student or run to compare with. Otherwise the student before its training."
+        ),
     ] = "",
     out: Annotated[
         Path | None,

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from qskd.config import Config
-from qskd.datasets.classes import map_classes
+from qskd.datasets.classes import NOBODY, listing, map_classes, respelled
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import labels_of, read_config
 from qskd.distillation.method import teacher_needs
@@ -14,7 +14,7 @@ from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
 from qskd.storage.ownership import listed
 from qskd.teacher.columns.table import COLUMNS
-from qskd.teacher.identity import cache_identity
+from qskd.teacher.identity import cache_identity, cache_names
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
 
 
@@ -97,7 +97,7 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
             "run `qskd cache RECIPE`; or run the teacher in every step, which is slower: --set teacher.cache.path=",
         )
     if manifest.fingerprint != known:
-        check_identity(manifest, cache_identity(config, train), path)
+        check_identity(manifest, cache_identity(config, train), path, cache_names(config))
     check_views(manifest, views, path)
     check_cache_files(path, manifest, views)
     return manifest
@@ -107,6 +107,22 @@ def check_classes(config: Config, train: Manifest) -> None:
     """QskdError where the teacher does not know all classes. Reads no weights."""
     if config.distillation.method != "none":
         map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+
+
+def class_notices(config: Config, train: Manifest) -> list[str]:
+    """What there is to say of classes that the teacher spells otherwise, or knows nothing of. Reads no weights."""
+    if config.distillation.method == "none":
+        return []
+    labels = labels_of(read_config(config.teacher.path))
+    slots = map_classes(train.labels, labels, config.teacher.class_map)
+    told = []
+    if said := respelled(train.labels, labels, slots):
+        told.append(f"classes that the teacher spells otherwise: {said}")
+    if silent := [name for name, slot in zip(train.labels, slots, strict=True) if slot == NOBODY]:
+        told.append(
+            f"teacher.class_map leaves to nobody: {listing(silent)}; the student learns these from objects alone"
+        )
+    return told
 
 
 def check_enough(config: Config) -> None:

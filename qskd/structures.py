@@ -56,6 +56,10 @@ class Targets:
 # How a detector's classes are trained and matched: a sigmoid each, or one softmax with "no object".
 Classification = Literal["focal", "varifocal", "softmax"]
 
+# What a teacher's record has for a class that it knows nothing of (`teacher.class_map: {NAME: null}`): finite in half precision
+# too, and no detector's own.
+SILENT_LOGIT = -10_000.0
+
 # Query indices [B, S] (int64, -1 = nothing) -> one attention map per memory level, each [B, S, H, W], float32, mean over
 # heads. A query's weights sum to 1 over all its levels and positions; rows of -1 are zero.
 Attend = Callable[[Tensor], tuple[Tensor, ...]]
@@ -96,7 +100,8 @@ class DetectorOutput:
 class TeacherRecord:
     """What the teacher said about a batch, raw (no groups) and in the dataset's class order; from the cache or online.
 
-    logits: [L', B, Q, K]; L' is 1 (the last layer) unless a method asked for all layers.
+    logits: [L', B, Q, K]; L' is 1 (the last layer) unless a method asked for all layers. `SILENT_LOGIT` throughout for
+        a class that the teacher says nothing of (`silent`).
     boxes_cxcywh: [L', B, Q, 4].
     memory: maps [B, C, H, W], finest first; empty when no method asked for them.
     memory_valid: [B, H, W] bool for each.
@@ -113,6 +118,11 @@ class TeacherRecord:
     attention_queries: Tensor | None = None
     attention: tuple[Tensor, ...] = ()
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def silent(self) -> Tensor:
+        """[K] bool: the classes that the teacher says nothing of, and teaches nothing of."""
+        return (self.logits <= SILENT_LOGIT / 2).flatten(0, -2).all(0)
 
 
 @dataclass(frozen=True)

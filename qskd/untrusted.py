@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from qskd.errors import QskdError
-from qskd.printable import shown_value
+from qskd.printable import one_line, shown_value
 
 DEEPEST = 64  # levels of lists and mappings; a recipe has 5, a manifest 4. Python's own limit lies between 300 and 1000
 LARGEST_YAML = 2**20  # characters: a class map of 20,000 names fits, and it is read in two seconds
@@ -24,6 +24,8 @@ MOST_NODES = (
 )
 LONGEST_NUMBER = 100  # characters: 64-bit integers have 20. Python refuses to write integers of more than 4300 digits
 LARGEST_MANIFEST = 2**28  # bytes: of ten million images with a problem noted for each tenth
+# What YAML 1.1 takes a plain word for, by its tag: no, off and yes; 1, 010 and 1:30; 1.5; 2024-01-31; null and ~.
+READ_AS = {"bool": "true or false", "int": "a number", "float": "a number", "timestamp": "a date", "null": "nothing"}
 _EXPECTED_JSON, _EXPECTED_YAML = "a JSON file", "a YAML file"
 # What a parser raises when the text is to blame. A constructor of YAML's asks for an attribute or an entry that isn't there.
 _READERS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
@@ -85,8 +87,9 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def parse_yaml(text: str, where: str, expected: str = _EXPECTED_YAML, remedy: str = "") -> Any:
-    """A document's value. QskdError naming `where` for what is no YAML, has tags of programs' own, names a key twice, or is too
-    long, too deep or, with its aliases written out, too large."""
+    """A document's value, whose mappings have text for keys. QskdError naming `where` for what is no YAML, has tags of programs'
+    own, names a key twice or has one that YAML takes for something else (`no`, `1`), or is too long, too deep or, with its
+    aliases written out, too large."""
     if len(text) > LARGEST_YAML:
         raise QskdError(where, f"{len(text)} characters", f"{expected} of at most {LARGEST_YAML}", remedy)
     with _told(where, "YAML", expected, remedy):
@@ -95,10 +98,33 @@ def parse_yaml(text: str, where: str, expected: str = _EXPECTED_YAML, remedy: st
             node = loader.get_single_node()
             if node is None:
                 return None
+            _check_keys(node, where)
             _measure(node, {}, 1)
             return loader.construct_document(node)
         finally:
             loader.dispose()
+
+
+def _check_keys(root: yaml.Node, where: str) -> None:
+    """Every key is text: `no: circle` is a mapping of False, which no field or class is called."""
+    todo, seen = [(root, "")], set[int]()
+    while todo:
+        node, path = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else ""
+                kind = READ_AS.get(key.tag.rpartition(":")[2]) if isinstance(key, yaml.ScalarNode) else None
+                if kind and node.tag.endswith(":map"):
+                    written = one_line(name) or "(nothing)"
+                    line = f" (line {key.start_mark.line + 1})" if key.start_mark.line else ""
+                    found = f"{path or 'the whole'} has the key {written}{line}, which YAML takes for {kind} unless it is quoted"
+                    raise QskdError(where, found, "text for a key", f'write it in quotes: "{one_line(name)}"')
+                todo.append((value, f"{path}.{one_line(name)}".lstrip(".")))
+        elif isinstance(node, yaml.SequenceNode):
+            todo += [(inner, path) for inner in node.value]
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from test_loader import Pictures
 from tiny import TEACHER, random_teacher, silent_student
 
+from pipelines.caching.plan import make_cache_plan
 from qskd.checks import check_cache, check_enough
 from qskd.config import Config, StudentConfig
 from qskd.config.recipe import apply_overrides, build
@@ -21,7 +23,7 @@ from qskd.datasets.shards import write_shards
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.storage.files import sha256_of
-from qskd.teacher.identity import cache_identity
+from qskd.teacher.identity import cache_identity, cache_names
 from qskd.teacher.manifest import (
     CacheManifest,
     CacheSizes,
@@ -102,6 +104,37 @@ def test_other_weights_of_the_same_architecture_are_another_teacher(work: Path, 
     save_detector(other.detector, tmp_path / "teacher", other.preprocessing.resize)
     with pytest.raises(QskdError, match=r"teacher\.weights_sha256 is \"[0-9a-f]{11}….*in the recipe"):
         check_identity(manifest_of(config(work)), identity(config(work, f"teacher.path={tmp_path}/teacher")), "here")
+
+
+def test_the_two_teachers_and_the_two_datasets_are_told_by_name(work: Path, tmp_path: Path) -> None:
+    other = random_teacher("conditional", LABELS, LABELS, seed=8)
+    save_detector(other.detector, tmp_path / "other", other.preprocessing.resize)
+    mine = config(work)
+    theirs = config(work, f"teacher.path={tmp_path}/other", f"data.train={work}/other-data")
+
+    def said(manifest: CacheManifest, asked: Config, where: Path) -> str:
+        save_cache_manifest(str(where), manifest)
+        cached = asked.teacher.model_copy(update={"cache": asked.teacher.cache.model_copy(update={"path": str(where)})})
+        asked = asked.model_copy(update={"teacher": cached})
+        with pytest.raises(QskdError) as by_training:
+            check_cache(asked, load_manifest(asked.data.train))
+        with pytest.raises(QskdError) as by_cache:
+            make_cache_plan(asked)
+        assert str(by_cache.value) == str(by_training.value)
+        return by_cache.value.found
+
+    named = replace(manifest_of(mine), made_with=cache_names(mine))
+    both = said(named, theirs, tmp_path / "a")
+    assert f"made with teacher {work}/teacher, and the recipe's is {tmp_path}/other" in both
+    assert f"made with data {work}/data, and the recipe's is {work}/other-data" in both
+    assert "data" not in said(named, config(work, f"teacher.path={tmp_path}/other"), tmp_path / "b").partition(";")[0]
+    old = said(manifest_of(mine), theirs, tmp_path / "c")  # of before names were kept
+    assert f"made with another teacher than {tmp_path}/other" in old
+    save_detector(other.detector, tmp_path / "teacher", other.preprocessing.resize)
+    changed = replace(manifest_of(mine), made_with={"teacher": f"{tmp_path}/teacher", "data": mine.data.train})
+    again = said(changed, config(work, f"teacher.path={tmp_path}/teacher"), tmp_path / "d")
+    assert f"made with teacher {tmp_path}/teacher as it was then" in again
+    assert "made with" not in said(named, config(work, "detection.giou_cost=3"), tmp_path / "e")
 
 
 def test_other_configuration_of_the_same_weights_is_another_teacher(work: Path, tmp_path: Path) -> None:

@@ -208,6 +208,19 @@ def test_a_new_class_head_keeps_the_classes_it_knows(tmp_path: Path, name: str) 
     torch.testing.assert_close(again.logits, ours.logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_checkpoint_s_classes_are_known_by_other_spellings_too(tmp_path: Path) -> None:
+    hybrid = StudentConfig(**SMALL, family="rt_detr", feature_levels=2, resize=ResizeConfig(size=64))
+    source = build_student(hybrid, ["Motorbike", "sofa", "tvmonitor"], 0).eval()
+    save_detector(source, tmp_path / "source", ResizeConfig(size=64))
+    config = StudentConfig(init=str(tmp_path / "source"))
+    for labels, rows in ((("motorcycle", "couch", "tv"), [0, 1, 2]), (("couch", "tv", "motorcycle"), [1, 2, 0])):
+        made = build_student(config, labels, 1).eval()
+        assert made.labels == labels
+        with torch.no_grad():
+            ours, theirs = made(*images()).logits, source(*images()).logits
+        torch.testing.assert_close(ours, theirs[..., rows], atol=1e-5, rtol=1e-5)
+
+
 def test_sizes_that_contradict_the_detector_to_start_from_are_said(tmp_path: Path) -> None:
     save_detector(student(), tmp_path / "source", ResizeConfig())
     with pytest.warns(UserWarning, match=r"student.queries = 50 has no effect: .* has 20"):

@@ -212,9 +212,8 @@ def test_a_run_on_classes_with_line_breaks_leaves_its_pictures(
     annotations.write_text(json.dumps(document))
     prepare(annotations, images, str(tmp_path / "val"), quiet=True)
     manifest = load_manifest(str(tmp_path / "val"))
-    config = recipe(
-        STUDENT, "distillation.method=none", f"data.val={tmp_path}/val", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
-    )
+    data = [f"data.{split}={tmp_path}/val" for split in ("train", "val")]
+    config = recipe(STUDENT, "distillation.method=none", *data, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
     student = tmp_path / "student"
     save_detector(silent_student(config.student, manifest.labels, 1).eval(), student, config.student.resize)
     main_of = [str(student), str(images / document["images"][0]["file_name"]), "--threshold", "0.01"]

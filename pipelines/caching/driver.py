@@ -24,6 +24,7 @@ from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
+from qskd.teacher.identity import cache_names
 from qskd.teacher.manifest import CacheManifest, save_cache_manifest, shard_names
 
 log = logging.getLogger("qskd")
@@ -77,6 +78,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
                 plan.batch_size,
                 shard_names(plan.data),
                 {},
+                cache_names(config),
             )
             save_cache_manifest(plan.path, manifest)
             del teacher

@@ -27,7 +27,7 @@ from qskd.storage.ownership import listed
 from qskd.storage.scratch import remove_orphan
 from qskd.storage.stores import patiently
 from qskd.teacher.cache import SPOOL, carries_fingerprint, finished_file
-from qskd.teacher.identity import cache_identity, teacher_preprocessing
+from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import (
     CacheManifest,
@@ -103,7 +103,7 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
         return CachePlan(config, data, identity, None, {})
     existing = load_cache_manifest(path)
     if existing is not None:
-        check_identity(existing, identity, path)
+        check_identity(existing, identity, path, cache_names(config))
         if existing.batch_size != config.teacher.cache.batch_size:
             log.warning("%s was begun with batches of %d, and goes on so", path, existing.batch_size)
     plan = CachePlan(config, data, identity, existing, {})

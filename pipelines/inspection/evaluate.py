@@ -24,17 +24,18 @@ from pipelines.reporting.words import duration_text
 from qskd.checks import check_shards
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
-from qskd.datasets.classes import map_classes
+from qskd.datasets.classes import NOBODY, Explicit, map_classes, model_side
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import evaluate_coco
 from qskd.evaluation.details import Evaluation, evaluate_in_detail
-from qskd.evaluation.detections import Backend, Detections
+from qskd.evaluation.detections import Backend, Detections, GroundTruth
 from qskd.evaluation.inference import predict_pairs
 from qskd.evaluation.pairs import Pairs, pairs_of_transformers
 from qskd.from_recipe import ground_truth
+from qskd.printable import one_line
 from qskd.storage.files import fetched
 
 log = logging.getLogger("qskd")
@@ -50,7 +51,7 @@ class DetectorActor:
         model: str,
         data: str,
         preprocessing: Preprocessing,
-        class_map: Mapping[str, str],
+        class_map: Explicit,
         threads: int,
         device: str = "auto",
         max_detections: int = 100,
@@ -62,8 +63,9 @@ class DetectorActor:
         self.device = device_of(device)
         with fetched(model) as folder:
             self.detector = load_detector(folder).to(self.device).eval()
-        self.slots = list(map_classes(manifest.labels, self.detector.labels, class_map))
-        self.category_ids = tuple(category.id for category in manifest.categories)
+        slots = map_classes(manifest.labels, self.detector.labels, class_map, model_side(model))
+        known = [(slot, one.id) for slot, one in zip(slots, manifest.categories, strict=True) if slot != NOBODY]
+        self.slots, self.category_ids = ([pair[side] for pair in known] for side in (0, 1))
         self.preprocessing = preprocessing
         # Ours, and what transformers would keep, where that is something else.
         rule = pairs_of_transformers(self.detector.family, self.detector.num_queries, max_detections)
@@ -99,7 +101,7 @@ def evaluate(
     model: str,
     data: str,
     resize: ResizeConfig | None = None,
-    class_map: Mapping[str, str] | None = None,
+    class_map: Explicit | None = None,
     batch_size: int = 16,
     workers: int = 1,
     threads: int = 1,
@@ -125,7 +127,9 @@ def evaluate(
     check_shards(data, manifest)
     with fetched(model) as folder:
         preprocessing, detector = read_preprocessing(folder, resize), load_detector(folder)
-        map_classes(manifest.labels, detector.labels, class_map or {})  # complain before anything starts
+        map_classes(
+            manifest.labels, detector.labels, class_map or {}, model_side(model)
+        )  # complain before anything starts
         rule = pairs_of_transformers(detector.family, detector.num_queries, max_detections)
         del detector
     arguments = (model, data, preprocessing, class_map or {}, threads, device, max_detections)
@@ -138,8 +142,16 @@ def evaluate(
         row.at(len(places), doing="computing AP")
         ours, plain = (_chosen(found, choice) for choice in (0, 1))
         truth = ground_truth(data)
+        _say_what_is_left_to_nobody(class_map or {}, manifest, truth)
         result = evaluate_coco(truth, ours, backend, max_detections)
         return evaluate_in_detail(truth, ours, result, plain if rule else None, rule, max_detections)
+
+
+def _say_what_is_left_to_nobody(class_map: Explicit, manifest: Manifest, truth: GroundTruth) -> None:
+    for name in (name for name, label in class_map.items() if label is None):
+        (number,) = (category.id for category in manifest.categories if category.name == name)
+        if count := int((truth.category_ids == number).sum()):
+            log.warning("%s is left to nobody: its %d object(s) count as missed", one_line(name), count)
 
 
 def _chosen(found: Sequence[Mapping[str, Any]], choice: int) -> Detections:
@@ -155,7 +167,7 @@ def foresee(
     model: str,
     data: str,
     resize: ResizeConfig | None = None,
-    class_map: Mapping[str, str] | None = None,
+    class_map: Explicit | None = None,
     batch_size: int = 16,
     workers: int = 1,
     threads: int = 1,

@@ -20,7 +20,7 @@ from pipelines.inspection.subjects import Dataset, classes, find_subject
 from pipelines.run.folder import Folder
 from qskd.config import Config
 from qskd.config.recipe import apply_overrides, build, load
-from qskd.datasets.classes import map_classes
+from qskd.datasets.classes import Side, map_classes
 from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
 from qskd.distillation.find import refuse_strange_methods
@@ -28,9 +28,8 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
 from qskd.pictures.explain import DatasetDetector, Explanation, explain
 from qskd.pictures.explained import explanation_picture, warning_of
-from qskd.storage.files import open_folder
+from qskd.storage.files import fetched, open_folder
 from qskd.storage.ownership import check_picture
-from qskd.storage.scratch import scratch_folder
 from qskd.storage.stores import join, patiently
 from qskd.teacher.online import OnlineTeacher
 
@@ -72,7 +71,7 @@ def as_dataset_detector(
 ) -> DatasetDetector:
     """A student as it is looked at; QskdError when it does not know all classes."""
     try:
-        slots = map_classes(labels, detector.labels, {})
+        slots = map_classes(labels, detector.labels, {}, Side("student", where))
     except QskdError as error:
         raise QskdError(where, error.found, error.expected, "compare students of the same data") from None
     return DatasetDetector(detector.to(device).eval(), preprocessing, slots)
@@ -143,16 +142,6 @@ def targets(images: Sequence[str], out: Path | None, inputs: Sequence[str | Path
     return pairs
 
 
-def _local(folder: str, scratch: ExitStack) -> str:
-    """A folder that transformers can read: what is elsewhere is copied here for as long as `scratch` lives."""
-    if "://" not in folder:
-        return folder
-    here = str(scratch.enter_context(scratch_folder("student")))
-    filesystem, root = open_folder(folder)
-    fs.copy_files(root, here, source_filesystem=filesystem)
-    return here
-
-
 def write_explanations(
     source: Source,
     images: Sequence[str],
@@ -169,7 +158,7 @@ def write_explanations(
     dataset = Dataset(config)
     with ExitStack() as scratch:
         folders: Mapping[str, str] = {
-            title: _local(folder, scratch)
+            title: scratch.enter_context(fetched(folder))
             for title, folder in ((title_of(before), before), (AFTER, source.student))
             if folder
         }

@@ -12,9 +12,9 @@ import numpy as np
 from pipelines.inspection.predict import read_image
 from qskd.config import Config
 from qskd.datasets.coco import CocoDataset
-from qskd.datasets.loader import label_index
 from qskd.datasets.samples import Sample
 from qskd.datasets.shards import ShardReader
+from qskd.datasets.splits import labels_of_categories
 from qskd.datasets.views import View, decode_image, make_view
 from qskd.errors import QskdError
 from qskd.pictures.explain import Subject
@@ -71,8 +71,14 @@ class Dataset:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names; none without data."""
-        return next((reader.manifest.labels for reader in self.readers.values()), ())
+        """Class names, which are data.train's where that is there: the student's. None without data."""
+        named = [reader.manifest for reader in (self.readers.get("data.train"), *self.readers.values()) if reader]
+        return named[0].labels if named else ()
+
+    def label_of_category(self, entry: Entry) -> dict[int, int]:
+        """The category ids of the image's split -> places in `labels`. Splits are joined by name."""
+        train, own = self.readers.get("data.train"), self.readers[entry.split].manifest
+        return labels_of_categories(train.manifest, own) if train else own.category_index
 
     def sample(self, entry: Entry) -> Sample:
         (sample,) = self.readers[entry.split].read(entry.shard, [entry.row])
@@ -139,9 +145,10 @@ def find_subject(
                     "--view", f"{image} is no image of the recipe's data", "an image with an id, which draws its views"
                 )
             return Subject(path.name, read_image(path))
-        manifest, sample = dataset.readers[entry.split].manifest, dataset.sample(entry)
-        label_index(manifest, sample.category_ids, str(entry))  # complains of unknown categories
-        subject = subject_of_sample(sample, str(entry), manifest.category_index, View.IDENTITY)
+        index, sample = dataset.label_of_category(entry), dataset.sample(entry)
+        if strange := sorted(set(sample.category_ids.tolist()) - index.keys()):
+            raise QskdError(str(entry), f"category id {strange[0]}", f"one of {sorted(index)}")
+        subject = subject_of_sample(sample, str(entry), index, View.IDENTITY)
         image_id = entry.image_id
     if view_index is None:
         return subject

@@ -20,8 +20,9 @@ from pipelines.reporting.board import stage
 from pipelines.tracking.model import log_student
 from pipelines.tracking.tracker import Tracker
 from qskd.config import Config
-from qskd.datasets.manifest import Manifest
+from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.shards import ShardReader
+from qskd.datasets.splits import labels_of_categories
 from qskd.datasets.views import View
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.evaluation.detections import Detections
@@ -41,14 +42,15 @@ _AUXILIARY = re.compile(r"_\d+$|^dense_")  # terms left out of the plot; all are
 def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[dict[int, Explanation], str]:
     """The first validation images that have objects, by id, and the line on whose pictures they are. Loads the teacher,
     which a training from the cache has not done."""
-    started, labels, device = time.perf_counter(), val.labels, device_here(config)
+    train = load_manifest(config.data.train)
+    started, labels, device = time.perf_counter(), train.labels, device_here(config)
     teacher = make_teacher(config, labels)
     if teacher is not None:
         teacher.to(device)
     student = load_detector(student_folder), read_preprocessing(student_folder)
     detectors = initial_student(config, labels, device, teacher)
     detectors[AFTER] = as_dataset_detector(*student, labels, device, str(student_folder))
-    reader, shown = ShardReader(config.data.val), dict[int, Explanation]()
+    reader, shown, index = ShardReader(config.data.val), dict[int, Explanation](), labels_of_categories(train, val)
     samples = [s for s in reader.read(0, range(min(32, val.shards[0].rows))) if len(s.category_ids)][:SAMPLES]
     for sample in samples:
         if shown and time.perf_counter() - started > PATIENCE_S:
@@ -57,7 +59,7 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
             )
             break
         name = f"{sample.file_name} (image {sample.image_id} of data.val)"
-        subject = subject_of_sample(sample, name, val.category_index, View.IDENTITY)
+        subject = subject_of_sample(sample, name, index, View.IDENTITY)
         shown[sample.image_id] = explain(subject, config, labels, teacher, detectors)
     return shown, about(config, teacher)
 

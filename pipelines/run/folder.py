@@ -14,12 +14,13 @@ from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.storage.durable import sync_tree
 from qskd.storage.files import open_folder, publish_bytes, read_bytes
+from qskd.storage.models import RUN_MARK
+from qskd.storage.models import SWEEP as SWEEP
 from qskd.storage.stores import is_local, join, patiently
 from qskd.untrusted import parse_large_json, parse_yaml
 
 log = logging.getLogger("qskd")
-MARK = ".qskd-run.json"  # written first: that qskd made the folder (`pipelines.run.ownership`)
-SWEEP = "sweep.json"  # what a sweep was asked for
+MARK = RUN_MARK  # written first: that qskd made the folder (`pipelines.run.ownership`)
 COPIES = "copies"  # of records, see `Folder`
 TRIAL = "trial.json"  # what is known of a trial of a sweep
 RECIPE = "recipe.yaml"  # beside it, at the sweep's end: the trial as a training of its own

@@ -14,6 +14,7 @@ from qskd.config import Config, MethodSettings
 from qskd.config.distillation import NoMethod
 from qskd.detectors import read_preprocessing, uri_refused
 from qskd.distillation.find import located
+from qskd.storage.models import local_model
 
 ResolvedConfig = NewType("ResolvedConfig", Config)  # what `resolve` gave: nothing in it is left to be found out
 
@@ -32,7 +33,7 @@ def resolve(config: Config, verb: str) -> ResolvedConfig:
     def model(field: str, path: str) -> str:
         if "://" in path:
             raise uri_refused(path, field)
-        path = os.path.expanduser(path)
+        path = local_model(os.path.expanduser(path))  # of a run's folder the student's, which is what is recorded
         # A job's working folder is a copy, in the same place for every worker but in another for the next job: a path in
         # it is left relative, or a run could not be continued.
         return absolute(path) if os.path.isdir(path) and not (in_a_job() and not os.path.isabs(path)) else path

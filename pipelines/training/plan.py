@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,10 +19,13 @@ from qskd.checks import (
     check_objects,
     check_shards,
     check_teacher,
+    class_notices,
 )
 from qskd.datasets.findings.splits import between
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.schedule import Schedule
+from qskd.datasets.shards import read_annotations
+from qskd.datasets.splits import check_splits
 from qskd.detectors import describe_student
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
@@ -44,6 +48,7 @@ class Plan:
     stream: StreamConfig
     verb: str
     cache_is_missing: bool = False  # of a dry run alone
+    classes: tuple[str, ...] = ()  # what there is to say of classes that are joined by name
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -58,7 +63,11 @@ class Plan:
     @property
     def notices(self) -> list[str]:
         schedule = self.stream.schedule
-        return [*self.data_notices, *notices(self.config, schedule.total_steps / schedule.steps_per_epoch)]
+        return [
+            *self.classes,
+            *self.data_notices,
+            *notices(self.config, schedule.total_steps / schedule.steps_per_epoch),
+        ]
 
     def describe(self, cache_command: str = "qskd cache RECIPE") -> str:
         """What `--dry-run` prints below the configuration. cache_command: makes the cache that is missing."""
@@ -95,13 +104,12 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
     check_shards(config.data.train, train)
     check_shards(config.data.val, val)
-    if train.categories != val.categories:
-        raise QskdError(
-            config.data.val,
-            f"categories {[c.name for c in val.categories]}",
-            f"those of {config.data.train}: {[c.name for c in train.categories]}",
-            "prepare both splits from JSON files with the same categories",
-        )
+    said = check_splits(
+        train,
+        val,
+        (config.data.train, config.data.val),
+        lambda: Counter(read_annotations(config.data.val)["category_ids"].tolist()),
+    )
     check_objects(config.data.train, train, "to learn from")
     if not val.num_images:
         raise QskdError(config.data.val, "no images", "at least one, to evaluate on")
@@ -131,6 +139,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
             cache = check_cache(config, train, known_cache)
         if cache is None:  # else its identity was compared, classes included
             check_classes(config, train)
+        said += class_notices(config, train)
     own = teacher_preprocessing(config).resize if verb == "distill" and not cache else config.student.resize
     stream = StreamConfig(
         train_uri=config.data.train,
@@ -150,4 +159,4 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         )
     row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
     stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
-    return Plan(config, train, val, stream, verb, missing)
+    return Plan(config, train, val, stream, verb, missing, tuple(said))

@@ -22,6 +22,7 @@ from qskd.config import Config
 from qskd.config.recipe import build
 from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import load_manifest
+from qskd.datasets.splits import evaluated
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.details import Evaluation, evaluate_in_detail
@@ -100,9 +101,11 @@ class Worker:
         self.pace = Pace(Folder(config).path if rank == 0 else "", stream.schedule.batch_size)
         self.pace.doing("building the student")
         manifest = load_manifest(stream.train_uri)
-        self.category_ids = tuple(category.id for category in manifest.categories)
+        self.slots, self.category_ids = evaluated(manifest, load_manifest(stream.val_uri))
         student = make_student(config, manifest.labels)
-        student.category_ids = self.category_ids  # in its config.json, so that its results carry them
+        student.category_ids = tuple(
+            category.id for category in manifest.categories
+        )  # in its config.json, so that its results carry them
         teacher = teacher_for_training(config, manifest.labels)
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
@@ -177,7 +180,7 @@ class Worker:
             choices = [Pairs(100, False), *([rule] if rule else [])]
             counted = self.pace.evaluating(shares, self.stream.batch_count("val", 0))
             found = [
-                predict_pairs(student, share.arrays, seen_as, self.category_ids, choices, device=self.device)
+                predict_pairs(student, share.arrays, seen_as, self.category_ids, choices, self.slots, self.device)
                 for share in counted
             ]
         parts = [Detections.concatenate([each[choice] for each in found]) for choice in range(len(choices))]

@@ -27,6 +27,7 @@ from qskd.checkpoints.files import (
 from qskd.checkpoints.json_files import first_line, read_json_file
 from qskd.errors import QskdError
 from qskd.redaction import redacted
+from qskd.storage.models import local_model
 
 
 def uri_refused(uri: str, field: str = "") -> QskdError:
@@ -39,7 +40,7 @@ def uri_refused(uri: str, field: str = "") -> QskdError:
 def check_path(path: str | Path, weights: bool = True) -> str:
     """Refuse what is plainly meant as a folder and is none, or holds no safetensors, before a Hub is asked for it.
 
-    weights=False: a folder without any will do. Returns the folder, or the Hub name as it is.
+    weights=False: a folder without any will do. Returns the folder, of a run's its student's, or the Hub name as it is.
     """
     if not str(path):
         raise QskdError("checkpoint", "an empty path", "a folder saved by transformers, or a Hub name")
@@ -52,6 +53,7 @@ def check_path(path: str | Path, weights: bool = True) -> str:
         if named.startswith(("/", ".", "~")) or named.count("/") > 1 or named.rpartition("/")[2] == "student":
             raise QskdError(str(path), "no such folder", "a folder saved by transformers, or a Hub name")
         return str(path)
+    folder = Path(local_model(str(folder)))
     if not (folder / "config.json").is_file():
         raise QskdError(
             str(path), "no config.json", "a folder saved by save_pretrained (config.json, model.safetensors)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
@@ -16,7 +17,7 @@ from qskd.config.distillation import DEFAULT, MethodSettings, settings_class
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 from qskd.redaction import STORE_REMEDY, TRACKING_REMEDY, secret_in
-from qskd.untrusted import LARGEST_YAML, parse_yaml
+from qskd.untrusted import LARGEST_YAML, READ_AS, parse_yaml
 
 C = TypeVar("C", bound=Config)
 
@@ -74,7 +75,25 @@ def _explain(error: ValidationError, where: str, tree: Mapping[str, Any]) -> Qsk
                 "" if isinstance(problem["input"], Mapping) else f" = {shown_value(problem['input'])}"
             )  # a section: too long
             problems.append(f"{name}{said}: {problem['msg'].removeprefix('Value error, ')}")
+            if problem["type"] == "string_type" and (kind := _taken_for(problem["input"])):
+                if path[-1] == "[key]":  # of a mapping that was made in Python
+                    remedies.append(f"write the key in quotes: {shown_value(str(path[-2]))}")
+                    continue
+                problems[-1] += f": YAML takes the word for {kind} unless it is quoted"
+                last, shown = path[-1], '"..."'
+                remedies.append(f"write it in quotes, as it stands: {last}: {shown}, or --set '{name}={shown}'")
     return QskdError(where, "; ".join(problems), remedy="; ".join(dict.fromkeys(remedies)) or "correct the field named")
+
+
+def _taken_for(value: Any) -> str | None:
+    """What YAML took a word for, where text belongs; None for what it did not make of a word."""
+    if value is None:
+        return READ_AS["null"]
+    if isinstance(value, bool):
+        return READ_AS["bool"]
+    return (
+        READ_AS["int"] if isinstance(value, int | float) else READ_AS["timestamp"] if isinstance(value, date) else None
+    )
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

@@ -107,10 +107,10 @@ def type_of(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in arguments if choice)
     if origin is tuple:
         return f"list: {type_of(arguments[0], [])}"
-    if origin is dict and arguments[1] not in KINDS:
-        return f"{KINDS[arguments[0]]}: section"
     if origin is dict:
-        return f"{KINDS[arguments[0]]}: {KINDS[arguments[1]]}"
+        values = [KINDS[kind] for kind in (arguments[1], *get_args(arguments[1])) if kind in KINDS]
+        nothing = " or `null`" if type(None) in get_args(arguments[1]) else ""
+        return f"{KINDS[arguments[0]]}: {(values or ['section'])[0]}{nothing}"
     if _section_in(annotation) is not None:
         return "section, or `null`"
     return _bounded(annotation, metadata)

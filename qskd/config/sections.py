@@ -44,11 +44,12 @@ class TeacherCacheConfig(Section):
 class TeacherConfig(Section):
     """The large detector."""
 
-    path: str = ""  # a Hub name, or a folder that transformers can load
+    path: str = ""  # a Hub name, a folder that transformers can load, or a run's
     cache: TeacherCacheConfig = TeacherCacheConfig()
     resize: ResizeConfig | None = None  # null: what the checkpoint's own image processor says
-    # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ.
-    class_map: dict[str, str] = Field(default={})
+    # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ; null leaves a
+    # category to nobody: the teacher says nothing of it, and what it says is not learnt.
+    class_map: dict[str, str | None] = Field(default={})
 
 
 class DetectionLossConfig(Section):

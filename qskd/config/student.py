@@ -51,7 +51,9 @@ class StudentConfig(Section):
     """
 
     size: SizeName = ""  # sets what is named above; empty: nothing
-    init: str = ""  # Hub name or folder of a detector to start from (its head is re-made when the classes differ)
+    init: str = (
+        ""  # Hub name or folder of a detector, or of a run, to start from (its head is re-made when the classes differ)
+    )
     family: Family = "conditional_detr"  # of transformers' DETR families
     backbone: BackboneConfig = BackboneConfig()
     width: Width = 256  # d_model

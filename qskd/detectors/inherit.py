@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qskd.datasets.classes import NOBODY
 from qskd.detectors.detector import Detector
 from qskd.errors import QskdError
 from qskd.families.table import find_family
@@ -102,7 +103,8 @@ def _named(model: nn.Module, modules: Sequence[nn.Module]) -> set[str]:
 def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) -> Inheritance:
     """Copy into the student (in place) every part of the teacher whose shapes fit.
 
-    class_slots: the teacher's logit slot of each of the student's classes. A student with fewer layers takes the first,
+    class_slots: the teacher's logit slot of each of the student's classes, `NOBODY` for one that it does not know, whose
+    row stays the student's own. A student with fewer layers takes the first,
     the last and evenly spaced ones between; a layer is copied whole or not at all, and so is the backbone. Class heads
     are copied row by row; of more queries than the student has, evenly spaced ones are taken, and of fewer, as many as
     there are, the others looking first at places of their own, spread over the image. A narrower student of as many
@@ -125,6 +127,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     # Rows after the classes' ("no object") are the last on both sides.
     more = range(teacher.model.config.num_labels, teacher.model.config.num_labels + family.no_object_rows)
     slots = torch.tensor([*class_slots, *more], dtype=torch.int64)
+    unknown = slots == NOBODY
     copied, left = {}, {}
     for part, names in _parts(mine, prefix).items():
         numbered = _NUMBERED.match(part + ".")
@@ -136,7 +139,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
         for name in names:
             value = theirs.get(source + name[len(part) :])
             if value is not None and part in heads:
-                value = value[slots]
+                value = value[slots.clamp(min=0)]
             if value is not None and not name.startswith(prefix):
                 wanted, before = mine[name].shape, value.shape
                 if any(name.startswith(one) for one in reading):  # what they read is the backbone's, of another width
@@ -150,6 +153,9 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
                 why = "" if name.startswith(prefix) else narrow.why_not  # the backbone's channels are no head's
                 left[part] = f"{name[len(part) + 1 :]} is {list(mine[name].shape)}, the teacher's {found}{why}"
                 break
+            if part in heads and unknown.any():
+                value = value.clone()
+                value[unknown] = mine[name][unknown].to(value.dtype)
             values[name] = value
         else:
             copied[part] = f"{source}, channels evenly chosen" if chosen else source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import read_preprocessing
 from qskd.checkpoints.timm_resnet import is_dilated
 from qskd.config import StudentConfig
+from qskd.datasets.classes import Vocabulary
 from qskd.detectors.backbone import backbone_config, load_backbone, thaw_norms
 from qskd.detectors.checkpoint import load_detector
 from qskd.detectors.cost import gflops, parameters
-from qskd.detectors.detector import Detector, labels_of
+from qskd.detectors.detector import Detector
 from qskd.errors import QskdError
 from qskd.families.initialisation import set_class_prior
 from qskd.families.table import find_family
@@ -118,24 +119,39 @@ def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
             _warn(f"student.{field} = {wanted} has no effect: student.init ({config.init}) has {found}")
     if config.backbone != default.backbone:
         _warn(f"student.backbone has no effect: the backbone is that of student.init ({config.init})")
-    if detector.labels != tuple(labels) and not family.classes_replaceable(detector.model.config):
+    known = _rows_by_name(detector.labels, labels)
+    if known == dict(enumerate(range(len(detector.labels)))) and len(labels) == len(detector.labels):
+        _name_classes(detector.model, labels)  # the same ones, at most spelled otherwise
+        return detector.model
+    if not family.classes_replaceable(detector.model.config):
         raise QskdError(
             "student.init",
             f"{config.init}, which chooses its queries by a class head, with classes {list(detector.labels)}",
             f"the classes to train: {list(labels)}",
             "start from a checkpoint without two_stage, or with these very classes",
         )
-    if detector.labels != tuple(labels):
-        _remake_class_heads(detector.model, family.class_heads(detector.model), labels, family.no_object_rows)
+    _remake_class_heads(detector.model, family.class_heads(detector.model), labels, known, family.no_object_rows)
     return detector.model
 
 
-def _remake_class_heads(model: Any, heads: Sequence[nn.Linear], labels: Sequence[str], more: int) -> None:
-    """Give the heads a row a label: a class the checkpoint knows by the same name keeps its row, others start anew. The
-    `more` rows after those of the classes ("no object") are kept."""
-    known = {label: slot for slot, label in enumerate(labels_of(model.config)) if label != "N/A"}
-    kept = [(slot, known[label]) for slot, label in enumerate(labels) if label in known]
-    rows = kept + [(len(labels) + extra, model.config.num_labels + extra) for extra in range(more)]
+def _rows_by_name(theirs: Sequence[str], labels: Sequence[str]) -> dict[int, int]:
+    """The checkpoint's row of each class that it knows, by names as a teacher's are matched (`qskd.datasets.classes`)."""
+    vocabulary = Vocabulary(theirs)
+    found = {place: vocabulary.slots(label) for place, label in enumerate(labels)}
+    return {place: slots[0] for place, slots in found.items() if len(slots) == 1 and theirs[slots[0]] != "N/A"}
+
+
+def _name_classes(model: Any, labels: Sequence[str]) -> None:
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: slot for slot, label in enumerate(labels)}
+
+
+def _remake_class_heads(
+    model: Any, heads: Sequence[nn.Linear], labels: Sequence[str], known: Mapping[int, int], more: int
+) -> None:
+    """Give the heads a row a label: a class the checkpoint knows (`known`) keeps its row, others start anew. The `more` rows
+    after those of the classes ("no object") are kept."""
+    rows = [*known.items()] + [(len(labels) + extra, model.config.num_labels + extra) for extra in range(more)]
     made: dict[int, nn.Linear] = {}  # heads that shared parameters go on sharing them
     shared: list[nn.Linear] = []
     for head in heads:
@@ -151,11 +167,10 @@ def _remake_class_heads(model: Any, heads: Sequence[nn.Linear], labels: Sequence
         head.weight, head.bias, head.out_features = fresh.weight, fresh.bias, len(labels) + more
     if hasattr(model.config, CATEGORY_IDS):
         delattr(model.config, CATEGORY_IDS)  # of other classes
-    model.config.id2label = dict(enumerate(labels))
-    model.config.label2id = {label: slot for slot, label in enumerate(labels)}
+    _name_classes(model, labels)
     model.num_labels = len(labels)
     log.warning(
-        "student.init: class head re-made for %d classes, %d kept their weights by name", len(labels), len(kept)
+        "student.init: class head re-made for %d classes, %d kept their weights by name", len(labels), len(known)
     )
 
 

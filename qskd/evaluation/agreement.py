@@ -67,7 +67,8 @@ def agreement(
         both = (pairs[0][-1] >= 0) & (pairs[1][-1] >= 0)
         image = torch.arange(len(both), device=both.device)[:, None].expand_as(both)[both]
         own, goal = pairs[0][-1][both], pairs[1][-1][both]
-        kls.append(bernoulli_kl(record.logits[-1][image, goal], last[0][0][image, own]))
+        known = ~record.silent
+        kls.append(bernoulli_kl(record.logits[-1][image, goal][:, known], last[0][0][image, own][:, known]))
         boxes = [cxcywh_to_xyxy(b[image, q]) for b, q in ((last[1][0], own), (record.boxes_cxcywh[-1], goal))]
         ious.append(iou(boxes[0], boxes[1]))
         if not met:  # the first batch decides for all

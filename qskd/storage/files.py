@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from qskd.errors import QskdError, writing
 from qskd.redaction import STORE_REMEDY, redacted, redacted_uri, secret_in
 from qskd.storage import durable
+from qskd.storage.models import local_model, model_place
 from qskd.storage.scratch import scratch_folder
 from qskd.storage.stores import is_local, join, patiently
 
@@ -168,15 +169,16 @@ def sha256_of(stream: Any) -> str:
 
 @contextmanager
 def fetched(uri: str) -> Iterator[str]:
-    """A local copy of a folder with files, for what reads only local ones, until the block ends. A local path (or a Hub
-    name) is given back as it is."""
+    """A local copy of a model's folder, for what reads only local ones, until the block ends; of a run's folder its student's.
+    A local folder is not copied, and a Hub name is given back as it is."""
     if "://" not in uri:
-        yield os.path.expanduser(uri)
+        yield os.path.expanduser(local_model(uri))
         return
     filesystem, root = open_folder(uri)
     with scratch_folder("fetched") as local:
         try:
-            patiently(uri, filesystem, lambda: pafs.copy_files(root, local, source_filesystem=filesystem))
+            place = model_place(filesystem, root, uri)
+            patiently(uri, filesystem, lambda: pafs.copy_files(place, local, source_filesystem=filesystem))
         except (OSError, pa.ArrowException) as error:
             raise QskdError(redacted(uri), f"can't be read: {error}", "a folder with files in it") from None
         try:

@@ -43,6 +43,11 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     return as_stored
 
 
+def cache_names(config: Config) -> dict[str, str]:
+    """What the recipe calls the teacher and the data, for `CacheManifest.made_with`."""
+    return {"teacher": config.teacher.path, "data": config.data.train}
+
+
 def cached_needs(config: Config) -> TeacherNeeds:
     """What a cache with this recipe's settings holds."""
     cache = config.teacher.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ FORMAT = "qskd-teacher-cache"
 REMEDY = "make it again: `qskd cache RECIPE --overwrite`, which deletes this cache's own files in teacher.cache.path, nothing else"
 FILE_REMEDY = "delete this file: `qskd cache RECIPE` then makes it again, and no other"
 NOT_OURS = "choose another folder, --set teacher.cache.path=ANOTHER: this file is no cache's, and is left as it is"
+_BY_NAME = {"teacher": ("teacher.weights_sha256", "teacher.config_sha256"), "data": ("data.train",)}
 _SHORT = 12  # letters of a checksum that a message shows
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -51,7 +52,8 @@ class CacheSizes:
 class CacheManifest:
     """identity: field -> JSON value. batch_size: images the teacher saw at once (it decides the last bits, no more).
 
-    views: for each finished view, the (rows, bytes) of each shard's file.
+    views: for each finished view, the (rows, bytes) of each shard's file. made_with: "teacher" and "data" as the recipe named
+    them, for people; caches of before this was kept don't say.
     """
 
     __pydantic_config__ = STRICT
@@ -61,6 +63,7 @@ class CacheManifest:
     batch_size: _Size
     shards: tuple[str, ...]
     views: Mapping[Count, tuple[tuple[Count, Count], ...]]
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,21 +138,41 @@ def sizes_of(manifest: CacheManifest, views: Iterable[int]) -> dict[str, int]:
     }
 
 
-def check_identity(manifest: CacheManifest, expected: Mapping[str, Any], where: str) -> None:
-    """QskdError naming each field in which the cache is not what the recipe asks for, with both values."""
+def check_identity(
+    manifest: CacheManifest, expected: Mapping[str, Any], where: str, asked: Mapping[str, str] | None = None
+) -> None:
+    """QskdError naming each field in which the cache is not what the recipe asks for, with both values. asked: the recipe's
+    own names, as `CacheManifest.made_with` has the cache's."""
     differences = [
         f"{field} is {_shown(manifest.identity.get(field))} in the cache, {_shown(expected.get(field))} in the recipe"
         for field in sorted(manifest.identity.keys() | expected.keys())
         if manifest.identity.get(field) != expected.get(field)
     ]
     if differences:
+        named = _named(manifest, expected, asked or {})
         raise QskdError(
             where,
-            f"a cache of other teacher outputs: {'; '.join(differences)}",
+            f"a cache of other teacher outputs: {'; '.join([*named, *differences])}",
             "a cache made with this recipe's teacher, data, views and cache settings",
             "bring the recipe in line (--set ...), make another cache (`qskd cache RECIPE --set "
             "teacher.cache.path=ANOTHER`), or replace this one (`qskd cache RECIPE --overwrite` deletes its files)",
         )
+
+
+def _named(manifest: CacheManifest, expected: Mapping[str, Any], asked: Mapping[str, str]) -> list[str]:
+    """Whose outputs they are and of which data, by name, where their checksums differ: those say nothing to people."""
+    said = []
+    for what, fields in _BY_NAME.items():
+        if what not in asked or all(manifest.identity.get(name) == expected.get(name) for name in fields):
+            continue
+        cached = manifest.made_with.get(what)
+        if cached is None:
+            said.append(f"made with another {what} than {asked[what]} (its name was not kept yet)")
+        elif cached == asked[what]:
+            said.append(f"made with {what} {cached} as it was then; what is there has changed since")
+        else:
+            said.append(f"made with {what} {cached}, and the recipe's is {asked[what]}")
+    return said
 
 
 def _shown(value: Any) -> str:

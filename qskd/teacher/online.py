@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from qskd.boxes import cxcywh_to_xyxy, pairwise_giou
 from qskd.config import DetectionLossConfig, ResizeConfig
 from qskd.datasets.batch import TrainBatch
+from qskd.datasets.classes import NOBODY
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.distillation.method import Facts, Online
 from qskd.losses.matching import assign
-from qskd.structures import Targets, TeacherNeeds, TeacherRecord
+from qskd.structures import SILENT_LOGIT, Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.manifest import CacheSizes
 
@@ -25,7 +26,8 @@ Choose = Callable[[TeacherRecord], Tensor]
 class OnlineTeacher(nn.Module):
     """A frozen detector that says what a distillation method needs of it.
 
-    class_slots: the teacher's logit slot of each dataset class (`qskd.datasets.classes.map_classes`).
+    class_slots: the teacher's logit slot of each dataset class (`qskd.datasets.classes.map_classes`); of one that is left to
+    nobody the record says `SILENT_LOGIT`.
     """
 
     def __init__(self, detector: Detector, class_slots: tuple[int, ...], preprocessing: Preprocessing) -> None:
@@ -33,6 +35,7 @@ class OnlineTeacher(nn.Module):
         self.detector = detector.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.register_buffer("class_slots", torch.tensor(class_slots, dtype=torch.int64), persistent=False)
+        self.knows_all = NOBODY not in class_slots
 
     @property
     def resize(self) -> ResizeConfig:
@@ -83,7 +86,7 @@ class OnlineTeacher(nn.Module):
         output = self.detector(pixels, mask, with_attention=needs.attention)
         layers = slice(None) if needs.all_layers else slice(-1, None)
         record = TeacherRecord(
-            logits=output.logits[layers].index_select(-1, self.class_slots),
+            logits=self._of_dataset(output.logits[layers]),
             boxes_cxcywh=output.boxes_cxcywh[layers],
             memory=output.memory if needs.memory else (),
             memory_valid=output.memory_valid if needs.memory or needs.attention else (),
@@ -102,6 +105,13 @@ class OnlineTeacher(nn.Module):
             queries = choose(record)
         attend = output.attend_mean if needs.attention_layers == "mean" else output.attend
         return replace(record, attention_queries=queries, attention=attend(queries))
+
+    def _of_dataset(self, logits: Tensor) -> Tensor:
+        """[..., K'] -> [..., K], in the dataset's class order."""
+        slots: Tensor = self.class_slots  # type: ignore[assignment]
+        if self.knows_all:
+            return logits.index_select(-1, slots)
+        return logits.index_select(-1, slots.clamp(min=0)).masked_fill(slots == NOBODY, SILENT_LOGIT)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import select_both, select_queries
 from qskd.distillation.qskd.settings import Settings
 from qskd.errors import QskdError
-from qskd.structures import LossTerm, TeacherNeeds
+from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
 
 _CITATION = """\
 QSKD is the method of Liu et al., *Knowledge Distillation via Query Selection for Detection Transformer*
@@ -113,8 +113,10 @@ class QSKD(Method):
                 mask = foreground_mask(selection[-1], teacher, confidence, config.features)
             terms["agfd"] = self.features(student.memory, student.memory_valid, teacher, mask)
         if config.predictions.weight > 0:
+            # Of a class that the teacher knows nothing of, nothing is learnt: both sides are as sure that it isn't there.
+            mine = student.logits[distilled].float().masked_fill(teacher.silent, SILENT_LOGIT)
             terms |= alignment_terms(
-                Side(student.logits[distilled].float(), boxes[0].float(), own),
+                Side(mine, boxes[0].float(), own),
                 Side(teacher.logits.detach().float(), boxes[1].detach().float(), selection).layers(theirs),
                 num_objects=targets.valid.shape[1],
                 num_slots=1 + (config.selection.max_per_object or max(boxes[0].shape[2], boxes[1].shape[2])),
