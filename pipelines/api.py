@@ -263,7 +263,7 @@ def predict(model: Folder, images: Picture | Sequence[Picture], *, threshold: fl
     from pipelines.inspection.predict import read_image
     from qskd.detectors import load_detector, read_preprocessing
     from qskd.evaluation.inference import predict_image
-    from qskd.storage.files import fetched
+    from qskd.storage.places import fetched
 
     one = isinstance(images, str | Path | Image.Image | np.ndarray)
     several: Sequence[Any] = [images] if one else images  # type: ignore[assignment]

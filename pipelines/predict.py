@@ -46,7 +46,7 @@ def command(
     """Draw a detector's boxes on images and videos; keep them as COCO's results and a table."""
     from pipelines.inspection import predict as program
     from pipelines.inspection.results import told, told_of_video
-    from qskd.storage.files import check_uri
+    from qskd.storage.places import check_uri
 
     asked = program.request(model, images, out, threshold, pictures, every, annotations)
     if dry_run:

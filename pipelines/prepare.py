@@ -78,7 +78,7 @@ def command(
     from qskd.datasets.findings.leaving_out import without
     from qskd.datasets.formats.opening import open_dataset
     from qskd.datasets.shards import outlined
-    from qskd.storage.files import check_uri
+    from qskd.storage.places import check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
     drawn = one_of("--exif", exif, "auto", "upright", "stored")

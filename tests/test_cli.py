@@ -22,7 +22,8 @@ from pipelines.prepare import prepare
 from qskd.config.recipe import load
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.errors import told_without_traceback
-from qskd.storage.files import open_folder, publish_bytes
+from qskd.storage.files import publish_bytes
+from qskd.storage.places import open_folder
 from qskd.storage.stores import patiently
 
 VERBS = (

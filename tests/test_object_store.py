@@ -34,7 +34,8 @@ from qskd.datasets.shards import ShardReader, read_annotations, verify, write_sh
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.storage import files
-from qskd.storage.files import open_folder, publish, publish_bytes
+from qskd.storage.files import publish, publish_bytes
+from qskd.storage.places import open_folder
 from qskd.storage.stores import PATIENCE
 from qskd.teacher.cache import TeacherCacheReader, finished_file, write_rows
 from qskd.teacher.columns.table import ARRAYS, TeacherRow

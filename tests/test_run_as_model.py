@@ -26,7 +26,7 @@ from qskd.config.recipe import to_yaml
 from qskd.datasets.manifest import load_manifest
 from qskd.detectors import build_student, checkpoint_digests, labels_of, load_detector, read_config, read_preprocessing
 from qskd.errors import QskdError
-from qskd.storage.files import fetched
+from qskd.storage.places import fetched
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from qskd.config import Config
 from qskd.config.recipe import load
 from qskd.errors import QskdError
 from qskd.redaction import redacted, secret_in
-from qskd.storage.files import open_folder
+from qskd.storage.places import open_folder
 
 SECRET = "hunter2"
 TRACKING = [

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from benchmarks.chaos.cluster import Cluster, marked, title
 from qskd.config import Config
 from qskd.datasets.manifest import MANIFEST
-from qskd.storage.files import open_folder, read_bytes
+from qskd.storage.files import read_bytes
+from qskd.storage.places import open_folder
 from qskd.teacher.manifest import load_cache_manifest
 
 PATIENCE_S = 30.0  # for processes that are about to go

@@ -19,7 +19,8 @@ from benchmarks.chaos.work import Driver, Places, job_checksum, leave_out, recip
 from benchmarks.chaos.world import World
 from benchmarks.timing import machine
 from qskd.config import Config
-from qskd.storage.files import open_folder, read_bytes
+from qskd.storage.files import read_bytes
+from qskd.storage.places import open_folder
 
 LIMIT_S = 600.0  # a command that takes longer hangs; an undisturbed one takes a minute on a busy machine
 MOST_COMMANDS = 4

@@ -23,7 +23,7 @@ from qskd.config.recipe import load, to_yaml
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import build_student, save_detector
-from qskd.storage.files import open_folder
+from qskd.storage.places import open_folder
 
 IMAGES = {"train": (64, 0), "val": (16, 1000)}  # how many, and the first one's number
 ROWS_PER_SHARD = 8

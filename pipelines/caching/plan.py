@@ -21,9 +21,10 @@ from qskd.config import Config
 from qskd.datasets.manifest import MANIFEST, Manifest, load_manifest
 from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError
-from qskd.storage.files import UNFINISHED, open_folder
+from qskd.storage.files import UNFINISHED
 from qskd.storage.listing import MISSING, sizes_in
 from qskd.storage.ownership import listed
+from qskd.storage.places import open_folder
 from qskd.storage.scratch import remove_orphan
 from qskd.storage.stores import patiently
 from qskd.teacher.cache import SPOOL, carries_fingerprint, finished_file

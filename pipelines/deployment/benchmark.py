@@ -26,7 +26,7 @@ from qskd.detectors import Detector, load_detector, read_preprocessing
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.printable import one_line
-from qskd.storage.files import fetched
+from qskd.storage.places import fetched
 from qskd.storage.scratch import scratch_folder
 
 TORCH, ONNX = "PyTorch", "onnxruntime"

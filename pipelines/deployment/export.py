@@ -49,8 +49,8 @@ from qskd.detectors import (
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.printable import escaped, one_line
-from qskd.storage.files import fetched
 from qskd.storage.ownership import check_replaceable, listed, same_file
+from qskd.storage.places import fetched
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MOST_IMAGES = 16  # of a folder

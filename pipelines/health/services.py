@@ -23,7 +23,7 @@ from pipelines.tracking.store import check_database, deleted, sqlite_file, witho
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.redaction import redacted
-from qskd.storage.files import open_folder
+from qskd.storage.places import open_folder
 from qskd.storage.stores import is_local
 from qskd.untrusted import parse_json
 

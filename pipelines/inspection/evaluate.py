@@ -36,7 +36,7 @@ from qskd.evaluation.inference import predict_pairs
 from qskd.evaluation.pairs import Pairs, pairs_of_transformers
 from qskd.from_recipe import ground_truth
 from qskd.printable import one_line
-from qskd.storage.files import fetched
+from qskd.storage.places import fetched
 
 log = logging.getLogger("qskd")
 CHOICE = "choice"  # of pairs: the column that tells them apart

@@ -28,8 +28,8 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
 from qskd.pictures.explain import DatasetDetector, Explanation, explain
 from qskd.pictures.explained import explanation_picture, warning_of
-from qskd.storage.files import fetched, open_folder
 from qskd.storage.ownership import check_picture
+from qskd.storage.places import fetched, open_folder
 from qskd.storage.stores import join, patiently
 from qskd.teacher.online import OnlineTeacher
 

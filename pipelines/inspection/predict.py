@@ -25,8 +25,8 @@ from qskd.errors import QskdError, writing
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import predict_image
 from qskd.pictures.plots import draw_boxes
-from qskd.storage.files import fetched
 from qskd.storage.ownership import check_picture, listed, save_picture
+from qskd.storage.places import fetched
 
 log = logging.getLogger("qskd")
 

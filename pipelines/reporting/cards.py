@@ -22,7 +22,7 @@ from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usua
 from qskd.detectors import Detector, load_detector
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
-from qskd.storage.files import open_folder
+from qskd.storage.places import open_folder
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.untrusted import parse_large_json
 

@@ -13,9 +13,10 @@ from pyarrow import fs
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.storage.durable import sync_tree
-from qskd.storage.files import open_folder, publish_bytes, read_bytes
+from qskd.storage.files import publish_bytes, read_bytes
 from qskd.storage.models import RUN_MARK
 from qskd.storage.models import SWEEP as SWEEP
+from qskd.storage.places import open_folder
 from qskd.storage.stores import is_local, join, patiently
 from qskd.untrusted import parse_large_json, parse_yaml
 

@@ -203,7 +203,8 @@ def _read(path: str) -> str:
         with Path(path).open("rb") as file:
             raw = file.read(most + 1)
     else:
-        from qskd.storage.files import open_folder, read_bytes
+        from qskd.storage.files import read_bytes
+        from qskd.storage.places import open_folder
 
         filesystem, inside = open_folder(path)
         raw = read_bytes(filesystem, inside, path, most + 1)

@@ -17,8 +17,9 @@ from qskd.datasets.pictures.facts import PictureCounts
 from qskd.datasets.samples import Category, Count, Integer, Problem
 from qskd.errors import QskdError
 from qskd.printable import shown_value
-from qskd.storage.files import open_folder, read_bytes
+from qskd.storage.files import read_bytes
 from qskd.storage.ownership import head_says
+from qskd.storage.places import open_folder
 from qskd.storage.stores import join
 from qskd.untrusted import LARGEST_MANIFEST, parse_json
 

@@ -40,8 +40,10 @@ from qskd.datasets.samples import (
 )
 from qskd.errors import QskdError, writing
 from qskd.printable import one_line
-from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish, read_bytes, remove, sha256_of
+from qskd.storage.files import UNFINISHED, publish, read_bytes, remove, sha256_of
 from qskd.storage.ownership import head_says
+from qskd.storage.parquet import ParquetFiles
+from qskd.storage.places import open_folder
 from qskd.storage.stores import is_local, join, patiently
 
 _SHOWN_PROBLEMS = 3

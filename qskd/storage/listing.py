@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.fs as pafs
 
-from qskd.storage.files import open_folder
+from qskd.storage.places import open_folder
 from qskd.storage.stores import patiently
 
 MISSING = "is missing"

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from qskd.datasets.manifest import MANIFEST
 from qskd.errors import QskdError, writing
-from qskd.storage.files import UNFINISHED, ParquetFiles, open_folder, publish
+from qskd.storage.files import UNFINISHED, publish
+from qskd.storage.parquet import ParquetFiles
+from qskd.storage.places import open_folder
 from qskd.storage.scratch import locked_folder, scratch_folder
 from qskd.storage.stores import is_local, join, patiently
 from qskd.teacher.columns.table import ALWAYS, COMPRESSION, PRECISIONS, TeacherRow, collate, row_from, schema_of, stored

@@ -19,8 +19,9 @@ from pydantic import Field, TypeAdapter
 from qskd.datasets.manifest import MANIFEST, STRICT, Manifest, read_strictly
 from qskd.datasets.samples import Count
 from qskd.errors import QskdError
-from qskd.storage.files import open_folder, publish_bytes, read_bytes
+from qskd.storage.files import publish_bytes, read_bytes
 from qskd.storage.ownership import head_says
+from qskd.storage.places import open_folder
 from qskd.storage.stores import join
 from qskd.untrusted import LARGEST_MANIFEST, parse_json
 

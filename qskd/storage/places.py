@@ -1,0 +1,88 @@
+"""Folders on any file system: a path or a URI opened, and a model's folder fetched.
+
+Folders may be local paths, URIs of pyarrow's file systems or, failing those, of fsspec's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from qskd.errors import QskdError
+from qskd.redaction import STORE_REMEDY, redacted, redacted_uri, secret_in
+from qskd.storage.models import local_model, model_place
+from qskd.storage.scratch import scratch_folder
+from qskd.storage.stores import patiently
+
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_LONGEST_PATH = 4096  # bytes: Linux opens no longer one
+
+
+def local_name(path: str) -> str:
+    """The path as it is; QskdError for what would make a folder called `s3:`, or is too long for any file system."""
+    if _ONE_SLASH.match(path):
+        raise QskdError(redacted_uri(path), "neither a path nor a URI", "SCHEME://..., or a path", "write it with ://")
+    if len(path.encode(errors="replace")) > _LONGEST_PATH:
+        raise QskdError(
+            f"{path[:60]}...", f"a path of {len(path)} characters", f"at most {_LONGEST_PATH}", "shorten it"
+        )
+    return path
+
+
+def check_uri(uri: str) -> None:
+    """QskdError where a URI has a secret in it; no store is asked."""
+    if secret := secret_in(uri):
+        found = f"{secret}, which recipes, MLflow and logs would all keep"
+        raise QskdError(redacted_uri(uri), found, "a URI without", STORE_REMEDY)
+
+
+@lru_cache(maxsize=64)
+def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
+    if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
+        raise QskdError(uri, "a path with a NUL character, or one that is not UTF-8", "a path in UTF-8", "rename it")
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(local_name(uri)))
+    check_uri(uri)
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        if uri.startswith(("s3://", "gs://", "abfs://")):  # a scheme that pyarrow knows: what is wrong is the rest
+            raise QskdError(uri, f"can't be opened: {error}", "a URI of pyarrow's", "correct it") from None
+    except OSError as error:
+        raise QskdError(uri, f"can't be reached: {error}", "a reachable store", "check address and access") from None
+    try:
+        import fsspec  # type: ignore[import-untyped]
+
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+        remedy = "check the scheme, or install the fsspec package that serves it"
+        raise QskdError(uri, f"can't be opened: {error}", "a path or a file system URI", remedy) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+@contextmanager
+def fetched(uri: str) -> Iterator[str]:
+    """A local copy of a model's folder, for what reads only local ones, until the block ends; of a run's folder its student's.
+    A local folder is not copied, and a Hub name is given back as it is."""
+    if "://" not in uri:
+        yield os.path.expanduser(local_model(uri))
+        return
+    filesystem, root = open_folder(uri)
+    with scratch_folder("fetched") as local:
+        try:
+            place = model_place(filesystem, root, uri)
+            patiently(uri, filesystem, lambda: pafs.copy_files(place, local, source_filesystem=filesystem))
+        except (OSError, pa.ArrowException) as error:
+            raise QskdError(redacted(uri), f"can't be read: {error}", "a folder with files in it") from None
+        try:
+            yield str(local)
+        except QskdError as error:  # it names the copy, which the user never saw
+            words = (error.where, error.found, error.expected, error.remedy)
+            raise QskdError(*(word.replace(str(local), redacted(uri)) for word in words)) from None
