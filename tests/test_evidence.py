@@ -90,8 +90,7 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
         monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
     marks = "before <!-- benchmarks.evidence --> old <!-- end of benchmarks.evidence --> after"
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/evidence.md"):
-        (tmp_path / name).write_text(marks)
+    (tmp_path / "docs" / "evidence.md").write_text(marks)
     monkeypatch.setattr(program, "ROOT", tmp_path)
     monkeypatch.setattr(teachers, "STEPS", 2)
     monkeypatch.setattr(backbone, "IMAGES", backbone.IMAGES.model_copy(update={"images": 32}))

@@ -104,7 +104,7 @@ def teacher_ap(work: Path, student: str) -> float:
 
 
 def write_table(work: Path) -> None:
-    """records/table.md, a figure for each student, and the tables in README.md and docs/evidence.md."""
+    """records/table.md, a figure for each student, and the tables in docs/evidence.md."""
     records = report.read_records()
     students = {name: student for name, student in STUDENTS.items() if report.budgets_of(records, name)}
     teachers = {student.teacher: teacher_ap(work, name) for name, student in students.items()}

@@ -13,7 +13,7 @@ from typing import Any
 from scipy.stats import t
 
 from benchmarks.evidence.cells import RECORDS
-from benchmarks.evidence.plan import BUDGETS, MAIN, STUDENTS, VARIANTS
+from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 
 BASELINE, OURS = "none", "qskd"
 Scores = dict[int, float]  # by seed
@@ -142,27 +142,6 @@ def markdown(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]
     return "\n\n".join(parts) + "\n"
 
 
-def summary(records: Sequence[Mapping[str, Any]], student: str) -> str:
-    """One student's main rows with both of the plan's budgets side by side, for a reader who wants the main thing."""
-    ap = scores(records)
-    budgets = [budget for budget in ("short", "long") if (student, BASELINE, budget) in ap]
-    head = [f"{BUDGETS[budget]:,} steps: AP | against no teacher | QSKD ahead by | seeds" for budget in budgets]
-    lines = ["| | " + " | ".join(head) + " |", "| --- |" + " --- |" * (4 * len(budgets))]
-    for name in MAIN:
-        variant, cells = VARIANTS[name], []
-        for budget in budgets:
-            mine, base, ours = (ap.get((student, each, budget), {}) for each in (name, BASELINE, OURS))
-            cells += [
-                Interval.of(list(mine.values())).show(100) if mine else "–",
-                Interval.of(paired(mine, base)).show(100, sign="+") if mine and name != BASELINE else "",
-                Interval.of(paired(ours, mine)).show(100, sign="+") if mine and ours and name != OURS else "",
-                str(len(mine)) if mine else "",
-            ]
-        if any((student, name, budget) in ap for budget in budgets):
-            lines.append(f"| {variant.title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def between_marks(document: str, text: str) -> str:
     """The document with `text` in place of what stands between its marks. ValueError without marks."""
     begin, end = "<!-- benchmarks.evidence -->", "<!-- end of benchmarks.evidence -->"
@@ -174,6 +153,6 @@ def between_marks(document: str, text: str) -> str:
 
 
 def published(root: Path, records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]) -> dict[Path, str]:
-    """What README and docs/evidence.md are to say, by file."""
-    parts = {root / "README.md": summary(records, "inherit"), root / "docs/evidence.md": markdown(records, teachers)}
-    return {path: between_marks(path.read_text(), text) for path, text in parts.items()}
+    """What docs/evidence.md is to say, by file."""
+    path = root / "docs" / "evidence.md"
+    return {path: between_marks(path.read_text(), markdown(records, teachers))}
