@@ -26,8 +26,9 @@ lint: install
 	$(BIN)/mypy
 
 # A file stays on one worker: what it builds once (a Ray cluster, a teacher, a cache) is built once. The files that take
-# longest come first (tests/conftest.py); xdist's own order would start them last.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# longest come first (tests/conftest.py); xdist's own order would start them last. Three workers for two cores: those with a
+# Ray cluster wait half of their time.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

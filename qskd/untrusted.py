@@ -86,8 +86,10 @@ def _check_depth(value: Any) -> None:
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def parse_yaml(text: str, where: str, expected: str = _EXPECTED_YAML, remedy: str = "") -> Any:
-    """A document's value, whose mappings have text for keys. QskdError naming `where` for what is no YAML, has tags of programs'
+def parse_yaml(
+    text: str, where: str, expected: str = _EXPECTED_YAML, remedy: str = "", *, text_keys: bool = True
+) -> Any:
+    """A document's value, whose mappings have text for keys (text_keys=False: any). QskdError naming `where` for what is no YAML, has tags of programs'
     own, names a key twice or has one that YAML takes for something else (`no`, `1`), or is too long, too deep or, with its
     aliases written out, too large."""
     if len(text) > LARGEST_YAML:
@@ -98,7 +100,8 @@ def parse_yaml(text: str, where: str, expected: str = _EXPECTED_YAML, remedy: st
             node = loader.get_single_node()
             if node is None:
                 return None
-            _check_keys(node, where)
+            if text_keys:
+                _check_keys(node, where)
             _measure(node, {}, 1)
             return loader.construct_document(node)
         finally:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from tiny import recipe
@@ -224,7 +225,7 @@ def test_a_finished_run_tells_its_result_its_figures_and_its_student(
     claim(folder, "train", "done")
     own = Tracker.open(plan.config, "train")
     training = Training(plan.config, make_student(plan.config, labels), None, 4, torch.device("cpu"))
-    found = CocoResult({**dict.fromkeys(METRICS, 0.25), "APl": -1.0}, {}, "pycocotools")
+    found = CocoResult({**dict.fromkeys(METRICS, 0.25), "APl": -1.0}, {}, "pycocotools", np.zeros((10, 101, 0)))
     (tmp_path / "checkpoint").mkdir()
     write_checkpoint(tmp_path / "checkpoint", training, plan.config, found)
     rows = [(4, {"loss/total": 1.0, "speed/images_per_s": 2.0})]

@@ -42,7 +42,9 @@ class YoloDataset(ImportedDataset):
 
     def _import(self) -> None:
         where = str(self._path)
-        config = parse_yaml(read_text(self._path, _EXPECTED), where, _EXPECTED)
+        config = parse_yaml(
+            read_text(self._path, _EXPECTED), where, _EXPECTED, text_keys=False
+        )  # names: {0: cat, 1: dog}
         if not isinstance(config, dict) or not ("names" in config or "nc" in config):
             keys = f"; keys there: {some(sorted(map(str, config)))}" if isinstance(config, dict) else ""
             raise QskdError(where, f"no `names`{keys}", _EXPECTED, "give COCO JSON, a data.yaml, or a folder")
