@@ -89,9 +89,9 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def parse_yaml(
     text: str, where: str, expected: str = _EXPECTED_YAML, remedy: str = "", *, text_keys: bool = True
 ) -> Any:
-    """A document's value, whose mappings have text for keys (text_keys=False: any). QskdError naming `where` for what is no YAML, has tags of programs'
-    own, names a key twice or has one that YAML takes for something else (`no`, `1`), or is too long, too deep or, with its
-    aliases written out, too large."""
+    """A document's value, whose mappings have text for keys (text_keys=False: any). QskdError naming `where` for what is no YAML,
+    has tags of programs' own, names a key twice or has one that YAML takes for something else (`no`, `1`), or is too long, too
+    deep or, with its aliases written out, too large."""
     if len(text) > LARGEST_YAML:
         raise QskdError(where, f"{len(text)} characters", f"{expected} of at most {LARGEST_YAML}", remedy)
     with _told(where, "YAML", expected, remedy):
