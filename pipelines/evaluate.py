@@ -61,7 +61,8 @@ def command(
         return
     result = program.evaluate(model, data, *asked, backend, config.compute.device, max_detections)  # type: ignore[arg-type]
     tell(metrics_line(result))
-    Console().print(class_table(result, per_class))
+    console = Console()
+    console.print(class_table(result, per_class, console.width))
     tell(*remarks(result), sep="\n")
     if out is not None:
         tell(f"→ {out}: {', '.join(keep(result, out))}")

@@ -110,7 +110,7 @@ def test_a_room_has_about_a_dozen_files_and_a_file_about_three_hundred_lines() -
     counts = Counter(str(path.parent.relative_to(ROOT)) for path in paths)
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES and folder != "pipelines"} == {}
     assert {path.stem for path in (ROOT / "pipelines").glob("*.py")} == {
-        "__init__", "api", "cli", "command", *(door.__name__.rpartition(".")[2] for door in DOORS.values())
+        "__init__", "api", "cli", "command", "models", *(door.__name__.rpartition(".")[2] for door in DOORS.values())
     }  # fmt: skip
     assert {str(path): lines for path in paths if (lines := len(path.read_text().splitlines())) > 345} == {}
 

@@ -17,7 +17,8 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from tiny import recipe
+from PIL import Image
+from tiny import STUDENT, recipe
 
 import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
 from pipelines.reporting.meter import Meter
@@ -40,7 +41,8 @@ from pipelines.tracking.tracker import Tracker
 from pipelines.training.checkpoints import write_checkpoint
 from pipelines.training.driver import finish
 from pipelines.training.plan import make_plan
-from qskd.config import Config
+from qskd.config import Config, StudentConfig
+from qskd.config.recipe import build
 from qskd.datasets.manifest import load_manifest
 from qskd.deploy.model_card import Figures
 from qskd.evaluation.average_precision import METRICS, CocoResult
@@ -164,15 +166,26 @@ def test_mlflow_itself_loads_the_student_without_qskd_and_its_weights_are_there_
     encoded = base64.b64encode(photo.read_bytes()).decode()
     code = """if True:
         import json, sys, mlflow, pandas
-        uri, model, photo, encoded = sys.argv[1:]
+        uri, model, photo, encoded, grey, deep = sys.argv[1:]
         mlflow.set_tracking_uri(uri)
         student = mlflow.pyfunc.load_model(model)
         one = student.predict(pandas.DataFrame({"image": [photo, encoded]}), params={"threshold": 0.0})
         assert list(student.predict([photo])[0]) == ["scores", "labels", "boxes"]
+        shallow, deeper = student.predict([grey, deep], params={"threshold": 0.0})
+        assert shallow == deeper, "16 bits are seen otherwise than 8"
         assert not any(name.split(".")[0] in ("qskd", "pipelines") for name in sys.modules), "qskd was needed"
         print("said", json.dumps(one))
     """
-    arguments = [logged.uri, f"runs:/{logged.run_id}/student", str(photo), encoded]
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64), np.uint8)
+    Image.fromarray(pixels).save(root / "grey.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(root / "deep.png")
+    arguments = [
+        logged.uri,
+        f"runs:/{logged.run_id}/student",
+        str(photo),
+        encoded,
+        *(str(root / f"{n}.png") for n in ("grey", "deep")),
+    ]
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=root, timeout=300
@@ -183,6 +196,7 @@ def test_mlflow_itself_loads_the_student_without_qskd_and_its_weights_are_there_
     assert first == second
     assert first["scores"] == sorted(first["scores"], reverse=True)
     assert len(first["boxes"]) == len(first["labels"]) > 0
+    assert any(side != round(side) for box in first["boxes"] for side in box)  # not cut to whole pixels
     weights = list((root / "mlartifacts").rglob("*.safetensors"))
     assert len(weights) == 1
     history = json.loads(run_of(logged).data.tags["mlflow.log-model.history"])
@@ -241,3 +255,17 @@ def test_a_finished_run_tells_its_result_its_figures_and_its_student(
     files = {each.path for each in mlflow.MlflowClient(own.uri).list_artifacts(own.run_id, "student")}
     assert {"student/config.json", "student/model.safetensors", "student/MLmodel"} <= files
     assert not (Path(done.student) / "MLmodel").exists()  # the run's own folder stays plain
+
+
+def test_of_a_student_that_starts_from_a_checkpoint_no_size_is_said_that_it_does_not_have(tiny_folders: Path) -> None:
+    from pipelines.tracking.tracker import params_of
+    from pipelines.training.notices import notices
+    from qskd.detectors import build_student, save_detector
+
+    hybrid = StudentConfig.model_validate({**STUDENT, "family": "rt_detr", "feature_levels": 2})
+    save_detector(build_student(hybrid, ("a", "b"), 0).eval(), tiny_folders / "hybrid", hybrid.resize)
+    config = build({"student": {"init": str(tiny_folders / "hybrid")}, "compute": {"workers": 2}})
+    said = {name: value for name, value in params_of(config).items() if name.startswith("student.")}
+    assert said == {"student.init": str(tiny_folders / "hybrid")}
+    assert any("a rt_detr has batch normalisation" in notice for notice in notices(config, 1.0))
+    assert "student.family" in params_of(build({}))

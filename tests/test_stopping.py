@@ -18,16 +18,18 @@ import psutil
 import pytest
 from test_pipelines import SIZES
 
+from pipelines.cluster import start
 from pipelines.cluster.loopback import make_token
 from pipelines.prepare import prepare
 from pipelines.run.folder import Folder
 from pipelines.run.history import add_report, read_history
-from pipelines.run.stopping import SAME_S
+from pipelines.run.stopping import SAME_S, ended_by_signals
 from pipelines.training.at_stop import say_where_it_stopped
 from pipelines.training.checkpoint_list import LIST
 from qskd.config import Config
 from qskd.config.recipe import load, to_yaml
 from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.errors import QskdError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Says that it is ready, and takes its time to close what it began.
@@ -42,6 +44,35 @@ with ended_by_signals():
         print("closing", flush=True)
         time.sleep(float(sys.argv[1]))
 """
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["qskd", "distill", "a.yaml"], "goes on with it"), (["qskd", "predict", "m", "a.jpg"], "begins anew")],
+)
+def test_a_stopped_program_says_whether_the_same_command_goes_on(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert told in capsys.readouterr().out
+
+
+def test_a_ray_that_does_not_start_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def no(**_: object) -> None:
+        raise Exception("The current node timed out during startup")
+
+    monkeypatch.setattr(ray, "init", no)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(start, "joined", lambda: False)
+    for name in ("choose_loopback", "make_token", "keep_back_noise"):
+        monkeypatch.setattr(start, name, lambda: None)
+    with pytest.raises(QskdError, match=r"did not start: The current node timed out[\s\S]*less busy"):
+        start.start_ray()
 
 
 def program(closing_s: float) -> subprocess.Popen[str]:
@@ -160,7 +191,7 @@ def is_loopback(address: str) -> bool:
     return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
-def start(recipe: Path, home: Path) -> subprocess.Popen[bytes]:
+def begin(recipe: Path, home: Path) -> subprocess.Popen[bytes]:
     """`qskd train` with a Ray of its own, in a fresh home."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
@@ -186,7 +217,7 @@ def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order
     (recipe, home, folder) = (tmp_path / "one.yaml", tmp_path / "home", Folder(config))
     home.mkdir()
     recipe.write_text(to_yaml(config))
-    process = start(recipe, home)
+    process = begin(recipe, home)
     root, seen = psutil.Process(process.pid), set()
     deadline = time.monotonic() + 400  # a busy machine takes minutes to start
     while not read_history(folder) and process.poll() is None and time.monotonic() < deadline:
@@ -216,7 +247,7 @@ def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order
     said = re.search(r"^one: stopped at step (\d+) of 90, its last checkpoint", out, re.MULTILINE)
     assert said is not None
     assert 0 < int(said[1]) <= reached  # workers may make a step more until Ray has ended them
-    process = start(recipe, home)
+    process = begin(recipe, home)
     assert process.wait(400) == 0, (tmp_path / "err").read_text()[-3000:]
     assert f"one: goes on from step {reached} of 90\n" in (tmp_path / "out").read_text()
     assert client.get_run(run_id).info.status == "FINISHED"

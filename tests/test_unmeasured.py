@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.demo.quickstart import TEACHER, Row, show
 from pipelines.inspection.evaluate import DetectorActor, evaluate
+from pipelines.inspection.tables import class_table
 from pipelines.prepare import prepare
 from pipelines.reporting.report import log_curves
 from pipelines.reporting.watch import progress_line
+from pipelines.training.driver import RunResult
 from pipelines.tuning.report.report import PICTURES, why_none
 from pipelines.tuning.report.results import SweepSummary
 from pipelines.tuning.report.tables import html_table, terminal_table, trials_csv
@@ -27,7 +30,10 @@ from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.deploy.model_card import Card, Figures, render
 from qskd.detectors import read_preprocessing
 from qskd.evaluation.average_precision import METRICS
+from qskd.evaluation.details import Evaluation, Plain, evaluate_in_detail
+from qskd.evaluation.detections import Detections
 from qskd.evaluation.shown import score_text, scores_text
+from qskd.from_recipe import ground_truth
 
 NOTHING = dict.fromkeys(METRICS, -1.0)
 SMALL_ONLY = NOTHING | {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "APs": 0.25}
@@ -140,3 +146,28 @@ def test_curves_leave_out_what_was_not_measured(tmp_path: Path) -> None:
 
     assert drawn(NOTHING, NOTHING) == []
     assert drawn(NOTHING, SMALL_ONLY) == ["pictures/ap.png"]
+
+
+def test_an_evaluations_file_and_the_values_of_functions_have_no_minus_one(data: Path) -> None:
+    found = evaluate_in_detail(ground_truth(str(data / "some")), Detections.empty())
+    found = replace(found, metrics={**NOTHING, "AP": 0.25}, plain=Plain("the 9 best pairs", dict(NOTHING)))
+    text = found.to_json()
+    assert not MINUS_ONE.search(text)
+    assert json.loads(text)["metrics"]["AP50"] is None
+    assert Evaluation.from_json(text, "x") == found
+    assert found.ap == 0.25
+    assert replace(found, metrics=NOTHING).ap is None
+    assert RunResult("f", "s", NOTHING, "r", 1.0).ap is None
+
+
+@pytest.mark.parametrize("width", [40, 50, 70, 120])
+def test_a_class_table_fits_its_terminal_and_keeps_class_and_ap(data: Path, width: int) -> None:
+    found = evaluate_in_detail(ground_truth(str(data / "some")), Detections.empty())
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(class_table(found, width=width))
+    lines = console.export_text().splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert "class" in lines[2]
+    assert " AP " in lines[2]
+    assert ("at score" in lines[2]) == (width >= 120)
+    assert any("0.000" in line for line in lines[4:])

@@ -10,6 +10,8 @@ from pipelines.cluster.environment import VERBOSE, _for_workers, joined
 from pipelines.cluster.loopback import choose_loopback, make_token
 from pipelines.cluster.noise import keep_back_noise
 from pipelines.run.stopping import sigterm_kept
+from qskd.errors import QskdError
+from qskd.printable import one_line
 
 LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
 
@@ -38,8 +40,16 @@ def start_ray() -> None:
     # No runtime_env: processes inherit this one's variables, and with one Ray would start none ahead (seconds each).
     cores = os.cpu_count() or 1
     # "local": Ray would else look for a cluster on this machine, and take one that was ended badly for it.
-    with sigterm_kept():
-        ray.init(address="local", num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
+    try:
+        with sigterm_kept():
+            ray.init(address="local", num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
+    except Exception as error:  # a plain Exception is among what Ray raises
+        raise QskdError(
+            "Ray on this machine",
+            f"did not start: {one_line(str(error))[:500]}",
+            f"a local Ray with room for its processes ({cores} core(s) here, load {os.getloadavg()[0]:.1f})",
+            "try again when the machine is less busy; `qskd doctor` says what is missing; QSKD_VERBOSE=1 shows what Ray says",
+        ) from error
 
 
 def quiet_ray_data() -> None:

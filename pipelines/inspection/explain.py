@@ -23,6 +23,7 @@ from qskd.config.recipe import apply_overrides, build, load
 from qskd.datasets.classes import Side, map_classes
 from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
+from qskd.detectors.student import family_of
 from qskd.distillation.find import refuse_strange_methods
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
@@ -113,7 +114,7 @@ def about(config: Config, teacher: OnlineTeacher | None, before: str = "") -> st
     if teacher is not None:
         name = "/".join(PurePosixPath(config.teacher.path).parts[-2:])
         parts.append(f"teacher {name}: {teacher.detector.family}, {teacher.detector.num_queries} queries")
-    parts.append(f"student: {config.student.family}, {how_it_began(config)}")
+    parts.append(f"student: {family_of(config.student)}, {how_it_began(config)}")
     return "  ·  ".join([*parts, *([f"before: {before}"] if before else [])])
 
 

@@ -10,6 +10,9 @@ from qskd.evaluation.shown import is_measured, score_text, scores_text
 from qskd.printable import one_line
 
 MOST_CLASSES, MOST_CONFUSED = 30, 8
+COLUMNS = ("class", "id", "images", "objects", "AP", "AP50", "best F1", "at score")
+FIRST_KEPT = ("AP", "objects", "AP50", "best F1", "at score", "images", "id")  # in a narrow terminal
+NAME_WIDTH, CELL_WIDTH = 16, 11
 NOTHING = "–"  # in a cell: could not be measured
 
 
@@ -25,16 +28,19 @@ def metrics_line(evaluation: Evaluation) -> str:
     return scores_text(named, list(named), 4)
 
 
-def class_table(evaluation: Evaluation, everything: bool = False) -> Table:
-    """The worst class first. everything: all of them, however many."""
+def class_table(evaluation: Evaluation, everything: bool = False, width: int = 120) -> Table:
+    """The worst class first. everything: all of them, however many. width: of the terminal; what it has no room for is left out."""
     classes = evaluation.classes if everything else evaluation.classes[:MOST_CLASSES]
     left = len(evaluation.classes) - len(classes)
     more = f"{left} more, all better or without objects: --per-class" if left else None
     table = Table(title="Classes, the worst first", caption=more, caption_justify="left")
-    for column in ("class", "id", "images", "objects", "AP", "AP50", "best F1", "at score"):
+    room = max(1, (width - NAME_WIDTH) // CELL_WIDTH)
+    kept = [column for column in COLUMNS if column == "class" or column in FIRST_KEPT[:room]]
+    for column in kept:
         table.add_column(column, justify="left" if column == "class" else "right", no_wrap=column != "class")
     for one in classes:
-        table.add_row(*class_cells(one))
+        cells = dict(zip(COLUMNS, class_cells(one), strict=True))
+        table.add_row(*(cells[column] for column in kept))
     return table
 
 

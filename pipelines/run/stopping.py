@@ -58,11 +58,21 @@ def was_stopped(error: BaseException) -> bool:
     return bool(_received) or isinstance(error, KeyboardInterrupt)
 
 
+BEGIN_ANEW = ("prepare", "evaluate", "predict", "explain", "export", "benchmark", "doctor", "shapes")  # verbs
+
+
 def this_command() -> str:
     """What to type to run this program again."""
     spec = sys.modules["__main__"].__spec__  # of `python -m`
     program = [sys.executable, *(["-m", spec.name] if spec else sys.argv[:1])]
     return shlex.join([*(["qskd"] if Path(sys.argv[0]).name == "qskd" else program), *sys.argv[1:]])
+
+
+def _goes_on() -> bool:
+    """Whether this program, begun again, goes on where it was, as all do that keep something before their end."""
+    spec = sys.modules["__main__"].__spec__
+    named = {*sys.argv[1:2], (spec.name if spec else sys.argv[0]).rpartition(".")[2]}
+    return named.isdisjoint(BEGIN_ANEW)
 
 
 @contextlib.contextmanager
@@ -84,10 +94,9 @@ def ended_by_signals(quiet: bool = False) -> Iterator[None]:
         if not quiet:
             from pipelines.run.logs import say
 
-            say(
-                f"\nstopped by {'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}; nothing that is finished is lost, and "
-                f"the same command goes on with it: {this_command()}"
-            )
+            goes_on = "nothing that is finished is lost, and the same command goes on with it"
+            told = goes_on if _goes_on() else "the same command begins anew"
+            say(f"\nstopped by {'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}; {told}: {this_command()}")
         raise SystemExit(128 + number) from None
     finally:
         if done:  # else the process ends, and a second signal is still a second one

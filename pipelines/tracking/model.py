@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.tracking import student_pyfunc
 from pipelines.tracking.tracker import Tracker
+from qskd.deploy.export import standing_alone
 from qskd.storage.scratch import scratch_folder
 
 log = logging.getLogger("qskd")
@@ -45,14 +46,17 @@ def write_flavour(folder: Path, run_id: str, name: str) -> Any:
     model = Model(artifact_path=name, run_id=run_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # MLflow would like an example of an input, and would store it
-        save_model(
-            str(folder),
-            loader_module=Path(student_pyfunc.__file__).stem,
-            code_paths=[student_pyfunc.__file__],
-            mlflow_model=model,
-            pip_requirements=_requirements(),
-            signature=signature,
-        )
+        with scratch_folder("flavour") as scratch:
+            code = scratch / Path(student_pyfunc.__file__).name
+            code.write_text(standing_alone(student_pyfunc), encoding="utf-8")
+            save_model(
+                str(folder),
+                loader_module=code.stem,
+                code_paths=[str(code)],
+                mlflow_model=model,
+                pip_requirements=_requirements(),
+                signature=signature,
+            )
     return model
 
 

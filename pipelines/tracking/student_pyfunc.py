@@ -1,21 +1,27 @@
-"""How MLflow loads a student: this file travels with the model, and imports nothing of qskd."""
+"""How MLflow loads a student: this file travels with the model, the decoder's text in place of its import, and needs nothing of
+qskd."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from qskd.datasets.pictures.decoding import decode
+
 
 class Student:
-    """transformers' object-detection pipeline, as MLflow's users call a model."""
+    """transformers' detector and its processor, as MLflow's users call a model."""
 
     def __init__(self, folder: str) -> None:
-        from transformers import pipeline
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-        self.pipeline = pipeline("object-detection", model=folder)
+        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.model = AutoModelForObjectDetection.from_pretrained(folder).eval()
 
     def predict(self, images: Any, params: dict[str, Any] | None = None) -> Any:
         """images: a table with one column, a list, or one: files' paths, base64 of PNG or JPEG, bytes, Pillow's pictures, or RGB
@@ -31,18 +37,24 @@ class Student:
         threshold = float((params or {}).get("threshold", 0.5))
         said = []
         for image in images:
-            found = sorted(self.pipeline(picture(image), threshold=threshold), key=lambda each: -each["score"])
-            boxes = [[float(each["box"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for each in found]
-            scores, labels = [each["score"] for each in found], [each["label"] for each in found]
+            scores, labels, boxes = self._found(picture(image), threshold)
             said.append({"scores": scores, "labels": labels, "boxes": boxes})
         return said
 
+    def _found(self, image: Any, threshold: float) -> tuple[list[float], list[str], list[list[float]]]:
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(**self.processor(images=image, return_tensors="pt"))
+        size = [(image.height, image.width)]
+        (found,) = self.processor.post_process_object_detection(output, threshold=threshold, target_sizes=size)
+        order = found["scores"].argsort(descending=True, stable=True)
+        scores, labels, boxes = (found[name][order].tolist() for name in ("scores", "labels", "boxes"))
+        return scores, [self.model.config.id2label[label] for label in labels], boxes
+
 
 def picture(image: Any) -> Any:
-    """Pillow's RGB picture."""
-    import numpy as np
-    from PIL import Image
-
+    """Pillow's RGB picture; of a file, upright and read as qskd reads it."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, str):
@@ -56,7 +68,7 @@ def picture(image: Any) -> Any:
         except (binascii.Error, ValueError):
             raise ValueError(f"neither a file here nor base64 of a picture: {image[:80]!r}") from None
     if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
+        return decode(image).rgb
     return image.convert("RGB")
 
 

@@ -42,6 +42,16 @@ def _continues(client: Any, uri: str, run_id: str) -> bool:
     return True
 
 
+def params_of(config: Config) -> dict[str, Any]:
+    """All fields, flat. Of a student that starts from a checkpoint those that were given: its sizes are the checkpoint's, and not
+    the defaults."""
+    fields = flatten(to_tree(config))
+    if config.student.init:
+        given = flatten({"student": config.student.model_dump(mode="json", exclude_unset=True)})
+        fields = {name: value for name, value in fields.items() if not name.startswith("student.") or name in given}
+    return fields
+
+
 class Tracker:
     """One MLflow run, addressed by id; picklable, so that any process can hold it (and only one does)."""
 
@@ -80,7 +90,7 @@ class Tracker:
                 },
             )
             tracker = cls(uri, run.info.run_id)
-            tracker.params(flatten(to_tree(config)))
+            tracker.params(params_of(config))
             tracker.text("config.yaml", to_yaml(config))
             return tracker
         except QskdError:

@@ -37,7 +37,7 @@ from pipelines.training.trainer import make_trainer
 from qskd.config import Config
 from qskd.config.recipe import load, shown_fields, to_yaml
 from qskd.errors import QskdError
-from qskd.evaluation.shown import scores_text
+from qskd.evaluation.shown import measured, scores_text
 from qskd.from_recipe import make_teacher, start_student
 from qskd.storage.scratch import scratch_folder
 
@@ -56,9 +56,9 @@ class RunResult:
     seconds: float
 
     @property
-    def ap(self) -> float:
-        """COCO AP of the last evaluation, 0..1; -1 where nothing could be measured."""
-        return self.metrics.get("AP", -1.0)
+    def ap(self) -> float | None:
+        """COCO AP of the last evaluation, 0..1; None where nothing could be measured."""
+        return measured(self.metrics).get("AP")
 
 
 def read_result(folder: Folder) -> RunResult:

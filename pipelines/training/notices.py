@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qskd.config import FACTS, Config
+from qskd.detectors.student import family_of
 
 FEW_EPOCHS = 4  # a fixed view is no loss to a training that shows each image a few times
 
@@ -10,11 +11,15 @@ FEW_EPOCHS = 4  # a fixed view is no loss to a training that shows each image a 
 def notices(config: Config, epochs: float) -> list[str]:
     """A sentence each. epochs: of this training."""
     found = []
-    views, family, facts = config.data.views, config.student.family, FACTS[config.student.family]
+    views, family = config.data.views, family_of(config.student)
+    facts = FACTS[family]
     if views.count == 1 and epochs > FEW_EPOCHS and (views.flip_probability or views.crop_probability):
+        how = " and ".join(
+            said for said, share in (("flipped", views.flip_probability), ("cropped", views.crop_probability)) if share
+        )
         price = "in a cache N times as large" if config.teacher.cache.path else "at no cost, since nothing is cached"
         found.append(
-            f"data.views.count = 1: each image is flipped and cropped in one way, the same in all {epochs:g} epochs. "
+            f"data.views.count = 1: each image is {how} in one way, the same in all {epochs:g} epochs. "
             f"data.views.count=N shows N ways, {price}"
         )
     if facts.missing and not config.student.init:

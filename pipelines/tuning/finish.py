@@ -17,6 +17,7 @@ from pipelines.tuning.tracking import ALIAS
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.config.recipe import replace_fields, to_yaml
+from qskd.evaluation.shown import is_measured
 from qskd.storage.scratch import scratch_folder
 
 
@@ -32,9 +33,9 @@ class SweepResult:
     version: str = ""
 
     @property
-    def ap(self) -> float:
-        """Of the best trial's best evaluation, 0..1; -1 where no trial was evaluated."""
-        return self.best.best_ap if self.best is not None else -1.0
+    def ap(self) -> float | None:
+        """Of the best trial's best evaluation, 0..1; None where nothing was measured."""
+        return self.best.best_ap if self.best is not None and is_measured(self.best.best_ap) else None
 
 
 def best_recipe(config: Config, best: TrialRow) -> str:

@@ -47,8 +47,13 @@ class Predicting(nn.Module):
 
 
 def detect_program() -> str:
-    """The text of detect.py: `onnx_detect`, with the text of the decoder in place of its import."""
-    (imported,) = re.findall(r"^from qskd\..* import .*\n", program := _text(onnx_detect), re.MULTILINE)
+    """The text of detect.py."""
+    return standing_alone(onnx_detect)
+
+
+def standing_alone(module: ModuleType) -> str:
+    """The text of a program that imports the decoder and nothing else of qskd, with the decoder's text in place of that import."""
+    (imported,) = re.findall(r"^from qskd\..* import .*\n", program := _text(module), re.MULTILINE)
     there = set(program.splitlines())
     lines = _text(decoding).partition("from __future__ import annotations\n")[2].strip().splitlines()
     rule = [line for line in lines if not (line.startswith(("import ", "from ")) and line in there)]
@@ -266,5 +271,6 @@ def require_parity(found: Sequence[Parity], where: str, tolerance: float = TOLER
                 f"{parity.name}, {parity.batch} image(s): probabilities differ by {parity.probabilities:.2g} and boxes by "
                 f"{parity.boxes:.2g} between PyTorch and onnxruntime",
                 f"at most {tolerance:g}",
-                "try the other --exporter, or allow more with --tolerance; nothing was written",
+                "try the other --exporter, or allow more with --tolerance; a network that has learnt nothing yet has queries of "
+                "all but equal scores, whose order is chance (docs/export.md): train it first. Nothing was written",
             )

@@ -13,6 +13,7 @@ from torch import nn
 from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import read_preprocessing
 from qskd.checkpoints.timm_resnet import is_dilated
+from qskd.checkpoints.weights import read_config
 from qskd.config import StudentConfig
 from qskd.datasets.classes import Vocabulary
 from qskd.detectors.backbone import backbone_config, load_backbone, thaw_norms
@@ -81,6 +82,11 @@ def student_cost(config: StudentConfig, classes: int) -> tuple[float, float]:
     height, width = resize.size, resize.usual_pixels // resize.size
     pixels, mask = torch.zeros(1, 3, height, width), torch.ones(1, height, width, dtype=torch.bool)
     return parameters(model) / 1e6, gflops(model, pixels, mask)
+
+
+def family_of(config: StudentConfig) -> str:
+    """The family's name; of a student that starts from a checkpoint, the checkpoint's."""
+    return str(read_config(config.init).model_type) if config.init else config.family
 
 
 def describe_student(config: StudentConfig, classes: int) -> str:

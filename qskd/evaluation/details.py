@@ -16,6 +16,7 @@ from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.detections import Array, Detections, GroundTruth
 from qskd.evaluation.matching import NEITHER, RIGHT, Verdicts, confusions, judge
 from qskd.evaluation.pairs import Pairs
+from qskd.evaluation.shown import is_measured, measured
 from qskd.untrusted import parse_large_json
 
 FORMAT, FORMAT_VERSION = "qskd-evaluation", 1
@@ -101,9 +102,9 @@ class Evaluation:
     max_detections: int = 100
 
     @property
-    def ap(self) -> float:
-        """-1 where it could not be measured."""
-        return self.metrics["AP"]
+    def ap(self) -> float | None:
+        """None where it could not be measured."""
+        return measured(self.metrics).get("AP")
 
     @cached_property
     def per_class(self) -> dict[str, float]:
@@ -130,7 +131,11 @@ class Evaluation:
         return replace(self, precision_recall=None, thresholds=None, confusions=tuple(self._mistaken(10)))
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        """What could not be measured is null."""
+        tree = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        for part in filter(None, (tree, tree["plain"])):
+            part["metrics"] = {name: value if is_measured(value) else None for name, value in part["metrics"].items()}
+        return json.dumps(tree, indent=1)
 
     @staticmethod
     def from_json(text: str | bytes, where: str) -> Evaluation:
@@ -141,6 +146,11 @@ class Evaluation:
         try:
             if not known:
                 raise ValueError("another format or version")
+            for part in (tree, tree.get("plain")):
+                if isinstance(part, dict) and isinstance(part.get("metrics"), dict):
+                    part["metrics"] = {
+                        name: -1.0 if value is None else value for name, value in part["metrics"].items()
+                    }
             return _EVALUATION.validate_python(tree)
         except (ValidationError, ValueError) as error:
             raise QskdError(where, f"not an evaluation: {str(error).splitlines()[0]}", expected) from None
