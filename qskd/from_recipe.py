@@ -62,6 +62,13 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
             "at least one of the same shape",
             f"set {'; '.join([*fields, 'or student.inherit: false' if fields else 'student.inherit: false'])}",
         )
+    if not (done.backbone or config.student.backbone.init or config.student.init or config.detection.dense_weight):
+        log.warning(
+            "student.inherit: the backbone of %s does not fit, and the student's starts from random weights, which a "
+            "detection loss alone hardly trains: set student.backbone.init, student.backbone.type as the teacher's, or "
+            "detection.dense_weight=1",
+            config.teacher.path,
+        )
     if done.backbone:
         seen_as = teacher_preprocessing(config)
         student.mean, student.std = seen_as.mean, seen_as.std

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from tiny import STUDENT, silent_student
 
 from pipelines.training.notices import notices
+from qskd.config import StudentConfig
 from qskd.config.recipe import load
+from qskd.detectors import save_detector
 
 SQUARE = "student.resize={mode: square, size: 640}"
 LEVELS = "student.feature_levels=3"
@@ -21,7 +26,9 @@ LEVELS = "student.feature_levels=3"
         ([], 2.0, []),
         (["data.views.count=4", "student.family=rt_detr", SQUARE, LEVELS], 50.0, ["without denoising queries: "]),
         (["data.views.count=4", "student.family=d_fine", SQUARE, LEVELS], 50.0, ["box distributions (FGL, DDF)"]),
-        (["student.family=d_fine", "student.init=/some/where"], 2.0, []),
+        (["student.backbone.init="], 2.0, ["student.backbone starts from random weights"]),
+        (["student.backbone.init=", "student.inherit=true"], 2.0, []),  # said by what is inherited
+        (["student.backbone.init=", "detection.dense_weight=1"], 2.0, []),
         (
             ["compute.workers=8", "student.family=rt_detr_v2", SQUARE, LEVELS],
             2.0,
@@ -30,7 +37,16 @@ LEVELS = "student.feature_levels=3"
     ],
 )
 def test_what_happens_silently_is_said(overrides: list[str], epochs: float, said: list[str]) -> None:
-    found = notices(load(None, overrides), epochs)
+    found = notices(load(None, ["student.backbone.init=a/resnet", *overrides]), epochs)
     assert len(found) == len(said)
     for notice, words in zip(found, said, strict=True):
         assert words in notice
+
+
+def test_of_a_student_from_a_checkpoint_its_own_family_counts_and_it_needs_no_denoising(tmp_path: Path) -> None:
+    sizes = StudentConfig.model_validate({**STUDENT, "family": "d_fine", "feature_levels": 2})
+    save_detector(silent_student(sizes, ("a", "b"), 0).eval(), tmp_path / "own", sizes.resize)
+    one, two = (notices(load(None, [f"student.init={tmp_path / 'own'}", f"compute.workers={n}"]), 2.0) for n in (1, 2))
+    assert one == []
+    assert len(two) == 1
+    assert "a d_fine has batch normalisation outside its backbone" in two[0]

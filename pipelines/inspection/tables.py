@@ -67,7 +67,7 @@ def remarks(evaluation: Evaluation) -> list[str]:
 def best_threshold(evaluation: Evaluation) -> str:
     best = evaluation.best
     if best is None:
-        return "best threshold: none, for there is no object or no detection"
+        return "best threshold: none, for no detection is right, or there is no object"
     return (
         f"best threshold: score {best.score:.3f}, where F1 is {best.f1:.3f} (precision {best.precision:.3f}, recall "
         f"{best.recall:.3f}, IoU 0.5, all classes together)"

@@ -5,6 +5,10 @@ from __future__ import annotations
 from qskd.config import FACTS, Config
 from qskd.detectors.student import family_of
 
+RANDOM_BACKBONE = (
+    "starts from random weights, which a detection loss alone hardly trains: student.backbone.init names pretrained ones; "
+    "detection.dense_weight=1 trains random ones"
+)
 FEW_EPOCHS = 4  # a fixed view is no loss to a training that shows each image a few times
 
 
@@ -27,6 +31,9 @@ def notices(config: Config, epochs: float) -> list[str]:
             f"student.family = {family} trains without {facts.missing}: with and without a teacher it will be behind "
             "what its authors published (docs/families.md)"
         )
+    student = config.student
+    if not (student.init or student.inherit or student.backbone.init or config.detection.dense_weight):
+        found.append(f"student.backbone {RANDOM_BACKBONE}")
     if facts.hybrid and config.compute.workers > 1:
         found.append(
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "

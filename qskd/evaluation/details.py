@@ -223,6 +223,8 @@ def best_threshold(verdicts: Verdicts, objects: int) -> tuple[Threshold | None, 
     hits, kept = np.cumsum(right)[ends], ends + 1
     f1 = 2 * hits / (kept + objects)
     at = int(np.argmax(f1))
+    if not f1[at]:  # nothing is right at any
+        return None, None
     best = Threshold(float(scores[ends[at]]), float(hits[at] / kept[at]), float(hits[at] / objects), float(f1[at]))
     even = np.searchsorted(-scores[ends], -np.linspace(scores[0], scores[-1], _POINTS))
     shown = np.unique(np.minimum(even, len(ends) - 1))
