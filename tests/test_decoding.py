@@ -119,6 +119,7 @@ KINDS: dict[str, tuple[bytes, np.ndarray]] = {
         png16(np.concatenate([np.where(WIDE == 255, 4095, WIDE * 16)[..., None], ALPHA * 257], 2), interlaced=True), GREY),
     "8-bit TIFF whose 0 is white": (tiff(255 - GREY, 1, photometric=0), GREY),
     "16-bit TIFF whose 0 is white": (tiff((255 - WIDE) * 257, 1, photometric=0), GREY),
+    "16-bit TIFF whose 0 is white, the other order of bytes": (tiff((255 - WIDE) * 257, 1, ">", photometric=0), GREY),
     "12 bits in 16, whose 0 is white": (tiff(4095 - np.where(WIDE == 255, 4095, WIDE * 16), 1, photometric=0), GREY),
     "float TIFF whose 0 is white": (tiff(1 - GREY.astype(np.float32) / 255, 3, photometric=0), GREY),
     "float TIFF whose 0 is white, the other order of bytes": (
