@@ -25,7 +25,7 @@ Drawn = Annotated[
     str,
     typer.Option(
         help="Where EXIF turns a picture, its boxes refer to the upright or the stored one. auto: as the JSON's size says, "
-        "and upright where it can't tell."
+        "where it can't tell as the other turned pictures' sizes say, else upright."
     ),
 ]
 SkipBroken = Annotated[

@@ -50,24 +50,38 @@ def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png16(values: np.ndarray, late: bytes = b"") -> bytes:
+# Adam7's passes: first row, first column, and the steps between.
+PASSES = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+
+
+def png16(values: np.ndarray, late: bytes = b"", interlaced: bool = False) -> bytes:
     """[H, W] or [H, W, 2 to 4] of 0..65535, which Pillow does not write. late: EXIF that follows the pixels."""
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[values.size // (values.shape[0] * values.shape[1])]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    passes = [values[y::down, x::right] for y, x, down, right in PASSES] if interlaced else [values]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for part in passes for row in part)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, interlaced)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), *([(b"eXIf", late)] if late else []), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 
 
-def tiff(values: np.ndarray, kind: int, order: str = "<") -> bytes:
-    """Uncompressed, one channel or three. kind: SampleFormat, 1 unsigned, 2 signed, 3 floating point."""
+def tiff(values: np.ndarray, kind: int, order: str = "<", photometric: int = 1) -> bytes:
+    """Uncompressed, one channel or three. kind: SampleFormat, 1 unsigned, 2 signed, 3 floating point. photometric: of one
+    channel, 1 where 0 is black and 0 where it is white."""
     channels = values.shape[2] if values.ndim == 3 else 1
     height, width = values.shape[:2]
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     three = {258: values.dtype.itemsize * 8, 339: kind}
     beside = 8 + 2 + 12 * 10 + 4
     start = beside + 2 * 2 * channels
-    tags = {256: width, 257: height, 259: 1, 262: 2 if channels == 3 else 1, 273: start, 277: channels, 278: height}
+    tags = {
+        256: width,
+        257: height,
+        259: 1,
+        262: 2 if channels == 3 else photometric,
+        273: start,
+        277: channels,
+        278: height,
+    }
     tags |= {279: len(data)}
     entries, extra = b"", b""
     for tag in sorted([*tags, *three]):
@@ -99,6 +113,17 @@ KINDS: dict[str, tuple[bytes, np.ndarray]] = {
     "12 bits in 16, colour": (png16(np.where(WIDE_COLOUR == 255, 4095, WIDE_COLOUR * 16)), COLOUR),
     "16-bit colour and transparency": (png16(np.concatenate([WIDE_COLOUR * 257, ALPHA], 2)), COLOUR),
     "16-bit grey and transparency": (png16(np.concatenate([WIDE[..., None] * 257, ALPHA], 2)), GREY),
+    "12 bits in 16, grey and transparency": (
+        png16(np.concatenate([np.where(WIDE == 255, 4095, WIDE * 16)[..., None], ALPHA * 257], 2)), GREY),
+    "12 bits in 16, grey and transparency, interlaced": (
+        png16(np.concatenate([np.where(WIDE == 255, 4095, WIDE * 16)[..., None], ALPHA * 257], 2), interlaced=True), GREY),
+    "8-bit TIFF whose 0 is white": (tiff(255 - GREY, 1, photometric=0), GREY),
+    "16-bit TIFF whose 0 is white": (tiff((255 - WIDE) * 257, 1, photometric=0), GREY),
+    "16-bit TIFF whose 0 is white, the other order of bytes": (tiff((255 - WIDE) * 257, 1, ">", photometric=0), GREY),
+    "12 bits in 16, whose 0 is white": (tiff(4095 - np.where(WIDE == 255, 4095, WIDE * 16), 1, photometric=0), GREY),
+    "float TIFF whose 0 is white": (tiff(1 - GREY.astype(np.float32) / 255, 3, photometric=0), GREY),
+    "float TIFF whose 0 is white, the other order of bytes": (
+        tiff(1 - GREY.astype(np.float32) / 255, 3, ">", photometric=0), GREY),
     "16-bit colour TIFF": (tiff(WIDE_COLOUR * 257, 1), COLOUR),
     "16-bit colour TIFF, the other order of bytes": (tiff(WIDE_COLOUR * 257, 1, ">"), COLOUR),
     "float TIFF": (encoded(Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), GREY),
@@ -192,11 +217,38 @@ def test_a_small_part_of_the_range_is_told_and_a_whole_one_is_not() -> None:
     assert {kind for kind, note in notes.items() if note} == {
         "12 bits in 16",
         "12 bits in 16, colour",
+        "12 bits in 16, grey and transparency",
+        "12 bits in 16, grey and transparency, interlaced",
+        "12 bits in 16, whose 0 is white",
         "8 bits in 16",
         "16-bit signed TIFF",
     }
     dark = encoded(Image.fromarray(GREY.astype(np.float32) / 2550), "TIFF")
     assert "only 0 to 0.1 is used" in decode(dark).note
+
+
+@pytest.mark.parametrize("kind", ["grey", "colour", "transparent", "float"])
+def test_a_range_that_a_hot_pixel_alone_needs_is_told_and_not_clipped(kind: str) -> None:
+    values = {"grey": WIDE * 16, "colour": WIDE_COLOUR * 16, "transparent": np.stack([WIDE * 16, WIDE], 2)}
+    scale: Any = 65535
+    if kind == "float":
+        hot, scale = GREY.astype(np.float32) / 255 / 16, 1.0
+    else:
+        hot = values[kind]
+    hot[3, 3] = scale
+    data = tiff(hot, 3) if kind == "float" else png16(hot)
+    found = decode(data)
+    assert found.rgb.getpixel((3, 3)) == (255, 255, 255)
+    assert np.asarray(found.rgb).reshape(-1, 3).max(axis=1).tolist().count(255) == 1
+    said = f"{3 if kind == 'colour' else 1} of {1152 if kind == 'colour' else 384} values"
+    assert said in found.note
+    assert "nearly all of the picture lies in a quarter of the range" in found.note
+
+
+def test_two_hot_pixels_of_a_small_picture_are_a_picture() -> None:
+    hot = WIDE * 16
+    hot[3, 3:5] = 65535
+    assert decode(png16(hot)).note == ""
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from test_decoding import STORED, WIDE, png16, with_exif
@@ -20,6 +22,7 @@ from pipelines.inspection.subjects import subject_of_sample
 from pipelines.prepare import describe, prepare
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import CocoDataset, read_coco
+from qskd.datasets.formats.opening import open_dataset
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import MANIFEST, Manifest
 from qskd.datasets.pictures.facts import Exif, PictureCounts
@@ -145,6 +148,100 @@ def test_every_program_sees_a_turned_picture_and_its_box_alike(tmp_path: Path) -
     assert (x - width / 2, y - height / 2, x + width / 2, y + height / 2) == pytest.approx(BOX_XYXY)
     for boxes in (subject.boxes_xyxy, described.boxes_xyxy):
         assert tuple(boxes[0]) == BOX_XYXY
+
+
+def several(folder: Path, *pictures: tuple[tuple[int, int], int, str]) -> tuple[Path, Path]:
+    """A dataset of pictures, of each its upright size, its orientation, and what its box and size refer to."""
+    (folder / "images").mkdir()
+    document: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    for number, (size, orientation, drawn) in enumerate(pictures, 1):
+        part = folder / str(number)
+        one = json.loads(dataset_of(part, size, orientation, drawn, "PNG")[0].read_text())
+        (part / "images" / "photo.png").rename(folder / "images" / f"{number}.png")
+        document["images"].append(one["images"][0] | {"id": number, "file_name": f"{number}.png"})
+        document["annotations"].append(one["annotations"][0] | {"id": number, "image_id": number})
+    (folder / "a.json").write_text(json.dumps(document))
+    return folder / "a.json", folder / "images"
+
+
+SQUARE, WIDE_SCENE = (48, 48), (64, 40)
+
+
+@pytest.mark.parametrize("drawn", ["upright", "stored"])
+def test_turned_pictures_whose_size_cant_tell_are_read_like_those_whose_size_does(tmp_path: Path, drawn: str) -> None:
+    files = several(
+        tmp_path, (SQUARE, 6, drawn), (WIDE_SCENE, 3, drawn), (WIDE_SCENE, 1, "upright"), (WIDE_SCENE, 8, drawn)
+    )
+    dataset = read_coco(*files)
+    for _ in range(2):  # twice the same
+        samples = list(dataset.samples())
+        assert [tuple(sample.boxes_xyxy[0]) for sample in samples] == [BOX_XYXY] * 4
+        counts = PictureCounts.of([sample.picture for sample in samples if sample.picture])
+        assert counts == PictureCounts(turned=3, boxes_turned=3 * (drawn == "stored"))
+        assert dataset.findings == []
+    assert tuple(read_coco(*files).sample_of(files[1] / "2.png").boxes_xyxy[0]) == BOX_XYXY
+
+
+def test_turned_pictures_of_which_nothing_tells_are_a_finding(tmp_path: Path) -> None:
+    dataset = read_coco(
+        *several(tmp_path, (SQUARE, 6, "upright"), (WIDE_SCENE, 3, "upright"), (WIDE_SCENE, 1, "upright"))
+    )
+    assert [tuple(sample.boxes_xyxy[0]) for sample in dataset.samples()] == [BOX_XYXY] * 3
+    (finding,) = dataset.findings
+    assert (finding.name, finding.count) == ("exif-undecided", 2)
+    assert finding.examples == ("image 1 (1.png)", "image 2 (2.png)")
+
+
+def test_sizes_that_contradict_each_other_are_a_finding_and_decide_for_no_other_picture(tmp_path: Path) -> None:
+    files = several(tmp_path, (WIDE_SCENE, 6, "upright"), (WIDE_SCENE, 8, "stored"), (SQUARE, 6, "upright"))
+    dataset = read_coco(*files)
+    assert [tuple(sample.boxes_xyxy[0]) for sample in dataset.samples()] == [BOX_XYXY] * 3
+    assert {finding.name: finding.count for finding in dataset.findings} == {
+        "exif-undecided": 1,
+        "exif-mixed-readings": 2,
+    }
+    with pytest.raises(QskdError, match="exif-mixed-readings: of the turned pictures"):
+        prepare(*files, str(tmp_path / "shards"), quiet=True, strict=True, accept=["exif-undecided"])
+    told = read_coco(*files, exif="upright")
+    list(told.samples())
+    assert told.findings == []
+
+
+def test_a_size_that_was_taken_from_the_file_tells_nothing_of_other_pictures(tmp_path: Path) -> None:
+    for number, (size, orientation) in enumerate({WIDE_SCENE: 6, SQUARE: 3}.items()):
+        (tmp_path / f"{number}.png").write_bytes(with_exif(scene(*size), "PNG", orientation))
+        (tmp_path / f"{number}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "data.yaml").write_text("train: .\nnames: [thing]\n")
+    dataset = open_dataset(tmp_path / "data.yaml", None)
+    list(dataset.samples())
+    assert [(finding.name, finding.examples) for finding in dataset.findings] == [
+        ("exif-undecided", ("image 1 (1.png)",))
+    ]
+
+
+def test_pictures_inside_a_table_are_read_like_the_others_of_it(tmp_path: Path) -> None:
+    annotations, images = several(tmp_path, (SQUARE, 6, "stored"), (SQUARE, 1, "upright"), (WIDE_SCENE, 8, "stored"))
+    document = json.loads(annotations.read_text())
+    rows = [
+        {
+            "image": {"bytes": (images / image["file_name"]).read_bytes(), "path": image["file_name"]},
+            "width": image["width"],
+            "height": image["height"],
+            "objects": {"bbox": [box["bbox"]], "category": ["thing"]},
+        }
+        for image, box in zip(document["images"], document["annotations"], strict=True)
+    ]
+    (tmp_path / "table").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table" / "train.parquet")
+    dataset = open_dataset(tmp_path / "table", None, box_format="xywh")
+    assert [tuple(sample.boxes_xyxy[0]) for sample in dataset.samples()] == [BOX_XYXY] * 3
+    assert dataset.findings == []
+
+
+def test_a_missing_picture_tells_nothing_of_the_others(tmp_path: Path) -> None:
+    files = several(tmp_path, (SQUARE, 6, "stored"), (WIDE_SCENE, 6, "upright"), (WIDE_SCENE, 8, "stored"))
+    (files[1] / "2.png").unlink()
+    assert tuple(next(read_coco(*files).samples()).boxes_xyxy[0]) == BOX_XYXY
 
 
 def test_turned_and_deep_pictures_are_counted_in_the_manifest_and_told(tmp_path: Path) -> None:

@@ -1,16 +1,17 @@
 """COCO detection JSON -> samples and categories. Every complaint names the file, the image id and the annotation id.
 
-Samples are upright. Where EXIF turns a picture, its boxes are read against the upright picture unless the JSON's size is that
-of the stored pixels (`Exif`); then they are turned with it.
+Samples are upright. Where EXIF turns a picture, its boxes are read against the upright picture unless the JSON's size, or where
+that can't tell those of the other turned pictures, is that of the stored pixels (`Exif`); then they are turned with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,7 +23,9 @@ from qskd.datasets.coco_fields import read_categories
 from qskd.datasets.coco_fields import some as _some
 from qskd.datasets.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.findings.coco_marks import CocoMarks
+from qskd.datasets.findings.finding import Finding
 from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
+from qskd.datasets.findings.turned_pictures import TurnedPictures, drawn_on
 from qskd.datasets.formats.outlines import with_bbox
 from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
 from qskd.datasets.pictures.files import PictureFolder, folded
@@ -63,13 +66,15 @@ def _sample(image: _Image, encoded: bytes) -> Sample:
 class CocoDataset:
     """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
 
+    _measured: Set[int] = frozenset()  # ids of images whose size is not the dataset's word, but was taken from the file
+
     def __init__(self, annotations: Path, images: Path, on_error: OnError, exif: Exif = "auto") -> None:
         self.source = annotations.name
         self._path, self._root, self._on_error, self._exif = annotations, images, on_error, exif
         self._problems: list[Problem] = []
         self._picture_problems: list[Problem] = []
         self._errors: list[QskdError] = []
-        self._marks, self._given = CocoMarks(), GivenBoxes()
+        self._marks, self._given, self._turned = CocoMarks(), GivenBoxes(), TurnedPictures()
         self._folders: dict[Path, PictureFolder] = {}
         document, self.source_sha256 = self._parse()
         self.categories = read_categories(document["categories"], str(self._path))
@@ -78,7 +83,6 @@ class CocoDataset:
         if exif != "auto":
             self._take_sizes(exif)
         self._read_annotations(document["annotations"])
-        self.findings = [*self._given.findings(), *self._marks.findings()]
         if self._errors:
             first, more = self._errors[0], len(self._errors) - 1
             others = f" ({more} more such problems, the next at {self._errors[1].where})" if more else ""
@@ -94,9 +98,14 @@ class CocoDataset:
         """What was wrong and what was dropped for it; pictures' problems are known once `samples()` has passed them."""
         return self._problems + self._picture_problems
 
+    @property
+    def findings(self) -> list[Finding]:
+        """What looks wrong; of turned pictures, as far as `samples()` has passed them."""
+        return [*self._given.findings(), *self._marks.findings(), *self._turned.findings()]
+
     def samples(self) -> Iterator[Sample]:
         """Images in the JSON's order, one file read at a time. Raises QskdError at a broken picture unless skipping."""
-        self._picture_problems = []
+        self._picture_problems, self._turned = [], TurnedPictures()
         root = self._root.resolve()
         for image in self._images.values():
             where = self._image_where(image.id, image.file_name)
@@ -109,6 +118,8 @@ class CocoDataset:
                 dropped = f"the image and its {len(image.objects)} annotations"
                 self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
                 continue
+            if sample.picture and (sample.picture.undecided or image.id not in self._measured):
+                self._turned.add(f"image {image.id} ({image.file_name})", sample.picture)
             yield sample
 
     def outline(self) -> Iterator[Sample]:
@@ -144,7 +155,22 @@ class CocoDataset:
     def _read_sample(self, path: Path, image: _Image, where: str) -> Sample:
         encoded = self._read_bytes(path, image, where)
         respelt = any(image.file_name in folder.respelt for folder in self._folders.values())
-        return upright(_sample(image, encoded), check_image(encoded, where), self._exif, respelt, where, _FIX)
+        seen, exif = check_image(encoded, where), self._exif
+        if exif == "auto" and seen.size_tells_nothing:
+            exif = self._others_say
+        return upright(_sample(image, encoded), seen, exif, respelt, where, _FIX)
+
+    @functools.cached_property
+    def _others_say(self) -> Exif:
+        """What boxes refer to in all turned pictures whose size tells; auto where none does, or they contradict each other. Asked
+        for at the first picture that needs it, because it reads the others' headers; the same for all."""
+        images = [image for image in self._images.values() if image.id not in self._measured]
+        return drawn_on(((i.width, i.height), functools.partial(self._glimpse, i)) for i in images) or "auto"
+
+    def _glimpse(self, image: _Image) -> bytes:
+        """A picture's bytes; none where there is no such file, which is told when its turn comes."""
+        path = self._locate(self._root.resolve(), image, self._image_where(image.id, image.file_name))
+        return path.read_bytes() if os.path.isfile(path) else b""
 
     def _take_sizes(self, exif: Exif) -> None:
         """Boxes were drawn on the upright, or on the stored picture, whatever the JSON's sizes say: take its size instead."""
@@ -307,6 +333,6 @@ def read_coco(annotations: Path, images: Path, on_error: OnError = "stop", exif:
     on_error: "stop" raises QskdError at the first broken entry (and counts the others); "skip" drops broken images and
     annotations and lists them in `.problems`. Broken JSON, ambiguous categories and file names that leave `images` are
     errors in both modes. exif: what boxes refer to where EXIF turns a picture; "upright" and "stored" go before the JSON's
-    sizes, and read each picture once more.
+    sizes, and read each picture once more. "auto" does so from the first turned picture on whose own size can't tell.
     """
     return CocoDataset(Path(annotations), Path(images), on_error, exif)

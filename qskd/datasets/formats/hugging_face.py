@@ -131,7 +131,7 @@ class HuggingFaceDataset(ImportedDataset):
             return None
         self._image_places[image_id] = where
         self._sizes[image_id] = int(width or 0), int(height or 0)
-        self._add_image(image_id, name, *self._sizes[image_id])
+        self._add_image(image_id, name, *self._sizes[image_id], measured=file is not None)
         return image_id
 
     def _add_objects(self, where: str, row: dict[str, Any], image_id: int, class_ids: dict[str, int]) -> None:
@@ -178,6 +178,10 @@ class HuggingFaceDataset(ImportedDataset):
 
     def _read_bytes(self, path: Path, image: Any, where: str) -> bytes:
         return super()._read_bytes(path, image, where) if self._file_name else self._embedded.read(where)
+
+    def _glimpse(self, image: Any) -> bytes:
+        where = self._image_where(image.id, image.file_name)
+        return super()._glimpse(image) if self._file_name else self._embedded.read(where)
 
     # -- classes and boxes
 

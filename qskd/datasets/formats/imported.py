@@ -22,6 +22,7 @@ class ImportedDataset(CocoDataset):
 
     def __init__(self, source: Path, root: Path, on_error: OnError, exif: Exif) -> None:
         self._object_places: list[str] = []  # annotation id -> where it stands, for messages
+        self._measured: set[int] = set()
         self._document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
         super().__init__(source, root, on_error, exif)
 
@@ -50,8 +51,10 @@ class ImportedDataset(CocoDataset):
         """The size of what boxes were drawn on: the picture as a person sees it, as annotation tools have it, unless told."""
         return (height, width) if turned and self._exif != "stored" else (width, height)
 
-    def _add_image(self, image_id: int, file_name: str, width: int, height: int) -> None:
-        """file_name: relative to `_root`. width, height: pixels."""
+    def _add_image(self, image_id: int, file_name: str, width: int, height: int, *, measured: bool) -> None:
+        """file_name: relative to `_root`. width, height: pixels. measured: of the file, the dataset itself has no size."""
+        if measured:
+            self._measured.add(image_id)
         entry = {"id": image_id, "file_name": file_name, "width": width, "height": height}
         self._document["images"].append(entry)
 

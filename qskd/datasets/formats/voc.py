@@ -178,7 +178,7 @@ class VocDataset(ImportedDataset):
             found = f"size {size[0]} x {size[1]}, where {named[0]} is {width} x {height}"
             self._complain(where, found, "the picture's own size", "the image and its objects")
             return
-        self._add_image(image_id, name, *(size or seen))
+        self._add_image(image_id, name, *(size or seen), measured=size is None)
         for place, found_object in annotation.objects:
             if isinstance(found_object, QskdError):
                 self._complain(place, found_object.found, found_object.expected, "the object")

@@ -69,7 +69,7 @@ class YoloDataset(ImportedDataset):
             except QskdError as error:
                 self._complain(error.where, error.found, error.expected, "the image and its labels")
                 continue
-            self._add_image(image_id, path.relative_to(self._root).as_posix(), width, height)
+            self._add_image(image_id, path.relative_to(self._root).as_posix(), width, height, measured=True)
             label = next((place for place in _label_places(path, located) if os.path.isfile(place)), None)
             sought = sought or str(next(_label_places(path, located)))
             if label:

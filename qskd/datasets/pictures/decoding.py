@@ -4,8 +4,10 @@
 
 - A picture is turned as its EXIF orientation says (in JPEG, PNG, WebP and TIFF), as people and transformers see it.
 - More than 8 bits a channel: the fewest of 8, 10, 12, 14 or 16 bits that hold the picture's largest value are taken for its
-  range (cameras put 12 bits into files of 16). Larger or negative values are refused.
+  range (cameras put 12 bits into files of 16). One value decides: nothing is clipped. Where nearly all of the picture lies in a
+  quarter of that range, `note` says so. Larger or negative values are refused.
 - Floating point: 0 is black and 1 is white. Values beyond are refused: nothing says what is white.
+- A TIFF whose 0 is white (WhiteIsZero) is inverted, of any depth.
 - Grey, palette, CMYK and so on become RGB; transparency is dropped. Of several frames the first is taken.
 """
 
@@ -17,11 +19,13 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 # Pillow would also open formats that start other programs (EPS runs Ghostscript); a dataset has no use for those.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 ORIENTATION = 0x0112
+PHOTOMETRIC = 0x0106  # TIFF's; 0: WhiteIsZero
+FEW = 0.001  # of a picture's values: hot pixels, which say nothing of the others
 BITS = (8, 10, 12, 14, 16)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,6 +36,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow knows 16-bit TIFFs whose 0 is white in one of the two orders of bytes only.
+TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 # Pillow warns of pictures from half the size that it refuses, which are read here, and of broken EXIF, which means nothing.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Corrupt EXIF data")
@@ -130,51 +136,74 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 def _deep_as_rgb(picture: Image.Image, encoded: bytes) -> tuple[Image.Image, str]:
     if picture.mode == "F":
-        return _float_as_rgb(np.asarray(picture))
-    if picture.mode[0] == "I":
-        values = np.asarray(picture).astype(np.int32)
-    elif picture.mode in ("RGB", "RGBA"):
-        # Pillow keeps the high byte of each channel.
-        high = np.asarray(picture).astype(np.int32)[..., :3]
-        low = _low_bytes(encoded)
-        values = high * 256 + (high if low is None else low)
-    else:  # CMYK, which has no plain range
+        grey, note = _float_as_grey(np.asarray(picture))
+    elif picture.mode == "CMYK":  # which has no plain range
         return _as_rgb(picture), ""
+    elif picture.mode[0] == "I":
+        grey, note = _integers_as_bytes(np.asarray(picture).astype(np.int32))
+    else:
+        # Pillow keeps the high byte of each channel.
+        grey, note = _integers_as_bytes(_both_bytes(np.asarray(picture).astype(np.int32)[..., :3], encoded))
+    # Pillow inverts those of 8 bits and fewer itself.
+    inverted = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == 0
+    return Image.fromarray(255 - grey if inverted else grey).convert("RGB"), note
+
+
+def _integers_as_bytes(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str]:
     least, most = int(values.min()), int(values.max())
     if least < 0 or most >= 2 ** BITS[-1]:
         found = f"values from {least} to {most}"
         raise PictureError(found, f"0 to {2 ** BITS[-1] - 1}", "convert the picture to 8 or 16 bits a channel")
     bits = next(bits for bits in BITS if most < 2**bits)
-    scaled = Image.fromarray((values * 255 // (2**bits - 1)).astype(np.uint8))
     note = f"16 bits a channel, of which only 0 to {most} are used: read as {bits} bits" if bits < BITS[-1] else ""
-    return scaled.convert("RGB"), note
+    if few := _few_beyond(values, 2**bits // 4):
+        note += "; of these, " if note else f"read as {bits} bits for its largest value, {most}: "
+        note += f"{few} above {2**bits // 4 - 1}, so nearly all of the picture lies in a quarter of the range"
+    return (values * 255 // (2**bits - 1)).astype(np.uint8), note
 
 
-def _low_bytes(encoded: bytes) -> np.ndarray[Any, np.dtype[np.int32]] | None:
-    """The low bytes [H, W, 3] of a picture's 16-bit channels: the same data, read in the other order of bytes."""
+def _few_beyond(values: np.ndarray[Any, Any], limit: float) -> str:
+    """How many of the values reach the limit, where these are hot pixels at most; else the empty string."""
+    count = int(np.count_nonzero(values >= limit))
+    few = max(int(values.size * FEW), 3 if values.ndim == 3 else 1)  # one pixel, in a small picture
+    hot = 0 < count <= min(few, values.size // 2)
+    return f"{count} of {values.size} values {'is' if count == 1 else 'are'}" if hot else ""
+
+
+def _both_bytes(high: np.ndarray[Any, np.dtype[np.int32]], encoded: bytes) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The values of 16-bit channels, [H, W, 3], or [H, W] of grey with transparency, whose high bytes Pillow has read."""
     picture: Any = opened(encoded)
     native = {"little": "L", "big": "B"}[sys.byteorder]
 
     def swapped(mode: str) -> str:
+        if mode == "LA;16B":  # of PNG: read as the four bytes that they are
+            return "RGBA"
         kind, _, order = mode.partition(";16")
         return f"{kind};16{'B' if order.replace('N', native) == 'L' else 'L'}" if order else mode
 
+    grey = any(tile[3] == "LA;16B" for tile in picture.tile)
     try:
+        # The same data, read in the other order of bytes.
         picture.tile = [
             (codec, extents, offset, swapped(mode) if isinstance(mode, str) else (swapped(mode[0]), *mode[1:]))
             for codec, extents, offset, mode in picture.tile
         ]
         picture.load()
-    except Exception:  # an order that Pillow does not read: grey with transparency
-        return None
-    return np.asarray(picture).astype(np.int32)[..., :3]
+    except Exception:
+        found = "16 bits a channel, of which Pillow reads the high ones only"
+        raise PictureError(found, "grey or RGB", "convert the picture to 8 bits a channel") from None
+    low = np.asarray(picture).astype(np.int32)
+    return low[..., 0] * 256 + low[..., 1] if grey else high * 256 + low[..., :3]
 
 
-def _float_as_rgb(values: np.ndarray[Any, Any]) -> tuple[Image.Image, str]:
+def _float_as_grey(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str]:
     least, most = float(values.min()), float(values.max())
     if not (least >= 0 and most <= 1):  # False for NaN
         found = f"floating-point pixels from {least:.4g} to {most:.4g}"
         remedy = "scale them to 0..1, or convert the picture to 8 or 16 bits a channel"
         raise PictureError(found, "0 (black) to 1 (white)", remedy)
-    scaled = Image.fromarray(np.rint(values * 255).astype(np.uint8))
-    return scaled.convert("RGB"), f"floating point, of which only 0 to {most:.2g} is used" if most < 0.25 else ""
+    few = _few_beyond(values, 0.25)
+    note = f"{few} above 0.25, so nearly all of the picture lies in a quarter of the range" if few else ""
+    if most < 0.25:
+        note = f"only 0 to {most:.2g} is used"
+    return np.rint(values * 255).astype(np.uint8), f"floating point, of which {note}" if note else ""

@@ -15,13 +15,14 @@ from qskd.datasets.pictures.decoding import PictureError, is_deep, opened, orien
 from qskd.datasets.samples import Count, Sample
 from qskd.errors import QskdError
 
-# What boxes refer to where EXIF turns a picture. auto: what the JSON's size says, and the upright picture where it can't tell.
+# What boxes refer to where EXIF turns a picture. auto: what the JSON's size says; where it can't tell, what the sizes of the
+# dataset's other turned pictures say if all agree, and else the upright picture.
 Exif = Literal["auto", "upright", "stored"]
 Size = tuple[int, int]  # width, height
 
 
 class Seen(NamedTuple):
-    """A picture that was read to its end. width, height: pixels, upright. orientation: EXIF's, 1 to 8. deep: more than 8 bits a
+    """A picture. width, height: pixels, upright. orientation: EXIF's, 1 to 8. deep: more than 8 bits a
     channel. note: what a person should know of its range, or the empty string."""
 
     width: int
@@ -38,6 +39,11 @@ class Seen(NamedTuple):
     def stored(self) -> Size:
         """The size of the file's pixels before they are turned."""
         return (self.height, self.width) if self.orientation >= 5 else self.upright
+
+    @property
+    def size_tells_nothing(self) -> bool:
+        """Whether it is turned, and has the same size before and after."""
+        return self.orientation != 1 and self.stored == self.upright
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,6 @@ class PictureCounts:
         said = []
         if self.turned:
             said.append(f"{_pictures(self.turned)} stored turned (EXIF) and seen upright")
-        if self.undecided:
-            said.append(
-                f"  of {self.undecided}, sizes can't tell what the boxes refer to: read against the upright picture; "
-                "were they drawn on the stored pixels, pass --exif stored"
-            )
         if self.boxes_turned:
             said.append(
                 f"  of {self.boxes_turned}, boxes were read against the stored pixels and turned with them; were they drawn on "
@@ -151,15 +152,25 @@ def upright(listed: Sample, seen: Seen, exif: Exif, respelt: bool, where: str, r
 
 
 def look(encoded: bytes) -> PictureFacts:
-    """What the header says, for pictures of a source that says nothing of them. Broken bytes are for the decoder to name."""
+    """What the header says, for pictures of a source that says nothing of them."""
+    seen = seen_by_header(encoded)
+    return PictureFacts(turned=seen.orientation != 1, deep=seen.deep) if seen else PictureFacts()
+
+
+def seen_by_header(encoded: bytes) -> Seen | None:
+    """The picture, without decoding it. None: it is broken, which is for the decoder to name."""
     try:
         picture = opened(encoded)
     except PictureError:
-        return PictureFacts()
+        return None
     deep = is_deep(picture)
     # Pillow decodes a whole PNG in search of EXIF, which may follow the pixels.
     none = picture.format == "PNG" and not any(mark in encoded for mark in (b"eXIf", b"exif", b"adobe.xmp"))
-    return PictureFacts(turned=not none and orientation_of(picture) != 1, deep=deep)
+    width, height = picture.size
+    orientation = 1 if none else orientation_of(picture)
+    if orientation >= 5 and picture.format != "TIFF":  # whose size Pillow turns itself
+        width, height = height, width
+    return Seen(width, height, orientation, deep, "")
 
 
 def fits_only_turned(bbox_xywh: list[float], size: Size) -> bool:
