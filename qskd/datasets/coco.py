@@ -22,7 +22,7 @@ from qskd.datasets.coco_fields import read_categories
 from qskd.datasets.coco_fields import some as _some
 from qskd.datasets.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.findings.coco_marks import CocoMarks
-from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
+from qskd.datasets.findings.given_boxes import COCO, SLACK, GivenBoxes, Layout
 from qskd.datasets.formats.outlines import with_bbox
 from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
 from qskd.datasets.pictures.files import PictureFolder, folded
@@ -63,13 +63,15 @@ def _sample(image: _Image, encoded: bytes) -> Sample:
 class CocoDataset:
     """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
 
+    layout: Layout = COCO
+
     def __init__(self, annotations: Path, images: Path, on_error: OnError, exif: Exif = "auto") -> None:
         self.source = annotations.name
         self._path, self._root, self._on_error, self._exif = annotations, images, on_error, exif
         self._problems: list[Problem] = []
         self._picture_problems: list[Problem] = []
         self._errors: list[QskdError] = []
-        self._marks, self._given = CocoMarks(), GivenBoxes()
+        self._marks, self._given = CocoMarks(), GivenBoxes(self.layout)
         self._folders: dict[Path, PictureFolder] = {}
         document, self.source_sha256 = self._parse()
         self.categories = read_categories(document["categories"], str(self._path))
@@ -78,11 +80,12 @@ class CocoDataset:
         if exif != "auto":
             self._take_sizes(exif)
         self._read_annotations(document["annotations"])
-        self.findings = [*self._given.findings(), *self._marks.findings()]
+        given = self._given.findings(self._example)
+        self.findings = [*given, *self._marks.findings()]
         if self._errors:
             first, more = self._errors[0], len(self._errors) - 1
             others = f" ({more} more such problems, the next at {self._errors[1].where})" if more else ""
-            boxes = "".join(f"\n    {finding.found}" for finding in self._given.findings())
+            boxes = "".join(f"\n    {finding.found}" for finding in given)
             raise QskdError(first.where, first.found + others + boxes, first.expected, first.remedy)
 
     def __len__(self) -> int:
@@ -165,6 +168,14 @@ class CocoDataset:
 
     def _annotation_where(self, image_id: int, annotation_id: int) -> str:
         return f"{self._path}: image {image_id}, annotation {annotation_id}"
+
+    def _example(self, image_id: int, annotation_id: int) -> str:
+        return f"image {image_id}, annotation {annotation_id}"
+
+    def _as_given(self, entry: dict[str, Any]) -> list[float]:
+        """The numbers of an annotation's box, as `layout` has them."""
+        bbox: list[float] = entry["bbox"]
+        return bbox
 
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
         error = QskdError(where, found, expected, _FIX)
@@ -261,7 +272,7 @@ class CocoDataset:
             self._complain(where, f"bbox {shown_value(bbox)} is not four finite numbers", expected, "the annotation")
             return
         x, y, w, h = bbox
-        self._given.add(bbox, image.width, image.height, entry["image_id"], entry["id"])
+        self._given.add(self._as_given(entry), image.width, image.height, entry["image_id"], entry["id"])
         if fits_only_turned(bbox, (image.width, image.height)):
             expected += "; if EXIF turns the picture and its boxes were drawn on it upright: --exif upright"
         # Written so that a box rounded to float32, as samples hold it, is judged.

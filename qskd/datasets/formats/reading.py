@@ -38,10 +38,8 @@ def class_name(value: Any, where: str) -> str:
     """A class name that YAML read. QskdError for what YAML made of a name that should have been written in quotes."""
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # of digits, as of house numbers
     found = f"{shown_value(value)} where a class's name is expected"
-    remedy = "write it in quotes: YAML reads no, yes, on, off as truth values, 1.0 as a number and null as nothing"
+    remedy = "write it in quotes: YAML reads no, yes, on, off as truth values, 1 and 010 as numbers and null as nothing"
     raise QskdError(where, found, "text", remedy)
 
 
@@ -70,8 +68,9 @@ def read_class_names(path: Path) -> dict[int, str]:
     text = read_text(path, expected)
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml", ".json"):
-        parse = parse_json if suffix == ".json" else parse_yaml
-        value = parse(text, str(path), expected)
+        # names: {0: cat, 1: dog}, as ultralytics writes them
+        is_json, where = suffix == ".json", str(path)
+        value = parse_json(text, where, expected) if is_json else parse_yaml(text, where, expected, text_keys=False)
         return names_of(value.get("names", value) if isinstance(value, dict) else value, str(path))
     lines = [line.strip() for line in text.splitlines()]
     while lines and not lines[-1]:

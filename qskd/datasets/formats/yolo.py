@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qskd.datasets.coco import OnError
+from qskd.datasets.findings.finding import Tally
+from qskd.datasets.findings.given_boxes import Layout
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import (
     PICTURES,
@@ -34,11 +36,20 @@ _ROUNDING = 0.01  # relative to the picture: how far outside 0..1 a number may b
 class YoloDataset(ImportedDataset):
     """One split of a data.yaml. root: the folder that its entries are relative to, instead of what `path:` says."""
 
+    layout = Layout("YOLO's boxes", "[centre x, centre y, width, height]", "relative to the picture")
+
     def __init__(
         self, source: Path, root: Path | None, on_error: OnError, exif: Exif = "auto", split: str | None = None
     ) -> None:
         self._given_root, self._split = root, split
+        self._repeated = Tally()
         super().__init__(source, root or source.parent, on_error, exif)
+        self.findings += self._repeated.finding(
+            "repeated-lines",
+            "{count} line(s) of label files are there twice or more",
+            "Each counts once: the others are left out.",
+            "take them out; were labels of two people, or of two exports, joined?",
+        )
 
     def _import(self) -> None:
         where = str(self._path)
@@ -188,6 +199,7 @@ class YoloDataset(ImportedDataset):
             where = f"{path}: line {number}"
             if (first := seen.setdefault(words, number)) != number:
                 self._note(QskdError(where, f"the same object as in line {first}"), "the second one")
+                self._repeated.add(f"{where}, as line {first}")
                 continue
             try:
                 index, box_xyxy = _read_object(words, pose)
@@ -199,7 +211,8 @@ class YoloDataset(ImportedDataset):
                 continue
             left, top, right, bottom = box_xyxy
             bbox = [left * width, top * height, (right - left) * width, (bottom - top) * height]
-            self._add_object(where, image_id, index, bbox)
+            centre = [(left + right) / 2 * width, (top + bottom) / 2 * height]
+            self._add_object(where, image_id, index, bbox, [*centre, *bbox[2:]])
 
 
 def _read_object(words: tuple[str, ...], pose: bool) -> tuple[int, tuple[float, float, float, float]]:
