@@ -20,7 +20,12 @@ from qskd.printable import printable
 from qskd.untrusted import parse_yaml
 
 WIDTH, HEIGHT = 40, 20
-CORNERS = [(1, 2, 21, 12), (20, 4, 38, 18), (25, 10, 39, 19), (12, 5, 39, 16)]  # x1, y1, x2, y2 of four pictures' objects
+CORNERS = [
+    (1, 2, 21, 12),
+    (20, 4, 38, 18),
+    (25, 10, 39, 19),
+    (12, 5, 39, 16),
+]  # x1, y1, x2, y2 of four pictures' objects
 
 
 def yolo_lines(root: Path, *lines: str) -> Path:
@@ -211,3 +216,14 @@ def test_a_file_name_with_a_line_feed_or_escape_codes_keeps_to_its_line(
     assert "\x1b" not in said
     assert said.count("\n") == 1
     assert r"a\nb\x1b[31m.png" in said
+
+
+def test_an_error_about_a_file_with_a_line_feed_in_its_name_begins_no_line_of_its_own(tmp_path: Path) -> None:
+    source = yolo_lines(tmp_path, "0 0.5 0.5 0.5 0.5\n")
+    picture(tmp_path / "images" / "a\nerror: b.png")
+    write(tmp_path / "labels" / "a\nerror: b.txt", "7 0.5 0.5 0.5 0.5\n")
+    with pytest.raises(QskdError) as caught:
+        open_dataset(source, None)
+    first, *others = str(caught.value).splitlines()
+    assert r"a\nerror: b.txt: line 1: class 7" in first
+    assert [line.partition(":")[0] for line in others] == ["  expected", "  what to do"]

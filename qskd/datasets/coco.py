@@ -29,7 +29,7 @@ from qskd.datasets.pictures.files import PictureFolder, folded
 from qskd.datasets.samples import Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
-from qskd.printable import one_line, shown_value
+from qskd.printable import one_line, shown_path, shown_value
 from qskd.untrusted import parse_large_json
 
 __all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
@@ -178,7 +178,7 @@ class CocoDataset:
         return bbox
 
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
-        error = QskdError(where, found, expected, _FIX)
+        error = QskdError(shown_path(where), found, expected, _FIX)
         if self._on_error == "stop":
             self._errors.append(error)
         else:

@@ -14,6 +14,7 @@ from qskd.datasets.coco import CocoDataset, OnError
 from qskd.datasets.pictures.facts import Exif
 from qskd.datasets.samples import first_problems
 from qskd.errors import QskdError
+from qskd.printable import shown_path
 
 
 class ImportedDataset(CocoDataset):
@@ -66,11 +67,11 @@ class ImportedDataset(CocoDataset):
         `area`, `iscrowd`."""
         entry = {"id": len(self._object_places), "image_id": image_id, "category_id": category_id, "bbox": bbox_xywh}
         self._document["annotations"].append(entry | others)
-        self._object_places.append(where)
+        self._object_places.append(shown_path(where))
         self._given_boxes.append(given)
 
     def _image_where(self, image_id: Any, file_name: Any) -> str:
-        return str(self._root / file_name)
+        return shown_path(self._root / file_name)
 
     def _annotation_where(self, image_id: int, annotation_id: int) -> str:
         return self._object_places[annotation_id]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from qskd.datasets.pictures.decoding import IMAGE_FORMATS, orientation_of
 from qskd.errors import QskdError
-from qskd.printable import shown_value
+from qskd.printable import shown_path, shown_value
 from qskd.untrusted import parse_json, parse_yaml
 
 LARGEST_TEXT = 2**24  # bytes: a label file of 200,000 objects
@@ -121,7 +121,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def some(values: Iterable[Any], limit: int = 12) -> str:
     """A list for a message, cut."""
-    words = [str(value) for value in values]
+    words = [shown_path(value) for value in values]
     return ", ".join(words[:limit]) + (f", ... ({len(words)} in all)" if len(words) > limit else "")
 
 
