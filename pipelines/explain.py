@@ -47,14 +47,15 @@ def command(
     An image that no one annotated takes the teacher's own confident detections for its objects, and the picture says so.
     """
     from pipelines.inspection import explain as program
+    from qskd.printable import shown_path
 
     source = program.read_source(recipe_or_run, set or ())
     if dry_run:
         tell(f"student: {source.student or 'none yet'}; teacher: {source.config.teacher.path or 'none'}")
-        tell("\n".join(f"{image} → {target}" for image, target in program.targets(images, out)))
+        tell("\n".join(f"{shown_path(image)} → {shown_path(target)}" for image, target in program.targets(images, out)))
         return
     for path, shown in program.write_explanations(source, images, annotations, before, out, threshold, view):
-        tell(f"{shown.name}: {program.summary(shown)} → {path}")
+        tell(f"{shown_path(shown.name)}: {program.summary(shown)} → {shown_path(path)}")
 
 
 if __name__ == "__main__":

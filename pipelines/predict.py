@@ -46,17 +46,23 @@ def command(
     """Draw a detector's boxes on images and videos; keep them as COCO's results and a table."""
     from pipelines.inspection import predict as program
     from pipelines.inspection.results import told, told_of_video
+    from qskd.printable import shown_path
     from qskd.storage.places import check_uri
 
     asked = program.request(model, images, out, threshold, pictures, every, annotations)
     if dry_run:
         check_uri(model)
-        tell("\n".join(f"{model} on {path} → {target if pictures else out}" for path, target in asked.targets()))
+        tell(
+            "\n".join(
+                f"{model} on {shown_path(path)} → {shown_path(target if pictures else out)}"
+                for path, target in asked.targets()
+            )
+        )
         return
     for found, labels in program.predict_all(asked):
         say = told_of_video(found, labels) if found[0].frame is not None else told(found[0], labels)
-        where = f" → {found[0].picture}" if found[0].picture else ""
-        tell(f"{found[0].source}{where}: {say}")
+        where = f" → {shown_path(found[0].picture)}" if found[0].picture else ""
+        tell(f"{shown_path(found[0].source)}{where}: {say}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ def one_line(text: str, longest: int = LONGEST_NAME) -> str:
     return _cut(_HIDDEN.sub(_escaped, " ".join(_cut(text, 8 * longest).split())), longest)
 
 
+def shown_path(path: object) -> str:
+    """A path on one line, whole: its name may hold line feeds, which would look like lines of ours."""
+    return escaped(str(path)).replace("\n", "\\n").replace("\t", "\\t")
+
+
 class _Bounded(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()

@@ -108,8 +108,17 @@ def backgrounds(tree: Document) -> None:
 
 
 def crowded(tree: Document) -> None:
-    more = [{"id": 100 + n, "image_id": 4, "category_id": 1, "bbox": [n % 90, 5, 20, 30]} for n in range(120)]
+    more = [{"id": 100 + n, "image_id": 4, "category_id": 1, "bbox": [n % 90, 5, 20, 30 + n // 90]} for n in range(120)]
     tree["annotations"] += more
+
+
+def alike(tree: Document) -> None:
+    tree["categories"].append({"id": 3, "name": "Cup "})
+    tree["annotations"][0]["category_id"] = 3
+
+
+def twice(tree: Document) -> None:
+    tree["annotations"].append({**tree["annotations"][7], "id": 100})
 
 
 def crowds_only(tree: Document) -> None:
@@ -134,6 +143,8 @@ WRONG: dict[str, tuple[Change, str, int, list[str]]] = {
     "a rotated box": (first(attributes={"rotation": 37.5}), "rotated-boxes", 1, ["annotation 1 (by 37.5)"]),
     "a box of another mode": (first(bbox_mode=0), "boxes-of-another-mode", 1, ["annotation 1 (0)"]),
     "Roboflow's parent": (parent, "unused-categories", 1, ["0 things (parent of others)", "--leave-out things"]),
+    "two names that read the same": (alike, "categories-alike", 1, ["1 'cup' and 3 'Cup '"]),
+    "an object that is there twice": (twice, "repeated-objects", 1, ["image 2 (2.png): category 1 at [2, 50, 62, 78] 2 times"]),
     "backgrounds": (backgrounds, "images-without-objects", 2, ["2 of 6", "image 5 (5.png)", "image 6 (6.png)"]),
     "no annotations": (lambda tree: tree.update(annotations=[]), "no-objects", 6, ["not one of 6 images"]),
     "crowds alone": (crowds_only, "no-objects", 6, ["not one of 6 images"]),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import yaml
 
 from qskd.errors import QskdError
-from qskd.printable import one_line
+from qskd.printable import escaped, one_line
 
 NOBODY = -1  # the slot of a class that `class_map` leaves to nobody
 Explicit = Mapping[str, str | None]
@@ -70,7 +70,8 @@ def normalised(name: str) -> str:
 def listing(names: Iterable[str]) -> str:
     """Names in order, each once, cut to a length that can be read in a terminal."""
     unique = list(dict.fromkeys(names))
-    shown = [f"{name[:_SHOWN_LETTERS]}…" if len(name) > _SHOWN_LETTERS else name for name in unique[:_SHOWN]]
+    lines = [one_line(name) for name in unique[:_SHOWN]]
+    shown = [f"{name[:_SHOWN_LETTERS]}…" if len(name) > _SHOWN_LETTERS else name for name in lines]
     more = f", … and {len(unique) - _SHOWN} more" if len(unique) > _SHOWN else ""
     return f"[{', '.join(shown)}{more}]" if unique else "[] (none)"
 
@@ -158,7 +159,7 @@ def map_classes(
         raise _unmapped(unmapped, dataset_labels, theirs, slots, explicit, side)
     if ambiguous:
         found = f"several slots of the {side.name} go by the name of {listing(ambiguous)}"
-        first = ambiguous[0].rpartition(" (slots")[0]
+        first = one_line(ambiguous[0].rpartition(" (slots")[0])
         remedy = f'choose one: its exact label, or its slot number in quotes, e.g. {_FIELD}: {{{first}: "7"}}'
         raise _problem(side, found, dataset_labels, theirs, remedy)
     _refuse_shared_slots(dataset_labels, theirs, slots, explicit_slots, side)
@@ -214,8 +215,20 @@ def ready_class_map(entries: Explicit, in_a_recipe: bool = True) -> str:
 
 
 def _yaml(value: object, flow: bool = False) -> str:
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
-    return str(text).strip()
+    """Text that a terminal shows whole and that is read back as the same: what it would not show is escaped, in quotes."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
+    return escaped(str(text).strip())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts names with control characters, or others that are not shown, in double quotes, the only ones that know escapes."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        odd = escaped(data) != data or "\n" in data or "\t" in data
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if odd else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _explicit_slots(dataset: Sequence[str], theirs: Vocabulary, explicit: Explicit, side: Side) -> dict[str, int]:
@@ -233,11 +246,12 @@ def _explicit_slots(dataset: Sequence[str], theirs: Vocabulary, explicit: Explic
         if not candidates and label.isdecimal() and int(label) in theirs.names:
             candidates = [int(label)]
         if not candidates:
-            found = f"{name}: {label}, but the {side.name} has no label {label}"
+            found = f"{one_line(name)}: {one_line(label)}, but the {side.name} has no label {one_line(label)}"
             raise _problem(side, found, dataset, theirs, f"correct the right side of {_FIELD}; {sides}")
         if len(candidates) > 1:
-            found = f"{name}: {label}, but the {side.name} has that label at slots {', '.join(map(str, candidates))}"
-            remedy = f'give the slot in quotes, e.g. {_FIELD}: {{{name}: "{candidates[0]}"}}'
+            slots_there = ", ".join(map(str, candidates))
+            found = f"{one_line(name)}: {one_line(label)}, but the {side.name} has that label at slots {slots_there}"
+            remedy = f'give the slot in quotes, e.g. {_FIELD}: {{{one_line(name)}: "{candidates[0]}"}}'
             raise _problem(side, found, dataset, theirs, remedy)
         slots[name] = candidates[0]
     return slots
@@ -254,7 +268,8 @@ def _refuse_shared_slots(
         other = owner.setdefault(slots[name], name)
         if other != name and not (name in explicit_slots and other in explicit_slots):
             label = theirs.names[slots[name]]
-            found = f"{other} and {name} both reach the {side.name}'s slot {slots[name]} ({label})"
+            both = f"{one_line(other)} and {one_line(name)} both reach"
+            found = f"{both} the {side.name}'s slot {slots[name]} ({one_line(label)})"
             remedy = f"if that is meant, write both in {_FIELD}; else name another label for one of them"
             raise _problem(side, found, dataset, theirs, remedy)
 

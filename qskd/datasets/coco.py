@@ -24,7 +24,7 @@ from qskd.datasets.coco_fields import some as _some
 from qskd.datasets.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.findings.coco_marks import CocoMarks
 from qskd.datasets.findings.finding import Finding
-from qskd.datasets.findings.given_boxes import SLACK, GivenBoxes
+from qskd.datasets.findings.given_boxes import COCO, SLACK, GivenBoxes, Layout
 from qskd.datasets.findings.turned_pictures import TurnedPictures, drawn_on
 from qskd.datasets.formats.outlines import with_bbox
 from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
@@ -32,7 +32,7 @@ from qskd.datasets.pictures.files import PictureFolder, folded
 from qskd.datasets.samples import Category, Problem, Sample
 from qskd.datasets.views import check_image
 from qskd.errors import QskdError
-from qskd.printable import one_line, shown_value
+from qskd.printable import one_line, shown_path, shown_value
 from qskd.untrusted import parse_large_json
 
 __all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
@@ -66,15 +66,15 @@ def _sample(image: _Image, encoded: bytes) -> Sample:
 class CocoDataset:
     """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
 
+    layout: Layout = COCO
     _measured: Set[int] = frozenset()  # ids of images whose size is not the dataset's word, but was taken from the file
 
     def __init__(self, annotations: Path, images: Path, on_error: OnError, exif: Exif = "auto") -> None:
         self.source = annotations.name
         self._path, self._root, self._on_error, self._exif = annotations, images, on_error, exif
-        self._problems: list[Problem] = []
-        self._picture_problems: list[Problem] = []
-        self._errors: list[QskdError] = []
-        self._marks, self._given, self._turned = CocoMarks(), GivenBoxes(), TurnedPictures()
+        self._problems, self._picture_problems = list[Problem](), list[Problem]()
+        self._errors = list[QskdError]()
+        self._marks, self._given, self._turned = CocoMarks(), GivenBoxes(self.layout), TurnedPictures()
         self._folders: dict[Path, PictureFolder] = {}
         document, self.source_sha256 = self._parse()
         self.categories = read_categories(document["categories"], str(self._path))
@@ -86,7 +86,7 @@ class CocoDataset:
         if self._errors:
             first, more = self._errors[0], len(self._errors) - 1
             others = f" ({more} more such problems, the next at {self._errors[1].where})" if more else ""
-            boxes = "".join(f"\n    {finding.found}" for finding in self._given.findings())
+            boxes = "".join(f"\n    {finding.found}" for finding in self._given.findings(self._example))
             raise QskdError(first.where, first.found + others + boxes, first.expected, first.remedy)
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class CocoDataset:
     @property
     def findings(self) -> list[Finding]:
         """What looks wrong; of turned pictures, as far as `samples()` has passed them."""
-        return [*self._given.findings(), *self._marks.findings(), *self._turned.findings()]
+        return [*self._given.findings(self._example), *self._marks.findings(), *self._turned.findings()]
 
     def samples(self) -> Iterator[Sample]:
         """Images in the JSON's order, one file read at a time. Raises QskdError at a broken picture unless skipping."""
@@ -192,8 +192,16 @@ class CocoDataset:
     def _annotation_where(self, image_id: int, annotation_id: int) -> str:
         return f"{self._path}: image {image_id}, annotation {annotation_id}"
 
+    def _example(self, image_id: int, annotation_id: int) -> str:
+        return f"image {image_id}, annotation {annotation_id}"
+
+    def _as_given(self, entry: dict[str, Any]) -> list[float]:
+        """The numbers of an annotation's box, as `layout` has them."""
+        bbox: list[float] = entry["bbox"]
+        return bbox
+
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
-        error = QskdError(where, found, expected, _FIX)
+        error = QskdError(shown_path(where), found, expected, _FIX)
         if self._on_error == "stop":
             self._errors.append(error)
         else:
@@ -287,7 +295,7 @@ class CocoDataset:
             self._complain(where, f"bbox {shown_value(bbox)} is not four finite numbers", expected, "the annotation")
             return
         x, y, w, h = bbox
-        self._given.add(bbox, image.width, image.height, entry["image_id"], entry["id"])
+        self._given.add(self._as_given(entry), image.width, image.height, entry["image_id"], entry["id"])
         if fits_only_turned(bbox, (image.width, image.height)):
             expected += "; if EXIF turns the picture and its boxes were drawn on it upright: --exif upright"
         # Written so that a box rounded to float32, as samples hold it, is judged.
@@ -320,9 +328,8 @@ class CocoDataset:
             found = f"bbox {bbox} reaches {beyond:.1f} px outside its {image.width} x {image.height} image"
             self._note(QskdError(where, found), "nothing; the box was clipped")
         box = float(left), float(top), float(right), float(bottom)
-        size = float(w * h if area is None else area)
-        if size > _LARGEST_AREA:
-            size = (box[2] - box[0]) * (box[3] - box[1])
+        given = float(w * h if area is None else area)
+        size = given if given <= _LARGEST_AREA else (box[2] - box[0]) * (box[3] - box[1])
         self._marks.add(entry, entry["image_id"], entry["id"])
         image.objects.append((*box, entry["category_id"], size, bool(crowd)))
 

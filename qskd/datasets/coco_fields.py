@@ -6,7 +6,7 @@ from typing import Any
 
 from qskd.datasets.samples import LONGEST_CLASS_NAME, Category
 from qskd.errors import QskdError
-from qskd.printable import one_line, shown_value
+from qskd.printable import one_line, shown_path, shown_value
 
 
 def read_categories(entries: list[Any], path: str) -> tuple[Category, ...]:
@@ -64,4 +64,4 @@ def wrong_field(entry: Any, needed: dict[str, type]) -> str:
 
 def some(values: list[Any], limit: int = 12) -> str:
     """The first of them on a line, and how many there are."""
-    return ", ".join(map(str, values[:limit])) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
+    return ", ".join(map(shown_path, values[:limit])) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

@@ -11,6 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
+from qskd.printable import LONGEST_WORD, one_line
+
 if TYPE_CHECKING:
     from qskd.datasets.pictures.facts import PictureFacts
 
@@ -18,6 +20,7 @@ Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 LONGEST_CLASS_NAME = 1000  # characters; it is in every message, table and picture that speaks of the class
 Problem = dict[str, str]  # where, found, dropped: what was wrong with a source and what was left out for it
+_SHOWN_PROBLEMS = 3
 SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -38,6 +41,15 @@ ARRAYS: dict[str, type[np.generic]] = {
     "area": np.float32,
     "iscrowd": np.bool_,
 }
+
+
+def first_problems(problems: Sequence[Problem]) -> str:
+    """For an error where nothing is left: how many there are and the first of them, a line each; empty where there are none."""
+    shown = "".join(
+        f"\n    {one_line(each['where'], LONGEST_WORD)}: {one_line(each['found'])}"
+        for each in problems[:_SHOWN_PROBLEMS]
+    )
+    return f"; {len(problems)} problem(s), the first:{shown}" if problems else ""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from qskd.datasets.samples import (
     Problem,
     Sample,
     check_lengths,
+    first_problems,
     flat_column,
     to_samples,
     to_table,
@@ -46,7 +47,6 @@ from qskd.storage.parquet import ParquetFiles
 from qskd.storage.places import open_folder
 from qskd.storage.stores import is_local, join, patiently
 
-_SHOWN_PROBLEMS = 3
 __all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest"]
 __all__ += ["findings_of", "outlined", "read_annotations", "verify", "write_shards"]
 
@@ -177,10 +177,7 @@ def _check_left(dataset: SampleSource, survey: Survey, destination: str) -> None
     else:
         return
     problems = dataset.problems
-    shown = "".join(
-        f"\n    {one_line(each['where'])}: {one_line(each['found'])}" for each in problems[:_SHOWN_PROBLEMS]
-    )
-    first = f"; {len(problems)} problem(s), the first:{shown}" if problems else ""
+    first = first_problems(problems)
     remedy = "correct these; what is skipped must not be everything" if problems else "give a list with images"
     raise QskdError(destination, f"{dataset.source} has no {what}{first}", "at least one", remedy)
 

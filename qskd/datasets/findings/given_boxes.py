@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qskd.datasets.findings.finding import MOST_EXAMPLES, Finding
+from qskd.printable import one_line
 
 Numbers = NDArray[np.float64]
 SLACK = 1.0  # pixels that a box may reach beyond its image: what rounding does
@@ -26,52 +28,81 @@ READINGS: dict[str, Callable[[Numbers], tuple[Numbers, Numbers]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a format writes boxes. boxes: whose they are, for a sentence. reading: one of READINGS. unit: of its numbers. remedies:
+    what to do where another reading fits, by that reading; by default the boxes are to be rewritten."""
+
+    boxes: str
+    reading: str
+    unit: str = "in pixels"
+    remedies: Mapping[str, str] = field(default_factory=dict)
+
+
+COCO = Layout("COCO's boxes", "[x, y, width, height]")
+
+
 class GivenBoxes:
     """Collects boxes; `findings` says what they look like together."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout = COCO) -> None:
+        self._layout = layout
         self._numbers = array("d")
         self._ids = array("q")
 
     def add(self, box: list[float], width: int, height: int, image_id: int, annotation_id: int) -> None:
-        """box: four finite numbers, as given; width, height: the image's, in pixels."""
+        """box: four finite numbers, as given (importers: in pixels); width, height: the image's, in pixels."""
         self._numbers.extend((*box, width, height))
         self._ids.extend((image_id, annotation_id))
 
-    def findings(self) -> list[Finding]:
+    def findings(self, example: Callable[[int, int], str]) -> list[Finding]:
+        """example: where an annotation stands, of its image's id and its own."""
         numbers = np.array(self._numbers, np.float64).reshape(-1, 6)
         if not len(numbers):
             return []
         boxes, sizes = numbers[:, :4], numbers[:, 4:]
-        relative = bool((boxes <= 1).all() and (boxes >= 0).all())
+        relative = self._layout.unit == COCO.unit and bool((boxes <= 1).all() and (boxes >= 0).all())
         if relative:  # of the image's size: as such they may fit or not
             boxes = boxes * np.tile(sizes, 2)
         with np.errstate(over="ignore", invalid="ignore"):
             reach = {name: _reach(*read(boxes), sizes) for name, read in READINGS.items()}
-        own, *others = reach
-        outside = (reach[own] > SLACK) & np.isfinite(reach[own])
-        count, total = int(outside.sum()), len(boxes)
+        own, ids = self._layout.reading, np.array(self._ids, np.int64).reshape(-1, 2)
+        others = [name for name in READINGS if name != own]
+        misfit = reach[own] > SLACK  # those without an area too: a width where a right edge is meant gives such
+        outside = misfit & np.isfinite(reach[own])
+        total, said = len(boxes), ""
+        if outside.any():
+            far = reach[own][outside]
+            said = (
+                f"{int(outside.sum())} of {total} boxes reach outside their images, by up to {far.max():.1f} px, "
+                f"half of them by {np.median(far):.1f} px or more"
+            )
+        count, no_area = int(misfit.sum()), int(misfit.sum() - outside.sum())
         if not count or count < MANY * total:
             return []
-        ids = np.array(self._ids, np.int64).reshape(-1, 2)[outside][:MOST_EXAMPLES]
-        examples = tuple(f"image {image}, annotation {annotation}" for image, annotation in ids.tolist())
-        far = reach[own][outside]
-        said = (
-            f"{count} of {total} boxes reach outside their images, by up to {far.max():.1f} px, "
-            f"half of them by {np.median(far):.1f} px or more"
-        )
         fitting = {name: int((reach[name] <= SLACK).sum()) for name in others}
         best = max(others, key=lambda name: fitting[name])
         if count > 1 and fitting[best] >= _NEARLY_ALL * total and fitting[best] > total - count:
             unit = " of numbers relative to the image's size" if relative else ""
-            found = f"{said}; read as {best}{unit}, {fitting[best]} of {total} lie inside: they look like that"
-            meaning = f"COCO's boxes are {own} in pixels. Read so, these cover the wrong part of their images."
-            return [Finding("boxes-in-another-format", count, found, examples, meaning, f"write them as {own}")]
-        if relative:
+            lost = f"{no_area} of {total} boxes have no area" if no_area else ""
+            found = f"{', and '.join(filter(None, (said, lost)))}; read as {best}{unit}, "
+            found += f"{fitting[best]} of {total} lie inside: they look like that"
+            told = f"{own} {self._layout.unit}"
+            meaning = f"{self._layout.boxes} are {told}. Read so, these cover the wrong part of their images."
+            remedy = self._layout.remedies.get(best, f"write them as {told}")
+            examples = _examples(ids[misfit], example)
+            return [Finding("boxes-in-another-format", count, found, examples, meaning, remedy)]
+        count = int(outside.sum())
+        if relative or not count or count < MANY * total:
             return []
+        examples = _examples(ids[outside], example)
         meaning = "They are clipped: the learned box is of what is left."
         remedy = "were the pictures cropped or resized after they were annotated? Correct the boxes, or leave them out"
         return [Finding("boxes-clipped", count, said, examples, meaning, remedy)]
+
+
+def _examples(ids: NDArray[np.int64], example: Callable[[int, int], str]) -> tuple[str, ...]:
+    return tuple(one_line(example(image, annotation)) for image, annotation in ids[:MOST_EXAMPLES].tolist())
 
 
 def _reach(low: Numbers, high: Numbers, sizes: Numbers) -> Numbers:

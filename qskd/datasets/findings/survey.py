@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qskd.datasets.findings.alike import RepeatedObjects, alike_categories
 from qskd.datasets.findings.finding import MOST_EXAMPLES, Finding, Tally
 from qskd.datasets.samples import Category, Sample
 from qskd.printable import one_line
@@ -28,6 +29,7 @@ class Survey:
         self.most_objects, self.most_objects_in = 0, 0
         self._category_ids: set[int] = set()
         self._empty, self._crowded, self._tiny = Tally(), Tally(), Tally()
+        self._repeated = RepeatedObjects()
         self._largest = 0.0  # pixels: the farthest right or lower edge of a box
         self._share = 0.0  # the same, of its image's width or height
         self._names: list[str] = []
@@ -55,6 +57,7 @@ class Survey:
         if not len(sample.iscrowd):
             self._empty.add(where)
             return
+        self._repeated.add(sample, where)
         self._category_ids.update(sample.category_ids.tolist())
         edges = sample.boxes_xyxy[:, 2:]
         self._largest = max(self._largest, float(edges.max()))
@@ -68,7 +71,7 @@ class Survey:
     def findings(self, categories: Sequence[Category]) -> list[Finding]:
         """What looks wrong in the samples so far. categories: the dataset's."""
         total = self.objects + self.crowds
-        found = [*self._same_files(), *self._boxes(total)]
+        found = [*self._same_files(), *alike_categories(categories), *self._repeated.findings(), *self._boxes(total)]
         if not self.objects:
             meaning = "Nothing can be learned from it (training on it is refused), and no AP can be measured on it."
             remedy = (

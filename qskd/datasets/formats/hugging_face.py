@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from qskd.datasets.coco import OnError
+from qskd.datasets.formats.box_formats import as_xywh, in_pixels, layout_of
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import choose_split, names_of, picture_size, read_class_names, some
 from qskd.datasets.formats.rows import Rows, find_splits
 from qskd.datasets.pictures.facts import Exif
+from qskd.datasets.samples import Problem, first_problems
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 
-BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "xywh-relative", "xyxy-relative", "cxcywh-relative")
 _OBJECTS = ("objects", "annotations", "object")
 _BOXES = ("bbox", "bboxes", "box", "boxes")
 _CLASSES = (
@@ -73,6 +74,7 @@ class HuggingFaceDataset(ImportedDataset):
         box_format: str | None = None,
     ) -> None:
         self._split, self._classes, self._box_format = split, classes, box_format
+        self.layout = layout_of(box_format or "xywh")
         self._image_places: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}  # image id -> width, height
         self._boxes: list[tuple[float, ...]] = []  # four numbers as written, and the picture's width and height
@@ -149,7 +151,7 @@ class HuggingFaceDataset(ImportedDataset):
                 self._complain(place, str(error), _EXPECTED, "the object")
                 continue
             others = {key: entry[key] for key in ("area", "iscrowd") if entry.get(key) is not None}
-            self._add_object(place, image_id, index, box, **others)
+            self._add_object(place, image_id, index, as_xywh(box, self._box_format or "xywh"), box, **others)
 
     # -- pictures
 
@@ -192,23 +194,27 @@ class HuggingFaceDataset(ImportedDataset):
             return names_of(noted, f"{self._path}: the names of its ClassLabel")
         words: set[str] = set()
         numbers = False
+        problems: list[Problem] = []
         for each in (rows, *others):
             columns = [
                 key for key in ([self._objects] if self._objects else [*_BOXES, *_CLASSES]) if key in each.columns
             ]
-            for _, row in each.read(columns) if columns else ():
+            for where, row in each.read(columns) if columns else ():
                 try:
                     found = [
                         _first(entry, _CLASSES)
                         for entry in _objects_of(row.get(self._objects) if self._objects else row)
                     ]
-                except ValueError:
+                except ValueError as error:
+                    problems.append({"where": where, "found": str(error)})
                     continue  # complained of where the row is added
                 words |= {value for value in found if isinstance(value, str) and value}
                 numbers = numbers or any(isinstance(value, int) for value in found)
         if not words:
             found_classes = "classes as numbers, without their names" if numbers else "no object with a class"
             remedy = "pass `--classes names.txt`, with one name a line, the first for number 0"
+            if problems and not numbers:
+                found_classes, remedy = f"{found_classes}{first_problems(problems)}", "correct these"
             raise QskdError(str(self._path), found_classes, "names, or a ClassLabel", remedy)
         return dict(enumerate(sorted(words)))
 
@@ -221,16 +227,12 @@ class HuggingFaceDataset(ImportedDataset):
         raise ValueError(f"class {shown_value(value)}, not one of {some(class_ids)}")
 
     def _box(self, value: Any, width: int, height: int) -> list[float]:
+        """The four numbers, in pixels and in the order that they have."""
         if not isinstance(value, list) or len(value) != 4 or not all(_is_number(part) for part in value):
             raise ValueError(f"bbox {shown_value(value)} is not four finite numbers")
-        a, b, c, d = (float(part) for part in value)
-        self._boxes.append((a, b, c, d, width, height))
-        layout, _, relative = (self._box_format or "xywh").partition("-")
-        if relative:
-            a, b, c, d = a * width, b * height, c * width, d * height
-        if layout == "xyxy":
-            return [a, b, c - a, d - b]
-        return [a - c / 2, b - d / 2, c, d] if layout == "cxcywh" else [a, b, c, d]
+        numbers, box_format = [float(part) for part in value], self._box_format or "xywh"
+        self._boxes.append((*numbers, width, height))
+        return in_pixels(numbers, box_format, width, height)
 
     def _check_format(self) -> None:
         """Boxes that show to be no COCO boxes are not guessed at: QskdError with what to type."""

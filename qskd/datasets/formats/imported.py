@@ -12,7 +12,9 @@ from typing import Any
 
 from qskd.datasets.coco import CocoDataset, OnError
 from qskd.datasets.pictures.facts import Exif
+from qskd.datasets.samples import first_problems
 from qskd.errors import QskdError
+from qskd.printable import shown_path
 
 
 class ImportedDataset(CocoDataset):
@@ -23,8 +25,11 @@ class ImportedDataset(CocoDataset):
     def __init__(self, source: Path, root: Path, on_error: OnError, exif: Exif) -> None:
         self._object_places: list[str] = []  # annotation id -> where it stands, for messages
         self._measured: set[int] = set()
+        self._given_boxes: list[list[float]] = []  # annotation id -> its box as `layout` has it, in pixels
+        self._lost_objects = 0  # at least: entries that can't be read, of objects or of all of an image's
         self._document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
         super().__init__(source, root, on_error, exif)
+        self.listed_objects += self._lost_objects
 
     @abstractmethod
     def _import(self) -> None:
@@ -33,7 +38,7 @@ class ImportedDataset(CocoDataset):
     def _parse(self) -> tuple[dict[str, list[Any]], str]:
         self._import()
         if not self._document["images"] and not self._errors:
-            first = f"; the first problem is at {self._problems[0]['where']}" if self._problems else ""
+            first = first_problems(self._problems)
             raise QskdError(str(self._path), f"no usable image{first}", "at least one", "give the dataset's folder")
         # What was read, not the files themselves: of the same dataset in another place the shards are the same.
         text = json.dumps(self._document, sort_keys=True)
@@ -58,14 +63,28 @@ class ImportedDataset(CocoDataset):
         entry = {"id": image_id, "file_name": file_name, "width": width, "height": height}
         self._document["images"].append(entry)
 
-    def _add_object(self, where: str, image_id: int, category_id: int, bbox_xywh: Any, **others: Any) -> None:
-        """bbox_xywh: left, top, width, height in pixels. others: `area`, `iscrowd`."""
+    def _add_object(
+        self, where: str, image_id: int, category_id: int, bbox_xywh: Any, given: list[float], **others: Any
+    ) -> None:
+        """bbox_xywh: left, top, width, height in pixels. given: the same box in the order that `layout` says, in pixels. others:
+        `area`, `iscrowd`."""
         entry = {"id": len(self._object_places), "image_id": image_id, "category_id": category_id, "bbox": bbox_xywh}
         self._document["annotations"].append(entry | others)
-        self._object_places.append(where)
+        self._object_places.append(shown_path(where))
+        self._given_boxes.append(given)
 
     def _image_where(self, image_id: Any, file_name: Any) -> str:
-        return str(self._root / file_name)
+        return shown_path(self._root / file_name)
 
     def _annotation_where(self, image_id: int, annotation_id: int) -> str:
         return self._object_places[annotation_id]
+
+    def _example(self, image_id: int, annotation_id: int) -> str:
+        return self._object_places[annotation_id]
+
+    def _as_given(self, entry: dict[str, Any]) -> list[float]:
+        return self._given_boxes[entry["id"]]
+
+    def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
+        self._lost_objects += "object" in dropped or "label" in dropped
+        super()._complain(where, found, expected, dropped)

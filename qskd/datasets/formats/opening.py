@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qskd.datasets.coco import CocoDataset, OnError, read_coco
-from qskd.datasets.formats.hugging_face import BOX_FORMATS, HuggingFaceDataset
+from qskd.datasets.formats.box_formats import BOX_FORMATS
+from qskd.datasets.formats.hugging_face import HuggingFaceDataset
 from qskd.datasets.formats.reading import some
 from qskd.datasets.formats.rows import find_splits
 from qskd.datasets.formats.voc import VocDataset

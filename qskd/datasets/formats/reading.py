@@ -12,7 +12,7 @@ from PIL import Image
 
 from qskd.datasets.pictures.decoding import IMAGE_FORMATS, orientation_of
 from qskd.errors import QskdError
-from qskd.printable import shown_value
+from qskd.printable import shown_path, shown_value
 from qskd.untrusted import parse_json, parse_yaml
 
 LARGEST_TEXT = 2**24  # bytes: a label file of 200,000 objects
@@ -38,10 +38,8 @@ def class_name(value: Any, where: str) -> str:
     """A class name that YAML read. QskdError for what YAML made of a name that should have been written in quotes."""
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # of digits, as of house numbers
     found = f"{shown_value(value)} where a class's name is expected"
-    remedy = "write it in quotes: YAML reads no, yes, on, off as truth values, 1.0 as a number and null as nothing"
+    remedy = "write it in quotes: YAML reads no, yes, on, off as truth values, 1 and 010 as numbers and null as nothing"
     raise QskdError(where, found, "text", remedy)
 
 
@@ -70,8 +68,9 @@ def read_class_names(path: Path) -> dict[int, str]:
     text = read_text(path, expected)
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml", ".json"):
-        parse = parse_json if suffix == ".json" else parse_yaml
-        value = parse(text, str(path), expected)
+        # names: {0: cat, 1: dog}, as ultralytics writes them
+        is_json, where = suffix == ".json", str(path)
+        value = parse_json(text, where, expected) if is_json else parse_yaml(text, where, expected, text_keys=False)
         return names_of(value.get("names", value) if isinstance(value, dict) else value, str(path))
     lines = [line.strip() for line in text.splitlines()]
     while lines and not lines[-1]:
@@ -122,7 +121,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def some(values: Iterable[Any], limit: int = 12) -> str:
     """A list for a message, cut."""
-    words = [str(value) for value in values]
+    words = [shown_path(value) for value in values]
     return ", ".join(words[:limit]) + (f", ... ({len(words)} in all)" if len(words) > limit else "")
 
 

@@ -12,6 +12,7 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml.ElementTree import fromstring
 
 from qskd.datasets.coco import OnError
+from qskd.datasets.findings.given_boxes import Layout
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import (
     choose_split,
@@ -22,6 +23,7 @@ from qskd.datasets.formats.reading import (
     some,
 )
 from qskd.datasets.pictures.facts import Exif
+from qskd.datasets.samples import first_problems
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 
@@ -52,6 +54,8 @@ class VocDataset(ImportedDataset):
     """One split, or all, of a folder. pictures: the folder that holds them, where none of the usual ones does. classes: a file of
     class names, which are otherwise all names that occur in the folder (those of all splits), sorted."""
 
+    layout = Layout("Pascal VOC's boxes", "[x1, y1, x2, y2]")
+
     def __init__(
         self,
         source: Path,
@@ -71,7 +75,11 @@ class VocDataset(ImportedDataset):
         pool, broken = self._parse_all(xml_paths, folder)
         names = read_class_names(self._classes) if self._classes else _names_in(pool.values())
         if not names:
-            raise QskdError(str(folder), "no object in any XML file", "at least one", "check the folder")
+            errors = [*broken.values()]
+            errors += [each for one in pool.values() for _, each in one.objects if isinstance(each, QskdError)]
+            problems = [{"where": error.where, "found": error.found} for error in errors]
+            found = f"no object in any XML file{first_problems(problems)}"
+            raise QskdError(str(folder), found, "at least one", "correct these" if problems else "check the folder")
         self._add_categories(names)
         class_ids = {name: index for index, name in names.items()}
         # VOC counts pixels from 1, and a box's last pixel is its own. A 0 anywhere shows a tool that wrote plain coordinates.
@@ -189,7 +197,8 @@ class VocDataset(ImportedDataset):
                 left, top, right, bottom = found_object.box_xyxy
                 bbox = [left - origin, top - origin, right - left + origin, bottom - top + origin]
                 crowd = int(found_object.difficult)  # neither learned nor counted, as in VOC's own evaluation
-                self._add_object(place, image_id, class_ids[found_object.name], bbox, iscrowd=crowd)
+                given = [*bbox[:2], right, bottom]
+                self._add_object(place, image_id, class_ids[found_object.name], bbox, given, iscrowd=crowd)
 
 
 def _is_of_a_class(path: Path) -> bool:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qskd.datasets.coco import OnError
+from qskd.datasets.findings.finding import Finding, Tally
+from qskd.datasets.findings.given_boxes import Layout
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import (
     PICTURES,
@@ -34,17 +36,30 @@ _ROUNDING = 0.01  # relative to the picture: how far outside 0..1 a number may b
 class YoloDataset(ImportedDataset):
     """One split of a data.yaml. root: the folder that its entries are relative to, instead of what `path:` says."""
 
+    layout = Layout("YOLO's boxes", "[centre x, centre y, width, height]", "relative to the picture")
+
     def __init__(
         self, source: Path, root: Path | None, on_error: OnError, exif: Exif = "auto", split: str | None = None
     ) -> None:
         self._given_root, self._split = root, split
+        self._repeated = Tally()
         super().__init__(source, root or source.parent, on_error, exif)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """As of any source, and the lines that are there twice."""
+        repeated = self._repeated.finding(
+            "repeated-lines",
+            "{count} line(s) of label files are there twice or more",
+            "Each counts once: the others are left out.",
+            "take them out; were labels of two people, or of two exports, joined?",
+        )
+        return [*super().findings, *repeated]
 
     def _import(self) -> None:
         where = str(self._path)
-        config = parse_yaml(
-            read_text(self._path, _EXPECTED), where, _EXPECTED, text_keys=False
-        )  # names: {0: cat, 1: dog}
+        text = read_text(self._path, _EXPECTED)
+        config = parse_yaml(text, where, _EXPECTED, text_keys=False)  # names: {0: cat, 1: dog}
         if not isinstance(config, dict) or not ("names" in config or "nc" in config):
             keys = f"; keys there: {some(sorted(map(str, config)))}" if isinstance(config, dict) else ""
             raise QskdError(where, f"no `names`{keys}", _EXPECTED, "give COCO JSON, a data.yaml, or a folder")
@@ -188,6 +203,7 @@ class YoloDataset(ImportedDataset):
             where = f"{path}: line {number}"
             if (first := seen.setdefault(words, number)) != number:
                 self._note(QskdError(where, f"the same object as in line {first}"), "the second one")
+                self._repeated.add(f"{where}, as line {first}")
                 continue
             try:
                 index, box_xyxy = _read_object(words, pose)
@@ -199,7 +215,8 @@ class YoloDataset(ImportedDataset):
                 continue
             left, top, right, bottom = box_xyxy
             bbox = [left * width, top * height, (right - left) * width, (bottom - top) * height]
-            self._add_object(where, image_id, index, bbox)
+            centre = [(left + right) / 2 * width, (top + bottom) / 2 * height]
+            self._add_object(where, image_id, index, bbox, [*centre, *bbox[2:]])
 
 
 def _read_object(words: tuple[str, ...], pose: bool) -> tuple[int, tuple[float, float, float, float]]:
