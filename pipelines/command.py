@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from qskd.errors import QskdError, told_without_traceback
 from qskd.redaction import redacted_uri
 
 
-def local_path(given: str) -> Path:
-    """A path of the command line's. QskdError when it is a URI, of which a Path would make `s3:/bucket`."""
+def local_path(given: str | Path) -> Path:
+    """A path of the command line's, or an option's default. QskdError when it is a URI, of which a Path would make `s3:/bucket`."""
+    given = os.fspath(given)
     if "://" in given:
         remedy = "copy it there, or from there, for example with `aws s3 sync`"
         raise QskdError(redacted_uri(given), "a URI", "a path on a local disk", remedy)

@@ -282,3 +282,14 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(by: str, capsys: pytest.C
     said = capsys.readouterr().err
     assert said.startswith("error: runs/mine/history.json: No space left on device")
     assert "the same command goes on" in said
+
+
+def test_the_quickstart_runs_without_a_word_as_the_readme_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default is read as what is typed is."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["quickstart", "--dry-run"])
+    assert result.exit_code == 0, result.exception
+    assert str(tmp_path / "runs/quickstart/data") in result.output.replace("\n", "")
+    assert list(tmp_path.iterdir()) == []
