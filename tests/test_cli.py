@@ -72,7 +72,14 @@ def test_every_verb_is_a_module_of_its_own(verb: str) -> None:
 
 
 def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_starts_nothing(shards: Path, tmp_path: Path) -> None:
-    overrides = ["--set", f"data.train={shards}", "--set", f"data.val={shards}", "--set", "training.epochs=3"]
+    fields = (
+        f"data.train={shards}",
+        f"data.val={shards}",
+        "training.epochs=3",
+        "student.size=nano",
+        "student.resize.size=64",
+    )
+    overrides = [word for field in fields for word in ("--set", field)]
     result = CliRunner().invoke(app, ["train", "--dry-run", "--set", f"output={tmp_path}", *overrides])
     assert result.exit_code == 0, result.output
     assert "epochs: 3" in result.output
