@@ -15,7 +15,7 @@ from qskd.deploy.export import standing_alone
 from qskd.storage.scratch import scratch_folder
 
 log = logging.getLogger("qskd")
-NEEDS = ("torch", "transformers", "pillow")
+NEEDS = ("torch", "transformers", "numpy", "pillow")
 
 
 def log_student(tracker: Tracker, folder: Path, name: str = "student") -> None:
@@ -33,7 +33,7 @@ def log_student(tracker: Tracker, folder: Path, name: str = "student") -> None:
 def write_flavour(folder: Path, run_id: str, name: str) -> Any:
     """MLmodel, what to install, and the code that loads the folder it is laid beside; MLflow's description of it.
 
-    That code (`student_pyfunc`) needs transformers and Pillow, nothing of qskd.
+    That code (`student_pyfunc`) needs torch, transformers, numpy and Pillow, nothing of qskd.
     """
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
