@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from benchmarks.local_cache import make_cache
 from benchmarks.timing import Ratio, Report, load_note, machine, print_table
 from pipelines.demo.quickstart import RECIPE, TEACHER, TRAIN
+from pipelines.feed.stream import local_stream
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training import driver as distill
-from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch

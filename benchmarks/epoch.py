@@ -23,11 +23,11 @@ import torch
 from benchmarks.timing import Ratio, Report, load_note, machine, ratios
 from pipelines.caching import driver as cache_teacher
 from pipelines.demo.quickstart import RECIPE, TEACHER
+from pipelines.feed.stream import local_stream
 from pipelines.prepare import prepare
 from pipelines.run.folder import Folder
 from pipelines.run.history import read_history
 from pipelines.training import driver as distill
-from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch

@@ -24,9 +24,9 @@ from statistics import fmean
 import torch
 
 from benchmarks.overfit import FAMILIES, SAMPLE, make_config, make_shards
+from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.datasets.batch import train_batch
 from qskd.detectors import FAMILIES as KNOWN

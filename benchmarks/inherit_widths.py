@@ -19,10 +19,10 @@ from statistics import fmean
 import torch
 
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEACHER, TRAIN
+from pipelines.feed.stream import local_stream
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import local_stream
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
 from qskd.datasets.shapes import make_shapes

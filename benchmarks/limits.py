@@ -108,7 +108,7 @@ def whole_order(images: int) -> str:
 
 def first_stretch(images: int) -> str:
     """The ranges of steps of fifty epochs at 800 pixels, batch 16 over eight workers, and listing the first execution's."""
-    from pipelines.training.stream import StreamConfig
+    from pipelines.feed.stream import StreamConfig
     from qskd.config import ResizeConfig, ViewConfig
     from qskd.datasets.schedule import Schedule
 
@@ -162,7 +162,7 @@ def checkpoint(images: int) -> str:
 def reading(readers: int) -> str:
     """How often each image's bytes are read from storage in an epoch of COCO, by so many readers of which each is dealt every
     so manieth run of steps. The loader's own store, which a row leaves when it is asked for; sizes alone are kept in it."""
-    from pipelines.training.stream import keep_bytes_for
+    from pipelines.feed.stream import keep_bytes_for
     from qskd.datasets.loader import _Recent
     from qskd.datasets.schedule import epoch_order
 

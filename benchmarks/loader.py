@@ -5,7 +5,7 @@ python -m benchmarks.loader
 In this process: `BatchLoader.load` of training's own rows, from freshly opened shards, against decoding and resizing the
 same encoded bytes, already in memory, and nothing else.
 
-In two: Ray Data as training uses it (`pipelines.training.stream`), and a DataLoader that reads the same encoded bytes as files
+In two: Ray Data as training uses it (`pipelines.feed.stream`), and a DataLoader that reads the same encoded bytes as files
 and makes the very same arrays with this project's own functions for views, boxes and padding: what differs is the
 machinery around them. One reader process each. The consumer, this process, reads every byte of a batch (a timing.checksum,
 compared in the end) and does nothing else. Speed counts from the arrival of an early batch; starting up is told apart.
@@ -36,7 +36,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import timing
 from benchmarks.timing import Difference, Pass, Ratio, Report
 from pipelines.cluster.start import start_ray
-from pipelines.training.stream import Readers, StreamConfig, open_stream
+from pipelines.feed.readers import Readers, open_stream
+from pipelines.feed.stream import StreamConfig
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.loader import label_index, pad

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pipelines.feed.stream import Share, local_stream
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import Share, local_stream
 from qskd.config import FACTS, Config
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipelines.cluster.environment import _for_workers, in_a_job
-from pipelines.training.stream import keep_bytes_for
+from pipelines.feed.stream import keep_bytes_for
 from qskd import __version__
 from qskd.config.recipe import load
 

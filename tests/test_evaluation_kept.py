@@ -22,13 +22,13 @@ from transformers import AutoConfig, AutoModelForObjectDetection
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.feed.stream import local_stream
 from pipelines.inspection.evaluate import evaluate
 from pipelines.inspection.kept import EVALUATION, PICTURES, TABLE, check_kept, keep
 from pipelines.inspection.tables import class_table, metrics_line, plain_line, remarks
 from pipelines.prepare import prepare
 from pipelines.training import driver
 from pipelines.training.checkpoints import write_checkpoint
-from pipelines.training.stream import local_stream
 from pipelines.training.worker import Worker
 from qskd.config import ResizeConfig
 from qskd.config.recipe import load

@@ -121,7 +121,7 @@ def test_every_folder_is_a_package() -> None:
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
-LIGHT = ("qskd.config.recipe", "qskd.datasets.loader", "qskd.teacher.cache", "pipelines.training.stream")
+LIGHT = ("qskd.config.recipe", "qskd.datasets.loader", "qskd.teacher.cache", "pipelines.feed.stream")
 
 
 @pytest.fixture(scope="module")

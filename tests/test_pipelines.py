@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines.cluster.start import start_ray
+from pipelines.feed.stream import local_stream
 from pipelines.inspection.evaluate import evaluate
 from pipelines.inspection.predict import predict
 from pipelines.prepare import prepare
@@ -36,7 +37,6 @@ from pipelines.run.history import read_history
 from pipelines.run.ownership import check_ours
 from pipelines.training import driver as distill
 from pipelines.training.checkpoint_list import COPY, LIST, delete_unlisted, keep_list, last_report, mend_list
-from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.config.recipe import load, to_yaml
 from qskd.datasets.batch import train_batch

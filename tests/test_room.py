@@ -22,7 +22,7 @@ def test_elastic_workers_leave_room_for_a_reader_on_every_node(cpus: int) -> Non
     each = worker_resources(ELASTIC, gpu=False)["CPU"]
     most = int(cpus // each)  # as Ray's policy counts them
     assert most >= 1
-    assert cpus - most * each >= reader_cpus(ELASTIC, gpu=False)
+    assert cpus - most * each >= most * reader_cpus(ELASTIC, gpu=False, workers=most)
 
 
 def test_workers_with_gpus_ask_for_nothing_else() -> None:

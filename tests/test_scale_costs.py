@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import dataset_costs, limits
 from benchmarks.dataset_costs import PerImage, bill
-from pipelines.training.stream import keep_bytes_for
+from pipelines.feed.stream import keep_bytes_for
 
 ONE = PerImage(shard_bytes=100.0, cache_bytes=250.0, teacher_gflops=170.0, student_gflops=80.0)
 

@@ -79,8 +79,9 @@ def test_a_ring_moves_twice_the_bytes_whatever_the_workers_and_its_messages_grow
 def test_each_limit_is_named_when_it_binds() -> None:
     assert step(replace(COSTS, readers=0.1), 4).limit == "readers"
     assert step(replace(COSTS, readers=0.1), 4).readers_s == pytest.approx(16 * 0.001 / 0.1)
-    driven = step(replace(COSTS, block_s=0.1), 64)
-    assert (driven.limit, driven.driver_s) == ("driver", pytest.approx(64 * 0.1 / 20))
+    slow = replace(COSTS, block_s=4.0)
+    assert (step(slow, 64).limit, step(slow, 64).coordinator_s) == ("coordinator", pytest.approx(4.0 / 20))
+    assert step(slow, 1).coordinator_s == step(slow, 64).coordinator_s  # each worker has one
     full = step(replace(COSTS, cpus=1.0), 1)
     assert (full.limit, full.cpus_s) == ("CPUs", pytest.approx(np.mean(SAMPLE) + 0.002 + 0.016 + 0.0015))
 
@@ -116,7 +117,7 @@ def test_a_record_read_again_prints_and_writes_the_same_and_keeps_what_is_around
         {"1": [0.1, 0.1], "2": [0.105, 0.105]},
         {"1": list(SAMPLE), "2": list(SAMPLE)},
         {"1": probes, "2": probes | reduced | {"report_s": 0.25}},
-        {"1": 0.02, "2": 0.02, "8": 0.02},
+        {"1": 0.02, "8": 0.02, "64": 0.02},
         0.002,
         0.0003,
         64,

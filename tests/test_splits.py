@@ -19,13 +19,13 @@ from tiny import STUDENT
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from pipelines.demo.quickstart import TEACHER
+from pipelines.feed.stream import local_stream
 from pipelines.inspection.subjects import Dataset, find_subject
 from pipelines.prepare import prepare
 from pipelines.reporting import report
 from pipelines.reporting.cards import teacher_metrics
 from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.training.plan import Plan, make_plan
-from pipelines.training.stream import local_stream
 from pipelines.training.worker import Worker
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import ShapesConfig, make_shapes

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.training.packing import pack, unpack
-from pipelines.training.stream import MAX_RANGE, RANGE_BYTES, StreamConfig, local_stream
+from pipelines.feed.packing import pack, unpack
+from pipelines.feed.stream import MAX_RANGE, RANGE_BYTES, StreamConfig, local_stream
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.manifest import load_manifest
@@ -191,7 +191,7 @@ def test_workers_shares_joined_are_one_worker_s_batches(uri: str) -> None:
 
 
 def test_the_plan_needs_no_ray() -> None:
-    code = "import sys, pipelines.training.stream; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = "import sys, pipelines.feed.stream; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     root = Path(__file__).parents[1]
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
     assert printed.strip() == "[]"

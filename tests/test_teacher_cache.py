@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.local_cache import make_cache
 from pipelines.caching.plan import clean
-from pipelines.training.stream import StreamConfig, local_stream
+from pipelines.feed.stream import StreamConfig, local_stream
 from qskd.config import Config, DetectionLossConfig, ResizeConfig, ViewConfig
 from qskd.datasets.batch import train_batch
 from qskd.datasets.loader import BatchLoader

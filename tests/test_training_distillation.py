@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import FAMILIES, LABELS, STUDENT, batch_of, make_training, random_teacher, recipe
 
-from pipelines.training.stream import StreamConfig, local_stream
+from pipelines.feed.stream import StreamConfig, local_stream
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.coco import CocoDataset, read_coco

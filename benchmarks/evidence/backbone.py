@@ -18,10 +18,10 @@ import torch
 from transformers import ResNetBackbone
 
 from pipelines.demo.quickstart import RECIPE, TRAIN
+from pipelines.feed.stream import local_stream
 from pipelines.prepare import prepare
 from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import local_stream
 from qskd.checkpoints.weights import quiet
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch

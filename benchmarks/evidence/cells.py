@@ -21,9 +21,9 @@ import torch
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
 from benchmarks.evidence.teachers import OWN
+from pipelines.feed.stream import Share, local_stream
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import Share, local_stream
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.datasets.batch import train_batch

@@ -20,8 +20,8 @@ from benchmarks.evidence.cells import RECORDS, code_version
 from benchmarks.evidence.plan import STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
 from benchmarks.timing import Side
+from pipelines.feed.stream import local_stream
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import local_stream
 from qskd.datasets.batch import train_batch
 from qskd.from_recipe import make_student, teacher_for_training
 from qskd.training.step import Training

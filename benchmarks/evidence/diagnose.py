@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.evidence.cells import RECORDS, code_version
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
+from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import local_stream
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.config import Config
 from qskd.config.recipe import replace_fields

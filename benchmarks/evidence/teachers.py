@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from pipelines.demo.quickstart import TEACHER
+from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.training.plan import make_plan
-from pipelines.training.stream import local_stream
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
 from qskd.detectors import save_detector

@@ -14,8 +14,9 @@ import torch
 from benchmarks.loader import Pictures, make_data
 from benchmarks.timing import watch
 from pipelines.cluster.start import start_ray
-from pipelines.training.packing import Arrays
-from pipelines.training.stream import LOADER_ROWS, Readers, StreamConfig, open_stream
+from pipelines.feed.packing import Arrays
+from pipelines.feed.readers import Readers, open_stream
+from pipelines.feed.stream import LOADER_ROWS, StreamConfig
 from qskd.config import ResizeConfig
 from qskd.datasets.batch import train_batch
 

@@ -61,7 +61,7 @@ def report_of(record: object) -> Report:
         ("  for each step, when asked every ten", ms(two["notice_s"] / 10)),
         ("a report with a checkpoint, one worker and two", f"{ms(one['report_s'])} and {ms(two['report_s'])}"),
         ("a reader's time for an image: decoded, kept", f"{ms(record.loader_decoded_s)}, {ms(record.loader_kept_s)}"),
-        *((f"the driver's time for a block, {n} consumer(s)", ms(taken)) for n, taken in record.block_s.items()),
+        *((f"a coordinator's time for a block, {n} worker(s)", ms(taken)) for n, taken in record.block_s.items()),
     ]
     return report
 
@@ -72,10 +72,9 @@ def checked(record: object) -> list[list[str]]:
 
     assert isinstance(record, Record)
     costs, rows = record.costs(), []
-    here = replace(costs, readers=0.5)  # the runs have one reader in all
     for workers, cpus in ((1, 2.0), (2, 1.0)):
         found = statistics.median(record.pipeline_s[str(workers)])
-        said = step(replace(here, report_s=0.0, report_worker_s=0.0), workers, cpus)
+        said = step(replace(costs, report_s=0.0, report_worker_s=0.0), workers, cpus)
         error = said.seconds / found - 1
         rows.append([str(workers), ms(found), ms(said.seconds), f"{100 * error:+.0f} %", said.limit])
     return rows
@@ -86,12 +85,12 @@ def table(costs: Costs, alone_cpus: float | None) -> list[list[str]]:
     for workers in WORKERS:
         made = step(costs, workers, alone_cpus if workers == 1 else None)
         slowest = made.worker_s - costs.overhead_s - all_reduce_seconds(costs, workers)
-        shown = [slowest, all_reduce_seconds(costs, workers), made.readers_s, made.driver_s]
+        shown = [slowest, all_reduce_seconds(costs, workers), made.readers_s, made.coordinator_s]
         rows.append([str(workers), f"{one / made.seconds:.2f}", ms(made.seconds), *map(ms, shown), made.limit])
     return rows
 
 
-HEAD = ("workers", "efficiency", "step", "slowest", "all-reduce", "readers", "driver", "waits for")
+HEAD = ("workers", "efficiency", "step", "slowest", "all-reduce", "readers", "coordinator", "waits for")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -158,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> Report | None:
     mine.add_argument("--loader-ms", type=float, help="a reader's time for an image")
     mine.add_argument("--readers", type=float, help="reader processes for each worker")
     mine.add_argument("--run-steps", type=int, help="steps in a block")
-    mine.add_argument("--block-ms", type=float, help="the driver's time for a block")
+    mine.add_argument("--block-ms", type=float, help="a coordinator's time for a block of Ray Data")
     mine.add_argument("--cpus", type=float, help="for each worker; inf: enough beside the accelerators")
     mine.add_argument("--report-steps", type=float, help="steps between two reports")
     given = parser.parse_args(arguments)

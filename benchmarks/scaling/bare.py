@@ -21,9 +21,9 @@ BATCHES = 20
 
 
 def step_times(recipe: str, seconds: float) -> list[float]:
+    from pipelines.feed.stream import local_stream
     from pipelines.run.resolve import resolve
     from pipelines.training.plan import make_plan
-    from pipelines.training.stream import local_stream
     from qskd.config.recipe import load
     from qskd.datasets.batch import train_batch
     from qskd.from_recipe import make_student, teacher_for_training

@@ -36,7 +36,7 @@ STEPS_PER_REPORT = 250  # in the model: of the quickstart, about; the runs here 
 @dataclass
 class Record:
     """What a measurement found. *_s: mean seconds of a step, one entry a round. pipeline: by number of workers; bare: by
-    number of processes side by side. probes: by number of workers; block_s: by number of consumers."""
+    number of processes side by side. probes: by number of workers; block_s: by number of workers."""
 
     facts: list[str] = field(default_factory=list)
     pipeline_s: dict[str, list[float]] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Record:
             images=BATCH,
             loader_image_s=self.loader_kept_s,
             readers=1.0,
-            block_s=self.block_s["2"],
+            block_s=self.block_s["64"],
             run_steps=self.run_steps,
             cpus=1.0,
             report_s=reports[0],
@@ -153,12 +153,12 @@ def measure(rounds: int, steps: int, bare_seconds: float, blocks: int) -> Record
                 record.waited_s.setdefault(str(workers), []).append(waited_s)
         for workers in (1, 2):
             record.probes[str(workers)] = probe(plan, workers, folder)
-        for consumers in (1, 2, 8):
-            record.block_s[str(consumers)] = block_seconds(plan, consumers, blocks)
+        for count in (1, 8, 64):
+            record.block_s[str(count)] = block_seconds(plan, count, blocks)
         ray.shutdown()
     record.facts.append(
         f"the quickstart's student, its teacher's outputs cached; batch {BATCH} for each worker, one thread each, one "
-        f"loader process in all; {steps} steps a run, the first {WARM_UP_STEPS} left out; {os.cpu_count()} cores"
+        f"reader each; {steps} steps a run, the first {WARM_UP_STEPS} left out; {os.cpu_count()} cores"
     )
     return record
 

@@ -2,7 +2,7 @@
 
     step(W) = max( E[slowest of W] + own overhead + all-reduce(W),   a worker's own time
                    the readers' time for a global batch,
-                   the driver's time for the blocks of a step,
+                   the coordinator's time for the blocks of a step,
                    the CPU time that all of these need, over the CPUs there are )
               + a report's time / steps between reports
 
@@ -35,9 +35,9 @@ class Costs:
         terms' counts). Nothing of it is hidden behind the backward pass, which DistributedDataParallel does for models of
         several buckets (25 MB): too pessimistic for those. One network speed between any two workers.
     images: of one worker's batch. loader_image_s: a reader's time for one. readers: for each worker.
-    block_s: the driver's time for one block of Ray Data; a run of steps makes a block for each worker. run_steps: steps in it.
-        One driver, whatever the number of workers.
-    cpus: for each worker, shared by its step (on a CPU), its readers and its part of the driver; infinite where an
+    block_s: a coordinator's time for one block of Ray Data, which holds a worker's part of run_steps steps. Each worker's
+        stream has a coordinator of its own.
+    cpus: for each worker, shared by its step (on a CPU), its readers and its coordinator; infinite where an
         accelerator does the step and the host has cores enough.
     report_s, report_worker_s: a report with a checkpoint on one worker, and what each further one adds.
     report_steps: steps between reports. Evaluation is not in the model: it is spread over the workers but for its end on
@@ -82,18 +82,23 @@ class Step:
 
     worker_s: float
     readers_s: float
-    driver_s: float
+    coordinator_s: float
     cpus_s: float
     report_s: float
 
     @property
     def seconds(self) -> float:
-        return max(self.worker_s, self.readers_s, self.driver_s, self.cpus_s) + self.report_s
+        return max(self.worker_s, self.readers_s, self.coordinator_s, self.cpus_s) + self.report_s
 
     @property
     def limit(self) -> str:
         """What the step waits for."""
-        times = {"workers": self.worker_s, "readers": self.readers_s, "driver": self.driver_s, "CPUs": self.cpus_s}
+        times = {
+            "workers": self.worker_s,
+            "readers": self.readers_s,
+            "coordinator": self.coordinator_s,
+            "CPUs": self.cpus_s,
+        }
         return max(times, key=lambda name: times[name])
 
 
@@ -105,7 +110,7 @@ def step(costs: Costs, workers: int, cpus: float | None = None) -> Step:
     loading, block = costs.images * costs.loader_image_s, costs.block_s / costs.run_steps
     needed = loading + block + (0.0 if math.isinf(cpus) else float(np.mean(sample)) + costs.overhead_s)
     report = (costs.report_s + (workers - 1) * costs.report_worker_s) / costs.report_steps
-    return Step(own, loading / costs.readers, workers * block, needed / cpus, report)
+    return Step(own, loading / costs.readers, block, needed / cpus, report)
 
 
 def efficiencies(costs: Costs, workers: Sequence[int] = WORKERS, cpus_alone: float | None = None) -> dict[int, float]:

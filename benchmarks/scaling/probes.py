@@ -6,16 +6,16 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipelines.feed.readers import Readers, build_dataset, read_stream
+from pipelines.feed.stream import RANGE_BYTES, StepRange
 from pipelines.training.plan import Plan
-from pipelines.training.stream import RANGE_BYTES, Readers, StepRange, build_dataset, read_stream
 
 SMALL_FLOATS = 32  # as many as a step's counts, about
 
@@ -111,25 +111,12 @@ def loader_image_seconds(plan: Plan, images: int) -> tuple[float, float]:
 
 
 def block_seconds(plan: Plan, workers: int, blocks: int) -> float:
-    """Of Ray Data, for one block that holds next to nothing, dealt to so many consumers: the driver's own pace."""
+    """Of a stream's coordinator, for one block that holds next to nothing, as one of so many workers: its own pace. Nothing of
+    it is shared between workers."""
     schedule = replace(plan.stream.schedule, batch_size=workers, epochs=10_000, evaluate_every_epochs=10_000)
     tiny = replace(plan.stream, schedule=schedule, teacher_cache="", teacher_columns=(), teacher_row_bytes=RANGE_BYTES)
-    ranges = list(islice(tiny.ranges(0, workers), 10 + blocks // workers))
+    ranges = list(islice(tiny.ranges(0, workers), 10 + blocks))
     assert {steps["last"] - steps["first"] for steps in ranges} == {1}
-    dataset = build_dataset(tiny, ranges, workers, Readers())
-    parts = [dataset.iterator()] if workers == 1 else dataset.streaming_split(workers, equal=False)
-    arrivals: list[list[float]] = [[] for _ in parts]
-
-    def consume(rank: int, shares: Iterator[object]) -> None:
-        arrivals[rank] += [time.perf_counter() for _ in shares]
-
-    threads = [
-        threading.Thread(target=consume, args=(rank, read_stream(part, tiny, ranges, rank)))
-        for rank, part in enumerate(parts)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    first, last = max(each[9] for each in arrivals), max(each[-1] for each in arrivals)
-    return (last - first) / (workers * (len(ranges) - 10))
+    part = build_dataset(tiny, ranges, workers, workers - 1, Readers()).iterator()
+    arrivals = [time.perf_counter() for _ in read_stream(part, tiny, ranges, workers - 1)]
+    return (arrivals[-1] - arrivals[9]) / blocks

@@ -54,9 +54,11 @@ class TeacherActor:
     def __init__(self, config: dict[str, Any], fingerprint: str, batch_size: int) -> None:
         import uuid
 
+        import ray
         import torch
 
         from pipelines.cluster.devices import device_here
+        from pipelines.cluster.room import readers_each
         from pipelines.reporting.pulse import Pulse
         from pipelines.run.logs import start_logs
         from qskd.config.recipe import build
@@ -73,12 +75,15 @@ class TeacherActor:
         self.reader = ShardReader(self.config.data.train)
         teacher = make_teacher(self.config, self.reader.manifest.labels)
         assert teacher is not None
-        self.maker = CacheMaker(self.config, teacher, device_here(self.config))
+        device = device_here(self.config)
+        self.maker = CacheMaker(self.config, teacher, device)
         self.source: Source = (
             self.config.data.train,
             self.config.data.views,
             teacher_preprocessing(self.config).resize,
         )
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        self.tasks_ahead = readers_each(self.config.compute, device.type == "cuda", cpus)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         from qskd.errors import QskdError
@@ -115,7 +120,7 @@ class TeacherActor:
         waiting = deque(chunks(batches, self.source[2]))
         ahead: deque[Any] = deque()
         while waiting or ahead:
-            while waiting and len(ahead) <= self.config.compute.loader_workers:
+            while waiting and len(ahead) <= self.tasks_ahead:
                 ahead.append(task.remote(self.source, waiting.popleft()))
             asked = time.perf_counter()
             ready = ray.get(ahead.popleft())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 from pipelines.cluster.environment import in_a_job, joined
 
 log = logging.getLogger("qskd")
+MOST_READERS = 8  # beside one GPU, where the recipe does not say
 
 
 def may_be_preempted(config: Config) -> bool:
@@ -41,9 +43,23 @@ def worker_resources(compute: ComputeConfig, gpu: bool) -> dict[str, float]:
     return {"CPU": 1.001 if compute.min_workers else 1}
 
 
-def reader_cpus(compute: ComputeConfig, gpu: bool) -> float:
-    """Of a reader of a training: what is left of a node that is full of elastic workers is less than one."""
-    return 0.5 if compute.min_workers and not gpu else 1
+def readers_each(compute: ComputeConfig, gpu: bool, cpus: float) -> int:
+    """Reader processes of each training worker, at most: Ray Data starts them while the worker waits. cpus: Ray's, that are not
+    the workers'. Without a number in the recipe: one beside a CPU worker, which is slower than a reader."""
+    if compute.loader_workers:
+        return compute.loader_workers
+    return max(1, min(MOST_READERS, int(cpus // compute.workers))) if gpu else 1
+
+
+def reader_cpus(compute: ComputeConfig, gpu: bool, workers: int, cpus: float = math.inf) -> float:
+    """Logical CPUs of a reader, so that one finds room for each of so many workers, which would wait for it for ever.
+
+    On CPUs the readers of all workers share one; what is left of a node that is full of elastic workers is less than that.
+    Beside GPUs each takes a whole one where there are as many (cpus).
+    """
+    if gpu:
+        return 1.0 if cpus >= workers else max(0.01, math.floor(100 * cpus / workers) / 100)
+    return (0.5 if compute.min_workers else 1.0) / workers
 
 
 def check_room(compute: ComputeConfig, gpu: bool) -> None:
@@ -55,7 +71,7 @@ def check_room(compute: ComputeConfig, gpu: bool) -> None:
         check_gpus(workers)
         return
     there = ray.cluster_resources().get("CPU", 0.0)
-    wanted = workers * worker_resources(compute, gpu)["CPU"] + reader_cpus(compute, gpu)
+    wanted = workers * worker_resources(compute, gpu)["CPU"] + workers * reader_cpus(compute, gpu, workers)
     if there >= wanted:
         return
     found = f"{workers} worker(s) and a reader, on CPUs, are {wanted:g} of Ray's logical CPUs; there are {there:g}"

@@ -46,7 +46,7 @@ class Meter:
         loader_rows: np.ndarray | None = None,
         learning_rate: float | None = None,
     ) -> None:
-        """One step. images: of all workers. loader_rows: `pipelines.training.stream.LOADER_ROWS` of the batch. learning_rate: of
+        """One step. images: of all workers. loader_rows: `pipelines.feed.stream.LOADER_ROWS` of the batch. learning_rate: of
         all but the backbone."""
         self.step = step
         self.pending.append(values)

@@ -16,9 +16,10 @@ import torch
 
 from pipelines.cluster.devices import device_here
 from pipelines.cluster.environment import joined
+from pipelines.cluster.room import readers_each
+from pipelines.feed.stream import local_stream
 from pipelines.reporting.words import duration_text
 from pipelines.training.plan import Plan
-from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import Manifest
@@ -121,10 +122,9 @@ class Estimate:
         schedule, compute = plan.stream.schedule, plan.config.compute
         workers, cores = compute.workers, os.cpu_count() or 1
         crowd = max(1.0, workers * self.threads / cores) if self.device == "cpu" and not joined() else 1.0
-        step_s = max(self.step_s * crowd, self.read_s * workers / compute.loader_workers)
-        image_s = max(
-            self.evaluate_image_s * crowd / workers, self.read_s / max(1, self.images) / compute.loader_workers
-        )
+        readers = readers_each(compute, self.device == "cuda", cores)
+        step_s = max(self.step_s * crowd, self.read_s / readers)
+        image_s = max(self.evaluate_image_s * crowd, self.read_s / max(1, self.images) / readers) / workers
         evaluations = sum(map(schedule.evaluates_after, range(schedule.epochs_begun)))
         evaluation_s = image_s * plan.val.num_images
         total_s = schedule.total_steps * step_s + evaluations * evaluation_s
@@ -134,7 +134,7 @@ class Estimate:
             f"{duration_text(schedule.total_steps * step_s)}, {evaluations} {times} of {plan.val.num_images} images take "
             f"{duration_text(evaluation_s)} each; starting, checkpoints, AP's own arithmetic and the report come on top",
             f"  tried here on {self.device}, {self.threads} thread(s): {self.steps} step(s) of {1000 * self.step_s:.0f} ms on "
-            f"{self.images} images, which take {1000 * self.read_s:.0f} ms to read in {compute.loader_workers} process(es) "
+            f"{self.images} images, which take {1000 * self.read_s:.0f} ms to read in {readers} process(es) of each worker "
             "beside",
         ]
         if workers > 1:

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from pipelines.feed.stream import StreamConfig, keep_bytes_for
 from pipelines.run.folder import Folder
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.tracking.store import tracking_uri
 from pipelines.training.notices import notices
-from pipelines.training.stream import StreamConfig, keep_bytes_for
 from qskd.checks import (
     check_cache,
     check_classes,
@@ -72,6 +72,7 @@ class Plan:
     def describe(self, cache_command: str = "qskd cache RECIPE") -> str:
         """What `--dry-run` prints below the configuration. cache_command: makes the cache that is missing."""
         schedule, compute = self.stream.schedule, self.config.compute
+        readers = f"{compute.loader_workers or 'as many as the CPUs allow'} reader(s) for each"
         workers = f"{compute.min_workers} to {compute.workers}" if compute.min_workers else f"{compute.workers}"
         lines = [
             f"student: {describe_student(self.config.student, len(self.train.labels))}",
@@ -79,7 +80,7 @@ class Plan:
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
             f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
             f"{schedule.steps_per_epoch} batches of {schedule.batch_size}",
-            f"{workers} worker(s), {compute.loader_workers} loader process(es), device {compute.device}",
+            f"{workers} worker(s), {readers}, device {compute.device}",
             f"output: {Folder(self.config).path}",
             f"MLflow: {tracking_uri(self.config)}",
         ]

@@ -7,9 +7,9 @@ from typing import Any
 
 from pipelines.cluster.devices import say_if_gpus_are_idle, uses_gpu
 from pipelines.cluster.room import check_room, may_be_preempted, worker_resources
+from pipelines.feed.stream import StreamConfig
 from pipelines.run.folder import FAILURE, Folder
 from pipelines.training.checkpoint_list import TRAIN, delete_unlisted, mend_list
-from pipelines.training.stream import StreamConfig
 from qskd.config import Config
 from qskd.config.recipe import build, to_tree
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from pipelines.cluster.devices import pick_device
-from pipelines.cluster.room import reader_cpus
+from pipelines.cluster.room import reader_cpus, readers_each
+from pipelines.feed.readers import Readers, open_stream
+from pipelines.feed.stream import LOADER_ROWS, Share, StreamConfig
 from pipelines.reporting.meter import Gauges, Meter
 from pipelines.reporting.pace import Pace
 from pipelines.run.folder import DETAILS, Folder, record_failure
 from pipelines.run.logs import as_json, start_logs
 from pipelines.training.checkpoints import restore, write_checkpoint
-from pipelines.training.stream import LOADER_ROWS, Readers, Share, StreamConfig, open_stream
 from qskd.config import Config
 from qskd.config.recipe import build
 from qskd.datasets.batch import parts_of, train_batch
@@ -126,8 +127,13 @@ class Worker:
 
     def shares(self, start_step: int) -> Iterator[Share]:
         """This worker's batches from a training step on."""
-        compute = self.config.compute
-        readers = Readers(compute.loader_workers, reader_cpus(compute, self.device.type == "cuda"))
+        import ray
+
+        compute, gpu = self.config.compute, self.device.type == "cuda"
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        each = reader_cpus(compute, gpu, self.world_size, cpus)
+        # Beside a GPU: its worker's Python has launches to make. On a CPU another process would cost more than it frees.
+        readers = Readers(readers_each(compute, gpu, cpus), each, apart=gpu)
         return open_stream(self.stream, start_step, self.world_size, self.rank, readers)
 
     def train(self, shares: Iterator[Share]) -> None:

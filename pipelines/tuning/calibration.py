@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.cluster.devices import device_here
+from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.estimate import (
     BATCHES,
@@ -21,7 +22,6 @@ from pipelines.training.estimate import (
     with_record,
 )
 from pipelines.training.plan import Plan, make_plan
-from pipelines.training.stream import local_stream
 from qskd.config import Config
 from qskd.config.recipe import replace_fields
 from qskd.distillation.method import teacher_needs

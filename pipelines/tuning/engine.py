@@ -178,9 +178,10 @@ def trials_at_once(config: Config, nodes: Sequence[dict[str, float]]) -> int:
     if compute.workers == 1:
         fits = sum(int(min(node["GPU"], node["CPU"]) if gpu else node["CPU"] // threads) for node in there)
     elif gpu:
-        fits = int(min(total["GPU"] // compute.workers, total["CPU"] // compute.loader_workers))
+        readers = compute.workers * max(1, compute.loader_workers)
+        fits = int(min(total["GPU"] // compute.workers, total["CPU"] // readers))
     else:
-        fits = int(total["CPU"] // (compute.workers + compute.loader_workers))
+        fits = int(total["CPU"] // (compute.workers + 1))  # the readers of a training share one CPU
     return max(1, fits)
 
 

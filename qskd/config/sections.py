@@ -104,8 +104,9 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each worker where Ray has so many now, else CPUs
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
-    # that read and decode: a training's, over the whole cluster; of `qskd cache`, tasks ahead for each teacher
-    loader_workers: Positive = 1
+    # Processes that read and decode, for each training worker; of `qskd cache`, tasks ahead of each teacher. 0 = as the free
+    # CPUs allow: 1 beside a worker on a CPU, up to 8 beside a GPU.
+    loader_workers: Annotated[int, Field(ge=0)] = 0
     compile: bool = False  # the student's backbone, by torch.compile
     max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers; -1 = any number
     max_preemptions: Annotated[int, Field(ge=-1)] = -1  # nodes that were taken away after a notice count apart

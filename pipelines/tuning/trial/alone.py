@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 
 from pipelines.cluster.devices import device_here
+from pipelines.feed.read_ahead import read_ahead
+from pipelines.feed.stream import Share, local_stream
 from pipelines.run.folder import Folder
 from pipelines.run.history import add_trial_report, best_ap, read_history, rows_until
 from pipelines.training.checkpoints import restore, write_checkpoint
 from pipelines.training.plan import Plan
-from pipelines.training.read_ahead import read_ahead
-from pipelines.training.stream import Share, local_stream
 from pipelines.training.worker import Worker
 from pipelines.tuning.trial.checkpoints import POINTER, _checkpoint, _keep, _name, last_whole, steps_of
 from pipelines.tuning.trial.job import Job

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.training.stream import Share
+from pipelines.feed.stream import Share
 
 READ_AHEAD = 2  # batches
 

@@ -1,0 +1,134 @@
+"""What a worker trains on, in which order: the schedule cut into ranges of steps, and this worker's share of each batch.
+
+Free of Ray and of torch: `pipelines.feed.readers` carries these ranges through Ray Data.
+
+Why ranges: a Ray Data block costs some 10 ms of its coordinator's time, whatever its size. Those of tens of steps make that vanish.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypedDict
+
+from pipelines.feed.packing import Arrays
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.loader import BatchLoader
+from qskd.datasets.schedule import Batch, Schedule, Subset, evaluation_batches, split, training_batches
+from qskd.teacher.cache import TeacherCacheReader
+
+RANGE_BYTES = 24 * 2**20  # decoded pixels in one block, about
+MAX_RANGE = 64
+LOADER_ROWS = "loader_rows"  # beside a batch's arrays: rows asked of the reader, and those it did not have in memory
+
+
+class StepRange(TypedDict):
+    """The batches `first` to before `last` of one epoch, of training or of its evaluation. A row on its way through Ray Data."""
+
+    subset: Subset
+    epoch: int
+    first: int
+    last: int
+
+
+def keep_bytes_for(window_images: int, row_bytes: float) -> int:
+    """Memory in which a reader can hold what it has read and not yet used of a shuffling window. The last of an epoch is up to
+    twice as long. With less, rows that were read along with others are lost before their turn and read again, many times."""
+    return max(2**30, 2 * int(window_images * (row_bytes + 3000)))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One worker's part of one global batch. The fields are those of `qskd.datasets.schedule.Batch`; arrays are the loader's."""
+
+    subset: Subset
+    epoch: int
+    index: int
+    count: int
+    arrays: Arrays
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the epoch's training (or evaluation) ends with this batch."""
+        return self.index == self.count - 1
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What a reader process needs to know; small, and free of torch."""
+
+    train_uri: str
+    val_uri: str
+    schedule: Schedule
+    views: ViewConfig
+    student_resize: ResizeConfig
+    teacher_resize: ResizeConfig | None  # None: the teacher sees the student's pixels, or there is none
+    keep_bytes: int = 2**30
+    teacher_cache: str = ""  # folder of the teacher's outputs; empty: none
+    teacher_columns: tuple[str, ...] = ()
+    teacher_row_bytes: int = 0  # of one image's columns, about
+    stretch_ranges: int = 4096  # ranges in one execution of Ray Data
+
+    def range_length(self, world_size: int) -> int:
+        """Steps in a block, from the size of a decoded batch."""
+        resizes = [resize for resize in (self.student_resize, self.teacher_resize) if resize is not None]
+        # Not the most pixels allowed: that made blocks of a single step.
+        pixels = sum(resize.usual_pixels for resize in resizes)
+        share = -(-self.schedule.batch_size // world_size)
+        return max(1, min(MAX_RANGE, RANGE_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
+
+    def batch_count(self, subset: Subset, epoch: int) -> int:
+        """Global batches in this epoch's training or evaluation."""
+        size = self.schedule.evaluation_batch_size or self.schedule.batch_size
+        return self.schedule.steps_in(epoch) if subset == "train" else -(-sum(self.schedule.val_shard_rows) // size)
+
+    def ranges(self, start_step: int, world_size: int) -> Iterator[StepRange]:
+        """The schedule from a training step on, cut into ranges; none crosses from training to evaluation or back."""
+        schedule, length = self.schedule, self.range_length(world_size)
+        if start_step == schedule.total_steps:
+            return
+        first_epoch, first = divmod(start_step, schedule.steps_per_epoch)
+        for epoch in range(first_epoch, schedule.epochs_begun):
+            parts: list[tuple[Subset, int]] = [("train", first if epoch == first_epoch else 0)]
+            if schedule.evaluates_after(epoch):
+                parts.append(("val", 0))
+            for subset, begin in parts:
+                count = self.batch_count(subset, epoch)
+                for at in range(begin, count, length):
+                    yield {"subset": subset, "epoch": epoch, "first": at, "last": min(at + length, count)}
+
+    def stretches(self, start_step: int, world_size: int) -> Iterator[list[StepRange]]:
+        """The ranges, as many together as one execution takes."""
+        ranges = self.ranges(start_step, world_size)
+        while stretch := list(itertools.islice(ranges, self.stretch_ranges)):
+            yield stretch
+
+    def loader(self) -> BatchLoader:
+        cache = TeacherCacheReader(self.teacher_cache, self.teacher_columns) if self.teacher_cache else None
+        return BatchLoader(
+            self.train_uri,
+            self.val_uri,
+            self.views,
+            self.student_resize,
+            self.teacher_resize,
+            self.keep_bytes,
+            cache,
+        )
+
+    def batches(self, steps: StepRange) -> Iterator[Batch]:
+        """The global batches of a range."""
+        if steps["subset"] == "train":
+            part = training_batches(self.schedule, steps["epoch"], steps["first"])
+        else:
+            part = itertools.islice(evaluation_batches(self.schedule, steps["epoch"]), steps["first"], None)
+        return itertools.islice(part, steps["last"] - steps["first"])
+
+
+def local_stream(config: StreamConfig, start_step: int = 0, world_size: int = 1, rank: int = 0) -> Iterator[Share]:
+    """The same batches without Ray, in this process: for tests, and to measure what Ray costs."""
+    loader = config.loader()
+    for steps in config.ranges(start_step, world_size):
+        for batch in config.batches(steps):
+            arrays = loader.load(batch.subset, split(batch.rows, world_size, rank))
+            yield Share(batch.subset, batch.epoch, batch.index, batch.count, arrays)
