@@ -1,1 +1,1 @@
-"""Picture files: found, decoded by one rule, turned upright with their boxes, and counted."""
+"""Picture files: found, decoded by one rule, turned upright with their boxes, counted, and shipped to where the model runs."""

@@ -1,0 +1,157 @@
+"""Pixels made where the model runs are those that Pillow makes on the reader, bit for bit."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+
+from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.loader import pad
+from qskd.datasets.pictures import cuts as cuts_module
+from qskd.datasets.pictures import resample
+from qskd.datasets.pictures.cuts import MOST_TAPS, SHIP_BYTES, finished_cut, is_finished, joined, shipped, taps
+from qskd.datasets.pictures.resample import make_pixels
+from qskd.datasets.views import View, decode_image, make_view, view_image
+
+CROPS = ViewConfig(crop_probability=0.6, crop_min_scale=0.1)
+MIRROR = View((0.0, 0.0, 1.0, 1.0), True)
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Every level, and the strongest edges there are: where a rounding differs, it shows."""
+    random = np.random.default_rng([seed, height, width])
+    levels = random.integers(0, 256, (height, width, 3))
+    return Image.fromarray(np.where(random.random((height, 1, 1)) < 0.3, levels // 128 * 255, levels).astype(np.uint8))
+
+
+def differing(
+    pictures: Sequence[Image.Image], views: Sequence[View], resizes: Sequence[ResizeConfig], finish: bool = False
+) -> int:
+    """Values that differ from what Pillow gives, over all sizes."""
+    shipments = [shipped(picture, view, resizes, finish) for picture, view in zip(pictures, views, strict=True)]
+    flat, cuts = joined(shipments)
+    count = 0
+    for resize, lines in zip(resizes, cuts, strict=True):
+        wanted, sizes = pad([view_image(picture, view, resize) for picture, view in zip(pictures, views, strict=True)])
+        images, found = make_pixels(torch.from_numpy(flat), lines)
+        assert (images.dtype, images.shape) == (torch.uint8, wanted.shape)
+        np.testing.assert_array_equal(found.numpy(), sizes)
+        assert found.dtype == torch.int32
+        count += int((images.numpy() != wanted).sum())
+    return count
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_batch_of_any_sizes_and_views_is_the_one_pillow_makes(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sides = np.exp(random.uniform(0, np.log(300), (5, 2))).astype(int).tolist()
+    pictures = [noise(height, width) for height, width in [*sides, [1, 1], [1, 40], [230, 2]]]
+    views = [make_view(CROPS, number, seed) for number in range(len(pictures))]
+    small, large = random.integers(1, 60), random.integers(60, 240)
+    resizes = [
+        ResizeConfig(mode="square", size=int(large)),
+        ResizeConfig(mode="shortest_edge", size=int(small), longest=int(large)),
+    ]
+    assert differing(pictures, views, resizes) == 0
+
+
+@pytest.mark.parametrize("size", [64, 320, 800])
+def test_a_photograph_of_cocos_size_is_the_one_pillow_makes(size: int) -> None:
+    pictures, views = [noise(480, 640), noise(640, 427)], [MIRROR, View((0.11, 0.2, 0.93, 1.0), False)]
+    shipments = [shipped(*each, [ResizeConfig(size=size)], False) for each in zip(pictures, views, strict=True)]
+    assert not any(is_finished(shipment.cuts).any() for shipment in shipments)
+    assert differing(pictures, views, [ResizeConfig(mode="shortest_edge", size=size)]) == 0
+
+
+def test_both_orders_of_sides_occur_and_stand_beside_finished_pictures_in_a_batch() -> None:
+    resize = ResizeConfig(mode="square", size=40)
+    pictures, views = [noise(130, 41), noise(41, 130), noise(40, 40), noise(3000, 2)], [MIRROR] * 4
+    lines = np.concatenate([shipped(*each, [resize], False).cuts for each in zip(pictures, views, strict=True)])
+    assert is_finished(lines).tolist() == [False, False, False, True]
+    assert set(lines[:, -1]) == {0, 1}
+    assert differing(pictures, views, [resize]) == 0
+
+
+def test_pictures_of_all_kinds_that_are_decoded_go_the_same_way() -> None:
+    random = np.random.default_rng(0)
+    deep = Image.fromarray(random.integers(0, 65536, (50, 70)).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    base = noise(50, 70)
+    kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (base.convert("L"), "PNG", {}),
+        (base.convert("CMYK"), "JPEG", {}),
+        (base.convert("P"), "PNG", {}),
+        (base.convert("RGBA"), "PNG", {}),
+        (deep, "PNG", {}),
+        (base, "JPEG", {"exif": turned}),
+    ]
+    pictures = []
+    for picture, kind, options in kinds:
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        pictures.append(decode_image(buffer.getvalue(), kind))
+    assert pictures[-1].size == (50, 70)
+    assert differing(pictures, [MIRROR] * len(pictures), [ResizeConfig(size=33), ResizeConfig(size=91)]) == 0
+
+
+def test_what_is_shipped_is_raw_once_or_finished_where_that_is_less() -> None:
+    resizes = [ResizeConfig(size=640), ResizeConfig(size=800)]
+    photograph, large = noise(480, 640), noise(1200, 1600)
+    raw = shipped(photograph, MIRROR, resizes, finish=False)
+    assert raw.nbytes == 3 * 480 * 640 < SHIP_BYTES
+    assert shipped(photograph, MIRROR, resizes, finish=True).nbytes == 3 * (640 * 640 + 800 * 800)
+    assert shipped(large, MIRROR, resizes[:1], finish=False).nbytes == 3 * 640 * 640  # of 5.8 MB
+    assert shipped(large, MIRROR, [ResizeConfig(size=1600)], finish=False).nbytes == 3 * 1200 * 1600
+    assert differing([photograph], [MIRROR], resizes, finish=True) == 0
+
+
+def test_a_strong_reduction_is_made_on_the_reader() -> None:
+    """One long picture would otherwise cost every batch that it is in hundreds of kernels."""
+    long, resize = noise(6000, 20), ResizeConfig(size=64)
+    raw = cuts_module.raw_cut(6000, 20, MIRROR, resize)[None]
+    assert max(taps(raw)) > MOST_TAPS
+    assert is_finished(shipped(long, MIRROR, [resize], finish=False).cuts).all()
+
+
+def test_a_batch_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [noise(40 + number, 50) for number in range(5)]
+    monkeypatch.setattr(resample, "PART_VALUES", 3 * 80 * 80 * 2)
+    assert differing(pictures, [MIRROR] * 5, [ResizeConfig(size=80)]) == 0
+
+
+def test_no_images_give_an_empty_batch() -> None:
+    images, sizes = make_pixels(torch.zeros(0, dtype=torch.uint8), finished_cut(1, 1)[None][:0])
+    wanted, wanted_sizes = pad([])
+    assert (images.shape, sizes.shape) == (wanted.shape, wanted_sizes.shape)
+
+
+class Operators(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[getattr(func, "__name__", str(func))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_images_are_no_more_operators_and_none_asks_the_device() -> None:
+    counts = []
+    for images in (2, 9):
+        flat, (lines,) = joined(
+            [shipped(noise(30, 40, n), MIRROR, [ResizeConfig(size=50)], False) for n in range(images)]
+        )
+        with Operators() as seen:
+            make_pixels(torch.from_numpy(flat), lines)
+        counts.append(seen.count)
+    assert counts[0] == counts[1]
+    assert not {"item", "tolist", "nonzero", "masked_select", "cpu", "numpy", "__bool__"} & counts[0].keys()
