@@ -35,6 +35,25 @@ def to_device(value: T, device: torch.device | str, non_blocking: bool = True) -
     return moved
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in a dataclass, tuple, dict or tensor, each once."""
+    found: dict[int, Tensor] = {}
+
+    def look(item: Any) -> None:
+        if isinstance(item, Tensor):
+            found[id(item)] = item
+        elif isinstance(item, tuple):
+            for part in item:
+                look(part)
+        elif isinstance(item, dict):
+            look(tuple(item.values()))
+        elif hasattr(item, "__dataclass_fields__"):
+            look(tuple(getattr(item, each.name) for each in fields(item)))
+
+    look(value)
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Targets:
     """Ground truth of a batch, padded to the batch's largest number of objects M (which may be 0). Crowds are left out.

@@ -16,14 +16,16 @@ from qskd.datasets.loader import BatchLoader
 
 CHUNK_BYTES = 16 * 2**20  # decoded pixels that one task brings, about
 Arrays = dict[str, np.ndarray]
-Source = tuple[str, ViewConfig, ResizeConfig]  # shard folder, view policy, the teacher's size
+Source = tuple[
+    str, ViewConfig, ResizeConfig, bool
+]  # shard folder, view policy, the teacher's size, finished by the reader
 
 
 @lru_cache(maxsize=2)
 def _loader(source: Source) -> BatchLoader:
     # A quarter of a gigabyte of encoded rows: the row groups that one shard's windows come from.
-    uri, views, resize = source
-    return BatchLoader(uri, "", views, resize, keep_bytes=2**28)
+    uri, views, resize, finish = source
+    return BatchLoader(uri, "", views, resize, keep_bytes=2**28, finish=finish)
 
 
 def decode(source: Source, batches: Sequence[np.ndarray]) -> list[Arrays]:
@@ -81,6 +83,7 @@ class TeacherActor:
             self.config.data.train,
             self.config.data.views,
             teacher_preprocessing(self.config).resize,
+            device.type != "cuda",
         )
         cpus = ray.cluster_resources().get("CPU", 1.0)
         self.tasks_ahead = readers_each(self.config.compute, device.type == "cuda", cpus)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pipelines.caching.actors import TeacherActor
 from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, estimate, make_cache_plan
 from pipelines.cluster.address import check_address
-from pipelines.cluster.room import actors_that_fit, check_gpus, say_if_on_cpus
+from pipelines.cluster.room import actors_that_fit, check_gpus, readers_each, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
+from pipelines.feed.hunger import WAIT_SHARE, hungry
 from pipelines.reporting.board import current, progress, stage
 from pipelines.reporting.watch import CountWatch
 from pipelines.reporting.words import duration_text
@@ -98,12 +99,6 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         cached=images,
         bytes=total,
     )
-    worked, waited = spent
-    if worked and waited > 0.1 * worked:
-        say(
-            f"the teacher waited for pixels {waited / worked:.0%} of its time: more compute.loader_workers may help",
-            quiet,
-        )
     return CacheResult(plan.path, done, images, total, seconds, *spent)
 
 
@@ -181,4 +176,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
             worked += float(batch["seconds"].sum())
             waited += float(batch["waited_seconds"].sum())
             manifest = record_finished_views(plan, manifest, sizes)
+    if worked and waited > WAIT_SHARE * worked:
+        cpus_there = ray.cluster_resources().get("CPU", 1.0)
+        log.warning(hungry(waited / worked, readers_each(config.compute, gpu, cpus_there), "the teacher"))
     return worked, waited

@@ -172,7 +172,7 @@ def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
         shard, view = plan.todo[0]
         windows = row_batches(ShardReader(config.data.train), shard, view, views, resize, plan.batch_size)
         rows = windows[0][0]
-        source = (config.data.train, views, resize)
+        source = (config.data.train, views, resize, device.type != "cuda")
         started = time.perf_counter()
         maker.rows(decode(source, [rows[:1]])[0])
         count = len(rows) if time.perf_counter() - started < 0.5 else min(2, len(rows))

@@ -44,7 +44,7 @@ def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
         row = number % plan.data.num_images - int(starts[shard])
         windows = row_batches(samples, shard, view, config.data.views, resize, plan.existing.batch_size)
         (rows,) = (batch for window in windows for batch in window if row in batch[:, 1])
-        arrays = decode((config.data.train, config.data.views, resize), [rows])[0]
+        arrays = decode((config.data.train, config.data.views, resize, device.type != "cuda"), [rows])[0]
         stored = reader.read(shard, view, rows[:, 1].tolist())
         if [entry.image_id for entry in stored] != arrays["image_ids"].tolist():
             raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", FILE_REMEDY)

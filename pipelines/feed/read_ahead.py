@@ -1,19 +1,18 @@
-"""The next batches, fetched by a thread while the step works."""
+"""The next batches, made by a thread while the step works: fetched, unpacked, and on their way to the device."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any
-
-from pipelines.feed.stream import Share
+from typing import Any, TypeVar
 
 READ_AHEAD = 2  # batches
+T = TypeVar("T")
 
 
-def read_ahead(shares: Iterator[Share]) -> Iterator[Share]:
-    """The same, read by a thread that stays a few batches ahead; decoding leaves Python's lock to the training."""
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, made by a thread that stays a few ahead; decoding and copying leave Python's lock to the training."""
     ready: queue.Queue[Any] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
     end = object()
@@ -29,8 +28,8 @@ def read_ahead(shares: Iterator[Share]) -> Iterator[Share]:
 
     def read() -> None:
         try:
-            for share in shares:
-                if not put(share):
+            for item in items:
+                if not put(item):
                     return
             put(end)
         except BaseException as error:

@@ -15,6 +15,7 @@ from typing import TypedDict
 from pipelines.feed.packing import Arrays
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
+from qskd.datasets.pictures.cuts import SHIP_BYTES
 from qskd.datasets.schedule import Batch, Schedule, Subset, evaluation_batches, split, training_batches
 from qskd.teacher.cache import TeacherCacheReader
 
@@ -69,14 +70,15 @@ class StreamConfig:
     teacher_columns: tuple[str, ...] = ()
     teacher_row_bytes: int = 0  # of one image's columns, about
     stretch_ranges: int = 4096  # ranges in one execution of Ray Data
+    finish: bool = True  # readers resize; else the device does that the batches go to, a GPU
 
     def range_length(self, world_size: int) -> int:
         """Steps in a block, from the size of a decoded batch."""
         resizes = [resize for resize in (self.student_resize, self.teacher_resize) if resize is not None]
         # Not the most pixels allowed: that made blocks of a single step.
-        pixels = sum(resize.usual_pixels for resize in resizes)
+        picture = 3 * sum(resize.usual_pixels for resize in resizes) if self.finish else SHIP_BYTES
         share = -(-self.schedule.batch_size // world_size)
-        return max(1, min(MAX_RANGE, RANGE_BYTES // ((3 * pixels + self.teacher_row_bytes) * share)))
+        return max(1, min(MAX_RANGE, RANGE_BYTES // ((picture + self.teacher_row_bytes) * share)))
 
     def batch_count(self, subset: Subset, epoch: int) -> int:
         """Global batches in this epoch's training or evaluation."""
@@ -114,6 +116,7 @@ class StreamConfig:
             self.teacher_resize,
             self.keep_bytes,
             cache,
+            self.finish,
         )
 
     def batches(self, steps: StepRange) -> Iterator[Batch]:

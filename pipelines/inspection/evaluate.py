@@ -70,7 +70,9 @@ class DetectorActor:
         # Ours, and what transformers would keep, where that is something else.
         rule = pairs_of_transformers(self.detector.family, self.detector.num_queries, max_detections)
         self.choices = [Pairs(max_detections, False), *([rule] if rule else [])]
-        self.loader = BatchLoader(data, data, ViewConfig(), preprocessing.resize, None, keep_bytes=0)
+        self.loader = BatchLoader(
+            data, data, ViewConfig(), preprocessing.resize, None, keep_bytes=0, finish=self.device.type != "cuda"
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = np.stack([batch["shard"], batch["row"], np.zeros_like(batch["row"])], 1).astype(np.int32)

@@ -6,14 +6,17 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pipelines.cluster.devices import pick_device
 from pipelines.cluster.room import reader_cpus, readers_each
+from pipelines.feed.hunger import Hunger
+from pipelines.feed.on_device import ReadyShare, ready_shares
 from pipelines.feed.readers import Readers, open_stream
-from pipelines.feed.stream import LOADER_ROWS, Share, StreamConfig
+from pipelines.feed.stream import Share, StreamConfig
 from pipelines.reporting.meter import Gauges, Meter
 from pipelines.reporting.pace import Pace
 from pipelines.run.folder import DETAILS, Folder, record_failure
@@ -21,7 +24,6 @@ from pipelines.run.logs import as_json, start_logs
 from pipelines.training.checkpoints import restore, write_checkpoint
 from qskd.config import Config
 from qskd.config.recipe import build
-from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.splits import evaluated
 from qskd.errors import QskdError
@@ -112,17 +114,18 @@ class Worker:
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
         self.meter = Meter(Gauges(config.name, rank))
         self.notice: Any = None
+        self.hunger: Hunger | None = None
         self.details: Evaluation | None = None
 
     def run(self, start_step: int) -> None:
         """Go through the schedule from a training step on."""
         self.pace.doing("reading the first batches")
-        shares = self.shares(start_step)
-        for (subset, epoch), part in itertools.groupby(shares, key=lambda share: (share.subset, share.epoch)):
+        ready = ready_shares(self.shares(start_step), self.config.training, self.world_size, self.device)
+        for (subset, epoch), part in itertools.groupby(ready, key=lambda each: (each.share.subset, each.share.epoch)):
             if subset == "train":
                 self.train(part)
             else:
-                self.report(epoch, self.evaluate(part))
+                self.report(epoch, self.evaluate(each.share for each in part))
         self.training.check_finite()
 
     def shares(self, start_step: int) -> Iterator[Share]:
@@ -134,20 +137,20 @@ class Worker:
         each = reader_cpus(compute, gpu, self.world_size, cpus)
         # Beside a GPU: its worker's Python has launches to make. On a CPU another process would cost more than it frees.
         readers = Readers(readers_each(compute, gpu, cpus), each, apart=gpu)
-        return open_stream(self.stream, start_step, self.world_size, self.rank, readers)
+        self.hunger = Hunger(readers.processes, f"worker {self.rank}")
+        stream = replace(self.stream, finish=not gpu)  # Pillow is the fastest on a CPU
+        return open_stream(stream, start_step, self.world_size, self.rank, readers)
 
-    def train(self, shares: Iterator[Share]) -> None:
+    def train(self, shares: Iterator[ReadyShare]) -> None:
         """One epoch, or the rest of one. Reports every so many steps, and at an end that no evaluation follows."""
         every, batch_size = self.config.training.checkpoint_every_steps, self.stream.schedule.batch_size
         self.meter.resume()
         waiting_since = time.perf_counter()
-        for share in shares:
-            waited_s = time.perf_counter() - waiting_since
-            asked = share.arrays.get(LOADER_ROWS)
-            arrays = {name: array for name, array in share.arrays.items() if name != LOADER_ROWS}
-            parts = parts_of(arrays, self.config.training, self.world_size)
-            values = self.training.train_step(*(train_batch(part, self.device) for part in parts))
-            self.meter.add(self.training.step, values, batch_size, waited_s, asked, self.training.learning_rate)
+        for ready in shares:
+            share, waited_s = ready.share, time.perf_counter() - waiting_since
+            values = self.training.train_step(*ready.wait())
+            asked, rate = ready.loader_rows, self.training.learning_rate
+            self.meter.add(self.training.step, values, batch_size, waited_s, asked, rate)
             self.pace.step(self.training.step, values["total"], time.perf_counter() - waiting_since)
             if share.is_last:
                 if not self.stream.schedule.evaluates_after(share.epoch):
@@ -205,6 +208,8 @@ class Worker:
         import ray.util
 
         metrics: dict[str, Any] = {"epoch": epoch, "step": self.training.step, "rows": self.meter.flush()}
+        if self.hunger and (said := self.hunger.look(metrics["rows"])):
+            log.warning("%s: %s", self.config.name, said)
         group = ray.util.get_current_placement_group()
         metrics["placement_group"] = group.id.hex() if group is not None else ""
         if result is not None:

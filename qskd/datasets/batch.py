@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qskd.config import TrainingConfig
+from qskd.datasets.pictures.resample import make_pixels
 from qskd.datasets.schedule import split
 from qskd.structures import Targets, to_device
 
@@ -31,12 +32,29 @@ class TrainBatch:
     cached: dict[str, Tensor] = field(default_factory=dict)
 
 
+def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
+    value = torch.from_numpy(np.require(array, requirements="W"))
+    return value.pin_memory() if torch.device(device).type == "cuda" else value
+
+
+def images_of(
+    arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu", pixels: Tensor | None = None, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
+    """The loader's images uint8 [n, H, W, 3] and sizes int32 [n, 2] on `device`, which makes them where the loader has not
+    finished them. pixels: `arrays["pixels"]` where they are there already. prefix: "teacher_" for the teacher's."""
+    if f"{prefix}images" in arrays:
+        images, sizes = (_tensor(arrays[f"{prefix}{name}"], device) for name in ("images", "sizes"))
+        return images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
+    if pixels is None:
+        pixels = _tensor(arrays["pixels"], device).to(device, non_blocking=True)
+    return make_pixels(pixels, arrays[f"{prefix}cuts"])
+
+
 def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> TrainBatch:
     """The loader's arrays -> tensors on `device` (pinned on the way to a GPU, so that copies overlap with work)."""
 
     def tensor(name: str) -> Tensor:
-        value = torch.from_numpy(np.require(arrays[name], requirements="W"))
-        return value.pin_memory() if torch.device(device).type == "cuda" else value
+        return _tensor(arrays[name], device)
 
     counts = tuple(int(count) for count in arrays["counts"])
     slots = torch.arange(arrays["labels"].shape[1])
@@ -47,13 +65,15 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         image_ids=tuple(int(image_id) for image_id in arrays["image_ids"]),
         counts=counts,
     )
-    images, sizes = tensor("images"), tensor("sizes")
-    own, cached = "teacher_images" in arrays, "teacher_logits" in arrays
+    pixels = tensor("pixels").to(device, non_blocking=True) if "pixels" in arrays else None
+    images, sizes = images_of(arrays, device, pixels)
+    own, cached = not arrays.keys().isdisjoint(("teacher_images", "teacher_cuts")), "teacher_logits" in arrays
+    teacher_images, teacher_sizes = images_of(arrays, device, pixels, "teacher_") if own else (images, sizes)
     batch = TrainBatch(
         images=images,
         sizes=sizes,
-        teacher_images=tensor("teacher_images") if own else images,
-        teacher_sizes=tensor("teacher_sizes") if own else sizes,
+        teacher_images=teacher_images,
+        teacher_sizes=teacher_sizes,
         targets=targets,
         cached={name: tensor(name) for name in arrays if name.startswith("teacher_")} if cached else {},
     )
@@ -69,4 +89,18 @@ def parts_of(
         return [arrays]
     share = -(-config.batch_size // world_size)  # the largest worker's
     count = -(-share // config.micro_batch_size)
-    return [{name: split(array, count, part) for name, array in arrays.items()} for part in range(count)]
+    return [_part(arrays, count, part) for part in range(count)]
+
+
+def _part(arrays: Mapping[str, np.ndarray], count: int, part: int) -> dict[str, np.ndarray]:
+    found = {name: split(array, count, part) for name, array in arrays.items() if name != "pixels"}
+    if "pixels" in arrays:  # one after the other, of images of any size
+        names = [name for name in ("cuts", "teacher_cuts") if name in arrays]
+        starts = np.min([arrays[name][:, 0] for name in names], axis=0).astype(np.int64)
+        ends = np.append(starts, len(arrays["pixels"]))
+        first, stop = ends[len(starts) * part // count], ends[len(starts) * (part + 1) // count]
+        found["pixels"] = arrays["pixels"][first:stop]
+        for name in names:
+            found[name] = found[name].copy()
+            found[name][:, 0] -= first
+    return found

@@ -1,4 +1,4 @@
-"""Rows of shards -> padded uint8 batches, for the student and, at its own size, for the teacher."""
+"""Rows of shards -> uint8 batches, for the student and, at its own size, for the teacher: padded, or as they are shipped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.manifest import REMEDY as SHARDS_REMEDY
 from qskd.datasets.manifest import Manifest
+from qskd.datasets.pictures.cuts import SHIP_BYTES, Shipment, joined, shipped
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
-from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes, view_image
+from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes
 from qskd.errors import QskdError
 
 Key = tuple[Any, ...]
@@ -49,9 +50,9 @@ class RowReader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One view of one image. pixels: uint8 [h, w, 3] for each resize. boxes_cxcywh: [N, 4] relative to the view."""
+    """One view of one image. shipment: its pixels for each resize. boxes_cxcywh: [N, 4] relative to the view."""
 
-    pixels: tuple[Pixels, ...]
+    shipment: Shipment
     boxes_cxcywh: NDArray[np.float32]
     labels: NDArray[np.int64]
     image_id: int
@@ -59,7 +60,7 @@ class Example:
 
     @property
     def nbytes(self) -> int:
-        return sum(picture.nbytes for picture in self.pixels) + self.boxes_cxcywh.nbytes + self.labels.nbytes + 500
+        return self.shipment.nbytes + self.boxes_cxcywh.nbytes + self.labels.nbytes + 500
 
 
 class _Recent:
@@ -98,7 +99,8 @@ class BatchLoader:
     all of them fit, else until each was asked for; and finished views too, when all of them fit beside the rows.
     teacher_resize equal to student_resize counts as none.
     teacher_cache: where what comes beside the training views (the teacher's outputs) is read from; the teacher's pixels are
-    then not needed.
+    then not needed. finish: crop, flip, resize and pad here; else they are left to the device that the batch goes to
+    (`qskd.datasets.batch`), which makes the same pixels.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class BatchLoader:
         teacher_resize: ResizeConfig | None = None,
         keep_bytes: int = 2**30,
         teacher_cache: RowReader | None = None,
+        finish: bool = True,
     ) -> None:
         uris: dict[Subset, str] = {"train": train_uri, "val": val_uri}
         self._readers = {subset: ShardReader(uri) for subset, uri in uris.items() if uri}
@@ -117,7 +120,7 @@ class BatchLoader:
         self._resizes = [student_resize]
         if teacher_resize is not None and teacher_resize != student_resize:
             self._resizes.append(teacher_resize)
-        self._cache = teacher_cache
+        self._cache, self._finish = teacher_cache, finish
         self._recent = _Recent(keep_bytes)
         self.rows_requested = self.rows_not_in_memory = (
             0  # rows (and teacher's rows) asked for so far; those that were not in memory then
@@ -142,7 +145,8 @@ class BatchLoader:
         first counts: int32 [n]. Crowds are no targets. image_ids: int64 [n]. views: int32 [n]. positions: int32 [n, 2],
         (shard, row). original_sizes: int32 [n, 2], (height, width) of the file's image. With another teacher_resize,
         teacher_images and teacher_sizes are the same views at the teacher's size; with a cache, "train" has its rows, as
-        its `collate` gives them. "val" is always the identity view.
+        its `collate` gives them. "val" is always the identity view. Not finished: pixels uint8 [bytes] and, in place of images
+        and sizes, cuts [n, 11] (`qskd.datasets.pictures.cuts`).
 
         Raises QskdError naming shard and image id when a shard, a picture or the cache is broken.
         """
@@ -165,13 +169,22 @@ class BatchLoader:
             "positions": rows[:, :2].astype(np.int32),
             "original_sizes": np.array([e.original_size for e in examples], np.int32).reshape(-1, 2),
         }
-        for number, prefix in enumerate(("", "teacher_")[: len(self._resizes)]):
-            images, sizes = pad([example.pixels[number] for example in examples])
-            batch |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
+        batch |= self._pixels([example.shipment for example in examples])
         if self._cache is not None and subset == "train":
             said = self._rows_beside(self._cache, wanted, [example.image_id for example in examples])
             batch |= self._cache.collate(said)
         return batch
+
+    def _pixels(self, shipments: Sequence[Shipment]) -> dict[str, NDArray[Any]]:
+        prefixes = ("", "teacher_")[: len(self._resizes)]
+        if not self._finish:
+            flat, cuts = joined(shipments, len(prefixes))
+            return {"pixels": flat, **{f"{prefix}cuts": lines for prefix, lines in zip(prefixes, cuts, strict=True)}}
+        found: dict[str, NDArray[Any]] = {}
+        for number, prefix in enumerate(prefixes):
+            images, sizes = pad([shipment.pictures[number] for shipment in shipments])
+            found |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
+        return found
 
     def _rows_beside(
         self, cache: RowReader, wanted: Sequence[tuple[int, int, int]], image_ids: Sequence[int]
@@ -207,10 +220,11 @@ class BatchLoader:
         """Of all rows as they are stored, the teacher's too, and of all finished views."""
         stored = finished = 0
         for subset, reader in self._readers.items():
-            pixels = sum(resize.usual_pixels for resize in self._resizes)  # an estimate is enough: the store is bounded
+            # An estimate is enough: the store is bounded.
+            picture = sum(3 * each.usual_pixels for each in self._resizes) if self._finish else SHIP_BYTES
             views = self._views.count if subset == "train" else 1
             stored += sum(shard.bytes for shard in reader.manifest.shards)
-            finished += reader.manifest.num_images * views * (3 * pixels + 1000)
+            finished += reader.manifest.num_images * views * (picture + 1000)
         return stored + (self._cache.num_bytes if self._cache is not None else 0), finished
 
     def _examples(self, subset: Subset, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
@@ -262,8 +276,8 @@ class BatchLoader:
         min_visible = self._views.min_visible
         boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, view, min_visible)
         labels = label_index(reader.manifest, sample.category_ids[single][kept], where)
-        pixels = tuple(view_image(picture, view, resize) for resize in self._resizes)
-        return Example(pixels, boxes, labels, sample.image_id, (sample.height, sample.width))
+        shipment = shipped(picture, view, self._resizes, self._finish)
+        return Example(shipment, boxes, labels, sample.image_id, (sample.height, sample.width))
 
 
 def label_index(manifest: Manifest, category_ids: NDArray[np.int64], where: str = "") -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from qskd.datasets.batch import images_of
 from qskd.datasets.views import View, crop_size, view_image
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.evaluation.average_precision import detections_from
@@ -23,7 +24,8 @@ def predict_batch(
     device: torch.device | str = "cpu",
     top_k: int = 100,
 ) -> Detections:
-    """arrays: "images" uint8 [n, H, W, 3], "sizes", "original_sizes" int [n, 2], "image_ids" [n]; n may be 0.
+    """arrays: the loader's: pixels ("images" uint8 [n, H, W, 3] and "sizes" int [n, 2], or what it leaves to the device),
+    "original_sizes" int [n, 2], "image_ids" [n]; n may be 0.
 
     slots: the logit slot of each class in `category_ids`; None when they are the same. The detector must be in evaluation
     mode.
@@ -43,8 +45,7 @@ def predict_pairs(
     """The same for each choice of (query, class) pairs, of one pass of the detector."""
     if not len(arrays["image_ids"]):
         return [Detections.empty() for _ in choices]
-    images = torch.from_numpy(arrays["images"].copy()).to(device, non_blocking=True)
-    sizes = torch.from_numpy(arrays["sizes"].copy()).to(device, non_blocking=True)
+    images, sizes = images_of(arrays, device)
     pixels, mask = to_pixels(images, sizes, preprocessing.mean, preprocessing.std)
     with torch.inference_mode():
         output = detector(pixels, mask, with_attention=False)

@@ -6,9 +6,9 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pipelines.cluster.devices import device_here
-from pipelines.feed.read_ahead import read_ahead
 from pipelines.feed.stream import Share, local_stream
 from pipelines.run.folder import Folder
 from pipelines.run.history import add_trial_report, best_ap, read_history, rows_until
@@ -57,7 +57,8 @@ class TrialWorker(Worker):
 
     def shares(self, start_step: int) -> Iterator[Share]:
         last = self.last_step / self.stream.schedule.steps_per_epoch
-        return read_ahead(itertools.takewhile(lambda share: share.epoch < last, local_stream(self.stream, start_step)))
+        stream = replace(self.stream, finish=self.device.type != "cuda")
+        return itertools.takewhile(lambda share: share.epoch < last, local_stream(stream, start_step))
 
     def report(self, epoch: int, result: CocoResult | None) -> None:
         step, rows = self.training.step, self.meter.flush()

@@ -77,9 +77,11 @@ def finished_cut(height: int, width: int, offset: int = 0) -> Cuts:
     return np.array([offset, height, width, height, width, 0, 0, 0, width, height, 0], np.float64)
 
 
-def joined(shipments: Sequence[Shipment]) -> tuple[NDArray[np.uint8], list[Cuts]]:
-    """The images of a batch -> all bytes, uint8 [bytes], and for each resize the lines [n, 11], offsets from the start of it.
-    There must be an image."""
+def joined(shipments: Sequence[Shipment], resizes: int) -> tuple[NDArray[np.uint8], list[Cuts]]:
+    """The images of a batch, of which there may be none -> all bytes, uint8 [bytes], and for each resize the lines [n, 11], offsets
+    from the start of it."""
+    if not shipments:
+        return np.zeros(0, np.uint8), [np.zeros((0, 11))] * resizes
     cuts = np.stack([shipment.cuts for shipment in shipments], axis=1)
     cuts[:, :, 0] += np.cumsum([0, *(shipment.nbytes for shipment in shipments[:-1])])
     return np.concatenate([part.reshape(-1) for shipment in shipments for part in shipment.pictures]), list(cuts)
