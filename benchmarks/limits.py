@@ -160,21 +160,29 @@ def checkpoint(images: int) -> str:
 
 
 def reading(readers: int) -> str:
-    """How often each image's bytes are read from storage in an epoch of COCO, by so many readers of which each is dealt every
-    so manieth run of steps. The loader's own store, which a row leaves when it is asked for; sizes alone are kept in it."""
+    """How often each image's bytes are read from storage in an epoch of COCO, by so many readers of a machine, of which each is
+    dealt every so manieth run of steps. One keeps rows in the loader's own store, which a row leaves when it is asked for;
+    several share whole row groups (`qskd.storage.spool`), of which the oldest go. Sizes alone are kept here."""
     from pipelines.feed.stream import keep_bytes_for
-    from qskd.datasets.loader import _Recent
+    from qskd.datasets.loader import Recent
     from qskd.datasets.schedule import epoch_order
 
     group, run_rows, window = 64, 48, 4096
     order = epoch_order(_shard_rows(SETS["COCO train"]), 0, 0, window)
 
     def times(row_bytes: int, keep_bytes: int) -> float:
-        stores, rows_read = [_Recent(keep_bytes) for _ in range(readers)], 0
+        spool = dict[tuple[int, int], None]()
+        store, rows_read = Recent(keep_bytes), 0
         for at in range(0, len(order), run_rows):
-            store, unread = stores[at // run_rows % readers], dict[tuple[int, int], set[int]]()
+            unread = dict[tuple[int, int], set[int]]()
             for shard, row in order[at : at + run_rows].tolist():
-                if store.take((shard, row)) is None:
+                if readers > 1:
+                    if (place := (shard, row - row % group)) not in spool:
+                        spool[place] = None
+                        rows_read += group
+                        while len(spool) * group * row_bytes > keep_bytes:
+                            spool.pop(next(iter(spool)))
+                elif store.take((shard, row)) is None:
                     unread.setdefault((shard, row - row % group), set()).add(row)
             for (shard, first), asked in unread.items():
                 for row in set(range(first, first + group)) - asked:

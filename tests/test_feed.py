@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_loader import Pictures
 
 from pipelines.cluster.room import reader_cpus, readers_each
 from pipelines.feed.hunger import Hunger, enough_readers
@@ -20,7 +21,6 @@ from qskd.datasets.manifest import load_manifest
 from qskd.datasets.schedule import Schedule
 from qskd.datasets.shards import write_shards
 from qskd.structures import tensors_of
-from tests.test_loader import Pictures
 
 VIEWS = ViewConfig(seed=5, count=2, crop_probability=0.5)
 SMALL = ResizeConfig(mode="shortest_edge", size=24, longest=60)

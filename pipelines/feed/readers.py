@@ -15,6 +15,7 @@ next begins when it ends.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +118,7 @@ def read_stream(iterator: Any, config: StreamConfig, ranges: Sequence[StepRange]
 
 def open_stream(config: StreamConfig, start_step: int, world_size: int, rank: int, readers: Readers) -> Iterator[Share]:
     """This worker's batches."""
+    config = replace(config, share_rows=world_size * readers.processes > 1)
     for ranges in config.stretches(start_step, world_size):
         dataset = build_dataset(config, ranges, world_size, rank, readers)
         part = dataset.streaming_split(1, equal=False)[0] if readers.apart else dataset.iterator()

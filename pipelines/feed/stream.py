@@ -17,6 +17,7 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.pictures.cuts import SHIP_BYTES
 from qskd.datasets.schedule import Batch, Schedule, Subset, evaluation_batches, split, training_batches
+from qskd.storage.spool import RowGroupSpool
 from qskd.teacher.cache import TeacherCacheReader
 
 RANGE_BYTES = 24 * 2**20  # decoded pixels in one block, about
@@ -70,6 +71,7 @@ class StreamConfig:
     teacher_columns: tuple[str, ...] = ()
     teacher_row_bytes: int = 0  # of one image's columns, about
     stretch_ranges: int = 4096  # ranges in one execution of Ray Data
+    share_rows: bool = False  # with the other readers of a machine: each row group is read from its store once
     finish: bool = True  # readers resize; else the device does that the batches go to, a GPU
 
     def range_length(self, world_size: int) -> int:
@@ -107,7 +109,8 @@ class StreamConfig:
             yield stretch
 
     def loader(self) -> BatchLoader:
-        cache = TeacherCacheReader(self.teacher_cache, self.teacher_columns) if self.teacher_cache else None
+        spool = RowGroupSpool(self.train_uri or self.val_uri, self.keep_bytes) if self.share_rows else None
+        cache = TeacherCacheReader(self.teacher_cache, self.teacher_columns, spool) if self.teacher_cache else None
         return BatchLoader(
             self.train_uri,
             self.val_uri,
@@ -117,6 +120,7 @@ class StreamConfig:
             self.keep_bytes,
             cache,
             self.finish,
+            spool,
         )
 
     def batches(self, steps: StepRange) -> Iterator[Batch]:

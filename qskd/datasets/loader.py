@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,8 +18,8 @@ from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes
 from qskd.errors import QskdError
-
-Key = tuple[Any, ...]
+from qskd.storage.recent import Key, Recent
+from qskd.storage.spool import RowGroupSpool
 
 
 class BesideRow(Protocol):
@@ -35,11 +34,14 @@ class BesideRow(Protocol):
 class RowReader(Protocol):
     """A second reader of rows, one for each row of the image shards and view: the teacher's outputs are read by such a one.
 
-    num_bytes: of all it can read. remedy: for messages, where a row is of another image. collate: rows -> arrays of one batch.
+    rows_read: of all rows asked for, those that were not in a spool. num_bytes: of all it can read. remedy: for messages, where a
+    row is of another image. collate: rows -> arrays of one batch.
     """
 
     remedy: str
 
+    @property
+    def rows_read(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
     def where(self, shard: int, view: int) -> str: ...
@@ -63,40 +65,12 @@ class Example:
         return self.shipment.nbytes + self.boxes_cxcywh.nbytes + self.labels.nbytes + 500
 
 
-class _Recent:
-    """A least-recently-used store, bounded by the bytes of what it holds."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit, self.held_bytes = limit_bytes, 0
-        self._entries: OrderedDict[Key, tuple[Any, int]] = OrderedDict()
-
-    def get(self, key: Key) -> Any:
-        entry = self._entries.get(key)
-        if entry is None:
-            return None
-        self._entries.move_to_end(key)
-        return entry[0]
-
-    def take(self, key: Key) -> Any:
-        """`get`, and let it go."""
-        value, size_bytes = self._entries.pop(key, (None, 0))
-        self.held_bytes -= size_bytes
-        return value
-
-    def put(self, key: Key, value: Any, size_bytes: int) -> None:
-        if size_bytes > self._limit:
-            return
-        self.held_bytes += size_bytes - self._entries.pop(key, (None, 0))[1]
-        self._entries[key] = value, size_bytes
-        while self.held_bytes > self._limit:
-            self.held_bytes -= self._entries.popitem(last=False)[1][1]
-
-
 class BatchLoader:
     """Loads batches of rows from a train and a val shard folder (an empty URI: there is none). Not for several threads.
 
     keep_bytes bounds what is kept in memory: encoded rows, so that rows stored together are read together once, for good when
-    all of them fit, else until each was asked for; and finished views too, when all of them fit beside the rows.
+    all of them fit, else until each was asked for; and finished views too, when all of them fit beside the rows. spool: in
+    place of this process's memory, encoded rows are kept there, for all readers of this machine.
     teacher_resize equal to student_resize counts as none.
     teacher_cache: where what comes beside the training views (the teacher's outputs) is read from; the teacher's pixels are
     then not needed. finish: crop, flip, resize and pad here; else they are left to the device that the batch goes to
@@ -113,15 +87,17 @@ class BatchLoader:
         keep_bytes: int = 2**30,
         teacher_cache: RowReader | None = None,
         finish: bool = True,
+        spool: RowGroupSpool | None = None,
     ) -> None:
         uris: dict[Subset, str] = {"train": train_uri, "val": val_uri}
-        self._readers = {subset: ShardReader(uri) for subset, uri in uris.items() if uri}
+        self._spool = spool
+        self._readers = {subset: ShardReader(uri, self._spool) for subset, uri in uris.items() if uri}
         self._views = views
         self._resizes = [student_resize]
         if teacher_resize is not None and teacher_resize != student_resize:
             self._resizes.append(teacher_resize)
         self._cache, self._finish = teacher_cache, finish
-        self._recent = _Recent(keep_bytes)
+        self._recent = Recent(keep_bytes)
         self.rows_requested = self.rows_not_in_memory = (
             0  # rows (and teacher's rows) asked for so far; those that were not in memory then
         )
@@ -132,6 +108,10 @@ class BatchLoader:
         # before its next turn: an epoch later.
         self._keep_rows = stored <= keep_bytes
         self._held = self._recent.get if self._keep_rows else self._recent.take
+
+    def _read_along(self, group: range, row: int) -> Sequence[int]:
+        """The rows to read when one is: those stored with it, unless they are kept outside."""
+        return group if self._spool is None else [row]
 
     def manifest(self, subset: Subset) -> Manifest:
         """The manifest behind "train" or "val"."""
@@ -193,16 +173,20 @@ class BatchLoader:
         for shard, row, view in asked:
             kept = self._held(("beside", shard, row, view))
             if kept is None:
-                self.rows_not_in_memory += 1
-                unread.setdefault((shard, view), set()).update(cache.group_rows(shard, view, row))
+                unread.setdefault((shard, view), set()).update(
+                    self._read_along(cache.group_rows(shard, view, row), row)
+                )
+                self.rows_not_in_memory += self._spool is None
             else:
                 found[shard, row, view] = kept
+        before = cache.rows_read
         for (shard, view), rows in unread.items():
             ordered = sorted(rows)
             for row, said in zip(ordered, cache.read(shard, view, ordered), strict=True):
-                if self._keep_rows or (shard, row, view) not in asked:
+                if self._spool is None and (self._keep_rows or (shard, row, view) not in asked):
                     self._recent.put(("beside", shard, row, view), said, said.nbytes + 2000)
                 found[shard, row, view] = said
+        self.rows_not_in_memory += 0 if self._spool is None else cache.rows_read - before
         for (shard, row, view), image_id in zip(wanted, image_ids, strict=True):
             if found[shard, row, view].image_id != image_id:
                 problem = f"row {row} is of image {found[shard, row, view].image_id}"
@@ -250,17 +234,19 @@ class BatchLoader:
         for shard, row in asked:
             sample = self._held(("row", subset, shard, row))
             if sample is None:
-                self.rows_not_in_memory += 1
-                unread.setdefault(shard, set()).update(reader.group_rows(shard, row))
+                unread.setdefault(shard, set()).update(self._read_along(reader.group_rows(shard, row), row))
+                self.rows_not_in_memory += self._spool is None
             else:
                 found[shard, row] = sample
+        before = reader.rows_read
         for shard, shard_rows in unread.items():
             ordered = sorted(shard_rows)
             for row, sample in zip(ordered, reader.read(shard, ordered), strict=True):
-                if self._keep_rows or (shard, row) not in asked:
+                if self._spool is None and (self._keep_rows or (shard, row) not in asked):
                     self._recent.put(("row", subset, shard, row), sample, len(sample.encoded) + 1000)
                 if (shard, row) in asked:
                     found[shard, row] = sample
+        self.rows_not_in_memory += 0 if self._spool is None else reader.rows_read - before
         return found
 
     def _make(self, subset: Subset, place: tuple[int, int, int], sample: Sample) -> Example:

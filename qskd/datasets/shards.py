@@ -45,6 +45,7 @@ from qskd.storage.files import UNFINISHED, publish, read_bytes, remove, sha256_o
 from qskd.storage.ownership import head_says
 from qskd.storage.parquet import ParquetFiles
 from qskd.storage.places import open_folder
+from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
 
 __all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load_manifest"]
@@ -213,14 +214,19 @@ def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256
 class ShardReader:
     """Reads samples by (shard, row). Each shard is compared with the manifest when first opened."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, spool: RowGroupSpool | None = None) -> None:
         self.uri = str(uri)
         self.manifest = load_manifest(self.uri)
-        self._files = ParquetFiles(self.uri, self._expected, SCHEMA, REMEDY, check=check_lengths)
+        self._files = ParquetFiles(self.uri, self._expected, SCHEMA, REMEDY, check=check_lengths, spool=spool)
 
     def _expected(self, shard: int) -> tuple[str, int, int]:
         entry = self.manifest.shards[shard]
         return entry.file, entry.rows, entry.bytes
+
+    @property
+    def rows_read(self) -> int:
+        """Of all rows asked of `read`: those that no process of this machine had read."""
+        return self._files.rows_read
 
     def where(self, shard: int) -> str:
         """The shard file's full name, for messages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from qskd.errors import QskdError
 from qskd.redaction import redacted
 from qskd.storage.places import open_folder
+from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
 
 
@@ -21,8 +23,9 @@ class ParquetFiles:
     """The Parquet files of a folder, each compared with what its manifest says of it when first opened.
 
     expected: (name, rows, bytes) of file number i. schema: the columns that each file must have, and their types; what is
-    read of them holds no nulls. metadata: what each file must say of itself. check: of each table read, raises ValueError. A
-    damaged or missing file, or one of another set, is a QskdError that names it.
+    read of them holds no nulls. metadata: what each file must say of itself. check: of each table read, raises ValueError. spool:
+    where row groups are kept for all processes of this machine. A damaged or missing file, or one of another set, is a QskdError
+    that names it.
     """
 
     _MOST_OPEN = 32
@@ -35,7 +38,10 @@ class ParquetFiles:
         remedy: str,
         metadata: Mapping[bytes, bytes] | None = None,
         check: Callable[[pa.Table], None] = lambda table: None,
+        spool: RowGroupSpool | None = None,
     ) -> None:
+        self.rows_read = 0  # of those asked of `read_rows`: that were not in the spool
+        self._spool = spool
         self.uri, self._expected, self._schema, self._remedy = uri, expected, schema, remedy
         self._metadata, self._check = dict(metadata or {}), check
         self._filesystem, self._root = open_folder(uri)
@@ -65,9 +71,27 @@ class ParquetFiles:
             raise QskdError(self.where(number), found, wanted, self._remedy)
         starts = self.group_starts(number)
         groups = np.unique(np.searchsorted(starts, rows, side="right") - 1)
-        table = self.read_table(number, columns, groups.tolist())
+        table = self._groups(number, columns, groups.tolist(), starts, rows)
         held = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
         return table, np.searchsorted(held, rows).tolist()
+
+    def _groups(
+        self, number: int, columns: Sequence[str], groups: list[int], starts: NDArray[np.int64], rows: Sequence[int]
+    ) -> pa.Table:
+        # A group of one row is read once anyway.
+        if self._spool is None or int(np.diff(starts).max()) == 1:
+            self.rows_read += len(rows)
+            return self.read_table(number, columns, groups)
+        tables, content = [], f"{self.uri} {self._expected(number)} {self._metadata}"
+        for group in groups:
+            read = partial(self.read_table, number, columns, [group])
+            table, read_now = self._spool.table(content, group, columns, read)
+            if read_now:
+                self.rows_read += int(
+                    np.sum((starts[group] <= np.asarray(rows)) & (np.asarray(rows) < starts[group + 1]))
+                )
+            tables.append(table)
+        return pa.concat_tables(tables)
 
     def read_table(self, number: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
         """These columns of some row groups, or of the whole file, as Arrow."""

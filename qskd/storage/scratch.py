@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -37,6 +39,72 @@ def locked_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+class SharedFolder:
+    """A folder for temporary files that several processes of a user on this machine use at once, by its name: the last one to
+    close it deletes it, unless it holds files of other names than 32 hexadecimal digits and an ending; and of processes that were
+    all killed the next that wants a `scratch_folder` does.
+
+    Where another user has put a thing of that name, or locks do not work, it is one of this process alone.
+    """
+
+    def __init__(self, name: str) -> None:
+        _remove_orphans(tempfile.gettempdir())
+        words = f"{os.getuid()} {name}".encode()
+        suffix = hashlib.blake2b(words, digest_size=4).hexdigest()
+        self.path = Path(tempfile.gettempdir()) / f"{PREFIX}rows-{suffix}"
+        self._handle = self._opened() if self._make() else -1
+        if self._handle < 0:
+            self.path, self._handle = _locked(f"{PREFIX}rows-", None)
+        self._closed = False
+        atexit.register(self.close)
+
+    def _make(self) -> bool:
+        try:
+            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def _opened(self) -> int:
+        """A handle that holds a lock shared with the other users of the folder; -1 where it can't be ours."""
+        for _ in range(100):
+            try:
+                handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            except FileNotFoundError:  # the last of its users deleted it just now
+                self._make()
+                continue
+            except OSError:
+                return -1
+            found = os.fstat(handle)
+            if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+                os.close(handle)
+                return -1
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH)
+                if os.path.samestat(os.stat(self.path), found):
+                    return handle
+            except FileNotFoundError:
+                pass
+            except OSError:
+                os.close(handle)
+                return -1
+            os.close(handle)  # it was deleted before it was locked
+        return -1
+
+    def close(self) -> None:
+        """Leave it; the last of its users deletes it. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        ours = all(re.fullmatch(r"[0-9a-f]{32}\.[a-z0-9]+", name) for name in os.listdir(self._handle))
+        if ours and _lock(self._handle, wait=False):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._handle)
 
 
 def _locked(prefix: str, parent: str | None) -> tuple[Path, int]:

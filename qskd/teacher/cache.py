@@ -22,6 +22,7 @@ from qskd.storage.files import UNFINISHED, publish
 from qskd.storage.parquet import ParquetFiles
 from qskd.storage.places import open_folder
 from qskd.storage.scratch import locked_folder, scratch_folder
+from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
 from qskd.teacher.columns.table import ALWAYS, COMPRESSION, PRECISIONS, TeacherRow, collate, row_from, schema_of, stored
 from qskd.teacher.manifest import FILE_REMEDY, REMEDY, file_name, load_cache_manifest
@@ -132,7 +133,9 @@ class TeacherCacheReader:
 
     remedy = FILE_REMEDY
 
-    def __init__(self, uri: str, columns: Sequence[str] = ("image_id", *ALWAYS)) -> None:
+    def __init__(
+        self, uri: str, columns: Sequence[str] = ("image_id", *ALWAYS), spool: RowGroupSpool | None = None
+    ) -> None:
         manifest = load_cache_manifest(uri)
         if manifest is None:
             raise QskdError(
@@ -146,7 +149,7 @@ class TeacherCacheReader:
             )
         fixed = {FINGERPRINT_KEY: manifest.fingerprint.encode()}
         expected = schema_of(tuple(dict.fromkeys((*ALWAYS, *self.columns[1:]))))
-        self._files = ParquetFiles(uri, self._expected, expected, FILE_REMEDY, fixed)
+        self._files = ParquetFiles(uri, self._expected, expected, FILE_REMEDY, fixed, spool=spool)
 
     def _number(self, shard: int, view: int) -> int:
         if view not in self.manifest.views:
@@ -162,6 +165,11 @@ class TeacherCacheReader:
     def where(self, shard: int, view: int) -> str:
         """The file's full name, for messages."""
         return self._files.where(self._number(shard, view))
+
+    @property
+    def rows_read(self) -> int:
+        """Of all rows asked of `read`: those that no process of this machine had read."""
+        return self._files.rows_read
 
     @property
     def num_bytes(self) -> int:
