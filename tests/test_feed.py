@@ -141,3 +141,32 @@ def test_readers_follow_the_cpus_beside_gpus_and_the_recipe_where_it_says() -> N
     assert reader_cpus(auto, True, 8, 96) == 1
     for cpus in (2, 4, 7):  # one for each worker finds room
         assert 8 * reader_cpus(auto, True, 8, cpus) <= cpus
+
+
+def test_images_are_dealt_by_aspect_and_the_batch_stays_what_it_is(stream: StreamConfig) -> None:
+    schedule = replace(stream.schedule, batch_size=8, epochs=4)
+    dealt, plain = (replace(stream, schedule=schedule, teacher_resize=None, by_aspect=by) for by in (True, False))
+    padded = {True: 0, False: 0}
+    for config, by in ((dealt, True), (plain, False)):
+        for shares in zip(*(local_stream(config, 0, 4, rank) for rank in range(4)), strict=True):
+            for share in shares:
+                padded[by] += share.arrays["images"][..., 0].size if share.subset == "train" else 0
+    real = 0
+    whole = [share for share in local_stream(plain) if share.subset == "train"]
+    parts = [list(local_stream(dealt, 0, 4, rank)) for rank in range(4)]
+    for batch, *shares in zip(whole, *([s for s in part if s.subset == "train"] for part in parts), strict=True):
+        ids = np.concatenate([share.arrays["image_ids"] for share in shares])
+        assert sorted(ids.tolist()) == sorted(batch.arrays["image_ids"].tolist())
+        sizes = np.concatenate([share.arrays["sizes"] for share in shares])
+        aspect = sizes[:, 0] / sizes[:, 1]
+        assert (np.diff(aspect) >= 0).all()
+        assert sum(share.arrays["counts"].sum() for share in shares) == batch.arrays["counts"].sum()
+        real += int(sizes.prod(axis=1).sum())
+    assert real <= padded[True] < real + 0.6 * (padded[False] - real)
+
+
+def test_sizes_are_known_before_a_picture_is_read(stream: StreamConfig) -> None:
+    loader = stream.loader()
+    for share in local_stream(replace(stream, teacher_resize=None)):
+        rows = np.column_stack([share.arrays["positions"], share.arrays["views"]])
+        np.testing.assert_array_equal(loader.sizes(share.subset, rows), share.arrays["sizes"])

@@ -24,7 +24,6 @@ import pyarrow as pa
 from pipelines.cluster.start import quiet_ray_data
 from pipelines.feed.packing import Arrays, pack, unpack
 from pipelines.feed.stream import LOADER_ROWS, RANGE_BYTES, Share, StepRange, StreamConfig
-from qskd.datasets.schedule import split
 from qskd.errors import QskdError
 
 STORE_SHARE = (
@@ -45,7 +44,8 @@ class RangeReader:
             shares: Arrays = {}
             for batch in self.config.batches(steps):
                 asked, unheld = self.loader.rows_requested, self.loader.rows_not_in_memory
-                arrays = self.loader.load(batch.subset, split(batch.rows, self.world_size, self.rank))
+                rows = self.config.rows_of(self.loader, batch, self.world_size, self.rank)
+                arrays = self.loader.load(batch.subset, rows)
                 arrays[LOADER_ROWS] = np.array(
                     [self.loader.rows_requested - asked, self.loader.rows_not_in_memory - unheld]
                 )

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.feed.packing import Arrays
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
@@ -72,6 +75,7 @@ class StreamConfig:
     teacher_row_bytes: int = 0  # of one image's columns, about
     stretch_ranges: int = 4096  # ranges in one execution of Ray Data
     share_rows: bool = False  # with the other readers of a machine: each row group is read from its store once
+    by_aspect: bool = False  # see `rows_of`
     finish: bool = True  # readers resize; else the device does that the batches go to, a GPU
 
     def range_length(self, world_size: int) -> int:
@@ -123,6 +127,15 @@ class StreamConfig:
             spool,
         )
 
+    def rows_of(self, loader: BatchLoader, batch: Batch, world_size: int, rank: int) -> NDArray[np.int32]:
+        """A worker's share of a batch. by_aspect: the batch is first sorted by its pictures' aspect ratio, so that those of one
+        worker (and of one micro-batch) are alike and little of what it computes is padding. The batch stays what it is."""
+        rows = batch.rows
+        if self.by_aspect and batch.subset == "train":
+            height, width = loader.sizes("train", rows).T
+            rows = rows[np.argsort(height / width, kind="stable")]
+        return split(rows, world_size, rank)
+
     def batches(self, steps: StepRange) -> Iterator[Batch]:
         """The global batches of a range."""
         if steps["subset"] == "train":
@@ -137,5 +150,5 @@ def local_stream(config: StreamConfig, start_step: int = 0, world_size: int = 1,
     loader = config.loader()
     for steps in config.ranges(start_step, world_size):
         for batch in config.batches(steps):
-            arrays = loader.load(batch.subset, split(batch.rows, world_size, rank))
+            arrays = loader.load(batch.subset, config.rows_of(loader, batch, world_size, rank))
             yield Share(batch.subset, batch.epoch, batch.index, batch.count, arrays)

@@ -149,6 +149,8 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         views=config.data.views,
         student_resize=config.student.resize,
         teacher_resize=own if own != config.student.resize else None,
+        by_aspect=config.student.resize.mode == "shortest_edge"
+        and (workers > 1 or config.training.micro_batch_size > 0),
     )
     needs = teacher_needs(config.distillation)
     if cache is not None and needs is not None:

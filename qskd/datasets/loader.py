@@ -16,7 +16,7 @@ from qskd.datasets.pictures.cuts import SHIP_BYTES, Shipment, joined, shipped
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
-from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes
+from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
 from qskd.storage.spool import RowGroupSpool
@@ -48,6 +48,9 @@ class RowReader(Protocol):
     def group_rows(self, shard: int, view: int, row: int) -> range: ...
     def read(self, shard: int, view: int, rows: Sequence[int]) -> Sequence[BesideRow]: ...
     def collate(self, rows: Sequence[Any]) -> dict[str, NDArray[Any]]: ...
+
+
+DIMENSION_BYTES = 2**25  # of the sizes of a million pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ class BatchLoader:
         if teacher_resize is not None and teacher_resize != student_resize:
             self._resizes.append(teacher_resize)
         self._cache, self._finish = teacher_cache, finish
-        self._recent = Recent(keep_bytes)
+        self._recent, self._dimensions = Recent(keep_bytes), Recent(DIMENSION_BYTES)
         self.rows_requested = self.rows_not_in_memory = (
             0  # rows (and teacher's rows) asked for so far; those that were not in memory then
         )
@@ -116,6 +119,19 @@ class BatchLoader:
     def manifest(self, subset: Subset) -> Manifest:
         """The manifest behind "train" or "val"."""
         return self._reader(subset).manifest
+
+    def sizes(self, subset: Subset, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """(height, width) [n, 2] that the student will see of rows [n, 3]; no picture is read."""
+        found = []
+        for shard, row, index in np.asarray(rows).reshape(-1, 3).tolist():
+            known = self._dimensions.get((subset, shard))
+            if known is None:
+                known = self._reader(subset).dimensions(shard)
+                self._dimensions.put((subset, shard), known, sum(each.nbytes for each in known))
+            image_id, (height, width) = int(known[0][row]), known[1][row].tolist()
+            view = View.IDENTITY if subset == "val" else make_view(self._views, image_id, index)
+            found.append(viewed_size(height, width, view, self._resizes[0]))
+        return np.array(found, np.int64).reshape(-1, 2)
 
     def load(self, subset: Subset, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
         """rows [n, 3] of (shard, row, view index) -> a batch of n images, n may be 0.

@@ -257,6 +257,12 @@ class ShardReader:
             found = f"the picture {kind}, and the shards are of an earlier qskd, which saw such pictures otherwise"
             raise QskdError(where, found, "shards of this qskd", "make them anew: the same `qskd prepare` command")
 
+    def dimensions(self, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of all its rows: image ids [n] and (height, width) [n, 2] of the upright pictures. No image bytes are read."""
+        table = self.read_table(shard, ["image_id", "width", "height"])
+        ids, width, height = (table.column(name).to_numpy() for name in ("image_id", "width", "height"))
+        return ids, np.stack([height, width], axis=1).astype(np.int64)
+
     def read_table(self, shard: int, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
         """These columns of some row groups, or of the whole shard, as Arrow."""
         return self._files.read_table(shard, columns, groups)
