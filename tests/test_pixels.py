@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,17 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import pad
 from qskd.datasets.pictures import cuts as cuts_module
 from qskd.datasets.pictures import resample
-from qskd.datasets.pictures.cuts import MOST_TAPS, SHIP_BYTES, finished_cut, is_finished, joined, shipped, taps
+from qskd.datasets.pictures.cuts import (
+    MOST_TAPS,
+    SHIP_BYTES,
+    finished_cut,
+    is_finished,
+    joined,
+    reduced_scale,
+    ship,
+    shipped,
+    taps,
+)
 from qskd.datasets.pictures.resample import make_pixels
 from qskd.datasets.views import View, decode_image, make_view, view_image
 
@@ -155,3 +166,47 @@ def test_more_images_are_no_more_operators_and_none_asks_the_device() -> None:
         counts.append(seen.count)
     assert counts[0] == counts[1]
     assert not {"item", "tolist", "nonzero", "masked_select", "cpu", "numpy", "__bool__"} & counts[0].keys()
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Edges and fine texture, in a picture that JPEG keeps well."""
+    y, x = np.mgrid[:height, :width]
+    levels = 128 + 60 * np.sin(x / 9 + y / 31) + 40 * ((x // 40 + y // 56) % 2) + 9 * np.sin(x * y / 700)
+    return Image.fromarray(np.stack([levels, 255 - levels, levels * x / width], axis=-1).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_jpeg_decoded_at_a_part_of_its_size_differs_by_little_however_it_is_turned(orientation: int) -> None:
+    buffer, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = orientation
+    photograph(901, 1203).save(buffer, "JPEG", quality=95, exif=turned)
+    whole = decode_image(buffer.getvalue(), "it")
+    views = [MIRROR, View((0.1, 0.2, 0.93, 0.97), False)]
+    for view, resize in itertools.product(views, [ResizeConfig(size=100), ResizeConfig(size=30)]):
+        shipment, size = ship(buffer.getvalue(), "it", (whole.height, whole.width), view, [resize], False)
+        assert size == (whole.height, whole.width)
+        assert reduced_scale(cuts_module.raw_cut(*size, view, resize)) > 1
+        difference = np.abs(shipment.pictures[0].astype(int) - view_image(whole, view, resize))
+        assert difference.any()
+        assert difference.mean() < 1
+        assert difference.max() < 14
+
+
+def test_what_one_model_sees_does_not_depend_on_another_ones_size() -> None:
+    buffer = io.BytesIO()
+    photograph(901, 1203).save(buffer, "JPEG", quality=95)
+    small, large = ResizeConfig(size=60), ResizeConfig(size=800)
+    both, _ = ship(buffer.getvalue(), "it", (901, 1203), MIRROR, [small, large], False)
+    for number, resize in enumerate((small, large)):
+        alone, _ = ship(buffer.getvalue(), "it", (901, 1203), MIRROR, [resize], False)
+        np.testing.assert_array_equal(both.pictures[number], alone.pictures[0])
+    exact = view_image(decode_image(buffer.getvalue(), "it"), MIRROR, large)
+    np.testing.assert_array_equal(both.pictures[1], exact)
+
+
+def test_only_large_pictures_for_much_smaller_models_are_decoded_at_a_part_of_their_size() -> None:
+    def scale(height: int, width: int, size: int) -> int:
+        return reduced_scale(cuts_module.raw_cut(height, width, View.IDENTITY, ResizeConfig(size=size)))
+
+    assert [scale(480, 640, size) for size in (20, 64, 800)] == [1, 1, 1]
+    assert [scale(3000, 4000, size) for size in (125, 250, 251, 500, 501, 800)] == [8, 4, 2, 2, 1, 1]
