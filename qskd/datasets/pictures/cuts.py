@@ -34,48 +34,70 @@ MOST_TAPS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Shipment:
-    """One image on its way. pictures: uint8 [h, w, 3], one where all models are served by it, else one for each. cuts: a line
-    for each resize, [resizes, 11], its offset from the start of this image's own bytes."""
+class Plan:
+    """What is shipped of one image, known from its size alone. resizes, scales: one for each model; a scale is the part of its size
+    that the picture is decoded at. cuts: [resizes, 11], offsets from the start of this image's own bytes. nbytes: of its pixels."""
 
-    pictures: tuple[Pixels, ...]
+    size: tuple[int, int]  # height, width
+    view: View
+    resizes: tuple[ResizeConfig, ...]
+    is_raw: bool
+    scales: tuple[int, ...]
     cuts: Cuts
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        return sum(picture.nbytes for picture in self.pictures)
+    def fill(self, encoded: bytes, where: str, out: NDArray[np.uint8]) -> tuple[int, int]:
+        """Decode the picture, and put what is shipped into `out` [nbytes], unless its real (height, width), which this returns, is
+        another than the plan's. Raises QskdError naming `where` when the picture can't be decoded."""
+        pictures: dict[int, Decoded] = {}
+        for scale in sorted(set(self.scales), reverse=True):
+            whole = next(
+                (one for one in pictures.values() if one.rgb.size == one.size), None
+            )  # not all formats are reduced
+            pictures[scale] = whole or decoded(encoded, where, scale)
+        width, height = pictures[scale].size
+        if (height, width) == self.size:
+            self._put([pictures[scale] for scale in self.scales], out)
+        return height, width
+
+    def fill_from(self, picture: Image.Image, out: NDArray[np.uint8]) -> None:
+        """The same of a whole picture that was decoded, of the plan's size."""
+        whole = Decoded(picture, 1, False, "", picture.size, (0, 0, *picture.size))
+        self._put([whole] * len(self.scales), out)
+
+    def _put(self, pictures: Sequence[Decoded], out: NDArray[np.uint8]) -> None:
+        if self.is_raw:
+            out[:] = np.asarray(pictures[0].rgb).reshape(-1)
+            return
+        for picture, resize, cut in zip(pictures, self.resizes, self.cuts, strict=True):
+            pixels, start = _finished(picture, self.view, resize), int(cut[0])
+            out[start : start + pixels.nbytes] = pixels.reshape(-1)
 
 
-def shipped(picture: Image.Image, view: View, resizes: Sequence[ResizeConfig], finish: bool) -> Shipment:
-    """A decoded RGB picture, the view of it, and the size for each model -> what is shipped.
+def planned(size: tuple[int, int], view: View, resizes: Sequence[ResizeConfig], finish: bool) -> Plan:
+    """size: (height, width) of the picture. resizes: of each model that sees it.
 
-    finish: by Pillow, here, whatever the size (the models run on a CPU, where Pillow is faster). Otherwise raw, unless that is
-    more than SHIP_BYTES and than the finished pixels, or a reduction beyond MOST_TAPS.
+    finish: by Pillow, on the reader, whatever the size (the models run on a CPU, where Pillow is faster). Otherwise raw, unless
+    that is more than SHIP_BYTES and than the finished pixels, or a reduction beyond MOST_TAPS. A large JPEG is decoded at a part
+    of its size where that is enough (KEPT_TIMES), for each resize on its own: what a model sees does not depend on what another
+    one is shown.
     """
-    width, height = picture.size
-    raw = np.stack([raw_cut(height, width, view, resize) for resize in resizes])
-    finished_bytes = int(3 * (raw[:, 3] * raw[:, 4]).sum())
-    heavy = 3 * height * width > max(SHIP_BYTES, finished_bytes)
-    if not (finish or heavy or max(taps(raw)) > MOST_TAPS):
-        return Shipment((np.asarray(picture),), raw)
-    return _finished_shipment([view_image(picture, view, resize) for resize in resizes])
+    raw = np.stack([raw_cut(*size, view, resize) for resize in resizes])
+    scales = tuple(reduced_scale(line) for line in raw)
+    raw_bytes, finished_bytes = 3 * size[0] * size[1], (3 * raw[:, 3] * raw[:, 4]).astype(int)
+    heavy = raw_bytes > max(SHIP_BYTES, finished_bytes.sum()) or set(scales) != {1} or max(taps(raw)) > MOST_TAPS
+    if not (finish or heavy):
+        return Plan(size, view, tuple(resizes), True, scales, raw, raw_bytes)
+    starts = np.cumsum(finished_bytes) - finished_bytes
+    lines = [finished_cut(int(h), int(w), int(start)) for (h, w), start in zip(raw[:, 3:5], starts, strict=True)]
+    return Plan(size, view, tuple(resizes), False, scales, np.stack(lines), int(finished_bytes.sum()))
 
 
-def ship(
-    encoded: bytes, where: str, size: tuple[int, int], view: View, resizes: Sequence[ResizeConfig], finish: bool
-) -> tuple[Shipment, tuple[int, int]]:
-    """`shipped` of a picture that is still encoded; and its real (height, width). size: what these are said to be.
-
-    A large JPEG is decoded at a part of its size where that is enough (KEPT_TIMES), for each resize on its own: what a model sees
-    does not depend on what another one is shown. Raises QskdError naming `where` when the picture can't be decoded.
-    """
-    scales = [reduced_scale(raw_cut(*size, view, resize)) for resize in resizes]
-    found = {scale: decoded(encoded, where, scale) for scale in dict.fromkeys(scales)}
-    width, height = next(iter(found.values())).size
-    if set(found) == {1}:
-        return shipped(found[1].rgb, view, resizes, finish), (height, width)
-    parts = [_finished(found[scale], view, resize) for scale, resize in zip(scales, resizes, strict=True)]
-    return _finished_shipment(parts), (height, width)
+def placed(plans: Sequence[Plan]) -> list[Cuts]:
+    """For each resize the lines [n, 11] of images whose bytes follow each other, without a gap. There must be an image."""
+    cuts = np.stack([plan.cuts for plan in plans], axis=1)
+    cuts[:, :, 0] += np.cumsum([0, *(plan.nbytes for plan in plans[:-1])])
+    return list(cuts)
 
 
 def reduced_scale(cut: Cuts) -> int:
@@ -99,14 +121,6 @@ def _finished(picture: Decoded, view: View, resize: ResizeConfig) -> Pixels:
     return pixels
 
 
-def _finished_shipment(pictures: Sequence[Pixels]) -> Shipment:
-    lines, offset = [], 0
-    for pixels in pictures:
-        lines.append(finished_cut(pixels.shape[0], pixels.shape[1], offset))
-        offset += pixels.nbytes
-    return Shipment(tuple(pictures), np.stack(lines))
-
-
 def raw_cut(height: int, width: int, view: View, resize: ResizeConfig) -> Cuts:
     """The line [11] for a whole picture of this size; offset 0."""
     left, top, right, bottom = view.crop_xyxy
@@ -118,14 +132,6 @@ def raw_cut(height: int, width: int, view: View, resize: ResizeConfig) -> Cuts:
 def finished_cut(height: int, width: int, offset: int = 0) -> Cuts:
     """The line [11] for pixels that are as they shall be."""
     return np.array([offset, height, width, height, width, 0, 0, 0, width, height, 0], np.float64)
-
-
-def joined(shipments: Sequence[Shipment]) -> tuple[NDArray[np.uint8], list[Cuts]]:
-    """The images of a batch -> all bytes, uint8 [bytes], and for each resize the lines [n, 11], offsets from the start of it.
-    There must be an image."""
-    cuts = np.stack([shipment.cuts for shipment in shipments], axis=1)
-    cuts[:, :, 0] += np.cumsum([0, *(shipment.nbytes for shipment in shipments[:-1])])
-    return np.concatenate([part.reshape(-1) for shipment in shipments for part in shipment.pictures]), list(cuts)
 
 
 def sizes_of(cuts: Cuts) -> NDArray[np.int32]:
