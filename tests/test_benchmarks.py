@@ -16,6 +16,7 @@ COMMANDS = {
     "detection_loss": ["--quick"],
     "evaluation": ["--quick"],
     "loader": ["--quick", "--no-ray"],  # Ray takes half a minute to start; test_pipelines streams through it
+    "pixels": ["--quick"],
 }
 
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.manifest import REMEDY as SHARDS_REMEDY
 from qskd.datasets.manifest import Manifest
-from qskd.datasets.pictures.cuts import SHIP_BYTES, Shipment, joined, shipped
+from qskd.datasets.pictures.cuts import SHIP_BYTES, Plan, placed, planned
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
-from qskd.datasets.views import Pixels, View, decode_image, make_view, view_boxes, viewed_size
+from qskd.datasets.views import Pixels, View, make_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
 from qskd.storage.spool import RowGroupSpool
@@ -55,9 +55,10 @@ DIMENSION_BYTES = 2**25  # of the sizes of a million pictures
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One view of one image. shipment: its pixels for each resize. boxes_cxcywh: [N, 4] relative to the view."""
+    """One view of one image. pixels: uint8 [bytes], as planned. boxes_cxcywh: [N, 4] relative to the view."""
 
-    shipment: Shipment
+    plan: Plan
+    pixels: NDArray[np.uint8]
     boxes_cxcywh: NDArray[np.float32]
     labels: NDArray[np.int64]
     image_id: int
@@ -65,7 +66,7 @@ class Example:
 
     @property
     def nbytes(self) -> int:
-        return self.shipment.nbytes + self.boxes_cxcywh.nbytes + self.labels.nbytes + 500
+        return self.pixels.nbytes + self.boxes_cxcywh.nbytes + self.labels.nbytes + 500
 
 
 class BatchLoader:
@@ -165,20 +166,21 @@ class BatchLoader:
             "positions": rows[:, :2].astype(np.int32),
             "original_sizes": np.array([e.original_size for e in examples], np.int32).reshape(-1, 2),
         }
-        batch |= self._pixels([example.shipment for example in examples])
+        batch |= self._pixels(examples)
         if self._cache is not None and subset == "train":
             said = self._rows_beside(self._cache, wanted, [example.image_id for example in examples])
             batch |= self._cache.collate(said)
         return batch
 
-    def _pixels(self, shipments: Sequence[Shipment]) -> dict[str, NDArray[Any]]:
+    def _pixels(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
         prefixes = ("", "teacher_")[: len(self._resizes)]
         if not self._finish:
-            flat, cuts = joined(shipments, len(prefixes))
+            cuts = placed([each.plan for each in examples]) if examples else [np.zeros((0, 11))] * len(prefixes)
+            flat = np.concatenate([np.zeros(0, np.uint8), *(each.pixels for each in examples)])
             return {"pixels": flat, **{f"{prefix}cuts": lines for prefix, lines in zip(prefixes, cuts, strict=True)}}
         found: dict[str, NDArray[Any]] = {}
         for number, prefix in enumerate(prefixes):
-            images, sizes = pad([shipment.pictures[number] for shipment in shipments])
+            images, sizes = pad([each.plan.finished(each.pixels, number) for each in examples])
             found |= {f"{prefix}images": images, f"{prefix}sizes": sizes}
         return found
 
@@ -270,16 +272,17 @@ class BatchLoader:
         reader = self._reader(subset)
         where = f"{reader.where(shard)}: row {row}, image {sample.image_id} ({sample.file_name})"
         view = View.IDENTITY if subset == "val" else make_view(self._views, sample.image_id, index)
-        picture = decode_image(sample.encoded, where)
-        if picture.size != (sample.width, sample.height):
-            found, expected = f"{picture.width} x {picture.height} pixels", f"{sample.width} x {sample.height}"
+        plan = planned((sample.height, sample.width), view, self._resizes, self._finish)
+        pixels = np.empty(plan.nbytes, np.uint8)
+        height, width = plan.fill(sample.encoded, where, pixels)
+        if (height, width) != plan.size:
+            found, expected = f"{width} x {height} pixels", f"{sample.width} x {sample.height}"
             raise QskdError(where, found, expected, SHARDS_REMEDY)
         single = ~sample.iscrowd
         min_visible = self._views.min_visible
         boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, view, min_visible)
         labels = label_index(reader.manifest, sample.category_ids[single][kept], where)
-        shipment = shipped(picture, view, self._resizes, self._finish)
-        return Example(shipment, boxes, labels, sample.image_id, (sample.height, sample.width))
+        return Example(plan, pixels, boxes, labels, sample.image_id, (sample.height, sample.width))
 
 
 def label_index(manifest: Manifest, category_ids: NDArray[np.int64], where: str = "") -> NDArray[np.int64]:

@@ -138,11 +138,11 @@ def view_boxes(
     return np.concatenate([(low + high) / 2, high - low], axis=1).astype(np.float32), kept
 
 
-def decoded(encoded: bytes, where: str) -> Decoded:
+def decoded(encoded: bytes, where: str, scale: int = 1) -> Decoded:
     """Encoded bytes -> an upright RGB picture, by the rule of `qskd.datasets.pictures.decoding`, and what is to be said of it.
-    Raises QskdError naming `where` when the bytes are broken, or a picture of a kind that is not read."""
+    scale: see `decode`. Raises QskdError naming `where` when the bytes are broken, or a picture of a kind that is not read."""
     with _named(where):
-        return decode(encoded)
+        return decode(encoded, scale)
 
 
 def decode_image(encoded: bytes, where: str) -> Image.Image:

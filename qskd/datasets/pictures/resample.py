@@ -21,10 +21,10 @@ PART_VALUES = 2**26  # in the largest int32 tensor of a part: 256 MiB
 
 
 def make_pixels(flat: Tensor, cuts: Cuts) -> tuple[Tensor, Tensor]:
-    """What `qskd.datasets.pictures.cuts.joined` gives -> a padded batch, on the device that `flat` is on, without waiting for it.
+    """Pictures as `qskd.datasets.pictures.cuts` ships them -> a padded batch, on the device that `flat` is on, without waiting.
 
-    flat: uint8 [bytes]. cuts: float64 [n, 11], on the host. Returns images uint8 [n, H, W, 3], zeros right of and below the real
-    part, and sizes int32 [n, 2], its (height, width). No images give [0, 1, 1, 3].
+    flat: uint8 [bytes], of all images. cuts: float64 [n, 11], on the host. Returns images uint8 [n, H, W, 3], zeros right of and
+    below the real part, and sizes int32 [n, 2], its (height, width). No images give [0, 1, 1, 3].
     """
     sizes = sizes_of(cuts)
     out = tuple(sizes.max(axis=0).tolist()) if len(sizes) else (1, 1)
