@@ -40,8 +40,9 @@ from pipelines.feed.readers import Readers, open_stream
 from pipelines.feed.stream import StreamConfig
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
-from qskd.datasets.loader import label_index, pad
+from qskd.datasets.loader import label_index
 from qskd.datasets.manifest import Manifest
+from qskd.datasets.pictures.joining import pad
 from qskd.datasets.samples import Category, Sample
 from qskd.datasets.schedule import Schedule, training_batches
 from qskd.datasets.shards import write_shards

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from pipelines.inspection import explain, predict
 from qskd.config import ResizeConfig
-from qskd.datasets.loader import pad
+from qskd.datasets.pictures.joining import pad
 from qskd.datasets.views import View, view_image
 from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError

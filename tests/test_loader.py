@@ -15,8 +15,9 @@ from PIL import Image
 
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
-from qskd.datasets.loader import BatchLoader, label_index, pad
+from qskd.datasets.loader import BatchLoader, label_index
 from qskd.datasets.manifest import load_manifest
+from qskd.datasets.pictures.joining import pad
 from qskd.datasets.samples import Category, Sample
 from qskd.datasets.schedule import Schedule, Subset, split, stream, training_batches
 from qskd.datasets.shards import ShardReader, write_shards

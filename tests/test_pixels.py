@@ -15,7 +15,6 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from qskd.config import ResizeConfig, ViewConfig
-from qskd.datasets.loader import pad
 from qskd.datasets.pictures import resample
 from qskd.datasets.pictures.cuts import (
     MOST_TAPS,
@@ -30,6 +29,7 @@ from qskd.datasets.pictures.cuts import (
     reduced_scale,
     taps,
 )
+from qskd.datasets.pictures.joining import pad
 from qskd.datasets.pictures.resample import make_pixels
 from qskd.datasets.views import View, decode_image, make_view, view_image
 

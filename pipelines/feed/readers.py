@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.cluster.start import quiet_ray_data
-from pipelines.feed.packing import Arrays, pack, unpack
+from pipelines.feed.packing import Packer, unpack
 from pipelines.feed.stream import LOADER_ROWS, RANGE_BYTES, Share, StepRange, StreamConfig
 from qskd.errors import QskdError
 
@@ -41,17 +41,20 @@ class RangeReader:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for steps in table.to_pylist():
-            shares: Arrays = {}
+            shares = Packer(RANGE_BYTES + RANGE_BYTES // 8)
             for batch in self.config.batches(steps):
                 asked, unheld = self.loader.rows_requested, self.loader.rows_not_in_memory
                 rows = self.config.rows_of(self.loader, batch, self.world_size, self.rank)
-                arrays = self.loader.load(batch.subset, rows)
+                arrays = self.loader.load(batch.subset, rows, shares.room)
                 arrays[LOADER_ROWS] = np.array(
                     [self.loader.rows_requested - asked, self.loader.rows_not_in_memory - unheld]
                 )
-                shares.update({f"{batch.index}/{name}": array for name, array in arrays.items()})
+                for name, array in arrays.items():
+                    shares.add(f"{batch.index}/{name}", array)
             columns = {name: [value] for name, value in steps.items()} | {"rank": [self.rank]}
-            yield pa.table({**columns, "payload": pa.array([pack(shares)], type=pa.large_binary())})
+            payload = shares.packed()
+            buffers = [None, pa.py_buffer(np.array([0, len(payload)], np.int64)), pa.py_buffer(payload)]  # not copied
+            yield pa.table({**columns, "payload": pa.Array.from_buffers(pa.large_binary(), 1, buffers)})
 
 
 class Readers(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.manifest import REMEDY as SHARDS_REMEDY
 from qskd.datasets.manifest import Manifest
 from qskd.datasets.pictures.cuts import SHIP_BYTES, Plan, placed, planned
+from qskd.datasets.pictures.joining import joined, pad
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
-from qskd.datasets.views import Pixels, View, make_view, view_boxes, viewed_size
+from qskd.datasets.views import View, make_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
 from qskd.storage.spool import RowGroupSpool
@@ -51,6 +52,13 @@ class RowReader(Protocol):
 
 
 DIMENSION_BYTES = 2**25  # of the sizes of a million pictures
+
+
+Room = Callable[[int], NDArray[np.uint8]]
+
+
+def _empty(nbytes: int) -> NDArray[np.uint8]:
+    return np.empty(nbytes, np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +142,9 @@ class BatchLoader:
             found.append(viewed_size(height, width, view, self._resizes[0]))
         return np.array(found, np.int64).reshape(-1, 2)
 
-    def load(self, subset: Subset, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
-        """rows [n, 3] of (shard, row, view index) -> a batch of n images, n may be 0.
+    def load(self, subset: Subset, rows: NDArray[np.integer[Any]], room: Room = _empty) -> dict[str, NDArray[Any]]:
+        """rows [n, 3] of (shard, row, view index) -> a batch of n images, n may be 0. room: gives the memory for pixels that are
+        not finished.
 
         images: uint8 [n, H, W, 3], zeros right of and below the real part. sizes: int32 [n, 2], its (height, width).
         boxes_cxcywh: float32 [n, M, 4], relative to the view; labels: int64 [n, M], contiguous; both zero after the
@@ -150,7 +159,7 @@ class BatchLoader:
         rows = np.asarray(rows).reshape(-1, 3)
         wanted: list[tuple[int, int, int]] = [(int(s), int(r), int(v)) for s, r, v in rows]
         self.rows_requested += len(wanted) * (2 if self._cache is not None and subset == "train" else 1)
-        examples = self._examples(subset, wanted)
+        examples = self._examples(subset, wanted, room)
         objects = max((len(example.labels) for example in examples), default=0)
         boxes_cxcywh = np.zeros((len(examples), objects, 4), np.float32)
         labels = np.zeros((len(examples), objects), np.int64)
@@ -176,8 +185,10 @@ class BatchLoader:
         prefixes = ("", "teacher_")[: len(self._resizes)]
         if not self._finish:
             cuts = placed([each.plan for each in examples]) if examples else [np.zeros((0, 11))] * len(prefixes)
-            flat = np.concatenate([np.zeros(0, np.uint8), *(each.pixels for each in examples)])
-            return {"pixels": flat, **{f"{prefix}cuts": lines for prefix, lines in zip(prefixes, cuts, strict=True)}}
+            return {
+                "pixels": joined([each.pixels for each in examples]),
+                **{f"{prefix}cuts": lines for prefix, lines in zip(prefixes, cuts, strict=True)},
+            }
         found: dict[str, NDArray[Any]] = {}
         for number, prefix in enumerate(prefixes):
             images, sizes = pad([each.plan.finished(each.pixels, number) for each in examples])
@@ -229,7 +240,7 @@ class BatchLoader:
             finished += reader.manifest.num_images * views * (picture + 1000)
         return stored + (self._cache.num_bytes if self._cache is not None else 0), finished
 
-    def _examples(self, subset: Subset, wanted: Sequence[tuple[int, int, int]]) -> list[Example]:
+    def _examples(self, subset: Subset, wanted: Sequence[tuple[int, int, int]], room: Room) -> list[Example]:
         found: dict[Key, Example] = {}
         for place in wanted:
             example = self._recent.get(("view", subset, *place)) if self._keep_views else None
@@ -237,8 +248,13 @@ class BatchLoader:
                 found[place] = example
         missing = [place for place in dict.fromkeys(wanted) if place not in found]
         samples = self._samples(subset, [place[:2] for place in missing])
-        for place in missing:
-            example = self._make(subset, place, samples[place[:2]])
+        plans = [self._plan(subset, place, samples[place[:2]]) for place in missing]
+        # One after the other, so that they need not be joined; those that are kept have memory of their own.
+        ends = np.cumsum([0, *(plan.nbytes for plan in plans)]).tolist()
+        flat = (_empty if self._keep_views or self._finish else room)(0 if self._keep_views else ends[-1])
+        for place, plan, start, stop in zip(missing, plans, ends, ends[1:], strict=False):
+            pixels = np.empty(plan.nbytes, np.uint8) if self._keep_views else flat[start:stop]
+            example = self._make(subset, place, samples[place[:2]], plan, pixels)
             if self._keep_views:
                 self._recent.put(("view", subset, *place), example, example.nbytes)
             found[place] = example
@@ -267,20 +283,23 @@ class BatchLoader:
         self.rows_not_in_memory += 0 if self._spool is None else reader.rows_read - before
         return found
 
-    def _make(self, subset: Subset, place: tuple[int, int, int], sample: Sample) -> Example:
-        shard, row, index = place
+    def _plan(self, subset: Subset, place: tuple[int, int, int], sample: Sample) -> Plan:
+        view = View.IDENTITY if subset == "val" else make_view(self._views, sample.image_id, place[2])
+        return planned((sample.height, sample.width), view, self._resizes, self._finish)
+
+    def _make(
+        self, subset: Subset, place: tuple[int, int, int], sample: Sample, plan: Plan, pixels: NDArray[np.uint8]
+    ) -> Example:
+        shard, row, _ = place
         reader = self._reader(subset)
         where = f"{reader.where(shard)}: row {row}, image {sample.image_id} ({sample.file_name})"
-        view = View.IDENTITY if subset == "val" else make_view(self._views, sample.image_id, index)
-        plan = planned((sample.height, sample.width), view, self._resizes, self._finish)
-        pixels = np.empty(plan.nbytes, np.uint8)
         height, width = plan.fill(sample.encoded, where, pixels)
         if (height, width) != plan.size:
             found, expected = f"{width} x {height} pixels", f"{sample.width} x {sample.height}"
             raise QskdError(where, found, expected, SHARDS_REMEDY)
         single = ~sample.iscrowd
         min_visible = self._views.min_visible
-        boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, view, min_visible)
+        boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, plan.view, min_visible)
         labels = label_index(reader.manifest, sample.category_ids[single][kept], where)
         return Example(plan, pixels, boxes, labels, sample.image_id, (sample.height, sample.width))
 
@@ -292,17 +311,3 @@ def label_index(manifest: Manifest, category_ids: NDArray[np.int64], where: str 
         return np.array([index[category] for category in category_ids.tolist()], np.int64)
     except KeyError as error:
         raise QskdError(where or manifest.source, f"category id {error.args[0]}", f"one of {sorted(index)}") from None
-
-
-def pad(pictures: Sequence[Pixels]) -> tuple[Pixels, NDArray[np.int32]]:
-    """Pictures [h, w, 3] -> uint8 [n, H, W, 3] with zeros right and below, and their (h, w) as int32 [n, 2].
-    No pictures give [0, 1, 1, 3]."""
-    sizes = np.array([picture.shape[:2] for picture in pictures], np.int32).reshape(-1, 2)
-    height, width = sizes.max(axis=0).tolist() if len(sizes) else (1, 1)
-    images = np.empty((len(pictures), height, width, 3), np.uint8)
-    for image, picture in zip(images, pictures, strict=True):
-        high, wide = picture.shape[:2]
-        image[:high, :wide] = picture
-        image[high:] = 0
-        image[:high, wide:] = 0
-    return images, sizes
