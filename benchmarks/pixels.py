@@ -47,8 +47,9 @@ class Batch:
     samples: Sequence[Sample]
     resize: ResizeConfig
 
-    def decode(self) -> list[Any]:
-        return [decode_image(sample.encoded, sample.file_name) for sample in self.samples]
+    def decode(self) -> None:
+        for sample in self.samples:
+            decode_image(sample.encoded, sample.file_name)
 
     def ship(self, finish: bool) -> tuple[np.ndarray, Cuts]:
         plans = [

@@ -10,13 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.gpu.cases import Case
 from benchmarks.timing import Difference
+from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.batch import train_batch
+from qskd.datasets.loader import pad
+from qskd.datasets.pictures.cuts import placed, planned
+from qskd.datasets.pictures.resample import make_pixels
+from qskd.datasets.views import make_view, view_image
 from qskd.detectors import to_pixels
 from qskd.precision import autocast
 from qskd.training.step import Training
@@ -94,7 +101,9 @@ def differences(device: torch.device, families: Sequence[str], edge: int, toy: b
     The tolerances of bfloat16 are what its 8 bits allow: it is told whether the two are the same computation, not that they are
     equal. Of the proposals that RT-DETR chooses among thousands it is told how many are the same.
     """
-    found = []
+    found = [
+        Difference("pixels, made on the device and by Pillow: values that differ", pixels_differing(device, toy), 0)
+    ]
     for family in families:
         case = Case(family, edge, 2, device, toy)
         with full_float32():
@@ -113,6 +122,25 @@ def differences(device: torch.device, families: Sequence[str], edge: int, toy: b
             moved = _moved(half.early, on_device.early)
             found.append(Difference(f"{name}: {GOAL} early boxes, bfloat16 (share that moved)", moved, 0.05))
     return found
+
+
+def pixels_differing(device: torch.device, toy: bool) -> int:
+    """Of a batch of noise, of several sizes, cropped and mirrored, made smaller and larger, by both orders of sides."""
+    random, views = np.random.default_rng(0), ViewConfig(crop_probability=0.5)
+    shapes = [(48, 64), (64, 42), (20, 90), (90, 20)] if toy else [(480, 640), (640, 427), (333, 500), (150, 1200)]
+    pictures = [Image.fromarray(random.integers(0, 256, (*shape, 3)).astype(np.uint8)) for shape in shapes]
+    differing = 0
+    for size in (32, 80) if toy else (320, 800):
+        for resize in (ResizeConfig(mode="square", size=size), ResizeConfig(mode="shortest_edge", size=size)):
+            seen = [make_view(views, number, size) for number in range(len(shapes))]
+            plans = [planned(shape, view, [resize], finish=False) for shape, view in zip(shapes, seen, strict=True)]
+            parts = [np.empty(plan.nbytes, np.uint8) for plan in plans]
+            for plan, picture, part in zip(plans, pictures, parts, strict=True):
+                plan.fill_from(picture, part)
+            images, _ = make_pixels(torch.from_numpy(np.concatenate(parts)).to(device), placed(plans)[0])
+            wanted, _ = pad([view_image(*each, resize) for each in zip(pictures, seen, strict=True)])
+            differing += int((images.cpu().numpy() != wanted).sum())
+    return differing
 
 
 def _moved(found: Tensor, expected: Tensor) -> float:
