@@ -31,6 +31,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
 from qskd.redaction import redacted
+from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.manifest import load_cache_manifest
@@ -160,6 +161,10 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
             teacher_columns=columns_for(needs),
             teacher_row_bytes=cache.num_bytes // (train.num_images * len(cache.views)),
         )
-    row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images + stream.teacher_row_bytes
+    row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images
+    if (
+        2 * stream.teacher_row_bytes <= ROW_GROUP_BYTES
+    ):  # else a row group is one row, and nothing is read along with it
+        row_bytes += stream.teacher_row_bytes
     stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
     return Plan(config, train, val, stream, verb, missing, tuple(said))
