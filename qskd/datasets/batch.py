@@ -33,8 +33,12 @@ class TrainBatch:
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
-    value = torch.from_numpy(np.require(array, requirements="W"))
-    return value.pin_memory() if torch.device(device).type == "cuda" else value
+    if torch.device(device).type != "cuda":
+        return torch.from_numpy(np.require(array, requirements="W"))
+    like = torch.from_numpy(np.empty(0, array.dtype))
+    pinned = torch.empty(array.shape, dtype=like.dtype, pin_memory=True)
+    pinned.numpy()[...] = array  # the one copy on the host: the array itself is Ray's, and read-only
+    return pinned
 
 
 def images_of(
