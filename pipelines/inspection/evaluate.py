@@ -25,6 +25,7 @@ from qskd.checks import check_shards
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.config.recipe import parse_override
 from qskd.datasets.classes import NOBODY, Explicit, map_classes, model_side
+from qskd.datasets.findings.splits import beyond_reach
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.detectors import Preprocessing, load_detector, read_preprocessing
@@ -118,12 +119,6 @@ def evaluate(
     manifest = load_manifest(data)
     if not manifest.num_objects:
         log.warning("%s has no objects: nothing can be measured on it", data)
-    elif (manifest.most_objects or 0) > max_detections:
-        most, where = manifest.most_objects, manifest.most_objects_in
-        told = (
-            "%s has images with up to %d objects (image %s), of which %d can be found: --max-detections %d counts all"
-        )
-        log.warning(told, data, most, where, max_detections, most)
     check_shards(data, manifest)
     with fetched(model) as folder:
         preprocessing, detector = read_preprocessing(folder, resize), load_detector(folder)
@@ -131,6 +126,8 @@ def evaluate(
             manifest.labels, detector.labels, class_map or {}, model_side(model)
         )  # complain before anything starts
         rule = pairs_of_transformers(detector.family, detector.num_queries, max_detections)
+        for notice in beyond_reach(data, manifest, detector.num_queries, max_detections):
+            log.warning(notice)
         del detector
     arguments = (model, data, preprocessing, class_map or {}, threads, device, max_detections)
     places = _places(manifest)
