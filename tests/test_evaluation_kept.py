@@ -26,6 +26,7 @@ from pipelines.inspection.evaluate import evaluate
 from pipelines.inspection.kept import EVALUATION, PICTURES, TABLE, check_kept, keep
 from pipelines.inspection.tables import class_table, metrics_line, plain_line, remarks
 from pipelines.prepare import prepare
+from pipelines.run.ownership import OWN
 from pipelines.training import driver
 from pipelines.training.checkpoints import write_checkpoint
 from pipelines.training.stream import local_stream
@@ -33,12 +34,15 @@ from pipelines.training.worker import Worker
 from qskd.config import ResizeConfig
 from qskd.config.recipe import load
 from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.deploy import card_evaluation
+from qskd.deploy.card_evaluation import picture_name
 from qskd.deploy.model_card import read_card, render, write_card
 from qskd.detectors import load_detector, read_config, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation.details import Confusion, Evaluation, Plain, evaluate_in_detail
 from qskd.evaluation.detections import Detections
 from qskd.pictures.evaluated import classes_picture, matrix_of, pictures_of, shown_classes
+from qskd.storage.ownership import STUDENT_FILE
 
 torch.set_num_threads(1)
 
@@ -134,6 +138,14 @@ def test_an_evaluation_is_kept_and_replaces_nothing_but_one(said: Evaluation, tm
         (tmp_path / name[:-4] / name).write_bytes(NOTES)
         refused(lambda name=name: check_kept(tmp_path / name[:-4]), "is there already", tmp_path)  # type: ignore[misc]
         refused(lambda name=name: keep(said, tmp_path / name[:-4]), "is there already", tmp_path)  # type: ignore[misc]
+
+
+def test_a_restart_and_an_export_know_every_file_that_an_evaluation_leaves(said: Evaluation) -> None:
+    files = (EVALUATION, TABLE, *pictures_of(said))
+    assert [name for name in files if not OWN.fullmatch(f"evaluation/{name}")] == []
+    beside_the_card = [picture_name(name) for name in pictures_of(said)]
+    assert [name for name in beside_the_card if not STUDENT_FILE.fullmatch(name)] == []
+    assert set(beside_the_card) == set(card_evaluation.PICTURES)
 
 
 def test_the_matrix_tells_the_most_mistaken_classes_apart_and_loses_no_object(said: Evaluation) -> None:
