@@ -12,7 +12,7 @@ from qskd.printable import one_line
 PICTURES = {
     "card-precision_recall.png": "Precision against recall",
     "card-thresholds.png": "Precision, recall and F1 by the lowest score that is kept",
-    "card-classes.png": "Precision and recall of each class, the worst first",
+    "card-classes.png": "Precision and recall by class, the worst first",
     "card-confusion.png": "What is there and what was found",
 }
 _MOST_ROWS = 40  # of the table: the others are folded
