@@ -234,8 +234,8 @@ def evaluate(
     max_detections: int = 100,
 ) -> Evaluation:
     """COCO AP of any detector on a folder of shards, by class too, and the best threshold. recipe, set: their teacher.resize,
-    teacher.class_map and compute.device count. workers: 0 does it in this process; otherwise the most detector processes of
-    Ray."""
+    teacher.class_map, compute.device and compute.evaluation_precision count. workers: 0 does it in this process; otherwise the most
+    detector processes of Ray."""
     from pipelines.inspection.evaluate import evaluate as program
 
     config = _configuration(recipe, set, ())
@@ -251,6 +251,7 @@ def evaluate(
             backend,
             config.compute.device,
             max_detections,
+            config.compute.evaluation_precision,
         )
 
 

@@ -18,7 +18,10 @@ def command(
     model: Model,
     data: Annotated[str, typer.Argument(help="Shard folder made by `qskd prepare`.")],
     recipe: Annotated[
-        str | None, typer.Option(help="YAML recipe; its teacher.resize, teacher.class_map and compute.device count.")
+        str | None,
+        typer.Option(
+            help="YAML recipe; its teacher.resize, teacher.class_map, compute.device and compute.evaluation_precision count."
+        ),
     ] = None,
     set: Set = None,
     methods: Methods = None,
@@ -56,10 +59,11 @@ def command(
     if out is not None:
         check_kept(out)
     asked = (config.teacher.resize, config.teacher.class_map, batch_size, workers, threads)
+    where = config.compute.device, config.compute.evaluation_precision
     if dry_run:
-        tell(program.foresee(model, data, *asked, device=config.compute.device))
+        tell(program.foresee(model, data, *asked, *where))
         return
-    result = program.evaluate(model, data, *asked, backend, config.compute.device, max_detections)  # type: ignore[arg-type]
+    result = program.evaluate(model, data, *asked, backend, where[0], max_detections, where[1])  # type: ignore[arg-type]
     tell(metrics_line(result))
     console = Console()
     console.print(class_table(result, per_class, console.width))

@@ -89,6 +89,30 @@ def test_each_detection_is_right_wrong_or_neither_as_pycocotools_has_it(seed: in
     assert {int(v) for v in verdicts.verdict} == {1, 0, -1}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_precision_and_recall_of_each_class_at_the_shared_threshold_are_counted_from_pycocotools_matches(
+    seed: int,
+) -> None:
+    truth, found, said = evaluated(seed)
+    run = coco_run(truth, found)
+    assert said.best is not None
+    counts = {one.id: [0, 0] for one in said.classes}  # right, kept
+    for entry in run.evalImgs:
+        if entry is None or entry["aRng"] != run.params.areaRng[0]:
+            continue
+        matched, left_out = entry["dtMatches"][0] > 0, entry["dtIgnore"][0].astype(bool)
+        for score, right, neither in zip(entry["dtScores"], matched, left_out, strict=True):
+            if score >= said.best.score and not neither:
+                counts[entry["category_id"]][0] += int(right)
+                counts[entry["category_id"]][1] += 1
+    for one in said.classes:
+        right, kept = counts[one.id]
+        assert one.shared_precision == (pytest.approx(right / kept) if kept else None)
+        assert one.shared_recall == (pytest.approx(right / one.objects) if one.objects else None)
+    together = sum(right for right, _ in counts.values()) / sum(kept for _, kept in counts.values())
+    assert together == pytest.approx(said.best.precision)
+
+
 def slow_iou(a: Array, b: Array, crowd: bool) -> float:
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

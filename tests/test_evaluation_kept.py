@@ -27,18 +27,22 @@ from pipelines.inspection.evaluate import evaluate
 from pipelines.inspection.kept import EVALUATION, PICTURES, TABLE, check_kept, keep
 from pipelines.inspection.tables import class_table, metrics_line, plain_line, remarks
 from pipelines.prepare import prepare
+from pipelines.run.ownership import OWN
 from pipelines.training import driver
 from pipelines.training.checkpoints import write_checkpoint
 from pipelines.training.worker import Worker
 from qskd.config import ResizeConfig
 from qskd.config.recipe import load
 from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.deploy import card_evaluation
+from qskd.deploy.card_evaluation import picture_name
 from qskd.deploy.model_card import read_card, render, write_card
 from qskd.detectors import load_detector, read_config, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation.details import Confusion, Evaluation, Plain, evaluate_in_detail
 from qskd.evaluation.detections import Detections
-from qskd.pictures.evaluated import matrix_of, pictures_of
+from qskd.pictures.evaluated import classes_picture, matrix_of, pictures_of, shown_classes
+from qskd.storage.ownership import STUDENT_FILE
 
 torch.set_num_threads(1)
 
@@ -125,6 +129,8 @@ def test_an_evaluation_is_kept_and_replaces_nothing_but_one(said: Evaluation, tm
     rows = list(csv.DictReader((tmp_path / "kept" / TABLE).open()))
     assert [int(row["category_id"]) for row in rows] == [one.id for one in said.classes]
     assert rows[-1]["AP"] == ""  # no object: no number
+    shared = [float(row["shared_recall"]) for row in rows if row["shared_recall"]]
+    assert shared == [one.shared_recall for one in said.classes if one.objects]
     for name in PICTURES:
         assert np.asarray(Image.open(tmp_path / "kept" / name)).std() > 10
     for name in (EVALUATION, TABLE, *PICTURES):
@@ -132,6 +138,14 @@ def test_an_evaluation_is_kept_and_replaces_nothing_but_one(said: Evaluation, tm
         (tmp_path / name[:-4] / name).write_bytes(NOTES)
         refused(lambda name=name: check_kept(tmp_path / name[:-4]), "is there already", tmp_path)  # type: ignore[misc]
         refused(lambda name=name: keep(said, tmp_path / name[:-4]), "is there already", tmp_path)  # type: ignore[misc]
+
+
+def test_a_restart_and_an_export_know_every_file_that_an_evaluation_leaves(said: Evaluation) -> None:
+    files = (EVALUATION, TABLE, *pictures_of(said))
+    assert [name for name in files if not OWN.fullmatch(f"evaluation/{name}")] == []
+    beside_the_card = [picture_name(name) for name in pictures_of(said)]
+    assert [name for name in beside_the_card if not STUDENT_FILE.fullmatch(name)] == []
+    assert set(beside_the_card) == set(card_evaluation.PICTURES)
 
 
 def test_the_matrix_tells_the_most_mistaken_classes_apart_and_loses_no_object(said: Evaluation) -> None:
@@ -147,6 +161,42 @@ def test_the_matrix_tells_the_most_mistaken_classes_apart_and_loses_no_object(sa
     assert set(pictures_of(said)) == set(PICTURES)
     nothing = evaluate_in_detail(tricky(0)[0], Detections.empty())
     assert set(pictures_of(nothing)) == {"precision_recall.png"}
+
+
+def with_classes(said: Evaluation, count: int, name: str = "class {}") -> Evaluation:
+    """The same numbers of that many classes, the worst first, the later the more objects."""
+    first = said.classes[0]
+    classes = [replace(first, id=n, name=name.format(n), ap=n / count, objects=10 + n) for n in range(count - 1)]
+    empty = replace(first, id=count, name="empty", objects=0, ap=None, ap50=None, best=None)
+    pairs = (Confusion(0, 0, 5), Confusion(0, 1, 3), Confusion(0, None, 2))
+    return replace(said, classes=(*classes, empty), confusions=pairs)
+
+
+@pytest.mark.parametrize("count", [80, 1203])
+def test_of_many_classes_the_picture_has_the_worst_and_the_most_frequent_and_keeps_its_size(
+    said: Evaluation, count: int
+) -> None:
+    many = with_classes(said, count)
+    worst, frequent = shown_classes(many)
+    assert [one.id for one in worst] == list(range(20))
+    assert [one.id for one in frequent] == list(range(count - 21, count - 1))
+    assert classes_picture(many).shape[0] < 1300
+    few, none = shown_classes(with_classes(said, 41))
+    assert (len(few), none) == (40, [])  # the class without objects is left out
+
+
+def test_a_class_whose_name_looks_like_a_formula_is_drawn_as_it_is(said: Evaluation) -> None:
+    pictures = pictures_of(with_classes(said, 4, "$\\frac{{$ {}"))  # matplotlib's parser refuses it
+    assert {"classes.png", "confusion.png"} <= set(pictures)
+
+
+def test_of_many_classes_the_card_shows_the_worst_and_folds_the_others(said: Evaluation) -> None:
+    text = render(replace(CARD, evaluation=with_classes(said, 1203)))
+    shown, folded = text.split("<details><summary>")
+    assert folded.startswith("the other 1163 of 1203 classes")
+    assert len(re.findall(r"\| class \d+ \|", shown)) == 40
+    assert len(re.findall(r"\| (class \d+|empty) \|", folded.split("</details>")[0])) == 1163
+    assert "<details>" not in render(replace(CARD, evaluation=said))
 
 
 def test_what_evaluate_prints_has_each_class_and_no_number_where_there_is_none(said: Evaluation) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import recipe
+from tiny import recipe, silent_student
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -22,12 +22,14 @@ from pipelines.prepare import describe, prepare
 from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
 from pipelines.tuning.driver import plan_without_cache
+from qskd.config import ResizeConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.findings.finding import Finding
-from qskd.datasets.findings.splits import MOST_KEPT, packed_pictures, unpacked_pictures
+from qskd.datasets.findings.splits import MOST_KEPT, beyond_reach, packed_pictures, unpacked_pictures
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.samples import Category, Sample
 from qskd.datasets.shards import outlined, write_shards
+from qskd.detectors import save_detector
 from qskd.errors import QskdError
 
 Document = dict[str, Any]
@@ -344,8 +346,10 @@ def split(root: Path, folder: Path, name: str, numbers: range, change: Change | 
     return str(folder / name / "s")
 
 
-def notices_of(train: str, val: str, folder: Path, queries: int = 6) -> list[str]:
-    config = recipe({"queries": queries}, f"data.train={train}", f"data.val={val}", f"output={folder}/runs")
+def notices_of(train: str, val: str, folder: Path, queries: int = 6, init: str = "") -> list[str]:
+    config = recipe(
+        {"queries": queries, "init": init}, f"data.train={train}", f"data.val={val}", f"output={folder}/runs"
+    )
     return make_plan(resolve(config, "train"), "train", dry=True).data_notices
 
 
@@ -379,6 +383,37 @@ def test_more_objects_than_queries_or_than_ap_counts_are_told(root: Path, tmp_pa
     assert "AP counts 100 detections" in counted
     assert notices_of(train, val, tmp_path, queries=125) == [counted]
     assert "data.train has images with up to 5 objects (image 1)" in notices_of(train, val, tmp_path, queries=4)[0]
+
+
+def test_of_a_student_from_a_checkpoint_the_checkpoints_queries_count(root: Path, tmp_path: Path) -> None:
+    train, val = split(root, tmp_path, "train", range(1, 4)), split(root, tmp_path, "val", range(4, 7), crowded)
+    made = silent_student(recipe({"queries": 7}).student, tuple(load_manifest(train).labels), 0)
+    save_detector(made.eval(), tmp_path / "start", ResizeConfig(size=64))
+    (few, _) = notices_of(
+        train, val, tmp_path, init=str(tmp_path / "start"), queries=300
+    )  # what a recipe says has no effect
+    assert "data.val has images with up to 125 objects (image 4)" in few
+    assert "at most the 7 queries of student.init" in few
+    assert "student.queries" not in few
+
+
+@pytest.mark.parametrize(
+    ("queries", "most", "said"),
+    [
+        (7, 100, ["100 can be found: --max-detections 125", "the detector has 7 queries"]),
+        (7, 200, ["the detector has 7 queries"]),
+        (125, 200, []),
+    ],
+)
+def test_evaluate_says_which_objects_can_not_be_found(
+    queries: int, most: int, said: list[str], root: Path, tmp_path: Path
+) -> None:
+    val = load_manifest(split(root, tmp_path, "val", range(4, 7), crowded))
+    found = beyond_reach("DATA", val, queries, most)
+    assert len(found) == len(said)
+    for notice, words in zip(found, said, strict=True):
+        assert "up to 125 objects (image 4)" in notice
+        assert words in notice
 
 
 @pytest.mark.parametrize("change", [lambda tree: tree.update(annotations=[]), crowds_only], ids=["none", "crowds"])

@@ -199,7 +199,8 @@ def test_a_run_keeps_what_its_last_evaluation_says_in_its_folder_mlflow_and_card
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
-    names = {"evaluation.json", "per_class.csv", "precision_recall.png", "thresholds.png", "confusion.png"}
+    pictures = ("precision_recall", "thresholds", "classes", "confusion")
+    names = {"evaluation.json", "per_class.csv", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in Path(distilled.folder, "evaluation").iterdir()} == names
     assert {Path(a.path).name for a in client.list_artifacts(distilled.run_id, "evaluation")} == names
     metrics = client.get_run(distilled.run_id).data.metrics
@@ -209,7 +210,7 @@ def test_a_run_keeps_what_its_last_evaluation_says_in_its_folder_mlflow_and_card
     )
     assert metrics["final/best_threshold"] == pytest.approx(said["best"]["score"])
     card = Path(distilled.student, "README.md").read_text()
-    for name in ("precision_recall", "thresholds", "confusion"):
+    for name in pictures:
         assert f"(card-{name}.png)" in card
         assert Path(distilled.student, f"card-{name}.png").is_file()
     for one in said["classes"]:

@@ -100,6 +100,17 @@ def test_ranges_cover_the_schedule_exactly_from_any_step(name: str, world_size: 
         assert found == [facts(batch) for batch in stream(schedule, start)]
 
 
+def test_blocks_of_an_evaluation_with_its_own_batch_size_hold_no_more_pixels_than_those_of_training() -> None:
+    schedule = Schedule((4000,), (4000,), 0, epochs=1, batch_size=4, window_images=50, evaluation_batch_size=64)
+    found = plan(schedule)
+    longest = {"train": 0, "val": 0}
+    for steps in found.ranges(0, 1):
+        longest[steps["subset"]] = max(longest[steps["subset"]], steps["last"] - steps["first"])
+    assert longest["train"] * 4 * 3 * 320**2 <= RANGE_BYTES
+    assert longest["val"] * 64 * 3 * 320**2 <= RANGE_BYTES
+    assert longest["train"] > longest["val"]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_range_crosses_an_epoch_or_the_border_between_training_and_evaluation(name: str) -> None:
     config = plan(SCHEDULES[name], size=100)

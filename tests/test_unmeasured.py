@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.demo.quickstart import TEACHER, Row, show
-from pipelines.inspection.evaluate import DetectorActor, evaluate
+from pipelines.inspection.actors import DetectorActor, Job
+from pipelines.inspection.evaluate import evaluate
 from pipelines.inspection.tables import class_table
 from pipelines.prepare import prepare
 from pipelines.reporting.report import log_curves
@@ -70,12 +71,12 @@ def test_evaluate_says_what_could_not_be_measured(split: str, data: Path) -> Non
 
 def test_evaluate_keeps_and_counts_as_many_detections_as_it_is_told(data: Path) -> None:
     preprocessing = read_preprocessing(TEACHER)
-    rows = {"shard": np.zeros(4, np.int32), "row": np.arange(4, dtype=np.int32)}
     for most in (11, 200):  # 30 queries of 8 classes are 240 pairs
-        actor = DetectorActor(str(TEACHER), str(data / "some"), preprocessing, {}, 1, "cpu", most)
-        assert (
-            actor(rows)["choice"] == 0
-        ).sum() == 4 * most  # beside what transformers would keep, where that is fewer
+        actor = DetectorActor(
+            Job(str(TEACHER), str(data / "some"), preprocessing, {}, device="cpu", max_detections=most)
+        )
+        # Beside what transformers would keep, where that is fewer.
+        assert (actor.detect(np.arange(4))["choice"] == 0).sum() == 4 * most
     many = evaluate(str(TEACHER), str(data / "some"), workers=0, max_detections=200)
     words = ["evaluate", str(TEACHER), str(data / "some"), "--workers", "0", "--max-detections", "200"]
     assert f"AR200 {many.metrics['AR100']:.4f}" in CliRunner().invoke(app, words).stdout

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 
 from pipelines.cluster.address import check_address, cluster_address, could_not_join
 from pipelines.cluster.environment import VERBOSE, _for_workers, joined
@@ -16,11 +18,22 @@ from qskd.printable import one_line
 LOGICAL_CPUS_MIN = 8  # loaders, workers and controllers each hold a logical CPU; too few would hang in silence
 
 
+def give_back_memory() -> None:
+    """What this process tried out on a GPU and holds no longer, before other processes take that GPU: torch would keep the memory
+    for itself. What remains is CUDA's own, some hundred MB. Networks refer to themselves, so that only the collector frees them."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
 def start_ray() -> None:
-    """Join the cluster this process belongs to (RAY_ADDRESS, or a job of it), else start Ray on this machine alone. QskdError
-    where RAY_ADDRESS names none that answers."""
+    """Join the cluster this process belongs to (RAY_ADDRESS, or a job of it), else start Ray on this machine alone; and give back
+    what GPU memory this process no longer needs. QskdError where RAY_ADDRESS names none that answers."""
     import ray
 
+    give_back_memory()
     if ray.is_initialized():
         return
     keep_back_noise()

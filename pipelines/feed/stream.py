@@ -78,22 +78,23 @@ class StreamConfig:
     by_aspect: bool = False  # see `rows_of`
     finish: bool = True  # readers resize; else the device does that the batches go to, a GPU
 
-    def range_length(self, world_size: int) -> int:
+    def range_length(self, world_size: int, subset: Subset = "train") -> int:
         """Steps in a block, from the size of a decoded batch."""
         resizes = [resize for resize in (self.student_resize, self.teacher_resize) if resize is not None]
         # Not the most pixels allowed: that made blocks of a single step.
         picture = 3 * sum(resize.usual_pixels for resize in resizes) if self.finish else SHIP_BYTES
-        share = -(-self.schedule.batch_size // world_size)
+        size = self.schedule.batch_size if subset == "train" else self.schedule.evaluation_size
+        share = -(-size // world_size)
         return max(1, min(MAX_RANGE, RANGE_BYTES // ((picture + self.teacher_row_bytes) * share)))
 
     def batch_count(self, subset: Subset, epoch: int) -> int:
         """Global batches in this epoch's training or evaluation."""
-        size = self.schedule.evaluation_batch_size or self.schedule.batch_size
+        size = self.schedule.evaluation_size
         return self.schedule.steps_in(epoch) if subset == "train" else -(-sum(self.schedule.val_shard_rows) // size)
 
     def ranges(self, start_step: int, world_size: int) -> Iterator[StepRange]:
         """The schedule from a training step on, cut into ranges; none crosses from training to evaluation or back."""
-        schedule, length = self.schedule, self.range_length(world_size)
+        schedule = self.schedule
         if start_step == schedule.total_steps:
             return
         first_epoch, first = divmod(start_step, schedule.steps_per_epoch)
@@ -102,7 +103,7 @@ class StreamConfig:
             if schedule.evaluates_after(epoch):
                 parts.append(("val", 0))
             for subset, begin in parts:
-                count = self.batch_count(subset, epoch)
+                count, length = self.batch_count(subset, epoch), self.range_length(world_size, subset)
                 for at in range(begin, count, length):
                     yield {"subset": subset, "epoch": epoch, "first": at, "last": min(at + length, count)}
 

@@ -17,8 +17,11 @@ from qskd.storage.files import publish_bytes
 from qskd.storage.ownership import head_says, is_own_picture, save_picture
 
 EVALUATION, TABLE = "evaluation.json", "per_class.csv"
-PICTURES = ("precision_recall.png", "thresholds.png", "confusion.png")
-COLUMNS = ("name", "category_id", "images", "objects", "AP", "AP50", "best_f1", "best_score", "precision", "recall")
+PICTURES = ("precision_recall.png", "thresholds.png", "classes.png", "confusion.png")
+COLUMNS = (
+    *("name", "category_id", "images", "objects", "AP", "AP50", "best_f1", "best_score", "precision", "recall"),
+    *("shared_precision", "shared_recall"),  # at the one threshold that is the best for all classes together
+)
 
 
 def check_kept(folder: Path) -> None:
@@ -59,7 +62,8 @@ def class_csv(evaluation: Evaluation) -> str:
     rows.writerow(COLUMNS)
     for one in evaluation.classes:
         best = one.best
-        of_best = ["", "", "", ""] if best is None else [best.f1, best.score, best.precision, best.recall]
-        numbers = ["" if value is None else value for value in (one.ap, one.ap50)]
-        rows.writerow([one.name, one.id, one.images, one.objects, *numbers, *of_best])
+        of_best = [None] * 4 if best is None else [best.f1, best.score, best.precision, best.recall]
+        figures = (one.ap, one.ap50, *of_best, one.shared_precision, one.shared_recall)
+        numbers = ["" if value is None else value for value in figures]
+        rows.writerow([one.name, one.id, one.images, one.objects, *numbers])
     return text.getvalue()

@@ -62,7 +62,13 @@ def teacher_metrics(config: Config) -> dict[str, float]:
     threads = compute.threads_per_worker or 1
     data = load_manifest(config.data.train), load_manifest(config.data.val)
     teacher = (config.teacher.path, config.data.val, seen_as, class_map_for(config.teacher.class_map, *data))
-    return evaluate(*teacher, workers=compute.workers, threads=threads, device=compute.device).metrics
+    return evaluate(
+        *teacher,
+        workers=compute.workers,
+        threads=threads,
+        device=compute.device,
+        precision=compute.evaluation_precision,  # as the student is
+    ).metrics
 
 
 def figures(

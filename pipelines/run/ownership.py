@@ -34,7 +34,9 @@ _TRAINING = (
 )
 _RECORDS = "|".join(map(re.escape, (HISTORY, RUN, FAILURE, COPY)))
 _TRIAL = rf"{re.escape(TRIAL)}|{re.escape(RECIPE)}|checkpoint\.json|checkpoints/\d{{9}}/(?:{CHECKPOINT_FILE.pattern})"
-_EVALUATION = r"evaluation/(?:evaluation\.json|per_class\.csv|precision_recall\.png|thresholds\.png|confusion\.png)"
+_EVALUATION = (
+    r"evaluation/(?:evaluation\.json|per_class\.csv|precision_recall\.png|thresholds\.png|classes\.png|confusion\.png)"
+)
 _REPORT = r"report/(?:index\.html|trials\.csv|trials\.md|best\.yaml|[a-z_]+\.(?:png|html))"
 OWN = re.compile(
     rf"{re.escape(MARK)}|config\.yaml|{re.escape(DATA)}|result\.json|inheritance\.txt|{_EVALUATION}|{_RECORDS}|{STUDENT}|{_TRAINING}|"

@@ -25,7 +25,8 @@ from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import Detector
 from qskd.distillation.method import teacher_needs
-from qskd.evaluation.inference import predict_batch
+from qskd.evaluation.inference import predict_pairs
+from qskd.evaluation.pairs import Pairs
 from qskd.from_recipe import make_student, make_teacher, teacher_for_training
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.columns.table import TeacherRow, collate, columns_for
@@ -81,8 +82,11 @@ def seconds_per_evaluated_image(training: Training, arrays: Arrays, data: Manife
     """The student run on the images of a batch, once to wake it up, once timed."""
     categories, resize = tuple(category.id for category in data.categories), training.config.student.resize
 
+    precision = training.config.compute.evaluation_precision
+
     def evaluate(student: Detector) -> None:
-        predict_batch(student, arrays, student.preprocessing(resize), categories, device=training.device)
+        seen_as = student.preprocessing(resize)
+        predict_pairs(student, arrays, seen_as, categories, [Pairs(100, False)], None, training.device, precision)
 
     with training.evaluation_weights() as student:
         evaluate(student)

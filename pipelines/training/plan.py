@@ -27,6 +27,7 @@ from qskd.datasets.schedule import Schedule
 from qskd.datasets.shards import read_annotations
 from qskd.datasets.splits import check_splits
 from qskd.detectors import describe_student
+from qskd.detectors.student import queries_of
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
@@ -59,7 +60,7 @@ class Plan:
     def data_notices(self) -> list[str]:
         """Of the splits alone, and of what the student can find of them."""
         student = self.config.student
-        return between(self.train, self.val, None if student.init else student.queries)  # a checkpoint has its own
+        return between(self.train, self.val, queries_of(student), from_checkpoint=bool(student.init))
 
     @property
     def notices(self) -> list[str]:
@@ -128,6 +129,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         batch_size=config.training.batch_size,
         window_images=config.data.shuffle_window_images,
         views=config.data.views.count,
+        evaluation_batch_size=config.compute.evaluation_batch_size,
         evaluate_every_epochs=config.training.evaluate_every_epochs,
         max_steps=config.training.max_steps,
     )

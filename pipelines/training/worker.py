@@ -188,10 +188,15 @@ class Worker:
             rule = pairs_of_transformers(student.family, student.num_queries) if is_last else None
             choices = [Pairs(100, False), *([rule] if rule else [])]
             counted = self.pace.evaluating(shares, self.stream.batch_count("val", 0))
-            found = [
-                predict_pairs(student, share.arrays, seen_as, self.category_ids, choices, self.slots, self.device)
-                for share in counted
-            ]
+            beside = (
+                seen_as,
+                self.category_ids,
+                choices,
+                self.slots,
+                self.device,
+                self.config.compute.evaluation_precision,
+            )
+            found = [predict_pairs(student, share.arrays, *beside) for share in counted]
         parts = [Detections.concatenate([each[choice] for each in found]) for choice in range(len(choices))]
         everything, *plain = [gather_detections(part, self.world_size) for part in parts]
         if everything is None or self.truth is None:

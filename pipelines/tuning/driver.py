@@ -141,9 +141,11 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
         limit = parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
         if "recipe_latency_ms" not in facts:
             from pipelines.cluster.devices import device_here
+            from pipelines.cluster.start import give_back_memory
 
             stage("measuring the recipe's latency")
             facts["recipe_latency_ms"] = recipe_latency_ms(short, plan.train.labels, device_here(short))
+            give_back_memory()
             records.note(**facts)
         sweep = Sweep(
             short,

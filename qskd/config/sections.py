@@ -103,6 +103,11 @@ class ComputeConfig(Section):
     min_workers: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each worker where Ray has so many now, else CPUs
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
+    # Images of an evaluation that all workers together run at once, without gradients; 0 = training.batch_size.
+    evaluation_batch_size: Annotated[int, Field(ge=0)] = 0
+    # Of evaluations, `qskd evaluate` too. float32: what a student says wherever it runs later; the others as in `precision`, faster
+    # on a GPU, with scores that are rounded.
+    evaluation_precision: Literal["float32", "auto", "bfloat16"] = "float32"
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
     # Processes that read and decode, for each training worker; of `qskd cache`, tasks ahead of each teacher. 0 = as the free
     # CPUs allow: 1 beside a worker on a CPU, up to 8 beside a GPU.

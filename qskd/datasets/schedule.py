@@ -80,6 +80,11 @@ class Schedule:
         """Global batches of this epoch: all, or in the last as many as `max_steps` leaves."""
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
+    @property
+    def evaluation_size(self) -> int:
+        """Images in a batch of an evaluation, over all workers."""
+        return self.evaluation_batch_size or self.batch_size
+
     def evaluates_after(self, epoch: int) -> bool:
         """Whether an evaluation follows this epoch; one always follows the last."""
         due = (epoch + 1) % self.evaluate_every_epochs == 0 or epoch == self.epochs_begun - 1
@@ -171,7 +176,7 @@ def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator
 
 def evaluation_batches(schedule: Schedule, epoch: int) -> Iterator[Batch]:
     """Every val row once, in stored order, after `epoch`; the last batch may be small. The view index is 0."""
-    size = schedule.evaluation_batch_size or schedule.batch_size
+    size = schedule.evaluation_size
     rows = _with_view(_all_rows(schedule.val_shard_rows, range(len(schedule.val_shard_rows))), 0)
     count = -(-len(rows) // size)
     done = epoch * schedule.steps_per_epoch + schedule.steps_in(epoch)

@@ -52,6 +52,9 @@ __all__ = ["MANIFEST", "Manifest", "SampleSource", "Shard", "ShardReader", "load
 __all__ += ["findings_of", "outlined", "read_annotations", "verify", "write_shards"]
 
 
+ROWS_PER_GROUP = 64
+
+
 class SampleSource(Protocol):
     """What can be written as shards; `CocoDataset` is one. `problems` is read after `samples()` is exhausted.
 
@@ -74,7 +77,7 @@ def write_shards(
     dataset: SampleSource,
     destination: str,
     rows_per_shard: int = 512,
-    rows_per_group: int = 64,
+    rows_per_group: int = ROWS_PER_GROUP,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     strict: bool = False,

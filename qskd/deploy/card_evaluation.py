@@ -12,9 +12,10 @@ from qskd.printable import one_line
 PICTURES = {
     "card-precision_recall.png": "Precision against recall",
     "card-thresholds.png": "Precision, recall and F1 by the lowest score that is kept",
+    "card-classes.png": "Precision and recall by class, the worst first",
     "card-confusion.png": "What is there and what was found",
 }
-_MOST_ROWS = 40  # more are folded
+_MOST_ROWS = 40  # of the table: the others are folded
 _NOTHING = "–"
 
 
@@ -37,6 +38,15 @@ def classes_section(evaluation: Evaluation, pictures: Sequence[str]) -> str:
 
 
 def _table(classes: Sequence[ClassFigures]) -> str:
+    """The worst are to be seen at once; of a thousand classes the others are folded, with a head of their own."""
+    text, others = _rows(classes[:_MOST_ROWS]), classes[_MOST_ROWS:]
+    if not others:
+        return text
+    told = f"the other {len(others)} of {len(classes)} classes, which are better or without objects"
+    return f"{text}\n<details><summary>{told}</summary>\n\n{_rows(others)}\n</details>\n"
+
+
+def _rows(classes: Sequence[ClassFigures]) -> str:
     lines = [
         "| class | id | images | objects | AP | AP50 | F1 | at score |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -46,10 +56,7 @@ def _table(classes: Sequence[ClassFigures]) -> str:
         numbers = [_NOTHING if value is None else f"{value:.3f}" for value in (one.ap, one.ap50, *best)]
         cells = [_name(one.name), str(one.id), str(one.images), str(one.objects), *numbers]
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    if len(classes) <= _MOST_ROWS:
-        return text
-    return f"<details><summary>{len(classes)} classes</summary>\n\n{text}\n</details>\n"
+    return "\n".join(lines) + "\n"
 
 
 def _name(name: str) -> str:

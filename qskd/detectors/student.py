@@ -89,6 +89,13 @@ def family_of(config: StudentConfig) -> str:
     return str(read_config(config.init).model_type) if config.init else config.family
 
 
+def queries_of(config: StudentConfig) -> int:
+    """How many objects it can find in an image; of a student that starts from a checkpoint, the checkpoint's."""
+    if not config.init:
+        return config.queries
+    return find_family(family_of(config), config.init).num_queries(read_config(config.init))
+
+
 def describe_student(config: StudentConfig, classes: int) -> str:
     """Its sizes and what they come to, in a line or two."""
     backbone, resize = config.backbone, config.resize

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.detections import Array, Detections, GroundTruth
-from qskd.evaluation.matching import NEITHER, RIGHT, Verdicts, confusions, judge
+from qskd.evaluation.matching import NEITHER, RIGHT, WRONG, Verdicts, confusions, judge
 from qskd.evaluation.pairs import Pairs
 from qskd.evaluation.shown import is_measured, measured
 from qskd.untrusted import parse_large_json
@@ -36,7 +36,8 @@ class Threshold:
 @dataclass(frozen=True)
 class ClassFigures:
     """One category. images: those with it; objects: without crowd regions. ap, ap50: None where there is no object. best: its own
-    best threshold; None where no detection of it is right."""
+    best threshold; None where no detection of it is right. shared_precision, shared_recall: what the best threshold of all classes
+    together comes to for it; no precision where nothing of it is kept, no recall where it has no object."""
 
     id: int
     name: str
@@ -45,6 +46,8 @@ class ClassFigures:
     ap: float | None
     ap50: float | None
     best: Threshold | None
+    shared_precision: float | None = None
+    shared_recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -175,17 +178,20 @@ def evaluate_in_detail(
     objects = ~np.asarray(truth.iscrowd, bool)
     best, curves = best_threshold(verdicts, int(objects.sum()))
     ids = np.asarray(truth.category_ids)
-    classes = []
+    by_class, classes = _by_class(verdicts), []
     for place, (number, name) in enumerate(truth.categories):
-        mine = objects & (ids == number)
-        own = best_threshold(_of_class(verdicts, number), int(mine.sum()))[0]
-        measured = bool(mine.any())
+        mine, theirs = objects & (ids == number), by_class.get(number, _NO_VERDICTS)
+        count = int(mine.sum())
+        own = best_threshold(theirs, count)[0]
+        precision, recall = _kept(theirs, best.score, count) if best else (None, None)
         classes.append(
             ClassFigures(
-                *(number, name, len(np.unique(truth.object_image_ids[mine])), int(mine.sum())),
-                ap=result.class_ap(place) if measured else None,
-                ap50=result.class_ap(place, 0) if measured else None,
+                *(number, name, len(np.unique(truth.object_image_ids[mine])), count),
+                ap=result.class_ap(place) if count else None,
+                ap50=result.class_ap(place, 0) if count else None,
                 best=own if own and own.f1 else None,
+                shared_precision=precision,
+                shared_recall=recall,
             )
         )
     counted = confusions(truth, found, best.score) if best else {}
@@ -207,9 +213,23 @@ def evaluate_in_detail(
     )
 
 
-def _of_class(verdicts: Verdicts, number: int) -> Verdicts:
-    mine = verdicts.category_ids == number
-    return Verdicts(verdicts.scores[mine], verdicts.category_ids[mine], verdicts.verdict[mine])
+def _by_class(verdicts: Verdicts) -> dict[int, Verdicts]:
+    """Those of each category, still best first. Sorted once: of a thousand classes each would look through all detections."""
+    order = np.argsort(verdicts.category_ids, kind="stable")
+    columns = [column[order] for column in (verdicts.scores, verdicts.category_ids, verdicts.verdict)]
+    numbers, starts = np.unique(columns[1], return_index=True)
+    parts = [np.split(column, starts[1:]) for column in columns]
+    return {int(number): Verdicts(*part) for number, part in zip(numbers, zip(*parts, strict=True), strict=False)}
+
+
+_NO_VERDICTS = Verdicts(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int8))
+
+
+def _kept(verdicts: Verdicts, score: float, objects: int) -> tuple[float | None, float | None]:
+    """Precision and recall of the detections of at least this score."""
+    kept = verdicts.verdict[verdicts.scores >= score]
+    right, wrong = int((kept == RIGHT).sum()), int((kept == WRONG).sum())
+    return right / (right + wrong) if right + wrong else None, right / objects if objects else None
 
 
 def best_threshold(verdicts: Verdicts, objects: int) -> tuple[Threshold | None, dict[str, Curve] | None]:

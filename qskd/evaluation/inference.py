@@ -13,6 +13,7 @@ from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.evaluation.average_precision import detections_from
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.pairs import Pairs
+from qskd.precision import autocast
 
 
 def predict_batch(
@@ -41,13 +42,14 @@ def predict_pairs(
     choices: Sequence[Pairs],
     slots: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    precision: str = "float32",
 ) -> list[Detections]:
-    """The same for each choice of (query, class) pairs, of one pass of the detector."""
+    """The same for each choice of (query, class) pairs, of one pass of the detector. precision: as `compute.precision` has it."""
     if not len(arrays["image_ids"]):
         return [Detections.empty() for _ in choices]
     images, sizes = images_of(arrays, device)
     pixels, mask = to_pixels(images, sizes, preprocessing.mean, preprocessing.std)
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(precision, torch.device(device)):
         output = detector(pixels, mask, with_attention=False)
         logits = output.logits[-1] if slots is None else output.logits[-1][..., list(slots)]
         original_sizes = torch.from_numpy(arrays["original_sizes"].copy())

@@ -44,10 +44,9 @@ def picture_rows(text: str) -> NDArray[np.void]:
         raise ValueError(f"`pictures` can't be read: {error}") from None
 
 
-def between(train: Manifest, val: Manifest, queries: int | None) -> list[str]:
-    """A sentence for each thing that a training on these two splits should know of. queries: the student's,
-    where they are known. Of a manifest from
-    before these things were kept, nothing is said."""
+def between(train: Manifest, val: Manifest, queries: int, from_checkpoint: bool = False) -> list[str]:
+    """A sentence for each thing that a training on these two splits should know of. queries: the student's. from_checkpoint: it
+    has them from there, and can't be given more. Of a manifest from before these things were kept, nothing is said."""
     said = []
     if not val.num_objects:
         said.append("data.val has no objects: AP can't be measured, and every checkpoint is as good as any other")
@@ -68,17 +67,31 @@ def between(train: Manifest, val: Manifest, queries: int | None) -> list[str]:
     crowded = [
         f"data.{name} has images with up to {split.most_objects} objects (image {split.most_objects_in})"
         for name, split in (("train", train), ("val", val))
-        if queries and (split.most_objects or 0) > queries
+        if (split.most_objects or 0) > queries
     ]
     if crowded:
         most = max(train.most_objects or 0, val.most_objects or 0)
+        whose, remedy = f"student.queries = {queries}", f"--set student.queries={most}"
+        if from_checkpoint:
+            whose, remedy = f"the {queries} queries of student.init", "Choose a checkpoint with more"
         said.append(
-            f"{', '.join(crowded)}, and the student finds at most student.queries = {queries} in each: the others are lost. "
-            f"--set student.queries={most}, or cut the pictures into tiles"
+            f"{', '.join(crowded)}, and the student finds at most {whose} in each: the others are lost. "
+            f"{remedy}, or cut the pictures into tiles"
         )
     if (val.most_objects or 0) > COUNTED:
         said.append(
             f"data.val has images with up to {val.most_objects} objects (image {val.most_objects_in}), and AP counts {COUNTED} "
             "detections of an image: `qskd evaluate --max-detections N` counts more"
         )
+    return said
+
+
+def beyond_reach(where: str, split: Manifest, queries: int, counted: int) -> list[str]:
+    """The same of an evaluation of any detector. where: the split's folder; counted: detections of an image."""
+    most, said = split.most_objects or 0, []
+    crowded = f"{where} has images with up to {most} objects (image {split.most_objects_in})"
+    if most > counted:
+        said.append(f"{crowded}, of which {counted} can be found: --max-detections {most} counts all")
+    if most > queries:
+        said.append(f"{crowded}, and the detector has {queries} queries, each for one object: the others are missed")
     return said
