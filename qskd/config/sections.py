@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from qskd.config.augmentation import AugmentationConfig
 from qskd.config.distillation import DEFAULT, DistillationConfig, settings_class
 from qskd.config.images import ResizeConfig, ViewConfig
 from qskd.config.section import Fraction, NonNegative, Positive, Section
 from qskd.config.student import StudentConfig
+from qskd.families.facts import FACTS
 
 
 class DataConfig(Section):
@@ -148,7 +150,22 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     distillation: DistillationConfig = Field(default_factory=lambda: settings_class(DEFAULT)())
     detection: DetectionLossConfig = DetectionLossConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
     training: TrainingConfig = TrainingConfig()
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
     card: CardConfig = CardConfig()
+
+    @model_validator(mode="after")
+    def _every_size_has_room_for_the_queries(self) -> Config:
+        student, wanted = self.student, self.augmentation
+        if wanted.changes_sizes and FACTS[student.family].hybrid and not student.init:
+            for scale, size in zip(
+                wanted.scales, wanted.sizes(student.resize.size, student.backbone.stride), strict=True
+            ):
+                if student.cells(size) < student.queries:
+                    raise ValueError(
+                        f"augmentation.scales has {scale:g}, which is {size} pixels: {student.cells(size)} cells on the maps "
+                        f"of a {student.family}, which chooses its {student.queries} queries among them; leave that scale out"
+                    )
+        return self
