@@ -71,6 +71,11 @@ class DetectionLossConfig(Section):
     giou_weight: NonNegative = 2.0  # of the loss
     focal_alpha: Fraction = 0.25  # of the focal loss, and of the class cost of matching
     auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
+    # Groups of queries in training, the student's own among them: each is matched with the objects by itself, the others are never
+    # distilled, and are not in the saved student (Group DETR, Chen et al., ICCV 2023, has 11). 1: its own alone. Conditional, DAB
+    # and Deformable DETR.
+    query_groups: Annotated[int, Field(ge=1, le=32)] = 1
+    query_group_weight: NonNegative = 1.0  # of the other groups' mean loss, all their layers
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 
@@ -155,6 +160,15 @@ class Config(Section):
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
     card: CardConfig = CardConfig()
+
+    @model_validator(mode="after")
+    def _a_family_that_has_groups(self) -> Config:
+        if self.detection.query_groups > 1 and not self.student.init and not FACTS[self.student.family].groups:
+            able = ", ".join(name for name, facts in FACTS.items() if facts.groups)
+            raise ValueError(
+                f"detection.query_groups: the queries of a {self.student.family} have no groups; those of {able} can"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_size_has_room_for_the_queries(self) -> Config:
