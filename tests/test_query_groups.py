@@ -10,11 +10,13 @@ from tiny import FAMILIES, LABELS, arrays, assert_equal, batch_of, make_training
 from torch import Tensor
 from transformers import AutoModelForObjectDetection
 
-from qskd.config import ResizeConfig
+from qskd.config import FACTS, ResizeConfig
 from qskd.config.recipe import load
 from qskd.datasets.batch import parts_of, train_batch
 from qskd.detectors import build_student, save_detector, to_pixels
 from qskd.errors import QskdError
+from qskd.families.family import Family
+from qskd.families.table import FAMILIES as ALL
 from qskd.from_recipe import make_student
 from qskd.losses.detection_loss import combine, detection_terms, detection_weights
 from qskd.losses.matching import assign
@@ -157,6 +159,11 @@ def test_they_start_about_the_queries_that_a_student_begins_with() -> None:
     assert (others - own).mean().abs() < 0.2
     assert torch.corrcoef(torch.stack([others[0].flatten(), own.flatten()]))[0, 1] > 0.5
     assert not torch.allclose(others[0], others[1], atol=0.1)
+
+
+def test_the_facts_name_the_families_that_have_an_embedding_of_all_their_queries() -> None:
+    own = {name for name, family in ALL.items() if type(family).query_embedding is not Family.query_embedding}
+    assert own == {name for name, facts in FACTS.items() if facts.groups}
 
 
 def test_a_family_whose_queries_have_no_groups_is_refused_by_name(tmp_path: Path) -> None:
