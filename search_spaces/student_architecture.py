@@ -62,10 +62,16 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
     if not any(part.keeps_queries() for part in parts_of(config.distillation).values()):
         low, high, step = around(student.queries, max(1, student.queries // 4), 2, 2, least=1)
         if FACTS[student.family].hybrid:  # whose queries are chosen among the cells
-            high -= step * max(0, -(-(high - student.cells(student.resize.size)) // step))
+            high -= step * max(0, -(-(high - fewest_cells(config, student.resize.size)) // step))
         found["student.queries"] = trial.suggest_int("queries", low, high, step=step)
         most = high
-    return found | _input_size(trial, student, most)
+    return found | _input_size(trial, config, most)
+
+
+def fewest_cells(config: Config, size: int) -> int:
+    """Cells of the smallest images that the student sees in training, when its own size is `size`."""
+    student = config.student
+    return student.cells(min(config.augmentation.sizes(size, student.backbone.stride)))
 
 
 def around(value: int, step: int, down: int, up: int, least: int) -> tuple[int, int, int]:
@@ -110,13 +116,14 @@ def _width(trial: Trial, student: StudentConfig) -> dict[str, Any]:
     }
 
 
-def _input_size(trial: Trial, student: StudentConfig, queries: int) -> dict[str, Any]:
+def _input_size(trial: Trial, config: Config, queries: int) -> dict[str, Any]:
     """The side, in steps of whole cells of the backbone's last map; the longest side with it. queries: the most on offer,
     which a hybrid encoder's cells have to be enough for."""
+    student = config.student
     resize, stride = student.resize, student.backbone.stride
     step = stride * max(1, round(resize.size / 8 / stride))
     least = 2 * stride
-    while FACTS[student.family].hybrid and student.cells(least) < queries:
+    while FACTS[student.family].hybrid and fewest_cells(config, least) < queries:
         least += stride
     low, high, step = around(resize.size, step, 3, 1, least=least)
     size = trial.suggest_int("input_size", low, high, step=step)

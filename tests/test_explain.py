@@ -237,3 +237,21 @@ def test_a_cells_cover_is_what_many_points_in_it_say(seed: int) -> None:
     assert covered(np.zeros((0, 4)), 2, 3).tolist() == [[0.0] * 3] * 2
     flat = make_mask((np.ones((4, 7), np.float32), np.ones((2, 3), np.float32)), boxes)
     assert flat.share == pytest.approx(flat.object_share, abs=1e-6)  # a mask that is 1 everywhere
+
+
+def test_what_training_shows_the_student_is_drawn_where_it_is_not_the_view_itself() -> None:
+    plain, seen_by = config(), config("augmentation.preset=rtdetr", "augmentation.colour_probability=1")
+    student = silent_student(plain.student, LABELS, 0).eval()
+    students = {"Student": DatasetDetector(student, Preprocessing(plain.student.resize), (0, 1, 2))}
+    said = explain(subject(), plain, LABELS, None, students)
+    assert said.augmented == ()
+    shown = explain(subject(), seen_by, LABELS, None, students)
+    assert len(shown.augmented) == 4
+    usual = view_image(image(), View.IDENTITY, plain.student.resize)
+    for picture in shown.augmented:
+        assert picture.shape != usual.shape or not np.array_equal(picture, usual)
+    assert len({picture.shape for picture in shown.augmented}) > 1  # multi-scale
+    # A panel more; all else is the same.
+    one, more = (explanation_picture(each, "") for each in (said, shown))
+    assert more.shape[1] > one.shape[1]
+    np.testing.assert_array_equal(shown.students["Student"].boxes_xyxy, said.students["Student"].boxes_xyxy)

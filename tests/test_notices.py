@@ -34,6 +34,17 @@ LEVELS = "student.feature_levels=3"
             2.0,
             ["denoising", "the 8 workers normalises its own 2 images"],
         ),
+        (["augmentation.preset=light"], 2.0, []),
+        (
+            ["augmentation.preset=rtdetr", "student.resize.size=640"],
+            2.0,
+            ["480 to 800 pixels, 1.02 times those of student.resize on average and 1.56 times"],
+        ),
+        (
+            ["augmentation.scales=[0.5, 1]", "compute.compile=true"],
+            2.0,
+            ["160 to 320 pixels, 0.625 times", "compute.compile with 2 sizes"],
+        ),
     ],
 )
 def test_what_happens_silently_is_said(overrides: list[str], epochs: float, said: list[str]) -> None:

@@ -97,6 +97,14 @@ def test_every_trial_is_a_valid_configuration_and_the_first_is_the_recipe(names:
     assert len(different) > 200
 
 
+def test_every_architecture_has_room_for_its_queries_at_every_size_that_it_is_trained_at() -> None:
+    hybrid = {"family": "rt_detr", "feature_levels": 2, "queries": 300, "resize": {"size": 320}}
+    config = build({"student": hybrid, "augmentation": {"scales": [0.75, 1.0, 1.25]}})
+    space, _, proposed = study(("student_architecture",), config)
+    for overrides in proposed:
+        space.config(overrides)  # raises where a size has fewer cells than there are queries
+
+
 @pytest.mark.parametrize("whose", RECIPES)
 @pytest.mark.parametrize("name", THREE)
 def test_the_parameters_that_stand_for_the_recipe_really_mean_it(name: str, whose: str) -> None:

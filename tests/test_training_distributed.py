@@ -38,9 +38,14 @@ BATCHES: tuple[tuple[int, ...], ...] = (
     (3, 1, 1, 2),
 )
 DENSE = "detection.dense_weight=1.0"
+SEEN = ("augmentation.preset=rtdetr", "augmentation.blur_probability=0.5")  # what the student sees, and at what size
+GROUPS = "detection.query_groups=3"
 SCENARIOS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "refined": ("refined", (DENSE,)),
-    "conditional": ("conditional", (DENSE, "training.ema_decay=0.9", "distillation.predictions.pairing=hungarian")),
+    "conditional": (
+        "conditional",
+        (DENSE, "training.ema_decay=0.9", "distillation.predictions.pairing=hungarian", GROUPS, *SEEN),
+    ),
     "unsupervised layers": ("refined", ("distillation.method=none", "detection.auxiliary=false")),
 }
 

@@ -37,7 +37,7 @@ from qskd.training.step import Training
 
 RECORDS = Path(__file__).parent / "records"
 AGREEMENT_BATCHES = 8
-_DECIDES = ("data", "student", "teacher", "distillation", "detection", "training", "seed")
+_DECIDES = ("data", "student", "teacher", "distillation", "detection", "augmentation", "training", "seed")
 
 
 @dataclass(frozen=True)

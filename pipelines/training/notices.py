@@ -39,4 +39,24 @@ def notices(config: Config, epochs: float) -> list[str]:
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "
             f"normalises its own {max(1, config.training.batch_size // config.compute.workers)} images of a batch"
         )
+    if config.augmentation.changes_sizes:
+        found += _of_sizes(config, facts.hybrid)
+    return found
+
+
+def _of_sizes(config: Config, hybrid: bool) -> list[str]:
+    """What a student of changing size costs. In steps of 32 pixels, where a checkpoint does not say its stride here."""
+    student = config.student
+    base, unit = student.resize.size, (32 if student.init else student.backbone.stride) if hybrid else 1
+    sizes = config.augmentation.sizes(base, unit)
+    pixels = [(size / base) ** 2 for size in sizes]
+    found = [
+        f"augmentation.scales: the student sees {min(sizes)} to {max(sizes)} pixels, {sum(pixels) / len(pixels):.3g} times those "
+        f"of student.resize on average and {max(pixels):.3g} times in the largest steps, which must fit into memory; "
+        f"evaluation, and the saved student, are at {base}"
+    ]
+    if config.compute.compile:
+        found.append(
+            f"compute.compile with {len(set(sizes))} sizes: the backbone is compiled for the first, and once more for any size"
+        )
     return found

@@ -1,5 +1,6 @@
 """The whole configuration of a run, strict and frozen (light: pydantic only)."""
 
+from qskd.config.augmentation import AugmentationConfig as AugmentationConfig
 from qskd.config.distillation import DistillationConfig as DistillationConfig
 from qskd.config.distillation import MethodSettings as MethodSettings
 from qskd.config.images import ResizeConfig as ResizeConfig

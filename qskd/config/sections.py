@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from qskd.config.augmentation import AugmentationConfig
 from qskd.config.distillation import DEFAULT, DistillationConfig, settings_class
 from qskd.config.images import ResizeConfig, ViewConfig
 from qskd.config.section import Fraction, NonNegative, Positive, Section
 from qskd.config.student import StudentConfig
+from qskd.families.facts import FACTS
 
 
 class DataConfig(Section):
@@ -69,6 +71,11 @@ class DetectionLossConfig(Section):
     giou_weight: NonNegative = 2.0  # of the loss
     focal_alpha: Fraction = 0.25  # of the focal loss, and of the class cost of matching
     auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
+    # Groups of queries in training, the student's own among them: each is matched with the objects by itself, the others are never
+    # distilled, and are not in the saved student (Group DETR, Chen et al., ICCV 2023, has 11). 1: its own alone. Conditional, DAB
+    # and Deformable DETR.
+    query_groups: Annotated[int, Field(ge=1, le=32)] = 1
+    query_group_weight: NonNegative = 1.0  # of the other groups' mean loss, all their layers
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 
@@ -154,7 +161,31 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     distillation: DistillationConfig = Field(default_factory=lambda: settings_class(DEFAULT)())
     detection: DetectionLossConfig = DetectionLossConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
     training: TrainingConfig = TrainingConfig()
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
     card: CardConfig = CardConfig()
+
+    @model_validator(mode="after")
+    def _a_family_that_has_groups(self) -> Config:
+        if self.detection.query_groups > 1 and not self.student.init and not FACTS[self.student.family].groups:
+            able = ", ".join(name for name, facts in FACTS.items() if facts.groups)
+            raise ValueError(
+                f"detection.query_groups: the queries of a {self.student.family} have no groups; those of {able} can"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_size_has_room_for_the_queries(self) -> Config:
+        student, wanted = self.student, self.augmentation
+        if wanted.changes_sizes and FACTS[student.family].hybrid and not student.init:
+            for scale, size in zip(
+                wanted.scales, wanted.sizes(student.resize.size, student.backbone.stride), strict=True
+            ):
+                if student.cells(size) < student.queries:
+                    raise ValueError(
+                        f"augmentation.scales has {scale:g}, which is {size} pixels: {student.cells(size)} cells on the maps "
+                        f"of a {student.family}, which chooses its {student.queries} queries among them; leave that scale out"
+                    )
+        return self

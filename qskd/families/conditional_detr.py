@@ -67,6 +67,10 @@ class ConditionalDetr(Family):
         scores = head_scores(query, key, heads) + head_scores(query_position, key_position, heads)
         return dense_attention(scores * module.scaling, valid)
 
+    def query_embedding(self, model: Any) -> nn.Embedding:
+        embedding: nn.Embedding = model.model.query_position_embeddings
+        return embedding
+
     def reference_points(self, model: Any) -> Tensor:
         points: Tensor = model.model.decoder.ref_point_head(model.model.query_position_embeddings.weight)
         return points.sigmoid()

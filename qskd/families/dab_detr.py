@@ -71,6 +71,12 @@ class DabDetr(Family):
         scores = head_scores(query, key, heads) + head_scores(query_position, key_position, heads)
         return dense_attention(scores * module.cross_attn.scaling, valid)
 
+    def query_embedding(self, model: Any) -> nn.Embedding | None:
+        if model.config.num_patterns:  # each box is several queries, which differ in their content
+            return None
+        embedding: nn.Embedding = model.model.query_refpoint_embeddings
+        return embedding
+
     def reference_points(self, model: Any) -> Tensor:
         anchors: Tensor = model.model.query_refpoint_embeddings.weight
         return anchors[:, :2].sigmoid().repeat(max(model.config.num_patterns, 1), 1)

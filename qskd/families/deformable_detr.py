@@ -98,6 +98,9 @@ class DeformableDetr(Family):
         locations, weights = sampling(module, given, queries)
         return splat_levels(list(zip(locations.unbind(3), weights.unbind(3), strict=True)), shapes, valid)
 
+    def query_embedding(self, model: Any) -> nn.Embedding | None:
+        return None if model.config.two_stage else model.model.query_position_embeddings
+
     def reference_points(self, model: Any) -> Tensor:
         embedding = model.model.query_position_embeddings.weight[:, : model.config.d_model]
         points: Tensor = model.model.reference_points(embedding)

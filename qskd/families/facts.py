@@ -15,9 +15,10 @@ class Facts:
 
     hybrid: a hybrid encoder, on backbone stages alone; its cells are the queries to choose from, and its batch norms stand
     outside the backbone too. width_unit: the width is a multiple of it. least_decoder_layers: with fewer transformers can't
-    build it. best_pairs: (query, class) pairs that its post-processing gives back; None: as many as there are queries.
-    means_timm: its published configurations mean a timm ResNet by leaving the backbone out. missing: what of its authors'
-    training a student here goes without, in words; empty for nothing that is known.
+    build it. groups: its queries are one embedding, so that training can have groups of them. best_pairs: (query, class) pairs
+    that its post-processing gives back; None: as many as there are queries. means_timm: its published configurations mean a
+    timm ResNet by leaving the backbone out. missing: what of its authors' training a student here goes without, in words;
+    empty for nothing that is known.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Facts:
     hybrid: bool = False
     width_unit: int = 4  # for the sine position embedding
     least_decoder_layers: int = 1
+    groups: bool = False
     best_pairs: int | None = None
     means_timm: bool = False
     missing: str = ""
@@ -36,12 +38,13 @@ _NO_DENOISING = "denoising queries"
 
 FACTS: dict[str, Facts] = {
     "detr": Facts("DETR", {**_ONE_MAP, "queries": 100}, means_timm=True),
-    "conditional_detr": Facts("Conditional DETR", _ONE_MAP, best_pairs=100, means_timm=True),
-    "dab-detr": Facts("DAB-DETR", _ONE_MAP, best_pairs=100, means_timm=True),
+    "conditional_detr": Facts("Conditional DETR", _ONE_MAP, groups=True, best_pairs=100, means_timm=True),
+    "dab-detr": Facts("DAB-DETR", _ONE_MAP, groups=True, best_pairs=100, means_timm=True),
     "deformable_detr": Facts(
         "Deformable DETR",
         width_unit=32,  # it normalises in 32 groups
         least_decoder_layers=2,  # transformers ties a second layer's heads to the first's
+        groups=True,
         best_pairs=100,
         means_timm=True,
     ),

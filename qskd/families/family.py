@@ -81,6 +81,10 @@ class Family(ABC):
     def decoder_layers(self, model: Any) -> list[nn.Module]:
         return list(model.model.decoder.layers)
 
+    def self_attentions(self, model: Any) -> list[nn.Module]:
+        """One module a decoder layer, where queries see each other."""
+        return [layer.self_attn for layer in model.model.decoder.layers]
+
     def cross_attentions(self, model: Any) -> list[nn.Module]:
         """One module a decoder layer; called with keyword arguments, which `attention` receives."""
         return [layer.encoder_attn for layer in model.model.decoder.layers]
@@ -110,6 +114,11 @@ class Family(ABC):
         module, given: a cross-attention module and the keyword arguments of its last call. shapes: (H, W) of each map,
         N = sum of H * W. valid: [B, N] bool, False on padding.
         """
+
+    def query_embedding(self, model: Any) -> nn.Embedding | None:
+        """What all of the queries is read from in a forward, one row a query: a longer one makes more queries. None where there
+        is no such thing."""
+        return None
 
     def reference_points(self, model: Any) -> Tensor | None:
         """[Q, 2] x, y in 0..1 where queries first look, before any image; None where there is no such place."""

@@ -23,7 +23,9 @@ from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import best_first, predict_image
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.online import Choose, OnlineTeacher
+from qskd.training.augmentation import augmentation_of
 
+AUGMENTED = 4  # examples of what the student sees
 STAND_IN_SCORE = 0.5  # of a teacher's detection that stands in for an object
 STAND_IN_IOU = 0.7  # with a better one, from which on it is the same object seen twice
 Boxes = NDArray[np.float32]
@@ -60,7 +62,8 @@ class Explanation:
 
     objects: the targets, scores 1. stand_ins: they are the teacher's own detections, for want of annotations.
     crowds_xyxy: [C, 4], regions that are no targets. teacher: None without one. seen: by the recipe's methods, empty without
-    a teacher. students: by title; their `category_ids`, as all here, are indices into `labels`.
+    a teacher. students: by title; their `category_ids`, as all here, are indices into `labels`. augmented: uint8 [h, w, 3] each,
+    what a training step may show the student of this view (`augmentation`); none where it shows the view as it is.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Explanation:
     teacher: Detections | None
     seen: tuple[Seen, ...]
     students: Mapping[str, Detections]
+    augmented: tuple[Pixels, ...] = ()
 
 
 def stand_in_objects(record: TeacherRecord) -> tuple[Tensor, Tensor]:
@@ -87,6 +91,16 @@ def stand_in_objects(record: TeacherRecord) -> tuple[Tensor, Tensor]:
         if not chosen or iou(mine, better).max() < STAND_IN_IOU:
             chosen.append(query)
     return boxes[chosen], labels[chosen]
+
+
+def augmented(subject: Subject, config: Config, student: Detector) -> tuple[Pixels, ...]:
+    """The view as `AUGMENTED` training steps would show it to the student; of those sizes."""
+    augmentation = augmentation_of(config, student, total_steps=2**20)
+    if augmentation is None:
+        return ()
+    pixels = torch.from_numpy(view_image(subject.image, subject.view, config.student.resize).copy())[None]
+    sizes = torch.tensor([pixels.shape[1:3]])
+    return tuple(augmentation(pixels, sizes, [0], step)[0][0].numpy() for step in range(AUGMENTED))
 
 
 def _targets(boxes_cxcywh: Tensor, labels: Tensor) -> Targets:
@@ -168,4 +182,5 @@ def explain(
             title: predict_image(student.detector, subject.image, student.preprocessing, student.slots, threshold, view)
             for title, student in students.items()
         },
+        augmented(subject, config, [*students.values()][-1].detector) if students else (),
     )

@@ -58,8 +58,23 @@ def _objects_panel(shown: Explanation) -> Panel:
     return Panel("Ground truth", counted(len(labels), "object"), drawn, keys)
 
 
+def _augmented_panel(shown: Explanation) -> Panel:
+    """Two rows, each picture in the top left corner of its field: their sizes may differ."""
+    high, wide = (max(picture.shape[axis] for picture in shown.augmented) for axis in (0, 1))
+    columns, gap = 2, max(2, wide // 80)
+    rows = -(-len(shown.augmented) // columns)
+    canvas = np.full((rows * (high + gap) - gap, columns * (wide + gap) - gap, 3), 255, np.uint8)
+    for number, picture in enumerate(shown.augmented):
+        top, left = number // columns * (high + gap), number % columns * (wide + gap)
+        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    sizes = list(dict.fromkeys(f"{picture.shape[1]} x {picture.shape[0]}" for picture in shown.augmented))
+    note = f"what {len(shown.augmented)} training steps may show: {', '.join(sizes)} pixels"
+    return Panel("What the student sees", note, fitted(canvas)[0])
+
+
 def explanation_picture(shown: Explanation, about: str) -> Picture:
-    """A sheet of panels: objects, teacher, what the methods show, each student. about: one line on whose they are.
+    """A sheet of panels: objects, teacher, what the methods show, what the student is shown, each student.
+    about: one line on whose they are.
 
     Without a teacher its panels are left out.
     """
@@ -67,6 +82,7 @@ def explanation_picture(shown: Explanation, about: str) -> Picture:
     if shown.teacher is not None:
         panels.append(_detections_panel("Teacher's detections", shown.teacher, shown))
         panels += [panel for seen in shown.seen for panel in seen.panels(shown)]
+    panels += [_augmented_panel(shown)] if shown.augmented else []
     panels += [_detections_panel(title, found, shown) for title, found in shown.students.items()]
     return sheet(shown.name, about, warning_of(shown), panels)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from qskd.losses.detection_loss import detection_terms, detection_weights
 from qskd.losses.matching import assign
 from qskd.structures import LossTerm, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
+from qskd.training.query_groups import query_groups_of
 
 
 class StepModule(nn.Module):
@@ -26,7 +29,10 @@ class StepModule(nn.Module):
         self.method = _method(config, student, teacher) if teacher else None
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
+        self.query_groups = query_groups_of(config.detection, student)
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
+        if self.query_groups is not None:
+            self.weights |= self.query_groups.weights
         if dense:
             self.weights |= {name: config.detection.dense_weight * value for name, value in DENSE_WEIGHTS.items()}
         if self.method is not None:
@@ -54,23 +60,30 @@ class StepModule(nn.Module):
         online: Online | None = None,
     ) -> dict[str, LossTerm]:
         pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
-        output = self.student(pixels, mask, with_attention=False)
+        groups, others = self.query_groups, None
+        with groups.asked(self.student) if groups is not None else nullcontext():
+            output = self.student(pixels, mask, with_attention=False)
+        if groups is not None:
+            output, others = groups.parted(output)
         early, kind = self.student.num_early, self.student.classification
         logits, boxes = output.logits, output.boxes_cxcywh
         if output.early_logits is not None and output.early_boxes_cxcywh is not None:
             logits = torch.cat([output.early_logits, logits])
             boxes = torch.cat([output.early_boxes_cxcywh, boxes])
-        predictions = [(logits, boxes)]
+        predictions = [(logits, boxes), *([others] if others is not None else [])]
+        kinds = [kind] * len(predictions)
         if teacher is not None:
             predictions.append((teacher.logits, teacher.boxes_cxcywh))
-        assignments = assign(predictions, targets, self.config.detection, [kind])
+        assignments = assign(predictions, targets, self.config.detection, kinds)
         terms = detection_terms(
             logits, boxes, targets, assignments[0], self.config.detection, kind, early, output.no_object
         )
+        if groups is not None and others is not None:
+            terms |= groups.terms(others, targets, assignments[1], kind)
         if self.dense_head is not None:
             terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
         if self.method is not None and teacher is not None:
-            lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[1], online)
+            lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[-1], online)
             terms |= self.method(lesson)
         return terms
 

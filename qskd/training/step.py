@@ -30,6 +30,7 @@ from qskd.precision import autocast
 from qskd.structures import LossTerm, TeacherRecord
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import OnlineTeacher
+from qskd.training.augmentation import augmentation_of
 from qskd.training.module import StepModule
 from qskd.training.stand_in import stand_in
 
@@ -99,6 +100,7 @@ class Training:
         self.average = (
             {k: v.detach().clone() for k, v in student.state_dict().items()} if config.training.ema_decay else {}
         )
+        self.augmentation = augmentation_of(config, student, total_steps)
         self.step = 0
         self.shared_buffers_at = -1  # the step at which every worker had rank 0's buffers
         self._last: tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
@@ -156,11 +158,12 @@ class Training:
         """The weighted sum of all terms, with its gradient's graph, and each term's value."""
         share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
         self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
+        images, sizes = share.images, share.sizes
+        if self.augmentation is not None and share is part:  # the teacher sees the share as it is
+            images, sizes = self.augmentation(images, sizes, share.targets.image_ids, self.step)
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
-            terms: dict[str, LossTerm] = self.step_module(
-                share.images, share.sizes, share.targets, record, self._online(share)
-            )
+            terms: dict[str, LossTerm] = self.step_module(images, sizes, share.targets, record, self._online(share))
         if share is not part:
             terms = {
                 name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
