@@ -69,6 +69,13 @@ class DetectionLossConfig(Section):
     giou_weight: NonNegative = 2.0  # of the loss
     focal_alpha: Fraction = 0.25  # of the focal loss, and of the class cost of matching
     auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
+    # Denoising of RT-DETR, RT-DETRv2 and D-FINE students: so many queries at most, but each object's once, that begin near an
+    # image's objects, under some wrong names, to find back; and as many further off, to be refused. 0 = off; needs `auxiliary`.
+    denoising_queries: Annotated[int, Field(ge=0, le=2**16)] = 100
+    fgl_weight: NonNegative = 0.15  # D-FINE: of the loss of a side's distribution against the object's side (FGL)
+    ddf_weight: NonNegative = (
+        1.5  # D-FINE: of the loss of a side's distribution in a layer against the last layer's (DDF)
+    )
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 

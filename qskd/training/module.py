@@ -9,8 +9,10 @@ from qskd.config import Config
 from qskd.detectors import Detector, to_pixels
 from qskd.distillation.method import Facts, Lesson, Method, Online, build_method
 from qskd.errors import QskdError
+from qskd.losses.denoising import Denoising, Noise, denoising_terms, denoising_weights
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
+from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.matching import assign
 from qskd.structures import LossTerm, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
@@ -27,6 +29,8 @@ class StepModule(nn.Module):
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
+        if student.side_distributions:
+            self.weights |= fine_grained_weights(config.detection)
         if dense:
             self.weights |= {name: config.detection.dense_weight * value for name, value in DENSE_WEIGHTS.items()}
         if self.method is not None:
@@ -38,6 +42,10 @@ class StepModule(nn.Module):
                     "rename the term in the method's file",
                 )
             self.weights |= self.method.weights
+        denoises = student.denoises and config.detection.auxiliary and config.detection.denoising_queries > 0
+        self.denoising = Denoising(len(student.labels), student.memory_channels[0]) if denoises else None
+        if denoises:
+            self.weights |= denoising_weights(config.detection, student.side_distributions)
 
     def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
         """Each term's weight at a step (0-based): the teacher's terms warm up and decay, the others stay."""
@@ -52,9 +60,13 @@ class StepModule(nn.Module):
         targets: Targets,
         teacher: TeacherRecord | None,
         online: Online | None = None,
+        noise: Noise | None = None,
     ) -> dict[str, LossTerm]:
+        """noise: of the images' denoising queries, for a student that has them; None where no image of the global batch has an
+        object."""
         pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
-        output = self.student(pixels, mask, with_attention=False)
+        groups = self.denoising(targets, noise) if self.denoising is not None and noise is not None else None
+        output = self.student(pixels, mask, with_attention=False, extra=groups and groups.queries)
         early, kind = self.student.num_early, self.student.classification
         logits, boxes = output.logits, output.boxes_cxcywh
         if output.early_logits is not None and output.early_boxes_cxcywh is not None:
@@ -67,6 +79,19 @@ class StepModule(nn.Module):
         terms = detection_terms(
             logits, boxes, targets, assignments[0], self.config.detection, kind, early, output.no_object
         )
+        if output.sides is not None:
+            terms |= fine_grained_terms(
+                output.sides,
+                output.logits,
+                output.boxes_cxcywh,
+                targets,
+                assignments[0][early:],
+                self.config.detection,
+            )
+        if groups is not None:
+            terms |= denoising_terms(output.extra, groups, self.config.detection, kind)
+        elif self.denoising is not None:
+            terms |= self.denoising.nothing(denoising_weights(self.config.detection, output.sides is not None))
         if self.dense_head is not None:
             terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
         if self.method is not None and teacher is not None:
