@@ -86,7 +86,7 @@ def softmax(numbers: list[float]) -> list[float]:
 
 
 def slow_fgl(case: Case) -> float:
-    """Eq. 5 of the paper, over all layers: IoU * (share of the left bin * CE(left) + share of the right * CE(right))."""
+    """Over all layers: IoU * (share of the left bin * CE(left) + share of the right * CE(right))."""
     values, scale, total = case.sides.values.tolist(), HF.reg_scale, 0.0
     for layer in range(LAYERS):
         for image, count in enumerate(case.targets.counts):
@@ -111,7 +111,7 @@ def slow_fgl(case: Case) -> float:
 
 
 def slow_ddf(case: Case) -> float:
-    """Eq. 6: the mean over matched and that over unmatched sides, weighted by the roots of their numbers; T = 5."""
+    """The mean over matched and that over unmatched sides, weighted by the roots of their numbers; T = 5."""
     total, last = 0.0, case.leaves[-1].detach().view(-1, QUERIES, 4, BINS) / 5
     for layer in range(LAYERS - 1):
         found, others = [], []
