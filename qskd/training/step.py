@@ -2,7 +2,8 @@
 
 One DistributedDataParallel wraps all that has gradients (`qskd.training.module`).
 Terms are sums with counts; the counts of all terms are averaged over workers in one collective, which makes a run on two
-workers equal a run on one at the same global batch.
+workers equal a run on one at the same global batch. Denoising queries need one number more, which hosts exchange before the
+step: the most objects that an image of the global batch has.
 """
 
 from __future__ import annotations
