@@ -257,6 +257,14 @@ def test_it_is_off_by_one_field(options: tuple[str, ...]) -> None:
     assert not any("denoising" in name for name in training.state())
 
 
+def test_by_default_they_are_a_third_of_the_students_queries() -> None:
+    own = {"family": "rt_detr", "feature_levels": 2, "resize": {"mode": "square", "size": tiny.SIZE}, "queries": 12}
+    training = make_training(recipe(own))
+    assert training.module.denoising_queries == 4
+    assert training._noise(batch_of(1, 2)).groups == 2  # type: ignore[union-attr]
+    assert training._noise(batch_of(0, 0)) is None
+
+
 def test_a_family_without_denoising_has_none() -> None:
     assert make_training(recipe()).module.denoising is None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qskd.config import Config
+from qskd.config import Config, DetectionLossConfig
 from qskd.detectors import Detector, to_pixels
 from qskd.distillation.method import Facts, Lesson, Method, Online, build_method
 from qskd.errors import QskdError
@@ -42,7 +42,8 @@ class StepModule(nn.Module):
                     "rename the term in the method's file",
                 )
             self.weights |= self.method.weights
-        denoises = student.denoises and config.detection.auxiliary and config.detection.denoising_queries > 0
+        self.denoising_queries = denoising_queries(config.detection, student)
+        denoises = self.denoising_queries > 0
         self.denoising = Denoising(len(student.labels), student.memory_channels[0]) if denoises else None
         if denoises:
             self.weights |= denoising_weights(config.detection, student.side_distributions)
@@ -98,6 +99,13 @@ class StepModule(nn.Module):
             lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[1], online)
             terms |= self.method(lesson)
         return terms
+
+
+def denoising_queries(config: DetectionLossConfig, student: Detector) -> int:
+    """How many positive ones a step has at most, unless an image has more objects; 0: the student is trained without."""
+    if not (student.denoises and config.auxiliary):
+        return 0
+    return student.num_queries // 3 if config.denoising_queries is None else config.denoising_queries
 
 
 def _method(config: Config, student: Detector, teacher: Teacher) -> Method | None:

@@ -193,10 +193,8 @@ class Training:
         objects = self._most(max(part.targets.counts, default=0))
         if not objects or not len(part.images):
             return None
-        settings = self.config
-        noise = draw_noise(
-            settings.seed, self.step, part.targets.image_ids, objects, settings.detection.denoising_queries
-        )
+        queries = self.module.denoising_queries
+        noise = draw_noise(self.config.seed, self.step, part.targets.image_ids, objects, queries)
         pinned = replace(noise, uniform=noise.uniform.pin_memory()) if self.device.type == "cuda" else noise
         return to_device(pinned, self.device)
 
