@@ -85,6 +85,39 @@ Attend = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
+class SideDistributions:
+    """Where the four sides of a box lie, as a distribution over bins each: D-FINE's boxes.
+
+    logits: of each decoder layer [B, Q, 4 * (N + 1)], sides in the order left, top, right, bottom.
+    about_cxcywh: [B, Q, 4], the boxes that the sides are measured from, without gradient.
+    values: [N + 1], rising, what each bin says: its side lies (scale / 2 + value) * size / scale from the middle of its box
+        in `about_cxcywh`, where size is that box's width or height. scale: a scalar, or [1].
+    """
+
+    logits: tuple[Tensor, ...]
+    about_cxcywh: Tensor
+    values: Tensor
+    scale: Tensor
+
+    def take(self, queries: slice) -> SideDistributions:
+        """Those of some queries."""
+        logits = tuple(layer[:, queries] for layer in self.logits)
+        return replace(self, logits=logits, about_cxcywh=self.about_cxcywh[:, queries])
+
+
+@dataclass(frozen=True)
+class ExtraPredictions:
+    """What became of queries that were added to a training step: the fields of `DetectorOutput`, of these queries alone.
+    There is no proposal of the encoder among their early predictions."""
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    early_logits: Tensor | None = None
+    early_boxes_cxcywh: Tensor | None = None
+    sides: SideDistributions | None = None
+
+
+@dataclass(frozen=True)
 class DetectorOutput:
     """What any family's detector says about a batch of B images, with Q queries, K classes and L decoder layers.
 
@@ -100,6 +133,8 @@ class DetectorOutput:
     no_object: [L, B, Q] log-probability that a query shows nothing, of families whose classes share a softmax with it.
     early_logits, early_boxes_cxcywh: [E, B, Q, K], [E, B, Q, 4], what is predicted before the decoder's layers have their
         say: the encoder's chosen proposals, initial boxes. Its own training loss needs them; they are never distilled.
+    sides: of families whose boxes are distributions.
+    extra: of queries that were added for this step (`qskd.detectors.extra_queries`), which nothing else here has.
     """
 
     logits: Tensor
@@ -113,6 +148,8 @@ class DetectorOutput:
     no_object: Tensor | None = None
     early_logits: Tensor | None = None
     early_boxes_cxcywh: Tensor | None = None
+    sides: SideDistributions | None = None
+    extra: ExtraPredictions | None = None
 
 
 @dataclass(frozen=True)
@@ -194,8 +231,21 @@ class LossTerm:
 
     total: scalar with gradient. count: scalar without one (numbers of boxes, pairs, images). The term's value is
     total / max(mean of count over workers, floor / workers): as on one worker with the whole batch.
+    rest: a second count, of what the term leaves out. A term with one is divided by `with_rest`'s count, of both averaged over
+    workers: a mean whose weight beside the mean of the rest goes by the roots of the two counts (D-FINE's DDF).
     """
 
     total: Tensor
     count: Tensor
     floor: float = 1.0
+    rest: Tensor | None = None
+
+    @property
+    def own_count(self) -> Tensor:
+        """What the total is divided by on one worker, but for the floor."""
+        return self.count if self.rest is None else with_rest(self.count, self.rest)
+
+
+def with_rest(count: Tensor, rest: Tensor) -> Tensor:
+    """total / count * root(count) / (root(count) + root(rest)) is total / this."""
+    return count + (count * rest).sqrt()

@@ -80,6 +80,7 @@ def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
         ({"teacher": {"class_map": {"cat": 17}}}, ["teacher.class_map.cat = 17"]),
         ({"training": {"ema_decay": True}}, ["training.ema_decay = True", "not true or false"]),
         ({"training": {"epochs": True}}, ["training.epochs = True", "not true or false"]),
+        ({"detection": {"denoising_queries": True}}, ["detection.denoising_queries = True", "not true or false"]),
         ({"training": {"clip_norm": float("nan")}}, ["training.clip_norm = nan"]),
         ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate = inf", "finite"]),
         ({"student": {"box_refinement": "maybe"}}, ["student.box_refinement = 'maybe'"]),

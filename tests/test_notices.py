@@ -24,15 +24,15 @@ LEVELS = "student.feature_levels=3"
         (["data.views.count=4"], 50.0, []),
         (["data.views.flip_probability=0"], 50.0, []),
         ([], 2.0, []),
-        (["data.views.count=4", "student.family=rt_detr", SQUARE, LEVELS], 50.0, ["without denoising queries: "]),
-        (["data.views.count=4", "student.family=d_fine", SQUARE, LEVELS], 50.0, ["box distributions (FGL, DDF)"]),
+        (["data.views.count=4", "student.family=rt_detr", SQUARE, LEVELS], 50.0, []),
+        (["data.views.count=4", "student.family=d_fine", SQUARE, LEVELS], 50.0, ["without the union of its layers'"]),
         (["student.backbone.init="], 2.0, ["student.backbone starts from random weights"]),
         (["student.backbone.init=", "student.inherit=true"], 2.0, []),  # said by what is inherited
         (["student.backbone.init=", "detection.dense_weight=1"], 2.0, []),
         (
             ["compute.workers=8", "student.family=rt_detr_v2", SQUARE, LEVELS],
             2.0,
-            ["denoising", "the 8 workers normalises its own 2 images"],
+            ["the 8 workers normalises its own 2 images"],
         ),
         (["augmentation.preset=light"], 2.0, []),
         (
@@ -54,7 +54,9 @@ def test_what_happens_silently_is_said(overrides: list[str], epochs: float, said
         assert words in notice
 
 
-def test_of_a_student_from_a_checkpoint_its_own_family_counts_and_it_needs_no_denoising(tmp_path: Path) -> None:
+def test_of_a_student_from_a_checkpoint_its_own_family_counts_and_what_its_training_lacks_is_not_said(
+    tmp_path: Path,
+) -> None:
     sizes = StudentConfig.model_validate({**STUDENT, "family": "d_fine", "feature_levels": 2})
     save_detector(silent_student(sizes, ("a", "b"), 0).eval(), tmp_path / "own", sizes.resize)
     one, two = (notices(load(None, [f"student.init={tmp_path / 'own'}", f"compute.workers={n}"]), 2.0) for n in (1, 2))

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, arrays, make_training, random_teacher, recipe
+from tiny import FAMILIES, LABELS, SIZE, arrays, make_training, random_teacher, recipe, silent_student
 from torch import Tensor
+from transformers.models.d_fine.modeling_d_fine import replace_batch_norm
 
 from qskd.config import Config
 from qskd.datasets.batch import TrainBatch, parts_of, train_batch
@@ -162,6 +163,20 @@ def in_parts(world_size: int, rank: int) -> dict[str, Tensor]:
     return training.state()
 
 
+def denoised(world_size: int, rank: int) -> dict[str, Tensor]:
+    """D-FINE with denoising queries: shares with fewer objects than the batch, without any, without images."""
+    options = ("training.batch_size=4", "distillation.method=none", "detection.denoising_queries=8")
+    own = {"family": "d_fine", "feature_levels": 2, "resize": {"mode": "square", "size": SIZE}}
+    config = recipe(own, *options)
+    student = silent_student(config.student, LABELS, config.seed)
+    with torch.no_grad():
+        replace_batch_norm(student.model.model)  # each worker has statistics of its own, outside the backbone too
+    training = Training(config, student, None, 4, torch.device("cpu"))
+    for step, counts in enumerate(((2, 0, 1, 3), (0, 0, 2, 1), (2,))):
+        training.train_step(share_of(counts, step, world_size, rank))
+    return training.state()
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=TIMEOUT_S / 3)
@@ -171,6 +186,7 @@ def worker(rank: int, folder: str) -> None:
     save_file(evaluate(rank), f"{folder}/evaluate-{rank}.safetensors")
     save_file(broken(rank), f"{folder}/broken-{rank}.safetensors")
     save_file(in_parts(WORKERS, rank), f"{folder}/parts-{rank}.safetensors")
+    save_file(denoised(WORKERS, rank), f"{folder}/denoised-{rank}.safetensors")
     save_file(resume(rank), f"{folder}/resume-{rank}.safetensors")
     save_file(go_on(load_file(f"{folder}/alone.safetensors"), WORKERS, rank), f"{folder}/grown-{rank}.safetensors")
     dist.destroy_process_group()
@@ -282,6 +298,14 @@ def test_one_worker_s_broken_gradient_stops_them_all_before_a_checkpoint(folder:
 def test_shares_in_parts_are_one_worker_s_of_the_same_images(folder: Path) -> None:
     expected = part(in_parts(1, 0), "module.")
     first, second = results(folder, "parts")
+    assert_near(part(first, "module."), expected)
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_denoising_and_fine_grained_losses_of_two_workers_are_one_worker_s(folder: Path) -> None:
+    expected = part(denoised(1, 0), "module.")
+    assert "denoising.embedding.weight" in expected
+    first, second = results(folder, "denoised")
     assert_near(part(first, "module."), expected)
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 

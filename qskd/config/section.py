@@ -49,6 +49,6 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _number_is_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, int | None):
             raise ValueError("a number belongs here, not true or false")
         return value

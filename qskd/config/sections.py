@@ -76,6 +76,14 @@ class DetectionLossConfig(Section):
     # and Deformable DETR.
     query_groups: Annotated[int, Field(ge=1, le=32)] = 1
     query_group_weight: NonNegative = 1.0  # of the other groups' mean loss, all their layers
+    # Denoising of RT-DETR, RT-DETRv2 and D-FINE students: so many queries at most, but each object's once, that begin near an
+    # image's objects, under some wrong names, to find back; and as many further off, to be refused. 0 = off; needs `auxiliary`.
+    # null: a third of the student's queries, as published (100 of 300).
+    denoising_queries: Annotated[int | None, Field(ge=0, le=2**16)] = None
+    fgl_weight: NonNegative = 0.15  # D-FINE: of the loss of a side's distribution against the object's side (FGL)
+    ddf_weight: NonNegative = (
+        1.5  # D-FINE: of the loss of a side's distribution in a layer against the last layer's (DDF)
+    )
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 

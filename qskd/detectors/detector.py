@@ -16,10 +16,11 @@ from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.config import ResizeConfig
 from qskd.detectors.exact import Exact, exactly
+from qskd.detectors.extra_queries import ExtraQueries, QueryInlet, added
 from qskd.detectors.taps import Tap, listening
 from qskd.families.family import Family, Predictions
 from qskd.families.table import find_family
-from qskd.structures import DetectorOutput
+from qskd.structures import DetectorOutput, ExtraPredictions
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,38 @@ def _size(map_: Tensor) -> tuple[int, int]:
     return int(map_.shape[-2]), int(map_.shape[-1])
 
 
+def _real_part(pixel_mask: Tensor) -> Tensor:
+    """[B, 1, 4]: the real width and height of each image, twice, over those of the padded batch."""
+    width, height = pixel_mask.any(1).float().mean(1), pixel_mask.any(2).float().mean(1)
+    return torch.stack([width, height, width, height], dim=-1).unsqueeze(1)
+
+
 def _without_padding(predictions: Predictions, pixel_mask: Tensor) -> Predictions:
     """Boxes relative to the padded image -> relative to the image itself. Without padding they keep their very values."""
-    width, height = pixel_mask.any(1).float().mean(1), pixel_mask.any(2).float().mean(1)
-    part = torch.stack([width, height, width, height], dim=-1).unsqueeze(1)  # [B, 1, 4]
-    early = predictions.early_boxes_cxcywh
+    part = _real_part(pixel_mask)
+    early, sides = predictions.early_boxes_cxcywh, predictions.sides
     return replace(
         predictions,
         boxes_cxcywh=predictions.boxes_cxcywh / part,
-        early_boxes_cxcywh=None if early is None else early / part,
+        early_boxes_cxcywh=tuple(boxes / part for boxes in early),
+        sides=sides and replace(sides, about_cxcywh=sides.about_cxcywh / part),
+    )
+
+
+def _stacked(early: Sequence[Tensor], queries: slice) -> Tensor | None:
+    """Early predictions [E, B, Q, ...] of some queries."""
+    return torch.stack([prediction[:, queries] for prediction in early]) if early else None
+
+
+def _extra(predictions: Predictions, number: int) -> ExtraPredictions:
+    """Of the first `number` queries. Proposals, the first of the early predictions, know nothing of them."""
+    queries = slice(number)
+    return ExtraPredictions(
+        predictions.logits[:, :, queries],
+        predictions.boxes_cxcywh[:, :, queries],
+        _stacked(predictions.early_logits[1:], queries),
+        _stacked(predictions.early_boxes_cxcywh[1:], queries),
+        predictions.sides and predictions.sides.take(queries),
     )
 
 
@@ -107,6 +131,9 @@ class Detector(nn.Module):
         self._layers = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
         self._placing = [Exact(module) for module in family.placing(model)]
+        self.denoises = family.denoises
+        self.side_distributions = family.side_distributions
+        self._inlet = QueryInlet(model.model.decoder) if family.denoises else None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -171,17 +198,33 @@ class Detector(nn.Module):
         """The part that learns at its own rate."""
         return self._family.backbone(self.model)
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor, with_attention: bool = True) -> DetectorOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor,
+        with_attention: bool = True,
+        extra: ExtraQueries | None = None,
+    ) -> DetectorOutput:
         """Detect, in training and evaluation alike with all decoder layers.
 
         pixel_values: [B, 3, H, W] float, normalised, 0 on padding. pixel_mask: [B, H, W] bool, False on padding.
         with_attention=False keeps nothing for `attend`, which then raises. Logits, boxes and query states are float32
         also under autocast; memory and features have the precision that the model ran in. `attend` uses the weights as
         they are when it is called: call it before the optimizer's step.
+        extra: queries to add for this forward, of families that `denoises`; the model's own do not see them. The output has
+        them in `extra` alone, and keeps nothing for `attend`.
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
         with listening(self.taps(with_attention)), exactly(self._placing, pixel_values.device.type):
-            outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
+            if extra is None:
+                outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
+            elif self._inlet is None:
+                raise ValueError(f"{self.family} takes no further queries")
+            else:
+                placed = extra if self.masks_padding else extra.within(_real_part(pixel_mask))
+                with self._inlet.adding(placed):
+                    outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
+                placed.join(outputs)
             return self.read(outputs, pixel_mask, with_attention)
 
     def taps(self, with_attention: bool = True) -> list[Tap]:
@@ -191,8 +234,11 @@ class Detector(nn.Module):
     def read(self, outputs: Any, pixel_mask: Tensor, with_attention: bool = True) -> DetectorOutput:
         """What a forward of the model has said, while its taps still hold what they heard.
 
-        outputs: of the base model (`model.model`). pixel_mask: [B, H, W] bool, as it was given.
+        outputs: of the base model (`model.model`). pixel_mask: [B, H, W] bool, as it was given. Denoising queries, ours or
+        those that the model made of labels, are in `extra` of what is returned and nowhere else.
         """
+        extra = added(outputs)
+        with_attention = with_attention and not extra
         features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
         memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
         states = [tap.returned for tap in self._layers]
@@ -210,18 +256,21 @@ class Detector(nn.Module):
         valid = [functional.interpolate(pixel_mask[None].float(), size=shape)[0].bool() for shape in shapes]
         everywhere = torch.cat([part.flatten(1) for part in valid], dim=1)
         attend = partial(_attend, self._family, shapes=shapes, valid=everywhere)
+        own = slice(extra - predictions.logits.shape[2], None)  # from the end: proposals are of these alone
         return DetectorOutput(
-            logits=predictions.logits,
-            boxes_cxcywh=predictions.boxes_cxcywh,
+            logits=predictions.logits[:, :, own],
+            boxes_cxcywh=predictions.boxes_cxcywh[:, :, own],
             memory=memory,
             memory_valid=tuple(valid),
             features=features,
-            query_states=predictions.query_states,
+            query_states=predictions.query_states[:, own],
             attend=partial(attend, cross[-1:]) if with_attention else _not_kept,
             attend_mean=partial(attend, cross) if with_attention else _not_kept,
             no_object=predictions.no_object,
-            early_logits=predictions.early_logits,
-            early_boxes_cxcywh=predictions.early_boxes_cxcywh,
+            early_logits=_stacked(predictions.early_logits, own),
+            early_boxes_cxcywh=_stacked(predictions.early_boxes_cxcywh, own),
+            sides=predictions.sides and predictions.sides.take(own),
+            extra=_extra(predictions, extra) if extra else None,
         )
 
 

@@ -19,6 +19,7 @@ from qskd.families.family import Predictions, shift_boxes
 from qskd.families.initialisation import xavier, zero_box_head
 from qskd.families.rt_detr import RTDetr
 from qskd.families.rt_detr_v2 import level_samples
+from qskd.structures import SideDistributions
 
 
 class DFine(RTDetr):
@@ -26,6 +27,7 @@ class DFine(RTDetr):
     model_class = DFineForObjectDetection
     config_class = DFineConfig
     num_early = 2  # the encoder's proposals, the initial boxes
+    side_distributions = True
 
     def check(self, config: Any) -> None:
         last = config.decoder_layers - 1
@@ -46,15 +48,16 @@ class DFine(RTDetr):
 
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         decoder, logits, boxes = model.model.decoder, [], []
+        sides: list[Tensor] = []
         states = [state.float() for state in layer_states]
         anchors = outputs.init_reference_points.float().sigmoid()
         initial = shift_boxes(decoder.pre_bbox_head(states[0]), anchors)
         bins = weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
-        corners: Tensor | float = 0.0
         before: Tensor | float = 0.0
         for layer, state in enumerate(states):
             # Each layer adds to the logits of the four sides' distributions; the boxes stay those about `initial`.
-            corners = decoder.bbox_embed[layer](state + before) + corners
+            corners = decoder.bbox_embed[layer](state + before) + (sides[-1] if sides else 0.0)
+            sides.append(corners)
             box = distance2bbox(initial.detach(), decoder.integral(corners, bins), decoder.reg_scale)
             boxes.append(torch.cat([box[..., :2], box[..., 2:].clamp(min=0)], dim=-1))  # distances may cross over
             logits.append(decoder.lqe_layers[layer](decoder.class_embed[layer](state), corners))
@@ -64,8 +67,9 @@ class DFine(RTDetr):
             torch.stack(logits),
             torch.stack(boxes),
             states[-1],
-            early_logits=torch.stack([outputs.enc_topk_logits.float(), first]),
-            early_boxes_cxcywh=torch.stack([outputs.enc_topk_bboxes.float(), initial]),
+            early_logits=(outputs.enc_topk_logits.float(), first),
+            early_boxes_cxcywh=(outputs.enc_topk_bboxes.float(), initial),
+            sides=SideDistributions(tuple(sides), initial.detach(), bins, decoder.reg_scale),
         )
 
     def attention(

@@ -34,7 +34,6 @@ class Facts:
 
 _ONE_MAP = {"feature_levels": 1}
 _HYBRID = {"feature_levels": 3, "encoder_layers": 1}  # attention within the coarsest map only
-_NO_DENOISING = "denoising queries"
 
 FACTS: dict[str, Facts] = {
     "detr": Facts("DETR", {**_ONE_MAP, "queries": 100}, means_timm=True),
@@ -48,14 +47,14 @@ FACTS: dict[str, Facts] = {
         best_pairs=100,
         means_timm=True,
     ),
-    "rt_detr": Facts("RT-DETR", _HYBRID, hybrid=True, missing=_NO_DENOISING),
-    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True, missing=_NO_DENOISING),
+    "rt_detr": Facts("RT-DETR", _HYBRID, hybrid=True),
+    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True),
     "d_fine": Facts(
         "D-FINE",
         _HYBRID,
         hybrid=True,
         least_decoder_layers=2,
-        missing=f"{_NO_DENOISING} and without the terms of its box distributions (FGL, DDF)",
+        missing="the union of its layers' matchings for its box terms (GO-LSD)",
     ),
 }
 

@@ -12,22 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.config import StudentConfig
-from qskd.structures import Classification
+from qskd.structures import Classification, SideDistributions
 
 
 @dataclass(frozen=True)
 class Predictions:
     """logits: [L, B, Q, K]; boxes_cxcywh: [L, B, Q, 4]; query_states: [B, Q, D] of the last layer, after its norm.
 
-    The others as in `DetectorOutput`: no_object [L, B, Q]; early_logits [E, B, Q, K]; early_boxes_cxcywh [E, B, Q, 4].
+    no_object [L, B, Q], sides: as in `DetectorOutput`. early_logits, early_boxes_cxcywh: one [B, Q, K] and [B, Q, 4] each for
+    every prediction before the layers. Where queries were added, they come before the model's own, in all but the proposals.
     """
 
     logits: Tensor
     boxes_cxcywh: Tensor
     query_states: Tensor
     no_object: Tensor | None = None
-    early_logits: Tensor | None = None
-    early_boxes_cxcywh: Tensor | None = None
+    early_logits: tuple[Tensor, ...] = ()
+    early_boxes_cxcywh: tuple[Tensor, ...] = ()
+    sides: SideDistributions | None = None
 
 
 class Family(ABC):
@@ -44,6 +46,8 @@ class Family(ABC):
     )
     no_object_rows: ClassVar[int] = 0  # rows of a class head after those of the classes
     num_early: ClassVar[int] = 0  # E, predictions before the decoder's layers that its training loss has
+    denoises: ClassVar[bool] = False  # its own training adds denoising queries (qskd.losses.denoising)
+    side_distributions: ClassVar[bool] = False  # its boxes are `SideDistributions`, with losses of their own
 
     # --- what it can do ---------------------------------------------------------------------------------------------
     def check(self, config: Any) -> None:  # noqa: B027

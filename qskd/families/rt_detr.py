@@ -1,6 +1,7 @@
 """RT-DETR (Zhao et al., CVPR 2024): a hybrid encoder, sampled attention, queries chosen from the encoder in each image.
 
-Denoising queries are made by transformers only when labels are given, which never happens here: no output has them.
+transformers makes denoising queries only when labels are given, which never happens here: training adds its own
+(`qskd.losses.denoising`), and no student has their embedding.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class RTDetr(Family):
     masks_padding = False
     classification = "varifocal"
     num_early = 1  # the encoder's proposals
+    denoises = True
 
     def chooses_queries(self, config: Any) -> bool:
         return True
@@ -82,8 +84,8 @@ class RTDetr(Family):
             torch.stack(logits),
             torch.stack(boxes),
             layer_states[-1].float(),
-            early_logits=outputs.enc_topk_logits.float().unsqueeze(0),
-            early_boxes_cxcywh=outputs.enc_topk_bboxes.float().unsqueeze(0),
+            early_logits=(outputs.enc_topk_logits.float(),),
+            early_boxes_cxcywh=(outputs.enc_topk_bboxes.float(),),
         )
 
     def attention(
@@ -130,7 +132,7 @@ class RTDetr(Family):
             set_class_prior(head)
 
     def prepare_student(self, model: Any) -> None:
-        if hasattr(model.model, "denoising_class_embed"):  # students train without denoising queries
+        if hasattr(model.model, "denoising_class_embed"):  # training has one of its own, which is not saved
             del model.model.denoising_class_embed
             model.config.num_denoising = 0
 

@@ -1,8 +1,8 @@
 """The detection loss of every family, all decoder layers in one pass, on a matching made elsewhere.
 
 Equal on one worker to transformers' `DeformableDetrForObjectDetectionLoss` (focal), `RTDetrForObjectDetectionLoss`
-without denoising (varifocal) and `ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so that
-counts can be averaged over workers, and nothing waits for the device.
+(varifocal; with `qskd.losses.denoising`) and `ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so
+that counts can be averaged over workers, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def combine(
             "one weight a term",
         )
     totals = torch.stack([term.total for term in terms.values()])
-    counts = torch.stack([(mean_counts or {}).get(name, term.count) for name, term in terms.items()])
+    counts = torch.stack([(mean_counts or {}).get(name, term.own_count) for name, term in terms.items()])
     floors_and_weights = [[term.floor for term in terms.values()], [weights[name] for name in terms]]
     floors, factors = torch.tensor(floors_and_weights).to(totals.device, non_blocking=True)
     return (factors * totals / torch.maximum(counts, floors)).sum()

@@ -6,7 +6,6 @@ and the teacher the method's terms are made.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +28,6 @@ from qskd.losses.detection_loss import combine
 from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, Targets, TeacherRecord
 from qskd.teacher.online import OnlineTeacher
-
-log = logging.getLogger("qskd")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ class Distiller(nn.Module):
     total_steps: of the training, for a method's warm-up and decay; without it, its weights are constant.
 
     Its parameters (projectors from the student's width to the teacher's) belong into the optimizer; neither student nor teacher
-    are among them. The student keeps hooks, and its own forward is unchanged but for denoising queries, which are turned off.
+    are among them. The student keeps hooks, and its own forward is unchanged. Its denoising queries, where its owner's loss has
+    them, learn nothing of the teacher.
     Raises QskdError where this student can't learn from this teacher in this way.
     """
 
@@ -115,9 +113,6 @@ class Distiller(nn.Module):
         auxiliary = getattr(student.config, "auxiliary_loss", False)
         detector = Detector(student)
         student.config.auxiliary_loss = auxiliary  # its owner's loss is its owner's business
-        if getattr(student.config, "num_denoising", 0):
-            log.warning("distillation: the student's denoising queries are turned off (num_denoising = 0)")
-            student.config.num_denoising = 0
         if not isinstance(teacher, OnlineTeacher):
             teacher = load_teacher(teacher, detector.labels, class_map)
         self.settings = _settings(method)
@@ -188,7 +183,7 @@ class Distiller(nn.Module):
         if self.total_steps is not None:
             weights = self.method.weights_at(min(self.step, self.total_steps - 1), self.total_steps)
         self.step += self.training
-        values = {name: term.total.detach() / term.count.clamp(min=term.floor) for name, term in terms.items()}
+        values = {name: term.total.detach() / term.own_count.clamp(min=term.floor) for name, term in terms.items()}
         return DistillationLoss(combine(terms, weights), values)
 
     def _heard(self, mask: Tensor, scale: Tensor) -> DetectorOutput:

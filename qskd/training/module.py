@@ -7,12 +7,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from qskd.config import Config
+from qskd.config import Config, DetectionLossConfig
 from qskd.detectors import Detector, to_pixels
 from qskd.distillation.method import Facts, Lesson, Method, Online, build_method
 from qskd.errors import QskdError
+from qskd.losses.denoising import Denoising, Noise, denoising_terms, denoising_weights
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
+from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.matching import assign
 from qskd.structures import LossTerm, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
@@ -33,6 +35,8 @@ class StepModule(nn.Module):
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
         if self.query_groups is not None:
             self.weights |= self.query_groups.weights
+        if student.side_distributions:
+            self.weights |= fine_grained_weights(config.detection)
         if dense:
             self.weights |= {name: config.detection.dense_weight * value for name, value in DENSE_WEIGHTS.items()}
         if self.method is not None:
@@ -44,6 +48,11 @@ class StepModule(nn.Module):
                     "rename the term in the method's file",
                 )
             self.weights |= self.method.weights
+        self.denoising_queries = denoising_queries(config.detection, student)
+        denoises = self.denoising_queries > 0
+        self.denoising = Denoising(len(student.labels), student.memory_channels[0]) if denoises else None
+        if denoises:
+            self.weights |= denoising_weights(config.detection, student.side_distributions)
 
     def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
         """Each term's weight at a step (0-based): the teacher's terms warm up and decay, the others stay."""
@@ -58,11 +67,15 @@ class StepModule(nn.Module):
         targets: Targets,
         teacher: TeacherRecord | None,
         online: Online | None = None,
+        noise: Noise | None = None,
     ) -> dict[str, LossTerm]:
+        """noise: of the images' denoising queries, for a student that has them; None where no image of the global batch has an
+        object."""
         pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
+        noised = self.denoising(targets, noise) if self.denoising is not None and noise is not None else None
         groups, others = self.query_groups, None
         with groups.asked(self.student) if groups is not None else nullcontext():
-            output = self.student(pixels, mask, with_attention=False)
+            output = self.student(pixels, mask, with_attention=False, extra=noised and noised.queries)
         if groups is not None:
             output, others = groups.parted(output)
         early, kind = self.student.num_early, self.student.classification
@@ -80,12 +93,32 @@ class StepModule(nn.Module):
         )
         if groups is not None and others is not None:
             terms |= groups.terms(others, targets, assignments[1], kind)
+        if output.sides is not None:
+            terms |= fine_grained_terms(
+                output.sides,
+                output.logits,
+                output.boxes_cxcywh,
+                targets,
+                assignments[0][early:],
+                self.config.detection,
+            )
+        if noised is not None:
+            terms |= denoising_terms(output.extra, noised, self.config.detection, kind)
+        elif self.denoising is not None:
+            terms |= self.denoising.nothing(denoising_weights(self.config.detection, output.sides is not None))
         if self.dense_head is not None:
             terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
         if self.method is not None and teacher is not None:
             lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[-1], online)
             terms |= self.method(lesson)
         return terms
+
+
+def denoising_queries(config: DetectionLossConfig, student: Detector) -> int:
+    """How many positive ones a step has at most, unless an image has more objects; 0: the student is trained without."""
+    if not (student.denoises and config.auxiliary):
+        return 0
+    return student.num_queries // 3 if config.denoising_queries is None else config.denoising_queries
 
 
 def _method(config: Config, student: Detector, teacher: Teacher) -> Method | None:

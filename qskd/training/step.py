@@ -2,7 +2,8 @@
 
 One DistributedDataParallel wraps all that has gradients (`qskd.training.module`).
 Terms are sums with counts; the counts of all terms are averaged over workers in one collective, which makes a run on two
-workers equal a run on one at the same global batch.
+workers equal a run on one at the same global batch. Denoising queries need one number more, which hosts exchange before the
+step: the most objects that an image of the global batch has.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from qskd.datasets.batch import train_batch as train_batch
 from qskd.detectors import Detector
 from qskd.distillation.method import Online
 from qskd.errors import QskdError
+from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine
 from qskd.precision import autocast
-from qskd.structures import LossTerm, TeacherRecord
+from qskd.structures import LossTerm, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.augmentation import augmentation_of
@@ -48,12 +50,15 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) ->
 
 
 def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
-    """Each term's count averaged over workers: one collective for all of them."""
-    counts = torch.stack([term.count.detach().float() for term in terms.values()])
+    """Each term's count averaged over workers, put together with that of its rest: one collective for all of them."""
+    rests = {name: term.rest for name, term in terms.items() if term.rest is not None}
+    counts = torch.stack([term.count.detach().float() for term in terms.values()] + list(rests.values()))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
         counts /= dist.get_world_size()
-    return dict(zip(terms, counts.unbind(), strict=True))
+    mean = dict(zip(terms, counts[: len(terms)].unbind(), strict=True))
+    beside = dict(zip(rests, counts[len(terms) :].unbind(), strict=True))
+    return mean | {name: with_rest(mean[name], rest) for name, rest in beside.items()}
 
 
 def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -83,6 +88,9 @@ class Training:
             self.module = StepModule(config, student, teacher).to(device)
         self.world = world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if world > 1 else 0
+        # Workers on GPUs exchange numbers that the host needs beside NCCL, which would have it wait for the device.
+        others = world > 1 and self.module.denoising is not None and dist.get_backend() != "gloo"
+        self.hosts = dist.new_group(backend="gloo") if others else None
         self.step_module: nn.Module = self.module
         if world > 1:
             # Batch statistics are each worker's own; evaluation takes rank 0's (see `evaluation_weights`).
@@ -157,13 +165,16 @@ class Training:
     def _forward(self, part: TrainBatch, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of all terms, with its gradient's graph, and each term's value."""
         share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
+        noise = self._noise(part)
         self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
         images, sizes = share.images, share.sizes
         if self.augmentation is not None and share is part:  # the teacher sees the share as it is
             images, sizes = self.augmentation(images, sizes, share.targets.image_ids, self.step)
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
-            terms: dict[str, LossTerm] = self.step_module(images, sizes, share.targets, record, self._online(share))
+            terms: dict[str, LossTerm] = self.step_module(
+                images, sizes, share.targets, record, self._online(share), noise
+            )
         if share is not part:
             terms = {
                 name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
@@ -179,6 +190,26 @@ class Training:
         if self.teacher is None or self.module.method is None:
             return None
         return self.teacher.record(batch, self.module.method.needs)
+
+    def _noise(self, part: TrainBatch) -> Noise | None:
+        """Of this share's denoising queries; None without any. All workers ask at once: the groups are the global batch's."""
+        if self.module.denoising is None:
+            return None
+        objects = self._most(max(part.targets.counts, default=0))
+        if not objects or not len(part.images):
+            return None
+        queries = self.module.denoising_queries
+        noise = draw_noise(self.config.seed, self.step, part.targets.image_ids, objects, queries)
+        pinned = replace(noise, uniform=noise.uniform.pin_memory()) if self.device.type == "cuda" else noise
+        return to_device(pinned, self.device)
+
+    def _most(self, own: int) -> int:
+        """The largest of all workers' numbers, from host to host: no device is waited for."""
+        if self.world == 1:
+            return own
+        most = torch.tensor(own)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.hosts)
+        return int(most)
 
     def _online(self, batch: TrainBatch) -> Online | None:
         """The teacher itself, for a method that asks it in its own way."""
