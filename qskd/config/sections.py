@@ -91,6 +91,11 @@ class TrainingConfig(Section):
     step_at: Fraction = 0.8  # of the schedule, for "step": learning rate / 10
     clip_norm: NonNegative = 0.1  # of all gradients together; 0 = no clipping
     evaluate_every_epochs: Positive = 1  # and after the last in any case
+    # Evaluations in a row without a better AP that end the training, as a finished run; 0 = it goes to its end.
+    patience: Annotated[int, Field(ge=0)] = 0
+    # Whose student OUTPUT/NAME/student is: that of the best AP on `data.val`, or that of the last step. The best so far is kept in
+    # OUTPUT/NAME/best in any case. last: to compare methods by an AP that chose nothing.
+    result: Literal["best", "last"] = "best"
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0  # besides the one at each epoch's end; 0 = none
     ema_decay: Fraction = 0.0  # of a moving average of the weights, which is what is evaluated and kept; 0 = off
 
