@@ -15,7 +15,7 @@ from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
 from pipelines.reporting.board import current, progress, stage, way_here
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
-from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
+from pipelines.run.guards import alone_on, as_begun, check_no_trial, check_same_data, check_same_run
 from pipelines.run.logs import say, start_logs, tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import resolve
@@ -98,7 +98,8 @@ def start(
     config = load(recipe, overrides or ())
     if dry_run:
         config = resolve(config, verb)
-        check_folder(config, restart)
+        folder = check_folder(config, restart)
+        config = config if restart else as_begun(folder, config)
         plan = make_plan(config, verb, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
         about = plan.describe(shlex.join(["qskd", "cache", *same]))
@@ -118,6 +119,7 @@ def run(config: Config, verb: str, restart: bool = False) -> RunResult:
     """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
     config = resolve(config, verb)
     folder = check_folder(config, restart)
+    config = config if restart else as_begun(folder, config)
     plan = make_plan(config, verb)
     steps = plan.stream.schedule.total_steps
     with alone_on(folder), progress(config.name, steps, "step", subject=folder.path):

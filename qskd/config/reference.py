@@ -113,6 +113,8 @@ def type_of(annotation: Any, metadata: list[Any]) -> str:
         return f"{KINDS[arguments[0]]}: {(values or ['section'])[0]}{nothing}"
     if _section_in(annotation) is not None:
         return "section, or `null`"
+    if type(None) in arguments:
+        return f"{type_of(arguments[0], metadata)}, or `null`"
     return _bounded(annotation, metadata)
 
 

@@ -15,6 +15,7 @@ from qskd.config.distillation import DEFAULT, DistillationConfig, settings_class
 from qskd.config.images import ResizeConfig, ViewConfig
 from qskd.config.section import Fraction, NonNegative, Positive, Section
 from qskd.config.student import StudentConfig
+from qskd.families.facts import Undecayed
 
 
 class DataConfig(Section):
@@ -85,7 +86,13 @@ class TrainingConfig(Section):
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # the highest
     backbone_learning_rate_scale: NonNegative = 0.1  # the backbone's learning rate over that of the rest
-    weight_decay: NonNegative = 1e-4  # of all weights that are trained
+    # The learning rate of sampling offsets and reference points over that of the rest. null: the family's own: 0.1 for
+    # deformable_detr (`--lr_linear_proj_mult` in its authors' main.py), 1 for all others.
+    sampling_learning_rate_scale: NonNegative | None = None
+    weight_decay: NonNegative = 1e-4  # of all weights that are trained, but for those of `undecayed`
+    # What of the student has no weight decay. null: the family's own: norms_and_biases for rt_detr (rtdetr_r18vd_6x_coco.yml of its
+    # authors) and d_fine (dfine_hgnetv2_s_coco.yml), norms for rt_detr_v2 (rtdetrv2_r18vd_120e_coco.yml), nothing for all others.
+    undecayed: Undecayed | None = None
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises linearly
     schedule: Literal["cosine", "step", "constant"] = "step"  # of the learning rate; cosine: down to 0
     step_at: Fraction = 0.8  # of the schedule, for "step": learning rate / 10
@@ -101,7 +108,7 @@ class TrainingConfig(Section):
 
 
 class ComputeConfig(Section):
-    """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm excepted)."""
+    """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm, and dropout, excepted)."""
 
     workers: Positive = 1  # processes that train; of `qskd cache`, actors that hold the teacher
     # Elastic: begin with so many workers when no more can be had, and take up to `workers` when they can. 0 = always `workers`.

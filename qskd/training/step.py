@@ -30,6 +30,7 @@ from qskd.precision import autocast
 from qskd.structures import LossTerm, TeacherRecord
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import OnlineTeacher
+from qskd.training.groups import parameter_groups
 from qskd.training.module import StepModule
 from qskd.training.stand_in import stand_in
 
@@ -53,17 +54,6 @@ def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
         dist.all_reduce(counts)
         counts /= dist.get_world_size()
     return dict(zip(terms, counts.unbind(), strict=True))
-
-
-def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Backbone parameters with their own learning rate, all others with the main one, in a fixed order."""
-    in_backbone = {id(parameter) for parameter in module.student.backbone.parameters()}
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    backbone = [parameter for parameter in trained if id(parameter) in in_backbone]
-    rest = [parameter for parameter in trained if id(parameter) not in in_backbone]
-    scale = config.backbone_learning_rate_scale
-    groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": scale}]
-    return [group for group in groups if group["params"]]
 
 
 class Training:
