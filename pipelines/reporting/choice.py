@@ -60,16 +60,19 @@ def take_student(
 
 
 def details_of(
-    chosen: Chosen, config: Config, folder: Folder, train: Manifest, val: Manifest, student: Path
+    chosen: Chosen, config: Config, folder: Folder, train: Manifest, val: Manifest, last: str
 ) -> Evaluation | None:
     """All that an evaluation of the run's student says. A training looks at its last step's so closely, and knows no earlier that
-    it is the last: another student is evaluated again, and the run's folder keeps what that says. None for a run of before."""
+    it is the last: another student is evaluated again, and the run's folder keeps what that says. None for a run of before.
+
+    last: the last step's student, as a folder or URI that all nodes can read, which no scratch folder is.
+    """
     if chosen.which == "last" and not chosen.stopped_early:
         return read_details(folder)
     stage("evaluating the student")
     compute = config.compute
     found = evaluate(
-        str(student),
+        folder.where(BEST) if chosen.which == "best" else last,
         config.data.val,
         config.student.resize,
         class_map_for({}, train, val),

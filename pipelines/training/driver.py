@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipelines.cluster.address import check_address
@@ -35,7 +36,7 @@ from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete,
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.at_stop import say_where_it_stopped
-from pipelines.training.checkpoint_list import delete_unlisted, last_report, mend_list
+from pipelines.training.checkpoint_list import TRAIN, delete_unlisted, last_report, mend_list
 from pipelines.training.checkpoints import read_state
 from pipelines.training.estimate import foresee_time
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
@@ -223,7 +224,8 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
         chosen = take_student(plan.config, folder, checkpoint, last, history, total, student)
         if chosen.early:
             say(f"{plan.config.name}: {chosen.early}", run=plan.config.name, step=chosen.last_step)
-        evaluation = details_of(chosen, plan.config, folder, plan.train, plan.val, student)
+        kept = folder.where(f"{TRAIN}/{Path(result.checkpoint.path).name}/student")
+        evaluation = details_of(chosen, plan.config, folder, plan.train, plan.val, kept)
         stage("measuring parameters, FLOPs and latency")
         metrics = dict(chosen.metrics)
         card = replace(card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics), chosen=chosen)
