@@ -177,6 +177,17 @@ def test_a_run_of_before_goes_on_with_the_groups_layers_and_dropout_that_it_was_
             check_same_run(folder, as_begun(folder, asked))
 
 
+def test_a_checkpoint_of_other_frozen_stages_is_refused_with_the_fields_to_set(resnet: Path) -> None:
+    backbone = {**STUDENT["backbone"], "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "init": str(resnet)}
+    free, kept = (recipe({"backbone": backbone, "frozen_stages": stages}) for stages in (0, 1))
+    training = make_training(free)
+    training.train_step(batch_of(1))
+    with pytest.raises(QskdError, match="embedder") as error:
+        make_training(kept).load_state(training.state(), 1)
+    assert "does not learn in this recipe" in str(error.value)
+    assert "student.frozen_stages" in error.value.remedy
+
+
 def test_a_run_of_today_leaves_to_the_family_what_its_recipe_leaves_to_it(tmp_path: Path) -> None:
     config = recipe({"family": "rt_detr", "feature_levels": 2}, f"output={tmp_path}", "student.dropout=null")
     folder = written(config, old=False)

@@ -228,6 +228,13 @@ class Training:
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, slot, name = key.split(".", 2)
+                if name not in parameters:
+                    raise QskdError(
+                        "the checkpoint's optimizer",
+                        f"state of {name}, which does not learn in this recipe",
+                        "the parameters that the run was begun with",
+                        "set student.frozen_stages, student.backbone_norm and student.train_backbone as they were then",
+                    )
                 on = "cpu" if slot == "step" and self.device.type == "cpu" else self.device
                 self.optimizer.state[parameters[name]][slot] = value.to(on)
         self.step = step
