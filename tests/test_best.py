@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from tiny import recipe
 
@@ -28,10 +29,13 @@ from pipelines.training.driver import finish, read_result
 from pipelines.training.plan import make_plan
 from pipelines.training.stream import local_stream
 from pipelines.training.worker import Worker
+from pipelines.tuning.finish import best_recipe
+from pipelines.tuning.report.results import best_row
 from pipelines.tuning.trial.alone import TrialWorker
 from pipelines.tuning.trial.job import Job
+from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
-from qskd.config.recipe import to_tree
+from qskd.config.recipe import build, to_tree
 from qskd.deploy.model_card import read_card
 from qskd.evaluation.average_precision import METRICS, CocoResult
 from qskd.storage.models import model_place
@@ -232,6 +236,18 @@ def test_a_trial_whose_patience_is_over_has_come_to_its_end(tiny_folders: Path, 
         worker = TrialWorker(job, plan, folder, sent.append)
         worker.run(worker.start())
         assert [(report["epochs"], report["last"]) for report in sent] == [(1.0, False), (2.0, True)]
+
+
+def test_a_sweep_ranks_by_the_best_evaluation_and_its_winner_trained_again_delivers_that_one(tmp_path: Path) -> None:
+    own = {"parameters": {}, "overrides": {"training.learning_rate": 2e-4}, "state": "finished"}
+    rows = [
+        TrialRow(number=at, curve=curve, **own) for at, curve in enumerate((((1, 0.3), (2, 0.4)), ((1, 0.5), (2, 0.2))))
+    ]
+    winner = best_row(rows)
+    assert winner is rows[1]
+    assert winner.best_ap == 0.5
+    again = build(yaml.safe_load(best_recipe(Config(output=str(tmp_path)), winner)))
+    assert (again.training.result, again.training.learning_rate) == ("best", 2e-4)
 
 
 # --- the result -------------------------------------------------------------------------------------------------------
