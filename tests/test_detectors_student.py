@@ -187,7 +187,11 @@ def test_a_student_starts_from_a_whole_detector(tmp_path: Path, name: str) -> No
     with torch.no_grad():
         torch.testing.assert_close(same.eval()(*images()).logits, source(*images()).logits, atol=1e-5, rtol=1e-5)
     assert same.family == source.family
-    assert all(parameter.requires_grad for parameter in same.backbone.parameters())
+    learns = {name: parameter.requires_grad for name, parameter in same.backbone.named_parameters()}
+    kept = ("embedder.", "stages.0.")  # stem and first stage stay, as with the authors
+    assert learns == {name: not any(part in name for part in kept) for name in learns}
+    whole = build_student(StudentConfig(init=str(tmp_path / "source"), frozen_stages=0), LABELS, 1)
+    assert all(parameter.requires_grad for parameter in whole.backbone.parameters())
     assert any(isinstance(module, nn.BatchNorm2d) for module in same.modules())
 
 

@@ -21,10 +21,12 @@ from PIL import Image
 from tiny import STUDENT, recipe
 
 import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before anything imports Ray)
+from pipelines.reporting.choice import choose
 from pipelines.reporting.meter import Meter
 from pipelines.reporting.progress import TrackingCallback
+from pipelines.run.best import Best
 from pipelines.run.folder import Folder
-from pipelines.run.history import best_text, read_history
+from pipelines.run.history import read_history
 from pipelines.run.ownership import claim
 from pipelines.run.resolve import resolve
 from pipelines.tracking.about import (
@@ -139,7 +141,8 @@ def test_the_best_evaluation_and_its_step_are_metrics_also_after_a_worse_one(roo
     assert metrics["cost/parameters_m"] == 2.0
     assert metrics["cost/gflops"] == 0.5
     assert "cost/latency_ms" not in metrics
-    note = result_note("the command", "runs/it/student", {"AP": 0.3}, None, best_text(read_history(folder)))
+    chosen = choose(config, Best(30, {"AP": 0.3}), None, read_history(folder), 30)
+    note = result_note("the command", "runs/it/student", {"AP": 0.3}, None, chosen.text)
     assert "AP 0.300" in note
     assert "0.400, after step 20" in note
     assert "the command" in note

@@ -24,6 +24,7 @@ from pipelines.caching.plan import clean
 from pipelines.cli import app
 from pipelines.health.services import check_storage
 from pipelines.inspection.evaluate import evaluate
+from pipelines.run.best import Best, keep_best, read_best
 from pipelines.run.folder import Folder
 from pipelines.run.ownership import claim, delete_run
 from qskd.config import Config
@@ -83,6 +84,23 @@ def row(image_id: int) -> TeacherRow:
         attention=rng.integers(0, 9, (2, 6)).astype("|u1"),
         attention_scale=np.ones(2, "<f4"),
     )
+
+
+def test_the_best_student_of_a_run_is_kept_on_a_store(store: Any) -> None:
+    folder = Folder(Config(name="it", output=store.uri))
+    for step, ap in ((1, 0.2), (2, 0.4), (3, 0.3)):
+        for name in ("config.json", "model.safetensors"):
+            folder.write(f"train/checkpoint_{step}/student/{name}", f"of step {step}")
+        report = {"step": step, "evaluation": {"AP": ap}}
+        keep_best(folder, report, folder.filesystem, f"{folder.root}/train/checkpoint_{step}")
+    assert read_best(folder) == Best(2, {"AP": 0.4})
+    assert store.objects()["it/best/model.safetensors"] == b"of step 2"
+    claim(folder, "train", "it")
+    folder.write_record("config.yaml", "name: it")
+    for step in (1, 2, 3):  # Ray's own list would name them
+        folder.write(f"train/checkpoint_{step}/state.json", "{}")
+    delete_run(folder)
+    assert store.objects() == {}
 
 
 def test_shards_on_a_store_are_those_on_a_disk(store: Any, dataset: Any, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ SIZES = [
     "student.ffn_width=32",
     "student.queries=8",
     "student.resize.size=64",
+    "student.dropout=0.0",
     "training.batch_size=16",
     "training.learning_rate=1e-3",
     "training.backbone_learning_rate_scale=1",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from qskd.config import Config
 from qskd.datasets.batch import TrainBatch, parts_of, train_batch
 from qskd.datasets.schedule import split
 from qskd.errors import QskdError
+from qskd.training.patience import Patience
 from qskd.training.step import Training
 
 WORKERS = 2
@@ -125,6 +127,15 @@ def go_on(saved: Mapping[str, Tensor], world_size: int, rank: int) -> dict[str, 
     return {f"last/{key}": value for key, value in training.state().items()}
 
 
+def waiting(rank: int) -> dict[str, Tensor]:
+    """Evaluations without a better AP after each of some, of which rank 0 alone knows the AP."""
+    patience, waited = Patience(2, WORKERS), []
+    for ap in (0.2, 0.1, -1.0, 0.3, 0.3, 0.1):
+        patience.heard(SimpleNamespace(metrics={"AP": ap}) if rank == 0 else None)  # type: ignore[arg-type]
+        waited.append(patience.waited)
+    return {"waited": torch.tensor([*waited, int(patience.exhausted)])}
+
+
 def broken(rank: int) -> dict[str, Tensor]:
     """Worker 1's gradient alone is not finite, at the second step; its loss is. What each worker says of it, as bytes."""
     training = start(configured("refined"))
@@ -184,6 +195,7 @@ def worker(rank: int, folder: str) -> None:
     for name in SCENARIOS:
         save_file(train(name, WORKERS, rank), f"{folder}/{name}-{rank}.safetensors")
     save_file(evaluate(rank), f"{folder}/evaluate-{rank}.safetensors")
+    save_file(waiting(rank), f"{folder}/waiting-{rank}.safetensors")
     save_file(broken(rank), f"{folder}/broken-{rank}.safetensors")
     save_file(in_parts(WORKERS, rank), f"{folder}/parts-{rank}.safetensors")
     save_file(denoised(WORKERS, rank), f"{folder}/denoised-{rank}.safetensors")
@@ -285,6 +297,11 @@ def test_all_workers_evaluate_the_same_weights_and_statistics(folder: Path) -> N
         assert torch.equal(evaluated[key], value), key
     assert part(first, "saved/").keys() == evaluated.keys()
     assert [key for key, value in part(first, "saved/").items() if not torch.equal(value, evaluated[key])] == []
+
+
+def test_all_workers_lose_patience_at_the_same_evaluation(folder: Path) -> None:
+    for values in results(folder, "waiting"):
+        assert values["waited"].tolist() == [0, 1, 1, 0, 1, 2, 1]
 
 
 def test_one_worker_s_broken_gradient_stops_them_all_before_a_checkpoint(folder: Path) -> None:

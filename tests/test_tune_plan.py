@@ -99,6 +99,11 @@ def test_two_objectives_have_their_directions() -> None:
             replace_fields(epochs(9), {"compute.workers": 2}, "test"),
             ["--algorithm pbt: compute.workers = 2", "--algorithm tpe"],
         ),
+        (
+            request("loss_weights", algorithm="pbt"),
+            load(None, ["training.patience=2"]),
+            ["training.patience = 2", "members that all train to the end"],
+        ),
         (request("loss_weights", algorithm="pbt"), epochs(3, every=3), ["the first AP comes at the end"]),
         (
             request("loss_weights", algorithm="pbt", objectives=("AP", "latency_ms")),

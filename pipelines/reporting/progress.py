@@ -6,6 +6,7 @@ from typing import Any
 
 import ray.train
 
+from pipelines.run.best import keep_best
 from pipelines.run.folder import Folder
 from pipelines.run.history import add_report, last_step, read_history
 from pipelines.tracking.curves import forget_after, tell
@@ -25,12 +26,16 @@ class TrackingCallback(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Called when all workers have reported; metrics[0] is rank 0's (see `Worker.report`)."""
         keep_list(self.folder)
+        if checkpoint is not None:
+            keep_best(self.folder, metrics[0], checkpoint.filesystem, checkpoint.path)
         self.write({**metrics[0], "rows": mean_rows([worker["rows"] for worker in metrics])})
 
     def catch_up(self, workers: int) -> None:
         """Write down a report that Ray took and the run did not: the controller died in between. Of the losses Ray keeps only
         rank 0's; those of one among several workers are left out."""
         last = last_report(self.folder)
+        if last is not None:  # its student too: a run of before kept none
+            keep_best(self.folder, last[0], self.folder.filesystem, f"{self.folder.root}/{last[1]}")
         if last is not None and last[0]["step"] > last_step(read_history(self.folder)):
             self.write({**last[0], "rows": last[0]["rows"] if workers == 1 else []}, replace=False)
 
@@ -41,6 +46,8 @@ class TrackingCallback(ray.train.UserCallback):
         evaluation = {f"val/{name}": value for name, value in measured(report.get("evaluation", {})).items()}
         if evaluation:
             evaluation |= self._best(report["step"], evaluation.get("val/AP", -1.0))
+            if "evaluations_since_best" in report:
+                evaluation["best/evaluations_since"] = float(report["evaluations_since_best"])
             everything.append((report["step"], {**evaluation, "epoch": report["epoch"] + 1}))
             if self._is_new("val/AP", report["step"]):
                 rows.append(everything[-1])

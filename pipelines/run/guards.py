@@ -8,18 +8,26 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.run.folder import RECIPE, TRIAL, Folder
 from qskd.config import Config
 from qskd.config.distillation import NONE
-from qskd.config.recipe import defaults_like, flatten, to_tree
+from qskd.config.recipe import defaults_like, flatten, replace_fields, to_tree
 from qskd.errors import QskdError, writing
 from qskd.storage.stores import is_local
 
 log = logging.getLogger("qskd")
+C = TypeVar("C", bound=Config)
 # What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
+# Fields whose null stands for the family's own value, and what a run did that was begun before they, or those values, were there.
+BEGUN_BEFORE = {
+    "student.dropout": 0.0,
+    "student.frozen_stages": 0,
+    "training.sampling_learning_rate_scale": 1.0,
+    "training.undecayed": "nothing",
+}
 DATA = "data.json"  # fingerprints of the shards that a run was begun on
 
 
@@ -63,15 +71,36 @@ def _what_counts(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "distillation": {"method": NONE}} if none else tree
 
 
+def _recorded(folder: Folder) -> dict[str, Any]:
+    """A run's configuration as a tree."""
+    remedy = f"rm {folder.where('config.yaml')}: then the recipe at hand is taken for this run's, and not compared"
+    tree: dict[str, Any] = folder.read_record("config.yaml", remedy=remedy)
+    return tree
+
+
+def as_begun(folder: Folder, config: C) -> C:
+    """The configuration of a run that goes on: where the recipe leaves a value to the family (null), the run keeps what it was
+    begun with. So one of before these fields trains on with the dropout, the layers and the parameter groups of then."""
+    if not folder.exists("config.yaml"):
+        return config
+    before, now = flatten(_recorded(folder)), flatten(to_tree(config))
+    kept = {name: before.get(name, old) for name, old in BEGUN_BEFORE.items() if now[name] is None}
+    kept = {name: value for name, value in kept.items() if value is not None}
+    if not kept:
+        return config
+    said = ", ".join(f"{name} {value}" for name, value in kept.items())
+    log.warning("%s goes on with what it was begun with, where the recipe says nothing: %s", folder.path, said)
+    return replace_fields(config, kept, folder.where("config.yaml"))
+
+
 def check_same_run(folder: Folder, config: Config) -> None:
     """Refuse to continue a run with another configuration, naming the fields that differ."""
     if not folder.exists("config.yaml"):
         return
-    remedy = f"rm {folder.where('config.yaml')}: then the recipe at hand is taken for this run's, and not compared"
-    trees = folder.read_record("config.yaml", remedy=remedy), to_tree(config), defaults_like(config)
+    trees = _recorded(folder), to_tree(config), defaults_like(config)
     before, now, usual = (flatten(_what_counts(tree)) for tree in trees)
-    # A field that the qskd which began the run did not have yet did what its default does now.
-    before = {key: value for key, value in usual.items() if key in now} | before
+    # A field that the qskd which began the run did not have yet did what its default does now, or what is known of then.
+    before = {key: BEGUN_BEFORE.get(key, value) for key, value in usual.items() if key in now} | before
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -26,10 +26,11 @@ def add_report(folder: Folder, step: int, epoch: int, evaluation: dict[str, floa
 
 
 def add_trial_report(
-    folder: Folder, step: int, epoch: int, evaluation: dict[str, float], rows: Rows
+    folder: Folder, step: int, epoch: int, evaluation: dict[str, float], rows: Rows, ended: bool = False
 ) -> list[dict[str, Any]]:
     """The same, and keep the rows of losses until the next evaluation is reported: they travel to a sweep's driver with
-    evaluations only, and a crash must not lose them. Gives back the history, the new entry last."""
+    evaluations only, and a crash must not lose them. ended: the training's patience is over. Gives back the history, the new
+    entry last."""
     before = [entry for entry in read_history(folder) if entry["step"] < step]
     evaluations = [entry["step"] for entry in before if entry["evaluation"]]
     # The last evaluation may not have been heard of; the one before has been, or the trial would not have gone on.
@@ -37,7 +38,7 @@ def add_trial_report(
     for entry in before:
         if entry["step"] <= heard:
             entry.pop("rows", None)
-    history = [*before, _entry(step, epoch, evaluation, rows) | {"rows": rows}]
+    history = [*before, _entry(step, epoch, evaluation, rows) | {"rows": rows} | ({"ended": True} if ended else {})]
     folder.write_record(NAME, json.dumps(history))
     return history
 
@@ -56,15 +57,6 @@ def last_step(history: list[dict[str, Any]]) -> int:
 def best_ap(history: list[dict[str, Any]], before_step: int) -> float:
     """The highest AP of the evaluations before a step; -1 where there is none."""
     return max((entry["evaluation"].get("AP", -1.0) for entry in history if entry["step"] < before_step), default=-1.0)
-
-
-def best_text(history: list[dict[str, Any]]) -> str:
-    """Which evaluation was the best, where it is not the last; empty otherwise."""
-    found = [(entry["evaluation"].get("AP", -1.0), entry["step"]) for entry in history if entry["evaluation"]]
-    if not found or max(found)[0] <= found[-1][0]:
-        return ""
-    ap, step = max(found)
-    return f"The best AP on the way was {ap:.3f}, after step {step}; the student is that of the last step."
 
 
 def _entry(step: int, epoch: int, evaluation: dict[str, float], rows: Rows) -> dict[str, Any]:

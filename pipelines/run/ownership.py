@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from pipelines.run.best import RECORD as BEST_RECORD
 from pipelines.run.files import CHECKPOINT_FILE, STUDENT, files_in
 from pipelines.run.folder import COPIES, FAILURE, MARK, RECIPE, SWEEP, TRIAL, Folder
 from pipelines.run.guards import DATA
@@ -24,7 +25,8 @@ from pipelines.training.checkpoint_list import COPY, LIST, TRAIN
 from qskd import __version__
 from qskd.errors import QskdError
 from qskd.storage.files import UNFINISHED
-from qskd.storage.ownership import listed, own_json
+from qskd.storage.models import BEST
+from qskd.storage.ownership import STUDENT_FILE, listed, own_json
 from qskd.storage.stores import is_local, patiently
 from qskd.untrusted import parse_yaml
 
@@ -33,21 +35,22 @@ _TRAINING = (
     rf"{re.escape(LIST)}|{TRAIN}/\.validate_storage_marker|{TRAIN}/checkpoint_[^/]+/(?:{CHECKPOINT_FILE.pattern})"
 )
 _RECORDS = "|".join(map(re.escape, (HISTORY, RUN, FAILURE, COPY)))
+_BEST = rf"{re.escape(BEST_RECORD)}|{BEST}/(?:{STUDENT_FILE.pattern})"
 _TRIAL = rf"{re.escape(TRIAL)}|{re.escape(RECIPE)}|checkpoint\.json|checkpoints/\d{{9}}/(?:{CHECKPOINT_FILE.pattern})"
 _EVALUATION = (
     r"evaluation/(?:evaluation\.json|per_class\.csv|precision_recall\.png|thresholds\.png|classes\.png|confusion\.png)"
 )
 _REPORT = r"report/(?:index\.html|trials\.csv|trials\.md|best\.yaml|[a-z_]+\.(?:png|html))"
 OWN = re.compile(
-    rf"{re.escape(MARK)}|config\.yaml|{re.escape(DATA)}|result\.json|inheritance\.txt|{_EVALUATION}|{_RECORDS}|{STUDENT}|{_TRAINING}|"
+    rf"{re.escape(MARK)}|config\.yaml|{re.escape(DATA)}|result\.json|inheritance\.txt|{_EVALUATION}|{_RECORDS}|{STUDENT}|{_BEST}|{_TRAINING}|"
     rf"{re.escape(SWEEP)}|refused\.json|best\.yaml|{_REPORT}|"
     rf"trials/\d{{4,}}/(?:{_RECORDS}|{STUDENT}|{_TRAINING}|{_TRIAL})|"
     rf"(?:trials/\d{{4,}}/)?(?:{COPIES}/[\w.]+\.(?:json|yaml)|{ROWS}/[\w-]+\.json)|"
-    rf"(?:trials/\d{{4,}}/)?(?:(?:student|{TRAIN}|report|evaluation|{COPIES}|{ROWS})/)?{re.escape(UNFINISHED)}[^/]*"
+    rf"(?:trials/\d{{4,}}/)?(?:(?:student|{BEST}|{TRAIN}|report|evaluation|{COPIES}|{ROWS})/)?{re.escape(UNFINISHED)}[^/]*"
 )
-_OWN_FOLDERS = ("student", "evaluation", TRAIN, "report", "trials", COPIES, ROWS)
+_OWN_FOLDERS = ("student", BEST, "evaluation", TRAIN, "report", "trials", COPIES, ROWS)
 # What a later run would go on from: deleted first, so that a half deleted run is begun anew.
-_FIRST = (Path(LIST).name, "checkpoint.json", TRIAL, "result.json")
+_FIRST = (Path(LIST).name, "checkpoint.json", TRIAL, "result.json", BEST_RECORD)
 
 
 def foreign(names: list[str]) -> list[str]:

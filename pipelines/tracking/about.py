@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from qskd.deploy.model_card import Figures
 
 NOTE = "mlflow.note.content"  # the description, Markdown
+STUDENT_TAG = (
+    "qskd.student"  # which of a training's students the run's is: the best or the last, and after how many steps
+)
+EARLY_TAG = "qskd.stopped_early"
 VIEW = "qskd"  # of an experiment's list of runs: `?viewStateShareKey=qskd`
 SHOWN = ("best/AP", "val/AP", "val/AP50", "cost/parameters_m", "cost/gflops", "cost/latency_ms")
 DIGEST_LENGTH, NAME_LENGTH = 36, 500  # limits of MLflow's server
@@ -68,7 +72,7 @@ def command_note(said: str = "") -> str:
 
 
 def result_note(note: str, student: str, metrics: Mapping[str, float], figures: Figures | None, best: str) -> str:
-    """The description of a finished run: the command, and what came of it."""
+    """The description of a finished run: the command, and what came of it. best: which student it is."""
     facts = [f"{name} {metrics[name]:.3f}" for name in FACTS if metrics.get(name, -1.0) >= 0]
     if figures is not None:
         facts += [f"{figures.parameters / 1e6:.2f} M parameters"] if figures.parameters is not None else []

@@ -18,27 +18,33 @@ from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult
 from qskd.storage.stores import patiently
+from qskd.training.patience import Patience
 from qskd.training.step import Training
 from qskd.untrusted import parse_large_json
 
 
-def write_checkpoint(folder: Path, training: Training, config: Config, result: CocoResult | None) -> None:
-    """state.safetensors, state.json, and the student as a plain Hugging Face folder."""
+def write_checkpoint(
+    folder: Path, training: Training, config: Config, result: CocoResult | None, patience: Patience | None = None
+) -> None:
+    """state.safetensors, state.json, and, after an evaluation, the student as a plain Hugging Face folder."""
     save_file(training.state(), folder / WEIGHTS)
     metrics = result.metrics if result else {}
-    (folder / STATE).write_text(json.dumps({"step": training.step, "metrics": metrics}))
+    counted = {"patience": patience.state()} if patience else {}
+    (folder / STATE).write_text(json.dumps({"step": training.step, "metrics": metrics, **counted}))
     if result is not None:
         with training.evaluation_weights() as student:
             # Not waited for: this is scratch, and what is copied from it is.
             save_detector(student, folder / "student", config.student.resize, durable=False)
 
 
-def restore(training: Training, checkpoint: Any) -> int:
+def restore(training: Training, checkpoint: Any, patience: Patience | None = None) -> int:
     """Load a checkpoint; the number of training steps done. At an epoch's end its evaluation is done too. QskdError that names
-    the file that can't be read."""
+    the file that can't be read. patience: to count on from there."""
     with checkpoint.as_directory() as folder:
         state = read_state(folder, checkpoint.path)
         training.load_state(read_training_state(folder, checkpoint.path), state["step"])
+        if patience:
+            patience.load(state["patience"], state["metrics"])
     return training.step
 
 
@@ -93,11 +99,13 @@ def _json_problem(filesystem: fs.FileSystem, path: str) -> str:
 
 
 def read_state(checkpoint: str | Path, named: str = "") -> dict[str, Any]:
-    """step (of training, done) and metrics (the last evaluation's) from a checkpoint's local folder; QskdError where they can't
-    be read. named: the folder that messages name, where the local one is a copy."""
+    """step (of training, done), metrics (of the evaluation after it, if there was one) and patience (its count; {} of a run of
+    before) from a checkpoint's local folder; QskdError where they can't be read. named: the folder that messages name, where the
+    local one is a copy."""
     try:
         state = parse_large_json(Path(checkpoint, STATE).read_bytes(), STATE)
-        return {"step": int(state["step"]), "metrics": dict(state["metrics"])}
+        counted = dict(state.get("patience", {}))
+        return {"step": int(state["step"]), "metrics": dict(state["metrics"]), "patience": counted}
     except (OSError, QskdError, ValueError, KeyError, TypeError) as error:
         raise QskdError(f"{named or checkpoint}/{STATE}", f"can't be read: {error}", "a whole file", GO_BACK) from None
 

@@ -8,28 +8,35 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
-
-from pyarrow import fs
 
 from pipelines.cluster.address import check_address
 from pipelines.cluster.room import say_if_on_cpus
 from pipelines.cluster.start import start_ray
 from pipelines.reporting.board import current, progress, stage, way_here
 from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
-from pipelines.run.guards import alone_on, check_no_trial, check_same_data, check_same_run
+from pipelines.run.guards import alone_on, as_begun, check_no_trial, check_same_data, check_same_run
 from pipelines.run.logs import say, start_logs, tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import resolve
 from pipelines.run.stopping import was_stopped
 from pipelines.run.tracked import open_for
-from pipelines.tracking.about import NOTE, command_note, dataset_inputs, figure_metrics, result_note
+from pipelines.tracking.about import (
+    EARLY_TAG,
+    NOTE,
+    STUDENT_TAG,
+    command_note,
+    dataset_inputs,
+    figure_metrics,
+    result_note,
+)
 from pipelines.tracking.answers import check_answers
 from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete, tell_result
 from pipelines.tracking.store import how_to_look, tracking_uri
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.at_stop import say_where_it_stopped
-from pipelines.training.checkpoint_list import delete_unlisted, last_report, mend_list
+from pipelines.training.checkpoint_list import TRAIN, delete_unlisted, last_report, mend_list
 from pipelines.training.checkpoints import read_state
 from pipelines.training.estimate import foresee_time
 from pipelines.training.plan import SLOW_PATH, Plan, make_plan
@@ -46,18 +53,21 @@ log = logging.getLogger("qskd")
 
 @dataclass(frozen=True)
 class RunResult:
-    """student: the plain Hugging Face folder. metrics: the last evaluation's, -1 where nothing could be measured. seconds: of
-    this command."""
+    """student: the plain Hugging Face folder. metrics: of its evaluation, -1 where nothing could be measured. seconds: of this
+    command. which: "best" or "last", of the training's students that one is, and the training steps that it had; "" and 0 of a
+    run of before, whose student is the last."""
 
     folder: str
     student: str
     metrics: dict[str, float]
     run_id: str
     seconds: float
+    which: str = ""
+    step: int = 0
 
     @property
     def ap(self) -> float | None:
-        """COCO AP of the last evaluation, 0..1; None where nothing could be measured."""
+        """COCO AP of the student, 0..1; None where nothing could be measured."""
         return measured(self.metrics).get("AP")
 
 
@@ -89,7 +99,8 @@ def start(
     config = load(recipe, overrides or ())
     if dry_run:
         config = resolve(config, verb)
-        check_folder(config, restart)
+        folder = check_folder(config, restart)
+        config = config if restart else as_begun(folder, config)
         plan = make_plan(config, verb, dry=True)
         same = [*([recipe] if recipe else []), *(word for field in overrides or () for word in ("--set", field))]
         about = plan.describe(shlex.join(["qskd", "cache", *same]))
@@ -109,6 +120,7 @@ def run(config: Config, verb: str, restart: bool = False) -> RunResult:
     """Train (or go on training, or report what is already done) and leave the student in OUTPUT/NAME/student."""
     config = resolve(config, verb)
     folder = check_folder(config, restart)
+    config = config if restart else as_begun(folder, config)
     plan = make_plan(config, verb)
     steps = plan.stream.schedule.total_steps
     with alone_on(folder), progress(config.name, steps, "step", subject=folder.path):
@@ -193,11 +205,13 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
 
 
 def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:
-    """Copy the student out of the last checkpoint, log it, and write result.json: the mark of a finished run."""
+    """Copy the student that the recipe asks for to its place, log it, and write result.json: the mark of a finished run."""
     from pipelines.reporting.cards import card_of_run
-    from pipelines.reporting.details import read_details, write_details
+    from pipelines.reporting.choice import details_of, take_student
+    from pipelines.reporting.details import write_details
     from pipelines.reporting.report import write_report
-    from pipelines.run.history import best_text, last_step, read_history
+    from pipelines.run.best import Best
+    from pipelines.run.history import last_step, read_history
     from qskd.deploy.model_card import write_card
 
     if result.error is not None or result.checkpoint is None:
@@ -205,22 +219,34 @@ def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: f
     with scratch_folder("finish") as scratch, result.checkpoint.as_directory() as checkpoint:
         student = scratch / "student"
         student.mkdir()
-        fs.copy_files(f"{checkpoint}/student", str(student))
-        metrics = read_state(checkpoint)["metrics"]
+        state, history = read_state(checkpoint), read_history(folder)
+        last, total = Best(state["step"], state["metrics"]), plan.stream.schedule.total_steps
+        chosen = take_student(plan.config, folder, checkpoint, last, history, total, student)
+        if chosen.early:
+            say(f"{plan.config.name}: {chosen.early}", run=plan.config.name, step=chosen.last_step)
+        kept = folder.where(f"{TRAIN}/{Path(result.checkpoint.path).name}/student")
+        evaluation = details_of(chosen, plan.config, folder, plan.train, plan.val, kept)
         stage("measuring parameters, FLOPs and latency")
-        evaluation, history = read_details(folder), read_history(folder)
-        card = card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics)
+        metrics = dict(chosen.metrics)
+        card = replace(card_of_run(plan.config, plan.verb, plan.train, plan.val, student, metrics), chosen=chosen)
         if evaluation is not None:
-            write_details(evaluation, folder, tracker, student, plan.stream.schedule.total_steps)
+            write_details(evaluation, folder, tracker, student, chosen.step)
             card = replace(card, evaluation=evaluation.without_curves())
         write_card(student, card)
-        note = result_note(command_note(), folder.where("student"), metrics, card.rows[-1], best_text(history))
-        tracker.tag(NOTE, note)
+        note = result_note(command_note(), folder.where("student"), metrics, card.rows[-1], chosen.text)
+        for name, text in (
+            (NOTE, note),
+            (STUDENT_TAG, f"{chosen.which}, step {chosen.step}"),
+            (EARLY_TAG, chosen.early),
+        ):
+            if text:
+                tracker.tag(name, text)
         tell_result(tracker, folder, last_step(history), figure_metrics(card.rows[-1]))
         write_report(plan.config, plan.val, history, student, tracker)
         stage("writing the student")
         folder.upload(student, "student")
     delete_unlisted(folder)  # a lost worker may have written one until now
-    done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2))
+    which = chosen.which, chosen.step
+    done = RunResult(folder.path, folder.where("student"), metrics, tracker.run_id, round(seconds, 2), *which)
     folder.write_record("result.json", json.dumps(done.__dict__, indent=2))
     return done

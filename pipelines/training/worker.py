@@ -34,6 +34,7 @@ from qskd.evaluation.inference import predict_pairs
 from qskd.evaluation.pairs import Pairs, pairs_of_transformers
 from qskd.from_recipe import ground_truth, make_student, teacher_for_training
 from qskd.storage.scratch import scratch_folder
+from qskd.training.patience import Patience
 from qskd.training.step import Training
 
 log = logging.getLogger("qskd")
@@ -77,7 +78,7 @@ def train_worker(payload: dict[str, Any]) -> None:
         world_size, rank = context.get_world_size(), context.get_world_rank()
         worker = Worker(config, stream, world_size, rank, preemptible=payload.get("preemptible", True))
         checkpoint = ray.train.get_checkpoint()
-        worker.run(restore(worker.training, checkpoint) if checkpoint else 0)
+        worker.run(restore(worker.training, checkpoint, worker.patience) if checkpoint else 0)
     except NOT_WORTH_RETRYING as error:
         record_failure(folder, error)
         raise
@@ -113,19 +114,26 @@ class Worker:
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
         self.meter = Meter(Gauges(config.name, rank))
+        self.patience = Patience(config.training.patience, world_size)
         self.notice: Any = None
         self.hunger: Hunger | None = None
         self.details: Evaluation | None = None
 
     def run(self, start_step: int) -> None:
-        """Go through the schedule from a training step on."""
+        """Go through the schedule from a training step on, to its end or to that of the recipe's patience."""
+        if self.patience.exhausted:
+            return  # a run that ended so, and was killed before it was finished
         self.pace.doing("reading the first batches")
         ready = ready_shares(self.shares(start_step), self.config.training, self.world_size, self.device)
         for (subset, epoch), part in itertools.groupby(ready, key=lambda each: (each.share.subset, each.share.epoch)):
             if subset == "train":
                 self.train(part)
-            else:
-                self.report(epoch, self.evaluate(each.share for each in part))
+                continue
+            result = self.evaluate(each.share for each in part)
+            self.patience.heard(result)
+            self.report(epoch, result)
+            if self.patience.exhausted:
+                break
         self.training.check_finite()
 
     def shares(self, start_step: int) -> Iterator[Share]:
@@ -218,7 +226,8 @@ class Worker:
         group = ray.util.get_current_placement_group()
         metrics["placement_group"] = group.id.hex() if group is not None else ""
         if result is not None:
-            metrics["evaluation"] = result.metrics
+            metrics |= {"evaluation": result.metrics, "evaluations_since_best": self.patience.waited}
+            metrics["ended"] = self.patience.exhausted
         for step, row in metrics["rows"] if as_json() else ():
             log.info("step %d", step, extra={"fields": {"step": step, "epoch": epoch} | row})
         if self.rank:
@@ -228,5 +237,5 @@ class Worker:
             Folder(self.config).write(DETAILS, self.details.to_json())
         self.pace.doing("writing a checkpoint")
         with scratch_folder("checkpoint") as folder:
-            write_checkpoint(folder, self.training, self.config, result)
+            write_checkpoint(folder, self.training, self.config, result, self.patience)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder))

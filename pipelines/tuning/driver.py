@@ -15,7 +15,7 @@ from pipelines.cluster.address import check_address
 from pipelines.cluster.devices import uses_gpu
 from pipelines.reporting.board import current, progress, stage
 from pipelines.run.folder import Folder
-from pipelines.run.guards import alone_on, check_same_data, check_same_run
+from pipelines.run.guards import alone_on, as_begun, check_same_data, check_same_run
 from pipelines.run.logs import tell
 from pipelines.run.ownership import check_ours, claim, delete_run
 from pipelines.run.resolve import ResolvedConfig, resolve
@@ -102,7 +102,9 @@ def check_folder(config: Config, restart: bool) -> Folder:
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
     """Search, or go on with a search that was stopped. Raises QskdError; KeyboardInterrupt after Ctrl-C and SIGTERM."""
     config = resolve(config, "distill")
-    with alone_on(check_folder(config, restart)), progress(config.name, unit="step"):
+    folder = check_folder(config, restart)
+    config = config if restart else as_begun(folder, config)
+    with alone_on(folder), progress(config.name, unit="step"):
         return _run(config, request, restart)
 
 

@@ -16,7 +16,7 @@ from qskd.config.distillation import DEFAULT, DistillationConfig, settings_class
 from qskd.config.images import ResizeConfig, ViewConfig
 from qskd.config.section import Fraction, NonNegative, Positive, Section
 from qskd.config.student import StudentConfig
-from qskd.families.facts import FACTS
+from qskd.families.facts import FACTS, Undecayed
 
 
 class DataConfig(Section):
@@ -100,18 +100,29 @@ class TrainingConfig(Section):
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # the highest
     backbone_learning_rate_scale: NonNegative = 0.1  # the backbone's learning rate over that of the rest
-    weight_decay: NonNegative = 1e-4  # of all weights that are trained
+    # The learning rate of sampling offsets and reference points over that of the rest. null: the family's own: 0.1 for
+    # deformable_detr (`--lr_linear_proj_mult` in its authors' main.py), 1 for all others.
+    sampling_learning_rate_scale: NonNegative | None = None
+    weight_decay: NonNegative = 1e-4  # of all weights that are trained, but for those of `undecayed`
+    # What of the student has no weight decay. null: the family's own: norms_and_biases for rt_detr (rtdetr_r18vd_6x_coco.yml of its
+    # authors) and d_fine (dfine_hgnetv2_s_coco.yml), norms for rt_detr_v2 (rtdetrv2_r18vd_120e_coco.yml), nothing for all others.
+    undecayed: Undecayed | None = None
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises linearly
     schedule: Literal["cosine", "step", "constant"] = "step"  # of the learning rate; cosine: down to 0
     step_at: Fraction = 0.8  # of the schedule, for "step": learning rate / 10
     clip_norm: NonNegative = 0.1  # of all gradients together; 0 = no clipping
     evaluate_every_epochs: Positive = 1  # and after the last in any case
+    # Evaluations in a row without a better AP that end the training, as a finished run; 0 = it goes to its end.
+    patience: Annotated[int, Field(ge=0)] = 0
+    # Whose student OUTPUT/NAME/student is: that of the best AP on `data.val`, or that of the last step. The best so far is kept in
+    # OUTPUT/NAME/best in any case. last: to compare methods by an AP that chose nothing.
+    result: Literal["best", "last"] = "best"
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0  # besides the one at each epoch's end; 0 = none
     ema_decay: Fraction = 0.0  # of a moving average of the weights, which is what is evaluated and kept; 0 = off
 
 
 class ComputeConfig(Section):
-    """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm excepted)."""
+    """Where and how fast; changes no result beyond float rounding (batch statistics of a `batch` norm, and dropout, excepted)."""
 
     workers: Positive = 1  # processes that train; of `qskd cache`, actors that hold the teacher
     # Elastic: begin with so many workers when no more can be had, and take up to `workers` when they can. 0 = always `workers`.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from qskd.config.images import ResizeConfig
 from qskd.config.section import Count, Fraction, Layers, Section, Width
@@ -62,13 +62,21 @@ class StudentConfig(Section):
     heads: Count = 8  # of each attention; they divide `width`
     ffn_width: Count = 1024  # inner width of each feed-forward part
     queries: Count = 300  # for objects, in each image
-    dropout: Fraction = 0.0  # in the transformer, while it is trained
+    # In the transformer, while it is trained. null: the family's own: 0.1 for detr, conditional_detr and deformable_detr
+    # (`--dropout` in their authors' main.py), 0 for dab-detr (its main.py), rt_detr, rt_detr_v2 and d_fine (`dropout: 0.` in
+    # their configs/). Each worker draws its own: with dropout, two are not one bit for bit.
+    dropout: Fraction | None = None
     # The last backbone stages, at most 3. deformable_detr makes further levels by stride 2; RT-DETR and D-FINE were made
     # with 3. The other families read one map.
     feature_levels: Count = 1
     box_refinement: bool = True  # deformable_detr only: the others always refine, or never
     backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
     train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
+    # First stages of the backbone that keep their weights and norms, the stem with them; 0: everything learns. null: the family's
+    # own where backbone.init or init gives the weights and inherit does not: 1 for detr, conditional_detr, dab-detr and
+    # deformable_detr (models/backbone.py of their authors trains layer2 to layer4 only), 0 for rt_detr, rt_detr_v2 and d_fine
+    # (`freeze_at: -1` in the configs/ of their small models). Of random weights, or a teacher's that were thinned out: 0.
+    frozen_stages: Annotated[int, Field(ge=0, le=256)] | None = None
     resize: ResizeConfig = ResizeConfig()
     # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of
     # another family the backbone alone.
@@ -99,6 +107,18 @@ class StudentConfig(Section):
         if facts.hybrid and not self.init:
             self._check_hybrid()
         return self
+
+    @property
+    def dropout_taken(self) -> float:
+        """Of a student that is made from sizes; one that starts from `init` has its checkpoint's."""
+        return FACTS[self.family].dropout if self.dropout is None else self.dropout
+
+    def frozen_stages_taken(self, family: str) -> int:
+        """family: of the student, which `init` decides where it is given."""
+        if self.frozen_stages is not None:
+            return self.frozen_stages
+        pretrained = bool(self.init or self.backbone.init) and not self.inherit
+        return FACTS[family].frozen_stages if pretrained else 0
 
     def cells(self, size: int) -> int:
         """Cells of a square image's maps, of all levels."""

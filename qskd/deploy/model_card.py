@@ -18,6 +18,7 @@ from qskd import __version__
 from qskd.config import MethodSettings
 from qskd.config.distillation import DEFAULT, NONE
 from qskd.deploy.card_evaluation import PICTURES, classes_section
+from qskd.deploy.chosen import Chosen
 from qskd.distillation.find import is_built_in
 from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
@@ -105,6 +106,7 @@ class Card:
     onnx: OnnxFacts | None = None
     methods: tuple[tuple[str, str], ...] = ()  # (title, citation) of each method that taught it
     evaluation: Evaluation | None = None  # of this model, without its curves
+    chosen: Chosen | None = None  # which of its training's students this model is
 
 
 _CARD = TypeAdapter(Card)
@@ -208,6 +210,7 @@ def render(card: Card, pictures: Sequence[str] = ()) -> str:
         f"{card.version}.\n",
         "## Figures\n",
         _table(card) + "\n",
+        *([card.chosen.text + "\n"] if card.chosen is not None else []),
         f"{measured_on}GFLOPs are of one image, a multiply-add counted as two. {card.timing or 'Latency was not measured.'}\n",
         "## Use\n",
         '```python\nfrom transformers import pipeline\n\npipeline("object-detection", model="THIS_FOLDER")("photo.jpg")\n```\n',

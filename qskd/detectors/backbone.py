@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,12 +71,24 @@ class ThawedBatchNorm2d(nn.BatchNorm2d):
     """Stands where transformers builds a frozen norm, which counts no batches: the count is not saved with a detector."""
 
 
-def thaw_norms(module: nn.Module) -> None:
-    """Replace, in place, transformers' FrozenBatchNorm2d by a BatchNorm2d with the same values.
+def first_stages(resnet: nn.Module, count: int) -> list[nn.Module]:
+    """The stem and so many stages of it. QskdError for a backbone that is not made of them."""
+    try:
+        stem, stages = resnet.get_submodule("embedder"), resnet.get_submodule("encoder.stages")
+    except AttributeError:
+        kind = type(resnet).__name__
+        raise QskdError("student.frozen_stages", f"{count} of a {kind}", "a ResNet's stages", "set it to 0") from None
+    return [stem, *list(stages.children())[:count]]
+
+
+def thaw_norms(module: nn.Module, kept: Collection[nn.Module] = ()) -> None:
+    """Outside the modules in `kept`, replace, in place, transformers' FrozenBatchNorm2d by a BatchNorm2d with the same values.
 
     The names and the eps (1e-5) are the same, so a saved student loads into the frozen norm and evaluates alike.
     """
     for name, child in list(module.named_children()):
+        if child in kept:
+            continue
         if type(child).__name__.endswith("FrozenBatchNorm2d"):
             frozen: Any = child
             norm = ThawedBatchNorm2d(frozen.weight.shape[0], eps=1e-5)
@@ -84,4 +97,4 @@ def thaw_norms(module: nn.Module) -> None:
             )
             setattr(module, name, norm.to(frozen.weight.device))
         else:
-            thaw_norms(child)
+            thaw_norms(child, kept)

@@ -16,7 +16,7 @@ from qskd.checkpoints.timm_resnet import is_dilated
 from qskd.checkpoints.weights import read_config
 from qskd.config import StudentConfig
 from qskd.datasets.classes import Vocabulary
-from qskd.detectors.backbone import backbone_config, load_backbone, thaw_norms
+from qskd.detectors.backbone import backbone_config, first_stages, load_backbone, thaw_norms
 from qskd.detectors.checkpoint import load_detector
 from qskd.detectors.cost import gflops, parameters
 from qskd.detectors.detector import Detector
@@ -42,7 +42,7 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
     if config.init:
         seen_as = read_preprocessing(config.init, config.resize)
         detector.mean, detector.std = seen_as.mean, seen_as.std
-    _set_backbone(detector.backbone, config)
+    _set_backbone(detector.backbone, config, config.frozen_stages_taken(detector.family))
     return detector
 
 
@@ -57,6 +57,10 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
     if config.backbone.init:
         resnet = family.backbone(model).get_submodule("model")
         load_backbone(resnet, config.backbone.init, model.config.backbone_config)
+    elif config.frozen_stages and not config.inherit:
+        _warn(
+            f"student.frozen_stages = {config.frozen_stages} keeps random weights: set backbone.init, or frozen_stages: 0"
+        )
     elif config.backbone_norm == "frozen":
         _warn("student.backbone_norm = frozen on a random backbone normalises nothing: set backbone.init, or use batch")
     return model
@@ -187,13 +191,16 @@ def _remake_class_heads(
     )
 
 
-def _set_backbone(backbone: nn.Module, config: StudentConfig) -> None:
+def _set_backbone(backbone: nn.Module, config: StudentConfig, frozen_stages: int) -> None:
     """Norm and trainability; transformers freezes the whole ResNet by itself."""
+    frozen = first_stages(backbone.get_submodule("model"), frozen_stages) if frozen_stages else []
     if config.backbone_norm == "batch" and config.train_backbone:
-        thaw_norms(backbone)
+        thaw_norms(backbone, frozen)
     elif config.backbone_norm == "batch":
         log.info("student.train_backbone = false keeps the backbone's norms frozen too")
     backbone.requires_grad_(config.train_backbone)
+    for part in frozen:
+        part.requires_grad_(False)
 
 
 def _warn(message: str) -> None:

@@ -181,7 +181,7 @@ def detr_sizes(config: StudentConfig, backbone: Any, labels: Sequence[str]) -> d
         "encoder_ffn_dim": config.ffn_width,
         "decoder_ffn_dim": config.ffn_width,
         "num_queries": config.queries,
-        "dropout": config.dropout,
+        "dropout": config.dropout_taken,
         "auxiliary_loss": False,  # True would change the forward pass of Conditional DETR
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},

@@ -12,6 +12,7 @@ from qskd.storage.stores import join, patiently
 
 CONFIG = "config.json"  # transformers' name, in every model's folder
 STUDENT = "student"  # a run's, a trial's and a checkpoint's: the folder of the model that it trains
+BEST = "best"  # a run's: the student of its best evaluation so far
 RUN_MARK = ".qskd-run.json"  # in a run's folder from its first moment on
 SWEEP = "sweep.json"  # in a sweep's: what it was asked for
 
@@ -43,7 +44,7 @@ def model_place(filesystem: pafs.FileSystem, root: str, where: str) -> str:
         redacted(where),
         f"the folder of a run that has no {STUDENT} yet",
         "a model's folder, or that of a run that came to its end",
-        f"give the run's command again, which goes on with it; or name the {STUDENT} in one of its checkpoints",
+        f"give the run's command again, which goes on with it; or name {BEST} in it, the {STUDENT} of its best evaluation so far",
     )
 
 

@@ -33,6 +33,7 @@ from qskd.structures import LossTerm, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.augmentation import augmentation_of
+from qskd.training.groups import parameter_groups
 from qskd.training.module import StepModule
 from qskd.training.stand_in import stand_in
 
@@ -59,17 +60,6 @@ def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
     mean = dict(zip(terms, counts[: len(terms)].unbind(), strict=True))
     beside = dict(zip(rests, counts[len(terms) :].unbind(), strict=True))
     return mean | {name: with_rest(mean[name], rest) for name, rest in beside.items()}
-
-
-def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Backbone parameters with their own learning rate, all others with the main one, in a fixed order."""
-    in_backbone = {id(parameter) for parameter in module.student.backbone.parameters()}
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    backbone = [parameter for parameter in trained if id(parameter) in in_backbone]
-    rest = [parameter for parameter in trained if id(parameter) not in in_backbone]
-    scale = config.backbone_learning_rate_scale
-    groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": scale}]
-    return [group for group in groups if group["params"]]
 
 
 class Training:
@@ -272,6 +262,13 @@ class Training:
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, slot, name = key.split(".", 2)
+                if name not in parameters:
+                    raise QskdError(
+                        "the checkpoint's optimizer",
+                        f"state of {name}, which does not learn in this recipe",
+                        "the parameters that the run was begun with",
+                        "set student.frozen_stages, student.backbone_norm and student.train_backbone as they were then",
+                    )
                 on = "cpu" if slot == "step" and self.device.type == "cpu" else self.device
                 self.optimizer.state[parameters[name]][slot] = value.to(on)
         self.step = step

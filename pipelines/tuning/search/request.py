@@ -119,6 +119,11 @@ def _check_population(request: SearchRequest, space: SearchSpace, config: Config
     if config.compute.workers > 1:  # a generation ends, and weights are taken over, inside a trial's own process
         found = f"compute.workers = {config.compute.workers}"
         raise QskdError(where, found, "one worker a member", "--set compute.workers=1, or --algorithm tpe")
+    if config.training.patience:
+        found = f"training.patience = {config.training.patience}"
+        raise QskdError(
+            where, found, "members that all train to the end", "--set training.patience=0, or --algorithm tpe"
+        )
     if evaluations(config) < 2:
         raise _no_early_ap(where, config)
 

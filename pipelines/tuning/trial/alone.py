@@ -50,7 +50,7 @@ class TrialWorker(Worker):
         elif pointer is not None:
             begun_at = pointer.get("begun_at", 0) if mine else pointer["step"]
             step = last_whole(self.folder, pointer["step"], begun_at)
-            start = restore(self.training, _checkpoint(self.folder, _name(step)))
+            start = restore(self.training, _checkpoint(self.folder, _name(step)), self.patience)
             self.begun_at = pointer.get("begun_at", start) if mine else start
             return start
         return self.begun_at
@@ -64,11 +64,12 @@ class TrialWorker(Worker):
         step, rows = self.training.step, self.meter.flush()
         evaluation = result.metrics if result else {}
         with scratch_folder("trial") as scratch:
-            write_checkpoint(scratch, self.training, self.config, result)
+            write_checkpoint(scratch, self.training, self.config, result, self.patience)
             if evaluation and evaluation["AP"] > best_ap(read_history(self.folder), step):
                 self.folder.upload(scratch / "student", "student")
             self.folder.upload(scratch, _name(step))
-        history = add_trial_report(self.folder, step, epoch + 1, evaluation, rows)
+        ended = self.patience.exhausted
+        history = add_trial_report(self.folder, step, epoch + 1, evaluation, rows, ended)
         self.folder.write_record(
             POINTER, json.dumps({"step": step, "generation": self.job.generation, "begun_at": self.begun_at})
         )
@@ -77,7 +78,8 @@ class TrialWorker(Worker):
         earlier = max((at for at in steps_of(self.folder) if at < step), default=step)
         if self.job.until and self.begun_at:
             earlier = self.begun_at
-        _keep(self.folder, {step} if step >= self.last_step and not self.job.until else {step, earlier})
+        is_last = ended or step >= self.last_step
+        _keep(self.folder, {step} if is_last and not self.job.until else {step, earlier})
         if evaluation:
             now = time.perf_counter()
             self.send(evaluated(history[-1], self.plan, rows_until(history, step), now - self.since))

@@ -25,7 +25,7 @@ def evaluated(entry: dict[str, Any], plan: Plan, rows: Rows, seconds: float) -> 
     return {
         "epochs": epochs_of(entry, plan),
         "step": entry["step"],
-        "last": entry["step"] >= plan.stream.schedule.total_steps,
+        "last": entry["step"] >= plan.stream.schedule.total_steps or entry.get("ended", False),
         "metrics": entry["evaluation"],
         "rows": rows,
         "seconds": seconds,
@@ -39,7 +39,7 @@ def note_report(folder: Folder, report: dict[str, Any], rows: Rows, checkpoint: 
     if evaluation and evaluation["AP"] > best_ap(read_history(folder), step):
         with checkpoint.as_directory() as local:
             folder.upload(Path(local) / "student", "student")
-    return add_trial_report(folder, step, report["epoch"] + 1, evaluation, rows)
+    return add_trial_report(folder, step, report["epoch"] + 1, evaluation, rows, report.get("ended", False))
 
 
 def catch_up(folder: Folder) -> None:

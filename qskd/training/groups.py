@@ -1,0 +1,45 @@
+"""Parameter groups of the optimizer: what learns at a rate of its own, and what weight decay leaves alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from qskd.config import FACTS, TrainingConfig
+from qskd.training.module import StepModule
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
+SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deformable DETR's own code and in transformers
+
+
+def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
+    """ "params", and "scale" of the learning rate, which is 1 in the first group; "weight_decay" where it is not the optimizer's.
+
+    The backbone, and sampling offsets and reference points, have rates of their own; norms and biases of the student may go
+    without weight decay. What only training has (projectors, a dense head) is with the rest.
+    """
+    student, facts = module.student, FACTS[module.student.family]
+    given = config.sampling_learning_rate_scale
+    scale = facts.sampling_scale if given is None else given
+    scales = {
+        id(p): scale for name, p in student.named_parameters() if any(part in name.split(".") for part in SAMPLING)
+    }
+    scales |= {id(p): config.backbone_learning_rate_scale for p in student.backbone.parameters()}
+    undecayed = config.undecayed or facts.undecayed
+    free: set[int] = set()
+    if undecayed != "nothing":
+        free |= {id(p) for part in student.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
+    if undecayed == "norms_and_biases":
+        free |= {id(p) for name, p in student.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list, {(1.0, True): []})
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups[scales.get(id(parameter), 1.0), id(parameter) not in free].append(parameter)
+    return [
+        {"params": parameters, "scale": own} | ({} if decayed else {"weight_decay": 0.0})
+        for (own, decayed), parameters in groups.items()
+        if parameters
+    ]

@@ -1,0 +1,196 @@
+"""What the families' own recipes say of parameters: rates, weight decay, frozen stages, dropout. A run of before keeps its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import STUDENT, batch_of, make_training, recipe, silent_student
+from torch import nn
+from transformers import ResNetBackbone, ResNetConfig
+
+from pipelines.run.folder import Folder
+from pipelines.run.guards import BEGUN_BEFORE, as_begun, check_same_run
+from qskd.config import FACTS, Config, StudentConfig
+from qskd.config.recipe import replace_fields, to_tree
+from qskd.errors import QskdError
+from qskd.training.groups import parameter_groups
+
+LABELS = ("cat", "dog")
+
+
+def config_of(family: str, *overrides: str) -> Config:
+    return recipe({"family": family, "feature_levels": 2 if FACTS[family].hybrid else 1}, *overrides)
+
+
+def groups_of(config: Config) -> tuple[Any, list[dict[str, Any]]]:
+    training = make_training(config)
+    names = {id(parameter): name for name, parameter in training.module.named_parameters()}
+    made = parameter_groups(training.module, config.training)
+    return training, [{**group, "names": {names[id(each)] for each in group["params"]}} for group in made]
+
+
+@pytest.mark.parametrize("family", FACTS)
+def test_every_trained_parameter_is_in_one_group_and_the_first_learns_at_the_full_rate(family: str) -> None:
+    training, groups = groups_of(config_of(family))
+    listed = [id(each) for group in groups for each in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(each) for each in training.module.parameters() if each.requires_grad}
+    assert groups[0]["scale"] == 1.0
+    assert "weight_decay" not in groups[0]
+    training.train_step(batch_of(2, 1))  # the optimizer takes them
+    assert training.learning_rate == training.config.training.learning_rate
+
+
+def test_deformable_detrs_offsets_and_reference_points_learn_at_a_tenth() -> None:
+    config = config_of("deformable_detr", "training.backbone_learning_rate_scale=0.5")
+    training, groups = groups_of(config)
+    (slow,) = [group for group in groups if group["scale"] == 0.1]
+    places = [name for name in slow["names"] if "sampling_offsets" in name or "reference_points" in name]
+    assert (
+        len(places) == len(slow["names"]) == 2 * (1 + 2 + 1)
+    )  # weights and biases of an encoder layer, two decoder layers...
+    assert [group["scale"] for group in groups] == [1.0, 0.5, 0.1]
+    assert not any("weight_decay" in group for group in groups)
+    training.train_step(batch_of(1))
+    rates = {group["scale"]: group["lr"] for group in training.optimizer.param_groups}
+    assert rates[0.1] == pytest.approx(0.1 * rates[1.0])
+    _, all_alike = groups_of(config_of("deformable_detr", "training.sampling_learning_rate_scale=1.0"))
+    assert [group["scale"] for group in all_alike] == [1.0, 0.1]  # of which the latter is the backbone's
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine"])
+def test_norms_and_biases_have_no_decay_where_the_familys_recipe_has_none(family: str) -> None:
+    training, groups = groups_of(config_of(family))
+    free = set[str]().union(*(group["names"] for group in groups if group.get("weight_decay") == 0.0))
+    expected = {
+        name
+        for name, parameter in training.module.named_parameters()
+        if parameter.dim() <= 1 and parameter.requires_grad  # all that is one-dimensional is a norm's or a bias
+    }
+    if family == "rt_detr_v2":
+        norms = {name for name, part in training.module.named_modules() if "Norm" in type(part).__name__}
+        expected = {name for name in expected if name.rpartition(".")[0] in norms}
+    assert free == expected
+    assert len(expected) > 40
+    _, decayed = groups_of(config_of(family, "training.undecayed=nothing"))
+    assert not any("weight_decay" in group for group in decayed)
+
+
+# --- frozen stages ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resnet")
+    sizes = {**STUDENT["backbone"], "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1]}
+    torch.manual_seed(0)
+    ResNetBackbone(ResNetConfig(**sizes, layer_type="basic")).save_pretrained(folder)
+    return folder
+
+
+def student_of(family: str, resnet: Path | None, **changes: Any) -> Any:
+    backbone = {**STUDENT["backbone"], "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "init": str(resnet or "")}
+    levels = 3 if FACTS[family].hybrid else 1
+    tree = {**STUDENT, "family": family, "backbone": backbone, "feature_levels": levels, **changes}
+    return silent_student(StudentConfig.model_validate(tree), LABELS, 0)
+
+
+def frozen_parts(student: Any) -> set[str]:
+    """Of "embedder" and the stages, those without a parameter that learns; of none a part may learn."""
+    model = student.backbone.get_submodule("model")
+    parts = {"embedder": model.embedder, **{f"stage{i}": stage for i, stage in enumerate(model.encoder.stages, 1)}}
+    found = set()
+    for name, part in parts.items():
+        learns = {each.requires_grad for each in part.parameters()}
+        norms = {isinstance(each, nn.BatchNorm2d) for each in part.modules() if "Norm" in type(each).__name__}
+        assert len(learns | norms) == 1, (name, learns, norms)  # statistics move where weights do
+        found |= set() if True in learns else {name}
+    return found
+
+
+@pytest.mark.parametrize("family", FACTS)
+def test_a_pretrained_backbone_keeps_its_stem_and_first_stage_where_the_familys_authors_keep_them(
+    family: str, resnet: Path
+) -> None:
+    own = {"embedder", "stage1"} if family in ("detr", "conditional_detr", "dab-detr", "deformable_detr") else set()
+    assert frozen_parts(student_of(family, resnet)) == own
+    assert frozen_parts(student_of(family, resnet, frozen_stages=0)) == set()
+    assert frozen_parts(student_of(family, resnet, frozen_stages=2)) == {"embedder", "stage1", "stage2"}
+    assert frozen_parts(student_of(family, None)) == set()  # random weights are not worth keeping
+    assert frozen_parts(student_of(family, resnet, inherit=True)) == set()
+
+
+def test_frozen_stages_stay_to_the_last_bit_and_the_rest_learns(resnet: Path) -> None:
+    backbone = {**STUDENT["backbone"], "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "init": str(resnet)}
+    training = make_training(recipe({"family": "conditional_detr", "backbone": backbone}, "detection.dense_weight=1.0"))
+    before = {name: value.clone() for name, value in training.student.state_dict().items()}
+    training.train_step(batch_of(2, 1))
+    after = training.student.state_dict()
+    changed = {name for name in before if "backbone" in name and not before[name].equal(after[name])}
+    assert not [name for name in changed if ".model.embedder." in name or "stages.0." in name]
+    assert [name for name in changed if "stages.1." in name and "running_mean" in name]
+    assert [name for name in changed if "stages.2." in name and "convolution" in name]
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"), [("detr", 0.1), ("dab-detr", 0.0), ("rt_detr", 0.0), ("deformable_detr", 0.1)]
+)
+def test_dropout_is_the_familys_own_unless_it_is_given(family: str, dropout: float) -> None:
+    assert student_of(family, None, dropout=None).model.config.dropout == dropout
+    assert student_of(family, None, dropout=0.3).model.config.dropout == 0.3
+
+
+# --- runs of before ---------------------------------------------------------------------------------------------------
+def written(config: Config, old: bool) -> Folder:
+    """A run's folder with the record that today's qskd, or one of before these fields, leaves."""
+    tree, folder = to_tree(config), Folder(config)
+    if old:
+        tree["student"]["dropout"] = 0.0
+        del tree["student"]["frozen_stages"], tree["training"]["sampling_learning_rate_scale"]
+        del tree["training"]["undecayed"], tree["training"]["patience"], tree["training"]["result"]
+    folder.write_record("config.yaml", yaml.safe_dump(tree))
+    return folder
+
+
+def test_a_run_of_before_goes_on_with_the_groups_layers_and_dropout_that_it_was_begun_with(
+    tmp_path: Path, resnet: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = [f"output={tmp_path}", "student.dropout=null", f"student.backbone.init={resnet}"]
+    backbone = {"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1]}
+    config = recipe({"family": "deformable_detr", "backbone": {**STUDENT["backbone"], **backbone}}, *own)
+    folder = written(config, old=True)
+    begun = as_begun(folder, config)
+    assert "student.dropout 0.0, student.frozen_stages 0" in caplog.text
+    check_same_run(folder, begun)
+    assert frozen_parts(silent_student(begun.student, LABELS, 0)) == set()
+    _, groups = groups_of(begun)
+    assert [(group["scale"], "weight_decay" in group) for group in groups] == [(1.0, False), (0.1, False)]
+    assert all("backbone" in name for name in groups[1]["names"])
+    folder.write_record("config.yaml", json.dumps(to_tree(begun)))  # as the run that goes on records itself
+    assert as_begun(folder, config) == begun
+    for field, value in (("training.undecayed", "norms"), ("student.dropout", 0.1)):
+        asked = replace_fields(config, {field: value}, "test")
+        with pytest.raises(QskdError, match=f"{field} was .*, is "):
+            check_same_run(folder, as_begun(folder, asked))
+
+
+def test_a_checkpoint_of_other_frozen_stages_is_refused_with_the_fields_to_set(resnet: Path) -> None:
+    backbone = {**STUDENT["backbone"], "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "init": str(resnet)}
+    free, kept = (recipe({"backbone": backbone, "frozen_stages": stages}) for stages in (0, 1))
+    training = make_training(free)
+    training.train_step(batch_of(1))
+    with pytest.raises(QskdError, match="embedder") as error:
+        make_training(kept).load_state(training.state(), 1)
+    assert "does not learn in this recipe" in str(error.value)
+    assert "student.frozen_stages" in error.value.remedy
+
+
+def test_a_run_of_today_leaves_to_the_family_what_its_recipe_leaves_to_it(tmp_path: Path) -> None:
+    config = recipe({"family": "rt_detr", "feature_levels": 2}, f"output={tmp_path}", "student.dropout=null")
+    folder = written(config, old=False)
+    assert as_begun(folder, config) == config
+    check_same_run(folder, config)
+    assert replace_fields(config, BEGUN_BEFORE, "test") != config
