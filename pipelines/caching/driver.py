@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
 from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, estimate, make_cache_plan
@@ -24,8 +24,8 @@ from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
-from qskd.teacher.identity import cache_names
-from qskd.teacher.manifest import CacheManifest, save_cache_manifest, shard_names
+from qskd.teacher.identity import cache_names, computed_by
+from qskd.teacher.manifest import CacheManifest, check_computed, save_cache_manifest, shard_names
 
 log = logging.getLogger("qskd")
 
@@ -80,7 +80,6 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
                 {},
                 cache_names(config),
             )
-            save_cache_manifest(plan.path, manifest)
             del teacher
             spent = _persist(plan, manifest, sizes)
     elif plan.existing is not None:
@@ -117,6 +116,16 @@ def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mappi
             if manifest.views.get(view) != files:
                 manifest = manifest.with_view(view, files)
                 save_cache_manifest(plan.path, manifest)
+    return manifest
+
+
+def _begun(plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str]) -> CacheManifest:
+    """The manifest on disk, before the first unit is computed; QskdError where an existing cache was begun in another way."""
+    if plan.existing is not None:
+        check_computed(plan.existing, here, plan.path)
+        return manifest
+    manifest = replace(manifest, identity={**manifest.identity, **here})
+    save_cache_manifest(plan.path, manifest)
     return manifest
 
 
@@ -157,6 +166,10 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
     )
     if gpu:
         check_gpus(1)
+    kind = "cuda" if gpu else "cpu"
+    manifest = _begun(plan, manifest, computed_by(config, kind))
+    # Said, not guessed by each actor: a torch that can't use the GPU it was given would compute another cache's numbers.
+    config = config.model_copy(update={"compute": config.compute.model_copy(update={"device": kind})})
     actors, cpus = actors_that_fit(plan.actors, max(1, config.compute.threads_per_worker))
     units = [{"shard": shard, "view": view} for shard, view in todo]
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(

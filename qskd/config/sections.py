@@ -102,7 +102,9 @@ class ComputeConfig(Section):
     # Elastic: begin with so many workers when no more can be had, and take up to `workers` when they can. 0 = always `workers`.
     min_workers: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each worker where Ray has so many now, else CPUs
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
+    # auto: bfloat16 autocast where the GPU has it; a cache of teacher outputs is then computed in float32 all the same. A GPU
+    # multiplies float32 in TF32.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     threads_per_worker: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch; 0 = torch's choice
     # that read and decode: a training's, over the whole cluster; of `qskd cache`, tasks ahead for each teacher
     loader_workers: Positive = 1
