@@ -81,6 +81,8 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
                 cache_names(config),
             )
             del teacher
+            manifest = _begun(plan, manifest, computed_by(config, _start(config)))
+            say_if_on_cpus(config.compute.device)
             spent = _persist(plan, manifest, sizes)
     elif plan.existing is not None:
         record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
@@ -119,6 +121,20 @@ def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mappi
     return manifest
 
 
+def _start(config: Config) -> str:
+    """Ray started or joined; the kind of device, "cpu" or "cuda", that the teacher computes on there."""
+    stage("starting Ray")
+    start_ray()
+    import ray
+
+    quiet_ray_data()
+    wanted = config.compute.device
+    gpu = wanted == "cuda" or (wanted == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    if gpu:
+        check_gpus(1)
+    return "cuda" if gpu else "cpu"
+
+
 def _begun(plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str]) -> CacheManifest:
     """The manifest on disk, before the first unit is computed; QskdError where an existing cache was begun in another way."""
     if plan.existing is not None:
@@ -154,20 +170,10 @@ def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
 
 def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -> tuple[float, float]:
     """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work, and waited."""
-    stage("starting Ray")
-    start_ray()
     import ray
 
-    quiet_ray_data()
-    say_if_on_cpus(plan.config.compute.device)
-    config, todo = plan.config, plan.todo
-    gpu = config.compute.device == "cuda" or (
-        config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
-    if gpu:
-        check_gpus(1)
-    kind = "cuda" if gpu else "cpu"
-    manifest = _begun(plan, manifest, computed_by(config, kind))
+    config, todo, kind = plan.config, plan.todo, _start(plan.config)
+    check_computed(manifest, computed_by(config, kind), plan.path)  # GPUs may have come or gone since it was begun
     # Said, not guessed by each actor: a torch that can't use the GPU it was given would compute another cache's numbers.
     config = config.model_copy(update={"compute": config.compute.model_copy(update={"device": kind})})
     actors, cpus = actors_that_fit(plan.actors, max(1, config.compute.threads_per_worker))
@@ -179,7 +185,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
         num_cpus=cpus,
-        num_gpus=1 if gpu else 0,
+        num_gpus=1 if kind == "cuda" else 0,
     )
     worked = waited = 0.0
     stage("starting the teacher's processes")

@@ -20,7 +20,8 @@ class TrainBatch:
 
     images: uint8 [n, H, W, 3]; sizes: int32 [n, 2], height and width of the real part. The teacher's are the same tensors
     when both networks see the same resolution. cached: the columns of a second reader of rows that came with the images
-    (the teacher's outputs, from their cache), by their names; empty without one.
+    (the teacher's outputs, from their cache), by their names; empty without one. least: height and width that each image has
+    at least, known on the host; None where nobody has looked.
     """
 
     images: Tensor
@@ -29,6 +30,8 @@ class TrainBatch:
     teacher_sizes: Tensor
     targets: Targets
     cached: dict[str, Tensor] = field(default_factory=dict)
+    least: tuple[int, int] | None = None
+    teacher_least: tuple[int, int] | None = None
 
 
 def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> TrainBatch:
@@ -56,8 +59,15 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         teacher_sizes=tensor("teacher_sizes") if own else sizes,
         targets=targets,
         cached={name: tensor(name) for name in arrays if name.startswith("teacher_")} if cached else {},
+        least=least_size(arrays["sizes"]),
+        teacher_least=least_size(arrays["teacher_sizes" if own else "sizes"]),
     )
     return to_device(batch, device)
+
+
+def least_size(sizes: np.ndarray) -> tuple[int, int] | None:
+    """Height and width that each of [n, 2] has at least; None of none."""
+    return (int(sizes[:, 0].min()), int(sizes[:, 1].min())) if len(sizes) else None
 
 
 def parts_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -17,8 +17,10 @@ from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels
 from qskd.config import ResizeConfig
 from qskd.detectors.exact import Exact, exactly
 from qskd.detectors.taps import Tap, listening
+from qskd.detectors.unasked import KnownMask, hides_nothing, knowing
 from qskd.families.family import Family, Predictions
 from qskd.families.table import find_family
+from qskd.precision import lay_out
 from qskd.structures import DetectorOutput
 
 
@@ -106,6 +108,7 @@ class Detector(nn.Module):
         self._encoder_layers = [m for m in model.modules() if type(m).__name__.endswith("EncoderLayer")]
         self._layers = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
+        self._masked = [] if family.many_maps else [KnownMask(model.model.encoder), KnownMask(model.model.decoder)]
         self._placing = [Exact(module) for module in family.placing(model)]
 
     @property
@@ -135,6 +138,12 @@ class Detector(nn.Module):
         for layer in self._encoder_layers:
             if not layer.dropout and not getattr(layer, "activation_dropout", 0.0):
                 layer.training = False
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Detector:
+        """Moved to another device, it lies there as that one wants it (`qskd.precision`)."""
+        super()._apply(fn, recurse)
+        lay_out(self.backbone)
         return self
 
     def preprocessing(self, resize: ResizeConfig) -> Preprocessing:
@@ -171,16 +180,29 @@ class Detector(nn.Module):
         """The part that learns at its own rate."""
         return self._family.backbone(self.model)
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor, with_attention: bool = True) -> DetectorOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor,
+        with_attention: bool = True,
+        least: tuple[int, int] | None = None,
+    ) -> DetectorOutput:
         """Detect, in training and evaluation alike with all decoder layers.
 
         pixel_values: [B, 3, H, W] float, normalised, 0 on padding. pixel_mask: [B, H, W] bool, False on padding.
         with_attention=False keeps nothing for `attend`, which then raises. Logits, boxes and query states are float32
         also under autocast; memory and features have the precision that the model ran in. `attend` uses the weights as
-        they are when it is called: call it before the optimizer's step.
+        they are when it is called: call it before the optimizer's step. least: height and width that each image has at least,
+        as `pixel_mask` says it, where the host knows; without it transformers may ask the device, and wait.
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
-        with listening(self.taps(with_attention)), exactly(self._placing, pixel_values.device.type):
+        padded = _size(pixel_values)
+        full = None if least is None else lambda: hides_nothing(least, padded, _size(self._projections[0].returned))
+        with (
+            listening(self.taps(with_attention)),
+            exactly(self._placing, pixel_values.device.type),
+            knowing(self._masked, full, self.model),
+        ):
             outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
             return self.read(outputs, pixel_mask, with_attention)
 

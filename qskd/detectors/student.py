@@ -20,6 +20,7 @@ from qskd.detectors.backbone import backbone_config, load_backbone, thaw_norms
 from qskd.detectors.checkpoint import load_detector
 from qskd.detectors.cost import gflops, parameters
 from qskd.detectors.detector import Detector
+from qskd.detectors.norms import keep_precision
 from qskd.errors import QskdError
 from qskd.families.initialisation import set_class_prior
 from qskd.families.table import find_family
@@ -186,6 +187,7 @@ def _set_backbone(backbone: nn.Module, config: StudentConfig) -> None:
         thaw_norms(backbone)
     elif config.backbone_norm == "batch":
         log.info("student.train_backbone = false keeps the backbone's norms frozen too")
+    keep_precision(backbone)
     backbone.requires_grad_(config.train_backbone)
 
 

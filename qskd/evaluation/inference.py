@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from qskd.datasets.batch import least_size
 from qskd.datasets.views import View, crop_size, view_image
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.evaluation.average_precision import detections_from
@@ -47,7 +48,7 @@ def predict_pairs(
     sizes = torch.from_numpy(arrays["sizes"].copy()).to(device, non_blocking=True)
     pixels, mask = to_pixels(images, sizes, preprocessing.mean, preprocessing.std)
     with torch.inference_mode():
-        output = detector(pixels, mask, with_attention=False)
+        output = detector(pixels, mask, with_attention=False, least=least_size(arrays["sizes"]))
         logits = output.logits[-1] if slots is None else output.logits[-1][..., list(slots)]
         original_sizes = torch.from_numpy(arrays["original_sizes"].copy())
         ids = arrays["image_ids"].tolist()

@@ -62,7 +62,7 @@ class CacheMaker:
             return queries_above(known, batch.targets, cache.attention_giou_floor, costs)
 
         with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
-            record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose)
+            record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose, batch.least)
         return record
 
     def rows(self, arrays: Mapping[str, np.ndarray]) -> list[TeacherRow]:

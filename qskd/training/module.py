@@ -11,7 +11,7 @@ from qskd.distillation.method import Facts, Lesson, Method, Online, build_method
 from qskd.errors import QskdError
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
-from qskd.losses.matching import assign
+from qskd.losses.matching import begin_assigning
 from qskd.structures import LossTerm, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
 
@@ -52,9 +52,10 @@ class StepModule(nn.Module):
         targets: Targets,
         teacher: TeacherRecord | None,
         online: Online | None = None,
+        least: tuple[int, int] | None = None,
     ) -> dict[str, LossTerm]:
         pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
-        output = self.student(pixels, mask, with_attention=False)
+        output = self.student(pixels, mask, with_attention=False, least=least)
         early, kind = self.student.num_early, self.student.classification
         logits, boxes = output.logits, output.boxes_cxcywh
         if output.early_logits is not None and output.early_boxes_cxcywh is not None:
@@ -63,12 +64,15 @@ class StepModule(nn.Module):
         predictions = [(logits, boxes)]
         if teacher is not None:
             predictions.append((teacher.logits, teacher.boxes_cxcywh))
-        assignments = assign(predictions, targets, self.config.detection, [kind])
+        finish = begin_assigning(predictions, targets, self.config.detection, [kind])
+        dense: dict[str, LossTerm] = {}
+        if self.dense_head is not None:  # before the matching is waited for: it needs none
+            dense = self.dense_head(output.features[0], output.memory_valid[0], targets)
+        assignments = finish()
         terms = detection_terms(
             logits, boxes, targets, assignments[0], self.config.detection, kind, early, output.no_object
         )
-        if self.dense_head is not None:
-            terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
+        terms |= dense
         if self.method is not None and teacher is not None:
             lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[1], online)
             terms |= self.method(lesson)
