@@ -67,7 +67,9 @@ class StudentConfig(Section):
     # with 3. The other families read one map.
     feature_levels: Count = 1
     box_refinement: bool = True  # deformable_detr only: the others always refine, or never
-    backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
+    # frozen is right for pretrained backbones and tiny batches. sync: batch norms over the images of all workers together, outside
+    # the backbone too (RT-DETR, RT-DETRv2, D-FINE); on one worker the same as batch.
+    backbone_norm: Literal["batch", "frozen", "sync"] = "batch"
     train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
     resize: ResizeConfig = ResizeConfig()
     # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of

@@ -22,13 +22,13 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self.weight
         bias, mean, variance = self.bias, self.running_mean, self.running_var
-        if x.is_cuda or x.dtype != weight.dtype:  # computed in float32, rounded once
+        if x.is_cuda:  # one kernel, computed in float32 and rounded once
             return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, EPS)  # type: ignore[arg-type]
-        # As transformers has it: on a CPU to the last bit.
+        # As transformers has it, in float32 to the last bit.
         weight, bias, variance, mean = (each.reshape(1, -1, 1, 1) for each in (weight, bias, variance, mean))  # type: ignore[operator]
         scale = weight * (variance + EPS).rsqrt()
         moved: Tensor = x * scale + (bias - mean * scale)
-        return moved
+        return moved.to(x.dtype)
 
 
 def is_frozen_norm(module: nn.Module) -> bool:

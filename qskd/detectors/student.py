@@ -183,9 +183,9 @@ def _remake_class_heads(
 
 def _set_backbone(backbone: nn.Module, config: StudentConfig) -> None:
     """Norm and trainability; transformers freezes the whole ResNet by itself."""
-    if config.backbone_norm == "batch" and config.train_backbone:
+    if config.backbone_norm != "frozen" and config.train_backbone:
         thaw_norms(backbone)
-    elif config.backbone_norm == "batch":
+    elif config.backbone_norm != "frozen":
         log.info("student.train_backbone = false keeps the backbone's norms frozen too")
     keep_precision(backbone)
     backbone.requires_grad_(config.train_backbone)

@@ -31,6 +31,7 @@ from qskd.structures import LossTerm, OnItsWay, TeacherRecord
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.module import StepModule
+from qskd.training.norms import put_right, share_statistics
 from qskd.training.stand_in import stand_in
 
 
@@ -83,8 +84,11 @@ class Training:
         self.world = world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if world > 1 else 0
         self.step_module: nn.Module = self.module
+        self.shared_norms = share_statistics(student) if world > 1 and config.student.backbone_norm == "sync" else []
+        if device.type == "cpu":
+            put_right(student)
         if world > 1:
-            # Batch statistics are each worker's own; evaluation takes rank 0's (see `evaluation_weights`).
+            # Batch statistics are each worker's own, but for `sync`; evaluation takes rank 0's (see `evaluation_weights`).
             devices = [device.index or 0] if device.type == "cuda" else None
             self.step_module = DistributedDataParallel(
                 self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -159,6 +163,8 @@ class Training:
         """The weighted sum of all terms, with its gradient's graph, and each term's value."""
         share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
         self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
+        for norm in self.shared_norms:
+            norm.absent = share is not part
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
             terms: dict[str, LossTerm] = self.step_module(
@@ -263,6 +269,8 @@ class _EvaluationWeights:
         if training.average:
             self.saved = {k: v.detach().clone() for k, v in student.state_dict().items()}
             student.load_state_dict(training.average)
+        for norm in training.shared_norms:
+            norm.absent = False
         return student.eval()
 
     def __exit__(self, *_: object) -> None:
