@@ -2,7 +2,8 @@
 
 A device runs ahead of the host only while the host asks for no value. Whatever asks is counted here, with the line that
 asked: values read as Python numbers, copies to the host, results whose size depends on values (nonzero, boolean masks), and
-copies from the host that are not asynchronous.
+copies from the host that are not asynchronous. Waiting behind an event for what was copied earlier (`qskd.structures.OnItsWay`)
+is counted apart: it takes as long as what the device was given before that copy, and nothing that was given since.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qskd.structures import OnItsWay
+
 aten = torch.ops.aten
+BEHIND_AN_EVENT = "waits behind an event"
 # Each of them ends in a copy of a value or of a size to the host.
 _WAITING = {
     aten._local_scalar_dense: "reads a value",  # item, bool, float, int
@@ -79,6 +83,7 @@ class HostWaits(TorchDispatchMode):
         self._patch(torch.Tensor, "cpu", self._to_host)
         self._patch(torch.Tensor, "tolist", self._to_host)
         self._patch(torch.Tensor, "to", self._moved)
+        self._patch(OnItsWay, "read", self._arrived)
         for owner, name in (
             (torch, "tensor"),
             (torch, "as_tensor"),
@@ -107,6 +112,10 @@ class HostWaits(TorchDispatchMode):
             self._note("copies to the host")
         result = before(tensor, *args, **kwargs)
         return self._keep(result) if isinstance(result, Tensor) else result
+
+    def _arrived(self, before: Callable[..., Any], coming: OnItsWay) -> Tensor:
+        self._note(BEHIND_AN_EVENT)
+        return self._keep(before(coming))
 
     def _made(self, before: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = before(*args, **kwargs)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import qskd.distillation.qskd.method
+import qskd.losses.matching
 import qskd.teacher.cached
 import qskd.training.module
 import qskd.training.step
@@ -44,9 +45,14 @@ from qskd.training.step import Training
 GOAL = 1.05
 WARM_UP = 2  # steps: the first ones allocate
 # Values that are read on a CPU and not on a GPU, by file and function.
-CPU_ONLY = {
+CPU_ONLY = {  # asked on a CPU alone
     "qskd/losses/dense_head.py forward": "one_hot looks at its labels only there",
     "qskd/distillation/maps.py resample": "asks whether there is anything to do only there",
+}
+
+REMAIN = {
+    "qskd/losses/matching.py finish": "the costs, which depend on all before them; the dense head is at work meanwhile",
+    "qskd/training/step.py check_finite": "the step before: there long since",
 }
 
 
@@ -90,7 +96,8 @@ _PLACES: tuple[tuple[Any, str, str], ...] = (
     (sys.modules[__name__], "train_batch", "arrays to tensors"),
     (qskd.teacher.cached, "decode_batch", "decode the record"),
     (Detector, "forward", "student"),
-    (qskd.training.module, "assign", "matching"),
+    (qskd.training.module, "begin_assigning", "matching: its costs"),
+    (qskd.losses.matching, "_solved", "matching"),
     (qskd.training.module, "detection_terms", "detection loss"),
     (DenseHead, "forward", "dense head"),
     (qskd.distillation.qskd.method, "select_both", "query selection (student and teacher)"),
@@ -214,7 +221,10 @@ def waits_table(case: Case) -> list[list[str]]:
     for what, where in dict.fromkeys([*found["plain"], *found["qskd"]]):
         file, function = where.split(":")[0], where.split()[-1]
         counts = [str(found[kind][what, where]) for kind in found]
-        lines.append([what, where, *counts, CPU_ONLY.get(f"{file} {function}", "")])
+        place = f"{file} {function}"
+        lines.append(
+            [what, where, *counts, f"on a CPU alone: {CPU_ONLY[place]}" if place in CPU_ONLY else REMAIN.get(place, "")]
+        )
     return lines
 
 
@@ -244,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
             head = [f"{name}: ms of CPU a step", "plain", "QSKD", "more", "of the plain step"]
             tables.append((head, profile(case, steps)))
             tables.append(([f"{name}: alone", "median"], backward_split(case, steps)))
-            head = [f"{name}: waits of a step on a GPU", "where", "plain", "QSKD", "only on a CPU"]
+            head = [f"{name}: waits of a step on a GPU", "where", "plain", "QSKD", "why"]
             tables.append((head, waits_table(case)))
     report.print()
     for table in tables:

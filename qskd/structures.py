@@ -54,6 +54,22 @@ def tensors_of(value: Any) -> list[Tensor]:
     return list(found.values())
 
 
+class OnItsWay:
+    """A tensor being copied to the host behind whatever its device has been given to do before; nobody waits meanwhile."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._host = values.detach().to("cpu", non_blocking=True)  # of a GPU's: into pinned memory
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """On the host. Waits for what the device was given before the copy, not for what it was given since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
 @dataclass(frozen=True)
 class Targets:
     """Ground truth of a batch, padded to the batch's largest number of objects M (which may be 0). Crowds are left out.

@@ -33,11 +33,11 @@ def test_qskd_waits_for_the_device_no_more_than_the_plain_step() -> None:
                 ours[place] = ours.get(place, 0) + count
         counted[kind] = ours
     assert counted["qskd"] == counted["plain"]
-    assert counted["qskd"]["qskd/losses/matching.py assign"] == 1
+    assert counted["qskd"]["qskd/losses/matching.py finish"] == 1
     assert counted["qskd"]["qskd/training/step.py check_finite"] == 1
     # Constants for normalising pixels may be copied to the device; nothing else may be there.
     allowed = {
-        "qskd/losses/matching.py assign",
+        "qskd/losses/matching.py finish",
         "qskd/training/step.py check_finite",
         "qskd/checkpoints/preprocessing.py to_pixels",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from qskd.precision import autocast
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.online import OnlineTeacher
 
-PRECISIONS = ("auto", "float32", "float32 with TF32")
+PRECISIONS = ("bfloat16", "float32", "float32 with TF32")  # the last is what the job computes in
 
 
 def speeds(
@@ -29,18 +30,27 @@ def speeds(
         arrays = case.arrays_of("online", batch)
         own = {name: array for name, array in arrays.items() if not name.startswith("teacher_")}
         own |= {"images": arrays["teacher_images"], "sizes": arrays["teacher_sizes"]}
-        made = step_ms(partial(maker.rows, own), device, steps)
+        with _tf32(device.type == "cuda"):
+            made = step_ms(partial(maker.rows, own), device, steps)
         given, bare = train_batch(own, device), {}
         for precision in PRECISIONS:
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            torch.set_float32_matmul_precision("high" if precision.endswith("TF32") else "highest")
-            torch.backends.cudnn.allow_tf32 = precision.endswith("TF32")
-            taken = step_ms(partial(_ask, teacher, given, precision.split()[0], device), device, steps)
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+            with _tf32(device.type == "cuda" and precision.endswith("TF32")):
+                taken = step_ms(partial(_ask, teacher, given, precision.split()[0], device), device, steps)
             bare[precision] = 1000 * batch / taken
         yield f"{family} R50, {teacher.resize.size} px, batch {batch}", 1000 * batch / made, bare
         free_memory(device)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _ask(teacher: OnlineTeacher, given: TrainBatch, precision: str, device: torch.device) -> None:

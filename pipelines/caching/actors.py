@@ -105,6 +105,7 @@ class TeacherActor:
             if size is None:
                 windows = row_batches(self.reader, shard, view, self.config.data.views, self.source[2], self.batch_size)
                 try:
+                    self._check_device()
                     decoded = self._decoded([batch for window in windows for batch in window])
                     made, optional = self.maker.in_order(windows, decoded), self.config.teacher.cache.columns
                     rows, size = write_rows(path, name, made, self.fingerprint, optional)
@@ -115,6 +116,19 @@ class TeacherActor:
             seconds = time.perf_counter() - started
             columns |= {"seconds": seconds, "waited_seconds": self.waited_s, "failure": failure}
             yield pa.table({name: [value] for name, value in columns.items()})
+
+    def _check_device(self) -> None:
+        """QskdError where this is not the kind of device that the cache's identity names (`pipelines.caching.driver`)."""
+        from qskd.errors import QskdError
+
+        asked, found = self.config.compute.device, self.maker.device.type
+        if asked != found:
+            raise QskdError(
+                "the teacher's process",
+                f"computes on {found}",
+                f"on {asked}, as Ray has reserved it",
+                "install a build of torch that can use this node's GPUs, or set compute.device=cpu",
+            )
 
     def _decoded(self, batches: Sequence[np.ndarray]) -> Iterator[Arrays]:
         import ray

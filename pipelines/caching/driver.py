@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
 from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, estimate, make_cache_plan
@@ -25,8 +25,8 @@ from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
-from qskd.teacher.identity import cache_names
-from qskd.teacher.manifest import CacheManifest, save_cache_manifest, shard_names
+from qskd.teacher.identity import cache_names, computed_by
+from qskd.teacher.manifest import CacheManifest, check_computed, save_cache_manifest, shard_names
 
 log = logging.getLogger("qskd")
 
@@ -81,8 +81,9 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
                 {},
                 cache_names(config),
             )
-            save_cache_manifest(plan.path, manifest)
             del teacher
+            manifest = _begun(plan, manifest, computed_by(config, _start(config)))
+            say_if_on_cpus(config.compute.device)
             spent = _persist(plan, manifest, sizes)
     elif plan.existing is not None:
         record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
@@ -115,6 +116,30 @@ def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mappi
     return manifest
 
 
+def _start(config: Config) -> str:
+    """Ray started or joined; the kind of device, "cpu" or "cuda", that the teacher computes on there."""
+    stage("starting Ray")
+    start_ray()
+    import ray
+
+    quiet_ray_data()
+    wanted = config.compute.device
+    gpu = wanted == "cuda" or (wanted == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    if gpu:
+        check_gpus(1)
+    return "cuda" if gpu else "cpu"
+
+
+def _begun(plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str]) -> CacheManifest:
+    """The manifest on disk, before the first unit is computed; QskdError where an existing cache was begun in another way."""
+    if plan.existing is not None:
+        check_computed(plan.existing, here, plan.path)
+        return manifest
+    manifest = replace(manifest, identity={**manifest.identity, **here})
+    save_cache_manifest(plan.path, manifest)
+    return manifest
+
+
 def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -> tuple[float, float]:
     """`_compute`, begun again with what is missing when Ray itself gives up: Ray Data's own helpers, which it does not replace
     within a job, may be on a node that goes. At most `compute.max_failures` times. The seconds are of the last try."""
@@ -140,18 +165,12 @@ def _persist(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
 
 def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -> tuple[float, float]:
     """Compute what is missing and enter it in `sizes`; returns the seconds that actors were at work, and waited."""
-    stage("starting Ray")
-    start_ray()
     import ray
 
-    quiet_ray_data()
-    say_if_on_cpus(plan.config.compute.device)
-    config, todo = plan.config, plan.todo
-    gpu = config.compute.device == "cuda" or (
-        config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
-    if gpu:
-        check_gpus(1)
+    config, todo, kind = plan.config, plan.todo, _start(plan.config)
+    check_computed(manifest, computed_by(config, kind), plan.path)  # GPUs may have come or gone since it was begun
+    # Said, not guessed by each actor: a torch that can't use the GPU it was given would compute another cache's numbers.
+    config = config.model_copy(update={"compute": config.compute.model_copy(update={"device": kind})})
     actors, cpus = actors_that_fit(plan.actors, max(1, config.compute.threads_per_worker))
     units = [{"shard": shard, "view": view} for shard, view in todo]
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
@@ -161,7 +180,7 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
         num_cpus=cpus,
-        num_gpus=1 if gpu else 0,
+        num_gpus=1 if kind == "cuda" else 0,
     )
     worked = waited = 0.0
     stage("starting the teacher's processes")
@@ -178,5 +197,5 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
             manifest = record_finished_views(plan, manifest, sizes)
     if worked and waited > WAIT_SHARE * worked:
         cpus_there = ray.cluster_resources().get("CPU", 1.0)
-        log.warning(hungry(waited / worked, readers_each(config.compute, gpu, cpus_there), "the teacher"))
+        log.warning(hungry(waited / worked, readers_each(config.compute, kind == "cuda", cpus_there), "the teacher"))
     return worked, waited

@@ -34,7 +34,6 @@ from qskd.teacher.manifest import (
     CacheManifest,
     check_identity,
     file_name,
-    fingerprint_of,
     load_cache_manifest,
     replaceable_cache,
     shard_names,
@@ -116,7 +115,7 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
 def _whole_files(plan: CachePlan, existing: CacheManifest) -> dict[Unit, int]:
     """The bytes of each unit's file that is there and whole. One listing says it of the views that are finished; a file's end
     is read where there is no such record, or the file is not as it says."""
-    names, fingerprint = shard_names(plan.data), fingerprint_of(plan.identity)
+    names, fingerprint = shard_names(plan.data), existing.fingerprint
     there, told = sizes_in(plan.path), sizes_of(existing, existing.views)
 
     def size_of(unit: Unit) -> int | None:

@@ -30,6 +30,8 @@ def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
         raise QskdError(plan.path, "no finished view", "a cache made with this recipe", "run `qskd cache RECIPE`")
     teacher = make_teacher(config, plan.data.labels)
     assert teacher is not None
+    if said := plan.existing.identity.get("computed.precision"):
+        config = config.model_copy(update={"compute": config.compute.model_copy(update={"precision": said})})
     device = device_here(config)
     torch.set_num_threads(config.compute.threads_per_worker or torch.get_num_threads())
     maker, resize = CacheMaker(config, teacher, device), teacher_preprocessing(config).resize

@@ -1,4 +1,4 @@
-"""Which device a process computes on."""
+"""Which device a process computes on. Where a program asks for a GPU here, it also allows it TF32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from qskd.config import Config
+from qskd.precision import allow_tf32
 
 
 def gpus_are_ours() -> bool:
@@ -22,7 +23,12 @@ def gpus_are_ours() -> bool:
 def device_of(name: str) -> torch.device:
     """Of auto, cpu and cuda: a GPU where there is one that this process may use, unless the CPU is asked for."""
     wanted = name != "cpu" and torch.cuda.is_available() and gpus_are_ours()
-    return torch.device("cuda" if wanted else "cpu")
+    return _ready(torch.device("cuda" if wanted else "cpu"))
+
+
+def _ready(device: torch.device) -> torch.device:
+    allow_tf32(device)
+    return device
 
 
 def device_here(config: Config) -> torch.device:
@@ -59,5 +65,5 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         import ray.train.torch
 
-        return ray.train.torch.get_device()
+        return _ready(ray.train.torch.get_device())
     return torch.device(name)

@@ -27,6 +27,9 @@ BEGUN_BEFORE = {
     "student.frozen_stages": 0,
     "training.sampling_learning_rate_scale": 1.0,
     "training.undecayed": "nothing",
+    "detection.denoising_queries": 0,
+    "detection.fgl_weight": 0.0,
+    "detection.ddf_weight": 0.0,
 }
 DATA = "data.json"  # fingerprints of the shards that a run was begun on
 

@@ -18,6 +18,7 @@ from qskd.checkpoints.weights import check_path, read_config
 from qskd.config import ResizeConfig
 from qskd.errors import QskdError
 from qskd.families.table import find_family
+from qskd.precision import channels_first
 
 log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
@@ -184,6 +185,6 @@ def to_pixels(images: Tensor, sizes: Tensor, mean: Channels, std: Channels) -> t
     pixel_mask = rows[:, :, None] & columns[:, None, :]
     # Made on the host and copied without waiting; made on the device they would be two waits a step.
     shift, scale = (torch.tensor(v).to(images.device, non_blocking=True).view(3, 1, 1) for v in (mean, std))
-    pixel_values = images.permute(0, 3, 1, 2).contiguous().to(torch.float32, copy=True)
+    pixel_values = channels_first(images).to(torch.float32, copy=True)
     # In place: four more tensors of a batch's pixels cost more than the arithmetic, on a CPU twice as much.
     return pixel_values.div_(255).sub_(shift).div_(scale).mul_(pixel_mask[:, None]), pixel_mask

@@ -80,10 +80,10 @@ class DetectionLossConfig(Section):
     # image's objects, under some wrong names, to find back; and as many further off, to be refused. 0 = off; needs `auxiliary`.
     # null: a third of the student's queries, as published (100 of 300).
     denoising_queries: Annotated[int | None, Field(ge=0, le=2**16)] = None
-    fgl_weight: NonNegative = 0.15  # D-FINE: of the loss of a side's distribution against the object's side (FGL)
-    ddf_weight: NonNegative = (
-        1.5  # D-FINE: of the loss of a side's distribution in a layer against the last layer's (DDF)
-    )
+    # D-FINE: of the loss of a side's distribution against the object's side (FGL). null: 0.15, as published.
+    fgl_weight: NonNegative | None = None
+    # D-FINE: of the loss of a side's distribution in a layer against the last layer's (DDF). null: 1.5, as published.
+    ddf_weight: NonNegative | None = None
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 
@@ -128,7 +128,9 @@ class ComputeConfig(Section):
     # Elastic: begin with so many workers when no more can be had, and take up to `workers` when they can. 0 = always `workers`.
     min_workers: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each worker where Ray has so many now, else CPUs
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the GPU has it
+    # auto: bfloat16 autocast where the GPU has it; a cache of teacher outputs is then computed in float32 all the same. A GPU
+    # multiplies float32 in TF32.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Images of an evaluation that all workers together run at once, without gradients; 0 = training.batch_size.
     evaluation_batch_size: Annotated[int, Field(ge=0)] = 0
     # Of evaluations, `qskd evaluate` too. float32: what a student says wherever it runs later; the others as in `precision`, faster

@@ -70,7 +70,9 @@ class StudentConfig(Section):
     # with 3. The other families read one map.
     feature_levels: Count = 1
     box_refinement: bool = True  # deformable_detr only: the others always refine, or never
-    backbone_norm: Literal["batch", "frozen"] = "batch"  # frozen is right for pretrained backbones and tiny batches
+    # frozen is right for pretrained backbones and tiny batches. sync: batch norms over the images of all workers together, outside
+    # the backbone too (RT-DETR, RT-DETRv2, D-FINE); on one worker the same as batch.
+    backbone_norm: Literal["batch", "frozen", "sync"] = "batch"
     train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
     # First stages of the backbone that keep their weights and norms, the stem with them; 0: everything learns. null: the family's
     # own where backbone.init or init gives the weights and inherit does not: 1 for detr, conditional_detr, dab-detr and

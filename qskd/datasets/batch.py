@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qskd.config import TrainingConfig
+from qskd.datasets.pictures.cuts import sizes_of
 from qskd.datasets.pictures.resample import make_pixels
 from qskd.datasets.schedule import split
 from qskd.structures import Targets, to_device
@@ -21,7 +22,8 @@ class TrainBatch:
 
     images: uint8 [n, H, W, 3]; sizes: int32 [n, 2], height and width of the real part. The teacher's are the same tensors
     when both networks see the same resolution. cached: the columns of a second reader of rows that came with the images
-    (the teacher's outputs, from their cache), by their names; empty without one.
+    (the teacher's outputs, from their cache), by their names; empty without one. least: height and width that each image has
+    at least, known on the host; None where nobody has looked.
     """
 
     images: Tensor
@@ -30,6 +32,8 @@ class TrainBatch:
     teacher_sizes: Tensor
     targets: Targets
     cached: dict[str, Tensor] = field(default_factory=dict)
+    least: tuple[int, int] | None = None
+    teacher_least: tuple[int, int] | None = None
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
@@ -80,8 +84,16 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         teacher_sizes=teacher_sizes,
         targets=targets,
         cached={name: tensor(name) for name in arrays if name.startswith("teacher_")} if cached else {},
+        least=least_of(arrays),
+        teacher_least=least_of(arrays, "teacher_" if own else ""),
     )
     return to_device(batch, device)
+
+
+def least_of(arrays: Mapping[str, np.ndarray], prefix: str = "") -> tuple[int, int] | None:
+    """Height and width that each of the loader's images has at least; None of none."""
+    sizes = arrays[f"{prefix}sizes"] if f"{prefix}sizes" in arrays else sizes_of(arrays[f"{prefix}cuts"])
+    return (int(sizes[:, 0].min()), int(sizes[:, 1].min())) if len(sizes) else None
 
 
 def parts_of(

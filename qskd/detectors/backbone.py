@@ -14,6 +14,7 @@ from qskd.checkpoints.clean_config import backbone_config_of
 from qskd.checkpoints.json_files import shown
 from qskd.checkpoints.weights import check_keys, check_path, load_model, read_said
 from qskd.config import BackboneConfig
+from qskd.detectors.norms import EPS, is_frozen_norm
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
@@ -84,14 +85,14 @@ def first_stages(resnet: nn.Module, count: int) -> list[nn.Module]:
 def thaw_norms(module: nn.Module, kept: Collection[nn.Module] = ()) -> None:
     """Outside the modules in `kept`, replace, in place, transformers' FrozenBatchNorm2d by a BatchNorm2d with the same values.
 
-    The names and the eps (1e-5) are the same, so a saved student loads into the frozen norm and evaluates alike.
+    The names and the eps are the same, so a saved student loads into the frozen norm and evaluates alike.
     """
     for name, child in list(module.named_children()):
         if child in kept:
             continue
-        if type(child).__name__.endswith("FrozenBatchNorm2d"):
+        if is_frozen_norm(child):
             frozen: Any = child
-            norm = ThawedBatchNorm2d(frozen.weight.shape[0], eps=1e-5)
+            norm = ThawedBatchNorm2d(frozen.weight.shape[0], eps=EPS)
             norm.load_state_dict(
                 {**frozen.state_dict(), "num_batches_tracked": torch.tensor(0)},
             )

@@ -32,6 +32,7 @@ from qskd.checkpoints.weights import (
 from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.detector import Detector
+from qskd.detectors.norms import keep_precision
 from qskd.errors import QskdError, writing
 from qskd.families.table import FAMILIES, find_family
 from qskd.storage.durable import sync_folder, sync_tree
@@ -67,6 +68,7 @@ def load_detector(path_or_name: str | Path) -> Detector:
     if timm is not None:
         log.info("%s: timm's %s read as transformers' ResNet", path, timm.name)
         dilate(family.backbone(model).get_submodule("model"), timm.output_stride, path)
+    keep_precision(model)
     return Detector(model).eval()
 
 

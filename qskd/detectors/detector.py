@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,8 +18,10 @@ from qskd.config import ResizeConfig
 from qskd.detectors.exact import Exact, exactly
 from qskd.detectors.extra_queries import ExtraQueries, QueryInlet, added
 from qskd.detectors.taps import Tap, listening
+from qskd.detectors.unasked import KnownMask, hides_nothing, knowing
 from qskd.families.family import Family, Predictions
 from qskd.families.table import find_family
+from qskd.precision import lay_out
 from qskd.structures import DetectorOutput, ExtraPredictions
 
 
@@ -130,6 +132,7 @@ class Detector(nn.Module):
         self._encoder_layers = [m for m in model.modules() if type(m).__name__.endswith("EncoderLayer")]
         self._layers = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
+        self._masked = [] if family.many_maps else [KnownMask(model.model.encoder), KnownMask(model.model.decoder)]
         self._placing = [Exact(module) for module in family.placing(model)]
         self.denoises = family.denoises
         self.side_distributions = family.side_distributions
@@ -162,6 +165,12 @@ class Detector(nn.Module):
         for layer in self._encoder_layers:
             if not layer.dropout and not getattr(layer, "activation_dropout", 0.0):
                 layer.training = False
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Detector:
+        """Moved to another device, it lies there as that one wants it (`qskd.precision`)."""
+        super()._apply(fn, recurse)
+        lay_out(self.backbone)
         return self
 
     def preprocessing(self, resize: ResizeConfig) -> Preprocessing:
@@ -204,6 +213,7 @@ class Detector(nn.Module):
         pixel_mask: Tensor,
         with_attention: bool = True,
         extra: ExtraQueries | None = None,
+        least: tuple[int, int] | None = None,
     ) -> DetectorOutput:
         """Detect, in training and evaluation alike with all decoder layers.
 
@@ -212,10 +222,17 @@ class Detector(nn.Module):
         also under autocast; memory and features have the precision that the model ran in. `attend` uses the weights as
         they are when it is called: call it before the optimizer's step.
         extra: queries to add for this forward, of families that `denoises`; the model's own do not see them. The output has
-        them in `extra` alone, and keeps nothing for `attend`.
+        them in `extra` alone, and keeps nothing for `attend`. least: height and width that each image has at least, as
+        `pixel_mask` says it, where the host knows; without it transformers may ask the device, and wait.
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
-        with listening(self.taps(with_attention)), exactly(self._placing, pixel_values.device.type):
+        padded = _size(pixel_values)
+        full = None if least is None else lambda: hides_nothing(least, padded, _size(self._projections[0].returned))
+        with (
+            listening(self.taps(with_attention)),
+            exactly(self._placing, pixel_values.device.type),
+            knowing(self._masked, full, self.model),
+        ):
             if extra is None:
                 outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
             elif self._inlet is None:

@@ -20,6 +20,7 @@ from qskd.detectors.backbone import backbone_config, first_stages, load_backbone
 from qskd.detectors.checkpoint import load_detector
 from qskd.detectors.cost import gflops, parameters
 from qskd.detectors.detector import Detector
+from qskd.detectors.norms import keep_precision
 from qskd.errors import QskdError
 from qskd.families.initialisation import set_class_prior
 from qskd.families.table import find_family
@@ -194,10 +195,11 @@ def _remake_class_heads(
 def _set_backbone(backbone: nn.Module, config: StudentConfig, frozen_stages: int) -> None:
     """Norm and trainability; transformers freezes the whole ResNet by itself."""
     frozen = first_stages(backbone.get_submodule("model"), frozen_stages) if frozen_stages else []
-    if config.backbone_norm == "batch" and config.train_backbone:
+    if config.backbone_norm != "frozen" and config.train_backbone:
         thaw_norms(backbone, frozen)
-    elif config.backbone_norm == "batch":
+    elif config.backbone_norm != "frozen":
         log.info("student.train_backbone = false keeps the backbone's norms frozen too")
+    keep_precision(backbone)
     backbone.requires_grad_(config.train_backbone)
     for part in frozen:
         part.requires_grad_(False)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from qskd.datasets.batch import images_of
+from qskd.datasets.batch import images_of, least_of
 from qskd.datasets.views import View, crop_size, view_image
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.evaluation.average_precision import detections_from
@@ -50,7 +50,7 @@ def predict_pairs(
     images, sizes = images_of(arrays, device)
     pixels, mask = to_pixels(images, sizes, preprocessing.mean, preprocessing.std)
     with torch.inference_mode(), autocast(precision, torch.device(device)):
-        output = detector(pixels, mask, with_attention=False)
+        output = detector(pixels, mask, with_attention=False, least=least_of(arrays))
         logits = output.logits[-1] if slots is None else output.logits[-1][..., list(slots)]
         original_sizes = torch.from_numpy(arrays["original_sizes"].copy())
         ids = arrays["image_ids"].tolist()

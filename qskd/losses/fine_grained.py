@@ -19,11 +19,15 @@ TEMPERATURE = 5.0  # of DDF
 SIDES = 4
 
 
+PUBLISHED_FGL, PUBLISHED_DDF = 0.15, 1.5  # in D-FINE's configurations
+
+
 def fine_grained_weights(config: DetectionLossConfig) -> dict[str, float]:
     """The weight of every term that `fine_grained_terms` gives."""
-    weights = {"fgl": config.fgl_weight}
+    weights = {"fgl": PUBLISHED_FGL if config.fgl_weight is None else config.fgl_weight}
     if config.auxiliary:
-        weights |= {"ddf_matched": config.ddf_weight, "ddf_others": config.ddf_weight}
+        ddf = PUBLISHED_DDF if config.ddf_weight is None else config.ddf_weight
+        weights |= {"ddf_matched": ddf, "ddf_others": ddf}
     return weights
 
 

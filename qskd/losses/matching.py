@@ -6,16 +6,17 @@ an image's own queries meet its own objects, and all layers of all networks wait
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config import DetectionLossConfig
-from qskd.structures import Classification, Targets
+from qskd.structures import Classification, OnItsWay, Targets
 
 Prediction = tuple[Tensor, Tensor]  # logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]
 
@@ -58,52 +59,76 @@ def matching_costs(
     return torch.nan_to_num(cost, nan=worst, posinf=worst, neginf=worst)
 
 
-@torch.no_grad()
 def assign(
     predictions: Sequence[Prediction],
     targets: Targets,
     config: DetectionLossConfig,
     classifications: Sequence[Classification] = (),
 ) -> list[Tensor]:
-    """Give each object the query that costs least in a one-to-one assignment, for each layer of each network.
+    """Give each object the query that costs least in a one-to-one assignment, for each layer of each network. What the device
+    can do before the answer is there is given to it between `begin_assigning` and the call of what that returns.
 
     predictions: (logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]) of each network; L and Q may differ between them.
     classifications: which class cost (`matching_costs`) the first networks have; "focal" for those it does not name.
     Returns for each network the query indices [L, B, M] int64 on the predictions' device; -1 in the padding, and for
     the objects left over when an image has more objects than queries.
 
-    Equal to transformers' `DeformableDetrHungarianMatcher` at its alpha of 0.25. The host copy of the costs is the only
-    point at which our part of a training step waits for the device (families of one map ask twice more, inside transformers,
-    whether a mask hides anything; RT-DETRv2 and D-FINE whether sizes fit).
+    Equal to transformers' `DeformableDetrHungarianMatcher` at its alpha of 0.25. The costs' way to the host is the only point at
+    which a training step waits for what the device has just been given: they depend on it, and are solved on the host.
     """
+    return begin_assigning(predictions, targets, config, classifications)()
+
+
+@torch.no_grad()
+def begin_assigning(
+    predictions: Sequence[Prediction],
+    targets: Targets,
+    config: DetectionLossConfig,
+    classifications: Sequence[Classification] = (),
+) -> Callable[[], list[Tensor]]:
+    """`assign` in two: the costs begin their way to the host; the function that is returned waits for them and gives the result."""
     device, slots = targets.boxes_cxcywh.device, targets.valid.shape[1]
     shapes = [(len(logits), len(targets.counts), slots) for logits, _ in predictions]
     if not sum(targets.counts):
-        return [torch.full(shape, -1, dtype=torch.int64, device=device) for shape in shapes]
+        return lambda: [torch.full(shape, -1, dtype=torch.int64, device=device) for shape in shapes]
     image, slot = packed_positions(targets.counts, device)
     kinds = [*classifications, *["focal"] * (len(predictions) - len(classifications))]
     costs = [
         matching_costs(*prediction, targets, image, slot, config, kind)  # type: ignore[arg-type]
         for prediction, kind in zip(predictions, kinds, strict=True)
     ]
-    host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    sizes = [tuple(cost.shape) for cost in costs]
+    coming = OnItsWay(torch.cat([cost.flatten() for cost in costs]))
 
+    def finish() -> list[Tensor]:
+        back = torch.from_numpy(_solved(coming.read().numpy(), sizes, shapes, targets.counts))
+        back = (back.pin_memory() if device.type == "cuda" else back).to(device, non_blocking=True)
+        parts = back.split([int(np.prod(shape)) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    return finish
+
+
+def _solved(
+    host: NDArray[np.float32],
+    sizes: Sequence[tuple[int, ...]],
+    shapes: Sequence[tuple[int, int, int]],
+    counts: Sequence[int],
+) -> NDArray[np.int64]:
+    """The costs of all networks, one after the other, each of its size [L, N, Q] -> the queries chosen, as flat, each of its
+    shape [L, B, M]."""
     chosen = np.full(sum(int(np.prod(shape)) for shape in shapes), -1, dtype=np.int64)
     read = write = 0
-    for cost, shape in zip(costs, shapes, strict=True):
-        layers, objects, queries = cost.shape
-        tables = host[read : read + cost.numel()].reshape(layers, objects, queries)
+    for size, shape in zip(sizes, shapes, strict=True):
+        tables = host[read : read + int(np.prod(size))].reshape(size)
         result = chosen[write : write + int(np.prod(shape))].reshape(shape)  # a view: written in place
         for layer, table in enumerate(tables):
             start = 0
-            for index, count in enumerate(targets.counts):
+            for index, count in enumerate(counts):
                 if count:
                     # Transposed as transformers has it, so that ties between equal costs fall alike.
                     query, taken = linear_sum_assignment(table[start : start + count].T)
                     result[layer, index, taken] = query
                     start += count
-        read, write = read + cost.numel(), write + result.size
-    back = torch.from_numpy(chosen)
-    back = (back.pin_memory() if device.type == "cuda" else back).to(device, non_blocking=True)
-    parts = back.split([int(np.prod(shape)) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        read, write = read + tables.size, write + result.size
+    return chosen

@@ -9,8 +9,9 @@ from qskd.config import Config
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_config, read_preprocessing
+from qskd.precision import cached_in
 from qskd.structures import TeacherNeeds
-from qskd.teacher.manifest import CODEC_VERSION
+from qskd.teacher.manifest import CODEC_VERSION, COMPUTED
 
 
 def teacher_preprocessing(config: Config) -> Preprocessing:
@@ -19,7 +20,8 @@ def teacher_preprocessing(config: Config) -> Preprocessing:
 
 
 def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
-    """Everything that decides the numbers in the cache, by field. Loads no weights (they are read once, for a checksum)."""
+    """Everything in a recipe that decides the numbers in the cache, by field. Loads no weights (they are read once, for a
+    checksum). A cache's own identity says besides what it was computed on (`computed_by`)."""
     seen_as, cache = teacher_preprocessing(config), config.teacher.cache
     labels = labels_of(read_config(config.teacher.path))
     identity = checkpoint_digests(config.teacher.path) | {
@@ -41,6 +43,11 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         json.dumps(identity)
     )  # lists for tuples, to compare with what a manifest says
     return as_stored
+
+
+def computed_by(config: Config, device: str) -> dict[str, str]:
+    """The fields of `COMPUTED` for units that are computed on a device of this kind, "cpu" or "cuda"."""
+    return dict(zip(COMPUTED, (device, cached_in(config.compute.precision)), strict=True))
 
 
 def cache_names(config: Config) -> dict[str, str]:

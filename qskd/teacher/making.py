@@ -14,7 +14,7 @@ from qskd.datasets.batch import train_batch
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.views import make_view, viewed_size
 from qskd.errors import QskdError
-from qskd.precision import autocast
+from qskd.precision import autocast, cached_in
 from qskd.structures import TeacherRecord
 from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
@@ -61,8 +61,8 @@ class CacheMaker:
             known = TeacherRecord(rounded(record.logits, cache.precision), record.boxes_cxcywh)
             return queries_above(known, batch.targets, cache.attention_giou_floor, costs)
 
-        with torch.inference_mode(), autocast(self.config.compute.precision, self.device):
-            record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose)
+        with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
+            record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose, batch.least)
         return record
 
     def rows(self, arrays: Mapping[str, np.ndarray]) -> list[TeacherRow]:

@@ -1,7 +1,8 @@
 """What a cache of teacher outputs says of itself: of which teacher, on which data and views, and what is in it.
 
 The identity is everything that decides the cached numbers. A run that expects another identity is told every field in
-which they differ, with both values.
+which they differ, with both values. What the units were computed on and in is part of it, so that all of a cache agree; who
+reads them may compute on anything.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ REMEDY = "make it again: `qskd cache RECIPE --overwrite`, which deletes this cac
 FILE_REMEDY = "delete this file: `qskd cache RECIPE` then makes it again, and no other"
 NOT_OURS = "choose another folder, --set teacher.cache.path=ANOTHER: this file is no cache's, and is left as it is"
 _BY_NAME = {"teacher": ("teacher.weights_sha256", "teacher.config_sha256"), "data": ("data.train",)}
+COMPUTED = ("computed.device", "computed.precision")  # "cpu" or "cuda"; "float32" (a GPU's with TF32) or "bfloat16"
 _SHORT = 12  # letters of a checksum that a message shows
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -143,10 +145,10 @@ def check_identity(
     manifest: CacheManifest, expected: Mapping[str, Any], where: str, asked: Mapping[str, str] | None = None
 ) -> None:
     """QskdError naming each field in which the cache is not what the recipe asks for, with both values. asked: the recipe's
-    own names, as `CacheManifest.made_with` has the cache's."""
+    own names, as `CacheManifest.made_with` has the cache's. What it was computed on is not asked (`check_computed`)."""
     differences = [
         f"{field} is {_shown(manifest.identity.get(field))} in the cache, {_shown(expected.get(field))} in the recipe"
-        for field in sorted(manifest.identity.keys() | expected.keys())
+        for field in sorted((manifest.identity.keys() | expected.keys()) - set(COMPUTED))
         if manifest.identity.get(field) != expected.get(field)
     ]
     if differences:
@@ -157,6 +159,24 @@ def check_identity(
             "a cache made with this recipe's teacher, data, views and cache settings",
             "bring the recipe in line (--set ...), make another cache (`qskd cache RECIPE --set "
             "teacher.cache.path=ANOTHER`), or replace this one (`qskd cache RECIPE --overwrite` deletes its files)",
+        )
+
+
+def check_computed(manifest: CacheManifest, here: Mapping[str, str], where: str) -> None:
+    """QskdError when units that are added now would not be computed as those that are there. here: the fields of `COMPUTED`, of
+    this job. A cache of before this was kept does not say, and is gone on with."""
+    differences = [
+        f"{field} is {_shown(manifest.identity[field])} in the cache, {_shown(here[field])} in this job"
+        for field in COMPUTED
+        if field in manifest.identity and manifest.identity[field] != here[field]
+    ]
+    if differences:
+        raise QskdError(
+            where,
+            f"a cache that was begun in another way: {'; '.join(differences)}",
+            "all units of a cache computed on one kind of device, in one precision",
+            "go on as it was begun (--set compute.device=..., --set compute.precision=...), make another cache (--set "
+            "teacher.cache.path=ANOTHER), or replace this one (`qskd cache RECIPE --overwrite` deletes its files)",
         )
 
 

@@ -57,7 +57,7 @@ class OnlineTeacher(nn.Module):
 
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """Asked about a training batch, all queries' attention included where attention is needed."""
-        record: TeacherRecord = self(batch.teacher_images, batch.teacher_sizes, needs)
+        record: TeacherRecord = self(batch.teacher_images, batch.teacher_sizes, needs, least=batch.teacher_least)
         return record
 
     def online(self, batch: TrainBatch) -> Online:
@@ -75,15 +75,21 @@ class OnlineTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, images: Tensor, sizes: Tensor, needs: TeacherNeeds, choose: Choose | None = None
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        needs: TeacherNeeds,
+        choose: Choose | None = None,
+        least: tuple[int, int] | None = None,
     ) -> TeacherRecord:
         """images: uint8 [B, H, W, 3] at the teacher's own resolution; sizes: int [B, 2] real height and width.
 
         choose: from the record without attention to the queries [B, A] whose attention is wanted, -1 = none. Without it
-        all queries', for which of them a method keeps depends on the matching, which has not been done yet.
+        all queries', for which of them a method keeps depends on the matching, which has not been done yet. least: see
+        `Detector.forward`.
         """
         pixels, mask = to_pixels(images, sizes, self.preprocessing.mean, self.preprocessing.std)
-        output = self.detector(pixels, mask, with_attention=needs.attention)
+        output = self.detector(pixels, mask, with_attention=needs.attention, least=least)
         layers = slice(None) if needs.all_layers else slice(-1, None)
         record = TeacherRecord(
             logits=self._of_dataset(output.logits[layers]),

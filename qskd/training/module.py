@@ -15,7 +15,7 @@ from qskd.losses.denoising import Denoising, Noise, denoising_terms, denoising_w
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
-from qskd.losses.matching import assign
+from qskd.losses.matching import begin_assigning
 from qskd.structures import LossTerm, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
 from qskd.training.query_groups import query_groups_of
@@ -68,6 +68,7 @@ class StepModule(nn.Module):
         teacher: TeacherRecord | None,
         online: Online | None = None,
         noise: Noise | None = None,
+        least: tuple[int, int] | None = None,
     ) -> dict[str, LossTerm]:
         """noise: of the images' denoising queries, for a student that has them; None where no image of the global batch has an
         object."""
@@ -75,7 +76,7 @@ class StepModule(nn.Module):
         noised = self.denoising(targets, noise) if self.denoising is not None and noise is not None else None
         groups, others = self.query_groups, None
         with groups.asked(self.student) if groups is not None else nullcontext():
-            output = self.student(pixels, mask, with_attention=False, extra=noised and noised.queries)
+            output = self.student(pixels, mask, with_attention=False, extra=noised and noised.queries, least=least)
         if groups is not None:
             output, others = groups.parted(output)
         early, kind = self.student.num_early, self.student.classification
@@ -87,7 +88,11 @@ class StepModule(nn.Module):
         kinds = [kind] * len(predictions)
         if teacher is not None:
             predictions.append((teacher.logits, teacher.boxes_cxcywh))
-        assignments = assign(predictions, targets, self.config.detection, kinds)
+        finish = begin_assigning(predictions, targets, self.config.detection, kinds)
+        dense: dict[str, LossTerm] = {}
+        if self.dense_head is not None:  # before the matching is waited for: it needs none
+            dense = self.dense_head(output.features[0], output.memory_valid[0], targets)
+        assignments = finish()
         terms = detection_terms(
             logits, boxes, targets, assignments[0], self.config.detection, kind, early, output.no_object
         )
@@ -106,8 +111,7 @@ class StepModule(nn.Module):
             terms |= denoising_terms(output.extra, noised, self.config.detection, kind)
         elif self.denoising is not None:
             terms |= self.denoising.nothing(denoising_weights(self.config.detection, output.sides is not None))
-        if self.dense_head is not None:
-            terms |= self.dense_head(output.features[0], output.memory_valid[0], targets)
+        terms |= dense
         if self.method is not None and teacher is not None:
             lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[-1], online)
             terms |= self.method(lesson)

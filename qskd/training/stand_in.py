@@ -22,4 +22,6 @@ def stand_in(device: torch.device, student: ResizeConfig, teacher: Teacher | Non
     none = torch.zeros(1, 0, dtype=torch.int64)
     targets = Targets(torch.zeros(1, 0, 4), none, none.bool(), image_ids=(), counts=(0,))
     own = (teacher and teacher.resize) or student
-    return to_device(TrainBatch(*black(student), *black(own), targets), device)
+    images, teacher_images = black(student), black(own)
+    sides = [(size, size) for size in (images[0].shape[1], teacher_images[0].shape[1])]
+    return to_device(TrainBatch(*images, *teacher_images, targets, {}, *sides), device)

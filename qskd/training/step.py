@@ -28,13 +28,14 @@ from qskd.distillation.method import Online
 from qskd.errors import QskdError
 from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine
-from qskd.precision import autocast
-from qskd.structures import LossTerm, TeacherRecord, to_device, with_rest
+from qskd.precision import autocast, laid_out_as
+from qskd.structures import LossTerm, OnItsWay, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.augmentation import augmentation_of
 from qskd.training.groups import parameter_groups
 from qskd.training.module import StepModule
+from qskd.training.norms import put_right, share_statistics
 from qskd.training.stand_in import stand_in
 
 
@@ -82,10 +83,15 @@ class Training:
         others = world > 1 and self.module.denoising is not None and dist.get_backend() != "gloo"
         self.hosts = dist.new_group(backend="gloo") if others else None
         self.step_module: nn.Module = self.module
+        self.shared_norms = share_statistics(student) if world > 1 and config.student.backbone_norm == "sync" else []
+        if device.type == "cpu":
+            put_right(student)
         if world > 1:
-            # Batch statistics are each worker's own; evaluation takes rank 0's (see `evaluation_weights`).
+            # Batch statistics are each worker's own, but for `sync`; evaluation takes rank 0's (see `evaluation_weights`).
             devices = [device.index or 0] if device.type == "cuda" else None
-            self.step_module = DistributedDataParallel(self.module, device_ids=devices, broadcast_buffers=False)
+            self.step_module = DistributedDataParallel(
+                self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         if config.compute.compile:
             self.student.backbone.compile()  # the part without hooks; state_dict keeps its names
         self.optimizer = torch.optim.AdamW(
@@ -101,7 +107,7 @@ class Training:
         self.augmentation = augmentation_of(config, student, total_steps)
         self.step = 0
         self.shared_buffers_at = -1  # the step at which every worker had rank 0's buffers
-        self._last: tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
+        self._last: tuple[OnItsWay, Tensor, dict[str, Tensor], tuple[int, ...]] | None = None
 
     @property
     def student(self) -> Detector:
@@ -142,7 +148,8 @@ class Training:
         mean = said[0]
         if len(said) > 1:
             mean = {name: torch.stack([values[name] for values in said]).mean() for name in mean}
-        self._last = (mean["total"], norm, mean, tuple(image for part in parts for image in part.targets.image_ids))
+        images = tuple(image for part in parts for image in part.targets.image_ids)
+        self._last = (OnItsWay(mean["total"] + norm), norm, mean, images)
         return mean
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
@@ -157,13 +164,16 @@ class Training:
         share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
         noise = self._noise(part)
         self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
-        images, sizes = share.images, share.sizes
+        images, sizes, least = share.images, share.sizes, share.least
         if self.augmentation is not None and share is part:  # the teacher sees the share as it is
             images, sizes = self.augmentation(images, sizes, share.targets.image_ids, self.step)
+            least = least if sizes is share.sizes else None
+        for norm in self.shared_norms:
+            norm.absent = share is not part
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
             terms: dict[str, LossTerm] = self.step_module(
-                images, sizes, share.targets, record, self._online(share), noise
+                images, sizes, share.targets, record, self._online(share), noise, least
             )
         if share is not part:
             terms = {
@@ -217,11 +227,11 @@ class Training:
         """Raise QskdError, with the terms and the image ids, if the last step's loss or gradient was not finite."""
         if self._last is None:
             return
-        total, norm, values, image_ids = self._last
+        checked, norm, values, image_ids = self._last
         self._last = None
-        if not math.isfinite((total + norm).item()):
+        if not math.isfinite(checked.read().item()):
             listed = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
-            broken = "gradient" if math.isfinite(total.item()) else "loss"
+            broken = "gradient" if math.isfinite(values["total"].item()) else "loss"
             raise QskdError(
                 f"training step {self.step - 1}",
                 f"the {broken} is not finite: {listed}; gradient norm {norm.item():.4g}; images {list(image_ids)}",
@@ -257,7 +267,9 @@ class Training:
     def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Continue from `state()` after `step` steps."""
         self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
-        self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
+        now = self.student.state_dict()
+        averages = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
+        self.average = {k: laid_out_as(v, now[k]) for k, v in averages.items()}
         parameters = dict(self.module.named_parameters())
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -269,8 +281,7 @@ class Training:
                         "the parameters that the run was begun with",
                         "set student.frozen_stages, student.backbone_norm and student.train_backbone as they were then",
                     )
-                on = "cpu" if slot == "step" and self.device.type == "cpu" else self.device
-                self.optimizer.state[parameters[name]][slot] = value.to(on)
+                self.optimizer.state[parameters[name]][slot] = laid_out_as(value, parameters[name])
         self.step = step
 
 
@@ -290,6 +301,8 @@ class _EvaluationWeights:
         if training.average:
             self.saved = {k: v.detach().clone() for k, v in student.state_dict().items()}
             student.load_state_dict(training.average)
+        for norm in training.shared_norms:
+            norm.absent = False
         return student.eval()
 
     def __exit__(self, *_: object) -> None:
