@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from pipelines.training.stream import local_stream
 from safetensors.torch import load_file
 from tiny import recipe
 
+from pipelines.feed.stream import local_stream
 from pipelines.inspection.evaluate import evaluate
 from pipelines.reporting import choice
 from pipelines.reporting.choice import choose

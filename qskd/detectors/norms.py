@@ -19,6 +19,10 @@ class FrozenBatchNorm2d(nn.Module):
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, getattr(frozen, name))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # of a norm that was not frozen, as transformers' drops it
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self.weight
         bias, mean, variance = self.bias, self.running_mean, self.running_var
