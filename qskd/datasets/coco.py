@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from qskd.datasets.formats.coco_fields import read_categories
 from qskd.datasets.formats.coco_fields import some as _some
 from qskd.datasets.formats.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.formats.coco_json import CocoFile, Irregular
-from qskd.datasets.formats.columns import Ids, ListedImage, ObjectColumns
+from qskd.datasets.formats.columns import Ids, ListedImage, ObjectColumns, PlainBlock
 from qskd.datasets.formats.outlines import with_bbox
 from qskd.datasets.pictures.facts import Exif, fits_only_turned
 from qskd.datasets.pictures.listed_dataset import ListedDataset, OnError
@@ -30,6 +31,7 @@ from qskd.printable import one_line, shown_path, shown_value
 from qskd.untrusted import parse_large_json
 
 __all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
+_BLOCK = 512  # annotations looked at together
 _LONGEST_PATH = 4096  # characters: no system takes a longer one
 _LARGEST_SIDE = 2**31 - 1  # pixels: a shard's column holds no more
 _LARGEST_AREA = float(np.finfo(np.float32).max)  # square pixels: likewise
@@ -168,32 +170,74 @@ class CocoDataset(ListedDataset):
 
     def _read_annotations(self, entries: Iterable[Any]) -> None:
         categories = {category.id for category in self.categories}
-        seen = Ids()
+        seen, left, position = Ids(), iter(entries), 0
+        while block := list(itertools.islice(left, _BLOCK)):
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    together: PlainBlock | None = PlainBlock(block, self._images, categories)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+                together = None
+            alone = np.ones(len(block), np.bool_) if together is None else ~together.plain
+            first = 0
+            for row in [*np.flatnonzero(alone).tolist(), len(block)]:
+                if together is not None and first < row:
+                    self._take_block(block, together, first, row, position, seen, categories)
+                if row < len(block):
+                    self._read_annotation(position + row, block[row], seen, categories)
+                first = row + 1
+            position += len(block)
+
+    def _take_block(
+        self,
+        entries: list[Any],
+        block: PlainBlock,
+        first: int,
+        stop: int,
+        position: int,
+        seen: Ids,
+        categories: set[int],
+    ) -> None:
+        """Those from `first` to before `stop`, which are plain, if their ids are new. position: of the block's first."""
+        for row in range(first, stop):
+            if not seen.add(entries[row]["id"]):
+                self._take_block_unseen(entries, block, first, row)
+                self._read_annotation(position + row, entries[row], seen, categories)
+                first = row + 1
+        self._take_block_unseen(entries, block, first, stop)
+
+    def _take_block_unseen(self, entries: list[Any], block: PlainBlock, first: int, stop: int) -> None:
+        if first < stop:
+            own = slice(first, stop)
+            given = np.array([self._as_given(entry) for entry in entries[own]], np.float64)
+            self._given.add_block(given, block.sizes[own], block.ids[own])
+            others = block.category_ids[own], block.areas[own], block.crowds[own]
+            self._columns.add_block(block.positions[own], block.boxes_xyxy[own], others)
+
+    def _read_annotation(self, position: int, entry: Any, seen: Ids, categories: set[int]) -> None:
         needed: dict[str, type] = {"id": int, "image_id": int, "category_id": int, "bbox": list}
-        for position, entry in enumerate(entries):
-            entry, problem = with_bbox(entry, self._images)
-            problem = problem or _wrong_field(entry, needed)
-            if problem:
-                named = isinstance(entry, dict) and _is(entry.get("id"), int)
-                key = entry["id"] if named else f"number {position}"
-                where = f"{self._path}: annotation {key}"
-                self._complain(where, problem, "integer id, image_id, category_id and a bbox", "the annotation")
-                continue
-            identifier, image = entry["id"], self._images.get(entry["image_id"])
-            if image is None and entry["image_id"] in self._ambiguous:
-                continue  # went with its image, and was recorded there
-            where = self._annotation_where(entry["image_id"], identifier)
-            if not seen.add(identifier):
-                found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
-                self._complain(where, found, expected, "the second annotation")
-                continue
-            if image is None:
-                self._complain(where, f"unknown image_id {entry['image_id']}", "an id in `images`", "the annotation")
-            elif entry["category_id"] not in categories:
-                found = f"unknown category_id {entry['category_id']}"
-                self._complain(where, found, f"one of {_some(sorted(categories))}", "the annotation")
-            else:
-                self._read_object(where, entry, image)
+        entry, problem = with_bbox(entry, self._images)
+        problem = problem or _wrong_field(entry, needed)
+        if problem:
+            named = isinstance(entry, dict) and _is(entry.get("id"), int)
+            key = entry["id"] if named else f"number {position}"
+            where = f"{self._path}: annotation {key}"
+            self._complain(where, problem, "integer id, image_id, category_id and a bbox", "the annotation")
+            return
+        identifier, image = entry["id"], self._images.get(entry["image_id"])
+        if image is None and entry["image_id"] in self._ambiguous:
+            return  # went with its image, and was recorded there
+        where = self._annotation_where(entry["image_id"], identifier)
+        if not seen.add(identifier):
+            found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
+            self._complain(where, found, expected, "the second annotation")
+            return
+        if image is None:
+            self._complain(where, f"unknown image_id {entry['image_id']}", "an id in `images`", "the annotation")
+        elif entry["category_id"] not in categories:
+            found = f"unknown category_id {entry['category_id']}"
+            self._complain(where, found, f"one of {_some(sorted(categories))}", "the annotation")
+        else:
+            self._read_object(where, entry, image)
 
     def _read_object(self, where: str, entry: dict[str, Any], image: ListedImage) -> None:
         bbox = entry["bbox"]

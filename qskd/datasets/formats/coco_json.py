@@ -16,6 +16,7 @@ from typing import Any
 
 LISTS = ("images", "annotations", "categories")
 _PIECE = 2**22  # bytes
+_WINDOW = 2**17  # characters
 _SPACE = " \t\n\r"
 
 
@@ -35,22 +36,22 @@ class CocoFile:
 
     def images(self) -> Iterator[Any]:
         text, seen = _Text(self._path), set[str]()
-        for key, entry in _entries(text, seen):
+        for key, entries in _entries(text, seen):
             if key == "images":
-                yield entry
+                yield from entries
             elif key == "categories":
-                self.categories.append(entry)
+                self.categories += entries
             else:
-                self.num_annotations += 1
+                self.num_annotations += len(entries)
         if not seen.issuperset(LISTS):
             raise Irregular
         self.sha256 = text.digest.hexdigest()
 
     def annotations(self) -> Iterator[Any]:
         text = _Text(self._path)
-        for key, entry in _entries(text, set()):
+        for key, entries in _entries(text, set()):
             if key == "annotations":
-                yield entry
+                yield from entries
         if text.digest.hexdigest() != self.sha256:  # written to meanwhile: what was read is of two files
             raise Irregular
 
@@ -113,8 +114,8 @@ class _Text:
 _SCAN: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
-def _entries(text: _Text, seen: set[str]) -> Iterator[tuple[str, Any]]:
-    """(list, entry) of all entries of LISTS. seen: gets the keys."""
+def _entries(text: _Text, seen: set[str]) -> Iterator[tuple[str, list[Any]]]:
+    """(list, some of its entries) of all of LISTS. seen: gets the keys."""
     try:
         text.take("{")
         while True:
@@ -126,7 +127,7 @@ def _entries(text: _Text, seen: set[str]) -> Iterator[tuple[str, Any]]:
             seen.add(key)
             text.take(":")
             if text.next_mark() == "[":
-                yield from ((key, entry) for entry in _elements(text) if key in LISTS)
+                yield from ((key, entries) for entries in _elements(text) if key in LISTS)
             elif key in LISTS:
                 raise Irregular
             else:
@@ -141,16 +142,34 @@ def _entries(text: _Text, seen: set[str]) -> Iterator[tuple[str, Any]]:
         text.close()
 
 
-def _elements(text: _Text) -> Iterator[Any]:
+def _elements(text: _Text) -> Iterator[list[Any]]:
+    """A list's entries, as many at once as are found to be whole."""
     text.take("[")
     if text.next_mark() == "]":
         text.at += 1
         return
+    one_by_one = 0  # characters from here to the end for which that is to be so
     while True:
-        yield text.value()
-        held, at = text.held, text.at
-        # The usual ", " between two entries, without a call for each character.
-        if held.startswith(", {", at):
-            text.at = at + 2
-        elif text.take(",]") == "]":
+        text.next_mark()
+        before = text.at, len(text.held)
+        several = [] if one_by_one > 0 else _several(text)
+        yield several or [text.value()]
+        if not several:  # what was held may be less, and more, than before
+            passed = text.at - before[0] if len(text.held) == before[1] else _WINDOW
+            one_by_one = (one_by_one or _WINDOW) - passed
+        if text.take(",]") == "]":
             return
+
+
+def _several(text: _Text) -> list[Any]:
+    """The entries from here to an end of one, within a window; none where what looks like an end lies in an entry. It can't be
+    taken for one by mistake: a beginning of a list that is a whole list when it is closed holds whole entries."""
+    end = max(text.held.rfind(mark, text.at, text.at + _WINDOW) for mark in ("}, {", "},{", "},\n"))
+    if end < 0:
+        return []
+    try:
+        entries: list[Any] = json.loads(f"[{text.held[text.at : end + 1]}]")
+    except JSONDecodeError:
+        return []
+    text.at = end + 1
+    return entries
