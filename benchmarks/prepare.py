@@ -118,11 +118,14 @@ def large_json(count: int, path: Path) -> None:
             image = {"license": 4, "file_name": f"{number:012d}.jpg", "height": 480, "width": 640, "id": number}
             file.write((", " if number else "") + json.dumps(image | {"date_captured": "2013-11-14 11:18:45"}))
         file.write('], "annotations": [')
-        for number in range(count):
+        some = []
+        for number in range(997):
             x, y, w, h = (round(rng.uniform(1, 200), 2) for _ in range(4))
-            box = {"segmentation": [], "area": round(w * h, 4), "iscrowd": 0, "image_id": number % images}
-            box |= {"bbox": [x, y, w, h], "category_id": number % 80 + 1, "id": number}
-            file.write((", " if number else "") + json.dumps(box))
+            box = {"segmentation": [], "area": round(w * h, 4), "iscrowd": 0, "bbox": [x, y, w, h]}
+            some.append(json.dumps(box | {"category_id": number % 80 + 1})[:-1])
+        for number in range(count):
+            rest = f', "image_id": {number % images}, "id": {number}}}'
+            file.write((", " if number else "") + some[number % 997] + rest)
         names = [{"id": number + 1, "name": f"class {number}"} for number in range(80)]
         file.write(f'], "categories": {json.dumps(names)}}}')
 
