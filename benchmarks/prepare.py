@@ -136,7 +136,6 @@ def figures_of_json(count: int, folder: Path) -> list[tuple[str, str]]:
     said = subprocess.run([sys.executable, "-c", _READ, str(path)], check=True, capture_output=True, text=True).stdout
     read_s, before, peak, objects, images = json.loads(said)
     size = path.stat().st_size / 2**20
-    path.unlink()
     return [
         (f"JSON of {objects} annotations, {images} images", f"{size:.0f} MiB"),
         ("  peak memory of reading it, findings included", f"{peak:.0f} MiB ({before:.0f} of them before)"),
