@@ -16,7 +16,6 @@ import argparse
 import json
 import random
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def repeated(tree: dict[str, Any], pictures: Path, count: int, folder: Path) -> 
     for number in range(count):
         image = tree["images"][number % len(tree["images"])]
         name = f"{number:08d}{Path(image['file_name']).suffix}"
-        shutil.copyfile(pictures / image["file_name"], folder / "images" / name)
+        (folder / "images" / name).write_bytes((pictures / image["file_name"]).read_bytes())
         images.append({**image, "id": number, "file_name": name})
         for entry in own.get(image["id"], []):
             boxes.append({**entry, "id": len(boxes), "image_id": number})
