@@ -97,6 +97,59 @@ def order(images: int) -> str:
     return f"first batch {taken[0]:.3f} s, next {1000 * taken[1]:.2f} ms, {peak_mib() - before:.0f} MiB more"
 
 
+def each_step(images: int) -> str:
+    """What a worker asks for each batch, and a reader for each run of an evaluation of a twentieth as many images."""
+    from qskd.datasets.schedule import Schedule, evaluation_batches
+
+    schedule = Schedule(_shard_rows(images), _shard_rows(images // 20), 0, 50, 16, 4096)
+    late, times = schedule.batches_in("val", 0) - 1, 200
+    next(evaluation_batches(schedule, 0, late))  # the rows are made here
+    started = time.process_time()
+    for step in range(times):
+        schedule.batches_in("train", step % 50)
+    asked = time.process_time()
+    for _ in range(times):
+        next(evaluation_batches(schedule, 0, late))
+    took = (asked - started) / times, (time.process_time() - asked) / times
+    return f"{1e6 * took[0]:.1f} us a step; the last run of an evaluation {1e6 * took[1]:.0f} us"
+
+
+def cache_job(images: int) -> str:
+    """What the driver of `qskd cache` does for the units that come in, beside the work itself: which views are finished?"""
+    from pipelines.caching.driver import ViewsLeft
+
+    units = [(shard, view) for view in range(VIEWS) for shard in range(shards_of(images))]
+    left, started = ViewsLeft(units), time.process_time()
+    finished = [view for unit in units for view in left.finished_by([unit])]
+    took = time.process_time() - started
+    return f"{len(units):,} units of {len(finished)} views in {1000 * took:.1f} ms"
+
+
+def row_groups(groups: int) -> str:
+    """What a loader asks a teacher's file with so many row groups for each row: which are stored with it?"""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from qskd.storage.parquet import ParquetFiles
+
+    schema = pa.schema([("image_id", pa.int64()), *((f"column {number}", pa.binary()) for number in range(10))])
+    with tempfile.TemporaryDirectory(prefix="qskd-limits-") as folder:
+        path = Path(folder, "file.parquet")
+        with pq.ParquetWriter(path, schema, use_dictionary=False, write_statistics=False) as writer:
+            for number in range(groups):
+                row = {name: [number if name == "image_id" else b"x"] for name in schema.names}
+                writer.write_table(pa.table(row, schema=schema))
+        size = path.stat().st_size
+        files = ParquetFiles(folder, lambda _: (path.name, groups, size), schema, "")
+        started = time.process_time()
+        files.group_rows(0, 0)
+        opened = time.process_time()
+        for row_number in range(groups):
+            files.group_rows(0, row_number)
+        took = (time.process_time() - opened) / groups
+    return f"opened in {1000 * (opened - started):.1f} ms, then {1e6 * took:.1f} us a row"
+
+
 def whole_order(images: int) -> str:
     """All of an epoch's order at once, as every run made it until it was made window by window."""
     from qskd.datasets.schedule import epoch_order
@@ -217,6 +270,9 @@ PARTS: dict[str, Callable[[int], str]] = {
     "manifest": manifest,
     "cache_manifest": cache_manifest,
     "order": order,
+    "each_step": each_step,
+    "cache_job": cache_job,
+    "row_groups": row_groups,
     "whole_order": whole_order,
     "first_stretch": first_stretch,
     "evaluation": evaluation,
@@ -231,6 +287,8 @@ def rows(large: bool, with_ray: bool, quick: bool) -> list[tuple[str, str, int]]
     if quick:
         return [(part, "quick", 2000) for part in PARTS if part not in ("reading", "ray_input")]
     asked = [(part, name, images) for part in ("manifest", "cache_manifest", "order") for name, images in SETS.items()]
+    asked += [(part, name, images) for part in ("each_step", "cache_job") for name, images in list(SETS.items())[:2]]
+    asked.append(("row_groups", "512 groups", 512))
     asked += [("whole_order", name, images) for name, images in list(SETS.items())[:2]]
     asked += [("first_stretch", name, images) for name, images in SETS.items()]
     asked += [("evaluation", f"{images:,} images", images) for images in (5_000, 30_000, 100_000)]

@@ -143,6 +143,7 @@ def prepare(
     from pipelines.reporting.board import progress
     from qskd.datasets.findings.leaving_out import without
     from qskd.datasets.formats.opening import open_dataset
+    from qskd.datasets.packing import cores
     from qskd.datasets.shards import write_shards
 
     with progress("prepare", quiet=quiet) as row:
@@ -160,6 +161,7 @@ def prepare(
             progress=lambda done, total: row.at(done),
             strict=strict,
             accept=accept,
+            processes=cores(),
         )
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks import detection_loss, evaluation, timing
+from benchmarks import detection_loss, evaluation, prepare, timing
 from benchmarks.timing import Difference, Pass, Ratio, Report
+from qskd.datasets import packing
 
 COMMANDS = {
     "detection_loss": ["--quick"],
@@ -31,6 +32,16 @@ def test_a_quick_run_yields_finite_ratios_and_equal_values(name: str, capsys: py
     printed = capsys.readouterr().out
     assert all(ratio.name in printed for ratio in report.ratios)
     assert "WRONG" not in printed
+
+
+def test_prepare_s_rates_are_of_equal_shards_and_a_large_json_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "FEWEST", 16)
+    monkeypatch.setattr(prepare, "cores", lambda: 2)
+    report = prepare.main(["--images", "40", "--rounds", "1", "--annotations", "600"])
+    assert all(math.isfinite(ratio.value) for ratio in report.ratios)
+    assert "JSON of 600 annotations, 40 images" in capsys.readouterr().out
 
 
 def test_object_counts_are_spread_like_cocos() -> None:

@@ -49,10 +49,23 @@ def test_one_image_is_measured_and_hours_follow_from_a_speed_or_from_times(
     assert f"{2 * hours:.0f}" in line.split()
 
 
-@pytest.mark.parametrize("part", ["manifest", "cache_manifest", "order", "whole_order", "first_stretch", "evaluation"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "manifest",
+        "cache_manifest",
+        "order",
+        "each_step",
+        "cache_job",
+        "row_groups",
+        "whole_order",
+        "first_stretch",
+        "evaluation",
+    ],
+)
 def test_each_part_that_grows_is_measured(part: str) -> None:
-    said = limits.PARTS[part](2000)
-    assert any(unit in said for unit in (" s", " ms"))
+    said = limits.PARTS[part](50 if part == "row_groups" else 2000)
+    assert any(unit in said for unit in (" s", " ms", " us"))
 
 
 def test_a_window_is_read_once_by_the_readers_of_a_machine_in_the_memory_a_run_gives_them(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -73,6 +73,29 @@ def test_a_late_part_of_a_large_order_makes_no_rows_but_its_window_s(monkeypatch
         batch = next(training_batches(large, 0, first))
         assert (batch.step, len(batch.rows)) == (first, 16)
     assert made == [4096]
+
+
+def test_what_is_asked_at_each_step_does_not_grow_with_the_number_of_shards() -> None:
+    """Neither an epoch's steps, nor an evaluation's late batches, once they were asked for."""
+
+    class Counted(tuple[int, ...]):
+        looked_at = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Counted.looked_at += len(self)
+            return super().__iter__()
+
+    large = Schedule(Counted((512,) * 3320), Counted((512,) * 157), 0, epochs=9, batch_size=16, window_images=4096)
+    evaluation = list(evaluation_batches(large, 0))
+    asked = [large.batches_in(subset, 0) for subset in ("train", "val")]
+    first = Counted.looked_at
+    for step in range(0, 1000):
+        assert [large.batches_in("train", step % 9), large.batches_in("val", 0)] == asked
+        assert large.evaluates_after(step % 9)
+    late = next(evaluation_batches(large, 0, len(evaluation) - 1))
+    assert Counted.looked_at <= first + 157  # the order of stored rows may be looked up by them
+    assert (late.index, late.is_last) == (asked[1] - 1, True)
+    np.testing.assert_array_equal(late.rows, evaluation[-1].rows)
 
 
 def test_the_order_is_the_same_in_another_process() -> None:

@@ -163,6 +163,19 @@ def test_rows_read_together_are_those_stored_together(folder: str) -> None:
     assert reader.group_rows(2, 4) == range(4, 5)
 
 
+def test_row_groups_are_counted_once_for_a_file_that_is_open(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row that a loader asks for asks which rows are stored with it; a teacher's file has hundreds of groups."""
+    reader = ShardReader(folder)
+    reader.read(0, [0])
+    reader.group_rows(0, 9)
+    monkeypatch.setattr(reader._files, "file", lambda number: pytest.fail("the groups were counted again"))
+    assert [reader.group_rows(0, row) for row in (0, 4, 9)] == [range(4), range(4, 8), range(8, 10)]
+    monkeypatch.undo()
+    monkeypatch.setattr(reader._files, "_MOST_OPEN", 1)
+    reader.read(1, [0])  # which closes the first
+    assert list(reader._files._starts) == [1]
+
+
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     write_shards(source(), str(tmp_path), 10, 4, progress=lambda done, total: seen.append((done, total)))

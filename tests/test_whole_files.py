@@ -15,7 +15,7 @@ from tiny import random_teacher, recipe
 
 from benchmarks.local_cache import make_cache
 from pipelines.caching import plan as planning
-from pipelines.caching.driver import record_finished_views
+from pipelines.caching.driver import ViewsLeft, record_finished_views
 from pipelines.caching.plan import CachePlan, make_cache_plan
 from pipelines.inspection.evaluate import evaluate
 from pipelines.run.resolve import resolve
@@ -181,3 +181,10 @@ def test_a_store_is_asked_once_and_only_one_that_can_not_list_for_each_file(
         "0.parquet": "is missing",
         "39.parquet": "has 0 bytes instead of 40",
     }
+
+
+def test_a_view_is_looked_at_when_its_last_unit_comes_and_not_before() -> None:
+    left = ViewsLeft([(0, 0), (1, 0), (1, 2), (2, 2)])
+    assert [left.finished_by([unit]) for unit in ((0, 0), (1, 2), (1, 2), (5, 1))] == [[], [], [], []]
+    assert left.finished_by([(2, 2), (1, 0)]) == [2, 0]
+    assert left.finished_by([(1, 0)]) == []  # run again after an actor died

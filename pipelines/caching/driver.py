@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
@@ -103,10 +103,33 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     return CacheResult(plan.path, done, images, total, seconds, *spent)
 
 
-def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
-    """Enter in the manifest each view whose files are all written: a new one, and one of which a file was made again, on
-    another device perhaps, with other bytes."""
-    for view in range(plan.config.data.views.count):
+class ViewsLeft:
+    """Which units each view still lacks, so that a view is looked at when its last one comes, and not at each."""
+
+    def __init__(self, todo: Iterable[Unit]) -> None:
+        self._left: dict[int, set[int]] = {}
+        for shard, view in todo:
+            self._left.setdefault(view, set()).add(shard)
+
+    def finished_by(self, units: Iterable[Unit]) -> list[int]:
+        """The views of which these are the last. A unit may come twice."""
+        finished = []
+        for shard, view in units:
+            left = self._left.get(view)
+            if left is not None:
+                left.discard(shard)
+                if not left:
+                    del self._left[view]
+                    finished.append(view)
+        return finished
+
+
+def record_finished_views(
+    plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int], views: Iterable[int] | None = None
+) -> CacheManifest:
+    """Enter in the manifest each view (of `views`; by default of all) whose files are all written: a new one, and one of which a
+    file was made again, on another device perhaps, with other bytes."""
+    for view in range(plan.config.data.views.count) if views is None else views:
         units = [(shard, view) for shard in range(len(plan.data.shards))]
         if all(unit in sizes for unit in units):
             files = tuple((plan.data.shard_rows[unit[0]], sizes[unit]) for unit in units)
@@ -183,18 +206,18 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
         num_gpus=1 if kind == "cuda" else 0,
     )
     worked = waited = 0.0
+    manifest, left = record_finished_views(plan, manifest, sizes), ViewsLeft(todo)
     stage("starting the teacher's processes")
     with CountWatch(current(), plan.path, plan.images(todo)):
         for batch in dataset.iter_batches(batch_size=None):
-            for shard, view, size, failure in zip(
-                *(batch[n] for n in ("shard", "view", "bytes", "failure")), strict=True
-            ):
+            came = [(int(shard), int(view)) for shard, view in zip(batch["shard"], batch["view"], strict=True)]
+            for unit, size, failure in zip(came, batch["bytes"], batch["failure"], strict=True):
                 if failure:
                     raise QskdError.from_json(str(failure))
-                sizes[int(shard), int(view)] = int(size)
+                sizes[unit] = int(size)
             worked += float(batch["seconds"].sum())
             waited += float(batch["waited_seconds"].sum())
-            manifest = record_finished_views(plan, manifest, sizes)
+            manifest = record_finished_views(plan, manifest, sizes, left.finished_by(came))
     if worked and waited > WAIT_SHARE * worked:
         cpus_there = ray.cluster_resources().get("CPU", 1.0)
         log.warning(hungry(waited / worked, readers_each(config.compute, kind == "cuda", cpus_there), "the teacher"))

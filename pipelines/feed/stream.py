@@ -89,8 +89,7 @@ class StreamConfig:
 
     def batch_count(self, subset: Subset, epoch: int) -> int:
         """Global batches in this epoch's training or evaluation."""
-        size = self.schedule.evaluation_size
-        return self.schedule.steps_in(epoch) if subset == "train" else -(-sum(self.schedule.val_shard_rows) // size)
+        return self.schedule.batches_in(subset, epoch)
 
     def ranges(self, start_step: int, world_size: int) -> Iterator[StepRange]:
         """The schedule from a training step on, cut into ranges; none crosses from training to evaluation or back."""
@@ -142,7 +141,7 @@ class StreamConfig:
         if steps["subset"] == "train":
             part = training_batches(self.schedule, steps["epoch"], steps["first"])
         else:
-            part = itertools.islice(evaluation_batches(self.schedule, steps["epoch"]), steps["first"], None)
+            part = evaluation_batches(self.schedule, steps["epoch"], steps["first"])
         return itertools.islice(part, steps["last"] - steps["first"])
 
 

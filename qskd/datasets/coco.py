@@ -1,189 +1,62 @@
-"""COCO detection JSON -> samples and categories. Every complaint names the file, the image id and the annotation id.
-
-Samples are upright. Where EXIF turns a picture, its boxes are read against the upright picture unless the JSON's size, or where
-that can't tell those of the other turned pictures, is that of the stored pixels (`Exif`); then they are turned with it.
-"""
+"""COCO detection JSON -> samples and categories. Every complaint names the file, the image id and the annotation id."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qskd.datasets.coco_fields import is_a as _is
-from qskd.datasets.coco_fields import read_categories
-from qskd.datasets.coco_fields import some as _some
-from qskd.datasets.coco_fields import wrong_field as _wrong_field
 from qskd.datasets.findings.coco_marks import CocoMarks
 from qskd.datasets.findings.finding import Finding
 from qskd.datasets.findings.given_boxes import COCO, SLACK, GivenBoxes, Layout
-from qskd.datasets.findings.turned_pictures import TurnedPictures, drawn_on
+from qskd.datasets.formats.coco_fields import is_a as _is
+from qskd.datasets.formats.coco_fields import read_categories
+from qskd.datasets.formats.coco_fields import some as _some
+from qskd.datasets.formats.coco_fields import wrong_field as _wrong_field
+from qskd.datasets.formats.coco_json import CocoFile, Irregular
+from qskd.datasets.formats.columns import Ids, ListedImage, ObjectColumns, PlainBlock
 from qskd.datasets.formats.outlines import with_bbox
-from qskd.datasets.pictures.facts import Exif, fits_only_turned, upright
-from qskd.datasets.pictures.files import PictureFolder, folded
+from qskd.datasets.pictures.facts import Exif, fits_only_turned
+from qskd.datasets.pictures.listed_dataset import ListedDataset, OnError
+from qskd.datasets.pictures.reader import FIX
 from qskd.datasets.samples import Category, Problem, Sample
-from qskd.datasets.views import check_image
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_path, shown_value
 from qskd.untrusted import parse_large_json
 
 __all__ = ["Category", "CocoDataset", "OnError", "Problem", "Sample", "read_coco"]
-OnError = Literal["stop", "skip"]
-_FIX = "correct the dataset, or pass `--on-error skip` to leave such entries out and list them in the manifest"
+_BLOCK = 512  # annotations looked at together
 _LONGEST_PATH = 4096  # characters: no system takes a longer one
 _LARGEST_SIDE = 2**31 - 1  # pixels: a shard's column holds no more
 _LARGEST_AREA = float(np.finfo(np.float32).max)  # square pixels: likewise
 
 
-@dataclass
-class _Image:
-    id: int
-    file_name: str
-    width: int
-    height: int
-    objects: list[tuple[float, float, float, float, int, float, bool]] = field(default_factory=list)
-
-
-def _sample(image: _Image, encoded: bytes) -> Sample:
-    objects = image.objects
-    return Sample(
-        *(image.id, image.file_name, image.width, image.height, encoded),
-        boxes_xyxy=np.array([entry[:4] for entry in objects], np.float32).reshape(-1, 4),
-        category_ids=np.array([entry[4] for entry in objects], np.int64),
-        area=np.array([entry[5] for entry in objects], np.float32),
-        iscrowd=np.array([entry[6] for entry in objects], np.bool_),
-    )
-
-
-class CocoDataset:
+class CocoDataset(ListedDataset):
     """What `read_coco` found. The JSON is checked at once, pictures as `samples()` reaches them."""
 
     layout: Layout = COCO
-    _measured: Set[int] = frozenset()  # ids of images whose size is not the dataset's word, but was taken from the file
 
     def __init__(self, annotations: Path, images: Path, on_error: OnError, exif: Exif = "auto") -> None:
         self.source = annotations.name
-        self._path, self._root, self._on_error, self._exif = annotations, images, on_error, exif
-        self._problems, self._picture_problems = list[Problem](), list[Problem]()
-        self._errors = list[QskdError]()
-        self._marks, self._given, self._turned = CocoMarks(), GivenBoxes(self.layout), TurnedPictures()
-        self._folders: dict[Path, PictureFolder] = {}
-        document, self.source_sha256 = self._parse()
-        self.categories = read_categories(document["categories"], str(self._path))
-        self._images = self._read_images(document["images"])
-        self.listed_objects = len(document["annotations"])
-        if exif != "auto":
-            self._take_sizes(exif)
-        self._read_annotations(document["annotations"])
+        super().__init__(annotations, images, on_error, exif)
+        self._begin()
+        self._read()
         if self._errors:
             first, more = self._errors[0], len(self._errors) - 1
             others = f" ({more} more such problems, the next at {self._errors[1].where})" if more else ""
             boxes = "".join(f"\n    {finding.found}" for finding in self._given.findings(self._example))
             raise QskdError(first.where, first.found + others + boxes, first.expected, first.remedy)
 
-    def __len__(self) -> int:
-        """Images the JSON lists; `samples()` yields fewer when broken pictures are skipped."""
-        return len(self._images)
-
-    @property
-    def problems(self) -> list[Problem]:
-        """What was wrong and what was dropped for it; pictures' problems are known once `samples()` has passed them."""
-        return self._problems + self._picture_problems
-
     @property
     def findings(self) -> list[Finding]:
         """What looks wrong; of turned pictures, as far as `samples()` has passed them."""
         return [*self._given.findings(self._example), *self._marks.findings(), *self._turned.findings()]
-
-    def samples(self) -> Iterator[Sample]:
-        """Images in the JSON's order, one file read at a time. Raises QskdError at a broken picture unless skipping."""
-        self._picture_problems, self._turned = [], TurnedPictures()
-        root = self._root.resolve()
-        for image in self._images.values():
-            where = self._image_where(image.id, image.file_name)
-            path = self._locate(root, image, where)
-            try:
-                sample = self._read_sample(path, image, where)
-            except QskdError as error:
-                if self._on_error == "stop":
-                    raise
-                dropped = f"the image and its {len(image.objects)} annotations"
-                self._picture_problems.append({"where": error.where, "found": error.found, "dropped": dropped})
-                continue
-            if sample.picture and (sample.picture.undecided or image.id not in self._measured):
-                self._turned.add(f"image {image.id} ({image.file_name})", sample.picture)
-            yield sample
-
-    def outline(self) -> Iterator[Sample]:
-        """The images as the JSON lists them, without their pictures: `encoded` is empty."""
-        return (_sample(image, b"") for image in self._images.values())
-
-    def sample_of(self, picture: Path) -> Sample:
-        """The picture as the JSON describes it: the image whose file_name is how the picture's path ends. QskdError when
-        there is none, or more than one."""
-        parts = PurePosixPath(picture.absolute().as_posix()).parts
-        names = [(image, PurePosixPath(image.file_name).parts) for image in self._images.values()]
-        found = [image for image, name in names if name == parts[-len(name) :]]
-        if not found:
-            found = [image for image, name in names if folded("/".join(name)) == folded("/".join(parts[-len(name) :]))]
-        if len(found) != 1:
-            listed = _some([f"{image.id} ({one_line(image.file_name)})" for image in found]) or "no such image"
-            raise QskdError(str(self._path), f"{listed} for {picture}", "one image whose file_name ends its path")
-        where = self._image_where(found[0].id, found[0].file_name)
-        return self._read_sample(picture, found[0], where)
-
-    # -- pictures
-
-    def _folder(self, root: Path) -> PictureFolder:
-        return self._folders.setdefault(root, PictureFolder(root))
-
-    def _locate(self, root: Path, image: _Image, where: str) -> Path:
-        """The picture's real path. Leaving the image folder is an attack or a mix-up: refused even when skipping."""
-        return self._folder(root).locate(image.file_name, where)
-
-    def _read_bytes(self, path: Path, image: _Image, where: str) -> bytes:
-        return self._folder(self._root.resolve()).read(path, where, image.file_name, _FIX)
-
-    def _read_sample(self, path: Path, image: _Image, where: str) -> Sample:
-        encoded = self._read_bytes(path, image, where)
-        respelt = any(image.file_name in folder.respelt for folder in self._folders.values())
-        seen, exif = check_image(encoded, where), self._exif
-        if exif == "auto" and seen.size_tells_nothing:
-            exif = self._others_say
-        return upright(_sample(image, encoded), seen, exif, respelt, where, _FIX)
-
-    @functools.cached_property
-    def _others_say(self) -> Exif:
-        """What boxes refer to in all turned pictures whose size tells; auto where none does, or they contradict each other. Asked
-        for at the first picture that needs it, because it reads the others' headers; the same for all."""
-        images = [image for image in self._images.values() if image.id not in self._measured]
-        return drawn_on(((i.width, i.height), functools.partial(self._glimpse, i)) for i in images) or "auto"
-
-    def _glimpse(self, image: _Image) -> bytes:
-        """A picture's bytes; none where there is no such file, which is told when its turn comes."""
-        path = self._locate(self._root.resolve(), image, self._image_where(image.id, image.file_name))
-        return path.read_bytes() if os.path.isfile(path) else b""
-
-    def _take_sizes(self, exif: Exif) -> None:
-        """Boxes were drawn on the upright, or on the stored picture, whatever the JSON's sizes say: take its size instead."""
-        root = self._root.resolve()
-        for image in self._images.values():
-            where = self._image_where(image.id, image.file_name)
-            path = self._locate(root, image, where)
-            with contextlib.suppress(QskdError):  # told when its turn comes
-                seen = check_image(self._read_bytes(path, image, where), where)
-                if (image.width, image.height) in (seen.upright, seen.stored):
-                    image.width, image.height = seen.upright if exif == "upright" else seen.stored
-
-    # -- the JSON
 
     def _image_where(self, image_id: Any, file_name: Any) -> str:
         name = one_line(file_name) if isinstance(file_name, str) else shown_value(file_name)
@@ -201,7 +74,7 @@ class CocoDataset:
         return bbox
 
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
-        error = QskdError(shown_path(where), found, expected, _FIX)
+        error = QskdError(shown_path(where), found, expected, FIX)
         if self._on_error == "stop":
             self._errors.append(error)
         else:
@@ -209,6 +82,45 @@ class CocoDataset:
 
     def _note(self, error: QskdError, dropped: str) -> None:
         self._problems.append({"where": error.where, "found": error.found, "dropped": dropped})
+
+    def _begin(self) -> None:
+        self._errors = list[QskdError]()
+        self._marks, self._given, self._columns = CocoMarks(), GivenBoxes(self.layout), ObjectColumns()
+
+    def _read(self) -> None:
+        """Piece by piece; a file that is out of the ordinary is parsed as a whole."""
+        try:
+            file = CocoFile(self._path)
+            images = self._read_images(file.images())
+            self._read_lists(images, file.categories, file.annotations(), file.num_annotations, file.sha256)
+        except (Irregular, OSError, ValueError):  # ValueError: a NUL in the path
+            self._problems = []
+            self._begin()
+            self._read_whole()
+
+    def _read_whole(self) -> None:
+        document, sha256 = self._parse()
+        images, annotations = self._read_images(document["images"]), document["annotations"]
+        self._read_lists(images, document["categories"], annotations, len(annotations), sha256)
+
+    def _read_lists(
+        self,
+        images: dict[int, ListedImage],
+        categories: list[Any],
+        annotations: Iterable[Any],
+        num_annotations: int,
+        sha256: str,
+    ) -> None:
+        if not os.path.isdir(self._root):  # also False for names that no file system takes
+            raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
+        self.categories = read_categories(categories, str(self._path))
+        self._images, self.listed_objects, self.source_sha256 = images, num_annotations, sha256
+        for position, image in enumerate(images.values()):
+            image.position = position
+        if self._exif != "auto":
+            self._take_sizes(self._exif)
+        self._read_annotations(annotations)
+        self._columns.group(len(images))
 
     def _parse(self) -> tuple[dict[str, list[Any]], str]:
         path = self._path
@@ -225,12 +137,10 @@ class CocoDataset:
             if not isinstance(document.get(key), list):
                 found = f"`{key}` is {'not a list' if key in document else 'missing'}; keys there: {_some(sorted(document))}"
                 raise QskdError(str(path), found, expected, "give the instances file, not captions or results")
-        if not os.path.isdir(self._root):  # also False for names that no file system takes
-            raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
         return document, hashlib.sha256(raw).hexdigest()
 
-    def _read_images(self, entries: list[Any]) -> dict[int, _Image]:
-        found: dict[int, _Image] = {}
+    def _read_images(self, entries: Iterable[Any]) -> dict[int, ListedImage]:
+        found: dict[int, ListedImage] = {}
         self._ambiguous: set[int] = set()
         needed: dict[str, type] = {"id": int, "file_name": str, "width": int, "height": int}
         for position, entry in enumerate(entries):
@@ -246,7 +156,7 @@ class CocoDataset:
                     self._ambiguous.add(entry["id"])
                 self._complain(where, problem, "integer id, width, height and a file_name", "the image")
                 continue
-            image = _Image(*(entry[key] for key in needed))
+            image = ListedImage(*(entry[key] for key in needed))
             known = found.setdefault(image.id, image)
             if known is not image:
                 where = self._image_where(image.id, image.file_name)
@@ -258,37 +168,78 @@ class CocoDataset:
                     self._ambiguous.add(image.id)
         return {key: image for key, image in found.items() if key not in self._ambiguous}
 
-    def _read_annotations(self, entries: list[Any]) -> None:
+    def _read_annotations(self, entries: Iterable[Any]) -> None:
         categories = {category.id for category in self.categories}
-        seen: set[int] = set()
-        needed: dict[str, type] = {"id": int, "image_id": int, "category_id": int, "bbox": list}
-        for position, entry in enumerate(entries):
-            entry, problem = with_bbox(entry, self._images)
-            problem = problem or _wrong_field(entry, needed)
-            if problem:
-                named = isinstance(entry, dict) and _is(entry.get("id"), int)
-                key = entry["id"] if named else f"number {position}"
-                where = f"{self._path}: annotation {key}"
-                self._complain(where, problem, "integer id, image_id, category_id and a bbox", "the annotation")
-                continue
-            identifier, image = entry["id"], self._images.get(entry["image_id"])
-            if image is None and entry["image_id"] in self._ambiguous:
-                continue  # went with its image, and was recorded there
-            where = self._annotation_where(entry["image_id"], identifier)
-            if identifier in seen:
-                found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
-                self._complain(where, found, expected, "the second annotation")
-                continue
-            seen.add(identifier)
-            if image is None:
-                self._complain(where, f"unknown image_id {entry['image_id']}", "an id in `images`", "the annotation")
-            elif entry["category_id"] not in categories:
-                found = f"unknown category_id {entry['category_id']}"
-                self._complain(where, found, f"one of {_some(sorted(categories))}", "the annotation")
-            else:
-                self._read_object(where, entry, image)
+        seen, left, position = Ids(), iter(entries), 0
+        while block := list(itertools.islice(left, _BLOCK)):
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    together: PlainBlock | None = PlainBlock(block, self._images, categories)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+                together = None
+            alone = np.ones(len(block), np.bool_) if together is None else ~together.plain
+            first = 0
+            for row in [*np.flatnonzero(alone).tolist(), len(block)]:
+                if together is not None and first < row:
+                    self._take_block(block, together, first, row, position, seen, categories)
+                if row < len(block):
+                    self._read_annotation(position + row, block[row], seen, categories)
+                first = row + 1
+            position += len(block)
 
-    def _read_object(self, where: str, entry: dict[str, Any], image: _Image) -> None:
+    def _take_block(
+        self,
+        entries: list[Any],
+        block: PlainBlock,
+        first: int,
+        stop: int,
+        position: int,
+        seen: Ids,
+        categories: set[int],
+    ) -> None:
+        """Those from `first` to before `stop`, which are plain, if their ids are new. position: of the block's first."""
+        for row in range(first, stop):
+            if not seen.add(entries[row]["id"]):
+                self._take_block_unseen(entries, block, first, row)
+                self._read_annotation(position + row, entries[row], seen, categories)
+                first = row + 1
+        self._take_block_unseen(entries, block, first, stop)
+
+    def _take_block_unseen(self, entries: list[Any], block: PlainBlock, first: int, stop: int) -> None:
+        if first < stop:
+            own = slice(first, stop)
+            given = np.array([self._as_given(entry) for entry in entries[own]], np.float64)
+            self._given.add_block(given, block.sizes[own], block.ids[own])
+            others = block.category_ids[own], block.areas[own], block.crowds[own]
+            self._columns.add_block(block.positions[own], block.boxes_xyxy[own], others)
+
+    def _read_annotation(self, position: int, entry: Any, seen: Ids, categories: set[int]) -> None:
+        needed: dict[str, type] = {"id": int, "image_id": int, "category_id": int, "bbox": list}
+        entry, problem = with_bbox(entry, self._images)
+        problem = problem or _wrong_field(entry, needed)
+        if problem:
+            named = isinstance(entry, dict) and _is(entry.get("id"), int)
+            key = entry["id"] if named else f"number {position}"
+            where = f"{self._path}: annotation {key}"
+            self._complain(where, problem, "integer id, image_id, category_id and a bbox", "the annotation")
+            return
+        identifier, image = entry["id"], self._images.get(entry["image_id"])
+        if image is None and entry["image_id"] in self._ambiguous:
+            return  # went with its image, and was recorded there
+        where = self._annotation_where(entry["image_id"], identifier)
+        if not seen.add(identifier):
+            found, expected = f"annotation id {identifier} is used twice", "one annotation for each id"
+            self._complain(where, found, expected, "the second annotation")
+            return
+        if image is None:
+            self._complain(where, f"unknown image_id {entry['image_id']}", "an id in `images`", "the annotation")
+        elif entry["category_id"] not in categories:
+            found = f"unknown category_id {entry['category_id']}"
+            self._complain(where, found, f"one of {_some(sorted(categories))}", "the annotation")
+        else:
+            self._read_object(where, entry, image)
+
+    def _read_object(self, where: str, entry: dict[str, Any], image: ListedImage) -> None:
         bbox = entry["bbox"]
         expected = f"[x, y, width, height] with an area inside the {image.width} x {image.height} image"
         if len(bbox) != 4 or not all(_is(value, float) and math.isfinite(value) for value in bbox):
@@ -331,7 +282,7 @@ class CocoDataset:
         given = float(w * h if area is None else area)
         size = given if given <= _LARGEST_AREA else (box[2] - box[0]) * (box[3] - box[1])
         self._marks.add(entry, entry["image_id"], entry["id"])
-        image.objects.append((*box, entry["category_id"], size, bool(crowd)))
+        self._columns.add(image.position, box, entry["category_id"], size, bool(crowd))
 
 
 def read_coco(annotations: Path, images: Path, on_error: OnError = "stop", exif: Exif = "auto") -> CocoDataset:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -58,7 +58,13 @@ class Schedule:
     evaluate_every_epochs: int = 1
     max_steps: int = 0  # 0: no limit
 
-    @property
+    # Kept once they are known: a worker asks at each step, and there are thousands of shards to add up.
+
+    @cached_property
+    def val_images(self) -> int:
+        return sum(self.val_shard_rows)
+
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Global batches in an epoch. QskdError when there is nothing to train on."""
         images = sum(self.train_shard_rows)
@@ -88,7 +94,12 @@ class Schedule:
     def evaluates_after(self, epoch: int) -> bool:
         """Whether an evaluation follows this epoch; one always follows the last."""
         due = (epoch + 1) % self.evaluate_every_epochs == 0 or epoch == self.epochs_begun - 1
-        return due and sum(self.val_shard_rows) > 0
+        return due and self.val_images > 0
+
+    def batches_in(self, subset: Subset, epoch: int) -> int:
+        """Global batches of this epoch's training, or of the evaluation after it."""
+        size = self.evaluation_size
+        return self.steps_in(epoch) if subset == "train" else -(-self.val_images // size)
 
 
 def _permutation(length: int, *key: int | str) -> NDArray[np.int64]:
@@ -174,13 +185,18 @@ def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator
         yield Batch("train", epoch * schedule.steps_per_epoch + index, epoch, rows, index, count)
 
 
-def evaluation_batches(schedule: Schedule, epoch: int) -> Iterator[Batch]:
-    """Every val row once, in stored order, after `epoch`; the last batch may be small. The view index is 0."""
+@lru_cache(maxsize=1)  # one evaluation's ranges of steps follow one another, and its epochs
+def _stored_order(shard_rows: tuple[int, ...]) -> NDArray[np.int32]:
+    return _with_view(_all_rows(shard_rows, range(len(shard_rows))), 0)
+
+
+def evaluation_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator[Batch]:
+    """Every val row once, in stored order, after `epoch`, from batch number `first` on; the last batch may be small. The view index
+    is 0."""
     size = schedule.evaluation_size
-    rows = _with_view(_all_rows(schedule.val_shard_rows, range(len(schedule.val_shard_rows))), 0)
-    count = -(-len(rows) // size)
+    rows, count = _stored_order(schedule.val_shard_rows), schedule.batches_in("val", epoch)
     done = epoch * schedule.steps_per_epoch + schedule.steps_in(epoch)
-    for index in range(count):
+    for index in range(first, count):
         part = rows[index * size : (index + 1) * size]
         yield Batch("val", done, epoch, part, index, count)
 

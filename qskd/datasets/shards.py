@@ -7,25 +7,25 @@ and the dataset it replaces stays whole until the new one is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qskd.datasets.findings.finding import Finding, refuse
 from qskd.datasets.findings.splits import packed_pictures
 from qskd.datasets.findings.survey import Survey
 from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
+from qskd.datasets.packing import PartedSource, pack_by, pack_here, start_helpers
 from qskd.datasets.pictures.facts import PictureCounter, look
 from qskd.datasets.samples import (
     ARRAYS,
@@ -37,7 +37,6 @@ from qskd.datasets.samples import (
     first_problems,
     flat_column,
     to_samples,
-    to_table,
 )
 from qskd.errors import QskdError, writing
 from qskd.printable import one_line
@@ -82,11 +81,13 @@ def write_shards(
     progress: Callable[[int, int], None] | None = None,
     strict: bool = False,
     accept: Sequence[str] = (),
+    processes: int = 1,
 ) -> Manifest:
-    """Write the samples as shards, then the manifest; returns it. strict: QskdError when something looks wrong (see
+    """Write the samples as shards, then the manifest; returns it. processes: how many may work at this, where the source and its
+    size allow it; the shards are the same. strict: QskdError when something looks wrong (see
     `qskd.datasets.findings`) that `accept` does not name; no manifest is then written.
 
-    progress: called with (images written, images the source lists). Raises QskdError when `destination` holds shards
+    progress: called with (images looked at, images the source lists). Raises QskdError when `destination` holds shards
     of another source and `overwrite` is False, or a manifest.json that qskd did not write; shards of the same source are made
     again. Only shards that the old manifest names are deleted. Whatever fails on the way, what was there before stays whole.
     """
@@ -102,30 +103,29 @@ def write_shards(
     fresh: set[str] = set()  # what was not there before: a failure deletes these alone
     survey = Survey()
     counter = PictureCounter()
-    rows = survey.counted(counter.counted(dataset.samples()))
+
+    def grown() -> None:
+        if progress:
+            progress(survey.images, len(dataset))
+
     # Inside the destination when that is local: a rename does not cross file systems.
     with (
         writing(destination),
-        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as folder,
+        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as scratch,
+        start_helpers(dataset, len(dataset), processes) or contextlib.nullcontext() as helpers,
     ):
-        spool = Path(folder) / "spool"
+        folder, sizes = Path(scratch), (rows_per_shard, rows_per_group)
+        if helpers is None:
+            packs = pack_here(survey.counted(counter.counted(dataset.samples())), folder, *sizes, grown)
+        else:
+            packs = pack_by(helpers, cast(PartedSource, dataset), folder, *sizes, (survey, counter), grown)
         try:
-            while first := next(rows, None):
-                with pq.ParquetWriter(
-                    spool, SCHEMA, compression="NONE", use_dictionary=False, write_page_checksum=True
-                ) as writer:
-                    shard_samples = chain([first], islice(rows, rows_per_shard - 1))
-                    before = survey.images - 1
-                    while group := list(islice(shard_samples, rows_per_group)):
-                        writer.write_table(to_table(group))
-                        if progress:
-                            progress(survey.images, len(dataset))
-                checksum = sha256_of(spool.open("rb"))
-                name = f"shard-{len(shards):05d}-{checksum[:8]}.parquet"
-                shards.append(Shard(name, survey.images - before, spool.stat().st_size, checksum))
+            for packed in packs:
+                name = f"shard-{len(shards):05d}-{packed.sha256[:8]}.parquet"
+                shards.append(Shard(name, packed.rows, packed.bytes, packed.sha256))
                 if _absent(filesystem, destination, f"{root}/{name}"):
                     fresh.add(name)
-                publish(spool, filesystem, f"{root}/{name}")
+                publish(packed.path, filesystem, f"{root}/{name}")
             _check_left(dataset, survey, destination)
             findings = findings_of(dataset, survey)
             if strict:
@@ -145,6 +145,7 @@ def write_shards(
                 packed_pictures(*survey.hashes()),
                 counter.counts,
             )
+            spool = folder / "manifest"
             spool.write_text(manifest.to_json())
             publish(spool, filesystem, f"{root}/{MANIFEST}")
         except BaseException:

@@ -46,6 +46,7 @@ class ParquetFiles:
         self._metadata, self._check = dict(metadata or {}), check
         self._filesystem, self._root = open_folder(uri)
         self._open: dict[int, pq.ParquetFile] = {}
+        self._starts: dict[int, NDArray[np.int64]] = {}  # of open files
 
     def where(self, number: int) -> str:
         """The file's full name, for messages."""
@@ -59,9 +60,11 @@ class ParquetFiles:
 
     def group_starts(self, number: int) -> NDArray[np.int64]:
         """The first row of each row group, and the number of rows: int64 [groups + 1]."""
-        metadata = self.file(number).metadata
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        return np.cumsum([0, *sizes], dtype=np.int64)
+        if number not in self._starts:  # each row that is asked for asks; a cache's file has hundreds of groups
+            metadata = self.file(number).metadata
+            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            self._starts[number] = np.cumsum([0, *sizes], dtype=np.int64)
+        return self._starts[number]
 
     def read_rows(self, number: int, rows: Sequence[int], columns: Sequence[str]) -> tuple[pa.Table, list[int]]:
         """These columns of the row groups that hold `rows`, and where in the table each row is."""
@@ -114,8 +117,11 @@ class ParquetFiles:
         opened = self._open.pop(number, None)
         if opened is None:
             opened = self._check_and_open(number)
+            self._starts.pop(number, None)
             if len(self._open) >= self._MOST_OPEN:
-                self._open.pop(next(iter(self._open))).close()
+                oldest = next(iter(self._open))
+                self._starts.pop(oldest, None)
+                self._open.pop(oldest).close()
         self._open[number] = opened  # last = most recently used
         return opened
 

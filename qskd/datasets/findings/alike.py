@@ -50,6 +50,10 @@ class RepeatedObjects:
             corners = ", ".join(f"{value:g}" for value in box)
             self._tally.add(f"{where}: category {category_id} at [{corners}] {count} times", count - 1)
 
+    def absorb(self, later: RepeatedObjects) -> None:
+        """Add what another counted in images that come after these."""
+        self._tally.absorb(later._tally)
+
     def findings(self) -> list[Finding]:
         return self._tally.finding(
             "repeated-objects",

@@ -55,6 +55,11 @@ class Tally:
         if times and len(self.examples) < MOST_EXAMPLES:
             self.examples.append(one_line(example))
 
+    def absorb(self, later: Tally) -> None:
+        """Add what another counted, of things that come after these."""
+        self.count += later.count
+        self.examples += later.examples[: MOST_EXAMPLES - len(self.examples)]
+
     def finding(self, name: str, found: str, meaning: str = "", remedy: str = "") -> list[Finding]:
         """The finding, where anything was counted. found: a sentence, in which {count} stands for how many."""
         if not self.count:

@@ -16,6 +16,7 @@ Numbers = NDArray[np.float64]
 SLACK = 1.0  # pixels that a box may reach beyond its image: what rounding does
 MANY = 0.01  # of all boxes
 _NEARLY_ALL = 0.99
+_BLOCK = 2**18  # boxes that are looked at together: all readings of ten million are gigabytes
 _FARTHEST = 1e9  # pixels; what is farther reads no better
 
 
@@ -55,33 +56,49 @@ class GivenBoxes:
         self._numbers.extend((*box, width, height))
         self._ids.extend((image_id, annotation_id))
 
+    def add_block(self, boxes: Numbers, sizes: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
+        """The same of many: boxes [N, 4], sizes [N, 2] (width, height), ids [N, 2] (image, annotation)."""
+        self._numbers.frombytes(np.concatenate([boxes, sizes], axis=1, dtype=np.float64).tobytes())
+        self._ids.frombytes(np.ascontiguousarray(ids).tobytes())
+
     def findings(self, example: Callable[[int, int], str]) -> list[Finding]:
         """example: where an annotation stands, of its image's id and its own."""
-        numbers = np.array(self._numbers, np.float64).reshape(-1, 6)
+        numbers = np.asarray(self._numbers, np.float64).reshape(-1, 6)
         if not len(numbers):
             return []
-        boxes, sizes = numbers[:, :4], numbers[:, 4:]
-        relative = self._layout.unit == COCO.unit and bool((boxes <= 1).all() and (boxes >= 0).all())
-        if relative:  # of the image's size: as such they may fit or not
-            boxes = boxes * np.tile(sizes, 2)
-        with np.errstate(over="ignore", invalid="ignore"):
-            reach = {name: _reach(*read(boxes), sizes) for name, read in READINGS.items()}
-        own, ids = self._layout.reading, np.array(self._ids, np.int64).reshape(-1, 2)
-        others = [name for name in READINGS if name != own]
-        misfit = reach[own] > SLACK  # those without an area too: a width where a right edge is meant gives such
-        outside = misfit & np.isfinite(reach[own])
-        total, said = len(boxes), ""
+        blocks = [numbers[start : start + _BLOCK] for start in range(0, len(numbers), _BLOCK)]
+        relative = self._layout.unit == COCO.unit and all(
+            bool((block[:, :4] <= 1).all() and (block[:, :4] >= 0).all()) for block in blocks
+        )
+        own, ids = self._layout.reading, np.asarray(self._ids, np.int64).reshape(-1, 2)
+        fitting = {name: 0 for name in READINGS if name != own}
+        found_misfits, found_reach = [], []
+        for number, block in enumerate(blocks):
+            boxes, sizes = block[:, :4], block[:, 4:]
+            if relative:  # of the image's size: as such they may fit or not
+                boxes = boxes * np.tile(sizes, 2)
+            with np.errstate(over="ignore", invalid="ignore"):
+                reach = {name: _reach(*read(boxes), sizes) for name, read in READINGS.items()}
+            for name in fitting:
+                fitting[name] += int((reach[name] <= SLACK).sum())
+            rows = np.flatnonzero(
+                reach[own] > SLACK
+            )  # those without an area too: a width where a right edge is meant gives such
+            found_misfits.append(rows + number * _BLOCK)
+            found_reach.append(reach[own][rows])
+        misfit, reaches = np.concatenate(found_misfits), np.concatenate(found_reach)
+        outside = np.isfinite(reaches)
+        total, said = len(numbers), ""
         if outside.any():
-            far = reach[own][outside]
+            far = reaches[outside]
             said = (
-                f"{int(outside.sum())} of {total} boxes reach outside their images, by up to {far.max():.1f} px, "
+                f"{len(far)} of {total} boxes reach outside their images, by up to {far.max():.1f} px, "
                 f"half of them by {np.median(far):.1f} px or more"
             )
-        count, no_area = int(misfit.sum()), int(misfit.sum() - outside.sum())
+        count, no_area = len(misfit), int(len(misfit) - outside.sum())
         if not count or count < MANY * total:
             return []
-        fitting = {name: int((reach[name] <= SLACK).sum()) for name in others}
-        best = max(others, key=lambda name: fitting[name])
+        best = max(fitting, key=lambda name: fitting[name])
         if count > 1 and fitting[best] >= _NEARLY_ALL * total and fitting[best] > total - count:
             unit = " of numbers relative to the image's size" if relative else ""
             lost = f"{no_area} of {total} boxes have no area" if no_area else ""
@@ -95,7 +112,7 @@ class GivenBoxes:
         count = int(outside.sum())
         if relative or not count or count < MANY * total:
             return []
-        examples = _examples(ids[outside], example)
+        examples = _examples(ids[misfit[outside]], example)
         meaning = "They are clipped: the learned box is of what is left."
         remedy = "were the pictures cropped or resized after they were annotated? Correct the boxes, or leave them out"
         return [Finding("boxes-clipped", count, said, examples, meaning, remedy)]

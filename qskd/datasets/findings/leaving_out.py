@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from qskd.datasets.pictures.reader import Examined, Part, PictureReader, without_categories
 from qskd.datasets.samples import Problem, Sample
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
@@ -42,7 +41,14 @@ class WithoutCategories:
         if name == "outline":
             outline = self._source.outline  # type: ignore[attr-defined]
             return lambda: map(self._without, outline())
-        if name in ("findings", "listed_objects"):
+        if name == "picture_reader":
+            reader: PictureReader = self._source.picture_reader  # type: ignore[attr-defined]
+            return replace(reader, leave_out=tuple(self._out))
+        if name == "parts":
+            self._dropped = dict.fromkeys(self._out, 0)
+        if name == "took":
+            return self._took
+        if name in ("findings", "listed_objects", "others_say", "parts"):
             return getattr(self._source, name)
         raise AttributeError(name)
 
@@ -65,11 +71,13 @@ class WithoutCategories:
         self._dropped = dict.fromkeys(self._out, 0)
         return map(self._without, self._source.samples())
 
+    def _took(self, part: Part, examined: Examined) -> None:
+        self._source.took(part, examined)  # type: ignore[attr-defined]
+        for number, count in examined.left_out.items():
+            self._dropped[number] += count
+
     def _without(self, sample: Sample) -> Sample:
-        out = np.isin(sample.category_ids, list(self._out))
-        if not out.any():
-            return sample
-        for number in sample.category_ids[out].tolist():
+        sample, gone = without_categories(sample, tuple(self._out))
+        for number in gone:
             self._dropped[number] += 1
-        names = ("boxes_xyxy", "category_ids", "area", "iscrowd")
-        return replace(sample, **{name: getattr(sample, name)[~out] for name in names})
+        return sample

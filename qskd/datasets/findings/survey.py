@@ -64,6 +64,26 @@ class Survey:
         self._share = max(self._share, float((edges / (sample.width, sample.height)).max()))
         self._tiny.add(where, int((edges - sample.boxes_xyxy[:, :2] < 1).any(axis=1).sum()))
 
+    def absorb(self, later: Survey) -> None:
+        """Add what another has seen of images that come after these."""
+        self.images += later.images
+        self.objects += later.objects
+        self.crowds += later.crowds
+        if later.most_objects > self.most_objects:
+            self.most_objects, self.most_objects_in = later.most_objects, later.most_objects_in
+        self._category_ids |= later._category_ids
+        for tally, more in (
+            (self._empty, later._empty),
+            (self._crowded, later._crowded),
+            (self._tiny, later._tiny),
+        ):
+            tally.absorb(more)
+        self._repeated.absorb(later._repeated)
+        self._largest, self._share = max(self._largest, later._largest), max(self._share, later._share)
+        self._names += later._names
+        self._ids += later._ids
+        self._contents += later._contents
+
     def hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Of all pictures so far: `content_of` each, and its image's id."""
         return np.array(self._contents, np.uint64), np.array(self._ids, np.int64)

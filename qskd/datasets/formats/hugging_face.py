@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qskd.datasets.coco import OnError
 from qskd.datasets.formats.box_formats import as_xywh, in_pixels, layout_of
+from qskd.datasets.formats.columns import ListedImage
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import choose_split, names_of, picture_size, read_class_names, some
-from qskd.datasets.formats.rows import Rows, find_splits
+from qskd.datasets.formats.rows import Rows, find_splits, row_after
 from qskd.datasets.pictures.facts import Exif
+from qskd.datasets.pictures.reader import Pictures, Stamp
 from qskd.datasets.samples import Problem, first_problems
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
@@ -40,24 +45,43 @@ class _BadRow(Exception):
 
 
 class _Embedded:
-    """The pictures inside a table, which are asked for in its order, once or more."""
+    """The pictures inside a table. Cheapest when they are asked for in its order; can be sent to another process. A picture's place
+    is its row's, as `Rows.read` says it."""
 
     def __init__(self, rows: Rows, column: str) -> None:
         self._rows, self._column = rows, column
         self._left: Iterator[tuple[str, dict[str, Any]]] = iter(())
+        self._next = ""  # the place of `_left`'s next row
 
-    def read(self, where: str) -> bytes:
-        """The bytes of a picture, of the row that `where` begins with."""
-        for again in (False, True):
-            if again:  # from the first row on
-                self._left = self._rows.read([self._column])
-            for place, row in self._left:
-                if where.startswith(f"{place} ("):
-                    try:
-                        return _encoded(row[self._column])
-                    except _BadRow as error:
-                        raise QskdError(where, str(error), _EXPECTED) from None
-        raise QskdError(where, "the row is gone", "a file that nobody changes meanwhile")
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_left": iter(()), "_next": ""}
+
+    def locate(self, file_name: str, place: str, where: str) -> str:
+        return place
+
+    def changed_at(self, located: str) -> int:
+        return 0
+
+    def is_respelt(self, file_name: str) -> bool:
+        return False
+
+    def read_again(self, located: str, stamp: Stamp, into: NDArray[np.uint8]) -> bool:
+        encoded = self.read(located, "", located)
+        if len(encoded) == len(into):
+            into[:] = np.frombuffer(encoded, np.uint8)
+        return len(encoded) == len(into)
+
+    def read(self, located: str, file_name: str, where: str) -> bytes:
+        if located != self._next:
+            self._left = self._rows.read([self._column], located)
+        place, row = next(self._left, ("", {}))
+        self._next = row_after(place) if place else ""
+        if place != located:
+            raise QskdError(where, "the row is gone", "a file that nobody changes meanwhile")
+        try:
+            return _encoded(row[self._column])
+        except _BadRow as error:
+            raise QskdError(where, str(error), _EXPECTED) from None
 
 
 class HuggingFaceDataset(ImportedDataset):
@@ -175,15 +199,11 @@ class HuggingFaceDataset(ImportedDataset):
     def _image_where(self, image_id: Any, file_name: Any) -> str:
         return f"{self._image_places[image_id]} ({one_line(str(file_name))})"
 
-    def _locate(self, root: Path, image: Any, where: str) -> Path:
-        return super()._locate(root, image, where) if self._file_name else Path(image.file_name)
+    def _picture_source(self) -> Pictures:
+        return super()._picture_source() if self._file_name else self._embedded
 
-    def _read_bytes(self, path: Path, image: Any, where: str) -> bytes:
-        return super()._read_bytes(path, image, where) if self._file_name else self._embedded.read(where)
-
-    def _glimpse(self, image: Any) -> bytes:
-        where = self._image_where(image.id, image.file_name)
-        return super()._glimpse(image) if self._file_name else self._embedded.read(where)
+    def _picture_place(self, image: ListedImage) -> str:
+        return "" if self._file_name else self._image_places[image.id]
 
     # -- classes and boxes
 

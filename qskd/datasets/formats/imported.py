@@ -7,11 +7,11 @@ import hashlib
 import json
 from abc import abstractmethod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from qskd.datasets.coco import CocoDataset, OnError
 from qskd.datasets.pictures.facts import Exif
+from qskd.datasets.pictures.files import PictureFolder
 from qskd.datasets.samples import first_problems
 from qskd.errors import QskdError
 from qskd.printable import shown_path
@@ -25,6 +25,7 @@ class ImportedDataset(CocoDataset):
     def __init__(self, source: Path, root: Path, on_error: OnError, exif: Exif) -> None:
         self._object_places: list[str] = []  # annotation id -> where it stands, for messages
         self._measured: set[int] = set()
+        self._folders: dict[Path, PictureFolder] = {}
         self._given_boxes: list[list[float]] = []  # annotation id -> its box as `layout` has it, in pixels
         self._lost_objects = 0  # at least: entries that can't be read, of objects or of all of an image's
         self._document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
@@ -35,22 +36,26 @@ class ImportedDataset(CocoDataset):
     def _import(self) -> None:
         """Fill the lists. Raises QskdError for what is no sample's fault."""
 
+    def _read(self) -> None:
+        self._read_whole()
+
     def _parse(self) -> tuple[dict[str, list[Any]], str]:
         self._import()
         if not self._document["images"] and not self._errors:
             first = first_problems(self._problems)
             raise QskdError(str(self._path), f"no usable image{first}", "at least one", "give the dataset's folder")
         # What was read, not the files themselves: of the same dataset in another place the shards are the same.
-        text = json.dumps(self._document, sort_keys=True)
-        return self._document, hashlib.sha256(text.encode()).hexdigest()
+        return self._document, _sha256_of(self._document)
 
     def _add_categories(self, names: dict[int, str]) -> None:
         self._document["categories"] = [{"id": key, "name": name} for key, name in sorted(names.items())]
 
     def _located(self, folder: Path, file_name: str, where: str) -> Path:
         """A picture's real path. QskdError when it leaves its folder, which is no entry to skip."""
-        entry: Any = SimpleNamespace(file_name=file_name)
-        return CocoDataset._locate(self, folder.resolve(), entry, where)
+        known = self._folders.get(folder)
+        if known is None:
+            known = self._folders[folder] = PictureFolder(folder.resolve())
+        return known.locate(file_name, where)
 
     def _drawn_on(self, width: int, height: int, turned: bool) -> tuple[int, int]:
         """The size of what boxes were drawn on: the picture as a person sees it, as annotation tools have it, unless told."""
@@ -88,3 +93,15 @@ class ImportedDataset(CocoDataset):
     def _complain(self, where: str, found: str, expected: str, dropped: str) -> None:
         self._lost_objects += "object" in dropped or "label" in dropped
         super()._complain(where, found, expected, dropped)
+
+
+def _sha256_of(document: dict[str, list[Any]]) -> str:
+    """Of `json.dumps(document, sort_keys=True)`, whose text is as large as all entries together, and is not made."""
+    digest = hashlib.sha256()
+    for number, (key, entries) in enumerate(sorted(document.items())):
+        digest.update(f"{', ' if number else '{'}{json.dumps(key)}: [".encode())
+        for place, entry in enumerate(entries):
+            digest.update(f"{', ' if place else ''}{json.dumps(entry, sort_keys=True)}".encode())
+        digest.update(b"]")
+    digest.update(b"}")
+    return digest.hexdigest()

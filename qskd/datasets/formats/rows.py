@@ -100,6 +100,15 @@ def _split_name(path: Path) -> str:
     return "train"
 
 
+_ROW = ": row "
+
+
+def row_after(where: str) -> str:
+    """Where the next row of the same file is."""
+    path, _, number = where.rpartition(_ROW)
+    return f"{path}{_ROW}{int(number) + 1}"
+
+
 class Rows:
     """The rows of one split's files, which have the same columns. Read in order, a few at a time."""
 
@@ -114,21 +123,24 @@ class Rows:
             self.columns, noted = self._schema(files[0])
             self.features = self._features(noted)
 
-    def read(self, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(where, values of these columns) of each row, in order. where: file and row or line."""
+    def read(self, columns: Sequence[str], first: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """(where, values of these columns) of each row, in order. where: file and row or line. first: the `where` of a row of a
+        table, to begin there."""
         if self._files[0].suffix.lower() == ".jsonl":
             for number, line in enumerate(self._lines, 1):
                 yield f"{self._files[0]}: line {number}", line
             return
-        for path in self._files:
-            number = 0
-            for batch in self._told(path, columns):
+        begin_in, _, begin_at = first.rpartition(_ROW)
+        files = [str(path) for path in self._files]
+        for path in self._files[files.index(begin_in) if first else 0 :]:
+            number = int(begin_at) if first and str(path) == begin_in else 0
+            for batch in self._told(path, columns, number):
                 for row in batch:
-                    yield f"{path}: row {number}", row
+                    yield f"{path}{_ROW}{number}", row
                     number += 1
 
-    def _told(self, path: Path, columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-        batches = self._batches(path, list(columns))
+    def _told(self, path: Path, columns: Sequence[str], first: int) -> Iterator[list[dict[str, Any]]]:
+        batches = self._batches(path, list(columns), first)
         while True:
             try:
                 batch = next(batches, None)
@@ -140,18 +152,30 @@ class Rows:
             yield rows
 
     @staticmethod
-    def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    def _batches(path: Path, columns: list[str], first: int) -> Iterator[pa.RecordBatch]:
+        """A file's rows from number `first` on."""
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
                 if missing := set(columns) - set(file.schema_arrow.names):  # which Arrow would leave out without a word
                     raise ValueError(f"no column {', '.join(sorted(missing))}, which other files of the split have")
-                yield from file.iter_batches(_TAKEN, columns=columns)
+                groups = list(range(file.num_row_groups))
+                while groups and first >= (rows := file.metadata.row_group(groups[0]).num_rows):
+                    first -= rows
+                    groups.pop(0)
+                for batch in file.iter_batches(_TAKEN, groups, columns) if groups else ():
+                    if first < len(batch):
+                        yield batch.slice(first)
+                    first = max(0, first - len(batch))
         else:
             with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 for batch in stream:
+                    if first >= len(batch):
+                        first -= len(batch)
+                        continue
                     batch.validate(full=True)  # offsets of an edited file would lead anywhere in memory
                     chosen = batch.select(columns)
-                    yield from (chosen.slice(start, _TAKEN) for start in range(0, len(chosen), _TAKEN))
+                    yield from (chosen.slice(start, _TAKEN) for start in range(first, len(chosen), _TAKEN))
+                    first = 0
 
     @staticmethod
     def _schema(path: Path) -> tuple[list[str], bytes]:

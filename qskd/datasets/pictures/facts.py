@@ -123,8 +123,13 @@ class PictureCounter:
 
     def counted(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
-            self.counts += PictureCounts.of([sample.picture or look(sample.encoded)])
+            self.add(sample)
             yield sample
+
+    def add(self, sample: Sample) -> None:
+        picture = sample.picture or look(sample.encoded)
+        if picture != PictureFacts():  # which adds nothing, and nearly all are so
+            self.counts += PictureCounts.of([picture])
 
 
 def upright(listed: Sample, seen: Seen, exif: Exif, respelt: bool, where: str, remedy: str) -> Sample:
