@@ -14,15 +14,17 @@ unexport PYTHONDONTWRITEBYTECODE
 	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-.PHONY: install quickstart test test-fast lint gpu-check clean
+.PHONY: install quickstart test test-fast style lint gpu-check clean
 install: .venv/installed
 
 quickstart: install
 	$(BIN)/qskd quickstart
 
-lint: install
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
 # A file stays on one worker: what it builds once (a Ray cluster, a teacher, a cache) is built once. The files that take
@@ -30,8 +32,15 @@ lint: install
 # Ray cluster wait half of their time.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test: lint
-	$(PYTEST)
+# mypy takes half a minute of one core where it has no cache: it works beside the tests, and is heard after them.
+TYPES := .mypy_cache/said
+test: style
+	@mkdir -p $(dir $(TYPES))
+	$(BIN)/mypy >$(TYPES) 2>&1 & types=$$!; \
+	$(PYTEST); tests=$$?; \
+	wait $$types; typed=$$?; \
+	echo "mypy:"; cat $(TYPES); \
+	exit $$((tests ? tests : typed))
 
 test-fast: lint
 	$(PYTEST) -m "not slow"

@@ -33,12 +33,14 @@ def new_process() -> dict[str, Any]:
     """
     code = """if True:
         import gc, json, sys, torch
+        import pipelines.tracking.curves, pipelines.training.checkpoint_list
+        at_reports = list(sys.modules)
         old = lambda: gc.get_stats()[2]["collections"]
         before = old()
         import qskd.detectors
         said = {"collects": gc.isenabled(), "collections": old() - before}
         import pipelines.tuning.plan
-        print(json.dumps({**said, "modules": list(sys.modules)}))
+        print(json.dumps({**said, "modules": list(sys.modules), "at_reports": at_reports}))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
     said: dict[str, Any] = json.loads(done.stdout)
@@ -53,3 +55,9 @@ def test_the_detectors_are_imported_without_a_collection_of_the_oldest(new_proce
 def test_planning_a_sweep_imports_no_ray(new_process: dict[str, Any]) -> None:
     assert "pipelines.tuning.plan" in new_process["modules"]
     assert not {"ray", "optuna"} & set(new_process["modules"])
+
+
+def test_what_the_controller_does_with_a_report_imports_no_detectors(new_process: dict[str, Any]) -> None:
+    """Ray Train's controller starts before its workers do: transformers were seconds of every training's start."""
+    assert "pipelines.training.checkpoints" in new_process["at_reports"]
+    assert not {"transformers", "scipy", "qskd.detectors"} & set(new_process["at_reports"])

@@ -7,9 +7,10 @@ and compare with a training in this process where the other side need not be Ray
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ from pipelines.run.folder import Folder
 from pipelines.run.history import read_history
 from pipelines.run.ownership import check_ours
 from pipelines.training import driver as distill
-from pipelines.training.checkpoint_list import COPY, LIST, delete_unlisted, keep_list, last_report, mend_list
+from pipelines.training.checkpoint_list import LIST, last_report, mend_list
 from qskd.config import Config
 from qskd.config.recipe import load, to_yaml
 from qskd.datasets.batch import train_batch
@@ -84,8 +86,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_work(tmp_path_factory.mktemp("pipelines"), 96, 24)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
+    """Of one file: a Ray that idles until the last test's end takes as much as starting another."""
     import ray
 
     start_ray()
@@ -111,16 +114,16 @@ def weights(student: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def without_ray(config: Config) -> list[dict[str, float]]:
-    """Each step's terms in a training of this process, from the plan of the run."""
+def without_ray(config: Config, steps: int | None = None) -> list[dict[str, float]]:
+    """Each step's terms in a training of this process, from the plan of the run; of the first `steps`."""
     plan = distill.make_plan(distill.resolve(config, "distill"), "distill")
     labels = plan.train.labels
     student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
     shares = (share for share in local_stream(plan.stream) if share.subset == "train")
-    steps = [training.train_step(train_batch(share.arrays)) for share in shares]
+    found = [training.train_step(train_batch(share.arrays)) for share in itertools.islice(shares, steps)]
     training.check_finite()
-    return [{f"loss/{name}": value.item() for name, value in values.items()} for values in steps]
+    return [{f"loss/{name}": value.item() for name, value in values.items()} for values in found]
 
 
 @contextlib.contextmanager
@@ -167,7 +170,7 @@ LONGER = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def distilled(work: Path, cluster: str) -> distill.RunResult:
     """A run that nothing disturbs."""
     return distill.run(config(work, "distilled", *LONGER), "distill")
@@ -238,141 +241,119 @@ def test_another_configuration_under_the_same_name_is_refused(work: Path, distil
         distill.run(config(work, "distilled", *LONGER, "training.learning_rate=0.5"), "distill")
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(work: Path, cluster: str, distilled: distill.RunResult) -> None:
+def no_training_is_left() -> None:
+    """Ray ends a killed driver's processes a moment later; until then they write."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        titles = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                titles += process.cmdline()[:1]
+        if not any("TrainController" in title or "RayTrainWorker" in title for title in titles):
+            return
+        time.sleep(0.05)
+    raise AssertionError(titles)
+
+
+RECORDS = ("config.yaml", "data.json", "mlflow.json", "history.json")
+
+
+@pytest.fixture(scope="module")
+def disturbed(work: Path, cluster: str, distilled: distill.RunResult) -> SimpleNamespace:
+    """`distilled` again, as a run that much happens to: its program gets Ctrl-C, its controller dies while Ray writes the list of
+    checkpoints, its program is killed, files of it are cut, its worker dies. It is begun three times, for three tests."""
     import mlflow
 
-    killed = config(work, "killed", *LONGER)
-    recipe = work / "killed.yaml"
-    recipe.write_text(to_yaml(killed))
+    same = config(work, "disturbed", *LONGER)
+    recipe = work / "disturbed.yaml"
+    recipe.write_text(to_yaml(same))
     command = [sys.executable, "-m", "pipelines.distill", str(recipe)]
-    folder, reached = Folder(killed), 0
+    folder, reached, stops = Folder(same), [0], []
     client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
     for how in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster}, start_new_session=True)
         deadline = time.monotonic() + 400  # a busy machine takes minutes to start
         while process.poll() is None and time.monotonic() < deadline:
-            if (read_history(folder) or [{"step": 0}])[-1]["step"] > reached:
+            if (read_history(folder) or [{"step": 0}])[-1]["step"] > reached[-1]:
                 break
             time.sleep(0.05)
         os.killpg(process.pid, how)
-        assert process.wait(100) == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how]
-        before, reached = reached, read_history(folder)[-1]["step"]
-        assert before < reached < 36
-        assert not folder.exists("result.json")
+        code = process.wait(100)
+        no_training_is_left()
+        reached.append(read_history(folder)[-1]["step"])
         run_id = json.loads(folder.read("mlflow.json"))["run_id"]
-        assert client.get_run(run_id).info.status == ("KILLED" if how == signal.SIGINT else "RUNNING")
-    # As if the controller had died while Ray wrote its list of checkpoints, and before the run heard of the last one.
-    heard, listed = read_history(folder), last_report(folder)
-    folder.write(LIST, folder.read(LIST)[:100])
-    if listed and listed[0]["step"] == heard[-1]["step"]:  # else it was killed just then, and did not hear of it
-        folder.write("history.json", json.dumps(heard[:-1]))
+        stops.append((code, client.get_run(run_id).info.status, folder.exists("result.json")))
+        if how == signal.SIGINT:
+            # As if the controller had died while Ray wrote its list of checkpoints, and before the run heard of the last one.
+            heard, listed = read_history(folder), last_report(folder)
+            folder.write(LIST, folder.read(LIST)[:100])
+            if listed and listed[0]["step"] == heard[-1]["step"]:  # else it did not hear of it, and has it yet to hear
+                folder.write("history.json", json.dumps(heard[:-1]))
+    mend_list(folder)  # it may have been killed within Ray's writing
+    listed = last_report(folder)
+    assert listed is not None
+    for name in (*RECORDS, f"{listed[1]}/state.safetensors"):
+        path = Path(folder.root, name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    result = distill.run(killed, "distill")
-    assert result.run_id == run_id
-    assert [entry["step"] for entry in read_history(folder)] == list(range(2, 37, 2))
-    logged = [[m.step for m in client.get_metric_history(run, "loss/total")] for run in (run_id, distilled.run_id)]
+    def goes_on() -> bool:
+        latest = last_report(folder)
+        return latest is not None and latest[0]["step"] > reached[-1]
+
+    warnings: list[str] = []
+    keep = logging.Handler()
+    keep.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("qskd").addHandler(keep)
+    try:
+        with pytest.MonkeyPatch.context() as patch, killing("RayTrainWorker", goes_on) as victims:
+            in_stretches(patch, 3)  # nor does it change anything that the data comes in several executions
+            result = distill.run(same, "distill")
+    finally:
+        logging.getLogger("qskd").removeHandler(keep)
+    return SimpleNamespace(
+        folder=folder, result=result, stops=stops, reached=reached, run_id=run_id, damaged=listed[1],
+        warnings=warnings, victims=victims,
+    )  # fmt: skip
+
+
+def same_weights(one: distill.RunResult, other: distill.RunResult) -> bool:
+    expected, found = weights(one.student), weights(other.student)
+    return expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    work: Path, distilled: distill.RunResult, disturbed: SimpleNamespace
+) -> None:
+    import mlflow
+
+    assert disturbed.stops == [(130, "KILLED", False), (-signal.SIGKILL, "RUNNING", False)]
+    assert 0 < disturbed.reached[1] < disturbed.reached[2] < 36
+    assert disturbed.result.run_id == disturbed.run_id
+    assert [entry["step"] for entry in read_history(disturbed.folder)] == list(range(2, 37, 2))
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    runs = (disturbed.run_id, distilled.run_id)
+    logged = [[m.step for m in client.get_metric_history(run, "loss/total")] for run in runs]
     assert logged[0] == logged[1]
-    expected, found = weights(distilled.student), weights(result.student)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert result.metrics == distilled.metrics
+    assert same_weights(distilled, disturbed.result)
+    assert disturbed.result.metrics == distilled.metrics
 
 
 def test_a_run_with_damaged_files_goes_on_from_an_older_checkpoint_to_the_same_weights(
-    work: Path, cluster: str, distilled: distill.RunResult, caplog: pytest.LogCaptureFixture
+    distilled: distill.RunResult, disturbed: SimpleNamespace
 ) -> None:
-    damaged = config(work, "damaged-files", *LONGER)
-    folder = Folder(damaged)
-    shutil.copytree(distilled.folder, folder.root)
-    shutil.rmtree(f"{folder.root}/student")
-    for name in ("result.json", "copies/result.json"):
-        folder.delete(name)
-    for name in ("config.yaml", "copies/config.yaml"):
-        folder.write(name, folder.read(name).replace("name: distilled", "name: damaged-files"))
-    last = json.loads(folder.read(LIST))["latest_checkpoint_result"]["checkpoint_dir_name"]
-    for name in ("config.yaml", "data.json", "mlflow.json", "history.json", f"train/{last}/state.safetensors"):
-        path = Path(folder.root, name)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    result = distill.run(damaged, "distill")
-    assert result.run_id == distilled.run_id
-    for name in ("config.yaml", "data.json", "mlflow.json", "history.json"):
-        assert f"{folder.where(name)} IS DAMAGED" in caplog.text
-    assert f"A CHECKPOINT IS DAMAGED: {folder.where(f'train/{last}/state.safetensors')} has " in caplog.text
-    assert not folder.exists(f"train/{last}")
-    assert [entry["step"] for entry in read_history(folder)] == list(range(2, 37, 2))
-    expected, found = weights(distilled.student), weights(result.student)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_checkpoints_that_no_list_names_are_deleted_and_all_others_stay(tmp_path: Path) -> None:
-    folder = Folder(Config(output=str(tmp_path)))
-    delete_unlisted(folder)  # nothing there, as before a first run
-    names = [f"checkpoint_{number}" for number in range(5)]
-    for name in names:
-        folder.write(f"train/{name}/state.json", "{}")
-    folder.write("train/notes.json", "{}")
-    of = [{"checkpoint_dir_name": name} for name in names]
-    whole = {"checkpoint_results": of[:1], "pending_training_results": of[1:2], "latest_checkpoint_result": of[2]}
-    for unreadable in ("", json.dumps(whole)[:30]):
-        folder.write(LIST, unreadable)
-        delete_unlisted(folder)
-        assert all(folder.exists(f"train/{name}/state.json") for name in names)
-    folder.write(LIST, json.dumps(whole))
-    delete_unlisted(folder)
-    assert [folder.exists(f"train/{name}") for name in names] == [True, True, True, False, False]
-    assert folder.exists("train/notes.json")
-
-
-def test_half_a_list_of_checkpoints_becomes_its_copy_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = Folder(Config(output=str(tmp_path)))
-    mend_list(folder)  # there is none, as before a first run
-    whole = json.dumps({"latest_checkpoint_result": {"metrics": {"step": 7}, "checkpoint_dir_name": "checkpoint_x"}})
-    folder.write(LIST, whole)
-    keep_list(folder)
-    for broken in ("", whole[:20]):
-        folder.write(LIST, broken)
-        keep_list(folder)  # half a list is no copy
-        mend_list(folder)
-        assert folder.read(LIST) == whole
-        assert last_report(folder) == ({"step": 7}, "train/checkpoint_x")
-    folder.delete(COPY)
-    folder.write(LIST, "")
-    mend_list(folder)
-    assert not folder.exists(LIST)
-    assert last_report(folder) is None
-    assert "the training begins anew" in caplog.text
+    folder, told = disturbed.folder, "\n".join(disturbed.warnings)
+    for name in RECORDS:
+        assert f"{folder.where(name)} IS DAMAGED" in told
+    assert f"A CHECKPOINT IS DAMAGED: {folder.where(f'{disturbed.damaged}/state.safetensors')} has " in told
+    assert not folder.exists(disturbed.damaged)
+    assert same_weights(distilled, disturbed.result)
 
 
 def test_a_worker_that_dies_is_replaced_and_changes_nothing(
-    work: Path, cluster: str, distilled: distill.RunResult, monkeypatch: pytest.MonkeyPatch
+    distilled: distill.RunResult, disturbed: SimpleNamespace
 ) -> None:
-    in_stretches(monkeypatch, 3)  # nor does it change anything that the data comes in several executions
-    disturbed = config(work, "disturbed", *LONGER)
-    with killing("RayTrainWorker", lambda: read_history(Folder(disturbed))) as victims:
-        result = distill.run(disturbed, "distill")
-    assert victims
-    expected, found = weights(distilled.student), weights(result.student)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_two_workers_train_as_this_process_does_without_ray(
-    work: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_stretches(monkeypatch, 2)  # of three: an epoch each, and the evaluation
-    # Frozen norms: the statistics of a batch norm are each worker's own, by design.
-    settings = ["student.backbone_norm=frozen", "training.checkpoint_every_steps=1", "training.evaluate_every_epochs=2"]
-    two = config(work, "two", *settings, "compute.workers=2")
-    distill.run(two, "distill")
-    together = read_history(Folder(two))
-    assert [entry["step"] for entry in together] == list(range(1, 13))
-    for mine, theirs in zip(without_ray(config(work, "one", *settings)), together, strict=True):
-        terms = [name for name in theirs["training"] if name.startswith("loss/")]
-        assert len(terms) == 14
-        assert terms == list(mine)
-        # The gap is float rounding, which training amplifies step by step.
-        tolerance = 1e-4 if theirs["step"] == 1 else 2e-2
-        for name in terms:
-            assert theirs["training"][name] == pytest.approx(mine[name], rel=tolerance, abs=1e-4), name
+    assert disturbed.victims
+    assert same_weights(distilled, disturbed.result)
 
 
 def test_a_damaged_shard_stops_the_run_with_its_name(work: Path, cluster: str, tmp_path: Path) -> None:

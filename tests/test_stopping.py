@@ -1,34 +1,26 @@
-"""Signals end a program in order; a Ray that it starts listens on loopback alone, and leaves nothing behind."""
+"""Signals end a program in order. What a program with a Ray of its own leaves behind: tests/test_two_workers.py."""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from test_pipelines import SIZES
 
 from pipelines.cluster import start
 from pipelines.cluster.loopback import make_token
-from pipelines.prepare import prepare
 from pipelines.run.folder import Folder
-from pipelines.run.history import add_report, read_history
+from pipelines.run.history import add_report
 from pipelines.run.stopping import SAME_S, ended_by_signals
 from pipelines.training.at_stop import say_where_it_stopped
 from pipelines.training.checkpoint_list import LIST
-from qskd.config import Config
-from qskd.config.recipe import load, to_yaml
-from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.config.recipe import load
 from qskd.errors import QskdError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,85 +162,3 @@ def test_a_training_that_is_stopped_says_from_which_step_it_will_go_on(
         folder.write(LIST, json.dumps({"latest_checkpoint_result": latest}) if listed else '{"latest')
     say_where_it_stopped(folder, "it", 90)
     assert f"it: {said}" in capsys.readouterr().out
-
-
-def listeners(root: psutil.Process) -> set[tuple[str, str]]:
-    """(process, address) of all that listens for TCP, or has a UDP port, among a process and its descendants."""
-    found = set()
-    for process in (root, *root.children(recursive=True)):
-        try:
-            title = " ".join(process.cmdline()[:3])
-            for each in process.net_connections("inet"):
-                if each.status == psutil.CONN_LISTEN or each.type == socket.SOCK_DGRAM:
-                    found.add((title, each.laddr.ip))
-        except psutil.Error:
-            continue
-    return found
-
-
-def is_loopback(address: str) -> bool:
-    parsed = ipaddress.ip_address(address)
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
-
-
-def begin(recipe: Path, home: Path) -> subprocess.Popen[bytes]:
-    """`qskd train` with a Ray of its own, in a fresh home."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-        environment.pop(name, None)
-    with (recipe.parent / "out").open("wb") as out, (recipe.parent / "err").open("wb") as err:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.train", str(recipe)], env=environment, stdout=out, stderr=err
-        )
-
-
-@pytest.mark.slow
-def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order(tmp_path: Path) -> None:
-    import mlflow
-
-    for name, images, first in (("train", 48, 0), ("val", 8, 1000)):
-        annotations, pictures = make_shapes(ShapesConfig(images=images, first_image=first), tmp_path / f"{name}-coco")
-        prepare(annotations, pictures, str(tmp_path / name), rows_per_shard=24, quiet=True)
-    config: Config = load(None, [
-        *SIZES, "name=one", f"output={tmp_path}/runs", f"data.train={tmp_path}/train", f"data.val={tmp_path}/val",
-        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "training.epochs=30", "training.evaluate_every_epochs=30",
-        "training.checkpoint_every_steps=1", "compute.workers=2",
-    ])  # fmt: skip
-    (recipe, home, folder) = (tmp_path / "one.yaml", tmp_path / "home", Folder(config))
-    home.mkdir()
-    recipe.write_text(to_yaml(config))
-    process = begin(recipe, home)
-    root, seen = psutil.Process(process.pid), set()
-    deadline = time.monotonic() + 400  # a busy machine takes minutes to start
-    while not read_history(folder) and process.poll() is None and time.monotonic() < deadline:
-        seen |= listeners(root)
-        time.sleep(0.2)
-    seen |= listeners(root)
-    family = root.children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(100) == 128 + signal.SIGTERM
-
-    for part in ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "RayTrainWorker", "pipelines.train"):
-        assert any(part in title for title, _ in seen), part
-    assert not {(title, address) for title, address in seen if not is_loopback(address)}
-    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
-
-    (out, err) = ((tmp_path / name).read_text() for name in ("out", "err"))
-    assert out.count("stopped by SIGTERM") == 1
-    for word in ("Traceback", "SIGTERM", "stack trace", "PC: @"):
-        assert word not in err
-    assert not psutil.wait_procs(family, timeout=20)[1]
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    run_id = json.loads(folder.read("mlflow.json"))["run_id"]
-    assert client.get_run(run_id).info.status == "KILLED"
-
-    reached = read_history(folder)[-1]["step"]
-    assert 0 < reached < 90
-    said = re.search(r"^one: stopped at step (\d+) of 90, its last checkpoint", out, re.MULTILINE)
-    assert said is not None
-    assert 0 < int(said[1]) <= reached  # workers may make a step more until Ray has ended them
-    process = begin(recipe, home)
-    assert process.wait(400) == 0, (tmp_path / "err").read_text()[-3000:]
-    assert f"one: goes on from step {reached} of 90\n" in (tmp_path / "out").read_text()
-    assert client.get_run(run_id).info.status == "FINISHED"
-    assert read_history(folder)[-1]["step"] == 90

@@ -1,32 +1,41 @@
-"""A training's checkpoint: written, looked at before it is trusted, read again."""
+"""A training's checkpoint: written, looked at before it is trusted, read again.
+
+Ray Train's controller imports this, to look at checkpoints; torch and the detectors, which are seconds of its start, are
+imported where a checkpoint is written or read.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pipelines.run.folder import Folder
 from qskd.config import Config
-from qskd.detectors import save_detector
 from qskd.errors import QskdError
-from qskd.evaluation.average_precision import CocoResult
 from qskd.storage.stores import patiently
-from qskd.training.patience import Patience
-from qskd.training.step import Training
 from qskd.untrusted import parse_large_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qskd.evaluation.average_precision import CocoResult
+    from qskd.training.patience import Patience
+    from qskd.training.step import Training
 
 
 def write_checkpoint(
     folder: Path, training: Training, config: Config, result: CocoResult | None, patience: Patience | None = None
 ) -> None:
     """state.safetensors, state.json, and, after an evaluation, the student as a plain Hugging Face folder."""
+    from safetensors.torch import save_file
+
+    from qskd.detectors import save_detector
+
     save_file(training.state(), folder / WEIGHTS)
     metrics = result.metrics if result else {}
     counted = {"patience": patience.state()} if patience else {}
@@ -112,6 +121,8 @@ def read_state(checkpoint: str | Path, named: str = "") -> dict[str, Any]:
 
 def read_training_state(checkpoint: str | Path, named: str = "") -> dict[str, Tensor]:
     """What `Training.state` gave, by name; QskdError where it can't be read."""
+    from safetensors.torch import load_file
+
     try:
         return load_file(Path(checkpoint, WEIGHTS))
     except (OSError, SafetensorError) as error:
