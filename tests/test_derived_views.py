@@ -12,15 +12,15 @@ import pytest
 import torch
 from reference import make_targets, near, random_logits
 from test_loader import Pictures
-from test_teacher_cache import EVERYTHING, LABELS, random_record, random_sizes
-from tiny import random_teacher, recipe
+from test_teacher_cache import EVERYTHING, LABELS, decoded, random_record, random_sizes
+from tiny import arrays, random_teacher, recipe
 from torch import Tensor
 
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import TEACHER
 from pipelines.feed.stream import StreamConfig, local_stream
 from qskd import checks
-from qskd.config import Config, DetectionLossConfig, ResizeConfig, ViewConfig
+from qskd.config import FACTS, Config, DetectionLossConfig, ResizeConfig, ViewConfig
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
 from qskd.datasets.loader import BatchLoader
@@ -35,7 +35,7 @@ from qskd.structures import SILENT_LOGIT, TeacherNeeds, TeacherRecord
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.attention import Attention
 from qskd.teacher.columns.column import Column
-from qskd.teacher.columns.table import ARRAYS, columns_for, encode, mirrored
+from qskd.teacher.columns.table import ARRAYS, columns_for, encode, largest_errors, mirrored
 from qskd.teacher.online import Choose, OnlineTeacher
 from qskd.teacher.positives import Agreement, mirrored_arrays, positives
 
@@ -163,6 +163,20 @@ def test_an_even_teachers_derived_records_are_what_it_says_of_the_flipped_views(
     assert turned_round > 10
 
 
+@pytest.mark.parametrize("family", list(FACTS))
+def test_of_every_family_a_derived_record_is_the_real_one(family: str) -> None:
+    plain = random_teacher(family)
+    teacher = EvenTeacher(plain.detector, tuple(plain.get_buffer("class_slots").tolist()), plain.preprocessing)
+    seen, needs = arrays([2, 1, 3]), TeacherNeeds(memory=True, attention=True)
+    before, real = (teacher.record(train_batch(each), needs) for each in (seen, mirrored_arrays(seen)))
+    assert largest_errors(before, real)["boxes_cxcywh"] > 0.01
+    sizes = teacher.sizes(False)
+    rows = [mirrored(row, sizes, EVERYTHING) for row in encode(before, seen["image_ids"].tolist(), "float32")]
+    errors = largest_errors(decoded(rows, sizes), real)
+    assert {"memory", "attention"} <= errors.keys()
+    assert max(errors.values()) < 1e-6, errors
+
+
 def test_a_derived_view_has_its_source_s_crop_and_a_flip_of_seed_image_and_epoch() -> None:
     policy = ViewConfig(count=3, crop_probability=0.7, derived="flip", seed=5)
     plain = policy.model_copy(update={"derived": "none"})
@@ -189,16 +203,16 @@ def test_workers_and_a_resumed_run_see_the_same_flips_and_records(data: str, cac
     config = stream_of(data, cache)
     whole = [share.arrays for share in local_stream(config)]
     halves = [list(local_stream(config, world_size=2, rank=rank)) for rank in (0, 1)]
-    for arrays, *parts in zip(whole, *halves, strict=True):
-        parts = [part.arrays for part in parts]
+    for one, *shares in zip(whole, *halves, strict=True):
+        parts = [share.arrays for share in shares]
         for name in ("images", "teacher_memory_0", "teacher_boxes_cxcywh", "image_ids", "views"):
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), arrays[name], err_msg=name)
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), one[name], err_msg=name)
         for image, boxes in enumerate(line for part in parts for line in part["boxes_cxcywh"]):
-            np.testing.assert_array_equal(boxes, arrays["boxes_cxcywh"][image, : len(boxes)])
+            np.testing.assert_array_equal(boxes, one["boxes_cxcywh"][image, : len(boxes)])
     longer = replace(config, schedule=replace(config.schedule, epochs=9))
-    for share, arrays in zip(local_stream(longer, start_step=6), whole[6:], strict=False):
-        assert share.arrays.keys() == arrays.keys()
-        assert all(share.arrays[name].tobytes() == arrays[name].tobytes() for name in arrays)
+    for share, one in zip(local_stream(longer, start_step=6), whole[6:], strict=False):
+        assert share.arrays.keys() == one.keys()
+        assert all(share.arrays[name].tobytes() == one[name].tobytes() for name in one)
 
 
 def test_a_training_with_flips_shows_each_epoch_in_another_way_and_reads_one_view(data: str, cache: str) -> None:
@@ -248,7 +262,7 @@ def test_the_package_s_teacher_derives_predictions_but_not_memory(shapes: str) -
     assert found["iou_derived"] == pytest.approx(found["iou_real"], abs=0.03)
     assert found["confidence_derived"] == pytest.approx(found["confidence_real"], abs=0.03)
     assert found["iou_real"] > 0.7
-    assert 0.2 < found["memory_unexplained"] < 0.6
+    assert 0.2 < found["memory_unexplained"] < 0.7
     assert found["attention_overlap"] > 0.5
     assert allowed(config, found) == "allowed: data.views.derived=flip"
 
