@@ -20,6 +20,14 @@ def command(
     check: Annotated[
         int, typer.Option("--verify", min=0, help="Compute this many random rows again and compare; caches nothing.")
     ] = 0,
+    check_derived: Annotated[
+        int,
+        typer.Option(
+            "--verify-derived",
+            min=0,
+            help="Ask the teacher about this many images and their mirror images; caches nothing.",
+        ),
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what there is and what the rest will cost.")
     ] = False,
@@ -27,7 +35,7 @@ def command(
 ) -> None:
     """Run the teacher once over the data and keep its outputs, for every `qskd distill` of the same recipe."""
     check_all_fields(all_fields=all_fields, dry_run=dry_run)
-    from pipelines.caching import driver, verify
+    from pipelines.caching import driver, looks, verify
     from pipelines.run.logs import tell
     from qskd.config.recipe import load, shown_fields
 
@@ -38,6 +46,9 @@ def command(
         errors = verify.verify(config, check)
         print(*(f"{name:<28} {value:.3g}" for name, value in errors.items()), sep="\n")
         verify.complain(config, errors)
+    elif check_derived:
+        found = looks.verify_derived(config, check_derived)
+        print(*(f"{name:<28} {value:.3g}" for name, value in found.items()), looks.allowed(config, found), sep="\n")
     else:
         driver.run(config, overwrite)
 

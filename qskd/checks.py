@@ -162,6 +162,14 @@ def check_enough(config: Config) -> None:
             f"what the cache holds: it has no column {', '.join(missing)}",
             f"make a cache with --set teacher.cache.columns=[{columns}]",
         )
+    fixed = sorted(column.name for column in COLUMNS if column.asked(needs) and not column.mirrors)
+    if config.data.views.derived != "none" and fixed:
+        raise QskdError(
+            "data.views.derived",
+            f"{config.data.views.derived}, and the column {', '.join(fixed)} of the cache, which can't be mirrored",
+            "columns that say what they are in a mirrored view (`mirrored` in qskd/teacher/columns/column.py)",
+            "--set data.views.derived=none, with data.views.count for more views; or give the column a `mirrored`",
+        )
     if needs.all_layers and not cache.all_layers:
         raise refused(
             "all_layers",

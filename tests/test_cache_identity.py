@@ -93,7 +93,14 @@ def test_a_cache_of_other_outputs_is_refused_with_both_sides(work: Path, overrid
 
 @pytest.mark.parametrize(
     "override",
-    ["data.views.count=9", "seed=5", "teacher.cache.path=/elsewhere", "student.queries=7", "detection.class_weight=2"],
+    [
+        "data.views.count=9",
+        "data.views.derived=flip",
+        "seed=5",
+        "teacher.cache.path=/elsewhere",
+        "student.queries=7",
+        "detection.class_weight=2",
+    ],
 )
 def test_what_does_not_decide_the_outputs_makes_no_other_cache(work: Path, override: str) -> None:
     check_identity(manifest_of(config(work)), identity(config(work, override)), "here")

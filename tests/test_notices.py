@@ -21,6 +21,10 @@ LEVELS = "student.feature_levels=3"
     [
         ([], 50.0, ["at no cost"]),
         (["teacher.cache.path=cache"], 50.0, ["a cache N times as large"]),
+        (["teacher.cache.path=cache"], 50.0, ["data.views.derived=flip mirrors them anew"]),
+        (["data.views.derived=flip"], 50.0, []),
+        (["data.views.derived=flip", "data.views.crop_probability=1"], 50.0, ["each image is cropped in one way"]),
+        (["data.views.derived=flip", "data.views.flip_probability=1"], 50.0, ["each image is flipped in one way"]),
         (["data.views.count=4"], 50.0, []),
         (["data.views.flip_probability=0"], 50.0, []),
         ([], 2.0, []),

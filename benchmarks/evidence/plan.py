@@ -14,6 +14,7 @@ BUDGETS = {"short": 750, "long": 3000, "longest": 9000}  # training steps of 16 
 
 _NO_FEATURES = "distillation.features.weight=0"
 _NO_PREDICTIONS = "distillation.predictions.weight=0"
+_FLIPS = "data.views.derived=flip"
 _CONSTANT = "distillation.decay=0"
 _ALL_QUERIES = ("distillation.selection.band_weights=[1.0, 1.0]", "distillation.selection.max_per_object=0")
 
@@ -37,6 +38,9 @@ VARIANTS = {
     "qskd": Variant("QSKD"),
     "qskd_constant": Variant("QSKD, its weights constant", (_CONSTANT,)),
     "agfd_constant": Variant("AGFD alone, its weight constant", (_NO_PREDICTIONS, _CONSTANT)),
+    "none_flips": Variant("no teacher, fresh flips", (_FLIPS,), kind="train"),
+    "qskd_flips": Variant("QSKD, fresh flips derived from the cached view", (_FLIPS,)),
+    "qskd_flips_online": Variant("QSKD, fresh flips, teacher online", (_FLIPS, "teacher.cache.path=")),
     "qskd_online": Variant("QSKD, teacher online", ("teacher.cache.path=",)),
     "positives": Variant("positives only", ("distillation.selection.band_weights=[0.0, 0.0]",)),
     "hard_0.3": Variant("hard negatives from GIoU 0.3", ("distillation.selection.boundaries=[0.3]",)),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
+from pipelines.caching.looks import look_at_crops
 from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, estimate, make_cache_plan
 from pipelines.cluster.address import check_address
 from pipelines.cluster.room import actors_that_fit, check_gpus, readers_each, say_if_on_cpus
@@ -53,7 +54,10 @@ def foresee(config: Config, overwrite: bool = False) -> str:
         return f"{plan.describe()}\nnothing is missing"
     teacher = make_teacher(plan.config, plan.data.labels)
     assert teacher is not None
-    return f"{plan.describe()}\n{estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors)}"
+    lines = [plan.describe(), estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors)]
+    if crops := look_at_crops(plan, teacher):
+        lines.append(f"{'notice: ' if crops.ruined else ''}{crops.describe(plan.config.data.views)}")
+    return "\n".join(lines)
 
 
 def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
@@ -73,6 +77,10 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
             teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
             assert teacher is not None
             say(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), quiet)
+            # Before hours are spent on views that teach nothing.
+            if crops := look_at_crops(plan, teacher):
+                said = crops.describe(config.data.views)
+                log.warning(said) if crops.ruined else say(said, quiet)
             manifest = plan.existing or CacheManifest(
                 plan.identity,
                 teacher.sizes(config.teacher.cache.all_layers),

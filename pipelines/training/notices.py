@@ -17,14 +17,17 @@ def notices(config: Config, epochs: float) -> list[str]:
     found = []
     views, family = config.data.views, family_of(config.student)
     facts = FACTS[family]
-    if views.count == 1 and epochs > FEW_EPOCHS and (views.flip_probability or views.crop_probability):
-        how = " and ".join(
-            said for said, share in (("flipped", views.flip_probability), ("cropped", views.crop_probability)) if share
-        )
+    fresh_flips = views.derived == "flip" and 0 < views.flip_probability < 1
+    shares = {"flipped": 0.0 if fresh_flips else views.flip_probability, "cropped": views.crop_probability}
+    if views.count == 1 and epochs > FEW_EPOCHS and any(shares.values()):
+        how = " and ".join(said for said, share in shares.items() if share)
         price = "in a cache N times as large" if config.teacher.cache.path else "at no cost, since nothing is cached"
+        flips = (
+            "; data.views.derived=flip mirrors them anew in each epoch, from one view" if shares["flipped"] % 1 else ""
+        )
         found.append(
             f"data.views.count = 1: each image is {how} in one way, the same in all {epochs:g} epochs. "
-            f"data.views.count=N shows N ways, {price}"
+            f"data.views.count=N shows N ways, {price}{flips}"
         )
     if facts.missing and not config.student.init:
         found.append(

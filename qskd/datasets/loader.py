@@ -17,7 +17,7 @@ from qskd.datasets.pictures.joining import joined, pad
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
-from qskd.datasets.views import View, make_view, view_boxes, viewed_size
+from qskd.datasets.views import View, is_mirrored, make_view, source_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
 from qskd.storage.spool import RowGroupSpool
@@ -36,7 +36,7 @@ class RowReader(Protocol):
     """A second reader of rows, one for each row of the image shards and view: the teacher's outputs are read by such a one.
 
     rows_read: of all rows asked for, those that were not in a spool. num_bytes: of all it can read. remedy: for messages, where a
-    row is of another image. collate: rows -> arrays of one batch.
+    row is of another image. mirrored: a row -> that of the same view mirrored left and right. collate: rows -> arrays of one batch.
     """
 
     remedy: str
@@ -48,6 +48,7 @@ class RowReader(Protocol):
     def where(self, shard: int, view: int) -> str: ...
     def group_rows(self, shard: int, view: int, row: int) -> range: ...
     def read(self, shard: int, view: int, rows: Sequence[int]) -> Sequence[BesideRow]: ...
+    def mirrored(self, row: Any) -> BesideRow: ...
     def collate(self, rows: Sequence[Any]) -> dict[str, NDArray[Any]]: ...
 
 
@@ -115,7 +116,9 @@ class BatchLoader:
         )
         # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
         stored, finished = self._estimated_bytes()
-        self._keep_views = stored + finished <= keep_bytes
+        fits = stored + finished <= keep_bytes
+        # Where every epoch has a view of its own, none is asked for again.
+        self._keep_views: dict[Subset, bool] = {"train": fits and views.derived == "none", "val": fits}
         # When the rows alone don't fit, one that was used would only push out others that are yet to be, and be gone itself
         # before its next turn: an epoch later.
         self._keep_rows = stored <= keep_bytes
@@ -198,7 +201,8 @@ class BatchLoader:
     def _rows_beside(
         self, cache: RowReader, wanted: Sequence[tuple[int, int, int]], image_ids: Sequence[int]
     ) -> list[BesideRow]:
-        found, unread, asked = dict[Key, BesideRow](), dict[tuple[int, int], set[int]](), dict.fromkeys(wanted)
+        places = [(shard, row, source_view(self._views, view)) for shard, row, view in wanted]
+        found, unread, asked = dict[Key, BesideRow](), dict[tuple[int, int], set[int]](), dict.fromkeys(places)
         for shard, row, view in asked:
             kept = self._held(("beside", shard, row, view))
             if kept is None:
@@ -216,13 +220,16 @@ class BatchLoader:
                     self._recent.put(("beside", shard, row, view), said, said.nbytes + 2000)
                 found[shard, row, view] = said
         self.rows_not_in_memory += 0 if self._spool is None else cache.rows_read - before
-        for (shard, row, view), image_id in zip(wanted, image_ids, strict=True):
+        for (shard, row, view), image_id in zip(places, image_ids, strict=True):
             if found[shard, row, view].image_id != image_id:
                 problem = f"row {row} is of image {found[shard, row, view].image_id}"
                 raise QskdError(
                     cache.where(shard, view), problem, f"image {image_id}, as the shard has it", cache.remedy
                 )
-        return [found[place] for place in wanted]
+        return [
+            cache.mirrored(found[place]) if is_mirrored(self._views, image_id, index) else found[place]
+            for place, image_id, (_, _, index) in zip(places, image_ids, wanted, strict=True)
+        ]
 
     def _reader(self, subset: Subset) -> ShardReader:
         if subset not in self._readers:
@@ -241,9 +248,9 @@ class BatchLoader:
         return stored + (self._cache.num_bytes if self._cache is not None else 0), finished
 
     def _examples(self, subset: Subset, wanted: Sequence[tuple[int, int, int]], room: Room) -> list[Example]:
-        found: dict[Key, Example] = {}
+        found, keep = dict[Key, Example](), self._keep_views[subset]
         for place in wanted:
-            example = self._recent.get(("view", subset, *place)) if self._keep_views else None
+            example = self._recent.get(("view", subset, *place)) if keep else None
             if example is not None:
                 found[place] = example
         missing = [place for place in dict.fromkeys(wanted) if place not in found]
@@ -251,11 +258,11 @@ class BatchLoader:
         plans = [self._plan(subset, place, samples[place[:2]]) for place in missing]
         # One after the other, so that they need not be joined; those that are kept have memory of their own.
         ends = np.cumsum([0, *(plan.nbytes for plan in plans)]).tolist()
-        flat = (_empty if self._keep_views or self._finish else room)(0 if self._keep_views else ends[-1])
+        flat = (_empty if keep or self._finish else room)(0 if keep else ends[-1])
         for place, plan, start, stop in zip(missing, plans, ends, ends[1:], strict=False):
-            pixels = np.empty(plan.nbytes, np.uint8) if self._keep_views else flat[start:stop]
+            pixels = np.empty(plan.nbytes, np.uint8) if keep else flat[start:stop]
             example = self._make(subset, place, samples[place[:2]], plan, pixels)
-            if self._keep_views:
+            if keep:
                 self._recent.put(("view", subset, *place), example, example.nbytes)
             found[place] = example
         return [found[place] for place in wanted]

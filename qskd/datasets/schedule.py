@@ -54,6 +54,7 @@ class Schedule:
     batch_size: int
     window_images: int
     views: int = 1
+    fresh_views: bool = False  # number `epoch`, derived from a view below `views`; else number epoch % views
     evaluation_batch_size: int = 0  # 0: as in training
     evaluate_every_epochs: int = 1
     max_steps: int = 0  # 0: no limit
@@ -175,13 +176,14 @@ def _with_view(rows: NDArray[np.int32], view: int) -> NDArray[np.int32]:
 
 def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator[Batch]:
     """An epoch's global batches from number `first` on. Rows that fill no batch are left out (others every epoch); with
-    fewer rows than a batch holds, all of them are the one batch. The view index is epoch % views."""
+    fewer rows than a batch holds, all of them are the one batch. The view index is epoch % views, or with `fresh_views` epoch."""
     count, size = schedule.steps_in(epoch), schedule.batch_size
     if first >= count:
         return
     order = _order_of(schedule.train_shard_rows, schedule.seed, epoch, schedule.window_images)
+    view = epoch if schedule.fresh_views else epoch % schedule.views
     for index in range(first, count):
-        rows = _with_view(order.rows(index * size, (index + 1) * size), epoch % schedule.views)
+        rows = _with_view(order.rows(index * size, (index + 1) * size), view)
         yield Batch("train", epoch * schedule.steps_per_epoch + index, epoch, rows, index, count)
 
 

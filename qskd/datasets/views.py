@@ -51,9 +51,13 @@ def _uniforms(seed: int, image_id: int, index: int) -> list[float]:
 def make_view(policy: ViewConfig, image_id: int, index: int) -> View:
     """The view number `index` of an image; depends on the arguments only. Index 0 may already be flipped or cropped.
 
-    Each decision has its own random number, so changing the crop policy moves no flip and the other way round.
+    Each decision has its own random number, so changing the crop policy moves no flip and the other way round. With derived
+    flips, numbers from `policy.count` up have the crop of the view that they are derived from (`source_view`).
     """
-    flip_draw, crop_draw, width_draw, height_draw, x_draw, y_draw = _uniforms(policy.seed, image_id, index)[:6]
+    source = source_view(policy, index)
+    flip_draw, crop_draw, width_draw, height_draw, x_draw, y_draw = _uniforms(policy.seed, image_id, source)[:6]
+    if source != index:
+        flip_draw = _uniforms(policy.seed, image_id, index)[0]
     crop = View.IDENTITY.crop_xyxy
     if crop_draw < policy.crop_probability:
         width = policy.crop_min_scale + (1 - policy.crop_min_scale) * width_draw
@@ -61,6 +65,17 @@ def make_view(policy: ViewConfig, image_id: int, index: int) -> View:
         left, top = (1 - width) * x_draw, (1 - height) * y_draw
         crop = (left, top, min(1.0, left + width), min(1.0, top + height))
     return View(crop, flip_draw < policy.flip_probability)
+
+
+def source_view(policy: ViewConfig, index: int) -> int:
+    """The number, below `policy.count`, of the view that number `index` is derived from; itself, where none is derived."""
+    return index if policy.derived == "none" else index % policy.count
+
+
+def is_mirrored(policy: ViewConfig, image_id: int, index: int) -> bool:
+    """Whether view number `index` is the mirror image of the one that it is derived from."""
+    source = source_view(policy, index)
+    return source != index and make_view(policy, image_id, index).flip != make_view(policy, image_id, source).flip
 
 
 def resized_size(height: int, width: int, resize: ResizeConfig) -> tuple[int, int]:

@@ -24,7 +24,17 @@ from qskd.storage.places import open_folder
 from qskd.storage.scratch import locked_folder, scratch_folder
 from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
-from qskd.teacher.columns.table import ALWAYS, COMPRESSION, PRECISIONS, TeacherRow, collate, row_from, schema_of, stored
+from qskd.teacher.columns.table import (
+    ALWAYS,
+    COMPRESSION,
+    PRECISIONS,
+    TeacherRow,
+    collate,
+    mirrored,
+    row_from,
+    schema_of,
+    stored,
+)
 from qskd.teacher.manifest import FILE_REMEDY, REMEDY, file_name, load_cache_manifest
 
 ROW_GROUP_BYTES = 256 * 1024  # rows are asked for in random order: what is read with a row should be little
@@ -175,6 +185,10 @@ class TeacherCacheReader:
     def num_bytes(self) -> int:
         """Of all its files."""
         return self.manifest.num_bytes
+
+    def mirrored(self, row: TeacherRow) -> TeacherRow:
+        """The row of the same view mirrored left and right, in the columns that this reader reads."""
+        return mirrored(row, self.manifest.sizes, self.columns)
 
     def collate(self, rows: Sequence[TeacherRow]) -> dict[str, NDArray[Any]]:
         """Rows -> one batch, with the columns that this reader reads."""

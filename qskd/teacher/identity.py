@@ -32,7 +32,9 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         "teacher.std": seen_as.std,
         "teacher.class_slots": map_classes(data.labels, labels, config.teacher.class_map),
     }
-    identity |= {f"data.views.{k}": v for k, v in config.data.views.model_dump(exclude={"count"}).items()}
+    # How many views there are, and what is derived from them, changes none of them.
+    policy = config.data.views.model_dump(exclude={"count", "derived"})
+    identity |= {f"data.views.{k}": v for k, v in policy.items()}
     # Without further columns a cache is what it was before there could be any.
     left_out = {"path", "batch_size", *(() if cache.columns else ("columns",))}
     identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude=left_out).items()}

@@ -19,7 +19,7 @@ from qskd.teacher.columns.column import (
     levels_of,
     padded,
 )
-from qskd.teacher.columns.memory import check_counts
+from qskd.teacher.columns.memory import check_counts, mirrored_maps
 from qskd.teacher.manifest import CacheSizes
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ class Attention(Column):
         check_counts(row, wanted, present, shapes)
         if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < sizes.queries:
             raise ValueError(f"attention of query {int(queries.max())} of {sizes.queries}")
+
+    def mirrored(self, row: Any, sizes: CacheSizes) -> Arrays:
+        if not len(row.attention_queries):
+            return {}
+        return {"attention": mirrored_maps(row.attention, [1] * len(sizes.channels), row.memory_shapes)}
 
     def collate(self, rows: Sequence[Any], sizes: CacheSizes) -> Arrays:
         """teacher_attention_queries int32 [n, A], -1 = none; teacher_attention_l [n, A, H, W]; teacher_attention_scale [n, A],

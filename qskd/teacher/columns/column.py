@@ -61,6 +61,16 @@ class Column(ABC):
     ) -> None:
         """ValueError where the row's arrays don't agree with one another. present: the arrays that were read."""
 
+    def mirrored(self, row: Any, sizes: CacheSizes) -> Arrays:
+        """The arrays of the row that change when its view is mirrored left and right, as they then are. A column without this
+        can't be read with derived flips (`mirrors`); a row's own arrays are left as they are."""
+        raise NotImplementedError(self.name)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether it can say what `mirrored` asks."""
+        return type(self).mirrored is not Column.mirrored
+
     @abstractmethod
     def collate(self, rows: Sequence[Any], sizes: CacheSizes) -> Arrays:
         """Rows -> arrays of one batch, still encoded; n rows, n may be 0. Names begin with "teacher_"."""

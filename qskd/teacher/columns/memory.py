@@ -50,6 +50,9 @@ class Grid(Column):
         if any(side <= 0 for shape in shapes for side in shape):
             raise ValueError(f"maps of {shapes} cells")
 
+    def mirrored(self, row: Any, sizes: CacheSizes) -> Arrays:
+        return {}
+
     def collate(self, rows: Sequence[Any], sizes: CacheSizes) -> Arrays:
         """teacher_memory_sizes_l: int32 [n, 2] for each level l."""
         return {
@@ -115,6 +118,9 @@ class Memory(Column):
         wanted = {"memory": cells, "memory_scale": sum(sizes.channels) if precision == "int8" else 0}
         check_counts(row, wanted, present, shapes)
 
+    def mirrored(self, row: Any, sizes: CacheSizes) -> Arrays:
+        return {"memory": mirrored_maps(row.memory, sizes.channels, row.memory_shapes)}
+
     def collate(self, rows: Sequence[Any], sizes: CacheSizes) -> Arrays:
         """teacher_memory_l [n, C, H, W], zeros right of and below the real part; teacher_memory_scale_l [n, C], left out where
         numbers are stored as they are."""
@@ -152,6 +158,16 @@ class Memory(Column):
                 float(((f - t).abs() / t.abs().amax((2, 3), keepdim=True).clamp(min=TINY)).max()) for f, t in pairs
             ),
         }
+
+
+def mirrored_maps(flat: NDArray[Any], widths: Sequence[int], shapes: NDArray[np.int32]) -> NDArray[Any]:
+    """Maps [width, h, w], flat, one after the other, each mirrored left and right. flat: [..., sum of width * h * w]."""
+    found, end = np.empty_like(flat), 0
+    for width, (high, wide) in zip(widths, shapes.tolist(), strict=True):
+        start, end = end, end + width * high * wide
+        lines = (*flat.shape[:-1], width * high, wide)  # the last axis is split, so that both are looked at, not copied
+        found[..., start:end].reshape(lines)[:] = flat[..., start:end].reshape(lines)[..., ::-1]
+    return found
 
 
 def check_counts(row: Any, wanted: Mapping[str, int], present: Mapping[str, Any], shapes: Any) -> None:

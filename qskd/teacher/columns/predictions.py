@@ -42,6 +42,11 @@ class Predictions(Column):
             "boxes_cxcywh": flat["boxes_cxcywh"].reshape(*shape, 4),
         }
 
+    def mirrored(self, row: Any, sizes: CacheSizes) -> Arrays:
+        boxes = row.boxes_cxcywh.copy()
+        boxes[..., 0] = 1 - boxes[..., 0]
+        return {"boxes_cxcywh": boxes}
+
     def collate(self, rows: Sequence[Any], sizes: CacheSizes) -> Arrays:
         """teacher_logits [n, L', Q, K], teacher_boxes_cxcywh [n, L', Q, 4]."""
         shape = (0, sizes.layers, sizes.queries)

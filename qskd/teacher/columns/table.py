@@ -6,7 +6,7 @@ A new column is a file beside this one and an entry of `COLUMNS`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,6 +107,16 @@ def row_from(image_id: int, buffers: Mapping[str, Any], sizes: CacheSizes, preci
         if column.arrays[0] in buffers:
             column.check(row, sizes, buffers, precision)
     return row
+
+
+def mirrored(row: TeacherRow, sizes: CacheSizes, columns: Sequence[str]) -> TeacherRow:
+    """The row of the same view mirrored left and right, as if the teacher were blind to the difference: boxes and maps are
+    mirrored, what it says of each query stays. columns: those that were read. The row itself is left as it is."""
+    changed: dict[str, NDArray[Any]] = {}
+    for column in COLUMNS:
+        if column.arrays[0] in columns:
+            changed |= column.mirrored(row, sizes)
+    return replace(row, **changed)  # type: ignore[type-var]
 
 
 def collate(rows: Sequence[TeacherRow], sizes: CacheSizes, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
