@@ -145,11 +145,13 @@ def check_enough(config: Config) -> None:
             f"GIoU {floor:g} or more: the cache holds the attention of queries from there up (and of the matched ones)",
             f"raise the boundaries, or make a cache with a lower floor: --set teacher.cache.attention_giou_floor={low:g}",
         )
-    if needs.attention and needs.attention_layers != cache.attention_layers:
+    serves = {cache.attention_layers} | ({"last"} if cache.attention_layers == "all" else set())
+    if needs.attention and needs.attention_layers not in serves:
+        both = " teacher.cache.all_layers=true" if needs.attention_layers == "all" else ""
         raise refused(
             "attention_layers",
             f"{cache.attention_layers}, as the cache has it",
-            f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}",
+            f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}{both}",
         )
     known = sorted(column.name for column in COLUMNS if column.optional)
     if strange := sorted(set(cache.columns) - set(known)):

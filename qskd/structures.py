@@ -96,7 +96,8 @@ class DetectorOutput:
     features: the projected backbone maps the encoder was given, [B, C', H, W], of the sizes of `memory`'s first maps.
     query_states: [B, Q, D], the last decoder layer's, after its norm.
     attend: last-layer cross-attention of the queries asked for, recomputed from what the layer was given, so that the
-        fast attention kernel stays on. `attend_mean` is the same, averaged over the decoder's layers.
+        fast attention kernel stays on. `attend_mean` is the same, averaged over the decoder's layers; `attend_each` is any
+        layer's: a query's number is there as in `TeacherRecord.attention_queries`.
     no_object: [L, B, Q] log-probability that a query shows nothing, of families whose classes share a softmax with it.
     early_logits, early_boxes_cxcywh: [E, B, Q, K], [E, B, Q, 4], what is predicted before the decoder's layers have their
         say: the encoder's chosen proposals, initial boxes. Its own training loss needs them; they are never distilled.
@@ -113,6 +114,7 @@ class DetectorOutput:
     no_object: Tensor | None = None
     early_logits: Tensor | None = None
     early_boxes_cxcywh: Tensor | None = None
+    attend_each: Attend | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class TeacherRecord:
     memory: maps [B, C, H, W], finest first; empty when no method asked for them.
     memory_valid: [B, H, W] bool for each.
     attention_queries: [B, A] int64, the queries whose attention is known, -1 = none. Holds at least every query whose
-        GIoU with some object reaches the floor that was asked for.
+        GIoU with some object reaches the floor that was asked for. Where every layer's attention was asked for, Q * n is
+        added to a query of the n-th layer before the last: what reads the last layer alone passes by what is past Q.
     attention: [B, A, H, W] for each memory map; a query sums to 1 over all maps.
     extra: what further columns hold, by their names (`qskd.teacher.columns`), [B, ...] each.
     """
@@ -156,7 +159,7 @@ class TeacherNeeds:
 
     memory: bool = False
     attention: bool = False
-    attention_layers: str = "last"  # or "mean"
+    attention_layers: str = "last"  # or "mean", "all"
     all_layers: bool = False
     attention_giou_floor: float = 1.0
     columns: frozenset[str] = frozenset()
@@ -165,7 +168,8 @@ class TeacherNeeds:
 
     def joined(self, other: TeacherNeeds) -> TeacherNeeds:
         """What serves both. QskdError where nothing can."""
-        if self.attention and other.attention and self.attention_layers != other.attention_layers:
+        both = {each.attention_layers for each in (self, other) if each.attention}
+        if len(both) > 1 and "mean" in both:  # "all" holds the last one too
             raise QskdError(
                 "distillation",
                 f"methods that want the attention of the {self.attention_layers} and of the {other.attention_layers} layer(s)",
@@ -179,7 +183,7 @@ class TeacherNeeds:
         return TeacherNeeds(
             memory=self.memory or other.memory,
             attention=self.attention or other.attention,
-            attention_layers=self.attention_layers if self.attention else other.attention_layers,
+            attention_layers="all" if "all" in both else min(both, default="last"),
             all_layers=self.all_layers or other.all_layers,
             attention_giou_floor=lower.attention_giou_floor,
             columns=self.columns | other.columns,

@@ -93,8 +93,9 @@ class Attention(Column):
             "attention_scale": len(queries) if precision == "int8" else 0,
         }
         check_counts(row, wanted, present, shapes)
-        if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < sizes.queries:
-            raise ValueError(f"attention of query {int(queries.max())} of {sizes.queries}")
+        known = sizes.queries * sizes.layers  # of every layer, where the recipe keeps all
+        if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < known:
+            raise ValueError(f"attention of query {int(queries.max())} of {known}")
 
     def collate(self, rows: Sequence[Any], sizes: CacheSizes) -> Arrays:
         """teacher_attention_queries int32 [n, A], -1 = none; teacher_attention_l [n, A, H, W]; teacher_attention_scale [n, A],
