@@ -152,9 +152,9 @@ class TeacherNeeds:
     """What a distillation method wants of the teacher; the cache reader loads these columns only.
 
     attention_giou_floor: attention is wanted of queries with at least this GIoU with some object (and of the matched ones).
-    columns: further columns of the cache, by name. online: the teacher itself is asked in every step, which no cache can
-    stand for. reasons: for a need that a cache may fail, by the name of its field here: (the field of the method's section
-    that causes it, in words what it asks for).
+    columns: further columns of the cache, by name. directions: those in which the memory varies, from beside the cache. online:
+    the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a cache may fail, by the
+    name of its field here: (the field of the method's section that causes it, in words what it asks for).
     """
 
     memory: bool = False
@@ -163,6 +163,7 @@ class TeacherNeeds:
     all_layers: bool = False
     attention_giou_floor: float = 1.0
     columns: frozenset[str] = frozenset()
+    directions: bool = False
     online: bool = False
     reasons: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
@@ -187,6 +188,7 @@ class TeacherNeeds:
             all_layers=self.all_layers or other.all_layers,
             attention_giou_floor=lower.attention_giou_floor,
             columns=self.columns | other.columns,
+            directions=self.directions or other.directions,
             online=self.online or other.online,
             reasons=reasons,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from qskd.losses.matching import assign
 from qskd.structures import SILENT_LOGIT, Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.manifest import CacheSizes
+
+if TYPE_CHECKING:
+    from qskd.teacher.directions import Directions
 
 Choose = Callable[[TeacherRecord], Tensor]
 
@@ -36,6 +40,7 @@ class OnlineTeacher(nn.Module):
         self.preprocessing = preprocessing
         self.register_buffer("class_slots", torch.tensor(class_slots, dtype=torch.int64), persistent=False)
         self.knows_all = NOBODY not in class_slots
+        self.directions: tuple[Directions, ...] = ()  # only a cache knows them
 
     @property
     def resize(self) -> ResizeConfig:
@@ -53,6 +58,7 @@ class OnlineTeacher(nn.Module):
             detector.num_queries,
             len(self.class_slots),  # type: ignore[arg-type]
             detector.chooses_queries,
+            self.directions,
         )
 
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:

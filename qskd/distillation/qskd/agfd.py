@@ -7,6 +7,7 @@ guidance of the selected queries, steers feature distillation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from qskd.distillation.maps import pair_levels, project, projector, resample
 from qskd.distillation.qskd.query_selection import QuerySelection
 from qskd.distillation.qskd.settings import FeatureDistillationConfig
+from qskd.distillation.qskd.whitening import metric
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherRecord
+
+if TYPE_CHECKING:
+    from qskd.teacher.directions import Directions
 
 _TINY = 1e-12
 
@@ -98,9 +103,11 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         teacher_channels: Sequence[int],
         config: FeatureDistillationConfig,
         pairs: Sequence[tuple[int, int]] | None = None,
+        directions: Sequence[Directions] = (),
     ) -> None:
         """student_channels, teacher_channels: the width of each memory map. pairs: (student map, teacher map), by
-        `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given."""
+        `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given. directions: of each
+        teacher map, for `whitening`; QskdError when that is on, and they are not known."""
         super().__init__()
         self.config = config
         self.maps = len(student_channels), len(teacher_channels)
@@ -116,6 +123,27 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         self.projectors = nn.ModuleDict(
             {str(own): projector(student_channels[own], teacher_channels[other]) for own, other in self.pairs}
         )
+
+        if config.whitening and not directions:
+            raise QskdError(
+                "distillation.features.whitening",
+                "a teacher that runs in every step, of whose memory no directions are known",
+                "a cache of its outputs",
+                "set teacher.cache.path, and run `qskd cache RECIPE`, which computes them; or whitening: 0",
+            )
+        self.metrics: dict[int, str] = {}  # by student map, a buffer's name
+        for own, other in self.pairs if config.whitening else ():
+            self.metrics[own] = f"metric_{own}"
+            found = metric(directions[other], config.whitening, config.whitened_share)
+            self.register_buffer(self.metrics[own], found)
+
+    def _distance(self, level: int, shown: Tensor, goal: Tensor) -> Tensor:
+        """[..., C], [..., C] -> [...]: mean_c of the squared difference, or sum_k of it along the directions, over C."""
+        if level not in self.metrics:
+            return F.mse_loss(shown, goal, reduction="none").mean(-1)
+        with torch.autocast(shown.device.type, enabled=False):
+            along = (shown - goal) @ self.get_buffer(self.metrics[level])
+        return along.square().sum(-1) / shown.shape[-1]
 
     def forward(
         self,
@@ -146,7 +174,7 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             weight = valid.float().unsqueeze(1)
             if masks is not None:
                 weight = weight * resample(masks[teacher_level].detach(), teacher_valid, valid)  # [B, L, H, W]
-            distance = F.mse_loss(shown, goal.movedim(1, -1), reduction="none").mean(-1)
+            distance = self._distance(student_level, shown, goal.movedim(1, -1))
             above = above + ((weight**2 if squared else weight) * distance.unsqueeze(1)).flatten(2).sum(2)
             below = below + (valid.float().unsqueeze(1) if squared else weight).flatten(2).sum(2)
         if squared:

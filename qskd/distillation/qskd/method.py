@@ -54,7 +54,9 @@ class QSKD(Method):
         self.features: AttentionGuidedFeatureDistillation | None = None
         if features.weight > 0:
             pairs = pair_levels(student.cells, teacher.cells) if student.cells and teacher.cells else None
-            self.features = AttentionGuidedFeatureDistillation(student.channels, teacher.channels, features, pairs)
+            self.features = AttentionGuidedFeatureDistillation(
+                student.channels, teacher.channels, features, pairs, teacher.directions
+            )
             self.weights["agfd"] = features.weight
         if predictions.weight > 0:
             self.weights["lapd_class"] = predictions.weight * predictions.class_weight
@@ -87,6 +89,7 @@ class QSKD(Method):
             attention_layers=features.attention_layers,
             all_layers=every_layer or every_mask,
             attention_giou_floor=floor if attention else 1.0,
+            directions=features.weight > 0 and features.whitening > 0,
             reasons=reasons,
         )
 

@@ -59,6 +59,10 @@ class FeatureDistillationConfig(Section):
     # normalised: each cell counts M, divided by the mask's sum in the image; squared: it counts M^2, divided by all cells, as
     # the mean of (M F_S - M F_T)^2 does (TPRD)
     mask_weighting: Literal["normalised", "squared"] = "normalised"
+    # alpha of whitened AGFD (METHODS 1.4, ours): an error counts variance^-alpha of its direction in the teacher's memory, as
+    # `qskd cache` finds them; 0 = every direction alike, 1 = as much of each
+    whitening: NonNegative = 0.0
+    whitened_share: Annotated[float, Field(gt=0, le=1)] = 0.97  # of the variance: as few directions are kept as hold it
     # Least mask value in an image with objects, the largest being 1; 1 = plain mimicking. It counts in every cell, and so
     # for more on more cells: 0.1 is about half of the mask's sum on the quickstart's 8 x 8, and would drown it at COCO's size.
     background: Fraction = 0.0
