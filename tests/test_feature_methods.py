@@ -17,7 +17,7 @@ from torch import Tensor
 from qskd.config.distillation import settings_class
 from qskd.distillation.method import Facts, Lesson, Method, build_method
 from qskd.errors import QskdError
-from qskd.structures import DetectorOutput, Targets, TeacherNeeds, TeacherRecord
+from qskd.structures import DetectorOutput, Targets, TeacherNeeds, TeacherRecord, to_device
 
 Size = tuple[int, int]
 WIDTH, THEIRS = 3, 4  # channels
@@ -292,6 +292,15 @@ def test_a_feature_that_is_the_same_everywhere_has_a_finite_gradient(given: dict
     term.total.backward()
     assert memory.grad is not None
     assert memory.grad.abs().max() < 1e3
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+def test_no_feature_loss_waits_for_the_device(given: dict[str, Any]) -> None:
+    """Tensors on the meta device have no values: whatever asks for one raises."""
+    lesson = to_device(lesson_of(BOTH, TEACHER, COUNTS), "meta")
+    (term,) = built(2, 2, **given).to("meta")(lesson).values()
+    term.total.backward()
+    assert term.count.is_meta
 
 
 @pytest.mark.parametrize("name", ["mimic", "cwd", "pkd", "mgd"])

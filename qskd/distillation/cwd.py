@@ -55,4 +55,4 @@ class ChannelWise(Method):
             mine, theirs = ((part / heat).masked_fill(padding, _NOWHERE).flatten(1, 2) for part in (shown, goal))
             apart = F.kl_div(mine.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True)
             total = total + heat**2 * apart.sum(1).mean(-1).sum()
-        return {"cwd": LossTerm(total, total.new_tensor(float(len(lesson.targets.counts))))}
+        return {"cwd": LossTerm(total, total.new_full((), len(lesson.targets.counts)))}

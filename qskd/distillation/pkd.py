@@ -58,7 +58,7 @@ class Pearson(Method):
             apart = (_normalised(shown, share, over) - _normalised(goal, share, over)) ** 2
             loss = 0.5 * (share * apart).sum(over).mean(-1)  # of each image, or of all
             total = total + (loss.sum() if over == (1, 2) else images * loss)
-        return {"pkd": LossTerm(total, total.new_tensor(float(images)))}
+        return {"pkd": LossTerm(total, total.new_full((), images))}
 
 
 def _normalised(features: Tensor, share: Tensor, over: tuple[int, ...]) -> Tensor:
