@@ -114,7 +114,7 @@ def _add_directions(config: Config, quiet: bool) -> None:
         found = compute_directions(config.teacher.cache.path)
         save_directions(config.teacher.cache.path, found, manifest)
         widths = ", ".join(str(len(each.variances)) for each in found)
-        say(f"cache: the directions in which the memory varies, of maps {widths} wide -> {DIRECTIONS}", quiet)
+        say(f"cache: the directions in which the memory varies, of maps {widths} wide → {DIRECTIONS}", quiet)
 
 
 def record_finished_views(plan: CachePlan, manifest: CacheManifest, sizes: Mapping[Unit, int]) -> CacheManifest:
