@@ -14,6 +14,8 @@ from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
 from qskd.storage.ownership import listed
 from qskd.teacher.columns.table import COLUMNS
+from qskd.teacher.directions import FILE as DIRECTIONS
+from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_identity, cache_names
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
 
@@ -100,7 +102,21 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
         check_identity(manifest, cache_identity(config, train), path, cache_names(config))
     check_views(manifest, views, path)
     check_cache_files(path, manifest, views)
+    if lacks_directions(config, manifest):
+        raise QskdError(
+            path,
+            "a cache without the directions in which the teacher's memory varies, which the recipe's method asks for",
+            f"{DIRECTIONS} in its folder",
+            "`qskd cache RECIPE` adds it, and computes nothing else anew",
+        )
     return manifest
+
+
+def lacks_directions(config: Config, manifest: CacheManifest) -> bool:
+    """Whether the recipe's method asks for directions that are not beside its cache. QskdError where they are damaged."""
+    needs = teacher_needs(config.distillation)
+    asked = needs is not None and needs.directions
+    return asked and load_directions(config.teacher.cache.path, manifest) is None
 
 
 def check_classes(config: Config, train: Manifest) -> None:
@@ -145,11 +161,13 @@ def check_enough(config: Config) -> None:
             f"GIoU {floor:g} or more: the cache holds the attention of queries from there up (and of the matched ones)",
             f"raise the boundaries, or make a cache with a lower floor: --set teacher.cache.attention_giou_floor={low:g}",
         )
-    if needs.attention and needs.attention_layers != cache.attention_layers:
+    serves = {cache.attention_layers} | ({"last"} if cache.attention_layers == "all" else set())
+    if needs.attention and needs.attention_layers not in serves:
+        both = " teacher.cache.all_layers=true" if needs.attention_layers == "all" else ""
         raise refused(
             "attention_layers",
             f"{cache.attention_layers}, as the cache has it",
-            f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}",
+            f"make a cache with --set teacher.cache.attention_layers={needs.attention_layers}{both}",
         )
     known = sorted(column.name for column in COLUMNS if column.optional)
     if strange := sorted(set(cache.columns) - set(known)):

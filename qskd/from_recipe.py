@@ -11,10 +11,12 @@ from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import read_annotations
 from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
+from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.evaluation.detections import GroundTruth
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher, Teacher
+from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.online import OnlineTeacher
 
@@ -26,7 +28,9 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     path = config.teacher.cache.path
     if config.distillation.method == "none" or not path:
         return make_teacher(config, labels)
-    return CachedTeacher(TeacherCacheReader(path).manifest.sizes)
+    manifest, needs = TeacherCacheReader(path).manifest, teacher_needs(config.distillation)
+    directions = load_directions(path, manifest) if needs is not None and needs.directions else None
+    return CachedTeacher(manifest.sizes, directions or ())
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

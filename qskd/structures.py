@@ -145,7 +145,8 @@ class DetectorOutput:
     features: the projected backbone maps the encoder was given, [B, C', H, W], of the sizes of `memory`'s first maps.
     query_states: [B, Q, D], the last decoder layer's, after its norm.
     attend: last-layer cross-attention of the queries asked for, recomputed from what the layer was given, so that the
-        fast attention kernel stays on. `attend_mean` is the same, averaged over the decoder's layers.
+        fast attention kernel stays on. `attend_mean` is the same, averaged over the decoder's layers; `attend_each` is any
+        layer's: a query's number is there as in `TeacherRecord.attention_queries`.
     no_object: [L, B, Q] log-probability that a query shows nothing, of families whose classes share a softmax with it.
     early_logits, early_boxes_cxcywh: [E, B, Q, K], [E, B, Q, 4], what is predicted before the decoder's layers have their
         say: the encoder's chosen proposals, initial boxes. Its own training loss needs them; they are never distilled.
@@ -166,6 +167,7 @@ class DetectorOutput:
     early_boxes_cxcywh: Tensor | None = None
     sides: SideDistributions | None = None
     extra: ExtraPredictions | None = None
+    attend_each: Attend | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class TeacherRecord:
     memory: maps [B, C, H, W], finest first; empty when no method asked for them.
     memory_valid: [B, H, W] bool for each.
     attention_queries: [B, A] int64, the queries whose attention is known, -1 = none. Holds at least every query whose
-        GIoU with some object reaches the floor that was asked for.
+        GIoU with some object reaches the floor that was asked for. Where every layer's attention was asked for, Q * n is
+        added to a query of the n-th layer before the last: what reads the last layer alone passes by what is past Q.
     attention: [B, A, H, W] for each memory map; a query sums to 1 over all maps.
     extra: what further columns hold, by their names (`qskd.teacher.columns`), [B, ...] each.
     """
@@ -202,23 +205,25 @@ class TeacherNeeds:
     """What a distillation method wants of the teacher; the cache reader loads these columns only.
 
     attention_giou_floor: attention is wanted of queries with at least this GIoU with some object (and of the matched ones).
-    columns: further columns of the cache, by name. online: the teacher itself is asked in every step, which no cache can
-    stand for. reasons: for a need that a cache may fail, by the name of its field here: (the field of the method's section
-    that causes it, in words what it asks for).
+    columns: further columns of the cache, by name. directions: those in which the memory varies, from beside the cache. online:
+    the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a cache may fail, by the
+    name of its field here: (the field of the method's section that causes it, in words what it asks for).
     """
 
     memory: bool = False
     attention: bool = False
-    attention_layers: str = "last"  # or "mean"
+    attention_layers: str = "last"  # or "mean", "all"
     all_layers: bool = False
     attention_giou_floor: float = 1.0
     columns: frozenset[str] = frozenset()
+    directions: bool = False
     online: bool = False
     reasons: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
     def joined(self, other: TeacherNeeds) -> TeacherNeeds:
         """What serves both. QskdError where nothing can."""
-        if self.attention and other.attention and self.attention_layers != other.attention_layers:
+        both = {each.attention_layers for each in (self, other) if each.attention}
+        if len(both) > 1 and "mean" in both:  # "all" holds the last one too
             raise QskdError(
                 "distillation",
                 f"methods that want the attention of the {self.attention_layers} and of the {other.attention_layers} layer(s)",
@@ -232,10 +237,11 @@ class TeacherNeeds:
         return TeacherNeeds(
             memory=self.memory or other.memory,
             attention=self.attention or other.attention,
-            attention_layers=self.attention_layers if self.attention else other.attention_layers,
+            attention_layers="all" if "all" in both else min(both, default="last"),
             all_layers=self.all_layers or other.all_layers,
             attention_giou_floor=lower.attention_giou_floor,
             columns=self.columns | other.columns,
+            directions=self.directions or other.directions,
             online=self.online or other.online,
             reasons=reasons,
         )

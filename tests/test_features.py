@@ -78,9 +78,10 @@ def slow_mask(
     for row, query in enumerate(record.attention_queries[image].tolist()):
         if query < 0:
             continue
-        c, u = float(confidence[image, query]), max(0.0, float(selection.giou[image, query]))
+        c, u = float(confidence[image, query]), float(selection.giou[image, query])
         kind, gamma = config.query_weight, config.quality_gamma
-        w = {"confidence": c, "quality": c**gamma * u ** (1 - gamma), "uniform": 1.0}[kind]
+        quality = c**gamma * max(0.0, u) ** (1 - gamma)
+        w = {"confidence": c, "quality": quality, "uniform": 1.0, "giou": 1 + u}[kind]
         for level, mask in enumerate(masks):
             mask += float(selection.weight[image, query]) * w * record.attention[level][image, row]
     top = max(float(m.max()) for m in masks)
@@ -94,7 +95,7 @@ GRIDS, EXTENTS = [(8, 10), (4, 5)], [[(8, 10), (6, 10), (8, 5)], [(4, 5), (3, 5)
 
 
 @pytest.mark.parametrize("background", [0.0, 0.2])
-@pytest.mark.parametrize("query_weight", ["confidence", "quality", "uniform"])
+@pytest.mark.parametrize("query_weight", ["confidence", "quality", "uniform", "giou"])
 def test_mask_equals_the_loops(query_weight: Any, background: float) -> None:
     targets = make_targets(COUNTS)
     record = make_record(targets, GRIDS, EXTENTS)

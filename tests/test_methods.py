@@ -251,6 +251,25 @@ def test_no_method_takes_a_recipe_of_any_and_none_of_its_settings() -> None:
     assert replace(facts, layers=2).layers == 2
 
 
+def test_another_method_by_set_leaves_out_what_the_recipe_says_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("distillation: {decay: 0.2, features: {background: 0.1}, also: {mimic: {weight: 2.0}}}")
+    for name in ("cwd", "pkd", "mgd", "mimic"):
+        told = load(path, [f"distillation.method={name}"]).distillation
+        assert (told.method, told.decay, told.also["mimic"].weight) == (name, 0.2, 2.0)  # type: ignore[attr-defined]
+        assert f"distillation.method={name}: what the recipe says of qskd's is left out: features" in caplog.text
+    caplog.clear()
+    other: Any = load(path, ["distillation.method=qskd-tprd"]).distillation  # another reading of the same: it has them
+    assert (other.features.background, other.features.query_weight) == (0.1, "giou")
+    assert not caplog.records
+    with pytest.raises(QskdError, match=r"unknown field distillation\.features"):
+        load(path, ["distillation.method=cwd", "distillation.features.weight=1"])
+    path.write_text("distillation: {method: mimic, weight: 7.0}")
+    assert load(path, ["distillation.method=cwd"]).distillation.weight == 1.0  # type: ignore[attr-defined]
+
+
 def test_a_folder_of_others_runs_no_method_of_theirs(tmp_path: Path) -> None:
     trap, flag = tmp_path / "trap.py", tmp_path / "it_ran"
     trap.write_text(f"open({str(flag)!r}, 'w').close()\n")

@@ -22,12 +22,15 @@ from pipelines.reporting.watch import CountWatch
 from pipelines.reporting.words import duration_text
 from pipelines.run.logs import say, start_logs
 from pipelines.run.resolve import resolve
+from qskd.checks import lacks_directions
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
+from qskd.teacher.directions import FILE as DIRECTIONS
+from qskd.teacher.directions import compute_directions, save_directions
 from qskd.teacher.identity import cache_names, computed_by
-from qskd.teacher.manifest import CacheManifest, check_computed, save_cache_manifest, shard_names
+from qskd.teacher.manifest import CacheManifest, check_computed, load_cache_manifest, save_cache_manifest, shard_names
 
 log = logging.getLogger("qskd")
 
@@ -51,7 +54,8 @@ def foresee(config: Config, overwrite: bool = False) -> str:
     """What `--dry-run` prints: what there is, and what the rest will cost, tried on a few images."""
     plan = make_cache_plan(resolve(config, "cache"), overwrite)
     if not plan.todo:
-        return f"{plan.describe()}\nnothing is missing"
+        lacks = plan.existing is not None and lacks_directions(plan.config, plan.existing)
+        return f"{plan.describe()}\n{'the directions of the memory are' if lacks else 'nothing is'} missing"
     teacher = make_teacher(plan.config, plan.data.labels)
     assert teacher is not None
     lines = [plan.describe(), estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors)]
@@ -96,6 +100,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     elif plan.existing is not None:
         record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
+    _add_directions(config, quiet)
     seconds = time.perf_counter() - started
     done = plan.images(plan.todo)
     total = sum(sizes.values())
@@ -109,6 +114,16 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         bytes=total,
     )
     return CacheResult(plan.path, done, images, total, seconds, *spent)
+
+
+def _add_directions(config: Config, quiet: bool) -> None:
+    """Beside a cache that is whole, what the recipe's method asks for and is not there."""
+    manifest = load_cache_manifest(config.teacher.cache.path)
+    if manifest is not None and lacks_directions(config, manifest):
+        found = compute_directions(config.teacher.cache.path)
+        save_directions(config.teacher.cache.path, found, manifest)
+        widths = ", ".join(str(len(each.variances)) for each in found)
+        say(f"cache: the directions in which the memory varies, of maps {widths} wide → {DIRECTIONS}", quiet)
 
 
 class ViewsLeft:

@@ -30,6 +30,7 @@ from qskd.evaluation.pairs import Pairs
 from qskd.from_recipe import make_student, make_teacher, teacher_for_training
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.columns.table import TeacherRow, collate, columns_for
+from qskd.teacher.directions import flat_directions
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
@@ -210,4 +211,5 @@ def _as_if_cached(batches: Sequence[Arrays], plan: Plan) -> tuple[list[Arrays], 
     maker, columns = CacheMaker(config, teacher, device_here(config)), columns_for(needs)
     rows = [maker.rows(as_the_teacher_sees(arrays)) for arrays in batches]
     cached = [with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
-    return cached, CachedTeacher(teacher.sizes(config.teacher.cache.all_layers))
+    sizes = teacher.sizes(config.teacher.cache.all_layers)
+    return cached, CachedTeacher(sizes, flat_directions(sizes.channels))

@@ -29,6 +29,7 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import TeacherRow, columns_for
+from qskd.teacher.directions import flat_directions
 from qskd.teacher.making import CacheMaker
 from qskd.training.step import Training
 
@@ -93,6 +94,7 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
     device, workers, labels = device_here(config), config.compute.workers, plan.train.labels
     teacher = make_teacher(config, labels)
     assert teacher is not None  # the method is not "none"
+    teacher.directions = flat_directions(teacher.facts.channels)  # of the true ones' cost
     student = make_student(config, labels)
     steps = plan.stream.schedule.total_steps
     shares = (share.arrays for share in local_stream(plan.stream, 0, workers, 0) if share.subset == "train")
@@ -109,7 +111,7 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
     assert needs is not None
     columns = columns_for(needs)
     cached = [with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
-    memory = CachedTeacher(teacher.sizes(config.teacher.cache.all_layers))
+    memory = CachedTeacher(teacher.sizes(config.teacher.cache.all_layers), teacher.directions)
     training = Training(config, student, memory, steps, device)
     cached_s = seconds_per_step(training, cached, budget_s)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -13,13 +14,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qskd.config import Config
-from qskd.config.distillation import DEFAULT, MethodSettings, settings_class
+from qskd.config.distillation import DEFAULT, NONE, MethodSettings, settings_class
+from qskd.distillation.find import is_built_in
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 from qskd.redaction import STORE_REMEDY, TRACKING_REMEDY, secret_in
 from qskd.untrusted import LARGEST_YAML, READ_AS, parse_yaml
 
 C = TypeVar("C", bound=Config)
+log = logging.getLogger("qskd")
 
 
 def _known_fields(path: Sequence[str | int], tree: Any) -> list[str]:
@@ -226,7 +229,28 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         tree = parse_yaml(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise QskdError(str(path), f"a {type(tree).__name__} at the top", "a mapping of config fields")
+    _leave_other_method_s(tree, overrides)
     return build(apply_overrides(tree, overrides), str(path) if path else "--set")
+
+
+def _leave_other_method_s(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Where an override names another method than the recipe, what the recipe says of its own one has no effect and is taken
+    out: one recipe serves every method of a comparison. Fields stay that every method has, and those of another reading of
+    the same one."""
+    section, named = tree.get("distillation"), [parse_override(text) for text in overrides]
+    told = [value for field, value in named if field == ["distillation", "method"]]
+    if not told or not isinstance(section, dict) or told[-1] == NONE or not isinstance(told[-1], str):
+        return
+    usual = section.get("method", DEFAULT)
+    if usual == told[-1]:
+        return
+    chosen, kept = settings_class(told[-1]), set(MethodSettings.model_fields)
+    if is_built_in(usual) and issubclass(chosen, settings_class(usual)):
+        kept |= set(chosen.model_fields)
+    if left := sorted(str(name) for name in section if name not in kept):
+        words = "distillation.method=%s: what the recipe says of %s's is left out: %s"
+        log.warning(words, told[-1], one_line(str(usual)), one_line(", ".join(left)))
+        tree["distillation"] = {name: value for name, value in section.items() if name in kept}
 
 
 def to_tree(config: Config) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def sections_of(section: type[Section], path: str = "") -> Iterator[tuple[str, t
         yield from sections_of(settings_class(DEFAULT), inside)
         for method in method_names():
             if method != DEFAULT:
-                yield f"{inside} with method: {method}", settings_class(method)
+                yield from sections_of(settings_class(method), f"{inside} with method: {method}")
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
@@ -134,9 +134,11 @@ def _table(section: type[Section]) -> str:
             continue  # a table of its own
         if name in MethodSettings.model_fields and section not in (MethodSettings, settings_class(DEFAULT)):
             continue  # what every method has is in the default one's table
+        if section.__base__ not in (Section, MethodSettings) and name not in section.__annotations__:
+            continue  # of a section that is another one's with other defaults: what differs alone
         said = _linked(comments[name]).replace("|", r"\|")
         rows.append(f"| `{name}` | {type_of(field.annotation, field.metadata)} | {default_of(field)} | {said} |")
-    return "\n".join(rows)
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def _linked(text: str) -> str:

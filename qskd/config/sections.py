@@ -36,11 +36,21 @@ class TeacherCacheConfig(Section):
     precision: Literal["int8", "float16", "float32"] = "int8"
     # Attention is kept of queries whose GIoU with some object reaches this: no boundary can go below it later. -1: of all.
     attention_giou_floor: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
-    attention_layers: Literal["last", "mean"] = "last"  # the last decoder layer's attention, or the mean of all layers'
+    # The last decoder layer's attention; the mean of all layers'; or all: each layer's of its own queries (so many times the
+    # bytes), for method qskd-tprd. It serves what reads the last one too.
+    attention_layers: Literal["last", "mean", "all"] = "last"
     all_layers: bool = False  # logits and boxes of every decoder layer, for predictions.teacher_layers: same_index
     # further columns, by name, for a method that asks for them (docs/design.md)
     columns: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))] = ()
     batch_size: Positive = 16  # images the teacher sees at once while the cache is made
+
+    @model_validator(mode="after")
+    def _layers_have_boxes(self) -> TeacherCacheConfig:
+        if self.attention_layers == "all" and not self.all_layers:
+            raise ValueError(
+                "attention_layers: all chooses each layer's queries by its own boxes: set all_layers: true"
+            )
+        return self
 
 
 class TeacherConfig(Section):

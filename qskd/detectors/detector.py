@@ -56,6 +56,26 @@ def _attend(
         return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
+def _attend_each(
+    attend: Callable[[Sequence[CrossAttention], Tensor], tuple[Tensor, ...]],
+    layers: Sequence[CrossAttention],
+    num_queries: int,
+    queries: Tensor,
+) -> tuple[Tensor, ...]:
+    """Like `attend`, of the queries of any layer: number n * num_queries + i is query i of the n-th layer before the last."""
+    total: list[Tensor] = []
+    for before, layer in enumerate(reversed(layers)):
+        # No layer has more than all its queries: theirs come first, the rest are none.
+        other = queries.div(num_queries, rounding_mode="floor") != before
+        place = other.int().sort(dim=1, stable=True).indices[:, :num_queries]
+        own = torch.where(other.gather(1, place), -1, queries.gather(1, place) % num_queries)
+        maps = attend([layer], own)
+        total = total or [map_.new_zeros(*queries.shape, *map_.shape[2:]) for map_ in maps]
+        for whole, map_ in zip(total, maps, strict=True):
+            whole.scatter_add_(1, place[..., None, None].expand_as(map_), map_)
+    return tuple(total)
+
+
 def _not_kept(queries: Tensor) -> tuple[Tensor, ...]:
     raise RuntimeError("this forward ran with with_attention=False and kept nothing to compute attention from")
 
@@ -288,6 +308,7 @@ class Detector(nn.Module):
             early_boxes_cxcywh=_stacked(predictions.early_boxes_cxcywh, own),
             sides=predictions.sides and predictions.sides.take(own),
             extra=_extra(predictions, extra) if extra else None,
+            attend_each=partial(_attend_each, attend, cross, self.num_queries) if with_attention else _not_kept,
         )
 
 

@@ -96,7 +96,8 @@ def _file_of(name: str) -> Path | None:
 
 @cache
 def _own() -> frozenset[str]:
-    return frozenset(module.name for module in pkgutil.iter_modules(qskd.distillation.__path__)) - set(NOT_METHODS)
+    files = {module.name for module in pkgutil.iter_modules(qskd.distillation.__path__)} - set(NOT_METHODS)
+    return frozenset(name.replace("_", "-") for name in files)  # a module's name can have no hyphen
 
 
 def module_of(name: str, part: str = "") -> ModuleType:
@@ -106,7 +107,7 @@ def module_of(name: str, part: str = "") -> ModuleType:
         return _module_at(path)
     where = f"distillation.method = {name}"
     if name in _own():
-        package = f"qskd.distillation.{name}"
+        package = f"qskd.distillation.{name.replace('-', '_')}"
         is_folder = importlib.util.find_spec(f"{package}.{part}") if _is_package(package) else None
         return importlib.import_module(f"{package}.{part}" if is_folder else package)
     if "." not in name:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qskd.errors import QskdError
+
 if TYPE_CHECKING:
-    from qskd.distillation.method import Lesson
+    from qskd.distillation.method import Facts, Lesson
 
 
 def _extent(valid: Tensor) -> Tensor:
@@ -99,3 +101,26 @@ def match_maps(
     goal = resample(lesson.teacher.memory[teacher_level].detach(), lesson.teacher.memory_valid[teacher_level], valid)
     shown = project(layer, lesson.student.memory[student_level]).float()
     return shown, goal.movedim(1, -1), valid.float()
+
+
+class Meeting(nn.ModuleList):
+    """The maps of two networks that are compared, each pair with the projector of the student's: all that a feature loss has
+    to learn."""
+
+    def __init__(self, student: Facts, teacher: Facts) -> None:
+        """QskdError where it can't be known which maps are alike."""
+        if len(student.channels) != len(teacher.channels) and not (student.cells and teacher.cells):
+            raise QskdError(
+                "distillation.method",
+                f"{len(student.channels)} student maps and {len(teacher.channels)} teacher maps of unknown sizes",
+                "to know which of them are alike",
+                "make the cache of teacher outputs anew: qskd cache RECIPE --overwrite, which deletes its files",
+            )
+        self.pairs = pair_levels(student.cells or student.channels, teacher.cells or teacher.channels)
+        self.channels = [teacher.channels[other] for _, other in self.pairs]
+        super().__init__(projector(student.channels[own], teacher.channels[other]) for own, other in self.pairs)
+
+    def of(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each pair, as `match_maps` has it: shown [B, H, W, C], goal [B, H, W, C], valid [B, H, W]."""
+        for (own, other), layer in zip(self.pairs, self, strict=True):
+            yield match_maps(lesson, own, other, layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherNeeds, Tea
 
 if TYPE_CHECKING:
     from qskd.pictures.panels import Panel
+    from qskd.teacher.directions import Directions
     from qskd.teacher.online import OnlineTeacher
 
 
@@ -30,7 +31,8 @@ class Facts:
 
     channels: the width of each encoder memory map, finest first. cells: of each map, in an image of the usual size; empty
     where a cache does not say. layers: of its decoder that are there to learn, or to learn from. chooses_queries: query i is
-    another one in each image. None: not known.
+    another one in each image. None: not known. directions: in which each map varies, where a method asks for them (a teacher's;
+    its cache knows).
     """
 
     channels: tuple[int, ...]
@@ -40,6 +42,7 @@ class Facts:
     queries: int | None = None
     classes: int | None = None
     chooses_queries: bool = False
+    directions: tuple[Directions, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ The method to copy: settings, what it needs, its module, its one term.
 
 from __future__ import annotations
 
-from torch import nn
-
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.maps import match_maps, pair_levels, projector
+from qskd.distillation.maps import Meeting
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.structures import LossTerm, TeacherNeeds
 
@@ -38,18 +36,14 @@ class Mimic(Method):
     def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
         super().__init__(settings, student, teacher)
         if settings.weight > 0:
-            self.pairs = pair_levels(student.cells or student.channels, teacher.cells or teacher.channels)
-            self.projectors = nn.ModuleList(
-                projector(student.channels[own], teacher.channels[other]) for own, other in self.pairs
-            )
+            self.projectors = Meeting(student, teacher)
             self.weights["mimic"] = settings.weight
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
         if not self.weights:
             return {}
         totals, counts = [], []
-        for (own, other), layer in zip(self.pairs, self.projectors, strict=True):
-            shown, goal, valid = match_maps(lesson, own, other, layer)  # [B, H, W, C], [B, H, W, C], [B, H, W]
+        for shown, goal, valid in self.projectors.of(lesson):  # [B, H, W, C], [B, H, W, C], [B, H, W]
             totals.append(((shown - goal) ** 2).mean(-1).mul(valid).sum())
             counts.append(valid.sum())
         return {"mimic": LossTerm(sum(totals[1:], totals[0]), sum(counts[1:], counts[0]))}

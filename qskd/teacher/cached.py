@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from qskd.config import ResizeConfig
@@ -12,12 +14,15 @@ from qskd.teacher.columns.table import blank_extra, decode_batch
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 
+if TYPE_CHECKING:
+    from qskd.teacher.directions import Directions
+
 
 class CachedTeacher:
     """Stands for a teacher whose outputs come with every batch; knows only what its cache's manifest says."""
 
-    def __init__(self, sizes: CacheSizes) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: CacheSizes, directions: tuple[Directions, ...] = ()) -> None:
+        self.sizes, self.directions = sizes, directions
 
     resize: ResizeConfig | None = None  # it wants no pixels
 
@@ -25,7 +30,8 @@ class CachedTeacher:
     def facts(self) -> Facts:
         """What its cache's manifest says of it."""
         sizes = self.sizes
-        return Facts(sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes)
+        known = (sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes)
+        return Facts(*known, directions=self.directions)
 
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """What came with the batch."""

@@ -59,7 +59,7 @@ class CacheMaker:
 
         def choose(record: TeacherRecord) -> torch.Tensor:
             known = TeacherRecord(rounded(record.logits, cache.precision), record.boxes_cxcywh)
-            return queries_above(known, batch.targets, cache.attention_giou_floor, costs)
+            return queries_above(known, batch.targets, cache.attention_giou_floor, costs, cache.attention_layers)
 
         with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
             record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose, batch.least)

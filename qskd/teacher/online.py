@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from qskd.losses.matching import assign
 from qskd.structures import SILENT_LOGIT, Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.manifest import CacheSizes
+
+if TYPE_CHECKING:
+    from qskd.teacher.directions import Directions
 
 Choose = Callable[[TeacherRecord], Tensor]
 
@@ -36,6 +40,7 @@ class OnlineTeacher(nn.Module):
         self.preprocessing = preprocessing
         self.register_buffer("class_slots", torch.tensor(class_slots, dtype=torch.int64), persistent=False)
         self.knows_all = NOBODY not in class_slots
+        self.directions: tuple[Directions, ...] = ()  # only a cache knows them
 
     @property
     def resize(self) -> ResizeConfig:
@@ -53,6 +58,7 @@ class OnlineTeacher(nn.Module):
             detector.num_queries,
             len(self.class_slots),  # type: ignore[arg-type]
             detector.chooses_queries,
+            self.directions,
         )
 
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
@@ -106,10 +112,13 @@ class OnlineTeacher(nn.Module):
         if not needs.attention:
             return record
         if choose is None:
-            queries = torch.arange(self.detector.num_queries, device=images.device).expand(len(images), -1)
+            known = self.detector.num_queries * (len(record.logits) if needs.attention_layers == "all" else 1)
+            queries = torch.arange(known, device=images.device).expand(len(images), -1)
         else:
             queries = choose(record)
-        attend = output.attend_mean if needs.attention_layers == "mean" else output.attend
+        ways = {"last": output.attend, "mean": output.attend_mean, "all": output.attend_each}
+        attend = ways[needs.attention_layers]
+        assert attend is not None
         return replace(record, attention_queries=queries, attention=attend(queries))
 
     def _of_dataset(self, logits: Tensor) -> Tensor:
@@ -121,18 +130,24 @@ class OnlineTeacher(nn.Module):
 
 
 @torch.no_grad()
-def queries_above(record: TeacherRecord, targets: Targets, floor: float, costs: DetectionLossConfig) -> Tensor:
+def queries_above(
+    record: TeacherRecord, targets: Targets, floor: float, costs: DetectionLossConfig, attention_layers: str = "last"
+) -> Tensor:
     """The last layer's queries that GQS could keep at any boundary from `floor` up: those whose GIoU with some object
-    reaches it, and the matched ones. [B, A] int64, ascending, -1 in the padding."""
-    boxes = record.boxes_cxcywh[-1].float()
-    (matched,) = assign([(record.logits[-1:], record.boxes_cxcywh[-1:])], targets, costs)
-    keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    reaches it, and the matched ones. [B, A] int64, ascending, -1 in the padding.
+
+    attention_layers "all": of every layer's, numbered as in `TeacherRecord.attention_queries`."""
+    part = slice(None) if attention_layers == "all" else slice(-1, None)
+    boxes = record.boxes_cxcywh[part].float().flip(0)  # the last layer first
+    (matched,) = assign([(record.logits[part].flip(0), boxes)], targets, costs)
+    keep = torch.zeros(boxes.shape[:3], dtype=torch.bool, device=boxes.device)
     if targets.valid.shape[1]:
         overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets.boxes_cxcywh.float()))
         keep = ((overlap >= floor) & targets.valid[:, None]).any(-1)
-        spare = torch.where(matched[-1] < 0, boxes.shape[1], matched[-1])
-        padded = torch.cat([keep, keep.new_zeros(len(keep), 1)], dim=1).scatter(1, spare, True)
-        keep = padded[:, :-1]
+        spare = torch.where(matched < 0, boxes.shape[2], matched)
+        padded = torch.cat([keep, keep.new_zeros(*keep.shape[:2], 1)], dim=2).scatter(2, spare, True)
+        keep = padded[..., :-1]
+    keep = keep.transpose(0, 1).flatten(1)
     order = torch.sort((~keep).int(), dim=1, stable=True)
     most = int(keep.sum(1).max()) if len(keep) else 0
     return torch.where(order.values == 0, order.indices, -1)[:, :most]

@@ -7,6 +7,7 @@ guidance of the selected queries, steers feature distillation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from qskd.distillation.maps import pair_levels, project, projector, resample
 from qskd.distillation.qskd.query_selection import QuerySelection
 from qskd.distillation.qskd.settings import FeatureDistillationConfig
+from qskd.distillation.qskd.whitening import metric
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherRecord
+
+if TYPE_CHECKING:
+    from qskd.teacher.directions import Directions
 
 _TINY = 1e-12
 
@@ -24,16 +29,18 @@ _TINY = 1e-12
 def foreground_mask(
     selection: QuerySelection, teacher: TeacherRecord, confidence: Tensor, config: FeatureDistillationConfig
 ) -> tuple[Tensor, ...]:
-    """The attention of the kept queries, summed and normalised: one mask [B, H, W] float32 for each teacher map.
+    """The attention of the kept queries, summed and normalised: one mask [B, H, W] float32 for each teacher map; with
+    `attention_layers: all` [B, L, H, W], each layer's own.
 
         m = sum over kept queries i of weight_i * w_i * A_i;  M = max(m / max(m), background)
 
     w_i is the teacher's max_c p_i ("confidence", [B, Q]), confidence^gamma * max(0, GIoU_i)^(1 - gamma) ("quality", the
-    score METHODS 2 recalls of DETRDistill), or 1. The maximum runs over all the image's maps; its value cancels in the
-    loss, which divides by the mask's sum, but sets what `background` is a share of. A query whose attention is not in the
+    score METHODS 2 recalls of DETRDistill), 1 + GIoU_i ("giou"), or 1. The maximum runs over all the image's maps; it cancels in
+    a loss that divides by the mask's sum, but sets what `background` is a share of. A query whose attention is not in the
     record adds nothing; an image without objects has a mask of zeros.
 
-    selection: of the teacher's last layer, without layer dimension. METHODS 1.3 AGFD, our reconstruction.
+    selection, confidence: of the teacher's last layer, without layer dimension; of all L with `attention_layers: all`.
+    METHODS 1.3 AGFD, our reconstruction.
     """
     if teacher.attention_queries is None or not teacher.attention:
         raise QskdError(
@@ -48,8 +55,22 @@ def foreground_mask(
     elif config.query_weight == "quality":
         gamma = config.quality_gamma
         weight = weight * confidence.float() ** gamma * selection.giou.clamp(min=0) ** (1 - gamma)
-    known = teacher.attention_queries >= 0
-    weight = torch.where(known, weight.gather(1, teacher.attention_queries.clamp(min=0)), 0.0)  # [B, A]
+    elif config.query_weight == "giou":
+        weight = weight * (1 + selection.giou)
+    if weight.dim() == 3:
+        each = [_masks(part, teacher, config, before) for before, part in enumerate(weight.flip(0))]
+        return tuple(torch.stack(parts[::-1], dim=1) for parts in zip(*each, strict=True))
+    return _masks(weight, teacher, config)
+
+
+def _masks(
+    weight: Tensor, teacher: TeacherRecord, config: FeatureDistillationConfig, before: int = 0
+) -> tuple[Tensor, ...]:
+    """One layer's, the `before`-th before the last. weight: [B, Q]."""
+    assert teacher.attention_queries is not None
+    query = teacher.attention_queries - before * weight.shape[1]
+    known = (query >= 0) & (query < weight.shape[1])
+    weight = torch.where(known, weight.gather(1, query.clamp(0, weight.shape[1] - 1)), 0.0)  # [B, A]
     with torch.autocast(weight.device.type, enabled=False):
         maps = [
             torch.einsum("ba,bahw->bhw", weight, attention.float()) * valid
@@ -70,6 +91,8 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         L = sum_p M_p * mean_c (phi(F_S)_p - F_T,p)^2 / sum_p M_p,   for each image over all its levels and valid
         positions
 
+    With `mask_weighting: squared` the mean over all cells of M_p^2 * mean_c (...)^2 instead, as TPRD has it (METHODS 5).
+
     METHODS 1.3 AGFD, our reconstruction. The projectors (one for each student map that meets one of the teacher's, the
     identity at first when the widths agree) are for training only and belong to this module, never to the exported student.
     """
@@ -80,9 +103,11 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         teacher_channels: Sequence[int],
         config: FeatureDistillationConfig,
         pairs: Sequence[tuple[int, int]] | None = None,
+        directions: Sequence[Directions] = (),
     ) -> None:
         """student_channels, teacher_channels: the width of each memory map. pairs: (student map, teacher map), by
-        `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given."""
+        `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given. directions: of each
+        teacher map, for `whitening`; QskdError when that is on, and they are not known."""
         super().__init__()
         self.config = config
         self.maps = len(student_channels), len(teacher_channels)
@@ -99,6 +124,27 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             {str(own): projector(student_channels[own], teacher_channels[other]) for own, other in self.pairs}
         )
 
+        if config.whitening and not directions:
+            raise QskdError(
+                "distillation.features.whitening",
+                "a teacher that runs in every step, of whose memory no directions are known",
+                "a cache of its outputs",
+                "set teacher.cache.path, and run `qskd cache RECIPE`, which computes them; or whitening: 0",
+            )
+        self.metrics: dict[int, str] = {}  # by student map, a buffer's name
+        for own, other in self.pairs if config.whitening else ():
+            self.metrics[own] = f"metric_{own}"
+            found = metric(directions[other], config.whitening, config.whitened_share)
+            self.register_buffer(self.metrics[own], found)
+
+    def _distance(self, level: int, shown: Tensor, goal: Tensor) -> Tensor:
+        """[..., C], [..., C] -> [...]: mean_c of the squared difference, or sum_k of it along the directions, over C."""
+        if level not in self.metrics:
+            return F.mse_loss(shown, goal, reduction="none").mean(-1)
+        with torch.autocast(shown.device.type, enabled=False):
+            along = (shown - goal) @ self.get_buffer(self.metrics[level])
+        return along.square().sum(-1) / shown.shape[-1]
+
     def forward(
         self,
         student_memory: Sequence[Tensor],
@@ -106,26 +152,33 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         teacher: TeacherRecord,
         mask: Sequence[Tensor] | None,
     ) -> LossTerm:
-        """Maps [B, C, H, W] and their [B, H, W] validity; `mask` [B, H, W] for each teacher map (None: 1 everywhere).
+        """Maps [B, C, H, W] and their [B, H, W] validity; `mask` [B, H, W] or, of several decoder layers, [B, L, H, W] for each
+        teacher map (None: 1 everywhere).
 
-        total: sum of the losses of images whose mask is not empty; count: the number of those images. The teacher and
-        its mask are detached and resampled to the student's grid.
+        total: sum of the losses of images whose mask is not empty; count: the number of those images (of L layers, an L-th of
+        the masks that are not empty). "squared": sum over the cells; count: their number, of every image. The teacher and its
+        mask are detached and resampled to the student's grid.
         """
         found = len(student_memory), len(teacher.memory)
         if found != self.maps:
             said = ("{} student maps, {} teacher maps".format(*numbers) for numbers in (found, self.maps))
             raise QskdError("distillation.features", *said)
-        above = below = student_memory[0].new_zeros(len(student_memory[0]), dtype=torch.float32)
+        squared = self.config.mask_weighting == "squared"
+        masks = None if mask is None else [part.unsqueeze(1) if part.dim() == 3 else part for part in mask]
+        layers = 1 if masks is None else masks[0].shape[1]
+        above = below = student_memory[0].new_zeros(len(student_memory[0]), layers, dtype=torch.float32)
         for student_level, teacher_level in self.pairs:
             valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
             goal = resample(teacher.memory[teacher_level].detach(), teacher_valid, valid)
             shown = project(self.projectors[str(student_level)], student_memory[student_level]).float()
-            weight = valid.float()
-            if mask is not None:
-                weight = weight * resample(mask[teacher_level].detach().unsqueeze(1), teacher_valid, valid).squeeze(1)
-            distance = F.mse_loss(shown, goal.movedim(1, -1), reduction="none").mean(-1)
-            above = above + (weight * distance).flatten(1).sum(1)
-            below = below + weight.flatten(1).sum(1)
+            weight = valid.float().unsqueeze(1)
+            if masks is not None:
+                weight = weight * resample(masks[teacher_level].detach(), teacher_valid, valid)  # [B, L, H, W]
+            distance = self._distance(student_level, shown, goal.movedim(1, -1))
+            above = above + ((weight**2 if squared else weight) * distance.unsqueeze(1)).flatten(2).sum(2)
+            below = below + (valid.float().unsqueeze(1) if squared else weight).flatten(2).sum(2)
+        if squared:
+            return LossTerm(above.sum(), below[:, 0].sum())
         has_mask = below > 0
         total = (above / torch.where(has_mask, below, 1.0)).sum()  # an empty mask leaves 0 above
-        return LossTerm(total, has_mask.sum().float())
+        return LossTerm(total, has_mask.sum().float() / layers)

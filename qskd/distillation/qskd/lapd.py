@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from qskd.boxes import cxcywh_to_xyxy, giou
-from qskd.distillation.qskd.pairing import Side, pair_by_assignment, pair_by_index, pair_by_rank, pair_globally
+from qskd.distillation.qskd.pairing import (
+    Side,
+    pair_by_assignment,
+    pair_by_index,
+    pair_by_rank,
+    pair_globally,
+    pair_over_image,
+)
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
 from qskd.errors import QskdError
 from qskd.structures import LossTerm
@@ -63,6 +70,8 @@ def alignment_terms(
         partner = pair_globally(student, teacher)
     elif config.pairing == "index":
         partner = pair_by_index(student, teacher)
+    elif config.pairing == "image":
+        partner = pair_over_image(student, teacher, num_objects, num_slots)
     elif config.pairing == "hungarian":
         partner = pair_by_assignment(student, teacher, num_objects, num_slots)
     else:

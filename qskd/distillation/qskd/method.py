@@ -16,7 +16,7 @@ from qskd.distillation.qskd.settings import Settings
 from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
 
-_CITATION = """\
+CITATION = """\
 QSKD is the method of Liu et al., *Knowledge Distillation via Query Selection for Detection Transformer*
 ([arXiv 2409.06443](https://arxiv.org/abs/2409.06443)). Its text was not at hand when qskd was written, only the abstract and
 summaries: **the method as implemented is a reconstruction**. Equations, thresholds, weights and the choice of layers are
@@ -38,7 +38,7 @@ class QSKD(Method):
     asked of the teacher, no projector."""
 
     title = "QSKD"
-    citation = _CITATION
+    citation = CITATION
     settings: Settings
 
     def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
@@ -54,7 +54,9 @@ class QSKD(Method):
         self.features: AttentionGuidedFeatureDistillation | None = None
         if features.weight > 0:
             pairs = pair_levels(student.cells, teacher.cells) if student.cells and teacher.cells else None
-            self.features = AttentionGuidedFeatureDistillation(student.channels, teacher.channels, features, pairs)
+            self.features = AttentionGuidedFeatureDistillation(
+                student.channels, teacher.channels, features, pairs, teacher.directions
+            )
             self.weights["agfd"] = features.weight
         if predictions.weight > 0:
             self.weights["lapd_class"] = predictions.weight * predictions.class_weight
@@ -65,7 +67,9 @@ class QSKD(Method):
     def needs_of(cls, settings: Settings) -> TeacherNeeds:
         features, predictions, floor = settings.features, settings.predictions, settings.selection.floor
         every_layer = predictions.teacher_layers == "same_index" and predictions.student_layers == "all"
+        every_layer = every_layer and predictions.weight > 0
         attention = features.weight > 0 and features.background < 1
+        every_mask = attention and features.attention_layers == "all"
         reach = f"boundaries that reach down to GIoU {floor:g}"
         if floor == -1:
             reach = "relative boundaries, or a weight for the lowest band: a query of any GIoU can be kept"
@@ -73,15 +77,19 @@ class QSKD(Method):
         if attention:
             reasons["attention_giou_floor"] = ("selection", reach)
             reasons["attention_layers"] = ("features.attention_layers", features.attention_layers)
-        if predictions.weight > 0 and every_layer:
+        if every_layer:
             asked = "same_index, which needs every decoder layer of the teacher"
             reasons["all_layers"] = ("predictions.teacher_layers", asked)
+        elif every_mask:
+            asked = "all, whose masks are of the queries that every decoder layer's boxes select"
+            reasons["all_layers"] = ("features.attention_layers", asked)
         return TeacherNeeds(
             memory=features.weight > 0,
             attention=attention,
             attention_layers=features.attention_layers,
-            all_layers=predictions.weight > 0 and every_layer,
+            all_layers=every_layer or every_mask,
             attention_giou_floor=floor if attention else 1.0,
+            directions=features.weight > 0 and features.whitening > 0,
             reasons=reasons,
         )
 
@@ -109,8 +117,10 @@ class QSKD(Method):
         if self.features is not None:
             mask = None
             if self.needs.attention:
-                confidence = teacher.logits[-1].detach().float().amax(-1).sigmoid()
-                mask = foreground_mask(selection[-1], teacher, confidence, config.features)
+                logits, guide = teacher.logits, selection
+                if config.features.attention_layers != "all":
+                    logits, guide = logits[-1], selection[-1]
+                mask = foreground_mask(guide, teacher, logits.detach().float().amax(-1).sigmoid(), config.features)
             terms["agfd"] = self.features(student.memory, student.memory_valid, teacher, mask)
         if config.predictions.weight > 0:
             # Of a class that the teacher knows nothing of, nothing is learnt: both sides are as sure that it isn't there.

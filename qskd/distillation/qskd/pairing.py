@@ -71,15 +71,15 @@ class Side:
         return Side(parts[0], parts[1], QuerySelection(*parts[2:]))
 
 
-def _costs(logits: Tensor, goal: Tensor, boxes: Tensor, goal_boxes: Tensor) -> Tensor:
-    """2 * BCE + 5 * L1 - 2 * GIoU of every student query [..., S] with every teacher query [..., T]: [..., S, T] float32.
+def _costs(logits: Tensor, goal: Tensor, boxes: Tensor, goal_boxes: Tensor, class_cost: float = 2.0) -> Tensor:
+    """class_cost * BCE + 5 * L1 - 2 * GIoU of every student query [..., S] with every teacher query [..., T]: [..., S, T] float32.
 
     logits [..., S, K], goal [..., T, K] probabilities; boxes [..., S, 4], goal_boxes [..., T, 4] cxcywh. The BCE has soft
     targets and is summed over classes. NaN and infinity become the largest float.
     """
     with torch.autocast(logits.device.type, enabled=False):
         crossed = logits @ goal.transpose(-1, -2)
-    cost = 2 * (F.softplus(logits).sum(-1, keepdim=True) - crossed)
+    cost = class_cost * (F.softplus(logits).sum(-1, keepdim=True) - crossed)
     cost += 5 * (boxes.unsqueeze(-2) - goal_boxes.unsqueeze(-3)).abs().sum(-1)
     cost -= 2 * pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(goal_boxes))
     worst = torch.finfo(torch.float32).max
@@ -115,6 +115,26 @@ def pair_by_assignment(student: Side, teacher: Side, num_objects: int, num_slots
         queries, rivals = (table[index][table[index] >= 0] for table in (mine_host, theirs_host))
         row, column = linear_sum_assignment(cost_host[index][: len(queries), : len(rivals)])
         result[index[0], index[1], queries[row]] = rivals[column]
+    return torch.from_numpy(result).to(partner.device, non_blocking=True)
+
+
+@torch.no_grad()
+def pair_over_image(student: Side, teacher: Side, num_objects: int, num_slots: int) -> Tensor:
+    """Like `pair_by_rank`, but the hard negatives are paired whatever their objects, by the cheapest assignment of all the
+    image's on the one side to all on the other. What is left over has no partner.
+
+    The cost is BCE + 5 * L1 - 2 * GIoU, as in TPRD's re-implementation of QSKD (METHODS 5). L * B solves a step, with a wait
+    for the device.
+    """
+    partner = pair_by_rank(student.selection, teacher.selection, num_objects, num_slots)
+    hard = [side.selection.slot > 0 for side in (student, teacher)]
+    costs = _costs(student.logits, teacher.logits.sigmoid(), student.boxes_cxcywh, teacher.boxes_cxcywh, 1.0)
+    costs_host, (mine, theirs) = costs.cpu().numpy(), (part.cpu().numpy() for part in hard)
+    result = partner.masked_fill(hard[0], -1).cpu().numpy()
+    for index in np.ndindex(*result.shape[:2]):
+        queries, rivals = np.flatnonzero(mine[index]), np.flatnonzero(theirs[index])
+        row, column = linear_sum_assignment(costs_host[index][np.ix_(queries, rivals)])
+        result[index][queries[row]] = rivals[column]
     return torch.from_numpy(result).to(partner.device, non_blocking=True)
 
 

@@ -143,14 +143,14 @@ def ask_teacher(
     settings: Settings,
     costs: DetectionLossConfig,
 ) -> tuple[TeacherRecord, QuerySelection, tuple[Tensor, ...]]:
-    """The teacher's record, what the recipe keeps of its last layer (no layer dimension), and the masks, one a memory map.
+    """The teacher's record, what the recipe keeps of its last layer (no layer dimension), and that layer's masks, one a map.
 
     ask: from needs, and a choice of the queries whose attention is wanted, to the record. The mask is computed also where
     the recipe does not use it.
     """
 
     def keepable(record: TeacherRecord) -> Tensor:
-        return queries_above(record, targets, settings.selection.floor, costs)
+        return queries_above(record, targets, settings.selection.floor, costs, needs.attention_layers)
 
     record = ask(replace(needs, attention=True), keepable)
     (assignment,) = assign([(record.logits[-1:], record.boxes_cxcywh[-1:])], targets, costs)

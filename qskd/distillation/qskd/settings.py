@@ -49,10 +49,20 @@ class FeatureDistillationConfig(Section):
 
     # chosen by search on the quickstart's task (benchmarks/evidence); the guess before it was 1 to 10
     weight: NonNegative = 50.0
-    # What a query's attention counts in the mask: the teacher's largest class probability; that and its GIoU; 1.
-    query_weight: Literal["confidence", "quality", "uniform"] = "confidence"
+    # What a query's attention counts in the mask: the teacher's largest class probability; that and its GIoU; 1; 1 + GIoU,
+    # by which hard negatives count nearly as much as positives (TPRD).
+    query_weight: Literal["confidence", "quality", "uniform", "giou"] = "confidence"
     quality_gamma: Fraction = 0.5  # for "quality": confidence^gamma * GIoU^(1-gamma)
-    attention_layers: Literal["last", "mean"] = "last"  # of the teacher's decoder, as `teacher.cache.attention_layers`
+    # Of the teacher's decoder, as `teacher.cache.attention_layers`; all: each layer has a mask of its own selection, and their
+    # losses are summed (TPRD).
+    attention_layers: Literal["last", "mean", "all"] = "last"
+    # normalised: each cell counts M, divided by the mask's sum in the image; squared: it counts M^2, divided by all cells, as
+    # the mean of (M F_S - M F_T)^2 does (TPRD)
+    mask_weighting: Literal["normalised", "squared"] = "normalised"
+    # alpha of whitened AGFD (METHODS 1.4, ours): an error counts variance^-alpha of its direction in the teacher's memory, as
+    # `qskd cache` finds them; 0 = every direction alike, 1 = as much of each
+    whitening: NonNegative = 0.0
+    whitened_share: Annotated[float, Field(gt=0, le=1)] = 0.97  # of the variance: as few directions are kept as hold it
     # Least mask value in an image with objects, the largest being 1; 1 = plain mimicking. It counts in every cell, and so
     # for more on more cells: 0.1 is about half of the mask's sum on the quickstart's 8 x 8, and would drown it at COCO's size.
     background: Fraction = 0.0
@@ -66,8 +76,9 @@ class PredictionDistillationConfig(Section):
     l1_weight: NonNegative = 5.0  # of the boxes' L1 distance
     giou_weight: NonNegative = 2.0  # of 1 - GIoU
     # rank: inside each object's group, positive with positive, then by GIoU; hungarian: then by the cheapest assignment;
+    # image: positives by their object, all the image's hard negatives by its cheapest assignment (TPRD);
     # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
-    pairing: Literal["rank", "hungarian", "index", "global"] = "rank"
+    pairing: Literal["rank", "hungarian", "image", "index", "global"] = "rank"
     pair_weight: Literal["confidence", "uniform"] = "confidence"  # times the teacher's largest class probability, or 1
     # their number; weights: the sum of their weights, so that hard negatives dilute positives less
     divide_by: Literal["pairs", "weights"] = "pairs"

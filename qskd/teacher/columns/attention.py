@@ -93,8 +93,9 @@ class Attention(Column):
             "attention_scale": len(queries) if precision == "int8" else 0,
         }
         check_counts(row, wanted, present, shapes)
-        if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < sizes.queries:
-            raise ValueError(f"attention of query {int(queries.max())} of {sizes.queries}")
+        known = sizes.queries * sizes.layers  # of every layer, where the recipe keeps all
+        if len(queries) and not 0 <= int(queries.min()) <= int(queries.max()) < known:
+            raise ValueError(f"attention of query {int(queries.max())} of {known}")
 
     def mirrored(self, row: Any, sizes: CacheSizes) -> Arrays:
         if not len(row.attention_queries):

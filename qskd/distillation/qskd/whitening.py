@@ -1,0 +1,30 @@
+"""Whitened AGFD: an error counts by how seldom the teacher's memory varies in its direction. Ours (METHODS 1.4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from qskd.teacher.directions import Directions
+
+
+def metric(directions: Directions, alpha: float, share: float) -> Tensor:
+    """[C, K] float32: what an error [..., C] is multiplied by before it is squared and summed over K.
+
+    Column k is s_k v_k, s_k^2 = c * variance_k^-alpha, for the K first directions, which are as few as hold `share` of the
+    variance. c is such that an error like the memory itself counts what it counts without: sum_k s_k^2 variance_k = the
+    sum of all variances.
+    """
+    variances = torch.tensor(directions.variances).double()
+    vectors = torch.tensor(directions.vectors).double()
+    whole = variances.sum()
+    if not whole > 0:  # a memory that is the same everywhere: every direction alike
+        return vectors.float()
+    kept = int((variances.cumsum(0) < share * whole * (1 - 1e-9)).sum()) + 1
+    kept = min(kept, int((variances > 1e-9 * variances[0]).sum()))
+    scale = variances[:kept] ** -alpha
+    scale = scale * whole / (scale * variances[:kept]).sum()
+    return (vectors[:, :kept] * scale.sqrt()).float()

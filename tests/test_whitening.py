@@ -1,0 +1,210 @@
+"""Whitened AGFD: directions from the cache, the metric they make, the loss in it; and a cache that has none is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_teacher_cache import cache, cache_config, data, decoded, teacher  # noqa: F401  (fixtures)
+from tiny import arrays, make_training, recipe, train_batch
+
+from pipelines.caching import driver
+from pipelines.caching.plan import clean
+from qskd.checks import lacks_directions
+from qskd.distillation.method import teacher_needs
+from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation
+from qskd.distillation.qskd.settings import FeatureDistillationConfig
+from qskd.distillation.qskd.whitening import metric
+from qskd.errors import QskdError
+from qskd.from_recipe import teacher_for_training
+from qskd.structures import TeacherNeeds, TeacherRecord
+from qskd.teacher import directions as module
+from qskd.teacher.cache import TeacherCacheReader
+from qskd.teacher.columns.table import columns_for
+from qskd.teacher.directions import Directions, compute_directions, load_directions, save_directions
+from qskd.teacher.manifest import load_cache_manifest
+from qskd.teacher.online import OnlineTeacher
+
+MEMORY = columns_for(TeacherNeeds(memory=True))
+
+
+def cells_of(cache: str) -> list[np.ndarray]:  # noqa: F811
+    """Of each map: the cells that are no padding, of every image's first view, [N, C]."""
+    reader = TeacherCacheReader(cache, MEMORY)
+    found: list[list[np.ndarray]] = [[] for _ in reader.manifest.sizes.channels]
+    for shard, (rows, _) in enumerate(reader.manifest.views[0]):
+        for row in range(rows):
+            record = decoded(reader.read(shard, 0, [row]), reader.manifest.sizes, MEMORY)
+            for level, (map_, valid) in enumerate(zip(record.memory, record.memory_valid, strict=True)):
+                found[level] += [map_[0, :, y, x].numpy() for y, x in np.argwhere(valid[0].numpy())]
+    return [np.stack(cells).astype(np.float64) for cells in found]
+
+
+def test_directions_are_the_eigenvectors_of_the_covariance_of_all_cells_and_come_back(
+    cache: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, manifest = compute_directions(cache), load_cache_manifest(cache)
+    assert manifest is not None
+    assert len(found) == len(manifest.sizes.channels) == 2
+    for each, cells in zip(found, cells_of(cache), strict=True):
+        covariance = np.cov(cells.T, bias=True)
+        vectors = each.vectors.astype(np.float64)
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(vectors)), atol=1e-5)
+        np.testing.assert_allclose(vectors * each.variances @ vectors.T, covariance, atol=1e-5)
+        assert (np.diff(each.variances) <= 0).all()
+    assert load_directions(cache, manifest) is None
+    save_directions(cache, found, manifest)
+    again = load_directions(cache, manifest)
+    assert again is not None
+    for mine, theirs in zip(again, found, strict=True):
+        assert np.array_equal(mine.variances, theirs.variances)
+        assert np.array_equal(mine.vectors, theirs.vectors)
+    monkeypatch.setattr(module, "IMAGES", 5)  # a sample of them: much the same
+    fewer = compute_directions(cache)
+    assert 0.5 < fewer[0].variances.sum() / found[0].variances.sum() < 2
+    Path(cache, module.FILE).unlink()
+
+
+def random_directions(width: int, seed: int = 0) -> Directions:
+    g = np.random.default_rng(seed)
+    vectors = np.linalg.qr(g.normal(size=(width, width)))[0].astype(np.float32)
+    return Directions((4.0 ** -np.arange(width)).astype(np.float32), vectors)
+
+
+@pytest.mark.parametrize(("alpha", "share", "kept"), [(1.0, 0.97, 3), (0.5, 0.97, 3), (1.0, 1.0, 6), (2.0, 0.5, 1)])
+def test_an_error_counts_by_its_direction_and_one_like_the_memory_as_without(
+    alpha: float, share: float, kept: int
+) -> None:
+    directions = random_directions(6)
+    found = metric(directions, alpha, share).double().numpy()
+    assert found.shape == (6, kept)
+    variances, vectors = directions.variances.astype(np.float64), directions.vectors.astype(np.float64)
+    weights = [variances[k] ** -alpha for k in range(kept)]
+    scale = variances.sum() / sum(w * variances[k] for k, w in enumerate(weights))
+    for k in range(6):
+        along = float(np.square(vectors[:, k] @ found).sum())
+        assert along == pytest.approx(scale * weights[k] if k < kept else 0, rel=1e-4, abs=1e-6)
+    memory = vectors * variances @ vectors.T
+    assert np.trace(found.T @ memory @ found) == pytest.approx(variances.sum(), rel=1e-4)
+
+
+def test_a_memory_without_any_variance_counts_every_direction_alike() -> None:
+    eye = np.eye(4, dtype=np.float32)
+    assert torch.equal(metric(Directions(np.zeros(4, np.float32), eye), 1.0, 0.97), torch.eye(4))
+
+
+@pytest.mark.parametrize("weighting", ["normalised", "squared"])
+def test_the_whitened_loss_equals_the_loops_on_several_maps_and_any_width(weighting: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    theirs = tuple(torch.randn(2, width, 3, 4, generator=g) for width in (6, 5))
+    mine = [torch.randn(2, 3, 3, 4, generator=g) for _ in theirs]
+    valid = (torch.ones(2, 3, 4, dtype=torch.bool), torch.ones(2, 3, 4, dtype=torch.bool))
+    valid[0][1, 2:], valid[1][1, 2:] = False, False
+    masks = [torch.rand(2, 3, 4, generator=g) * part for part in valid]
+    record = TeacherRecord(torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 4), theirs, valid)
+    known = [random_directions(6), random_directions(5, seed=1)]
+    config = FeatureDistillationConfig(whitening=1.0, mask_weighting=weighting)
+    agfd = AttentionGuidedFeatureDistillation([3, 3], [6, 5], config, [(0, 0), (1, 1)], known)
+    term = agfd(mine, valid, record, masks)
+    total, count = 0.0, 0.0
+    for image in range(2):
+        above = below = 0.0
+        for level, width in enumerate((6, 5)):
+            weight, bias = (each.detach() for each in agfd.projectors[str(level)].parameters())
+            along = metric(known[level], 1.0, 0.97)
+            for y, x in np.argwhere(valid[level][image].numpy()):
+                error = weight[:, :, 0, 0] @ mine[level][image, :, y, x] + bias - theirs[level][image, :, y, x]
+                apart = sum(float(error @ along[:, k]) ** 2 for k in range(along.shape[1])) / width
+                m = float(masks[level][image, y, x])
+                above += (m**2 if weighting == "squared" else m) * apart
+                below += 1 if weighting == "squared" else m
+        total += above if weighting == "squared" else above / below
+        count += below if weighting == "squared" else 1
+    assert term.total.item() == pytest.approx(total, rel=1e-4)
+    assert term.count == count
+    term.total.backward()
+    assert all(each.grad is not None for each in agfd.parameters())
+    assert {name for name, _ in agfd.named_buffers()} == {"metric_0", "metric_1"}
+
+
+def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
+    cache: str,  # noqa: F811
+    data: str,  # noqa: F811
+    teacher: OnlineTeacher,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = cache_config(data, cache)
+    config = replace_features(plain, whitening=1.0)
+    manifest = load_cache_manifest(cache)
+    assert manifest is not None
+    assert not lacks_directions(plain, manifest)
+    assert lacks_directions(config, manifest)
+    labels = ("three", "eight", "nine")
+    with pytest.raises(QskdError, match=r"no directions are known\n.*\n.*qskd cache RECIPE"):
+        make_training(config, teacher, labels=labels)
+    driver._add_directions(plain, quiet=False)
+    assert not Path(cache, module.FILE).exists()
+    driver._add_directions(config, quiet=False)
+    driver._add_directions(config, quiet=False)
+    assert capsys.readouterr().out.count(module.FILE) == 1
+    assert not lacks_directions(config, manifest)
+    training = make_training(config, teacher_for_training(config, labels), labels=labels)
+    assert training.module.method is not None
+    record = teacher(*pixels(), TeacherNeeds(memory=True, attention=True))
+    batch = train_batch(arrays((2, 0)))
+    whitened = training.module(batch.images, batch.sizes, batch.targets, record)["agfd"]
+    usual = make_training(plain, teacher, labels=labels)
+    assert whitened.total.item() != usual.module(batch.images, batch.sizes, batch.targets, record)["agfd"].total.item()
+    clean(cache)
+    assert Path(cache, module.FILE).exists()  # the end of a job leaves it
+    shutil.copytree(cache, tmp_path / "copy")
+    clean(str(tmp_path / "copy"), everything=True)  # --overwrite does not
+    assert list((tmp_path / "copy").iterdir()) == []
+    Path(cache, module.FILE).unlink()
+
+
+def pixels() -> tuple[torch.Tensor, torch.Tensor]:
+    batch = train_batch(arrays((2, 0)))
+    return batch.teacher_images, batch.teacher_sizes
+
+
+def replace_features(config: Any, **changes: Any) -> Any:
+    features = config.distillation.features.model_copy(update=changes)
+    return config.model_copy(update={"distillation": config.distillation.model_copy(update={"features": features})})
+
+
+def test_damaged_directions_and_those_of_another_cache_are_refused_by_name(cache: str) -> None:  # noqa: F811
+    manifest, path = load_cache_manifest(cache), Path(cache, module.FILE)
+    assert manifest is not None
+    found = compute_directions(cache)
+    other = replace(manifest, identity={**manifest.identity, "more": 1})
+    nan = [Directions(found[0].variances * np.float32("nan"), found[0].vectors), *found[1:]]
+    for write, words in (
+        (lambda: save_directions(cache, found, other), "of another cache"),
+        (lambda: save_directions(cache, found[:1], manifest), "of other maps"),
+        (lambda: save_directions(cache, nan, manifest), "not finite"),
+        (lambda: save_directions(cache, [found[0], found[0], found[0]], manifest), "of other maps"),
+        (lambda: path.write_bytes(path.read_bytes()[:-20]), "not the directions of this cache"),
+        (lambda: path.write_bytes(b""), "not the directions of this cache"),
+    ):
+        write()  # type: ignore[no-untyped-call]
+        with pytest.raises(QskdError, match=words) as caught:
+            load_directions(cache, manifest)
+        assert module.FILE in str(caught.value)
+        assert "delete this file" in str(caught.value)
+    path.unlink()
+
+
+def test_whitening_asks_for_directions_and_nothing_else_does() -> None:
+    for features, asked in (({}, False), ({"whitening": 0.5}, True), ({"whitening": 0.5, "weight": 0.0}, False)):
+        config: Any = recipe(None, distillation={"features": features})
+        needs = teacher_needs(config.distillation)
+        assert needs is not None
+        assert needs.directions is asked
