@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,22 @@ def test_a_teacher_that_crops_ruin_is_told_with_both_numbers_and_the_field(shape
     assert not large.ruined
     assert "data.views" not in large.describe(views)
     assert look()[1] is None
+
+
+def test_a_look_at_crops_stops_no_job(shapes: str, tmp_path: Path) -> None:
+    from pipelines.caching.looks import look_at_crops
+    from pipelines.caching.plan import make_cache_plan
+
+    broken = tmp_path / "train"
+    shutil.copytree(shapes, broken)
+    for shard in broken.glob("*.parquet"):
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 4 : len(data) // 4 + 64] = bytes(64)
+        shard.write_bytes(bytes(data))
+    config = shapes_recipe(str(broken), crop_probability=1.0)
+    teacher = make_teacher(config, ShardReader(shapes).manifest.labels)
+    assert teacher is not None
+    assert look_at_crops(make_cache_plan(config), teacher) is None
 
 
 def test_positives_are_the_matched_queries_of_classes_that_the_teacher_knows() -> None:

@@ -68,7 +68,15 @@ class Crops:
 
 
 def look_at_crops(plan: CachePlan, teacher: OnlineTeacher) -> Crops | None:
-    """Ask the teacher about some images, each as its first cropped view and whole; None where no view is cropped."""
+    """Ask the teacher about some images, each as its first cropped view and whole; None where no view is cropped, or one of the
+    images can't be read: a look stops no job, which names what is broken when it comes to it."""
+    try:
+        return _crops(plan, teacher)
+    except QskdError:
+        return None
+
+
+def _crops(plan: CachePlan, teacher: OnlineTeacher) -> Crops | None:
     config, views = plan.config, plan.config.data.views
     if not views.crop_probability or views.crop_min_scale == 1:
         return None
