@@ -22,21 +22,28 @@ from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.task import make_config
 from benchmarks.evidence.teachers import OWN
 from pipelines.feed.stream import Share, local_stream
+from pipelines.run.guards import BEGUN_BEFORE
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from qskd.config import Config
-from qskd.config.recipe import to_tree
+from qskd.config.recipe import flatten, to_tree
 from qskd.datasets.batch import train_batch
 from qskd.detectors import Detector, Preprocessing
 from qskd.evaluation.agreement import agreement
 from qskd.evaluation.average_precision import evaluate_coco
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import predict_batch
+from qskd.families.table import find_family
 from qskd.from_recipe import ground_truth, make_student, make_teacher, teacher_for_training
 from qskd.training.step import Training
 
 RECORDS = Path(__file__).parent / "records"
 AGREEMENT_BATCHES = 8
+_OF_FAMILIES = {
+    "detection.denoising_queries": "denoises",
+    "detection.fgl_weight": "side_distributions",
+    "detection.ddf_weight": "side_distributions",
+}
 _DECIDES = ("data", "student", "teacher", "distillation", "detection", "augmentation", "training", "seed")
 
 
@@ -116,8 +123,16 @@ def finished(cell: Cell, work: Path) -> dict[str, Any] | None:
 
 
 def same(recorded: dict[str, Any], config: Config) -> bool:
-    """Whether a record's configuration means what `config` means. A field that came after the record has its default."""
-    return meaning(Config.model_validate(recorded)) == meaning(config)
+    """Whether a record's configuration means what `config` means. A field that came after the record says what was done then:
+    its default, or what `BEGUN_BEFORE` knows."""
+    family, known = find_family(config.student.family, "student.family"), flatten(recorded)
+    then, now = (flatten(meaning(each)) for each in (Config.model_validate(recorded), config))
+    for name, old in BEGUN_BEFORE.items():
+        if name not in known:
+            then[name] = old
+        if name in _OF_FAMILIES and not getattr(family, _OF_FAMILIES[name]):
+            then[name] = now[name] = None  # without effect on this student
+    return then == now
 
 
 def code_version() -> str:
