@@ -31,6 +31,7 @@ NOT_OF_FUNCTIONS = {
     "all_fields",
     "out",
     "check",
+    "check_derived",
     "per_class",
     "methods",
     "images",

@@ -68,7 +68,12 @@ class EvenTeacher(OnlineTeacher):
     """Exactly mirror-equivariant: it looks at an image with its darker half on the left, and mirrors what it then says."""
 
     def forward(
-        self, images: Tensor, sizes: Tensor, needs: TeacherNeeds, choose: Choose | None = None
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        needs: TeacherNeeds,
+        choose: Choose | None = None,
+        least: tuple[int, int] | None = None,
     ) -> TeacherRecord:
         seen, which = images.clone(), torch.zeros(len(images), dtype=torch.bool)
         for image, (_, width) in enumerate(sizes.tolist()):
@@ -77,7 +82,7 @@ class EvenTeacher(OnlineTeacher):
                 which[image] = True
                 seen[image, :, :width] = images[image, :, :width].flip(1)
         back = choose and (lambda record: choose(turned(record, which)))
-        return turned(super().forward(seen, sizes, needs, back), which)
+        return turned(super().forward(seen, sizes, needs, back, least), which)
 
 
 @pytest.fixture(scope="module")

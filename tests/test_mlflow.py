@@ -220,7 +220,7 @@ class Checkpoint:
     """What Ray Train gives of a checkpoint on this disk."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.path = folder, str(folder)
 
     @contextlib.contextmanager
     def as_directory(self) -> Iterator[str]:

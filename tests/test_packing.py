@@ -222,7 +222,10 @@ from qskd.datasets.shards import write_shards
 packing.FEWEST = 40
 print("begun", flush=True)
 dataset = open_dataset(Path(sys.argv[1]), Path(sys.argv[2]))
-write_shards(dataset, sys.argv[3], 50, 16, progress=lambda done, of: print(done, flush=True), processes=2)
+def told(done, of):
+    print(done, flush=True)
+    sys.stdin.readline()  # and waits for the end, which would else come after the last shard now and then
+write_shards(dataset, sys.argv[3], 50, 16, progress=told, processes=2)
 """
 
 
@@ -237,7 +240,8 @@ def test_a_prepare_that_is_stopped_leaves_no_helper_and_no_manifest_and_the_next
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(source), str(images), str(tmp_path / "s")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"  # once: no helper prints it
         assert process.stdout.readline() == b"64\n"
