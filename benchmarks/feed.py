@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
             start_ray()
             for workers in given.streams:
                 got = [streams_speed(stream, workers) for _ in range(given.rounds)]
-                cores = min(workers, max(1, (os.cpu_count() or 1) - 1))
+                cores = min(workers, os.cpu_count() or 1)
                 report.ratios.append(
                     Ratio(
                         f"{workers} stream(s) through Ray / bare decoding on {cores} core(s)",
