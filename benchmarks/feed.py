@@ -25,17 +25,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 
 from benchmarks import timing
 from benchmarks.loader import BATCH, SHARD, Data, Pictures, make_data
+from benchmarks.scaling.probes import block_seconds
 from benchmarks.timing import Ratio, Report
 from pipelines.cluster.start import start_ray
-from pipelines.feed.readers import RangeReader, Readers, build_dataset, open_stream, read_stream
-from pipelines.feed.stream import RANGE_BYTES, StreamConfig
+from pipelines.feed.readers import RangeReader, Readers, open_stream
+from pipelines.feed.stream import StreamConfig
 from qskd.config import ResizeConfig
 from qskd.datasets.views import decode_image
 
@@ -101,16 +101,6 @@ def streams_speed(stream: StreamConfig, workers: int) -> float:
     first = 2 * config.range_length(workers)  # those that waited for their reader to start
     begin, end = max(each[first] for each in arrivals), min(each[-1] for each in arrivals)
     return sum(BATCH * sum(begin < at <= end for at in each) for each in arrivals) / (end - begin)
-
-
-def block_seconds(stream: StreamConfig, workers: int, blocks: int) -> float:
-    """Of a coordinator, for one block that holds next to nothing, as one of so many workers."""
-    schedule = replace(stream.schedule, batch_size=workers, epochs=100_000)
-    tiny = replace(stream, schedule=schedule, student_resize=ResizeConfig(size=32), teacher_row_bytes=RANGE_BYTES)
-    ranges = list(islice(tiny.ranges(0, workers), 10 + blocks))
-    part = build_dataset(tiny, ranges, workers, workers - 1, Readers()).iterator()
-    arrivals = [time.perf_counter() for _ in read_stream(part, tiny, ranges, workers - 1)]
-    return (arrivals[-1] - arrivals[9]) / blocks
 
 
 HEAD = ["GPUs", "", "readers", "coordinator", "launches", "device", "step waits for", "step", "GPU at work"]
@@ -179,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> Report:
                         STREAM_GOAL,
                     )
                 )
-            blocks = {workers: block_seconds(stream, workers, given.blocks) for workers in (1, 8, 64)}
+            small = replace(stream, student_resize=ResizeConfig(size=32), finish=True)  # next to nothing in a block
+            blocks = {workers: block_seconds(small, workers, given.blocks) for workers in (1, 8, 64)}
             block = blocks[1]
             report.ratios.append(
                 Ratio(

@@ -154,7 +154,7 @@ def measure(rounds: int, steps: int, bare_seconds: float, blocks: int) -> Record
         for workers in (1, 2):
             record.probes[str(workers)] = probe(plan, workers, folder)
         for count in (1, 8, 64):
-            record.block_s[str(count)] = block_seconds(plan, count, blocks)
+            record.block_s[str(count)] = block_seconds(plan.stream, count, blocks)
         ray.shutdown()
     record.facts.append(
         f"the quickstart's student, its teacher's outputs cached; batch {BATCH} for each worker, one thread each, one "

@@ -1,5 +1,5 @@
 """The parts of a step and of a report that only several workers have, measured by themselves under Ray Train; and a reader's
-and the driver's time for what they give."""
+and a coordinator's time for what they give."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.feed.readers import Readers, build_dataset, read_stream
-from pipelines.feed.stream import RANGE_BYTES, StepRange
+from pipelines.feed.stream import RANGE_BYTES, StepRange, StreamConfig
 from pipelines.training.plan import Plan
 
 SMALL_FLOATS = 32  # as many as a step's counts, about
@@ -110,11 +110,11 @@ def loader_image_seconds(plan: Plan, images: int) -> tuple[float, float]:
     return taken[0], taken[1]
 
 
-def block_seconds(plan: Plan, workers: int, blocks: int) -> float:
+def block_seconds(stream: StreamConfig, workers: int, blocks: int) -> float:
     """Of a stream's coordinator, for one block that holds next to nothing, as one of so many workers: its own pace. Nothing of
     it is shared between workers."""
-    schedule = replace(plan.stream.schedule, batch_size=workers, epochs=10_000, evaluate_every_epochs=10_000)
-    tiny = replace(plan.stream, schedule=schedule, teacher_cache="", teacher_columns=(), teacher_row_bytes=RANGE_BYTES)
+    schedule = replace(stream.schedule, batch_size=workers, epochs=10_000, evaluate_every_epochs=10_000)
+    tiny = replace(stream, schedule=schedule, teacher_cache="", teacher_columns=(), teacher_row_bytes=RANGE_BYTES)
     ranges = list(islice(tiny.ranges(0, workers), 10 + blocks))
     assert {steps["last"] - steps["first"] for steps in ranges} == {1}
     part = build_dataset(tiny, ranges, workers, workers - 1, Readers()).iterator()

@@ -33,6 +33,7 @@ from qskd.teacher.identity import cache_names, computed_by
 from qskd.teacher.manifest import CacheManifest, check_computed, load_cache_manifest, save_cache_manifest, shard_names
 
 log = logging.getLogger("qskd")
+WARM_UP_S = 60.0  # of the actors, before it is said that they wait
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,8 @@ def _compute(plan: CachePlan, manifest: CacheManifest, sizes: dict[Unit, int]) -
             worked += float(batch["seconds"].sum())
             waited += float(batch["waited_seconds"].sum())
             manifest = record_finished_views(plan, manifest, sizes, left.finished_by(came))
-    if worked and waited > WAIT_SHARE * worked:
+    # A short job waits for its first pixels, which no number of readers would bring sooner.
+    if worked > WARM_UP_S and waited > WAIT_SHARE * worked:
         cpus_there = ray.cluster_resources().get("CPU", 1.0)
         log.warning(hungry(waited / worked, readers_each(config.compute, kind == "cuda", cpus_there), "the teacher"))
     return worked, waited

@@ -26,9 +26,8 @@ from pipelines.feed.packing import Packer, unpack
 from pipelines.feed.stream import LOADER_ROWS, RANGE_BYTES, Share, StepRange, StreamConfig
 from qskd.errors import QskdError
 
-STORE_SHARE = (
-    0.4  # of the cluster's object store, that the streams of all workers may fill with batches not yet asked for
-)
+# Of the cluster's object store: what the streams of all workers may fill with batches not yet asked for.
+STORE_SHARE = 0.4
 REPORT = "this is a fault of qskd or of this Ray version: please report it with the versions `qskd doctor` prints"
 
 
