@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -26,6 +25,8 @@ from pipelines.tuning.search.request import Search
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
+
+log = logging.getLogger("qskd")
 
 
 class Conductor(Protocol):
@@ -117,33 +118,36 @@ class SweepScheduler(FIFOScheduler):
         self._release(trial)
 
     def _release(self, trial: Any) -> None:
-        """Kill the process of a trial of several workers, and Ray Train's controller; give back what its workers held.
+        """End a trial of several workers: its process, Ray Train's controller, and the placement group of its workers.
 
         Asked to leave, the process would wait for its training to end, until Tune kills it ten seconds later. In either case
-        Ray keeps the workers' placement group for as long as the driver lives, unless it runs a dashboard. The controller has
-        to be gone before: one that sees its workers go starts others, in a new group that nobody would give back.
+        Ray keeps the workers' placement group for as long as the driver lives, unless it runs a dashboard. The controller goes
+        first: one that sees its workers go starts others, in a new group that nobody would give back.
         """
         if self.reuse:
             return
-        if trial.temporary_state.ray_actor is not None:
-            ray.kill(trial.temporary_state.ray_actor)
         held = self.held.pop(trial.config["number"], {})
         if held.get("placement_group"):
             end_controller(ray.cloudpickle.loads(bytes.fromhex(held["controller"])))
+        if trial.temporary_state.ray_actor is not None:
+            ray.kill(trial.temporary_state.ray_actor)
+        if held.get("placement_group"):
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(held["placement_group"]))))
 
 
 def end_controller(controller: Any, timeout_s: float = 10.0) -> None:
-    """Kill an actor and wait until it is dead: the kill alone is a message that arrives some time."""
+    """Let Ray Train's controller end its workers, give back their placement group and leave; kill it if it does not.
+
+    A kill alone is not enough. Ray calls a killed actor dead before its process is: on a busy machine the process lives on for
+    seconds, sees its workers go, and starts others.
+    """
+    try:
+        ray.get(controller.abort.remote(), timeout=timeout_s)
+    except ray.exceptions.RayActorError:
+        return  # it has left, or somebody else ended it
+    except ray.exceptions.GetTimeoutError:
+        log.warning("a trial's controller did not leave within %g s: it is killed", timeout_s)
     ray.kill(controller)
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        try:
-            ray.get(controller.__ray_ready__.remote(), timeout=1.0)
-        except ray.exceptions.RayActorError:
-            return
-        except ray.exceptions.GetTimeoutError:
-            continue
 
 
 class LostTrials(tune.Callback):
