@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -14,16 +15,25 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers give way to a
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # after 60 s Ray Train would begin again
 # Ray Train starts a process for each run that watches for nodes that go away. Tests of such nodes turn it on again.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 20)  # as quick/sitecustomize.py does in all processes that tests start
 
 
 # The files that take longest, in CPU seconds from 300 to 60: with a file for each worker in turn, one of them started last would
 # decide the end.
 LONGEST = ("pipelines", "two_workers", "tune", "ray_job", "tune_trials", "cache_job")
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import lives as long as they do: no collection need look at it."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,7 +64,8 @@ def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Ite
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text("a" * 64)
     environment = os.environ | ENVIRONMENT | {
-        "AWS_ENDPOINT_URL": store.url, "AWS_EC2_METADATA_DISABLED": "true", "PYTHONPATH": str(ROOT),
+        "AWS_ENDPOINT_URL": store.url, "AWS_EC2_METADATA_DISABLED": "true",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/quick'}",
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # as on a cluster of others, whose nodes may go away

@@ -182,7 +182,7 @@ def stop_two_workers(root: Path) -> None:
 
 def test_a_stopped_trial_of_two_workers_leaves_no_process_and_holds_no_cpu(tmp_path: Path) -> None:
     # On the Ray that other tests use, what sweeps before left behind (one of them kills trials) would be counted too.
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), str(Path(__file__).parent / "quick")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, __file__, str(tmp_path)]
