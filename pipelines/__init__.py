@@ -4,5 +4,6 @@ Only this package imports Ray and MLflow.
 """
 
 from pipelines.cluster import environment as environment  # Ray reads its variables when it is imported
+from qskd import imports as imports  # so that the end of every process of ours is short
 
 OF_QSKD = True  # what tells this package from another of its name (`qskd.verbs`)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,4 +18,12 @@ def without_collecting() -> Iterator[None]:
         yield
     finally:
         if was:
+            if not gc.get_freeze_count():  # else someone wants theirs frozen
+                gc.freeze()
+                gc.unfreeze()  # all is among the oldest now: the next collections of the young don't look at each of them
             gc.enable()
+
+
+# A process that ends leaves nothing to collect either, yet Python looks through all of torch and transformers for it: as long as
+# a third of importing them took. What is frozen is passed over; each object's own end still comes.
+atexit.register(gc.freeze)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qskd.config import Config
-from qskd.config.recipe import check_field, replace_fields
+from qskd.config.recipe import check_field, replace_fields, to_tree
 from qskd.errors import QskdError
 from search_spaces._loading import Space, load_space
 from search_spaces._trials import Named, PointTrial, RandomTrial, Range, Trial
@@ -137,13 +137,14 @@ class SearchSpace:
 
     def _check_fields(self) -> None:
         owner: dict[str, Space] = {}
+        tree = to_tree(self.recipe)
         for space in self.spaces:
             where = f"search space {space.name}"
             twins = [other for other in self.spaces if other.name == space.name and other is not space]
             if twins:
                 raise QskdError(where, "given twice", "each space once", "leave one out, or rename one of the files")
             for field in self._fields[space.name]:
-                check_field(field, where, self.recipe)
+                check_field(field, where, tree)
                 if any(_overlap(field, taken) for taken in OF_THE_SWEEP):
                     raise QskdError(where, f"sets {field}", "no field of the sweep's own: " + ", ".join(OF_THE_SWEEP))
                 if self.recipe.teacher.cache.path and any(_overlap(field, taken) for taken in OF_THE_CACHE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -14,16 +15,50 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers give way to a
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # after 60 s Ray Train would begin again
 # Ray Train starts a process for each run that watches for nodes that go away. Tests of such nodes turn it on again.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 20)  # as quick/sitecustomize.py does in all processes that tests start
 
 
 # The files that take longest, in CPU seconds from 300 to 60: with a file for each worker in turn, one of them started last would
 # decide the end.
 LONGEST = ("pipelines", "two_workers", "tune", "ray_job", "tune_trials", "cache_job")
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import lives as long as they do: no collection need look at it."""
+    gc.freeze()
+    if "qskd.families.conditional_detr" in sys.modules:
+        fit_once()
+
+
+def fit_once() -> None:
+    """The fit of a Conditional DETR's queries gives what it gave for the same numbers before. Its 300 steps are nine tenths of
+    building a small one, and tests build a few of them hundreds of times."""
+    from qskd.families import conditional_detr
+
+    fit = conditional_detr.fit_points
+    known: dict[tuple[object, ...], list[torch.Tensor]] = {}
+
+    def fitted(
+        embedding: torch.nn.Parameter, head: torch.nn.Module, points: torch.Tensor, head_too: bool = True
+    ) -> None:
+        read = [embedding, points, *head.parameters()]
+        key = (head_too, *((tuple(each.shape), each.detach().numpy().tobytes()) for each in read))
+        moved = [embedding, *(head.parameters() if head_too else ())]
+        if key not in known:
+            fit(embedding, head, points, head_too=head_too)
+            known[key] = [each.detach().clone() for each in moved]
+        for each, value in zip(moved, known[key], strict=True):
+            each.detach().copy_(value)
+
+    conditional_detr.fit_points = fitted
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

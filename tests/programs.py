@@ -35,7 +35,7 @@ def is_loopback(address: str) -> bool:
 
 def begin(recipe: Path, home: Path) -> subprocess.Popen[bytes]:
     """`qskd distill` with a Ray of its own, in a fresh home. What it says is in `out` and `err` beside the recipe."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/quick'}", "HOME": str(home)}
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         environment.pop(name, None)
     with (recipe.parent / "out").open("wb") as out, (recipe.parent / "err").open("wb") as err:

@@ -138,13 +138,13 @@ def test_an_exported_graph_of_free_batch_is_used_and_another_is_made(models: lis
 
 
 def test_memory_is_the_models_and_grows_with_the_batch(models: list[str]) -> None:
-    """A batch's pixels alone are 50 MB more for onnxruntime; it holds them at least once."""
-    peaks = peak_memory(Path(models[0]) / "model.onnx", SIZE, SIZE, (1, 1024))
-    assert peaks[1024] - peaks[1] > 1023 * 3 * SIZE * SIZE * 4
+    """A batch's pixels alone are 12 MB more for onnxruntime; it holds them at least once."""
+    peaks = peak_memory(Path(models[0]) / "model.onnx", SIZE, SIZE, (1, 256))
+    assert peaks[256] - peaks[1] > 255 * 3 * SIZE * SIZE * 4
     weights = sum(value.numel() * 4 for value in load_detector(models[0]).parameters())
     assert weights < peaks[1] < 2**28
-    torchs = peak_memory(models[0], SIZE, SIZE, (1, 128))
-    assert weights < torchs[1] < torchs[128] < 2**30
+    torchs = peak_memory(models[0], SIZE, SIZE, (1, 64))
+    assert weights < torchs[1] < torchs[64] < 2**30
 
 
 def test_a_process_that_fails_is_told(tmp_path: Path) -> None:

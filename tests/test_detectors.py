@@ -28,14 +28,14 @@ torch.set_num_threads(1)
 KINDS = ["conditional", "deformable", "refined", "two_stage"]
 
 
-def tiny_model(kind: str, seed: int = 0) -> Any:
+def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
     """A detector of transformers in eval mode whose every parameter is random, norms and sampling offsets too."""
     stages = ["stage3"] if kind == "conditional" else ["stage2", "stage3"]
     shared: dict[str, Any] = {
         "backbone_config": ResNetConfig(
             layer_type="basic", depths=[1, 1, 1], hidden_sizes=[8, 16, 24], embedding_size=8, out_features=stages
         ),
-        **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 3, "encoder_attention_heads": 4},
+        **{"d_model": 32, "encoder_layers": 1, "decoder_layers": layers, "encoder_attention_heads": 4},
         **{"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 9},
         **{"num_labels": 5, "dropout": 0.0},
     }

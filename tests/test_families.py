@@ -25,13 +25,13 @@ HYBRID = ["rt_detr", "rt_detr_v2", "discrete", "d_fine"]
 KINDS = [*DENSE, *HYBRID]
 
 
-def tiny_model(kind: str, seed: int = 0) -> Any:
+def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
     """A detector of transformers in eval mode, with denoising where it has that, whose every parameter is random."""
     stages = ["stage3"] if kind in DENSE else ["stage2", "stage3"]
     backbone = {"depths": [1, 1, 1], "hidden_sizes": [8, 16, 24], "embedding_size": 8, "out_features": stages}
     vd = hf.RTDetrResNetConfig if kind == "rt_detr" else hf.ResNetConfig
     sizes: dict[str, Any] = {
-        **{"backbone_config": vd(layer_type="basic", **backbone), "encoder_layers": 1, "decoder_layers": 3},
+        **{"backbone_config": vd(layer_type="basic", **backbone), "encoder_layers": 1, "decoder_layers": layers},
         **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
         **{"num_queries": 9, "num_labels": 5, "dropout": 0.0},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -28,6 +29,8 @@ from qskd.training.patience import Patience
 from qskd.training.step import Training
 
 WORKERS = 2
+# What takes seconds to import: once in the server, of which both workers are forks. It runs nothing before that a fork can't bear.
+PRELOADED = ["qskd.training.step", "qskd.teacher.online", "transformers.models.d_fine.modeling_d_fine"]
 TIMEOUT_S = 300  # for the workers together; one collective may take a third of it
 
 # Objects of each image of each global batch, and what the split into two makes of it.
@@ -214,7 +217,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two workers wrote. Fails, and does not wait, when they hang."""
     path = tmp_path_factory.mktemp("workers")
     save_file(train("refined", 1, 0), path / "alone.safetensors")
-    context = torch.multiprocessing.start_processes(worker, (str(path),), WORKERS, join=False, start_method="spawn")
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    context = torch.multiprocessing.start_processes(
+        worker, (str(path),), WORKERS, join=False, start_method="forkserver"
+    )
     assert context is not None
     until = time.monotonic() + TIMEOUT_S
     try:

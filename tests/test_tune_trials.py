@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from sweeps import cluster, config, make_work, work  # noqa: F401  (fixtures)
+from sweeps import cluster, config, work  # noqa: F401  (fixtures)
 
 from pipelines.caching import driver as cache_teacher
 from pipelines.run.folder import Folder
@@ -50,7 +50,7 @@ def test_trials_that_cannot_be_trained_fail_with_their_reason_and_the_sweep_goes
 
     (work / "rates.py").write_text(RATES)
     search = SearchRequest((str(work / "rates.py"),), trials=7, algorithm="random", asha=False)
-    result = tune.run(config(work, "failing", "seed=4"), tune.TuneRequest(search, trial_epochs=1, at_once=2))
+    result = tune.run(config(work, "failing", "seed=4"), tune.TuneRequest(search, trial_epochs=1, at_once=1))
     client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
     kinds = {row.number: row.parameters["rates.kind"] for row in result.rows}
     assert set(kinds.values()) == {"mild", "gentle", "explosive", "absent"}
@@ -158,13 +158,15 @@ def test_a_stopped_trials_process_and_cpus_go_to_the_next(work: Path, cluster: s
     assert one == other
 
 
-def stop_two_workers(root: Path) -> None:
-    """Sweep, stop, and wait for the release: exits with 0 if it came. For a process and a Ray of its own."""
+def stop_two_workers(data: Path, root: Path) -> None:
+    """Sweep, stop, and wait for the release: exits with 0 if it came. For a process and a Ray of its own.
+
+    data: what `make_work` made; root: for all that this writes.
+    """
     import ray
 
     from pipelines.cluster.start import start_ray
 
-    make_work(root, 48, 12)
     start_ray()
     there = ray.cluster_resources()["CPU"]
 
@@ -172,7 +174,8 @@ def stop_two_workers(root: Path) -> None:
         free = ray.available_resources().get("CPU", 0.0)  # Tune keeps a hundredth while it waits for the next trial
         return not set(processes) & set(trial_processes()) and free > there - 0.5
 
-    long = config(root, "stopped-2", "training.epochs=200", "compute.workers=2", "teacher.cache.path=")
+    own = [f"output={root}/runs", f"tracking.uri=sqlite:///{root}/mlflow.db", "teacher.cache.path="]
+    long = config(data, "stopped-2", "training.epochs=200", "compute.workers=2", *own)
     # It takes a second, and a busy machine more; what is not ended on purpose is there when the sweep ends.
     conductor = StopAtOnce([Job(0, to_tree(trial_config(long, 0)))], released, patience_s=120)
     stop_at_once(long, conductor, root)
@@ -180,15 +183,15 @@ def stop_two_workers(root: Path) -> None:
     assert conductor.in_time, ray.available_resources()
 
 
-def test_a_stopped_trial_of_two_workers_leaves_no_process_and_holds_no_cpu(tmp_path: Path) -> None:
+def test_a_stopped_trial_of_two_workers_leaves_no_process_and_holds_no_cpu(work: Path, tmp_path: Path) -> None:
     # On the Ray that other tests use, what sweeps before left behind (one of them kills trials) would be counted too.
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), str(Path(__file__).parent / "quick")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, str(work), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 if __name__ == "__main__":
-    stop_two_workers(Path(sys.argv[1]))
+    stop_two_workers(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -49,7 +49,7 @@ def stopped(work: Path, cluster: str) -> SimpleNamespace:
     deadline = time.monotonic() + 400  # a busy machine takes minutes to start
     while not read_history(folder) and process.poll() is None and time.monotonic() < deadline:
         seen |= listeners(root)
-        time.sleep(0.2)
+        time.sleep(0.5)
     seen |= listeners(root)
     family = root.children(recursive=True)
     process.send_signal(signal.SIGTERM)

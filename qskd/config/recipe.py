@@ -169,10 +169,11 @@ def _texts(value: Any, field: object) -> Iterator[str]:
             yield from _texts(inner, name)
 
 
-def check_field(name: str, where: str, config: Config | None = None) -> None:
-    """QskdError unless the dotted `name` is a field of the configuration, whose method decides what `distillation` has."""
+def check_field(name: str, where: str, tree: Mapping[str, Any] | None = None) -> None:
+    """QskdError unless the dotted `name` is a field of the configuration. tree: its nested dicts (`to_tree`), whose method
+    decides what `distillation` has."""
     *path, last = name.split(".")
-    known = _known_fields(path, to_tree(config) if config else {})
+    known = _known_fields(path, tree or {})
     if last not in known:
         close = difflib.get_close_matches(last, known, n=1)
         said = f"unknown field {name}" + (f" (did you mean {'.'.join([*path, close[0]])}?)" if close else "")
@@ -188,8 +189,9 @@ def replace_fields(config: C, fields: Mapping[str, Any], where: str) -> C:
         kept = settings_class(str(method)).model_fields
         tree["distillation"] = {k: v for k, v in tree["distillation"].items() if k in kept} | {"method": method}
         config = cast(C, build(tree, where))
+    known = to_tree(config)
     for name, value in fields.items():
-        check_field(name, where, config)
+        check_field(name, where, known)
         *path, last = name.split(".")
         node = tree
         for part in path:

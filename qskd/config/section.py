@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -15,18 +16,21 @@ Count = Annotated[int, Field(gt=0, le=2**16)]
 Pixels = Annotated[int, Field(gt=0, le=2**13)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def check_usable(value: Any) -> None:
     """ValueError for text with a NUL character or half a character in it, which no path can have and no file can hold, and for
     integers of more than 64 bits, which no library takes. Looks into lists and mappings."""
     if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        if _UNUSABLE.search(value):
             raise ValueError("text with a NUL character, or with half of one (a surrogate)")
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             raise ValueError("an integer of more than 64 bits")
-    elif isinstance(value, Mapping):
+    elif value is None or isinstance(value, float):
+        pass  # before what takes longer to ask: every field comes here, at every level above it
+    elif isinstance(value, dict | Mapping):
         for key, inner in value.items():
             check_usable(key)
             check_usable(inner)
