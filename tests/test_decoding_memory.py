@@ -15,7 +15,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from qskd.config import ResizeConfig, StudentConfig
+from qskd.checks import check_decoder
+from qskd.config import Config, ResizeConfig, StudentConfig
 from qskd.datasets.classes import map_classes
 from qskd.detectors import Detector, save_detector
 from qskd.detectors.decoding import decode, through_layers
@@ -222,6 +223,22 @@ def test_a_teacher_whose_memory_is_not_all_that_its_decoder_reads_is_refused_by_
         with pytest.raises(QskdError, match=f"family {name}, whose decoder reads the padding"):
             check_decodes(name, shape)
     check_decodes("deformable_detr", shape)
+
+
+def test_a_recipe_whose_teacher_can_not_be_asked_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    save_detector(
+        detector_of("d_fine"), tmp_path / "teacher", ResizeConfig(mode="shortest_edge", size=64), durable=False
+    )
+
+    def recipe(method: str, *more: str) -> Config:
+        said = [f"teacher.path={tmp_path / 'teacher'}", *more]
+        return tiny.recipe(None, *said, distillation={"method": "qskd", "also": {"more": {"method": method}}})
+
+    check_decoder(recipe("mimic"))
+    check_decoder(recipe("crosskd", "teacher.resize.mode=square"))
+    for method in ("crosskd", "kd-detr"):
+        with pytest.raises(QskdError, match=r"teacher.resize.mode = shortest_edge: a teacher of family d_fine"):
+            check_decoder(recipe(method))
 
 
 def test_slots_of_nobody_say_nothing() -> None:
