@@ -214,6 +214,16 @@ def test_general_points_are_others_at_every_step_and_the_same_in_a_resumed_run()
     assert 0 < boxes.min() < boxes.max() < 1
 
 
+def test_what_nothing_is_asked_through_has_a_gradient_of_0_that_other_workers_wait_for() -> None:
+    config = tiny.recipe(
+        {"family": "rt_detr", "queries": 12, "feature_levels": 2}, distillation={**KD, "points": "general"}
+    )
+    config = config.model_copy(update={"distillation": config.distillation.model_copy(update={"class_weight": 0.0})})
+    training = tiny.make_training(config, tiny.random_teacher("rt_detr"))
+    training.train_step(tiny.batch_of(1, 0))
+    assert torch.equal(training.module.method.adapter.weight.grad, torch.zeros(32, 64))  # type: ignore[union-attr]
+
+
 def test_no_group_of_the_student_sees_another() -> None:
     """Both groups together say the sum of what each says alone, and the student's own output is not what is taught."""
     terms = [case({**KD, "points": points})[0](case(KD)[1]) for points in ("both", "specific", "general")]

@@ -22,8 +22,8 @@ class Settings(MethodSettings):
 
     method: str = "crosskd"
     class_weight: NonNegative = 1.0  # of the quality focal loss
-    l1_weight: NonNegative = 1.0
-    giou_weight: NonNegative = 1.0
+    l1_weight: NonNegative = 1.0  # of the boxes' L1 distance
+    giou_weight: NonNegative = 1.0  # of 1 - GIoU
     class_gamma: NonNegative = 1.0  # the focal loss's power of |p_X - p_T|; 0: plain cross-entropy
     # Each layer is given the teacher's queries and reference points of the layer before. false: those that the layers before
     # have made of the student's memory.

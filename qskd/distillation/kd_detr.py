@@ -31,8 +31,8 @@ class Settings(MethodSettings):
     general_points: Count = 300  # how many random queries a step has
     temperature: Annotated[float, Field(gt=0)] = 10.0  # what logits are divided by before the softmax over classes
     class_weight: NonNegative = 2.0  # of the Kullback-Leibler divergence
-    l1_weight: NonNegative = 5.0
-    giou_weight: NonNegative = 2.0
+    l1_weight: NonNegative = 5.0  # of the boxes' L1 distance
+    giou_weight: NonNegative = 2.0  # of 1 - GIoU
 
     def weight_fields(self) -> dict[str, str]:
         fields = {part: f"{part}_weight" for part in ("class", "l1", "giou")}
@@ -88,7 +88,8 @@ class KDDETR(Method):
         count = totals[0].detach().new_full((), len(lesson.targets.counts))
         named = dict(zip(("kd_class", "kd_l1", "kd_giou"), totals, strict=True))
         if self.adapter is not None:  # where no state is asked, its gradient is waited for nonetheless
-            named["kd_class"] = named["kd_class"] + 0.0 * self.adapter.weight.sum()
+            first = next(iter(self.weights))
+            named[first] = named[first] + 0.0 * self.adapter.weight.sum()
         return {name: LossTerm(named[name], count) for name in self.weights}
 
     def _groups(self, lesson: Lesson, own: Queries, answer: DetectorOutput) -> Iterator[tuple[Queries, DetectorOutput]]:
