@@ -14,9 +14,10 @@ from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
 from qskd.storage.ownership import listed
 from qskd.teacher.columns.table import COLUMNS
+from qskd.teacher.decoder import check_decodes
 from qskd.teacher.directions import FILE as DIRECTIONS
 from qskd.teacher.directions import load_directions
-from qskd.teacher.identity import cache_identity, cache_names
+from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
 
 
@@ -123,6 +124,13 @@ def check_classes(config: Config, train: Manifest) -> None:
     """QskdError where the teacher does not know all classes. Reads no weights."""
     if config.distillation.method != "none":
         map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+
+
+def check_decoder(config: Config) -> None:
+    """QskdError where a method asks for the teacher's decoder, and this teacher's can't be asked. Reads no weights."""
+    needs = teacher_needs(config.distillation)
+    if needs is not None and needs.decoder:
+        check_decodes(read_config(config.teacher.path).model_type, teacher_preprocessing(config).resize)
 
 
 def class_notices(config: Config, train: Manifest) -> list[str]:

@@ -16,6 +16,7 @@ from qskd.errors import QskdError
 from qskd.evaluation.detections import GroundTruth
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher, Teacher
+from qskd.teacher.decoder import load_decoder
 from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.online import OnlineTeacher
@@ -30,7 +31,8 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
         return make_teacher(config, labels)
     manifest, needs = TeacherCacheReader(path).manifest, teacher_needs(config.distillation)
     directions = load_directions(path, manifest) if needs is not None and needs.directions else None
-    return CachedTeacher(manifest.sizes, directions or ())
+    decoder = load_decoder(config, labels, manifest) if needs is not None and needs.decoder else None
+    return CachedTeacher(manifest.sizes, directions or (), decoder)
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

@@ -207,7 +207,8 @@ class TeacherNeeds:
     attention_giou_floor: attention is wanted of queries with at least this GIoU with some object (and of the matched ones).
     columns: further columns of the cache, by name. directions: those in which the memory varies, from beside the cache. online:
     the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a cache may fail, by the
-    name of its field here: (the field of the method's section that causes it, in words what it asks for).
+    name of its field here: (the field of the method's section that causes it, in words what it asks for). decoder: the teacher's
+    decoder and heads are asked in every step, about the memory of the record (which `memory` asks for): no pixels are needed.
     """
 
     memory: bool = False
@@ -218,6 +219,7 @@ class TeacherNeeds:
     columns: frozenset[str] = frozenset()
     directions: bool = False
     online: bool = False
+    decoder: bool = False
     reasons: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
     def joined(self, other: TeacherNeeds) -> TeacherNeeds:
@@ -243,8 +245,23 @@ class TeacherNeeds:
             columns=self.columns | other.columns,
             directions=self.directions or other.directions,
             online=self.online or other.online,
+            decoder=self.decoder or other.decoder,
             reasons=reasons,
         )
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What a decoder is asked, by its family's `query_kind`. A first dimension of 1 is every image's.
+
+    embedding: [1 or B, N, E], of families whose queries are rows of an embedding ("embedding").
+    places: [1 or B, N, 4], of families whose queries are boxes ("boxes"): cx, cy, w, h before the sigmoid, relative to the image.
+    states: [1 or B, N, D], what the first layer is given beside the boxes; None: zeros.
+    """
+
+    embedding: Tensor | None = None
+    places: Tensor | None = None
+    states: Tensor | None = None
 
 
 @dataclass(frozen=True)

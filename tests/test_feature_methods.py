@@ -314,14 +314,27 @@ def test_maps_of_unknown_sizes_are_refused_and_weight_0_asks_for_nothing(name: s
 
 
 FAMILIES = ["conditional_detr", "deformable_detr", "rt_detr", "d_fine"]
-EVERY = {"method": "qskd-tprd", "also": {name: {} for name in ("mimic", "cwd", "pkd", "mgd")}}
+EVERY: dict[str, Any] = {
+    "method": "qskd-tprd",
+    "also": {name: {} for name in ("mimic", "cwd", "pkd", "mgd", "crosskd")},
+}
 
 
 @pytest.mark.parametrize(("taught", "teacher"), itertools.product(FAMILIES, FAMILIES))
 def test_every_method_runs_between_any_two_families(taught: str, teacher: str) -> None:
     many = {"feature_levels": 1 if taught == "conditional_detr" else 2}
-    config = tiny.recipe({"family": taught, "queries": 12, **many}, distillation=EVERY)
-    training = tiny.make_training(config, tiny.random_teacher(teacher))
+    student = {"family": taught, "queries": 12, **many}
+    asked = {"kd": {"method": "kd-detr", "general_points": 5}}
+    config, both = (tiny.recipe(student, distillation={**EVERY, "also": EVERY["also"] | more}) for more in ({}, asked))
+    its_teacher = tiny.random_teacher(teacher)
+    if taught == teacher or {taught, teacher} == {"rt_detr", "d_fine"}:  # they can be asked the same
+        config = both
+    else:
+        with pytest.raises(QskdError, match=f"a student of family {taught}.*a teacher of family {teacher}"):
+            tiny.make_training(both, its_teacher)
+    training = tiny.make_training(config, its_teacher)
     values = training.train_step(tiny.batch_of(2, 0))
     assert values.keys() >= {"mimic", "cwd", "pkd", "mgd", "agfd", "lapd_class", "lapd_l1", "lapd_giou"}
+    assert values.keys() >= {"crosskd_cross_class", "crosskd_cross_l1", "crosskd_cross_giou"}
+    assert ("kd_class" in values) == (config is both)
     training.check_finite()

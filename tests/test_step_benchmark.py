@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
-from benchmarks import step
+from benchmarks import step, step_methods
 from benchmarks.host_waits import HostWaits
 from benchmarks.step_cases import quickstart
+from qskd.datasets.batch import train_batch
 
 
 def test_a_quick_run_yields_finite_ratios_and_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,6 +21,26 @@ def test_a_quick_run_yields_finite_ratios_and_a_profile(capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     for label in ("decode the record", "query selection", "backward of AGFD", "qskd/losses/matching.py"):
         assert label in printed
+
+
+def test_a_quick_run_of_methods_yields_finite_ratios() -> None:
+    report = step_methods.main(["--quick", "crosskd", "kd-detr:general_points=3"])
+    assert [ratio.name for ratio in report.ratios][:3] == ["qskd over plain", "crosskd over plain", "crosskd over qskd"]
+    assert all(math.isfinite(ratio.value) and ratio.value > 0 for ratio in report.ratios)
+
+
+@pytest.mark.parametrize("method", ["crosskd", "kd-detr:general_points=3"])
+def test_a_method_that_asks_decoders_waits_for_the_device_no_more_than_the_plain_step(method: str) -> None:
+    case = quickstart(4, 1)
+    side = step_methods.side(case, method)
+    for group in side.training.optimizer.param_groups:
+        group |= {"foreach": False, "fused": True}  # as on a GPU
+    side()
+    batch = train_batch(side.batches[0])
+    with HostWaits() as waits:
+        side.training.train_step(batch)
+    places = {f"{where.split(':')[0]} {where.split()[-1]}" for _, where in waits.found}
+    assert {place for place in places if "torch/" not in place} <= {*step.CPU_ONLY, *step.REMAIN}
 
 
 def test_qskd_waits_for_the_device_no_more_than_the_plain_step() -> None:

@@ -212,4 +212,4 @@ def _as_if_cached(batches: Sequence[Arrays], plan: Plan) -> tuple[list[Arrays], 
     rows = [maker.rows(as_the_teacher_sees(arrays)) for arrays in batches]
     cached = [with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
     sizes = teacher.sizes(config.teacher.cache.all_layers)
-    return cached, CachedTeacher(sizes, flat_directions(sizes.channels))
+    return cached, CachedTeacher(sizes, flat_directions(sizes.channels), teacher.decoder if needs.decoder else None)

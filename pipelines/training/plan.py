@@ -15,6 +15,7 @@ from qskd.checks import (
     check_cache,
     check_classes,
     check_data,
+    check_decoder,
     check_enough,
     check_objects,
     check_shards,
@@ -144,6 +145,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
             cache = check_cache(config, train, known_cache)
         if cache is None:  # else its identity was compared, classes included
             check_classes(config, train)
+        check_decoder(config)
         said += class_notices(config, train)
     own = teacher_preprocessing(config).resize if verb == "distill" and not cache else config.student.resize
     stream = StreamConfig(

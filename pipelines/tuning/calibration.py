@@ -111,7 +111,8 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
     assert needs is not None
     columns = columns_for(needs)
     cached = [with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
-    memory = CachedTeacher(teacher.sizes(config.teacher.cache.all_layers), teacher.directions)
+    decoder = teacher.decoder if needs.decoder else None
+    memory = CachedTeacher(teacher.sizes(config.teacher.cache.all_layers), teacher.directions, decoder)
     training = Training(config, student, memory, steps, device)
     cached_s = seconds_per_step(training, cached, budget_s)[0]
 

@@ -76,7 +76,7 @@ def _attend_each(
     return tuple(total)
 
 
-def _not_kept(queries: Tensor) -> tuple[Tensor, ...]:
+def not_kept(queries: Tensor) -> tuple[Tensor, ...]:
     raise RuntimeError("this forward ran with with_attention=False and kept nothing to compute attention from")
 
 
@@ -84,15 +84,15 @@ def _size(map_: Tensor) -> tuple[int, int]:
     return int(map_.shape[-2]), int(map_.shape[-1])
 
 
-def _real_part(pixel_mask: Tensor) -> Tensor:
+def real_part(pixel_mask: Tensor) -> Tensor:
     """[B, 1, 4]: the real width and height of each image, twice, over those of the padded batch."""
     width, height = pixel_mask.any(1).float().mean(1), pixel_mask.any(2).float().mean(1)
     return torch.stack([width, height, width, height], dim=-1).unsqueeze(1)
 
 
-def _without_padding(predictions: Predictions, pixel_mask: Tensor) -> Predictions:
+def without_padding(predictions: Predictions, pixel_mask: Tensor) -> Predictions:
     """Boxes relative to the padded image -> relative to the image itself. Without padding they keep their very values."""
-    part = _real_part(pixel_mask)
+    part = real_part(pixel_mask)
     early, sides = predictions.early_boxes_cxcywh, predictions.sides
     return replace(
         predictions,
@@ -150,10 +150,10 @@ class Detector(nn.Module):
         self.memory_channels: tuple[int, ...] = (family.memory_channels(config),) * levels
         self.feature_channels: tuple[int, ...] = (family.feature_channels(config),) * len(self._projections)
         self._encoder_layers = [m for m in model.modules() if type(m).__name__.endswith("EncoderLayer")]
-        self._layers = [Tap(module) for module in family.decoder_layers(model)]
+        self.layer_taps = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
         self._masked = [] if family.many_maps else [KnownMask(model.model.encoder), KnownMask(model.model.decoder)]
-        self._placing = [Exact(module) for module in family.placing(model)]
+        self.placing = [Exact(module) for module in family.placing(model)]
         self.denoises = family.denoises
         self.side_distributions = family.side_distributions
         self._inlet = QueryInlet(model.model.decoder) if family.denoises else None
@@ -223,6 +223,20 @@ class Detector(nn.Module):
         return self._family.masks_padding
 
     @property
+    def query_kind(self) -> str:
+        """What its `Queries` are: "embedding" or "boxes"."""
+        return self._family.kind_of_queries(self.model.config)
+
+    @property
+    def query_width(self) -> int:
+        """Of its queries' embedding, or of the states beside their boxes; 0 where queries are boxes and no more."""
+        width = self.memory_channels[0]
+        if self.query_kind == "boxes":
+            return width if self._family.query_has_state else 0
+        embedding = self._family.query_embedding(self.model)
+        return width if embedding is None else embedding.embedding_dim
+
+    @property
     def backbone(self) -> nn.Module:
         """The part that learns at its own rate."""
         return self._family.backbone(self.model)
@@ -250,7 +264,7 @@ class Detector(nn.Module):
         full = None if least is None else lambda: hides_nothing(least, padded, _size(self._projections[0].returned))
         with (
             listening(self.taps(with_attention)),
-            exactly(self._placing, pixel_values.device.type),
+            exactly(self.placing, pixel_values.device.type),
             knowing(self._masked, full, self.model),
         ):
             if extra is None:
@@ -258,7 +272,7 @@ class Detector(nn.Module):
             elif self._inlet is None:
                 raise ValueError(f"{self.family} takes no further queries")
             else:
-                placed = extra if self.masks_padding else extra.within(_real_part(pixel_mask))
+                placed = extra if self.masks_padding else extra.within(real_part(pixel_mask))
                 with self._inlet.adding(placed):
                     outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
                 placed.join(outputs)
@@ -266,7 +280,12 @@ class Detector(nn.Module):
 
     def taps(self, with_attention: bool = True) -> list[Tap]:
         """What has to listen to a forward of the model that `read` is to tell of."""
-        return [*self._projections, *self._memory, *self._layers, *(self._cross_attentions if with_attention else [])]
+        return [
+            *self._projections,
+            *self._memory,
+            *self.layer_taps,
+            *(self._cross_attentions if with_attention else []),
+        ]
 
     def read(self, outputs: Any, pixel_mask: Tensor, with_attention: bool = True) -> DetectorOutput:
         """What a forward of the model has said, while its taps still hold what they heard.
@@ -278,7 +297,7 @@ class Detector(nn.Module):
         with_attention = with_attention and not extra
         features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
         memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
-        states = [tap.returned for tap in self._layers]
+        states = [tap.returned for tap in self.layer_taps]
         taps = self._cross_attentions if with_attention else []
         cross = [CrossAttention(tap.module, _detached(tap.given)) for tap in taps]
 
@@ -286,7 +305,7 @@ class Detector(nn.Module):
         with torch.autocast(pixel_mask.device.type, enabled=False):
             predictions = self._family.predict(self.model, outputs, states)
             if not self._family.masks_padding:
-                predictions = _without_padding(predictions, pixel_mask)
+                predictions = without_padding(predictions, pixel_mask)
 
         shapes = [_size(map_) for map_ in memory]
         # As transformers shrinks a mask, so that it is the very one that the model has used.
@@ -301,14 +320,14 @@ class Detector(nn.Module):
             memory_valid=tuple(valid),
             features=features,
             query_states=predictions.query_states[:, own],
-            attend=partial(attend, cross[-1:]) if with_attention else _not_kept,
-            attend_mean=partial(attend, cross) if with_attention else _not_kept,
+            attend=partial(attend, cross[-1:]) if with_attention else not_kept,
+            attend_mean=partial(attend, cross) if with_attention else not_kept,
             no_object=predictions.no_object,
             early_logits=_stacked(predictions.early_logits, own),
             early_boxes_cxcywh=_stacked(predictions.early_boxes_cxcywh, own),
             sides=predictions.sides and predictions.sides.take(own),
             extra=_extra(predictions, extra) if extra else None,
-            attend_each=partial(_attend_each, attend, cross, self.num_queries) if with_attention else _not_kept,
+            attend_each=partial(_attend_each, attend, cross, self.num_queries) if with_attention else not_kept,
         )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Tap:
-    """Keeps what one module was given (keyword arguments) and what it returned in the forward being listened to.
+    """Keeps what one module was given and what it returned in the forward being listened to.
 
     The hook is a bound method and is registered once: so a deep copy or a pickle of the model carries a tap of its own,
     and a compiled model always meets the same hook. Outside `listening` nothing is kept: between two steps no
@@ -19,23 +19,28 @@ class Tap:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.active = False
-        self.given: dict[str, Any] = {}
-        self.returned: Any = None
+        self.start(False)
         module.register_forward_hook(self._hear, with_kwargs=True)
+
+    def start(self, active: bool = True) -> None:
+        """Listen from now on, or no longer; what was heard is forgotten."""
+        self.active = active
+        self.args: tuple[Any, ...] = ()
+        self.given: dict[str, Any] = {}  # by keyword
+        self.returned: Any = None
 
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.active:
-            self.given, self.returned = kwargs, output
+            self.args, self.given, self.returned = args, kwargs, output
 
 
 @contextmanager
 def listening(taps: Sequence[Tap]) -> Iterator[None]:
     """Let `taps` hear within the block; what they heard must be read within it too, for it is forgotten at its end."""
     for tap in taps:
-        tap.active = True
+        tap.start()
     try:
         yield
     finally:
         for tap in taps:
-            tap.active, tap.given, tap.returned = False, {}, None
+            tap.start(False)

@@ -1,4 +1,4 @@
-"""Memory maps of two networks made to meet: resampling, pairing levels, projecting widths."""
+"""Memory maps of two networks made to meet: resampling, pairing levels, projecting widths; and numbers that a hash draws."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from qskd.errors import QskdError
 
 if TYPE_CHECKING:
     from qskd.distillation.method import Facts, Lesson
+
+_WORD = 0xFFFFFFFF
 
 
 def _extent(valid: Tensor) -> Tensor:
@@ -73,14 +75,18 @@ def pair_levels(student_cells: Sequence[float], teacher_cells: Sequence[float]) 
     return pairs
 
 
-def projector(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 1x1 convolution between two widths: the identity at first where they agree, else orthogonal."""
-    layer = nn.Conv2d(inputs, outputs, kernel_size=1)
-    weight = layer.weight.data.view(outputs, inputs)
-    if inputs == outputs:
+def eye_or_orthogonal(weight: Tensor) -> None:
+    """[outputs, inputs], in place."""
+    if weight.shape[0] == weight.shape[1]:
         nn.init.eye_(weight)  # starts as plain mimicking
     else:
         nn.init.orthogonal_(weight)
+
+
+def projector(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1x1 convolution between two widths: the identity at first where they agree, else orthogonal."""
+    layer = nn.Conv2d(inputs, outputs, kernel_size=1)
+    eye_or_orthogonal(layer.weight.data.view(outputs, inputs))
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
 
@@ -124,3 +130,12 @@ class Meeting(nn.ModuleList):
         """Each pair, as `match_maps` has it: shown [B, H, W, C], goal [B, H, W, C], valid [B, H, W]."""
         for (own, other), layer in zip(self.pairs, self, strict=True):
             yield match_maps(lesson, own, other, layer)
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """int64 -> int64 below 2^32, as if drawn at random: MurmurHash3's finaliser on the lower 32 bits. On the device, which is not
+    waited for."""
+    found = numbers & _WORD
+    found = ((found ^ (found >> 16)) * 0x85EBCA6B) & _WORD
+    found = ((found ^ (found >> 13)) * 0xC2B2AE35) & _WORD
+    return found ^ (found >> 16)

@@ -17,10 +17,11 @@ from qskd.config.distillation import NONE, MethodSettings, parts_of
 from qskd.distillation.find import CONTRACT, module_of
 from qskd.distillation.ramp import distillation_factor
 from qskd.errors import QskdError
-from qskd.structures import DetectorOutput, LossTerm, Targets, TeacherNeeds, TeacherRecord
+from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherNeeds, TeacherRecord
 
 if TYPE_CHECKING:
     from qskd.pictures.panels import Panel
+    from qskd.teacher.decoder import TeacherDecoder
     from qskd.teacher.directions import Directions
     from qskd.teacher.online import OnlineTeacher
 
@@ -32,7 +33,9 @@ class Facts:
     channels: the width of each encoder memory map, finest first. cells: of each map, in an image of the usual size; empty
     where a cache does not say. layers: of its decoder that are there to learn, or to learn from. chooses_queries: query i is
     another one in each image. None: not known. directions: in which each map varies, where a method asks for them (a teacher's;
-    its cache knows).
+    its cache knows). query_kind, query_width: what the `Queries` of its decoder are, "embedding" or "boxes", and the width of the
+    embedding or of the states beside the boxes (0: there are none); of a cached teacher known only where a method asks for its
+    decoder.
     """
 
     channels: tuple[int, ...]
@@ -43,6 +46,8 @@ class Facts:
     classes: int | None = None
     chooses_queries: bool = False
     directions: tuple[Directions, ...] = field(default=(), compare=False, repr=False)
+    query_kind: str = ""
+    query_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Lesson:
     """One worker's share of a batch, as a method sees it.
 
     student_assignment [L, B, M], teacher_assignment [L', B, M]: the query of each object, by bipartite matching
-    (`qskd.losses.matching.assign`), -1 = none. online: only where `needs` asked for it.
+    (`qskd.losses.matching.assign`), -1 = none. online, decoder: only where `needs` asked for them. ask_student: what the student's
+    own decoder says of its memory when it is asked other queries, which see none of its own; with gradient.
     """
 
     student: DetectorOutput
@@ -68,6 +74,8 @@ class Lesson:
     student_assignment: Tensor
     teacher_assignment: Tensor
     online: Online | None = None
+    decoder: TeacherDecoder | None = None
+    ask_student: Callable[[Queries], DetectorOutput] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Fraction, NonNegative
-from qskd.distillation.maps import Meeting
+from qskd.distillation.maps import Meeting, mixed
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.structures import LossTerm, TeacherNeeds
-
-_WORD = 0xFFFFFFFF
 
 
 class Settings(MethodSettings):
@@ -77,15 +75,7 @@ class Masked(Method):
         """[B, H, W] bool: what is not hidden in a map like `valid` [B, H, W] of these images."""
         _, high, wide = valid.shape
         image = torch.tensor(ids, dtype=torch.int64).to(valid.device, non_blocking=True)
-        image = _mixed(_mixed(_mixed(image ^ (image >> 32)) + self.steps) + level)
+        image = mixed(mixed(mixed(image ^ (image >> 32)) + self.steps) + level)
         rows, columns = (torch.arange(size, device=valid.device) for size in (high, wide))
-        drawn = _mixed(image[:, None, None] + rows[:, None] * 65536 + columns)
+        drawn = mixed(image[:, None, None] + rows[:, None] * 65536 + columns)
         return drawn >= round(self.settings.hidden * 2**32)
-
-
-def _mixed(numbers: Tensor) -> Tensor:
-    """int64 -> int64 below 2^32, as if drawn at random: MurmurHash3's finaliser on the lower 32 bits."""
-    mixed = numbers & _WORD
-    mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & _WORD
-    mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & _WORD
-    return mixed ^ (mixed >> 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetectio
 from qskd.config import StudentConfig
 from qskd.families.family import (
     Family,
+    Memory,
     Predictions,
+    decode_one_map,
     dense_attention,
     detr_sizes,
     head_scores,
@@ -21,6 +24,7 @@ from qskd.families.family import (
     take,
 )
 from qskd.families.initialisation import fit_points, grid_points, set_class_prior, xavier, zero_box_head
+from qskd.structures import Queries
 
 
 class ConditionalDetr(Family):
@@ -44,7 +48,9 @@ class ConditionalDetr(Family):
         states = [decoder.layernorm(state).float() for state in layer_states[:-1]] + [outputs.last_hidden_state.float()]
         batch = states[-1].shape[0]
         # Not outputs.reference_points: under bf16 autocast those are off by up to 0.2 % of the image.
-        positions = model.model.query_position_embeddings.weight.unsqueeze(0).repeat(batch, 1, 1)
+        positions = getattr(outputs, "asked", None)
+        if positions is None:
+            positions = model.model.query_position_embeddings.weight.unsqueeze(0).repeat(batch, 1, 1)
         reference = decoder.ref_point_head(positions).sigmoid()
         return Predictions(
             logits=torch.stack([model.class_labels_classifier(state) for state in states]),
@@ -74,6 +80,16 @@ class ConditionalDetr(Family):
     def reference_points(self, model: Any) -> Tensor:
         points: Tensor = model.model.decoder.ref_point_head(model.model.query_position_embeddings.weight)
         return points.sigmoid()
+
+    def own_queries(self, model: Any, memory: Memory) -> Queries:
+        return Queries(embedding=model.model.query_position_embeddings.weight[None])
+
+    def decode(self, model: Any, memory: Memory, queries: Queries) -> Any:
+        return decode_one_map(model, memory, queries)
+
+    def exchanged(self, model: Any, outputs: Any, states: Sequence[Tensor], before: Sequence[Tensor]) -> Any:
+        last = model.model.decoder.layernorm(states[-1])
+        return SimpleNamespace(last_hidden_state=last, asked=outputs.asked)
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
         return ConditionalDetrConfig(**detr_sizes(config, backbone, labels))

@@ -6,6 +6,7 @@ transformers gives predictions of the last layer only in evaluation; here the he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,14 +55,25 @@ class DFine(RTDetr):
         initial = shift_boxes(decoder.pre_bbox_head(states[0]), anchors)
         bins = weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
         before: Tensor | float = 0.0
+        added: Tensor | float = 0.0
+        about = initial.detach()
+        others: Sequence[Tensor] | None = getattr(
+            outputs, "exchanged", None
+        )  # what the layers before have really given
         for layer, state in enumerate(states):
             # Each layer adds to the logits of the four sides' distributions; the boxes stay those about `initial`.
-            corners = decoder.bbox_embed[layer](state + before) + (sides[-1] if sides else 0.0)
+            corners = decoder.bbox_embed[layer](state + before) + added
             sides.append(corners)
-            box = distance2bbox(initial.detach(), decoder.integral(corners, bins), decoder.reg_scale)
+            box = distance2bbox(about, decoder.integral(corners, bins), decoder.reg_scale)
             boxes.append(torch.cat([box[..., :2], box[..., 2:].clamp(min=0)], dim=-1))  # distances may cross over
             logits.append(decoder.lqe_layers[layer](decoder.class_embed[layer](state), corners))
-            before = state.detach()
+            if others is None:
+                before, added = state.detach(), corners
+                continue
+            given = others[layer].float()
+            before, added = given.detach(), decoder.bbox_embed[layer](given + before) + added
+            if not layer:
+                about = shift_boxes(decoder.pre_bbox_head(given), anchors).detach()
         first = decoder.class_embed[0](states[0])
         return Predictions(
             torch.stack(logits),
@@ -78,6 +90,15 @@ class DFine(RTDetr):
         discrete = module.decoder_method == "discrete"
         samples = level_samples(module, given, queries, shapes, module.num_points_list, discrete)
         return splat_levels(samples, shapes, valid)
+
+    def exchanged(self, model: Any, outputs: Any, states: Sequence[Tensor], before: Sequence[Tensor]) -> Any:
+        none = outputs.enc_topk_logits
+        return SimpleNamespace(
+            init_reference_points=outputs.init_reference_points,
+            enc_topk_logits=none,
+            enc_topk_bboxes=none,
+            exchanged=before,
+        )
 
     def initialise(self, model: Any) -> None:
         super().initialise(model)  # its box heads' last layers at 0: even distributions, the initial box unmoved

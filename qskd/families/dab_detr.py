@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import ConditionalDetrImageProcessorPil, DabDetrConfig, DabDet
 from qskd.config import StudentConfig
 from qskd.families.family import (
     Family,
+    Memory,
     Predictions,
     dense_attention,
     detr_sizes,
@@ -21,12 +23,14 @@ from qskd.families.family import (
     take,
 )
 from qskd.families.initialisation import START_SIZE_LOGIT, grid_points, set_class_prior, xavier, zero_box_head
+from qskd.structures import Queries
 
 
 class DabDetr(Family):
     name = "dab-detr"
     model_class = DabDetrForObjectDetection
     processor_class = ConditionalDetrImageProcessorPil
+    query_kind = "boxes"
 
     def projections(self, model: Any) -> list[nn.Module]:
         return [model.model.input_projection]
@@ -80,6 +84,39 @@ class DabDetr(Family):
     def reference_points(self, model: Any) -> Tensor:
         anchors: Tensor = model.model.query_refpoint_embeddings.weight
         return anchors[:, :2].sigmoid().repeat(max(model.config.num_patterns, 1), 1)
+
+    def own_queries(self, model: Any, memory: Memory) -> Queries:
+        inner, patterns = model.model, model.config.num_patterns
+        boxes = inner.query_refpoint_embeddings.weight[None]
+        if not patterns:
+            return Queries(places=boxes)
+        states = inner.patterns.weight.repeat_interleave(
+            boxes.shape[1], 0
+        )  # every box with the first pattern, then the next
+        return Queries(places=boxes.repeat(1, patterns, 1), states=states[None])
+
+    def decode(self, model: Any, memory: Memory, queries: Queries) -> Any:
+        assert queries.places is not None
+        inner, batch = model.model, len(memory.tokens)
+        boxes, (mask,) = queries.places.expand(batch, -1, -1), memory.valid
+        states = boxes.new_zeros(*boxes.shape[:2], inner.hidden_size) if queries.states is None else queries.states
+        where = inner.backbone.position_embedding(memory.tokens, mask)
+        return inner.decoder(
+            inputs_embeds=states.expand(batch, -1, -1),
+            query_position_embeddings=boxes,
+            object_queries=where.flatten(2).transpose(1, 2),
+            encoder_hidden_states=memory.tokens,
+            memory_key_padding_mask=memory.mask if memory.masked else None,
+            return_dict=True,
+        )
+
+    def exchanged(self, model: Any, outputs: Any, states: Sequence[Tensor], before: Sequence[Tensor]) -> Any:
+        normed = torch.stack([model.model.decoder.layernorm(state) for state in states])
+        return SimpleNamespace(intermediate_hidden_states=normed, reference_points=outputs.reference_points)
+
+    def drop_front(self, model: Any) -> None:
+        inner = model.model
+        inner.backbone.conv_encoder, inner.encoder, inner.input_projection = nn.Identity(), nn.Identity(), nn.Identity()
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
         sizes = detr_sizes(config, backbone, labels)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, DeformableDetrImageProcessorPil
 
 from qskd.config import StudentConfig
-from qskd.families.family import Family, Predictions, detr_sizes, linear32, shift_boxes, take
+from qskd.families.family import Family, Memory, Predictions, detr_sizes, linear32, shift_boxes, take
 from qskd.families.initialisation import START_SIZE_LOGIT, grid_points, set_class_prior, solve_points, zero_box_head
+from qskd.structures import Queries
 
 
 def splat(locations: Tensor, weights: Tensor, height: int, width: int) -> Tensor:
@@ -105,6 +106,48 @@ class DeformableDetr(Family):
         embedding = model.model.query_position_embeddings.weight[:, : model.config.d_model]
         points: Tensor = model.model.reference_points(embedding)
         return points.sigmoid()
+
+    def kind_of_queries(self, config: Any) -> Literal["embedding", "boxes"]:
+        return "boxes" if config.two_stage else "embedding"
+
+    def own_queries(self, model: Any, memory: Memory) -> Queries:
+        inner = model.model
+        if not model.config.two_stage:
+            return Queries(embedding=inner.query_position_embeddings.weight[None])
+        cells, anchors = inner.gen_encoder_output_proposals(memory.tokens, ~memory.mask, list(memory.shapes))
+        scores = inner.decoder.class_embed[-1](cells)[..., 0]
+        places = inner.decoder.bbox_embed[-1](cells) + anchors
+        chosen = scores.topk(model.config.two_stage_num_proposals, 1).indices
+        return Queries(places=take(places, chosen).detach())
+
+    def decode(self, model: Any, memory: Memory, queries: Queries) -> Any:
+        inner, batch = model.model, len(memory.tokens)
+        if queries.embedding is not None:
+            asked = queries.embedding.expand(batch, -1, -1)
+        else:  # of two stages: all of a query is read from its box
+            assert queries.places is not None
+            asked = inner.get_proposal_pos_embed(queries.places.expand(batch, -1, -1))
+            asked = inner.pos_trans_norm(inner.pos_trans(asked))
+        positions, states = asked.chunk(2, -1)
+        reference = (
+            inner.reference_points(positions) if queries.places is None else queries.places.expand(batch, -1, -1)
+        )
+        outputs = inner.decoder(
+            inputs_embeds=states,
+            object_queries_position_embeddings=positions,
+            encoder_hidden_states=memory.tokens,
+            encoder_attention_mask=memory.mask,
+            reference_points=reference.sigmoid(),
+            valid_ratios=torch.stack([inner.get_valid_ratio(mask) for mask in memory.valid], 1),
+            **memory.levels(),
+        )
+        outputs.init_reference_points = reference.sigmoid()
+        return outputs
+
+    def drop_front(self, model: Any) -> None:
+        inner = model.model
+        inner.backbone, inner.encoder = nn.Identity(), nn.Identity()
+        inner.input_proj = nn.ModuleList(nn.Identity() for _ in inner.input_proj)
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
         return DeformableDetrConfig(

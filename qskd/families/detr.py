@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,8 +11,19 @@ from torch import Tensor, nn
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessorPil
 
 from qskd.config import StudentConfig
-from qskd.families.family import Family, Predictions, dense_attention, detr_sizes, head_scores, linear32, take
+from qskd.families.family import (
+    Family,
+    Memory,
+    Predictions,
+    decode_one_map,
+    dense_attention,
+    detr_sizes,
+    head_scores,
+    linear32,
+    take,
+)
 from qskd.families.initialisation import xavier
+from qskd.structures import Queries
 
 
 def from_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +72,15 @@ class Detr(Family):
         heads = module.q_proj.out_features // module.head_dim
         scores = head_scores(linear32(module.q_proj, query), linear32(module.k_proj, key), heads)
         return dense_attention(scores * module.scaling, valid)
+
+    def own_queries(self, model: Any, memory: Memory) -> Queries:
+        return Queries(embedding=model.model.query_position_embeddings.weight[None])
+
+    def decode(self, model: Any, memory: Memory, queries: Queries) -> Any:
+        return decode_one_map(model, memory, queries)
+
+    def exchanged(self, model: Any, outputs: Any, states: Sequence[Tensor], before: Sequence[Tensor]) -> Any:
+        return SimpleNamespace(last_hidden_state=model.model.decoder.layernorm(states[-1]))
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
         return DetrConfig(**detr_sizes(config, backbone, labels))

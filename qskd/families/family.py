@@ -5,14 +5,46 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.config import StudentConfig
-from qskd.structures import Classification, SideDistributions
+from qskd.structures import Classification, Queries, SideDistributions
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder reads. tokens: [B, N, C], the cells of all maps, one map after the other. shapes: (H, W) of each map. valid:
+    [B, H, W] bool of each. masked: whether any cell may be padding; where none is, nothing is asked of the device."""
+
+    tokens: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    valid: tuple[Tensor, ...]
+    masked: bool = True
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(B, N)."""
+        return int(self.tokens.shape[0]), int(self.tokens.shape[1])
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, N] bool."""
+        return torch.cat([part.flatten(1) for part in self.valid], 1)
+
+    def levels(self) -> dict[str, Any]:
+        """As transformers' sampled attention is told of the maps."""
+        device = self.tokens.device
+        cells = [height * width for height, width in self.shapes]
+        starts = [sum(cells[:level]) for level in range(len(cells))]
+        return {
+            "spatial_shapes": torch.tensor(self.shapes, dtype=torch.long).to(device, non_blocking=True),
+            "spatial_shapes_list": list(self.shapes),
+            "level_start_index": torch.tensor(starts, dtype=torch.long).to(device, non_blocking=True),
+        }
 
 
 @dataclass(frozen=True)
@@ -48,6 +80,8 @@ class Family(ABC):
     num_early: ClassVar[int] = 0  # E, predictions before the decoder's layers that its training loss has
     denoises: ClassVar[bool] = False  # its own training adds denoising queries (qskd.losses.denoising)
     side_distributions: ClassVar[bool] = False  # its boxes are `SideDistributions`, with losses of their own
+    query_kind: ClassVar[Literal["embedding", "boxes"]] = "embedding"  # what its `Queries` are
+    query_has_state: ClassVar[bool] = False  # of "boxes": a query is more than its box
 
     # --- what it can do ---------------------------------------------------------------------------------------------
     def check(self, config: Any) -> None:  # noqa: B027
@@ -139,6 +173,33 @@ class Family(ABC):
         """Width of the projected backbone maps."""
         return self.memory_channels(config)
 
+    # --- its decoder alone (qskd.detectors.decoding) ----------------------------------------------------------------
+    def kind_of_queries(self, config: Any) -> Literal["embedding", "boxes"]:
+        return self.query_kind
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its decoder can be run on a memory that it is given."""
+        return type(self).decode is not Family.decode
+
+    def own_queries(self, model: Any, memory: Memory) -> Queries:
+        """Those that the model itself asks about this memory."""
+        raise NotImplementedError(self.name)
+
+    def decode(self, model: Any, memory: Memory, queries: Queries) -> Any:
+        """The decoder run on a memory: outputs as `predict` reads them, without proposals."""
+        raise NotImplementedError(self.name)
+
+    def exchanged(self, model: Any, outputs: Any, states: Sequence[Tensor], before: Sequence[Tensor]) -> Any:
+        """The outputs of `decode` with other states of its layers, each computed from what the layer before gave in `decode`
+        (`before`); `predict` makes predictions of them that are relative to the same reference points."""
+        return outputs
+
+    def drop_front(self, model: Any) -> None:
+        """Let go (in place) of all that comes before the memory."""
+        inner = model.model
+        inner.backbone, inner.encoder, inner.input_projection = nn.Identity(), nn.Identity(), nn.Identity()
+
     # --- making a student -------------------------------------------------------------------------------------------
     @abstractmethod
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
@@ -186,6 +247,34 @@ def detr_sizes(config: StudentConfig, backbone: Any, labels: Sequence[str]) -> d
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
     }
+
+
+def tokens_of(maps: Sequence[Tensor]) -> Tensor:
+    """[B, C, H, W] each -> the cells of all, [B, N, C], one map after the other."""
+    return torch.cat([map_.flatten(2) for map_ in maps], 2).transpose(1, 2)
+
+
+def decode_one_map(model: Any, memory: Memory, queries: Queries) -> Any:
+    """The decoder of DETR, and of Conditional DETR: queries are positions, and their states begin as zeros."""
+    assert queries.embedding is not None
+    positions = queries.embedding.expand(len(memory.tokens), -1, -1)
+    (shape,), (mask,) = memory.shapes, memory.valid
+    where = model.model.position_embedding(
+        shape=torch.Size((len(mask), memory.tokens.shape[2], *shape)),
+        device=mask.device,
+        dtype=torch.float32,
+        mask=mask,
+    )
+    outputs = model.model.decoder(
+        inputs_embeds=torch.zeros_like(positions),
+        attention_mask=None,
+        spatial_position_embeddings=where.flatten(2).transpose(1, 2),
+        object_queries_position_embeddings=positions,
+        encoder_hidden_states=memory.tokens,
+        encoder_attention_mask=memory.mask if memory.masked else None,
+    )
+    outputs.asked = positions
+    return outputs
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -16,8 +16,9 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProc
 from qskd.config import StudentConfig
 from qskd.errors import QskdError
 from qskd.families.deformable_detr import sampling, splat_levels
-from qskd.families.family import Family, Predictions, detr_sizes, shift_boxes
+from qskd.families.family import Family, Memory, Predictions, detr_sizes, shift_boxes, take
 from qskd.families.initialisation import set_class_prior, xavier, zero_box_head
+from qskd.structures import Queries
 
 
 class RTDetr(Family):
@@ -30,6 +31,8 @@ class RTDetr(Family):
     classification = "varifocal"
     num_early = 1  # the encoder's proposals
     denoises = True
+    query_kind = "boxes"
+    query_has_state = True
 
     def chooses_queries(self, config: Any) -> bool:
         return True
@@ -93,6 +96,41 @@ class RTDetr(Family):
     ) -> Tensor:
         locations, weights = sampling(module, given, queries)
         return splat_levels(list(zip(locations.unbind(3), weights.unbind(3), strict=True)), shapes, valid)
+
+    def own_queries(self, model: Any, memory: Memory) -> Queries:
+        inner, flat = model.model, memory.tokens
+        if model.training or model.config.anchor_image_size is None:
+            anchors, inside = inner.generate_anchors(memory.shapes, device=flat.device, dtype=flat.dtype)
+        else:
+            anchors, inside = (part.to(flat.device, flat.dtype) for part in (inner.anchors, inner.valid_mask))
+        cells = inner.enc_output(inside.to(flat.dtype) * flat)
+        scores, places = inner.enc_score_head(cells).amax(-1), inner.enc_bbox_head(cells) + anchors
+        chosen = scores.topk(model.config.num_queries, 1).indices
+        return Queries(places=take(places, chosen).detach(), states=take(cells, chosen).detach())
+
+    def decode(self, model: Any, memory: Memory, queries: Queries) -> Any:
+        assert queries.places is not None
+        inner, batch = model.model, len(memory.tokens)
+        places = queries.places.expand(batch, -1, -1)
+        states = queries.states
+        if states is None:
+            states = memory.tokens.new_zeros(1, places.shape[1], model.config.d_model)
+        outputs = inner.decoder(
+            inputs_embeds=states.expand(batch, -1, -1),
+            encoder_hidden_states=memory.tokens,
+            encoder_attention_mask=None,
+            reference_points=places,
+            **memory.levels(),
+        )
+        outputs.init_reference_points = places
+        outputs.enc_topk_logits = outputs.enc_topk_bboxes = places.new_zeros(0)  # there are no proposals
+        return outputs
+
+    def drop_front(self, model: Any) -> None:
+        inner = model.model
+        inner.backbone, inner.encoder = nn.Identity(), nn.Identity()
+        for name in ("encoder_input_proj", "decoder_input_proj"):
+            setattr(inner, name, nn.ModuleList(nn.Identity() for _ in getattr(inner, name)))
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
         channels = backbone.hidden_sizes[-len(backbone.out_features) :]

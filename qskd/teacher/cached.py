@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,14 +17,24 @@ from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 
 if TYPE_CHECKING:
+    from qskd.teacher.decoder import TeacherDecoder
     from qskd.teacher.directions import Directions
 
 
 class CachedTeacher:
-    """Stands for a teacher whose outputs come with every batch; knows only what its cache's manifest says."""
+    """Stands for a teacher whose outputs come with every batch; knows only what its cache's manifest says, and, where a method
+    asks for it, has the teacher's decoder."""
 
-    def __init__(self, sizes: CacheSizes, directions: tuple[Directions, ...] = ()) -> None:
-        self.sizes, self.directions = sizes, directions
+    def __init__(
+        self, sizes: CacheSizes, directions: tuple[Directions, ...] = (), decoder: TeacherDecoder | None = None
+    ) -> None:
+        self.sizes, self.directions, self.decoder = sizes, directions, decoder
+
+    def to(self, device: torch.device) -> CachedTeacher:
+        """With its decoder there."""
+        if self.decoder is not None:
+            self.decoder.to(device)
+        return self
 
     resize: ResizeConfig | None = None  # it wants no pixels
 
@@ -30,8 +42,19 @@ class CachedTeacher:
     def facts(self) -> Facts:
         """What its cache's manifest says of it."""
         sizes = self.sizes
-        known = (sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes)
-        return Facts(*known, directions=self.directions)
+        known = Facts(
+            sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes, directions=self.directions
+        )
+        if self.decoder is None:
+            return known
+        detector = self.decoder.detector
+        return replace(
+            known,
+            family=detector.family,
+            chooses_queries=detector.chooses_queries,
+            query_kind=detector.query_kind,
+            query_width=detector.query_width,
+        )
 
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """What came with the batch."""
@@ -46,15 +69,16 @@ class CachedTeacher:
     def blank(self, images: int, device: torch.device, needs: TeacherNeeds) -> TeacherRecord:
         """A record of zeros for images that stand in for none; its values are never used, its shapes are."""
         shape = (self.sizes.layers, images, self.sizes.queries)
-        valid = torch.ones(images, 1, 1, dtype=torch.bool, device=device)
+        side = math.ceil(math.sqrt(self.sizes.queries)) if needs.decoder else 1  # queries may be chosen from the cells
+        valid = torch.ones(images, side, side, dtype=torch.bool, device=device)
         return TeacherRecord(
             logits=torch.zeros(*shape, self.sizes.classes, device=device),
             boxes_cxcywh=torch.full((*shape, 4), 0.5, device=device),
-            memory=tuple(torch.zeros(images, width, 1, 1, device=device) for width in self.sizes.channels),
+            memory=tuple(torch.zeros(images, width, side, side, device=device) for width in self.sizes.channels),
             memory_valid=(valid,) * len(self.sizes.channels),
             attention_queries=torch.full((images, 1), -1, dtype=torch.int64, device=device),
             extra=blank_extra(images, self.sizes, device, needs),
-            attention=(torch.zeros(images, 1, 1, 1, device=device),) * len(self.sizes.channels),
+            attention=(torch.zeros(images, 1, side, side, device=device),) * len(self.sizes.channels),
         )
 
 

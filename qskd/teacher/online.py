@@ -19,6 +19,7 @@ from qskd.distillation.method import Facts, Online
 from qskd.losses.matching import assign
 from qskd.structures import SILENT_LOGIT, Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import COLUMNS
+from qskd.teacher.decoder import TeacherDecoder
 from qskd.teacher.manifest import CacheSizes
 
 if TYPE_CHECKING:
@@ -49,17 +50,14 @@ class OnlineTeacher(nn.Module):
 
     @property
     def facts(self) -> Facts:
-        detector = self.detector
-        return Facts(
-            detector.memory_channels,
-            detector.memory_cells(self.resize),
-            detector.family,
-            detector.num_layers,
-            detector.num_queries,
-            len(self.class_slots),  # type: ignore[arg-type]
-            detector.chooses_queries,
-            self.directions,
-        )
+        known = facts_of(self.detector, self.resize)
+        return replace(known, classes=len(self.class_slots), directions=self.directions)  # type: ignore[arg-type]
+
+    @property
+    def decoder(self) -> TeacherDecoder:
+        """Its decoder, to be asked about a memory. QskdError where that can't be."""
+        slots: Tensor = self.class_slots  # type: ignore[assignment]
+        return TeacherDecoder(self.detector, slots.tolist(), self.resize).to(slots.device)
 
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """Asked about a training batch, all queries' attention included where attention is needed."""
@@ -127,6 +125,21 @@ class OnlineTeacher(nn.Module):
         if self.knows_all:
             return logits.index_select(-1, slots)
         return logits.index_select(-1, slots.clamp(min=0)).masked_fill(slots == NOBODY, SILENT_LOGIT)
+
+
+def facts_of(detector: Detector, resize: ResizeConfig) -> Facts:
+    """What a method is told of a detector that gets its pictures so; classes: its own."""
+    return Facts(
+        detector.memory_channels,
+        detector.memory_cells(resize),
+        detector.family,
+        detector.num_layers,
+        detector.num_queries,
+        len(detector.labels),
+        detector.chooses_queries,
+        query_kind=detector.query_kind,
+        query_width=detector.query_width,
+    )
 
 
 @torch.no_grad()

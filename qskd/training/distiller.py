@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from qskd.config.distillation import DEFAULT, settings_class
 from qskd.datasets.classes import map_classes
 from qskd.datasets.views import resized_size
 from qskd.detectors import Detector, Preprocessing, load_detector, preprocessing_of, read_preprocessing
+from qskd.detectors.decoding import decode
 from qskd.detectors.taps import Tap
-from qskd.distillation.method import Facts, Lesson, Online, build_method
+from qskd.distillation.method import Lesson, Online, build_method
 from qskd.errors import QskdError
 from qskd.losses.detection_loss import combine
 from qskd.losses.matching import assign
-from qskd.structures import DetectorOutput, Targets, TeacherRecord
-from qskd.teacher.online import OnlineTeacher
+from qskd.structures import DetectorOutput, Queries, Targets, TeacherRecord
+from qskd.teacher.online import OnlineTeacher, facts_of
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,7 @@ class Distiller(nn.Module):
         self.costs = DetectionLossConfig()
         # Not registered: an optimizer, or a checkpoint, of this module is to have the method's own parts alone.
         self._others = (detector, teacher)
-        own = Facts(
-            detector.memory_channels,
-            detector.memory_cells(self.preprocessing.resize),
-            detector.family,
-            detector.num_layers,
-            detector.num_queries,
-            len(detector.labels),
-            detector.chooses_queries,
-        )
-        built = build_method(self.settings, own, teacher.facts)
+        built = build_method(self.settings, facts_of(detector, self.preprocessing.resize), teacher.facts)
         if built is None:
             raise QskdError(
                 "method", "none", "a distillation method", "leave the distiller out to train without a teacher"
@@ -140,6 +133,7 @@ class Distiller(nn.Module):
         student.register_forward_pre_hook(self._listen)
         device = next(student.parameters()).device
         teacher.to(device)
+        self._decoder = teacher.decoder if built.needs.decoder else None
         self.to(device)
 
     @property
@@ -156,7 +150,7 @@ class Distiller(nn.Module):
     def _listen(self, student: nn.Module, _: Any) -> None:
         """Before each forward: keep what a training one goes through, and nothing of an evaluation."""
         for tap in self._taps():
-            tap.active, tap.given, tap.returned = student.training, {}, None
+            tap.start(student.training)
 
     def forward(self, batch: Mapping[str, Any]) -> DistillationLoss:
         """The method's terms for the batch that the student has just seen, in training mode.
@@ -178,13 +172,26 @@ class Distiller(nn.Module):
         kind = self.student.classification
         sides = [(student.logits, student.boxes_cxcywh), (record.logits, record.boxes_cxcywh)]
         own, theirs = assign(sides, targets, self.costs, [kind])
-        terms = self.method(Lesson(student, record, targets, own, theirs, online))
+        ask = partial(self._ask, student, mask, scale)
+        terms = self.method(Lesson(student, record, targets, own, theirs, online, self._decoder, ask))
         weights = self.method.weights
         if self.total_steps is not None:
             weights = self.method.weights_at(min(self.step, self.total_steps - 1), self.total_steps)
         self.step += self.training
         values = {name: term.total.detach() / term.own_count.clamp(min=term.floor) for name, term in terms.items()}
         return DistillationLoss(combine(terms, weights), values)
+
+    def _ask(self, student: DetectorOutput, mask: Tensor, scale: Tensor, queries: Queries) -> DetectorOutput:
+        """What the student's decoder says of the batch when it is asked these."""
+        output = decode(self.student, student.memory, student.memory_valid, queries, pixel_mask=mask).output
+        return self._in_frame(output, scale)
+
+    def _in_frame(self, output: DetectorOutput, scale: Tensor) -> DetectorOutput:
+        """With boxes relative to the image. scale: as of `targets_of`."""
+        if not self.student.masks_padding:
+            return output  # it is relative to the image already
+        # Its owner's loss teaches such a student boxes of the frame that the labels' are of.
+        return replace(output, boxes_cxcywh=output.boxes_cxcywh * scale[None, :, None])
 
     def _heard(self, mask: Tensor, scale: Tensor) -> DetectorOutput:
         """The student's last forward; forgotten by this. scale: as of `targets_of`."""
@@ -201,11 +208,8 @@ class Distiller(nn.Module):
             output = self.student.read(outputs, mask, with_attention=False)
         finally:
             for tap in taps:
-                tap.active, tap.given, tap.returned = False, {}, None
-        if not self.student.masks_padding:
-            return output  # it is relative to the image already
-        # Its owner's loss teaches such a student boxes of the frame that the labels' are of.
-        return replace(output, boxes_cxcywh=output.boxes_cxcywh * scale[None, :, None])
+                tap.start(False)
+        return self._in_frame(output, scale)
 
     @torch.no_grad()
     def _as_teacher_sees(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

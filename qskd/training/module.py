@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qskd.config import Config, DetectionLossConfig
 from qskd.detectors import Detector, to_pixels
-from qskd.distillation.method import Facts, Lesson, Method, Online, build_method
+from qskd.detectors.decoding import decode
+from qskd.distillation.method import Lesson, Method, Online, build_method
 from qskd.errors import QskdError
 from qskd.losses.denoising import Denoising, Noise, denoising_terms, denoising_weights
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.matching import begin_assigning
-from qskd.structures import LossTerm, Targets, TeacherRecord
+from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
+from qskd.teacher.online import facts_of
 from qskd.training.query_groups import query_groups_of
 
 
@@ -29,6 +32,8 @@ class StepModule(nn.Module):
         self.config = config
         self.student = student
         self.method = _method(config, student, teacher) if teacher else None
+        asked = self.method is not None and self.method.needs.decoder
+        self.decoder = teacher.decoder if asked and teacher is not None else None
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.query_groups = query_groups_of(config.detection, student)
@@ -113,9 +118,16 @@ class StepModule(nn.Module):
             terms |= self.denoising.nothing(denoising_weights(self.config.detection, output.sides is not None))
         terms |= dense
         if self.method is not None and teacher is not None:
-            lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[-1], online)
+            ask = partial(self._ask_student, output, mask)
+            lesson = Lesson(
+                output, teacher, targets, assignments[0][early:], assignments[-1], online, self.decoder, ask
+            )
             terms |= self.method(lesson)
         return terms
+
+    def _ask_student(self, output: DetectorOutput, pixel_mask: Tensor, queries: Queries) -> DetectorOutput:
+        padded = self.config.student.resize.mode != "square"
+        return decode(self.student, output.memory, output.memory_valid, queries, padded, pixel_mask).output
 
 
 def denoising_queries(config: DetectionLossConfig, student: Detector) -> int:
@@ -126,13 +138,4 @@ def denoising_queries(config: DetectionLossConfig, student: Detector) -> int:
 
 
 def _method(config: Config, student: Detector, teacher: Teacher) -> Method | None:
-    own = Facts(
-        student.memory_channels,
-        student.memory_cells(config.student.resize),
-        student.family,
-        student.num_layers,
-        student.num_queries,
-        len(student.labels),
-        student.chooses_queries,
-    )
-    return build_method(config.distillation, own, teacher.facts)
+    return build_method(config.distillation, facts_of(student, config.student.resize), teacher.facts)

@@ -31,7 +31,6 @@ from qskd.losses.detection_loss import combine
 from qskd.precision import autocast, laid_out_as
 from qskd.structures import LossTerm, OnItsWay, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
-from qskd.teacher.online import OnlineTeacher
 from qskd.training.augmentation import augmentation_of
 from qskd.training.groups import parameter_groups
 from qskd.training.module import StepModule
@@ -73,7 +72,7 @@ class Training:
         self, config: Config, student: Detector, teacher: Teacher | None, total_steps: int, device: torch.device
     ) -> None:
         self.config, self.total_steps, self.device = config, total_steps, device
-        self.teacher = teacher.to(device) if isinstance(teacher, OnlineTeacher) else teacher
+        self.teacher = teacher and teacher.to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.module = StepModule(config, student, teacher).to(device)

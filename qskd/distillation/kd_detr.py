@@ -1,0 +1,156 @@
+"""KD-DETR (Wang et al., CVPR 2024): both networks are asked the same queries, and the student must answer as the teacher does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from qskd.boxes import cxcywh_to_xyxy, giou
+from qskd.config.distillation import MethodSettings
+from qskd.config.section import Count, NonNegative
+from qskd.distillation.maps import eye_or_orthogonal, mixed
+from qskd.distillation.method import Facts, Lesson, Method
+from qskd.errors import QskdError
+from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries, TeacherNeeds
+
+_LIMIT = 4.6  # of a random box's logits: sides and centre from 0.01 to 0.99
+
+
+class Settings(MethodSettings):
+    """KD-DETR: the student learns the teacher's answers to the teacher's own queries and to random ones."""
+
+    method: str = "kd-detr"
+    # specific: the teacher's own queries. general: random ones, others in every step. both: two groups, which do not see each
+    # other.
+    points: Literal["both", "specific", "general"] = "both"
+    general_points: Count = 300  # how many random queries a step has
+    temperature: Annotated[float, Field(gt=0)] = 10.0  # what logits are divided by before the softmax over classes
+    class_weight: NonNegative = 2.0  # of the Kullback-Leibler divergence
+    l1_weight: NonNegative = 5.0  # of the boxes' L1 distance
+    giou_weight: NonNegative = 2.0  # of 1 - GIoU
+
+    def weight_fields(self) -> dict[str, str]:
+        fields = {part: f"{part}_weight" for part in ("class", "l1", "giou")}
+        return {f"kd_{part}": field for part, field in fields.items() if getattr(self, field) > 0}
+
+
+class KDDETR(Method):
+    """The terms "kd_class", "kd_l1", "kd_giou": summed over both groups and the student's decoder layers, of each image the mean
+    over queries, weighted by w = max_c p_T, of T^2 KL(softmax(c_T / T) || softmax(c_S / T)), |b_S - b_T|_1 and 1 - GIoU(b_S, b_T);
+    c_T, b_T: what the teacher's last layer says.
+
+    The student is asked in a pass of its decoder of its own for each group: nothing that it is asked sees anything else.
+    """
+
+    title = "KD-DETR"
+    citation = "The student answers the teacher's queries and random ones as the teacher does (KD-DETR: Wang et al., CVPR 2024).\n"
+    settings: Settings
+    steps: Tensor
+    seed: Tensor
+
+    @classmethod
+    def needs_of(cls, settings: Settings) -> TeacherNeeds:
+        asked = bool(settings.weight_fields())
+        return TeacherNeeds(memory=asked, decoder=asked)
+
+    def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
+        super().__init__(settings, student, teacher)
+        self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
+        if not self.weights:
+            return
+        _check_pair(student, teacher)
+        self.adapter: nn.Linear | None = None
+        # Boxes are the same to both; what else there is to a query has each network's own width.
+        if student.query_width and teacher.query_width:
+            self.adapter = nn.Linear(teacher.query_width, student.query_width, bias=False)
+            eye_or_orthogonal(self.adapter.weight)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # Of torch's own random state, which is the run's seed when a training builds its method: alike on every worker.
+        self.register_buffer("seed", torch.randint(2**31, ()))
+
+    def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
+        if not self.weights:
+            return {}
+        assert lesson.decoder is not None
+        assert lesson.ask_student is not None
+        totals = [lesson.student.logits.new_zeros((), dtype=torch.float32) for _ in range(3)]
+        own = lesson.decoder.ask(lesson.teacher)
+        for queries, goal in self._groups(lesson, own.decoded.queries, own.output):
+            said = lesson.ask_student(self._as_student(queries))
+            for number, part in enumerate(self._apart(said, goal, lesson.teacher.silent)):
+                totals[number] = totals[number] + part
+        self.steps += 1
+        count = totals[0].detach().new_full((), len(lesson.targets.counts))
+        named = dict(zip(("kd_class", "kd_l1", "kd_giou"), totals, strict=True))
+        if self.adapter is not None:  # where no state is asked, its gradient is waited for nonetheless
+            first = next(iter(self.weights))
+            named[first] = named[first] + 0.0 * self.adapter.weight.sum()
+        return {name: LossTerm(named[name], count) for name in self.weights}
+
+    def _groups(self, lesson: Lesson, own: Queries, answer: DetectorOutput) -> Iterator[tuple[Queries, DetectorOutput]]:
+        if self.settings.points != "general":
+            yield own, answer
+        if self.settings.points != "specific":
+            assert lesson.decoder is not None
+            queries = self._general(own)
+            yield queries, lesson.decoder.ask(lesson.teacher, queries).output
+
+    def _general(self, own: Queries) -> Queries:
+        """Random boxes, with states of zeros; of an embedding: places between two of the teacher's own, anywhere on the line."""
+        number = self.settings.general_points
+        if own.embedding is None:
+            drawn = self._uniform(number, 4)
+            return Queries(places=torch.logit(drawn).clamp(-_LIMIT, _LIMIT)[None])
+        rows = own.embedding.detach()[0]
+        one, other, share = self._uniform(number, 3).unbind(1)
+        start, end = (rows[(each * len(rows)).long()] for each in (one, other))
+        return Queries(embedding=torch.lerp(start, end, share[:, None])[None])
+
+    def _uniform(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] in 0..1, below 1: of seed and step, and nothing else."""
+        places = torch.arange(rows * columns, device=self.seed.device)
+        drawn = mixed(mixed(mixed(self.seed) + self.steps) + places)
+        return ((drawn >> 8).float() / 2**24).view(rows, columns)
+
+    def _as_student(self, queries: Queries) -> Queries:
+        """As the student is asked them: through the adapter, but for what both networks mean the same by."""
+        own = queries.states if queries.embedding is None else queries.embedding
+        with torch.autocast(self.seed.device.type, enabled=False):  # reference points are read from an embedding
+            said = None if own is None or self.adapter is None else self.adapter(own.detach().float())
+        return Queries(places=queries.places, states=said) if queries.embedding is None else Queries(embedding=said)
+
+    def _apart(self, said: DetectorOutput, goal: DetectorOutput, silent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three terms of a group of queries, summed over the student's layers and images."""
+        heat = self.settings.temperature
+        theirs, boxes = goal.logits[-1].float(), goal.boxes_cxcywh[-1].float()
+        weight = theirs.sigmoid().amax(-1)  # [B, Q]
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-8)
+        mine = said.logits.float().masked_fill(silent, SILENT_LOGIT)
+        wanted = (theirs / heat).log_softmax(-1).expand_as(mine)
+        apart = F.kl_div((mine / heat).log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
+        found = said.boxes_cxcywh.float()
+        distance = (found - boxes).abs().sum(-1)
+        overlap = giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(boxes))
+        return (weight * apart).sum() * heat**2, (weight * distance).sum(), (weight * (1 - overlap)).sum()
+
+
+def _check_pair(student: Facts, teacher: Facts) -> None:
+    """QskdError where the two can't be asked the same."""
+    if not teacher.query_kind or not student.query_kind:
+        return  # not known: a training knows it
+    alike = student.query_kind == teacher.query_kind == "boxes" or student.family == teacher.family
+    if student.query_kind != teacher.query_kind or not alike:
+        said = {"boxes": "boxes", "embedding": "learned vectors, which mean something to its own family alone"}
+        raise QskdError(
+            "distillation.method = kd-detr",
+            f"a student of family {student.family}, whose queries are {said[student.query_kind]}, and a teacher of family "
+            f"{teacher.family}, whose queries are {said[teacher.query_kind]}",
+            "two networks that can be asked the same: both of queries that are boxes (dab-detr, rt_detr, rt_detr_v2, d_fine, "
+            "two-stage deformable_detr), or both of one family",
+            "choose such a student, or another method",
+        )
