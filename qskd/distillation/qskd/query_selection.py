@@ -37,7 +37,7 @@ class QuerySelection:
     weight: Tensor
     slot: Tensor
 
-    def __getitem__(self, layers: int | slice) -> QuerySelection:
+    def __getitem__(self, layers: int | slice | list[int]) -> QuerySelection:
         """The selection of one decoder layer, or of some."""
         return QuerySelection(**{name: value[layers] for name, value in vars(self).items()})
 
