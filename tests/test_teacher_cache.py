@@ -480,7 +480,7 @@ def test_a_new_column_is_one_file_and_one_entry_and_caches_without_it_are_read_a
     (columns / "query_states.py").write_text(COLUMN)
     table = (columns / "table.py").read_text()
     entry = "from qskd.teacher.columns.query_states import QueryStates\n\nCOLUMNS"
-    table = table.replace("\nCOLUMNS", entry, 1).replace("Sides())", "Sides(), QueryStates())")
+    table = table.replace("\nCOLUMNS", entry, 1).replace("States())", "States(), QueryStates())")
     (columns / "table.py").write_text(table)
     done = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path / "old"), str(tmp_path / "new")],

@@ -17,6 +17,7 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
+from qskd.distillation.kept import places_of
 from qskd.distillation.method import Facts, Lesson, Method, last_layer
 from qskd.distillation.qskd.pairing import pair_by_rank
 from qskd.distillation.qskd.query_selection import select_both
@@ -131,14 +132,8 @@ def _apart(
     sides; whether the partner is there and its distributions are known; the partner, 0 where there is none."""
     said = teacher.extra
     queries, bins = said["sides_queries"], said["sides_bins"]
-    number = teacher.logits.shape[2]
-    # Where each of the teacher's queries stands among those that are kept; one more for what is not.
-    place = torch.full((len(queries), number + 1), -1, dtype=torch.int64, device=queries.device)
-    order = torch.arange(queries.shape[1], device=queries.device).expand_as(queries)
-    place.scatter_(1, torch.where(queries < 0, number, queries), order)
-    place[:, -1] = -1
     query = partner.clamp(min=0)
-    there = place.gather(1, query)
+    there = places_of(queries, teacher.logits.shape[2]).gather(1, query)
     known, there = (partner >= 0) & (there >= 0), there.clamp(min=0)
     if not queries.shape[1]:  # no image has a kept query
         nothing = 0.0 * sides.logits[layer].float().sum(-1)
