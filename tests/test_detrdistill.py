@@ -21,6 +21,7 @@ from qskd.distillation.qskd.pairing import Side, pair_globally
 from qskd.distillation.qskd.query_selection import none_selected
 from qskd.errors import QskdError
 from qskd.structures import TeacherNeeds, to_device
+from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.states import MOST
 from qskd.teacher.columns.table import ARRAYS, collate, columns_for, decode_batch, encode, largest_errors, row_from
 
@@ -220,6 +221,18 @@ def test_it_runs_between_families(taught: str, teacher: str) -> None:
     training = tiny.make_training(config, tiny.random_teacher(teacher))
     assert training.train_step(tiny.batch_of(2, 0)).keys() >= NAMES
     training.check_finite()
+
+
+def test_a_worker_without_images_takes_the_step_with_the_others() -> None:
+    teacher = tiny.random_teacher("refined")
+    training = tiny.make_training(tiny.recipe(None, distillation={"method": "detrdistill", **ALL}), teacher)
+    batch = tiny.batch_of(0)
+    needs = training.module.method.needs  # type: ignore[union-attr]
+    record = CachedTeacher(teacher.sizes(all_layers=True)).blank(1, torch.device("cpu"), needs)
+    terms = training.module(batch.images, batch.sizes, batch.targets, record)
+    sum(terms[name].total for name in NAMES).backward()
+    assert training.module.method is not None
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in training.module.method.parameters())
 
 
 def test_what_a_cache_lacks_is_refused_by_name() -> None:

@@ -23,6 +23,7 @@ from qskd.errors import QskdError
 from qskd.losses.fine_grained import moved_to, rebinned
 from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, SideDistributions, Targets, TeacherNeeds, TeacherRecord, to_device
+from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import (
     ALWAYS,
     ARRAYS,
@@ -309,6 +310,23 @@ def test_it_runs_between_two_d_fine_and_says_of_any_other_pair_why_not(taught: s
     values = [training.train_step(tiny.batch_of(2, 0, 3))["ld_main"].item() for _ in range(8)]
     training.check_finite()
     assert 0 < values[-1] < values[0]
+
+
+def test_a_worker_without_images_and_one_whose_images_have_no_kept_query_take_the_step_with_the_others() -> None:
+    tree = {"method": "localization", "selection": tiny.EASY_SELECTION}
+    config = tiny.recipe({"family": "d_fine", "queries": 12, "feature_levels": 2}, distillation=tree)
+    teacher = tiny.random_teacher("d_fine")
+    training = tiny.make_training(config, teacher)
+    remembered = CachedTeacher(teacher.sizes(all_layers=False))
+    for counts in ((1,), (0, 0)):
+        batch = tiny.batch_of(*counts)
+        record = remembered.blank(len(counts), torch.device("cpu"), training.module.method.needs)  # type: ignore[union-attr]
+        if counts == (0, 0):  # as `collate` has it then
+            none = {name: value[:, :0] for name, value in record.extra.items() if name != "sides_bins"}
+            record = replace(record, extra=record.extra | none)
+        terms = training.module(batch.images, batch.sizes, batch.targets, record)
+        assert all(terms[name].total == 0 and terms[name].count == 0 for name in ("ld_main", "ld_region"))
+        sum(terms[name].total for name in ("ld_main", "ld_region")).backward()  # attached to the graph
 
 
 def test_a_cache_without_the_column_and_a_teacher_that_has_none_are_refused_by_name() -> None:
