@@ -125,6 +125,15 @@ def check_classes(config: Config, train: Manifest) -> None:
         map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
 
 
+def check_columns(config: Config) -> None:
+    """QskdError where the recipe's cache is to keep, or its method reads, what no teacher of this family can say. Reads no
+    weights."""
+    needs, kept = teacher_needs(config.distillation), config.teacher.cache.columns
+    for column in COLUMNS:
+        if column.name in kept or (column.optional and needs is not None and column.asked(needs)):
+            column.check_teacher(read_config(config.teacher.path).model_type)
+
+
 def class_notices(config: Config, train: Manifest) -> list[str]:
     """What there is to say of classes that the teacher spells otherwise, or knows nothing of. Reads no weights."""
     if config.distillation.method == "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import tiny
 import torch
 from reference import corners, make_targets, near, random_boxes, random_logits, slow_iou, slow_pairs, slow_selection
 from torch import Tensor
+from transformers import DFineConfig
 
 from qskd.boxes import xyxy_to_cxcywh
-from qskd.checks import check_enough
+from qskd.checks import check_columns, check_enough
 from qskd.config import DetectionLossConfig
 from qskd.config.recipe import build
 from qskd.distillation.localization import Localization, Settings
@@ -329,7 +331,7 @@ def test_a_worker_without_images_and_one_whose_images_have_no_kept_query_take_th
         sum(terms[name].total for name in ("ld_main", "ld_region")).backward()  # attached to the graph
 
 
-def test_a_cache_without_the_column_and_a_teacher_that_has_none_are_refused_by_name() -> None:
+def test_a_cache_without_the_column_and_a_teacher_that_has_none_are_refused_by_name(tmp_path: Path) -> None:
     tree: dict[str, Any] = {"distillation": {"method": "localization"}}
     with pytest.raises(QskdError, match=r"(?s)no column sides.*teacher\.cache\.columns=\[sides\]") as caught:
         check_enough(build(tree))
@@ -339,6 +341,13 @@ def test_a_cache_without_the_column_and_a_teacher_that_has_none_are_refused_by_n
     low = {"distillation": {"method": "localization", "selection": {"boundaries": [0.1]}}}
     with pytest.raises(QskdError, match=r"(?s)GIoU 0\.3 or more: the cache holds the sides of queries"):
         check_enough(build(low | {"teacher": {"cache": columns}}))
+    package = {"path": str(Path(__file__).parents[1] / "pipelines" / "assets" / "shapes_teacher")}
+    for given in (tree | {"teacher": package}, {"teacher": package | {"cache": columns}}):  # before anything starts
+        with pytest.raises(QskdError, match="a teacher of family deformable_detr, whose boxes are four numbers each"):
+            check_columns(build(given))
+    check_columns(build({"teacher": package}))
+    DFineConfig().save_pretrained(tmp_path)
+    check_columns(build(tree | {"teacher": {"path": str(tmp_path)}}))
     teacher, batch = tiny.random_teacher("conditional"), tiny.batch_of(1)
-    with pytest.raises(QskdError, match="a teacher whose boxes are four numbers each"):
+    with pytest.raises(QskdError, match="a teacher, whose boxes are four numbers each"):
         teacher.record(batch, NEEDS)

@@ -46,6 +46,9 @@ class Column(ABC):
         """What of a detector's output goes to `TeacherRecord.extra` for it; the fields of a record are filled elsewhere."""
         return {}
 
+    def check_teacher(self, family: str) -> None:  # noqa: B027
+        """QskdError where no teacher of this family can give it."""
+
     @abstractmethod
     def formats(self, precision: str) -> Mapping[str, str]:
         """numpy's format of each array, as it is stored."""

@@ -44,12 +44,7 @@ class Sides(Column):
 
         said = output.sides
         if said is None:
-            raise QskdError(
-                "the column sides of the teacher's record",
-                "a teacher whose boxes are four numbers each",
-                "one that gives each side of a box as a distribution: D-FINE",
-                "another method than localization, and teacher.cache.columns without sides; or a D-FINE teacher",
-            )
+            raise _refused("a teacher")
         images, queries = said.about_cxcywh.shape[:2]
         bins = torch.cat([said.values.flatten().float(), said.scale.flatten()[:1].float()])
         likely = said.logits[-1].float().unflatten(-1, (_SIDES, -1)).log_softmax(-1)
@@ -59,6 +54,12 @@ class Sides(Column):
             "sides_about_cxcywh": said.about_cxcywh.float(),
             "sides_bins": bins.expand(images, -1),
         }
+
+    def check_teacher(self, family: str) -> None:
+        from qskd.families.table import FAMILIES
+
+        if family in FAMILIES and not FAMILIES[family].side_distributions:
+            raise _refused(f"a teacher of family {family}")
 
     def formats(self, precision: str) -> Mapping[str, str]:
         floats = {"sides_about_cxcywh": "<f4", "sides_bins": "<f4"}
@@ -146,6 +147,15 @@ class Sides(Column):
             gap = (mine - theirs).abs() * known
             gaps[key] = float(gap.max()) if gap.numel() else 0.0
         return gaps
+
+
+def _refused(who: str) -> QskdError:
+    return QskdError(
+        "the column sides of the teacher's record",
+        f"{who}, whose boxes are four numbers each",
+        "one that gives each side of a box as a distribution: D-FINE",
+        "another method than localization, and teacher.cache.columns without sides; or a D-FINE teacher",
+    )
 
 
 def _of_last_layer(queries: Tensor, number: int) -> Tensor:
