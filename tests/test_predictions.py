@@ -250,9 +250,10 @@ def test_the_global_pairing_is_the_cheapest_of_the_whole_image(student_queries: 
             pairs = {q: t for q, t in enumerate(partner[layer, image].tolist()) if t >= 0}
             assert len(pairs) == len(set(pairs.values())) == min(student_queries, teacher_queries)
             cost = [
-                [pair_cost(sides, layer, image, q, t) for t in range(teacher_queries)] for q in range(student_queries)
+                [pair_cost(sides, layer, image, q, t, 1) for t in range(teacher_queries)]
+                for q in range(student_queries)
             ]
-            paid = sum(pair_cost(sides, layer, image, q, t) for q, t in pairs.items())
+            paid = sum(pair_cost(sides, layer, image, q, t, 1) for q, t in pairs.items())
             assert paid == pytest.approx(cheapest(cost), rel=1e-4)
 
 
@@ -285,14 +286,14 @@ def test_the_global_pairing_teaches_through_every_query_whatever_the_selection()
     assert run(only_predictions(none, pair_weight="uniform"), targets, student, teacher)["lapd_l1"].total == 0
 
 
-def pair_cost(sides: list[Side], layer: int, image: int, q: int, t: int) -> float:
-    """2 * BCE + 5 * L1 - 2 * GIoU, by the loops."""
+def pair_cost(sides: list[Side], layer: int, image: int, q: int, t: int, class_cost: float = 2) -> float:
+    """class_cost * BCE + 5 * L1 - 2 * GIoU, by the loops."""
     uniform = PredictionDistillationConfig(pair_weight="uniform")
     ours, theirs = [(side.logits[layer, image], side.boxes_cxcywh[layer, image]) for side in sides]
     terms = slow_terms([(q, t)], ours, theirs, [1.0] * len(theirs[0]), uniform)
     bce = slow_bce(ours[0][q].tolist(), [sigmoid(x) for x in theirs[0][t].tolist()])
     assert terms["lapd_class"] == pytest.approx(bce)
-    return 2 * bce + 5 * terms["lapd_l1"] + 2 * terms["lapd_giou"] - 2
+    return class_cost * bce + 5 * terms["lapd_l1"] + 2 * terms["lapd_giou"] - 2
 
 
 def test_half_precision_gives_float32_terms_near_the_full_ones() -> None:

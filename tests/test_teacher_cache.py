@@ -36,7 +36,16 @@ from qskd.storage.files import UNFINISHED
 from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.cache import TeacherCacheReader, finished_file, write_rows
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.columns.table import ARRAYS, TeacherRow, collate, columns_for, decode_batch, encode, largest_errors
+from qskd.teacher.columns.table import (
+    ALWAYS,
+    ARRAYS,
+    TeacherRow,
+    collate,
+    columns_for,
+    decode_batch,
+    encode,
+    largest_errors,
+)
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import CacheManifest, CacheSizes, file_name, load_cache_manifest, save_cache_manifest
 from qskd.teacher.online import OnlineTeacher, queries_above
@@ -471,9 +480,7 @@ def test_a_new_column_is_one_file_and_one_entry_and_caches_without_it_are_read_a
     (columns / "query_states.py").write_text(COLUMN)
     table = (columns / "table.py").read_text()
     entry = "from qskd.teacher.columns.query_states import QueryStates\n\nCOLUMNS"
-    table = table.replace("\nCOLUMNS", entry, 1).replace(
-        "Memory(), Attention())", "Memory(), Attention(), QueryStates())"
-    )
+    table = table.replace("\nCOLUMNS", entry, 1).replace("States())", "States(), QueryStates())")
     (columns / "table.py").write_text(table)
     done = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path / "old"), str(tmp_path / "new")],
@@ -485,4 +492,4 @@ def test_a_new_column_is_one_file_and_one_entry_and_caches_without_it_are_read_a
     )
     assert done.stdout.splitlines() == ["[] True", "['query_states'] True"], done.stderr
     write = pq.ParquetFile(tmp_path / "old" / file_name("one", 0)).schema_arrow.names
-    assert write == ["image_id", *ARRAYS]  # what a cache without further columns has always had
+    assert write == ["image_id", *ALWAYS]  # what a cache without further columns has always had

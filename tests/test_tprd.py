@@ -25,7 +25,7 @@ from qskd.distillation.qskd_tprd import Settings
 from qskd.errors import QskdError
 from qskd.losses.matching import assign
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
-from qskd.teacher.columns.table import ARRAYS, collate, columns_for, decode_batch, encode, row_from
+from qskd.teacher.columns.table import ALWAYS, collate, columns_for, decode_batch, encode, row_from
 from qskd.teacher.online import queries_above
 
 LAYERS, QUERIES = 3, 10  # of tiny's teacher
@@ -230,7 +230,7 @@ def through_the_cache(record: TeacherRecord, needs: TeacherNeeds) -> TeacherReco
     sizes = random_teacher("conditional").sizes(all_layers=True)
     rows = []
     for number, row in enumerate(encode(record, range(len(record.logits[0])), "float32")):
-        buffers = {name: getattr(row, name).tobytes() for name in ARRAYS}
+        buffers = {name: getattr(row, name).tobytes() for name in ALWAYS}
         rows.append(row_from(number, buffers, sizes, "float32"))
     arrays = collate(rows, sizes, columns_for(needs))
     return decode_batch({name: torch.from_numpy(array) for name, array in arrays.items()})

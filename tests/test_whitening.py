@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_teacher_cache import cache, cache_config, data, decoded, teacher  # noqa: F401  (fixtures)
-from tiny import arrays, make_training, recipe, train_batch
+from tiny import EASY_SELECTION, arrays, batch_of, make_training, random_teacher, recipe, train_batch
 
 from pipelines.caching import driver
 from pipelines.caching.plan import clean
@@ -69,6 +69,56 @@ def test_directions_are_the_eigenvectors_of_the_covariance_of_all_cells_and_come
     fewer = compute_directions(cache)
     assert 0.5 < fewer[0].variances.sum() / found[0].variances.sum() < 2
     Path(cache, module.FILE).unlink()
+
+
+@pytest.mark.parametrize("whitening", [0.0, 1.0])
+def test_importances_have_mean_1_begin_alike_and_come_to_count_less_what_fits_badly(whitening: float) -> None:
+    config = FeatureDistillationConfig(whitening=whitening, importance=True, background=1.0, whitened_share=1.0)
+    directions = (random_directions(6),)
+    learned = AttentionGuidedFeatureDistillation([6], [6], config, directions=directions)
+    plain = config.model_copy(update={"importance": False})
+    alike = AttentionGuidedFeatureDistillation([6], [6], plain, directions=directions)
+    g = torch.Generator().manual_seed(0)
+    goal, error = torch.randn(2, 6, 3, 4, generator=g), torch.randn(2, 6, 3, 4, generator=g)
+    errors = torch.tensor([0.1, 0.3, 0.5, 1.0, 1.5, 2.0]).view(1, 6, 1, 1)
+    if whitening:  # along the directions, scaled as the metric will scale them
+        found = torch.linalg.pinv(learned.get_buffer(learned.metrics[0]))  # [6, 6]
+        error = torch.einsum("bkhw,kc->bchw", error * errors, found)
+    else:
+        error = error * errors
+    valid = torch.ones(2, 3, 4, dtype=torch.bool)
+    nothing = torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 4)
+    record = TeacherRecord(*nothing, (goal,), (valid,))
+    terms = [module([goal + error], [valid], record, None) for module in (learned, alike)]
+    torch.testing.assert_close(terms[0].total, terms[1].total)  # all count alike at first
+    assert learned.preference().total == 0
+    squares = error.movedim(1, -1)
+    if whitening:
+        squares = squares @ learned.get_buffer(learned.metrics[0])
+    losses = squares.square().flatten(0, 2).mean(0)  # [6]
+    optimizer = torch.optim.Adam(learned.leanings.parameters(), lr=0.05)
+    for _ in range(600):
+        optimizer.zero_grad()
+        term = learned([goal + error], [valid], record, None)
+        (term.total / term.count + learned.preference().total).backward()
+        optimizer.step()
+    weights = learned.importance(0).detach()
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
+    assert learned.preference().total > 0
+    # At the least, each weight is 1 / (its loss + what makes the mean 1).
+    constant = 1 / weights - losses
+    torch.testing.assert_close(constant, constant.mean().expand(6), rtol=0.02, atol=0.02)
+    assert (weights.diff()[losses.diff() > 0] < 0).all()
+
+
+def test_a_training_learns_importances_beside_its_student() -> None:
+    tree = {"selection": EASY_SELECTION, "features": {"importance": True}}
+    training = make_training(recipe(None, distillation=tree), random_teacher())
+    values = [training.train_step(batch_of(2, 0))["agfd_importance"].item() for _ in range(3)]
+    assert values[0] == 0
+    assert values[1] > 0
+    assert training.module.weights["agfd_importance"] == training.module.weights["agfd"]
+    assert not [name for name in training.student.state_dict() if "leaning" in name]  # never exported
 
 
 def random_directions(width: int, seed: int = 0) -> Directions:

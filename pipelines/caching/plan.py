@@ -16,7 +16,7 @@ import torch
 from pipelines.caching.actors import decode
 from pipelines.cluster.devices import device_here
 from pipelines.reporting.words import duration_text
-from qskd.checks import check_data, check_shards, check_teacher
+from qskd.checks import check_columns, check_data, check_shards, check_teacher
 from qskd.config import Config
 from qskd.datasets.manifest import MANIFEST, Manifest, load_manifest
 from qskd.datasets.shards import ShardReader
@@ -94,6 +94,7 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
         remedy = "--set teacher.cache.path=FOLDER, best in the recipe: `qskd distill` then finds it"
         raise QskdError("teacher.cache.path", "empty", "the folder or URI the cache is to be in", remedy)
     check_teacher(config)
+    check_columns(config)
     check_data(config, ("train",))
     data, path = load_manifest(config.data.train), config.teacher.cache.path
     check_shards(config.data.train, data)

@@ -21,7 +21,7 @@ def _cell(value: float | None) -> str:
 
 
 def metrics_line(evaluation: Evaluation) -> str:
-    """The twelve; AR100 is of as many detections as were counted."""
+    """The twelve and AP90; AR100 is of as many detections as were counted."""
     named = {
         name.replace("AR100", f"AR{evaluation.max_detections}"): value for name, value in evaluation.metrics.items()
     }

@@ -14,6 +14,7 @@ from pipelines.training.notices import notices
 from qskd.checks import (
     check_cache,
     check_classes,
+    check_columns,
     check_data,
     check_decoder,
     check_enough,
@@ -137,6 +138,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
     )
     cache, missing = None, False
     if verb == "distill":
+        check_columns(config)
         path = config.teacher.cache.path
         missing = dry and bool(path) and load_cache_manifest(path) is None
         if missing:

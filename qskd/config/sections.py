@@ -40,7 +40,7 @@ class TeacherCacheConfig(Section):
     # bytes), for method qskd-tprd. It serves what reads the last one too.
     attention_layers: Literal["last", "mean", "all"] = "last"
     all_layers: bool = False  # logits and boxes of every decoder layer, for predictions.teacher_layers: same_index
-    # further columns, by name, for a method that asks for them (docs/design.md)
+    # further columns, for a method that asks for them: sides, states (docs/cache.md)
     columns: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))] = ()
     batch_size: Positive = 16  # images the teacher sees at once while the cache is made
 
@@ -113,6 +113,9 @@ class TrainingConfig(Section):
     # The learning rate of sampling offsets and reference points over that of the rest. null: the family's own: 0.1 for
     # deformable_detr (`--lr_linear_proj_mult` in its authors' main.py), 1 for all others.
     sampling_learning_rate_scale: NonNegative | None = None
+    # The learning rate of what `student.inherit` copied over that of the rest; sampling offsets have their own scale besides, and
+    # a copied backbone has its own alone. StyleKD (Xu et al., ECCV 2022) trains what it copies at 0.01.
+    inherited_learning_rate_scale: NonNegative = 1.0
     weight_decay: NonNegative = 1e-4  # of all weights that are trained, but for those of `undecayed`
     # What of the student has no weight decay. null: the family's own: norms_and_biases for rt_detr (rtdetr_r18vd_6x_coco.yml of its
     # authors) and d_fine (dfine_hgnetv2_s_coco.yml), norms for rt_detr_v2 (rtdetrv2_r18vd_120e_coco.yml), nothing for all others.

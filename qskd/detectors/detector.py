@@ -127,6 +127,7 @@ class Detector(nn.Module):
     projected backbone map, finest first. classification: the class term of its training loss. num_early: E, predictions
     before the decoder's layers. chooses_queries: queries are chosen in each image, their numbers mean nothing. mean, std: what
     the pixels that its weights know were normalised with (of values in 0..1, RGB); ImageNet's until someone who knows says so.
+    inherited: names, in `model`, of what `inherit` copied from a teacher.
     """
 
     def __init__(self, model: Any) -> None:
@@ -136,6 +137,7 @@ class Detector(nn.Module):
         self.model = model
         self.mean: Channels = IMAGENET_MEAN
         self.std: Channels = IMAGENET_STD
+        self.inherited: frozenset[str] = frozenset()
         self.family: str = config.model_type
         self._family = family = find_family(self.family, type(model).__name__)
         family.check(config)

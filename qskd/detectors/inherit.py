@@ -129,6 +129,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     slots = torch.tensor([*class_slots, *more], dtype=torch.int64)
     unknown = slots == NOBODY
     copied, left = {}, {}
+    inherited: set[str] = set()
     for part, names in _parts(mine, prefix).items():
         numbered = _NUMBERED.match(part + ".")
         source = part
@@ -159,11 +160,13 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
             values[name] = value
         else:
             copied[part] = f"{source}, channels evenly chosen" if chosen else source
+            inherited |= values.keys()
             for name, value in values.items():
                 mine[name].copy_(value)
     had = family.num_queries(teacher.model.config)
     if family.num_queries(own.config) > had and queries & copied.keys():
         family.place_queries(own, had)
+    student.inherited = frozenset(inherited)
     return Inheritance(copied, left, backbone=prefix.rstrip(".") in copied)
 
 

@@ -1,4 +1,4 @@
-"""COCO average precision: detections out of a model's output, and the standard twelve numbers by any of three programs.
+"""COCO average precision: detections out of a model's output, and the standard numbers by any of three programs.
 
 The programs (`coco_backends`) count matches; the averaging is done here, once, for all of them.
 """
@@ -23,13 +23,14 @@ from qskd.evaluation.detections import Array, Backend, Detections, GroundTruth
 
 logger = logging.getLogger(__name__)
 FASTEST_FIRST: tuple[Backend, ...] = ("hotcoco", "faster_coco_eval", "pycocotools")
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+# COCO's twelve, and AP at IoU 0.9, which tells well placed boxes from very well placed ones.
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl", "AP90")
 _SLOW_FROM_IMAGES = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class CocoResult:
-    """metrics: the twelve of `METRICS` as fractions, -1 where nothing could be measured (as pycocotools has it).
+    """metrics: those of `METRICS` as fractions, -1 where nothing could be measured (as pycocotools has it).
     per_class: AP of each category by name, in the order given. backend: the program that counted. precision: float
     [10 IoUs, 101 recalls, K categories in the order given], -1 where nothing could be measured."""
 
@@ -119,7 +120,7 @@ def evaluate_coco(
         precision, recall = np.full((10, 101, len(truth.categories), 4, 3), -1.0), np.full((10, 0, 4, 3), -1.0)
     ranks = {number: rank for rank, number in enumerate(sorted(number for number, _ in truth.categories))}
     given = precision[:, :, [ranks[number] for number, _ in truth.categories], 0, 2]
-    return CocoResult(_twelve(precision, recall), _per_class(given, truth.categories), chosen, given)
+    return CocoResult(_averages(precision, recall), _per_class(given, truth.categories), chosen, given)
 
 
 def choose_backend() -> Backend:
@@ -205,13 +206,14 @@ def _mean(values: Array) -> float:
     return float(measured.mean()) if measured.size else -1.0
 
 
-def _twelve(precision: Array, recall: Array) -> dict[str, float]:
+def _averages(precision: Array, recall: Array) -> dict[str, float]:
     """COCO's averages. IoU thresholds are 0.5, 0.55, … 0.95; areas all, small, medium, large; limits 1, 10, most."""
     values = [
         *(_mean(precision[ious, :, :, 0, 2]) for ious in (slice(None), 0, 5)),
         *(_mean(precision[:, :, :, area, 2]) for area in (1, 2, 3)),
         *(_mean(recall[:, :, 0, limit]) for limit in (0, 1, 2)),
         *(_mean(recall[:, :, area, 2]) for area in (1, 2, 3)),
+        _mean(precision[8, :, :, 0, 2]),
     ]
     return dict(zip(METRICS, values, strict=True))
 

@@ -1,4 +1,4 @@
-"""What an evaluation says beyond the twelve numbers: each class, precision against recall, the best threshold, what is taken for
+"""What an evaluation says beyond the standard numbers: each class, precision against recall, the best threshold, what is taken for
 what, and what transformers' own post-processing would give."""
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: COCO's twelve, as `CocoResult` has them. classes: the worst AP first, those without objects last. best: the
+    """metrics: COCO's twelve and AP90, as `CocoResult` has them. classes: the worst AP first, those without objects last. best: the
     threshold with the best F1 over all classes together. precision_recall: mean over the classes that have objects, by IoU
     ("0.50", "0.75", "0.50:0.95"). thresholds: "precision", "recall" and "F1" over scores. plain: None where transformers keeps
     the same pairs. max_detections: kept and counted of an image."""

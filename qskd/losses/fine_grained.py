@@ -38,11 +38,51 @@ def bins_of(sides: SideDistributions, objects_cxcywh: Tensor, about_cxcywh: Tens
     middle, size = about_cxcywh[..., :2], about_cxcywh[..., 2:]
     low, high = cxcywh_to_xyxy(objects_cxcywh).split(2, -1)
     away = torch.cat([middle - low, high - middle], -1) / (torch.cat([size, size], -1) / sides.scale + 1e-16)
-    values = sides.values.detach()
-    moved = away - 0.5 * sides.scale
+    return bins_between(sides.values.detach(), away - 0.5 * sides.scale)
+
+
+def bins_between(values: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """Of numbers of any shape, the bin to the left of each among the rising `values` [N + 1], and the share of the right one."""
     left = (torch.searchsorted(values, moved.contiguous(), right=True) - 1).clamp(0, len(values) - 2)
     share = (moved - values[left]) / (values[left + 1] - values[left])
     return left, share.clamp(0, 1)
+
+
+def moved_to(about_cxcywh: Tensor, bins: Tensor, onto_cxcywh: Tensor, onto_scale: Tensor) -> Tensor:
+    """Where each bin of one network lies, in the units of another's bins: [..., 4, N + 1].
+
+    about_cxcywh, onto_cxcywh: [..., 4], the boxes that the two networks' sides are measured from. bins: [..., N + 2], the one's
+    values and its scale, as the cache's column has them. onto_scale: the other's.
+    """
+    values, scale = bins[..., None, :-1], bins[..., None, -1:]
+    outwards = about_cxcywh.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
+    (middle, size), (own_middle, own_size) = (
+        (torch.cat([box[..., :2]] * 2, -1)[..., None], torch.cat([box[..., 2:]] * 2, -1)[..., None])
+        for box in (about_cxcywh, onto_cxcywh)
+    )
+    at = middle + outwards * (0.5 + values / scale) * size
+    return outwards * (at - own_middle) / own_size.clamp(min=1e-6) * onto_scale - 0.5 * onto_scale
+
+
+def rebinned(chances: Tensor, moved: Tensor, values: Tensor) -> Tensor:
+    """Probabilities [..., N + 1] of places `moved` [..., N + 1] -> probabilities [..., M + 1] of the rising `values` [M + 1].
+
+    Each place's mass goes to the two values that it lies between, so that the mean stays. A place beyond the first or the last
+    value goes to that one. What this takes from the mean is given back by mass moved to the end that was exceeded, so that a
+    mean within the values, which is where the box's side lies, stays as well.
+    """
+    left, share = bins_between(values, moved)
+    found = chances.new_zeros(*chances.shape[:-1], len(values))
+    found.scatter_add_(-1, left, chances * (1 - share))
+    found.scatter_add_(-1, left + 1, chances * share)
+    mean, there = (chances * moved).sum(-1, keepdim=True), (found * values).sum(-1, keepdim=True)
+    low, high = values[0], values[-1]
+    end = torch.where(mean > there, high, low)
+    part = ((mean - there) / (end - there).where(end != there, torch.ones_like(there))).clamp(0, 1)
+    found = found * (1 - part)
+    found[..., -1:] += part * (mean > there)
+    found[..., :1] += part * (mean <= there)
+    return found
 
 
 def fine_grained_terms(

@@ -18,14 +18,17 @@ SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deform
 def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
     """ "params", and "scale" of the learning rate, which is 1 in the first group; "weight_decay" where it is not the optimizer's.
 
-    The backbone, and sampling offsets and reference points, have rates of their own; norms and biases of the student may go
-    without weight decay. What only training has (projectors, a dense head) is with the rest.
+    The backbone, sampling offsets and reference points, and what a student inherited, have rates of their own; norms and biases of
+    the student may go without weight decay. What only training has (projectors, a dense head) is with the rest.
     """
     student, facts = module.student, FACTS[module.student.family]
     given = config.sampling_learning_rate_scale
     scale = facts.sampling_scale if given is None else given
+    copied = config.inherited_learning_rate_scale
     scales = {
-        id(p): scale for name, p in student.named_parameters() if any(part in name.split(".") for part in SAMPLING)
+        id(p): (scale if any(part in name.split(".") for part in SAMPLING) else 1.0)
+        * (copied if name in student.inherited else 1.0)
+        for name, p in student.model.named_parameters(remove_duplicate=False)
     }
     scales |= {id(p): config.backbone_learning_rate_scale for p in student.backbone.parameters()}
     undecayed = config.undecayed or facts.undecayed
@@ -41,5 +44,5 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
     return [
         {"params": parameters, "scale": own} | ({} if decayed else {"weight_decay": 0.0})
         for (own, decayed), parameters in groups.items()
-        if parameters
+        if parameters or (own, decayed) == (1.0, True)  # the first is there even if all was inherited
     ]

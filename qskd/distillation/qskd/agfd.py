@@ -136,14 +136,37 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             self.metrics[own] = f"metric_{own}"
             found = metric(directions[other], config.whitening, config.whitened_share)
             self.register_buffer(self.metrics[own], found)
+        self.leanings = (
+            nn.ParameterDict()
+        )  # by student map: the logarithms of what channels or directions count, but for a sum
+        for own, other in self.pairs if config.importance else ():
+            number = self.get_buffer(self.metrics[own]).shape[1] if own in self.metrics else teacher_channels[other]
+            self.leanings[str(own)] = nn.Parameter(torch.zeros(number))
 
     def _distance(self, level: int, shown: Tensor, goal: Tensor) -> Tensor:
         """[..., C], [..., C] -> [...]: mean_c of the squared difference, or sum_k of it along the directions, over C."""
-        if level not in self.metrics:
+        if level not in self.metrics and not self.leanings:
             return F.mse_loss(shown, goal, reduction="none").mean(-1)
-        with torch.autocast(shown.device.type, enabled=False):
-            along = (shown - goal) @ self.get_buffer(self.metrics[level])
-        return along.square().sum(-1) / shown.shape[-1]
+        along = shown - goal
+        if level in self.metrics:
+            with torch.autocast(shown.device.type, enabled=False):
+                along = along @ self.get_buffer(self.metrics[level])
+        errors = along.square()
+        if self.leanings:
+            errors = errors * self.importance(level)
+        return errors.sum(-1) / shown.shape[-1]
+
+    def importance(self, level: int) -> Tensor:
+        """What each channel or direction of a student map counts: [C] or [K], above 0, of mean 1."""
+        leaning = self.leanings[str(level)].float()
+        return len(leaning) * leaning.softmax(0)
+
+    def preference(self) -> LossTerm:
+        """What keeps the learned importances from one another: the sum over maps of mean -log w, 0 where all count alike. Each
+        worker's is the same."""
+        levels = [-self.importance(own).log().mean() for own, _ in self.pairs]
+        total = torch.stack(levels).sum()
+        return LossTerm(total, torch.ones_like(total))
 
     def forward(
         self,

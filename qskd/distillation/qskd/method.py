@@ -34,8 +34,8 @@ qskd's, not the paper's, and the paper's results are no claim about this model.
 
 
 class QSKD(Method):
-    """The terms "agfd", "lapd_class", "lapd_l1" and "lapd_giou". A part of weight 0 is left out whole: no terms, nothing
-    asked of the teacher, no projector."""
+    """The terms "agfd" (and "agfd_importance", where that is learned), "lapd_class", "lapd_l1" and "lapd_giou". A part of weight 0
+    is left out whole: no terms, nothing asked of the teacher, no projector."""
 
     title = "QSKD"
     citation = CITATION
@@ -58,6 +58,8 @@ class QSKD(Method):
                 student.channels, teacher.channels, features, pairs, teacher.directions
             )
             self.weights["agfd"] = features.weight
+            if features.importance:
+                self.weights["agfd_importance"] = features.weight
         if predictions.weight > 0:
             self.weights["lapd_class"] = predictions.weight * predictions.class_weight
             self.weights["lapd_l1"] = predictions.weight * predictions.l1_weight
@@ -122,6 +124,8 @@ class QSKD(Method):
                     logits, guide = logits[-1], selection[-1]
                 mask = foreground_mask(guide, teacher, logits.detach().float().amax(-1).sigmoid(), config.features)
             terms["agfd"] = self.features(student.memory, student.memory_valid, teacher, mask)
+            if config.features.importance:
+                terms["agfd_importance"] = self.features.preference()
         if config.predictions.weight > 0:
             # Of a class that the teacher knows nothing of, nothing is learnt: both sides are as sure that it isn't there.
             mine = student.logits[distilled].float().masked_fill(teacher.silent, SILENT_LOGIT)

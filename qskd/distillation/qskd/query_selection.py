@@ -37,7 +37,7 @@ class QuerySelection:
     weight: Tensor
     slot: Tensor
 
-    def __getitem__(self, layers: int | slice) -> QuerySelection:
+    def __getitem__(self, layers: int | slice | list[int]) -> QuerySelection:
         """The selection of one decoder layer, or of some."""
         return QuerySelection(**{name: value[layers] for name, value in vars(self).items()})
 
@@ -57,7 +57,8 @@ def rank_in_group(group: Tensor, score: Tensor, num_groups: int) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, place)
 
 
-def _nothing(shape: torch.Size, device: torch.device) -> QuerySelection:
+def none_selected(shape: torch.Size, device: torch.device) -> QuerySelection:
+    """As of images without objects. shape: [..., B, Q]."""
     none = torch.full(shape, -1, dtype=torch.int64, device=device)
     zeros = torch.zeros(shape, device=device)
     return QuerySelection(none, zeros - 1, none >= 0, none + 1, zeros, none)
@@ -81,7 +82,7 @@ def select_queries(
     """
     shape, slots = boxes_cxcywh.shape[:-1], targets.valid.shape[1]
     if not slots:
-        return _nothing(shape, boxes_cxcywh.device)
+        return none_selected(shape, boxes_cxcywh.device)
     # An image's queries with its own objects only, laid out as a table whose padding is below every GIoU and never wins.
     image, slot = packed_positions(targets.counts, boxes_cxcywh.device)
     queries, objects = (cxcywh_to_xyxy(boxes.float()) for boxes in (boxes_cxcywh, targets.boxes_cxcywh))

@@ -35,6 +35,7 @@ class Attention(Column):
     name = "attention"
     arrays = ("attention_queries", "attention", "attention_scale")
     compressed = ("attention",)  # it has many zeros
+    floored = True
 
     def asked(self, needs: TeacherNeeds) -> bool:
         return needs.attention

@@ -28,13 +28,15 @@ TINY = 1e-20
 class Column(ABC):
     """arrays: its Parquet columns, in the order in which a row has them. compressed: those that a compressor makes smaller.
 
-    optional: kept only where `teacher.cache.columns` names it; its `name` is what a method's needs say.
+    optional: kept only where `teacher.cache.columns` names it; its `name` is what a method's needs say. floored: kept of the
+    queries that `teacher.cache.attention_giou_floor` lets in.
     """
 
     name: ClassVar[str]
     arrays: ClassVar[tuple[str, ...]]
     compressed: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[bool] = False
+    floored: ClassVar[bool] = False
 
     @abstractmethod
     def asked(self, needs: TeacherNeeds) -> bool:
@@ -43,6 +45,9 @@ class Column(ABC):
     def taken(self, output: DetectorOutput) -> dict[str, Tensor]:
         """What of a detector's output goes to `TeacherRecord.extra` for it; the fields of a record are filled elsewhere."""
         return {}
+
+    def check_teacher(self, family: str) -> None:  # noqa: B027
+        """QskdError where no teacher of this family can give it."""
 
     @abstractmethod
     def formats(self, precision: str) -> Mapping[str, str]:

@@ -17,6 +17,8 @@ from qskd.teacher.columns.attention import Attention
 from qskd.teacher.columns.column import Column, floats_of, host
 from qskd.teacher.columns.memory import Grid, Memory
 from qskd.teacher.columns.predictions import Predictions
+from qskd.teacher.columns.sides import Sides
+from qskd.teacher.columns.states import States
 from qskd.teacher.manifest import CacheSizes
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from qskd.structures import TeacherNeeds, TeacherRecord
 
-COLUMNS: tuple[Column, ...] = (Predictions(), Grid(), Memory(), Attention())
+COLUMNS: tuple[Column, ...] = (Predictions(), Grid(), Memory(), Attention(), Sides(), States())
 PRECISIONS = ("int8", "float16", "float32")
 ARRAYS = tuple(name for column in COLUMNS for name in column.arrays)
 ALWAYS = tuple(name for column in COLUMNS if not column.optional for name in column.arrays)
