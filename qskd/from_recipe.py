@@ -30,7 +30,7 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
         return make_teacher(config, labels)
     manifest, needs = TeacherCacheReader(path).manifest, teacher_needs(config.distillation)
     directions = load_directions(path, manifest) if needs is not None and needs.directions else None
-    return CachedTeacher(manifest.sizes, directions or ())
+    return CachedTeacher(manifest.sizes, directions or (), config.data.views.min_visible)
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

@@ -260,7 +260,7 @@ def shapes_recipe(shapes: str, **views: Any) -> Config:
 
 
 def test_the_package_s_teacher_derives_predictions_but_not_memory(shapes: str) -> None:
-    from pipelines.caching.looks import allowed, verify_derived
+    from pipelines.caching.derived import allowed, verify_derived
 
     config = shapes_recipe(shapes, derived="flip")
     found = verify_derived(config, 48)
@@ -374,7 +374,7 @@ def test_agreement_is_whole_with_itself_and_names_each_way_to_differ() -> None:
     ],
 )
 def test_the_recipe_takes_what_the_agreement_allows(changes: dict[str, float], overrides: list[str], said: str) -> None:
-    from pipelines.caching.looks import allowed
+    from pipelines.caching.derived import allowed
 
     fine = {"objects": 9.0, "iou_real": 0.8, "iou_derived": 0.8, "confidence_real": 0.7, "confidence_derived": 0.7}
     try:

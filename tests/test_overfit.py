@@ -81,9 +81,13 @@ def test_a_student_with_random_weights_learns_two_photographs_by_heart(family: s
 
 
 @needs_sample
-def test_a_student_that_learned_nothing_fails_the_proof(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--family", "deformable_detr", "--steps", "1", "--count", "1"]) == 1
+def test_a_student_that_learned_nothing_fails_the_proof_and_is_kept_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "student"
+    assert main(["--family", "deformable_detr", "--steps", "1", "--count", "1", "--out", str(kept)]) == 1
     assert "FAILED: AP50" in capsys.readouterr().out
+    assert (kept / "model.safetensors").is_file()
 
 
 def test_missing_annotations_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,4 +218,5 @@ def teacher_needs(settings: MethodSettings) -> TeacherNeeds | None:
 
 def last_layer(teacher: TeacherRecord) -> TeacherRecord:
     """The record with the last decoder layer's predictions alone: it may hold more than a method reads."""
-    return replace(teacher, logits=teacher.logits[-1:], boxes_cxcywh=teacher.boxes_cxcywh[-1:])
+    absent = None if teacher.absent is None else teacher.absent[-1:]
+    return replace(teacher, logits=teacher.logits[-1:], boxes_cxcywh=teacher.boxes_cxcywh[-1:], absent=absent)

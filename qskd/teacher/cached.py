@@ -11,6 +11,7 @@ from qskd.datasets.batch import TrainBatch
 from qskd.distillation.method import Facts, Online
 from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import blank_extra, decode_batch
+from qskd.teacher.crops import cropped
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 class CachedTeacher:
     """Stands for a teacher whose outputs come with every batch; knows only what its cache's manifest says."""
 
-    def __init__(self, sizes: CacheSizes, directions: tuple[Directions, ...] = ()) -> None:
-        self.sizes, self.directions = sizes, directions
+    def __init__(self, sizes: CacheSizes, directions: tuple[Directions, ...] = (), min_visible: float = 0.0) -> None:
+        """min_visible: of a query's box in a derived crop, or it is dropped."""
+        self.sizes, self.directions, self.min_visible = sizes, directions, min_visible
 
     resize: ResizeConfig | None = None  # it wants no pixels
 
@@ -36,7 +38,8 @@ class CachedTeacher:
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """What came with the batch."""
         if batch.cached:
-            return decode_batch(batch.cached)
+            said, crops_xyxy = decode_batch(batch.cached), batch.cached.get("teacher_crops_xyxy")
+            return said if crops_xyxy is None else cropped(said, crops_xyxy, self.min_visible)
         return self.blank(len(batch.images), batch.images.device, needs)
 
     def online(self, batch: TrainBatch) -> Online | None:

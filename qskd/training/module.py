@@ -113,7 +113,8 @@ class StepModule(nn.Module):
             terms |= self.denoising.nothing(denoising_weights(self.config.detection, output.sides is not None))
         terms |= dense
         if self.method is not None and teacher is not None:
-            lesson = Lesson(output, teacher, targets, assignments[0][early:], assignments[-1], online)
+            theirs = teacher.matched(assignments[-1])
+            lesson = Lesson(output, teacher, targets, assignments[0][early:], theirs, online)
             terms |= self.method(lesson)
         return terms
 
