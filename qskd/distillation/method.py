@@ -47,11 +47,18 @@ class Facts:
 
 @dataclass(frozen=True)
 class Online:
-    """The teacher itself, and the pixels of this batch as it wants them (`OnlineTeacher.forward`)."""
+    """The teacher itself, and the pixels of this batch as it wants them (`OnlineTeacher.forward`). least: height and width
+    that each image has at least, where the host knows them: a device is then spared a question."""
 
     teacher: OnlineTeacher
     images: Tensor
     sizes: Tensor
+    least: tuple[int, int] | None = None
+
+    def ask(self, needs: TeacherNeeds, choose: Callable[[TeacherRecord], Tensor] | None = None) -> TeacherRecord:
+        """The teacher's record of this batch. choose: the queries whose attention is wanted, as of `OnlineTeacher.forward`."""
+        record: TeacherRecord = self.teacher(self.images, self.sizes, needs, choose, self.least)
+        return record
 
 
 @dataclass(frozen=True)
