@@ -370,6 +370,13 @@ def test_agreement_is_whole_with_itself_and_names_each_way_to_differ() -> None:
             "distillation.features.weight: derived memory leaves 0.90",
         ),
         ({"memory_unexplained": 0.9}, ["data.views.derived=flip", "distillation.features.weight=0"], "allowed: data"),
+        ({"memory_unexplained": 0.9}, ["data.views.derived=flip", "distillation.features.derived_weight=0"], "allowed"),
+        ({"memory_unexplained": 0.9}, ["distillation.method=mimic"], "not allowed with mimic: .*derived=none"),
+        (
+            {"memory_unexplained": 0.9},
+            ["data.views.derived=flip", "distillation.method=mimic"],
+            "data.views.derived: derived memory leaves 0.90",
+        ),
         ({"objects": 0.0}, [], "--verify-derived: no object"),
     ],
 )

@@ -74,8 +74,9 @@ def test_the_eight_images_are_greyscale_and_colour_portrait_and_landscape_with_g
 @needs_sample
 @pytest.mark.parametrize(("family", "steps"), [("conditional_detr", 200), ("deformable_detr", 80)])
 def test_a_student_with_random_weights_learns_two_photographs_by_heart(family: str, steps: int, tmp_path: Path) -> None:
+    """Without dropout, which such few steps don't forgive: AP50 0.85 (`python -m benchmarks.overfit` has it, and 400 steps)."""
     shards = make_shards(ANNOTATIONS, IMAGES, tmp_path, 2)
-    proof = overfit(make_config(shards, family, steps), tmp_path / "student")
+    proof = overfit(make_config(shards, family, steps, ["student.dropout=0"]), tmp_path / "student")
     assert not proof.complaint
     assert proof.steps == steps
 

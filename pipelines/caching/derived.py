@@ -33,6 +33,7 @@ from qskd.teacher.positives import Agreement, mirrored_arrays
 PREDICTIONS_MARGIN = 0.05
 # The package's teacher has 0.51 for flips (0.42 to 0.55 on few images), which a training forgives; of more nothing is known.
 MEMORY_MARGIN = 0.7
+NO_VIEWS = "data.views.derived=none, with data.views.count for more views"
 COLUMNS = ("image_id", *ALWAYS)
 CROP = "crop_"  # before the names of what is measured of crops
 
@@ -125,7 +126,7 @@ def _allowed(config: Config, found: Mapping[str, float], choice: str, asked: boo
     memory, needs = found.get("memory_unexplained", 0.0), teacher_needs(config.distillation)
     if apart:
         said = f"{of}derived positives differ from real ones by {', '.join(apart)} (allowed: {PREDICTIONS_MARGIN:g})"
-        remedy = "data.views.derived=none, with data.views.count for more views"
+        remedy = NO_VIEWS
         if crops:
             remedy = "data.views.derived=flip; or raise data.views.crop_min_scale"
         if asked:
@@ -139,6 +140,12 @@ def _allowed(config: Config, found: Mapping[str, float], choice: str, asked: boo
             f"{of}derived memory leaves {memory:.2f} of the real one's variance in objects unexplained "
             f"(allowed: {MEMORY_MARGIN:g})"
         )
+        if not hasattr(
+            config.distillation, "features"
+        ):  # a method that has nothing but features to teach, or another's
+            if asked:
+                raise QskdError("data.views.derived", said, f"none, with {config.distillation.method}", NO_VIEWS)
+            return f"not allowed with {config.distillation.method}: {said}. Keep {NO_VIEWS}"
         remedy = (
             f"data.views.derived={choice} with distillation.features.derived_weight=0: features of real views alone, "
             "predictions of all; or with distillation.features.weight=0: predictions alone"
