@@ -294,6 +294,7 @@ def test_a_teacher_that_crops_ruin_is_told_with_both_numbers_and_the_field(shape
     assert not large.ruined
     assert "data.views" not in large.describe(views)
     assert look()[1] is None
+    assert look(crop_probability=1.0, derived="flip_and_crop")[1] is None  # whole images are cached, it sees no crop
 
 
 def test_a_look_at_crops_stops_no_job(shapes: str, tmp_path: Path) -> None:
