@@ -35,6 +35,8 @@ from qskd.errors import QskdError
 from qskd.from_recipe import ground_truth, make_student, make_teacher
 from qskd.training.step import Training
 
+# The same for every family, whatever its own training has: pairs are compared with pairs.
+ALIKE = ("student.dropout=0", "training.sampling_learning_rate_scale=1", "training.undecayed=nothing")
 PAIRED = ("conditional_detr", "deformable_detr", "rt_detr", "d_fine")
 TERMS = ("agfd", "lapd", "detection")
 TEACHER = ("student.decoder_layers=2", "training.warmup_steps=20", "training.step_at=1")
@@ -95,14 +97,16 @@ def run(
     """steps: of each teacher, of each student. Prints the table; the number of pairs in which something did not fall."""
     shards, failures = make_shards(given.annotations, given.images, folder, 8), 0
     for teacher in teachers:
-        own = make_config(shards, teacher, steps[0], [*TEACHER, levels(teacher)])
+        own = make_config(shards, teacher, steps[0], [*TEACHER, *ALIKE, levels(teacher)])
         said = curves(own, "train", folder / teacher)["detection"]
         print(
             f"{teacher} learned the images: detection loss {fmean(said[:3]):.2f} → {fmean(said[-3:]):.2f}", flush=True
         )
     print(f"\n| student | teacher | {' | '.join(TERMS)} |\n| --- | --- |{' ---: |' * len(TERMS)}")
     for student, teacher in itertools.product(students, teachers):
-        own = make_config(shards, student, steps[1], [*STUDENT, levels(student), f"teacher.path={folder / teacher}"])
+        own = make_config(
+            shards, student, steps[1], [*STUDENT, *ALIKE, levels(student), f"teacher.path={folder / teacher}"]
+        )
         found = curves(own, "distill")
         cells = (f"{fmean(values[:3]):.2f} → {fmean(values[-3:]):.2f}" for values in found.values())
         failed = complaint(found)

@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, default=SAMPLE / "train2017", help="folder of pictures")
     parser.add_argument("--annotations", type=Path, default=SAMPLE / "annotations" / "instances_train2017.json")
     parser.add_argument("--count", type=int, default=8, help="how many images to learn")
+    parser.add_argument("--out", type=Path, help="folder to keep the student in, for `qskd export` and the like")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="set a field of the recipe")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -183,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             truth = ground_truth(shards)
             categories = len(set(truth.category_ids.tolist()))
             print(f"images {truth.image_ids.tolist()}: {len(truth.category_ids)} objects of {categories} categories")
-            proof = overfit(make_config(shards, given.family, given.steps, given.set), Path(scratch) / "student")
+            proof = overfit(
+                make_config(shards, given.family, given.steps, given.set), given.out or Path(scratch) / "student"
+            )
         except QskdError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

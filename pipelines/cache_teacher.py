@@ -25,7 +25,7 @@ def command(
         typer.Option(
             "--verify-derived",
             min=0,
-            help="Ask the teacher about this many images and their mirror images; caches nothing.",
+            help="Ask the teacher about this many images, their mirror images and (if the recipe crops) crops; caches nothing.",
         ),
     ] = 0,
     dry_run: Annotated[
@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Run the teacher once over the data and keep its outputs, for every `qskd distill` of the same recipe."""
     check_all_fields(all_fields=all_fields, dry_run=dry_run)
-    from pipelines.caching import driver, looks, verify
+    from pipelines.caching import derived, driver, verify
     from pipelines.run.logs import tell
     from qskd.config.recipe import load, shown_fields
 
@@ -47,8 +47,8 @@ def command(
         print(*(f"{name:<28} {value:.3g}" for name, value in errors.items()), sep="\n")
         verify.complain(config, errors)
     elif check_derived:
-        found = looks.verify_derived(config, check_derived)
-        print(*(f"{name:<28} {value:.3g}" for name, value in found.items()), looks.allowed(config, found), sep="\n")
+        found = derived.verify_derived(config, check_derived)
+        print(*(f"{name:<28} {value:.3g}" for name, value in found.items()), derived.allowed(config, found), sep="\n")
     else:
         driver.run(config, overwrite)
 

@@ -207,6 +207,14 @@ def check_enough(config: Config) -> None:
             "columns that say what they are in a mirrored view (`mirrored` in qskd/teacher/columns/column.py)",
             "--set data.views.derived=none, with data.views.count for more views; or give the column a `mirrored`",
         )
+    further = sorted(column.name for column in COLUMNS if column.asked(needs) and column.optional)
+    if config.data.views.derived == "flip_and_crop" and further:
+        raise QskdError(
+            "data.views.derived",
+            f"flip_and_crop, and the column {', '.join(further)} of the cache, which can't be cropped",
+            "flip, or a method that reads predictions, memory and attention alone",
+            "--set data.views.derived=flip",
+        )
     if needs.all_layers and not cache.all_layers:
         raise refused(
             "all_layers",

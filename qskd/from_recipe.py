@@ -32,7 +32,7 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     manifest, needs = TeacherCacheReader(path).manifest, teacher_needs(config.distillation)
     directions = load_directions(path, manifest) if needs is not None and needs.directions else None
     decoder = load_decoder(config, labels, manifest) if needs is not None and needs.decoder else None
-    return CachedTeacher(manifest.sizes, directions or (), decoder)
+    return CachedTeacher(manifest.sizes, directions or (), decoder, config.data.views.min_visible)
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

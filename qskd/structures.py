@@ -184,6 +184,10 @@ class TeacherRecord:
         added to a query of the n-th layer before the last: what reads the last layer alone passes by what is past Q.
     attention: [B, A, H, W] for each memory map; a query sums to 1 over all maps.
     extra: what further columns hold, by their names (`qskd.teacher.columns`), [B, ...] each.
+    derived: [B] bool, whether it was said of another view of the image, and made into one of this (`data.views.derived`); None
+        where nothing was.
+    absent: [L', B, Q] bool, queries that a derived crop has dropped: they say `SILENT_LOGIT` of every class, and are of no object;
+        None where nothing was cropped.
     """
 
     logits: Tensor
@@ -193,11 +197,19 @@ class TeacherRecord:
     attention_queries: Tensor | None = None
     attention: tuple[Tensor, ...] = ()
     extra: dict[str, Tensor] = field(default_factory=dict)
+    derived: Tensor | None = None
+    absent: Tensor | None = None
 
     @property
     def silent(self) -> Tensor:
         """[K] bool: the classes that the teacher says nothing of, and teaches nothing of."""
         return (self.logits <= SILENT_LOGIT / 2).flatten(0, -2).all(0)
+
+    def matched(self, assignment: Tensor) -> Tensor:
+        """[L', B, M], the query of each object -> the same, -1 for those that only an absent query was left for."""
+        if self.absent is None:
+            return assignment
+        return assignment.masked_fill(self.absent.gather(2, assignment.clamp(min=0)), -1)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,13 @@ def test_what_does_not_decide_the_outputs_makes_no_other_cache(work: Path, overr
     check_identity(manifest_of(config(work)), identity(config(work, override)), "here")
 
 
+def test_derived_crops_read_a_cache_of_whole_images_whatever_the_crops_are(work: Path) -> None:
+    crops = ["data.views.crop_probability=0.9", "data.views.crop_min_scale=0.7", "data.views.min_visible=0.5"]
+    derived = identity(config(work, "data.views.derived=flip_and_crop", *crops))
+    assert derived == identity(config(work))
+    assert derived != identity(config(work, "data.views.derived=flip", *crops))
+
+
 def test_other_weights_of_the_same_architecture_are_another_teacher(work: Path, tmp_path: Path) -> None:
     other = random_teacher("conditional", LABELS, LABELS, seed=8)
     save_detector(other.detector, tmp_path / "teacher", other.preprocessing.resize)

@@ -260,7 +260,7 @@ def shapes_recipe(shapes: str, **views: Any) -> Config:
 
 
 def test_the_package_s_teacher_derives_predictions_but_not_memory(shapes: str) -> None:
-    from pipelines.caching.looks import allowed, verify_derived
+    from pipelines.caching.derived import allowed, verify_derived
 
     config = shapes_recipe(shapes, derived="flip")
     found = verify_derived(config, 48)
@@ -294,6 +294,7 @@ def test_a_teacher_that_crops_ruin_is_told_with_both_numbers_and_the_field(shape
     assert not large.ruined
     assert "data.views" not in large.describe(views)
     assert look()[1] is None
+    assert look(crop_probability=1.0, derived="flip_and_crop")[1] is None  # whole images are cached, it sees no crop
 
 
 def test_a_look_at_crops_stops_no_job(shapes: str, tmp_path: Path) -> None:
@@ -370,11 +371,18 @@ def test_agreement_is_whole_with_itself_and_names_each_way_to_differ() -> None:
             "distillation.features.weight: derived memory leaves 0.90",
         ),
         ({"memory_unexplained": 0.9}, ["data.views.derived=flip", "distillation.features.weight=0"], "allowed: data"),
+        ({"memory_unexplained": 0.9}, ["data.views.derived=flip", "distillation.features.derived_weight=0"], "allowed"),
+        ({"memory_unexplained": 0.9}, ["distillation.method=mimic"], "not allowed with mimic: .*derived=none"),
+        (
+            {"memory_unexplained": 0.9},
+            ["data.views.derived=flip", "distillation.method=mimic"],
+            "data.views.derived: derived memory leaves 0.90",
+        ),
         ({"objects": 0.0}, [], "--verify-derived: no object"),
     ],
 )
 def test_the_recipe_takes_what_the_agreement_allows(changes: dict[str, float], overrides: list[str], said: str) -> None:
-    from pipelines.caching.looks import allowed
+    from pipelines.caching.derived import allowed
 
     fine = {"objects": 9.0, "iou_real": 0.8, "iou_derived": 0.8, "confidence_real": 0.7, "confidence_derived": 0.7}
     try:

@@ -233,7 +233,7 @@ def test_a_method_that_asks_the_teacher_itself_gets_it_and_no_cache(tmp_path: Pa
         "    @classmethod\n"
         "    def needs_of(cls, settings):\n        return TeacherNeeds(online=True)\n"
         "    def forward(self, lesson):\n"
-        "        said = lesson.online.teacher(lesson.online.images, lesson.online.sizes, TeacherNeeds(all_layers=True))\n"
+        "        said = lesson.online.ask(TeacherNeeds(all_layers=True))\n"
         "        assert len(said.logits) == 3\n"
         "        return {'asked': LossTerm(lesson.student.logits.float().mean() * 0, torch.ones(()))}\n"
     )

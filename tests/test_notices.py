@@ -25,6 +25,7 @@ LEVELS = "student.feature_levels=3"
         (["data.views.derived=flip"], 50.0, []),
         (["data.views.derived=flip", "data.views.crop_probability=1"], 50.0, ["each image is cropped in one way"]),
         (["data.views.derived=flip", "data.views.flip_probability=1"], 50.0, ["each image is flipped in one way"]),
+        (["data.views.derived=flip_and_crop", "data.views.crop_probability=1"], 50.0, []),
         (["data.views.count=4"], 50.0, []),
         (["data.views.flip_probability=0"], 50.0, []),
         ([], 2.0, []),

@@ -74,16 +74,21 @@ def test_the_eight_images_are_greyscale_and_colour_portrait_and_landscape_with_g
 @needs_sample
 @pytest.mark.parametrize(("family", "steps"), [("conditional_detr", 200), ("deformable_detr", 80)])
 def test_a_student_with_random_weights_learns_two_photographs_by_heart(family: str, steps: int, tmp_path: Path) -> None:
+    """Without dropout, which such few steps don't forgive: AP50 0.85 (`python -m benchmarks.overfit` has it, and 400 steps)."""
     shards = make_shards(ANNOTATIONS, IMAGES, tmp_path, 2)
-    proof = overfit(make_config(shards, family, steps), tmp_path / "student")
+    proof = overfit(make_config(shards, family, steps, ["student.dropout=0"]), tmp_path / "student")
     assert not proof.complaint
     assert proof.steps == steps
 
 
 @needs_sample
-def test_a_student_that_learned_nothing_fails_the_proof(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--family", "deformable_detr", "--steps", "1", "--count", "1"]) == 1
+def test_a_student_that_learned_nothing_fails_the_proof_and_is_kept_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "student"
+    assert main(["--family", "deformable_detr", "--steps", "1", "--count", "1", "--out", str(kept)]) == 1
     assert "FAILED: AP50" in capsys.readouterr().out
+    assert (kept / "model.safetensors").is_file()
 
 
 def test_missing_annotations_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

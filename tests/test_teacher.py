@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import LABELS, TEACHER_LABELS, arrays, random_teacher
 from torch import Tensor, nn
 
+from qskd.datasets.batch import train_batch
 from qskd.datasets.classes import map_classes
 from qskd.detectors import to_pixels
 from qskd.errors import QskdError
-from qskd.structures import TeacherNeeds
+from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.online import OnlineTeacher
 
 EVERYTHING = TeacherNeeds(memory=True, attention=True, all_layers=True, attention_giou_floor=-1.0)
@@ -68,6 +71,24 @@ def test_it_gives_what_was_asked_and_no_more(teacher: OnlineTeacher) -> None:
         (2, channels, *valid.shape[1:])
         for channels, valid in zip(teacher.facts.channels, record.memory_valid, strict=True)
     ]
+
+
+def test_a_method_s_questions_spare_the_device_what_the_host_knows(teacher: OnlineTeacher) -> None:
+    """The sizes that the loader knows go along, as with the teacher's own record of the batch."""
+
+    class Listening(OnlineTeacher):
+        def forward(self, *given: Any, **named: Any) -> TeacherRecord:
+            heard.append(named.get("least", given[4] if len(given) > 4 else None))
+            return super().forward(*given, **named)
+
+    heard: list[Any] = []
+    slots = tuple(teacher.get_buffer("class_slots").tolist())
+    listening, batch = Listening(teacher.detector, slots, teacher.preprocessing), train_batch(arrays([2, 1]))
+    asked, own = listening.online(batch).ask(EVERYTHING), listening.record(batch, EVERYTHING)
+    assert heard == [batch.teacher_least] * 2
+    assert batch.teacher_least is not None
+    torch.testing.assert_close(asked.logits, own.logits)
+    torch.testing.assert_close(asked.attention, own.attention)
 
 
 def test_all_layers_end_with_the_last_one(teacher: OnlineTeacher) -> None:

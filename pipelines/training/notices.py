@@ -17,8 +17,12 @@ def notices(config: Config, epochs: float) -> list[str]:
     found = []
     views, family = config.data.views, family_of(config.student)
     facts = FACTS[family]
-    fresh_flips = views.derived == "flip" and 0 < views.flip_probability < 1
-    shares = {"flipped": 0.0 if fresh_flips else views.flip_probability, "cropped": views.crop_probability}
+    fresh_flips = views.derived != "none" and 0 < views.flip_probability < 1
+    fresh_crops = views.derived == "flip_and_crop"
+    shares = {
+        "flipped": 0.0 if fresh_flips else views.flip_probability,
+        "cropped": 0.0 if fresh_crops else views.crop_probability,
+    }
     if views.count == 1 and epochs > FEW_EPOCHS and any(shares.values()):
         how = " and ".join(said for said, share in shares.items() if share)
         price = "in a cache N times as large" if config.teacher.cache.path else "at no cost, since nothing is cached"

@@ -33,8 +33,9 @@ class ViewConfig(Section):
     count: Positive = 1  # different views of an image; every one in an epoch is number epoch % count
     # flip: each epoch draws anew whether its view is mirrored, from seed, image id and epoch. A cache of `count` views serves:
     # what the teacher said of a view is mirrored with it (`qskd cache --verify-derived` says how well that agrees with the
-    # teacher). Without a cache the teacher sees what the student sees.
-    derived: Literal["none", "flip"] = "none"
+    # teacher). flip_and_crop: its crop too; cached are whole images then, and what the teacher said of one is cropped. Without a
+    # cache the teacher sees what the student sees.
+    derived: Literal["none", "flip", "flip_and_crop"] = "none"
     seed: int = 0  # with the image's id and the view's number, it decides the view
     flip_probability: Fraction = 0.5  # of a view that is mirrored left and right
     crop_probability: Fraction = 0.0  # of a view that is a crop

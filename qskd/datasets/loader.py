@@ -17,7 +17,7 @@ from qskd.datasets.pictures.joining import joined, pad
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
-from qskd.datasets.views import View, is_mirrored, make_view, source_view, view_boxes, viewed_size
+from qskd.datasets.views import View, derived_crop, is_mirrored, make_view, source_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
 from qskd.storage.spool import RowGroupSpool
@@ -154,8 +154,10 @@ class BatchLoader:
         first counts: int32 [n]. Crowds are no targets. image_ids: int64 [n]. views: int32 [n]. positions: int32 [n, 2],
         (shard, row). original_sizes: int32 [n, 2], (height, width) of the file's image. With another teacher_resize,
         teacher_images and teacher_sizes are the same views at the teacher's size; with a cache, "train" has its rows, as
-        its `collate` gives them. "val" is always the identity view. Not finished: pixels uint8 [bytes] and, in place of images
-        and sizes, cuts [n, 11] (`qskd.datasets.pictures.cuts`).
+        its `collate` gives them, and with derived views teacher_derived: bool [n], whether a row is of another view, mirrored
+        or still to be cropped, and with derived crops teacher_crops_xyxy: float32 [n, 4] (`derived_crop`). "val" is always the
+        identity view. Not finished: pixels uint8 [bytes] and, in place of images and sizes, cuts [n, 11]
+        (`qskd.datasets.pictures.cuts`).
 
         Raises QskdError naming shard and image id when a shard, a picture or the cache is broken.
         """
@@ -181,8 +183,19 @@ class BatchLoader:
         batch |= self._pixels(examples)
         if self._cache is not None and subset == "train":
             said = self._rows_beside(self._cache, wanted, [example.image_id for example in examples])
-            batch |= self._cache.collate(said)
+            batch |= self._cache.collate(said) | self._derivations(rows[:, 2], batch["image_ids"])
         return batch
+
+    def _derivations(self, views: NDArray[np.integer[Any]], image_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """What remains to be done to the cache's rows, which are mirrored already, and to which of them anything was done."""
+        if self._views.derived == "none":
+            return {}
+        places = list(zip(image_ids.tolist(), views.tolist(), strict=True))
+        crops = np.array([derived_crop(self._views, *place) for place in places], np.float32).reshape(-1, 4)
+        whole = np.array(View.IDENTITY.crop_xyxy, np.float32)
+        mirrored = np.array([is_mirrored(self._views, *place) for place in places], bool)
+        found = {"teacher_derived": mirrored | (crops != whole).any(1)}
+        return found | ({"teacher_crops_xyxy": crops} if self._views.derived == "flip_and_crop" else {})
 
     def _pixels(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
         prefixes = ("", "teacher_")[: len(self._resizes)]

@@ -52,14 +52,15 @@ def make_view(policy: ViewConfig, image_id: int, index: int) -> View:
     """The view number `index` of an image; depends on the arguments only. Index 0 may already be flipped or cropped.
 
     Each decision has its own random number, so changing the crop policy moves no flip and the other way round. With derived
-    flips, numbers from `policy.count` up have the crop of the view that they are derived from (`source_view`).
+    flips, numbers from `policy.count` up have the crop of the view that they are derived from (`source_view`); with derived crops
+    one of their own, and those below show the whole image.
     """
-    source = source_view(policy, index)
-    flip_draw, crop_draw, width_draw, height_draw, x_draw, y_draw = _uniforms(policy.seed, image_id, source)[:6]
-    if source != index:
-        flip_draw = _uniforms(policy.seed, image_id, index)[0]
+    source, crops_too = source_view(policy, index), policy.derived == "flip_and_crop"
+    flip_draw = _uniforms(policy.seed, image_id, index)[0]
+    crop_draws = _uniforms(policy.seed, image_id, index if crops_too else source)[1:6]
+    crop_draw, width_draw, height_draw, x_draw, y_draw = crop_draws
     crop = View.IDENTITY.crop_xyxy
-    if crop_draw < policy.crop_probability:
+    if crop_draw < policy.crop_probability and not (crops_too and source == index):
         width = policy.crop_min_scale + (1 - policy.crop_min_scale) * width_draw
         height = policy.crop_min_scale + (1 - policy.crop_min_scale) * height_draw
         left, top = (1 - width) * x_draw, (1 - height) * y_draw
@@ -76,6 +77,16 @@ def is_mirrored(policy: ViewConfig, image_id: int, index: int) -> bool:
     """Whether view number `index` is the mirror image of the one that it is derived from."""
     source = source_view(policy, index)
     return source != index and make_view(policy, image_id, index).flip != make_view(policy, image_id, source).flip
+
+
+def derived_crop(policy: ViewConfig, image_id: int, index: int) -> tuple[float, float, float, float]:
+    """left, top, right, bottom (0..1) of what view number `index` shows of the one that it is derived from, after that is mirrored
+    where `is_mirrored`; 0, 0, 1, 1 where it shows all of it."""
+    if policy.derived != "flip_and_crop":
+        return View.IDENTITY.crop_xyxy
+    view = make_view(policy, image_id, index)
+    left, top, right, bottom = view.crop_xyxy
+    return (1 - right, top, 1 - left, bottom) if view.flip else view.crop_xyxy
 
 
 def resized_size(height: int, width: int, resize: ResizeConfig) -> tuple[int, int]:

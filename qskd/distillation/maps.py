@@ -23,24 +23,28 @@ def _extent(valid: Tensor) -> Tensor:
     return torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], dim=-1).clamp(min=1).float()
 
 
-def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor) -> Tensor:
+def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor, region_xyxy: Tensor | None = None) -> Tensor:
     """Bring a map [B, C, H, W] to another grid, valid region onto valid region: -> [B, C, H', W'] float32.
 
     valid: [B, H, W]; onto_valid: [B, H', W']; both True in a rectangle at the top left (what is left is padding).
     Positions outside `onto_valid` repeat the border. Bilinear; where the new grid is less than half as fine, the mean
     of several samples a cell, so that a narrow peak is not stepped over. An image whose regions agree keeps its very
-    values.
+    values. region_xyxy: [B, 4], left, top, right, bottom (0..1) of the valid region: this part of it instead of the whole.
     """
     map_, (height, width) = map_.float(), onto_valid.shape[1:]
     alike = map_.shape[-2:] == onto_valid.shape[-2:]
-    if alike and valid.device.type == "cpu" and torch.equal(valid, onto_valid):
+    if alike and region_xyxy is None and valid.device.type == "cpu" and torch.equal(valid, onto_valid):
         return map_  # asking a GPU would mean waiting for it
     dense = max(1, math.ceil(max(map_.shape[-2] / height, map_.shape[-1] / width) / 2))
     source, target = _extent(valid), _extent(onto_valid)
     axes = []
     for axis, (cells, whole) in enumerate(((width, map_.shape[-1]), (height, map_.shape[-2]))):
         centre = (torch.arange(cells * dense, device=map_.device) + 0.5) / dense  # in target cells
-        at = centre / target[:, axis, None] * source[:, axis, None]  # [B, cells] in source cells
+        share = centre / target[:, axis, None]  # [B, cells] of the region
+        if region_xyxy is not None:
+            low, high = region_xyxy[:, axis, None], region_xyxy[:, axis + 2, None]
+            share = low + share * (high - low)
+        at = share * source[:, axis, None]  # in source cells
         at = torch.minimum(
             at.clamp(min=0.5), source[:, axis, None] - 0.5
         )  # no reading across the valid region's border
@@ -52,8 +56,15 @@ def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor) -> Tensor:
         moved = F.avg_pool2d(moved, dense)
     if alike:
         same = (valid == onto_valid).flatten(1).all(1)
+        if region_xyxy is not None:
+            same = same & whole_region(region_xyxy)
         moved = torch.where(same[:, None, None, None], map_, moved)
     return moved
+
+
+def whole_region(region_xyxy: Tensor) -> Tensor:
+    """[B, 4] -> [B] bool: whether it is all of the image."""
+    return ((region_xyxy[:, :2] == 0) & (region_xyxy[:, 2:] == 1)).all(1)
 
 
 def pair_levels(student_cells: Sequence[float], teacher_cells: Sequence[float]) -> list[tuple[int, int]]:

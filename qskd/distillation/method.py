@@ -52,11 +52,18 @@ class Facts:
 
 @dataclass(frozen=True)
 class Online:
-    """The teacher itself, and the pixels of this batch as it wants them (`OnlineTeacher.forward`)."""
+    """The teacher itself, and the pixels of this batch as it wants them (`OnlineTeacher.forward`). least: height and width
+    that each image has at least, where the host knows them: a device is then spared a question."""
 
     teacher: OnlineTeacher
     images: Tensor
     sizes: Tensor
+    least: tuple[int, int] | None = None
+
+    def ask(self, needs: TeacherNeeds, choose: Callable[[TeacherRecord], Tensor] | None = None) -> TeacherRecord:
+        """The teacher's record of this batch. choose: the queries whose attention is wanted, as of `OnlineTeacher.forward`."""
+        record: TeacherRecord = self.teacher(self.images, self.sizes, needs, choose, self.least)
+        return record
 
 
 @dataclass(frozen=True)
@@ -226,4 +233,5 @@ def teacher_needs(settings: MethodSettings) -> TeacherNeeds | None:
 
 def last_layer(teacher: TeacherRecord) -> TeacherRecord:
     """The record with the last decoder layer's predictions alone: it may hold more than a method reads."""
-    return replace(teacher, logits=teacher.logits[-1:], boxes_cxcywh=teacher.boxes_cxcywh[-1:])
+    absent = None if teacher.absent is None else teacher.absent[-1:]
+    return replace(teacher, logits=teacher.logits[-1:], boxes_cxcywh=teacher.boxes_cxcywh[-1:], absent=absent)

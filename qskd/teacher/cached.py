@@ -13,6 +13,7 @@ from qskd.datasets.batch import TrainBatch
 from qskd.distillation.method import Facts, Online
 from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import blank_extra, decode_batch
+from qskd.teacher.crops import cropped
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 
@@ -26,9 +27,14 @@ class CachedTeacher:
     asks for it, has the teacher's decoder."""
 
     def __init__(
-        self, sizes: CacheSizes, directions: tuple[Directions, ...] = (), decoder: TeacherDecoder | None = None
+        self,
+        sizes: CacheSizes,
+        directions: tuple[Directions, ...] = (),
+        decoder: TeacherDecoder | None = None,
+        min_visible: float = 0.0,
     ) -> None:
-        self.sizes, self.directions, self.decoder = sizes, directions, decoder
+        """min_visible: of a query's box in a derived crop, or it is dropped."""
+        self.sizes, self.directions, self.decoder, self.min_visible = sizes, directions, decoder, min_visible
 
     def to(self, device: torch.device) -> CachedTeacher:
         """With its decoder there."""
@@ -59,7 +65,8 @@ class CachedTeacher:
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """What came with the batch."""
         if batch.cached:
-            return decode_batch(batch.cached)
+            said, crops_xyxy = decode_batch(batch.cached), batch.cached.get("teacher_crops_xyxy")
+            return said if crops_xyxy is None else cropped(said, crops_xyxy, self.min_visible)
         return self.blank(len(batch.images), batch.images.device, needs)
 
     def online(self, batch: TrainBatch) -> Online | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qskd.config import Config
+from qskd.config import Config, ViewConfig
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_config, read_preprocessing
@@ -34,6 +34,9 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     }
     # How many views there are, and what is derived from them, changes none of them.
     policy = config.data.views.model_dump(exclude={"count", "derived"})
+    if config.data.views.derived == "flip_and_crop":  # the cache's own views are not cropped
+        plain = ViewConfig()
+        policy |= {"crop_probability": 0.0, "crop_min_scale": plain.crop_min_scale, "min_visible": plain.min_visible}
     identity |= {f"data.views.{k}": v for k, v in policy.items()}
     # Without further columns a cache is what it was before there could be any.
     left_out = {"path", "batch_size", *(() if cache.columns else ("columns",))}

@@ -65,7 +65,7 @@ class OnlineTeacher(nn.Module):
         return record
 
     def online(self, batch: TrainBatch) -> Online:
-        return Online(self, batch.teacher_images, batch.teacher_sizes)
+        return Online(self, batch.teacher_images, batch.teacher_sizes, batch.teacher_least)
 
     def sizes(self, all_layers: bool) -> CacheSizes:
         """What a cache of its outputs has in every row."""

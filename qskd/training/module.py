@@ -119,9 +119,8 @@ class StepModule(nn.Module):
         terms |= dense
         if self.method is not None and teacher is not None:
             ask = partial(self._ask_student, output, mask)
-            lesson = Lesson(
-                output, teacher, targets, assignments[0][early:], assignments[-1], online, self.decoder, ask
-            )
+            theirs = teacher.matched(assignments[-1])
+            lesson = Lesson(output, teacher, targets, assignments[0][early:], theirs, online, self.decoder, ask)
             terms |= self.method(lesson)
         return terms
 

@@ -180,7 +180,8 @@ class AttentionGuidedFeatureDistillation(nn.Module):
 
         total: sum of the losses of images whose mask is not empty; count: the number of those images (of L layers, an L-th of
         the masks that are not empty). "squared": sum over the cells; count: their number, of every image. The teacher and its
-        mask are detached and resampled to the student's grid.
+        mask are detached and resampled to the student's grid. The loss of an image whose record is derived is multiplied by
+        `derived_weight`; it is counted like any other.
         """
         found = len(student_memory), len(teacher.memory)
         if found != self.maps:
@@ -200,6 +201,8 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             distance = self._distance(student_level, shown, goal.movedim(1, -1))
             above = above + ((weight**2 if squared else weight) * distance.unsqueeze(1)).flatten(2).sum(2)
             below = below + (valid.float().unsqueeze(1) if squared else weight).flatten(2).sum(2)
+        if teacher.derived is not None and self.config.derived_weight != 1:
+            above = above * torch.where(teacher.derived, self.config.derived_weight, 1.0)[:, None]
         if squared:
             return LossTerm(above.sum(), below[:, 0].sum())
         has_mask = below > 0

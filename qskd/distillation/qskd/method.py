@@ -109,13 +109,15 @@ class QSKD(Method):
             teacher, teacher_assignment = last_layer(teacher), teacher_assignment[-1:]
         config = self.settings
         if config.predictions.weight == 0:
-            selection = select_queries(teacher.boxes_cxcywh, targets, teacher_assignment, config.selection)
+            selection = select_queries(
+                teacher.boxes_cxcywh, targets, teacher_assignment, config.selection, teacher.absent
+            )
         else:
             ours, theirs = teacher_layer_of_student(len(student.logits), len(teacher.logits), config.predictions)
             distilled = slice(ours[0], None)  # all layers or the last
             boxes = student.boxes_cxcywh[distilled], teacher.boxes_cxcywh
             assignments = student_assignment[distilled], teacher_assignment
-            own, selection = select_both(boxes, targets, assignments, config.selection)
+            own, selection = select_both(boxes, targets, assignments, config.selection, teacher.absent)
         if self.features is not None:
             mask = None
             if self.needs.attention:

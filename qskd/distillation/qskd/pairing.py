@@ -17,6 +17,9 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, pairwise_giou
 from qskd.distillation.qskd.query_selection import QuerySelection
 from qskd.errors import QskdError
+from qskd.structures import SILENT_LOGIT
+
+_LAST = 1e6  # above every cost, and small enough to leave the others their digits
 
 
 def _positions(selection: QuerySelection, num_objects: int, num_slots: int) -> Tensor:
@@ -159,13 +162,17 @@ def pair_by_index(student: Side, teacher: Side) -> Tensor:
 def pair_globally(student: Side, teacher: Side) -> Tensor:
     """The teacher query of each student query in one assignment over the whole image: [L, B, Q_s] int64, -1 = none.
 
-    No selection is asked: all queries take part, as in DETRDistill's released code (METHODS 2, Logits), at its costs of BCE +
-    5 * L1 - 2 * GIoU. This is the matching QSKD does without: L * B solves of Q_s x Q_t a step, with a wait for the device.
+    No selection is asked: all queries take part, but for absent ones of the teacher, as in DETRDistill's released code
+    (METHODS 2, Logits), at its costs of BCE + 5 * L1 - 2 * GIoU. This is the matching QSKD does without: L * B solves of
+    Q_s x Q_t a step, with a wait for the device.
     """
     goal = teacher.logits.sigmoid()
-    costs = _costs(student.logits, goal, student.boxes_cxcywh, teacher.boxes_cxcywh, 1.0).cpu().numpy()
+    absent = teacher.logits.amax(-1) <= SILENT_LOGIT / 2  # of no class at all: dropped by a derived crop
+    every = _costs(student.logits, goal, student.boxes_cxcywh, teacher.boxes_cxcywh, 1.0)
+    costs = every.masked_fill(absent.unsqueeze(-2), _LAST).cpu().numpy()
+    gone = absent.cpu().numpy()
     result = np.full(costs.shape[:-1], -1, dtype=np.int64)
     for index in np.ndindex(*costs.shape[:2]):
         row, column = linear_sum_assignment(costs[index])
-        result[index][row] = column
+        result[index][row] = np.where(gone[index][column], -1, column)
     return torch.from_numpy(result).to(student.logits.device, non_blocking=True)

@@ -66,11 +66,16 @@ def none_selected(shape: torch.Size, device: torch.device) -> QuerySelection:
 
 @torch.no_grad()
 def select_queries(
-    boxes_cxcywh: Tensor, targets: Targets, assignment: Tensor, config: QuerySelectionConfig
+    boxes_cxcywh: Tensor,
+    targets: Targets,
+    assignment: Tensor,
+    config: QuerySelectionConfig,
+    absent: Tensor | None = None,
 ) -> QuerySelection:
     """Group a network's queries by object, band them by GIoU, weight each band (METHODS 1.3 GQS, our reconstruction).
 
     boxes_cxcywh: [..., B, Q, 4] in 0..1, any float type; assignment: [..., B, M] query of each object, -1 = none.
+    absent: [..., B, Q] bool, queries that can't be kept, none of which is assigned (`TeacherRecord.absent`).
 
     1. A query's group is the object of largest GIoU (ties: the first); a positive is in the group of its own object.
     2. Its band is the number of `config.boundaries` its GIoU reaches. With `relative` they are fractions of the best
@@ -101,6 +106,8 @@ def select_queries(
 
     thresholds = torch.tensor(config.boundaries, dtype=torch.float32).to(overlap.device, non_blocking=True)
     keepable = has_object & ~is_positive
+    if absent is not None:
+        keepable = keepable & ~absent
     if config.relative:
         best = overlaps.amax(-1).gather(-1, group)  # [..., B, Q] best of any query with this query's object
         thresholds = thresholds * best.unsqueeze(-1)
@@ -141,12 +148,16 @@ def shuffle(selection: QuerySelection, boxes_cxcywh: Tensor) -> QuerySelection:
 
 
 def select_both(
-    boxes: tuple[Tensor, Tensor], targets: Targets, assignments: tuple[Tensor, Tensor], config: QuerySelectionConfig
+    boxes: tuple[Tensor, Tensor],
+    targets: Targets,
+    assignments: tuple[Tensor, Tensor],
+    config: QuerySelectionConfig,
+    absent: Tensor | None = None,
 ) -> tuple[QuerySelection, QuerySelection]:
-    """`select_queries` of two networks, [L, B, Q, 4] and [L', B, Q', 4]. Where Q = Q' all layers go through together: it
-    is many small operations, whose number costs more than their sizes."""
-    if boxes[0].shape[2] != boxes[1].shape[2]:
-        mine, theirs = (select_queries(b, targets, a, config) for b, a in zip(boxes, assignments, strict=True))
-        return mine, theirs
+    """`select_queries` of two networks, [L, B, Q, 4] and [L', B, Q', 4]; absent: of the second one's. Where Q = Q' and none is
+    absent all layers go through together: it is many small operations, whose number costs more than their sizes."""
+    if boxes[0].shape[2] != boxes[1].shape[2] or absent is not None:
+        mine = select_queries(boxes[0], targets, assignments[0], config)
+        return mine, select_queries(boxes[1], targets, assignments[1], config, absent)
     both = select_queries(torch.cat([b.detach().float() for b in boxes]), targets, torch.cat(assignments), config)
     return both[: len(boxes[0])], both[len(boxes[0]) :]

@@ -66,6 +66,9 @@ class FeatureDistillationConfig(Section):
     # Each channel's error (with whitening, each direction's) has a learned importance w, of mean 1: it counts w error - log w
     # (METHODS 1.5; the idea of learned importance weights is IADD's)
     importance: bool = False
+    # What an image's loss counts whose memory is derived from another view's (`data.views.derived`): 1 = as much as a real one's,
+    # 0 = nothing, so that AGFD learns from real views alone; 1 - memory_unexplained (`qskd cache --verify-derived`) goes between
+    derived_weight: Fraction = 1.0
     # Least mask value in an image with objects, the largest being 1; 1 = plain mimicking. It counts in every cell, and so
     # for more on more cells: 0.1 is about half of the mask's sum on the quickstart's 8 x 8, and would drown it at COCO's size.
     background: Fraction = 0.0

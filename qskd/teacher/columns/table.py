@@ -139,7 +139,8 @@ def decode_batch(tensors: Mapping[str, Tensor]) -> TeacherRecord:
     for column in COLUMNS:
         said |= column.decode(tensors)
     extra = {name: value for name, value in said.items() if name not in known}
-    return TeacherRecord(**{name: value for name, value in said.items() if name in known}, extra=extra)
+    derived = tensors.get("teacher_derived")
+    return TeacherRecord(**{name: value for name, value in said.items() if name in known}, extra=extra, derived=derived)
 
 
 def blank_extra(images: int, sizes: CacheSizes, device: torch.device, needs: TeacherNeeds) -> dict[str, Any]:
