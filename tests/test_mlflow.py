@@ -189,7 +189,7 @@ def test_mlflow_itself_loads_the_student_without_qskd_and_its_weights_are_there_
         encoded,
         *(str(root / f"{n}.png") for n in ("grey", "deep")),
     ]
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "quick"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=root, timeout=300
     )

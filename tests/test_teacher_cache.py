@@ -484,7 +484,7 @@ def test_a_new_column_is_one_file_and_one_entry_and_caches_without_it_are_read_a
     (columns / "table.py").write_text(table)
     done = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path / "old"), str(tmp_path / "new")],
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root / 'tests'}"},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root / 'tests'}:{root / 'tests/quick'}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
