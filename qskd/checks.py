@@ -119,12 +119,6 @@ def lacks_directions(config: Config, manifest: CacheManifest) -> bool:
     return asked and load_directions(config.teacher.cache.path, manifest) is None
 
 
-def check_classes(config: Config, train: Manifest) -> None:
-    """QskdError where the teacher does not know all classes. Reads no weights."""
-    if config.distillation.method != "none":
-        map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
-
-
 def check_columns(config: Config) -> None:
     """QskdError where the recipe's cache is to keep, or its method reads, what no teacher of this family can say. Reads no
     weights."""
@@ -132,6 +126,12 @@ def check_columns(config: Config) -> None:
     for column in COLUMNS:
         if column.name in kept or (column.optional and needs is not None and column.asked(needs)):
             column.check_teacher(read_config(config.teacher.path).model_type)
+
+
+def check_classes(config: Config, train: Manifest) -> None:
+    """QskdError where the teacher does not know all classes. Reads no weights."""
+    if config.distillation.method != "none":
+        map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
 
 
 def class_notices(config: Config, train: Manifest) -> list[str]:
