@@ -105,7 +105,7 @@ _PLACES: tuple[tuple[Any, str, str], ...] = (
     (AttentionGuidedFeatureDistillation, "forward", "AGFD, with projector"),
     (qskd.distillation.qskd.method, "alignment_terms", "LAPD"),
     (QSKD, "forward", "QSKD otherwise"),
-    (qskd.training.step, "combine", "sum of the terms"),
+    (qskd.training.step, "combine_with_values", "sum of the terms"),
     (torch.Tensor, "backward", "backward"),
     (torch.nn.utils, "clip_grad_norm_", "clipping"),
     (torch.optim.AdamW, "step", "update"),

@@ -39,6 +39,8 @@ LEVELS = "student.feature_levels=3"
             ["the 8 workers normalises its own 2 images"],
         ),
         (["augmentation.preset=light"], 2.0, []),
+        (["compute.compile=true"], 2.0, ["compute.compile compiles the backbone and the losses alone"]),
+        (["compute.compile=true", SQUARE], 2.0, []),
         (
             ["augmentation.preset=rtdetr", "student.resize.size=640"],
             2.0,
@@ -47,7 +49,7 @@ LEVELS = "student.feature_levels=3"
         (
             ["augmentation.scales=[0.5, 1]", "compute.compile=true"],
             2.0,
-            ["160 to 320 pixels, 0.625 times", "compute.compile with 2 sizes"],
+            ["compute.compile compiles the backbone and the losses alone", "160 to 320 pixels, 0.625 times"],
         ),
     ],
 )

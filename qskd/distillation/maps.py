@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,15 +29,20 @@ def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor) -> Tensor:
     of several samples a cell, so that a narrow peak is not stepped over. An image whose regions agree keeps its very
     values.
     """
-    map_, (height, width) = map_.float(), onto_valid.shape[1:]
-    alike = map_.shape[-2:] == onto_valid.shape[-2:]
-    if alike and valid.device.type == "cpu" and torch.equal(valid, onto_valid):
-        return map_  # asking a GPU would mean waiting for it
-    dense = max(1, math.ceil(max(map_.shape[-2] / height, map_.shape[-1] / width) / 2))
+    return resampler(valid, onto_valid)(map_)
+
+
+def resampler(valid: Tensor, onto_valid: Tensor) -> Callable[[Tensor], Tensor]:
+    """`resample` for several maps of the same grid, whose places are computed once."""
+    (rows, columns), (height, width) = valid.shape[1:], onto_valid.shape[1:]
+    alike = valid.shape[-2:] == onto_valid.shape[-2:]
+    if alike and valid.device.type == "cpu" and not torch.compiler.is_compiling() and torch.equal(valid, onto_valid):
+        return Tensor.float  # asking a GPU would mean waiting for it, asking in a graph to leave it
+    dense = max(1, math.ceil(max(rows / height, columns / width) / 2))
     source, target = _extent(valid), _extent(onto_valid)
     axes = []
-    for axis, (cells, whole) in enumerate(((width, map_.shape[-1]), (height, map_.shape[-2]))):
-        centre = (torch.arange(cells * dense, device=map_.device) + 0.5) / dense  # in target cells
+    for axis, (cells, whole) in enumerate(((width, columns), (height, rows))):
+        centre = (torch.arange(cells * dense, device=valid.device) + 0.5) / dense  # in target cells
         at = centre / target[:, axis, None] * source[:, axis, None]  # [B, cells] in source cells
         at = torch.minimum(
             at.clamp(min=0.5), source[:, axis, None] - 0.5
@@ -45,13 +50,16 @@ def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor) -> Tensor:
         axes.append(at / whole * 2 - 1)
     across, down = axes
     grid = torch.stack(torch.broadcast_tensors(across.unsqueeze(1), down.unsqueeze(2)), dim=-1)  # [B, H' , W', 2]
-    moved = F.grid_sample(map_, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if dense > 1:
-        moved = F.avg_pool2d(moved, dense)
-    if alike:
-        same = (valid == onto_valid).flatten(1).all(1)
-        moved = torch.where(same[:, None, None, None], map_, moved)
-    return moved
+    same = (valid == onto_valid).flatten(1).all(1)[:, None, None, None] if alike else None
+
+    def move(map_: Tensor) -> Tensor:
+        map_ = map_.float()
+        moved = F.grid_sample(map_, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        if dense > 1:
+            moved = F.avg_pool2d(moved, dense)
+        return moved if same is None else torch.where(same, map_, moved)
+
+    return move
 
 
 def pair_levels(student_cells: Sequence[float], teacher_cells: Sequence[float]) -> list[tuple[int, int]]:
