@@ -22,12 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo
-from torch._inductor import compile_fx as compiler
-from torch._inductor.compile_fx import compile_fx, fake_tensor_prop, view_to_reshape
-from torch._inductor.graph import GraphLowering
-from torch._inductor.scheduler import NopKernelSchedulerNode
-from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.detection_loss import Sizes, make_case
@@ -90,6 +84,8 @@ class Kernels:
         self.launched, self.graphs, self.running = 0, 0, False
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx  # seconds, of which an eager step has no use
+
         made: Any = self._compile
         return compile_fx(graph, inputs, inner_compile=made)
 
@@ -110,9 +106,15 @@ class Kernels:
 
 def _kernels_of(graph: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> int:
     """Loops that inductor fuses into one, and calls of libraries, each once. The steps are those of `compile_fx_inner`."""
-    view_to_reshape(graph)
+    from torch._inductor import compile_fx as compiler
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+    from torch._inductor.virtualized import V
+
+    compiler.view_to_reshape(graph)
     with torch.no_grad():
-        fake = fake_tensor_prop(graph, list(inputs))
+        fake = compiler.fake_tensor_prop(graph, list(inputs))
     compiler._recursive_record_original_output_strides(graph)
     with V.set_fake_mode(fake):
         compiler._recursive_post_grad_passes(graph, is_inference=False)
@@ -123,7 +125,8 @@ def _kernels_of(graph: torch.fx.GraphModule, inputs: Sequence[Any], options: dic
             is_backward=options.get("is_backward", False),
         )
         lowering.freeze_runtime_asserts()
-        with V.set_graph_handler(lowering), V.set_extern_kernel_nodes([]):
+        debug: Any = DebugContext()
+        with V.set_graph_handler(lowering), V.set_debug_handler(debug), V.set_extern_kernel_nodes([]):
             lowering.run(*inputs)
             lowering._update_scheduler()
     return sum(not isinstance(node, NopKernelSchedulerNode) for node in lowering.scheduler.nodes)
@@ -221,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
             report.figures.append((f"{family}, {kind}: eager", f"{eager.operators} operators; most: {_listed(eager)}"))
             if given.eager:
                 continue
-            torch._dynamo.reset()
+            torch.compiler.reset()
             found = count(family, kind, True, given.quick)
             said = f"{found.kernels} kernels + {found.operators} operators outside of {found.graphs} graphs"
             report.figures.append((f"{family}, {kind}: compiled", f"{said}; most: {_listed(found)}"))

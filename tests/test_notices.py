@@ -13,6 +13,7 @@ from qskd.config.recipe import load
 from qskd.detectors import save_detector
 
 SQUARE = "student.resize={mode: square, size: 640}"
+KEPT_SHAPE = "student.resize={mode: shortest_edge, size: 800}"
 LEVELS = "student.feature_levels=3"
 
 
@@ -39,7 +40,7 @@ LEVELS = "student.feature_levels=3"
             ["the 8 workers normalises its own 2 images"],
         ),
         (["augmentation.preset=light"], 2.0, []),
-        (["compute.compile=true"], 2.0, ["compute.compile compiles the backbone and the losses alone"]),
+        (["compute.compile=true", KEPT_SHAPE], 2.0, ["compute.compile compiles the backbone and the losses alone"]),
         (["compute.compile=true", SQUARE], 2.0, []),
         (
             ["augmentation.preset=rtdetr", "student.resize.size=640"],
