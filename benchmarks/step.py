@@ -47,7 +47,7 @@ WARM_UP = 2  # steps: the first ones allocate
 # Values that are read on a CPU and not on a GPU, by file and function.
 CPU_ONLY = {  # asked on a CPU alone
     "qskd/losses/dense_head.py forward": "one_hot looks at its labels only there",
-    "qskd/distillation/maps.py resample": "asks whether there is anything to do only there",
+    "qskd/distillation/maps.py resampler": "asks whether there is anything to do only there",
 }
 
 REMAIN = {
@@ -105,7 +105,7 @@ _PLACES: tuple[tuple[Any, str, str], ...] = (
     (AttentionGuidedFeatureDistillation, "forward", "AGFD, with projector"),
     (qskd.distillation.qskd.method, "alignment_terms", "LAPD"),
     (QSKD, "forward", "QSKD otherwise"),
-    (qskd.training.step, "combine", "sum of the terms"),
+    (qskd.training.step, "combine_with_values", "sum of the terms"),
     (torch.Tensor, "backward", "backward"),
     (torch.nn.utils, "clip_grad_norm_", "clipping"),
     (torch.optim.AdamW, "step", "update"),

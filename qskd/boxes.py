@@ -10,8 +10,8 @@ _TINY_AREA = 1e-14  # keeps empty boxes from dividing 0 by 0; a pixel of an 8k x
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """[..., 4] centre x, centre y, width, height -> left, top, right, bottom, in the same units."""
-    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
@@ -20,22 +20,32 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
-def _sides(boxes_xyxy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # Four tensors and not slices of one: an operation whose last axis is 2 costs a CPU about twice as much.
-    left, top, right, bottom = boxes_xyxy.float().unbind(-1)
-    return left, top, right, bottom, (right - left).clamp(min=0) * (bottom - top).clamp(min=0)
+Corners = tuple[Tensor, Tensor, Tensor]  # [2, ...] left and top, [2, ...] right and bottom, [...] area
 
 
-def _overlap(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    width = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])).clamp(min=0)
-    height = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])).clamp(min=0)
+def _corners(boxes_xyxy: Tensor) -> Corners:
+    # Both axes in one operation, and each axis in a row: a last axis of 2 or 4 costs a CPU about twice as much.
+    low, high = boxes_xyxy.float().movedim(-1, 0).contiguous().unflatten(0, (2, 2)).unbind()
+    width, height = (high - low).clamp(min=0).unbind()
+    return low, high, width * height
+
+
+def _two(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Corners, Corners]:
+    """Of boxes that can be broadcast."""
+    dimensions = max(a_xyxy.dim(), b_xyxy.dim())
+    a, b = (boxes[(None,) * (dimensions - boxes.dim())] for boxes in (a_xyxy, b_xyxy))
+    return _corners(a), _corners(b)
+
+
+def _overlap(a: Corners, b: Corners) -> tuple[Tensor, Tensor]:
+    width, height = (torch.minimum(a[1], b[1]) - torch.maximum(a[0], b[0])).clamp(min=0).unbind()
     intersection = width * height
-    return intersection, a[4] + b[4] - intersection
+    return intersection, a[2] + b[2] - intersection
 
 
 def iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """Intersection over union of broadcast pairs: [..., 4], [..., 4] -> [...], float32. Two empty boxes give 0."""
-    intersection, union = _overlap(_sides(a_xyxy), _sides(b_xyxy))
+    intersection, union = _overlap(*_two(a_xyxy, b_xyxy))
     return intersection / union.clamp(min=_TINY_AREA)
 
 
@@ -44,10 +54,9 @@ def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
     Empty boxes never give NaN, neither here nor in the gradient: a box pair that spans no area at all has GIoU 0.
     """
-    a, b = _sides(a_xyxy), _sides(b_xyxy)
+    a, b = _two(a_xyxy, b_xyxy)
     intersection, union = _overlap(a, b)
-    width = (torch.maximum(a[2], b[2]) - torch.minimum(a[0], b[0])).clamp(min=0)
-    height = (torch.maximum(a[3], b[3]) - torch.minimum(a[1], b[1])).clamp(min=0)
+    width, height = (torch.maximum(a[1], b[1]) - torch.minimum(a[0], b[0])).clamp(min=0).unbind()
     hull = width * height
     return intersection / union.clamp(min=_TINY_AREA) - (hull - union) / hull.clamp(min=_TINY_AREA)
 

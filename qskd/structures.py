@@ -79,6 +79,7 @@ class Targets:
     valid: [B, M] bool, False in the padding. Valid objects come first.
     image_ids: the dataset's ids, on the host.
     counts: objects per image, on the host, so that nothing has to wait for the device to know them.
+    packed: image and slot of each of the N objects, [N] int64 each; made of `counts` by whoever needs them and has them not.
     """
 
     boxes_cxcywh: Tensor
@@ -86,6 +87,7 @@ class Targets:
     valid: Tensor
     image_ids: tuple[int, ...]
     counts: tuple[int, ...]
+    packed: tuple[Tensor, Tensor] | None = None
 
 
 # How a detector's classes are trained and matched: a sigmoid each, or one softmax with "no object".

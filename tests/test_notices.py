@@ -13,6 +13,7 @@ from qskd.config.recipe import load
 from qskd.detectors import save_detector
 
 SQUARE = "student.resize={mode: square, size: 640}"
+KEPT_SHAPE = "student.resize={mode: shortest_edge, size: 800}"
 LEVELS = "student.feature_levels=3"
 
 
@@ -40,6 +41,8 @@ LEVELS = "student.feature_levels=3"
             ["the 8 workers normalises its own 2 images"],
         ),
         (["augmentation.preset=light"], 2.0, []),
+        (["compute.compile=true", KEPT_SHAPE], 2.0, ["compute.compile compiles the backbone and the losses alone"]),
+        (["compute.compile=true", SQUARE], 2.0, []),
         (
             ["augmentation.preset=rtdetr", "student.resize.size=640"],
             2.0,
@@ -48,7 +51,7 @@ LEVELS = "student.feature_levels=3"
         (
             ["augmentation.scales=[0.5, 1]", "compute.compile=true"],
             2.0,
-            ["160 to 320 pixels, 0.625 times", "compute.compile with 2 sizes"],
+            ["compute.compile compiles the backbone and the losses alone", "160 to 320 pixels, 0.625 times"],
         ),
     ],
 )

@@ -64,7 +64,7 @@ def step_waits(family: str, batch: TrainBatch) -> Counter[tuple[str, str]]:
     with HostWaits() as waits:
         training.train_step(batch)
     # Asked on a CPU alone: whether there is anything to resample.
-    return Counter({at: count for at, count in waits.found.items() if not at[1].endswith(" resample")})
+    return Counter({at: count for at, count in waits.found.items() if not at[1].endswith(" resampler")})
 
 
 @pytest.mark.parametrize("family", FACTS)

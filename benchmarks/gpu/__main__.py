@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import time
 import traceback
@@ -118,8 +119,11 @@ class Check:
     def f(self) -> None:
         edge, batch, count = (64, 2, 1) if self.toy else (640, 8, 8)
         lines, self.found["f"] = [], []
-        for name, without, with_it, first_s in steps.compiled(self.device, edge, batch, count, self.toy):
-            self.found["f"].append({"case": name, "plain_ms": without, "compiled_ms": with_it, "first_step_s": first_s})
+        for name, *found in steps.compiled(self.device, edge, batch, count, self.toy):
+            without, with_it, first_s, graphs = found
+            names = ("plain_ms", "compiled_ms", "first_step_s", "cuda_graphs_ms")
+            told = [None if math.isnan(value) else value for value in found]
+            self.found["f"].append({"case": name, **dict(zip(names, told, strict=True))})
             lines.append(
                 [
                     f"{name}, batch {batch}",
@@ -127,9 +131,12 @@ class Check:
                     f"{with_it:.1f}",
                     f"{with_it / without:.2f}",
                     f"{first_s:.0f}",
+                    "-" if math.isnan(graphs) else f"{graphs:.1f}",
                 ]
             )
-        print_table(["f: ms a step", "plain", "compute.compile", "ratio", "s for the first"], lines)
+        print_table(
+            ["f: ms a step", "plain", "compute.compile", "ratio", "s for the first", "student in CUDA graphs"], lines
+        )
 
 
 def describe(device: torch.device) -> list[str]:

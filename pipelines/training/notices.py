@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qskd.config import FACTS, Config
 from qskd.detectors.student import family_of
+from qskd.training.module import compiles_whole
 
 RANDOM_BACKBONE = (
     "starts from random weights, which a detection loss alone hardly trains: student.backbone.init names pretrained ones; "
@@ -46,6 +47,12 @@ def notices(config: Config, epochs: float) -> list[str]:
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "
             f"normalises its own {max(1, config.training.batch_size // config.compute.workers)} images of a batch"
         )
+    if config.compute.compile and not compiles_whole(config):
+        found.append(
+            "compute.compile compiles the backbone and the losses alone, the backbone once more for other sizes. To compile the "
+            "whole student it takes images of one size (student.resize.mode=square, no augmentation.scales) and "
+            "detection.query_groups=1"
+        )
     if config.augmentation.changes_sizes:
         found += _of_sizes(config, facts.hybrid)
     return found
@@ -57,13 +64,8 @@ def _of_sizes(config: Config, hybrid: bool) -> list[str]:
     base, unit = student.resize.size, (32 if student.init else student.backbone.stride) if hybrid else 1
     sizes = config.augmentation.sizes(base, unit)
     pixels = [(size / base) ** 2 for size in sizes]
-    found = [
+    return [
         f"augmentation.scales: the student sees {min(sizes)} to {max(sizes)} pixels, {sum(pixels) / len(pixels):.3g} times those "
         f"of student.resize on average and {max(pixels):.3g} times in the largest steps, which must fit into memory; "
         f"evaluation, and the saved student, are at {base}"
     ]
-    if config.compute.compile:
-        found.append(
-            f"compute.compile with {len(set(sizes))} sizes: the backbone is compiled for the first, and once more for any size"
-        )
-    return found

@@ -153,7 +153,9 @@ class ComputeConfig(Section):
     # Processes that read and decode, for each training worker; of `qskd cache`, tasks ahead of each teacher. 0 = as the free
     # CPUs allow: 1 beside a worker on a CPU, up to 8 beside a GPU.
     loader_workers: Annotated[int, Field(ge=0)] = 0
-    compile: bool = False  # the student's backbone, by torch.compile
+    # By torch.compile: the losses, and the student as one graph where images are squares of one size, else its backbone. Minutes at
+    # the start.
+    compile: bool = False
     max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers; -1 = any number
     max_preemptions: Annotated[int, Field(ge=-1)] = -1  # nodes that were taken away after a notice count apart
 

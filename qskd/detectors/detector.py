@@ -18,7 +18,7 @@ from qskd.config import ResizeConfig
 from qskd.detectors.exact import Exact, exactly
 from qskd.detectors.extra_queries import ExtraQueries, QueryInlet, added
 from qskd.detectors.taps import Tap, listening
-from qskd.detectors.unasked import KnownMask, hides_nothing, knowing
+from qskd.detectors.unasked import KnownMask, always, hides_nothing, knowing
 from qskd.families.family import Family, Predictions
 from qskd.families.table import find_family
 from qskd.precision import lay_out
@@ -159,6 +159,7 @@ class Detector(nn.Module):
         self.denoises = family.denoises
         self.side_distributions = family.side_distributions
         self._inlet = QueryInlet(model.model.decoder) if family.denoises else None
+        self._compiled: Callable[..., DetectorOutput] | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -262,13 +263,27 @@ class Detector(nn.Module):
         `pixel_mask` says it, where the host knows; without it transformers may ask the device, and wait.
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
-        padded = _size(pixel_values)
-        full = None if least is None else lambda: hides_nothing(least, padded, _size(self._projections[0].returned))
+        padded, full, run = _size(pixel_values), None, self._run
+        compiled = self._compiled if self.training and torch.is_grad_enabled() else None
+        if compiled is not None:
+            # Sizes are fixed, and so is the answer; where images may have padding all the same, a mask is taken as it is.
+            full, run = (always if least == padded else None), partial(compiled, self)
+        elif least is not None:
+            full = partial(self._hides_nothing, least, padded)
         with (
-            listening(self.taps(with_attention)),
             exactly(self.placing, pixel_values.device.type),
-            knowing(self._masked, full, self.model),
+            knowing(self._masked, full, self.model, traced=compiled is not None),
         ):
+            return run(pixel_values, pixel_mask, with_attention, extra)
+
+    def _hides_nothing(self, least: tuple[int, int], padded: tuple[int, int]) -> bool:
+        return hides_nothing(least, padded, _size(self._projections[0].returned))
+
+    def _run(
+        self, pixel_values: Tensor, pixel_mask: Tensor, with_attention: bool, extra: ExtraQueries | None
+    ) -> DetectorOutput:
+        """All of a forward that is tensors."""
+        with listening(self.taps(with_attention)):
             if extra is None:
                 outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
             elif self._inlet is None:
@@ -279,6 +294,11 @@ class Detector(nn.Module):
                     outputs = self.model.model(pixel_values, pixel_mask=pixel_mask, return_dict=True)
                 placed.join(outputs)
             return self.read(outputs, pixel_mask, with_attention)
+
+    def compile_training(self, **options: Any) -> None:
+        """Let forwards in training, of images of one size, go through `torch.compile` as a whole; others stay as they are.
+        options: of `torch.compile`. Parameters and their names stay."""
+        self._compiled = torch.compile(Detector._run, **options)
 
     def taps(self, with_attention: bool = True) -> list[Tap]:
         """What has to listen to a forward of the model that `read` is to tell of."""

@@ -7,7 +7,7 @@ of 640. And the score by which a query is chosen decides what every later layer 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,29 +17,22 @@ from torch import Tensor, nn
 class Exact:
     """One module, without autocast and on float32, within `exactly`. Elsewhere, and where there is no autocast, as it is.
 
-    As with `Tap`, hooks are bound methods and registered once, so that a deep copy has its own.
+    It stands before the module's `forward` on the one instance: its class, the names of its state and what is saved of it stay. A
+    context that one hook opens and another closes could not be traced by torch.compile; one around a call can. As with `Tap`, what
+    is put there is a bound method, so that a deep copy has its own.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.active = False
-        self.opened: list[AbstractContextManager[Any]] = []
-        module.register_forward_pre_hook(self._enter, with_kwargs=True)
-        module.register_forward_hook(self._leave)
+        self.inner = module.forward
+        module.forward = self._forward
 
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
-            return None
+            return self.inner(*args, **kwargs)
         device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        without = torch.autocast(device, enabled=False)
-        without.__enter__()
-        self.opened.append(without)
-        return tuple(map(_float32, args)), {name: _float32(value) for name, value in kwargs.items()}
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.opened:
-            self.opened.pop().__exit__(None, None, None)
+        with torch.autocast(device, enabled=False):
+            return self.inner(*map(_float32, args), **{name: _float32(value) for name, value in kwargs.items()})
 
 
 def _float32(value: Any) -> Any:
@@ -48,7 +41,7 @@ def _float32(value: Any) -> Any:
 
 @contextmanager
 def exactly(parts: Sequence[Exact], device: str) -> Iterator[None]:
-    """Let `parts` run in float32 within the block, if it is under autocast; also what an error left open is closed at its end."""
+    """Let `parts` run in float32 within the block, if it is under autocast."""
     under_autocast = torch.is_autocast_enabled(device)
     for part in parts:
         part.active = under_autocast
@@ -57,5 +50,3 @@ def exactly(parts: Sequence[Exact], device: str) -> Iterator[None]:
     finally:
         for part in parts:
             part.active = False
-            while part.opened:
-                part.opened.pop().__exit__(None, None, None)

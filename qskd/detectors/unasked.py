@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -63,15 +63,23 @@ def hides_nothing(least: Size, padded: Size, cells: Size) -> bool:
     return True
 
 
+def always() -> bool:
+    """Of a mask that hides nothing."""
+    return True
+
+
 @contextmanager
-def knowing(masks: list[KnownMask], full: Callable[[], bool] | None, model: nn.Module) -> Iterator[None]:
+def knowing(
+    masks: list[KnownMask], full: Callable[[], bool] | None, model: nn.Module, traced: bool = False
+) -> Iterator[None]:
     """Within it a forward of `model` asks the device for nothing that is known. full: whether the mask of the map's cells hides
-    nothing; None where the host does not know, and transformers asks."""
+    nothing; None where the host does not know, and transformers asks. traced: by torch.compile, to which maps' sizes are
+    constants."""
     for mask in masks:
         mask.full = full
     before, os.environ[_CHECKS] = os.environ.get(_CHECKS), "1"
     try:
-        with _sizes_copied_without_waiting(model):
+        with nullcontext() if traced else _sizes_copied_without_waiting(model):
             yield
     finally:
         for mask in masks:

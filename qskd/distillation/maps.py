@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,35 +31,44 @@ def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor, region_xyxy: Tenso
     of several samples a cell, so that a narrow peak is not stepped over. An image whose regions agree keeps its very
     values. region_xyxy: [B, 4], left, top, right, bottom (0..1) of the valid region: this part of it instead of the whole.
     """
-    map_, (height, width) = map_.float(), onto_valid.shape[1:]
-    alike = map_.shape[-2:] == onto_valid.shape[-2:]
-    if alike and region_xyxy is None and valid.device.type == "cpu" and torch.equal(valid, onto_valid):
-        return map_  # asking a GPU would mean waiting for it
-    dense = max(1, math.ceil(max(map_.shape[-2] / height, map_.shape[-1] / width) / 2))
+    return resampler(valid, onto_valid, region_xyxy)(map_)
+
+
+def resampler(valid: Tensor, onto_valid: Tensor, region_xyxy: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """`resample` for several maps of the same grid, whose places are computed once."""
+    (rows, columns), (height, width) = valid.shape[1:], onto_valid.shape[1:]
+    alike = valid.shape[-2:] == onto_valid.shape[-2:]
+    may_ask = valid.device.type == "cpu" and not torch.compiler.is_compiling()
+    if alike and region_xyxy is None and may_ask and torch.equal(valid, onto_valid):
+        return Tensor.float  # asking a GPU would mean waiting for it, asking in a graph to leave it
+    dense = max(1, math.ceil(max(rows / height, columns / width) / 2))
     source, target = _extent(valid), _extent(onto_valid)
     axes = []
-    for axis, (cells, whole) in enumerate(((width, map_.shape[-1]), (height, map_.shape[-2]))):
-        centre = (torch.arange(cells * dense, device=map_.device) + 0.5) / dense  # in target cells
-        share = centre / target[:, axis, None]  # [B, cells] of the region
+    for axis, (cells, whole) in enumerate(((width, columns), (height, rows))):
+        centre = (torch.arange(cells * dense, device=valid.device) + 0.5) / dense  # in target cells
+        at = centre / target[:, axis, None]  # [B, cells], share of the region
         if region_xyxy is not None:
             low, high = region_xyxy[:, axis, None], region_xyxy[:, axis + 2, None]
-            share = low + share * (high - low)
-        at = share * source[:, axis, None]  # in source cells
+            at = low + at * (high - low)
+        at = at * source[:, axis, None]  # in source cells
         at = torch.minimum(
             at.clamp(min=0.5), source[:, axis, None] - 0.5
         )  # no reading across the valid region's border
         axes.append(at / whole * 2 - 1)
     across, down = axes
     grid = torch.stack(torch.broadcast_tensors(across.unsqueeze(1), down.unsqueeze(2)), dim=-1)  # [B, H' , W', 2]
-    moved = F.grid_sample(map_, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if dense > 1:
-        moved = F.avg_pool2d(moved, dense)
-    if alike:
-        same = (valid == onto_valid).flatten(1).all(1)
-        if region_xyxy is not None:
-            same = same & whole_region(region_xyxy)
-        moved = torch.where(same[:, None, None, None], map_, moved)
-    return moved
+    same = (valid == onto_valid).flatten(1).all(1) if alike else None
+    if same is not None:
+        same = (same if region_xyxy is None else same & whole_region(region_xyxy))[:, None, None, None]
+
+    def move(map_: Tensor) -> Tensor:
+        map_ = map_.float()
+        moved = F.grid_sample(map_, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        if dense > 1:
+            moved = F.avg_pool2d(moved, dense)
+        return moved if same is None else torch.where(same, map_, moved)
+
+    return move
 
 
 def whole_region(region_xyxy: Tensor) -> Tensor:

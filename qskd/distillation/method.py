@@ -116,6 +116,8 @@ class Method(nn.Module, ABC):
 
     title: ClassVar[str] = ""  # what the model card says the student was taught with
     citation: ClassVar[str] = ""  # a sentence of the model card: whose method it is, where it is published
+    # Whether `forward` may be traced by torch.compile: it asks no tensor for a value, and of the targets reads tensors alone.
+    traceable: bool = False
 
     def __init__(self, settings: MethodSettings, student: Facts, teacher: Facts) -> None:
         """QskdError where this student can't learn from this teacher in this way."""
@@ -177,6 +179,10 @@ class Several(Method):
                         f"distillation.also.{name}", found, "terms that can be told apart", "give it another name"
                     )
                 self.weights[_term(name, term)] = weight
+
+    @property
+    def traceable(self) -> bool:  # type: ignore[override]
+        return all(method.traceable for method in self.parts)
 
     def _methods(self) -> list[tuple[str, Method]]:
         return list(zip(self.names, self.parts, strict=True))  # type: ignore[arg-type]

@@ -64,18 +64,19 @@ class DenseHead(nn.Module):
         owner = cells_of_objects(centres, cell_size, targets)
         owned = (owner >= 0) & valid.flatten(1)
         count = owned.sum().float()
-        labels = torch.zeros_like(logits, dtype=torch.bool)
         predicted = torch.cat(
             [(torch.logit(centres, eps=1e-3) + raw[..., :2]).sigmoid(), (raw[..., 2:] - 1.4).sigmoid()], -1
         )
         if targets.valid.shape[1]:
             wanted = targets.boxes_cxcywh.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, 4))
             classes = targets.labels.gather(1, owner.clamp(min=0))
-            labels = functional.one_hot(classes, logits.shape[-1]).bool() & owned[..., None]
+            labels = functional.one_hot(classes, logits.shape[-1]) * owned[..., None]
         else:
             wanted = torch.zeros_like(predicted)
+            labels = torch.zeros_like(logits, dtype=torch.int64)
         weight = owned.float()
-        focal = torch.where(labels, 0.25 * unlabelled_focal(-logits), 0.75 * unlabelled_focal(logits))
+        # A label turns its logit's sign, so that all go through one focal loss.
+        focal = (0.75 - 0.5 * labels) * unlabelled_focal(logits * (1.0 - 2.0 * labels))
         overlap = giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         return {
             "dense_class": LossTerm((focal * valid.flatten(1)[..., None]).sum(), count),

@@ -43,15 +43,20 @@ def unlabelled_focal(logits: Tensor) -> Tensor:
     return logits.sigmoid() ** 2 * F.softplus(logits)
 
 
-def _focal(scores: Tensor, own: Tensor, matched: Tensor, alpha: float) -> Tensor:
+def _sum_of(values: Tensor, unmatched: Tensor) -> Tensor:
+    """[L, B, M] -> [L], of the matched ones."""
+    return values.masked_fill(unmatched, 0.0).flatten(1).sum(1)
+
+
+def _focal(scores: Tensor, own: Tensor, unmatched: Tensor, alpha: float) -> Tensor:
     """Sigmoid focal loss (Lin et al., ICCV 2017), gamma 2, over all queries and classes: [L]."""
     # Every entry as if unlabelled, then the few labelled ones put right: a third of the passes over [L, B, Q, K].
     correction = alpha * unlabelled_focal(-own) - (1 - alpha) * unlabelled_focal(own)
     class_sum = (1 - alpha) * unlabelled_focal(scores).flatten(1).sum(1)
-    return class_sum + torch.where(matched, correction, 0.0).flatten(1).sum(1)
+    return class_sum + _sum_of(correction, unmatched)
 
 
-def _varifocal(scores: Tensor, own: Tensor, matched: Tensor, quality: Tensor) -> Tensor:
+def _varifocal(scores: Tensor, own: Tensor, unmatched: Tensor, quality: Tensor) -> Tensor:
     """Varifocal loss (Zhang et al., CVPR 2021) as RT-DETR has it, over all queries and classes: [L].
 
     A labelled entry's target and weight are the box's IoU q; any other's weight is alpha * p^2. Weights have no gradient.
@@ -61,7 +66,7 @@ def _varifocal(scores: Tensor, own: Tensor, matched: Tensor, quality: Tensor) ->
         return VARIFOCAL_ALPHA * logits.detach().sigmoid() ** 2 * F.softplus(logits)
 
     correction = quality * (F.softplus(own) - quality * own) - unlabelled(own)
-    return unlabelled(scores).flatten(1).sum(1) + torch.where(matched, correction, 0.0).flatten(1).sum(1)
+    return unlabelled(scores).flatten(1).sum(1) + _sum_of(correction, unmatched)
 
 
 def _cross_entropy(own: Tensor, matched: Tensor, query: Tensor, no_object: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +108,14 @@ def detection_terms(
     layers, _, _, classes = logits.shape
     scores, boxes = logits.float(), boxes_cxcywh.float()
     matched, query = (assignment >= 0) & targets.valid, assignment.clamp(min=0)
+    unmatched = ~matched
 
     mine = boxes.gather(2, query.unsqueeze(-1).expand(-1, -1, -1, 4))  # [L, B, M, 4]
     theirs = targets.boxes_cxcywh.float()
     mine_xyxy, theirs_xyxy = cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs)
     distance = (mine - theirs).abs().sum(-1)
-    l1_sum = torch.where(matched, distance, 0.0).flatten(1).sum(1)
-    giou_sum = torch.where(matched, 1 - giou(mine_xyxy, theirs_xyxy), 0.0).flatten(1).sum(1)
+    l1_sum = _sum_of(distance, unmatched)
+    giou_sum = _sum_of(1 - giou(mine_xyxy, theirs_xyxy), unmatched)
     count = targets.valid.sum().float()
 
     own = scores.flatten(2).gather(2, query * classes + targets.labels)  # [L, B, M] logit of the object's class
@@ -120,15 +126,16 @@ def detection_terms(
         class_sum, weight = _cross_entropy(own, matched, query, no_object.float())
         class_counts, class_floor = list(weight.unbind()), NO_OBJECT_WEIGHT
     elif classification == "varifocal":
-        class_sum = _varifocal(scores, own, matched, iou(mine_xyxy.detach(), theirs_xyxy))
+        class_sum = _varifocal(scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy))
     else:
-        class_sum = _focal(scores, own, matched, config.focal_alpha)
+        class_sum = _focal(scores, own, unmatched, config.focal_alpha)
 
     terms: dict[str, LossTerm] = {}
-    for layer, (of_class, of_l1, of_giou) in enumerate(term_names(layers - early, early)):
-        terms[of_class] = LossTerm(class_sum[layer], class_counts[layer], class_floor)
-        terms[of_l1] = LossTerm(l1_sum[layer], count)
-        terms[of_giou] = LossTerm(giou_sum[layer], count)
+    sums = zip(class_sum.unbind(), class_counts, l1_sum.unbind(), giou_sum.unbind(), strict=True)
+    for names, (by_class, class_count, l1, by_giou) in zip(term_names(layers - early, early), sums, strict=True):
+        terms[names[0]] = LossTerm(by_class, class_count, class_floor)
+        terms[names[1]] = LossTerm(l1, count)
+        terms[names[2]] = LossTerm(by_giou, count)
     return terms
 
 
@@ -140,6 +147,13 @@ def combine(
     mean_counts: the counts averaged over workers, by name; a term not in it uses its own count, which is right on one
     worker. A term without a weight is an error, so that none can be forgotten in silence.
     """
+    return combine_with_values(terms, weights, mean_counts)[0]
+
+
+def combine_with_values(
+    terms: Mapping[str, LossTerm], weights: Mapping[str, float], mean_counts: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `combine` gives, and each term's own value, without weight or gradient."""
     missing = sorted(set(terms) - set(weights))
     if missing or not terms:
         raise QskdError(
@@ -151,4 +165,6 @@ def combine(
     counts = torch.stack([(mean_counts or {}).get(name, term.own_count) for name, term in terms.items()])
     floors_and_weights = [[term.floor for term in terms.values()], [weights[name] for name in terms]]
     floors, factors = torch.tensor(floors_and_weights).to(totals.device, non_blocking=True)
-    return (factors * totals / torch.maximum(counts, floors)).sum()
+    divisors = torch.maximum(counts, floors)
+    values = (totals.detach() / divisors).unbind()
+    return (factors * totals / divisors).sum(), dict(zip(terms, values, strict=True))

@@ -29,6 +29,11 @@ def packed_positions(counts: Sequence[int], device: torch.device) -> tuple[Tenso
     return both[0], both[1]
 
 
+def positions_of(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Image and slot [N] int64 of each object, on the targets' device."""
+    return targets.packed or packed_positions(targets.counts, targets.valid.device)
+
+
 def matching_costs(
     logits: Tensor,
     boxes_cxcywh: Tensor,
@@ -48,15 +53,35 @@ def matching_costs(
     probability = logits.detach()[:, image, :, labels].float().transpose(0, 1).sigmoid()  # indexing puts N first
     boxes = boxes_cxcywh.detach()[:, image].float()
     alpha = 0.25 if classification == "varifocal" else config.focal_alpha  # varifocal loss has an alpha of its own
-    negative = (1 - alpha) * probability**2 * -(1 - probability + 1e-8).log()
-    positive = alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
-    by_class = -probability if classification == "softmax" else positive - negative
-    # One box side at a time: a reduction over a last axis of 4 costs more than the four passes.
-    distance = sum((boxes[..., side] - objects[..., side]).abs() for side in range(4))
+    if classification == "softmax":
+        by_class = -probability
+    else:
+        rest = 1 - probability
+        negative = (1 - alpha) * probability**2 * (rest + 1e-8).log()
+        positive = alpha * rest**2 * (probability + 1e-8).log()
+        by_class = negative - positive
+    # One box side at a time: a reduction over a last axis of 4 costs more than the three passes.
+    left, top, right, bottom = (boxes - objects).abs().unbind(-1)
+    distance = left + top + right + bottom
     overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects))
     cost: Tensor = config.class_cost * by_class + config.l1_cost * distance - config.giou_cost * overlap
     worst = torch.finfo(torch.float32).max
     return torch.nan_to_num(cost, nan=worst, posinf=worst, neginf=worst)
+
+
+def all_costs(
+    predictions: Sequence[Prediction],
+    targets: Targets,
+    config: DetectionLossConfig,
+    classifications: Sequence[Classification],
+) -> tuple[list[tuple[int, ...]], Tensor]:
+    """The costs of all networks, one after the other, flat, and the sizes [L, N, Q] of each."""
+    image, slot = positions_of(targets)
+    costs = [
+        matching_costs(*prediction, targets, image, slot, config, kind)
+        for prediction, kind in zip(predictions, classifications, strict=True)
+    ]
+    return [tuple(cost.shape) for cost in costs], torch.cat([cost.flatten() for cost in costs])
 
 
 def assign(
@@ -85,20 +110,17 @@ def begin_assigning(
     targets: Targets,
     config: DetectionLossConfig,
     classifications: Sequence[Classification] = (),
+    costs_of: Callable[..., tuple[list[tuple[int, ...]], Tensor]] = all_costs,
 ) -> Callable[[], list[Tensor]]:
-    """`assign` in two: the costs begin their way to the host; the function that is returned waits for them and gives the result."""
+    """`assign` in two: the costs begin their way to the host; the function that is returned waits for them and gives the result.
+    costs_of: `all_costs`, or what computes the same."""
     device, slots = targets.boxes_cxcywh.device, targets.valid.shape[1]
     shapes = [(len(logits), len(targets.counts), slots) for logits, _ in predictions]
     if not sum(targets.counts):
         return lambda: [torch.full(shape, -1, dtype=torch.int64, device=device) for shape in shapes]
-    image, slot = packed_positions(targets.counts, device)
     kinds = [*classifications, *["focal"] * (len(predictions) - len(classifications))]
-    costs = [
-        matching_costs(*prediction, targets, image, slot, config, kind)  # type: ignore[arg-type]
-        for prediction, kind in zip(predictions, kinds, strict=True)
-    ]
-    sizes = [tuple(cost.shape) for cost in costs]
-    coming = OnItsWay(torch.cat([cost.flatten() for cost in costs]))
+    sizes, flat = costs_of(predictions, targets, config, kinds)
+    coming = OnItsWay(flat)
 
     def finish() -> list[Tensor]:
         back = torch.from_numpy(_solved(coming.read().numpy(), sizes, shapes, targets.counts))

@@ -1,9 +1,17 @@
-"""All of a training step that has gradients, as one module whose forward gives every loss term."""
+"""All of a training step that has gradients, as one module whose forward gives every loss term.
+
+With `compute.compile` its parts go through torch.compile: the student as one graph, where all images have one size; the matching's
+costs, up to the one wait for them; the losses, after it. What varies from batch to batch, as the number of objects, is a variable
+of the graphs, so that each is compiled a few times at most.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +21,39 @@ from qskd.detectors import Detector, to_pixels
 from qskd.detectors.decoding import decode
 from qskd.distillation.method import Lesson, Method, Online, build_method
 from qskd.errors import QskdError
-from qskd.losses.denoising import Denoising, Noise, denoising_terms, denoising_weights
+from qskd.losses.denoising import Denoising, Groups, Noise, denoising_terms, denoising_weights
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
-from qskd.losses.matching import begin_assigning
+from qskd.losses.matching import all_costs, begin_assigning, positions_of
 from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import facts_of
 from qskd.training.query_groups import query_groups_of
+
+Terms = dict[str, LossTerm]
+
+
+def _own_terms(module: StepModule, *given: Any) -> Terms:
+    return module.own_terms(*given)
+
+
+def _dense(head: DenseHead, *given: Any) -> Terms:
+    return head.forward(*given)
+
+
+def _of_method(method: Method, lesson: Lesson) -> Terms:
+    return method.forward(lesson)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a step around the student's forward: plain functions, or compiled ones."""
+
+    costs: Callable[..., tuple[list[tuple[int, ...]], Tensor]] = all_costs
+    dense: Callable[..., Terms] = _dense
+    terms: Callable[..., Terms] = _own_terms
+    method: Callable[[Method, Lesson], Terms] = _of_method
 
 
 class StepModule(nn.Module):
@@ -31,6 +63,7 @@ class StepModule(nn.Module):
         super().__init__()
         self.config = config
         self.student = student
+        self.parts = Parts()
         self.method = _method(config, student, teacher) if teacher else None
         asked = self.method is not None and self.method.needs.decoder
         self.decoder = teacher.decoder if asked and teacher is not None else None
@@ -93,35 +126,43 @@ class StepModule(nn.Module):
         kinds = [kind] * len(predictions)
         if teacher is not None:
             predictions.append((teacher.logits, teacher.boxes_cxcywh))
-        finish = begin_assigning(predictions, targets, self.config.detection, kinds)
+        parts, targets = self.parts, replace(targets, packed=positions_of(targets))
+        finish = begin_assigning(predictions, targets, self.config.detection, kinds, parts.costs)
         dense: dict[str, LossTerm] = {}
         if self.dense_head is not None:  # before the matching is waited for: it needs none
-            dense = self.dense_head(output.features[0], output.memory_valid[0], targets)
+            dense = parts.dense(self.dense_head, output.features[0], output.memory_valid[0], targets)
         assignments = finish()
-        terms = detection_terms(
-            logits, boxes, targets, assignments[0], self.config.detection, kind, early, output.no_object
-        )
-        if groups is not None and others is not None:
-            terms |= groups.terms(others, targets, assignments[1], kind)
-        if output.sides is not None:
-            terms |= fine_grained_terms(
-                output.sides,
-                output.logits,
-                output.boxes_cxcywh,
-                targets,
-                assignments[0][early:],
-                self.config.detection,
-            )
-        if noised is not None:
-            terms |= denoising_terms(output.extra, noised, self.config.detection, kind)
-        elif self.denoising is not None:
-            terms |= self.denoising.nothing(denoising_weights(self.config.detection, output.sides is not None))
+        terms = parts.terms(self, output, (logits, boxes), others, targets, assignments, noised)
         terms |= dense
         if self.method is not None and teacher is not None:
             ask = partial(self._ask_student, output, mask)
             theirs = teacher.matched(assignments[-1])
             lesson = Lesson(output, teacher, targets, assignments[0][early:], theirs, online, self.decoder, ask)
-            terms |= self.method(lesson)
+            terms |= parts.method(self.method, lesson)
+        return terms
+
+    def own_terms(
+        self,
+        output: DetectorOutput,
+        predictions: tuple[Tensor, Tensor],
+        others: tuple[Tensor, Tensor] | None,
+        targets: Targets,
+        assignments: list[Tensor],
+        noised: Groups | None,
+    ) -> dict[str, LossTerm]:
+        """The student's own losses. predictions: its logits and boxes, early ones first; others: of further groups of queries.
+        assignments: of both; noised: its denoising queries."""
+        config, early, kind = self.config.detection, self.student.num_early, self.student.classification
+        terms = detection_terms(*predictions, targets, assignments[0], config, kind, early, output.no_object)
+        if self.query_groups is not None and others is not None:
+            terms |= self.query_groups.terms(others, targets, assignments[1], kind)
+        if output.sides is not None:
+            own = assignments[0][early:]
+            terms |= fine_grained_terms(output.sides, output.logits, output.boxes_cxcywh, targets, own, config)
+        if noised is not None and output.extra is not None:
+            terms |= denoising_terms(output.extra, noised, config, kind)
+        elif self.denoising is not None:
+            terms |= self.denoising.nothing(denoising_weights(config, output.sides is not None))
         return terms
 
     def _ask_student(self, output: DetectorOutput, pixel_mask: Tensor, queries: Queries) -> DetectorOutput:
@@ -138,3 +179,60 @@ def denoising_queries(config: DetectionLossConfig, student: Detector) -> int:
 
 def _method(config: Config, student: Detector, teacher: Teacher) -> Method | None:
     return build_method(config.distillation, facts_of(student, config.student.resize), teacher.facts)
+
+
+def compiles_whole(config: Config) -> bool:
+    """Whether every forward of a training has images of one size, so that the whole student is one graph. Groups of queries come
+    into it by hooks of a step's own, which are compiled into none."""
+    sizes_fixed = config.student.resize.mode == "square" and not config.augmentation.changes_sizes
+    return sizes_fixed and config.detection.query_groups == 1
+
+
+def compile_step(module: StepModule, config: Config, **options: Any) -> None:
+    """Let the parts of a step be compiled at their first use. Parameters, their names, and what is saved stay.
+
+    Of a student whose images change in size the backbone alone is. options: of `torch.compile`.
+    """
+    if compiles_whole(config):
+        module.student.compile_training(**options)
+    else:
+        module.student.backbone.compile(**options)
+    parts: list[Any] = [torch.compile(part, **options) for part in (all_costs, _dense, _own_terms, _of_method)]
+    costs, dense, terms, method = parts
+
+    def our_costs(predictions: Any, targets: Targets, *given: Any) -> tuple[list[tuple[int, ...]], Tensor]:
+        return costs(predictions, _vary(targets), *given)
+
+    def our_dense(head: DenseHead, features: Tensor, valid: Tensor, targets: Targets) -> Terms:
+        return dense(head, features, valid, _vary(targets))
+
+    def our_terms(
+        module: StepModule, output: Any, own: Any, others: Any, targets: Targets, assignments: Any, noised: Any
+    ) -> Terms:
+        _varies(2, *assignments)
+        return terms(module, output, own, others, _vary(targets), assignments, noised)
+
+    def our_method(kind: Method, lesson: Lesson) -> Terms:
+        if not kind.traceable:
+            return _of_method(kind, lesson)
+        _vary(lesson.targets)
+        _varies(2, lesson.student_assignment, lesson.teacher_assignment)
+        known = lesson.teacher.attention_queries
+        _varies(1, *([] if known is None else [known]), *lesson.teacher.attention)
+        return method(kind, lesson)
+
+    module.parts = Parts(our_costs, our_dense, our_terms, our_method)
+
+
+def _varies(dimension: int, *tensors: Tensor) -> None:
+    """Sizes that change from batch to batch: one graph for all but 0 and 1."""
+    from torch._dynamo import maybe_mark_dynamic  # seconds, of which a training without it has no use
+
+    for tensor in tensors:
+        maybe_mark_dynamic(tensor, dimension)
+
+
+def _vary(targets: Targets) -> Targets:
+    _varies(1, targets.boxes_cxcywh, targets.labels, targets.valid)
+    _varies(0, *(targets.packed or ()))
+    return targets

@@ -27,13 +27,13 @@ from qskd.detectors import Detector
 from qskd.distillation.method import Online
 from qskd.errors import QskdError
 from qskd.losses.denoising import Noise, draw_noise
-from qskd.losses.detection_loss import combine
+from qskd.losses.detection_loss import combine_with_values
 from qskd.precision import autocast, laid_out_as
 from qskd.structures import LossTerm, OnItsWay, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
 from qskd.training.augmentation import augmentation_of
 from qskd.training.groups import parameter_groups
-from qskd.training.module import StepModule
+from qskd.training.module import StepModule, compile_step
 from qskd.training.norms import put_right, share_statistics
 from qskd.training.stand_in import stand_in
 
@@ -50,10 +50,11 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) ->
     return 1.0
 
 
+@torch.no_grad()
 def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
     """Each term's count averaged over workers, put together with that of its rest: one collective for all of them."""
     rests = {name: term.rest for name, term in terms.items() if term.rest is not None}
-    counts = torch.stack([term.count.detach().float() for term in terms.values()] + list(rests.values()))
+    counts = torch.stack([term.count.float() for term in terms.values()] + list(rests.values()))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
         counts /= dist.get_world_size()
@@ -92,14 +93,16 @@ class Training:
                 self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         if config.compute.compile:
-            self.student.backbone.compile()  # the part without hooks; state_dict keeps its names
+            compile_step(self.module, config)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.module, config.training),
             lr=config.training.learning_rate,
             weight_decay=config.training.weight_decay,
-            fused=device.type == "cuda",
-            foreach=device.type != "cuda",
+            fused=True,
         )
+        # Asked in every step: to go through all modules for them takes as long as to use them.
+        self._learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._averaged: tuple[list[Tensor], list[Tensor]] | None = None
         self.average = (
             {k: v.detach().clone() for k, v in student.state_dict().items()} if config.training.ema_decay else {}
         )
@@ -162,7 +165,8 @@ class Training:
         """The weighted sum of all terms, with its gradient's graph, and each term's value."""
         share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
         noise = self._noise(part)
-        self.student.train(share is part)  # a stand-in leaves no mark on batch statistics
+        if self.student.training != (share is part):  # a stand-in leaves no mark on batch statistics
+            self.student.train(share is part)
         images, sizes, least = share.images, share.sizes, share.least
         if self.augmentation is not None and share is part:  # the teacher sees the share as it is
             images, sizes = self.augmentation(images, sizes, share.targets.image_ids, self.step)
@@ -181,8 +185,8 @@ class Training:
         # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
         terms = {name: replace(term, floor=term.floor / (self.world * parts)) for name, term in terms.items()}
         counts = _mean_counts(terms)
-        total = combine(terms, self.module.weights_at(self.step, self.total_steps), counts)
-        values = {k: t.total.detach() / counts[k].clamp(min=t.floor) for k, t in terms.items()}
+        weights = self.module.weights_at(self.step, self.total_steps)
+        total, values = combine_with_values(terms, weights, counts)
         return total, values | {"total": total.detach()}
 
     def _ask_teacher(self, batch: TrainBatch) -> TeacherRecord | None:
@@ -219,8 +223,8 @@ class Training:
         """The norm of all gradients, which are cut to `most` where that is not 0. All workers have the same gradients, so
         that it tells each of them of any one's broken batch."""
         if most:
-            return nn.utils.clip_grad_norm_(self.module.parameters(), most)
-        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            return nn.utils.clip_grad_norm_(self._learning, most)
+        return nn.utils.get_total_norm([p.grad for p in self._learning if p.grad is not None])
 
     def check_finite(self) -> None:
         """Raise QskdError, with the terms and the image ids, if the last step's loss or gradient was not finite."""
@@ -242,9 +246,10 @@ class Training:
     def _update_average(self) -> None:
         # A young average forgets fast, so that the random start does not linger in it.
         decay = min(self.config.training.ema_decay, (1 + self.step) / (10 + self.step))
-        current = self.student.state_dict()
-        floats = [k for k, v in current.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.average[k] for k in floats], [current[k] for k in floats], 1 - decay)
+        if self._averaged is None:
+            current = {k: v for k, v in self.student.state_dict().items() if v.is_floating_point()}
+            self._averaged = [self.average[k] for k in current], list(current.values())
+        torch._foreach_lerp_(*self._averaged, 1 - decay)
 
     def evaluation_weights(self) -> AbstractContextManager[Any]:
         """Within it the student carries the moving average (where there is one) and rank 0's batch statistics.
@@ -268,7 +273,7 @@ class Training:
         self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
         now = self.student.state_dict()
         averages = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
-        self.average = {k: laid_out_as(v, now[k]) for k, v in averages.items()}
+        self.average, self._averaged = {k: laid_out_as(v, now[k]) for k, v in averages.items()}, None
         parameters = dict(self.module.named_parameters())
         for key, value in tensors.items():
             if key.startswith("optimizer."):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qskd.distillation.maps import pair_levels, project, projector, resample
+from qskd.distillation.maps import pair_levels, project, projector, resampler
 from qskd.distillation.qskd.query_selection import QuerySelection
 from qskd.distillation.qskd.settings import FeatureDistillationConfig
 from qskd.distillation.qskd.whitening import metric
@@ -193,11 +193,12 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         above = below = student_memory[0].new_zeros(len(student_memory[0]), layers, dtype=torch.float32)
         for student_level, teacher_level in self.pairs:
             valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
-            goal = resample(teacher.memory[teacher_level].detach(), teacher_valid, valid)
+            move = resampler(teacher_valid, valid)
+            goal = move(teacher.memory[teacher_level].detach())
             shown = project(self.projectors[str(student_level)], student_memory[student_level]).float()
             weight = valid.float().unsqueeze(1)
             if masks is not None:
-                weight = weight * resample(masks[teacher_level].detach(), teacher_valid, valid)  # [B, L, H, W]
+                weight = weight * move(masks[teacher_level].detach())  # [B, L, H, W]
             distance = self._distance(student_level, shown, goal.movedim(1, -1))
             above = above + ((weight**2 if squared else weight) * distance.unsqueeze(1)).flatten(2).sum(2)
             below = below + (valid.float().unsqueeze(1) if squared else weight).flatten(2).sum(2)

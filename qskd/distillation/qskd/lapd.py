@@ -76,7 +76,7 @@ def alignment_terms(
         partner = pair_by_assignment(student, teacher, num_objects, num_slots)
     else:
         partner = pair_by_rank(student.selection, teacher.selection, num_objects, num_slots)
-    paired, query = partner >= 0, partner.clamp(min=0)
+    unpaired, query = partner < 0, partner.clamp(min=0)
 
     # Indexed by student query, not by (object, slot): never more than Q_s rows, and nothing of the student is gathered.
     goal = goal_logits.gather(2, query.unsqueeze(-1).expand(*query.shape, goal_logits.shape[-1])).sigmoid()
@@ -85,10 +85,10 @@ def alignment_terms(
     weight = chosen.gather(2, query)
     if config.pair_weight == "confidence":
         weight = weight * goal.amax(-1)
-    weight = torch.where(paired, weight, 0.0)
+    weight = weight.masked_fill(unpaired, 0.0)
 
     mine = student.boxes_cxcywh
-    count = (weight.sum() if config.divide_by == "weights" else paired.sum().float()) / len(paired)
+    count = (weight.sum() if config.divide_by == "weights" else (~unpaired).sum().float()) / len(partner)
     classes = F.binary_cross_entropy_with_logits(student.logits, goal, reduction="none")
     if config.class_gamma:
         # Below 1 a power's gradient is infinite at 0, where student and teacher agree.

@@ -65,6 +65,11 @@ class QSKD(Method):
             self.weights["lapd_l1"] = predictions.weight * predictions.l1_weight
             self.weights["lapd_giou"] = predictions.weight * predictions.giou_weight
 
+    @property
+    def traceable(self) -> bool:  # type: ignore[override]
+        """But for pairings that are solved on the host."""
+        return not self.settings.predictions.weight or self.settings.predictions.pairing in ("rank", "index")
+
     @classmethod
     def needs_of(cls, settings: Settings) -> TeacherNeeds:
         features, predictions, floor = settings.features, settings.predictions, settings.selection.floor

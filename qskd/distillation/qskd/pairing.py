@@ -21,6 +21,8 @@ from qskd.structures import SILENT_LOGIT
 
 _LAST = 1e6  # above every cost, and small enough to leave the others their digits
 
+_OF_SELECTION = tuple(field.name for field in fields(QuerySelection))
+
 
 def _positions(selection: QuerySelection, num_objects: int, num_slots: int) -> Tensor:
     """Where each query stands in the table of groups x slots, flat: [..., B, Q] int64; one past its end if nowhere."""
@@ -63,7 +65,7 @@ class Side:
         parts = (
             self.logits,
             self.boxes_cxcywh,
-            *(getattr(self.selection, field.name) for field in fields(QuerySelection)),
+            *(getattr(self.selection, name) for name in _OF_SELECTION),
         )
         if indices == list(range(first, first + count)):
             parts = tuple(part[first : first + count] for part in parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.distillation.qskd.settings import QuerySelectionConfig
-from qskd.losses.matching import packed_positions
+from qskd.losses.matching import positions_of
 from qskd.structures import Targets
 
 
@@ -89,7 +89,7 @@ def select_queries(
     if not slots:
         return none_selected(shape, boxes_cxcywh.device)
     # An image's queries with its own objects only, laid out as a table whose padding is below every GIoU and never wins.
-    image, slot = packed_positions(targets.counts, boxes_cxcywh.device)
+    image, slot = positions_of(targets)
     queries, objects = (cxcywh_to_xyxy(boxes.float()) for boxes in (boxes_cxcywh, targets.boxes_cxcywh))
     overlaps = torch.full((*shape[:-1], slots, shape[-1]), -2.0, device=boxes_cxcywh.device)  # [..., B, M, Q]
     overlaps[..., image, slot, :] = giou(queries[..., image, :, :], objects[image, slot].unsqueeze(1))
@@ -117,7 +117,7 @@ def select_queries(
         band = band.masked_fill(best <= 0, 0)
 
     weights = torch.tensor(config.band_weights, dtype=torch.float32).to(overlap.device, non_blocking=True)
-    weight = torch.where(keepable, weights[band], 0.0)
+    weight = weights[band].masked_fill(~keepable, 0.0)
     kept = weight > 0
     rank = rank_in_group(torch.where(kept, group, slots), overlap, slots)
     if config.max_per_object:

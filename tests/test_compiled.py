@@ -1,0 +1,135 @@
+"""`compute.compile`: the whole student as one graph, the losses in others; the same values, gradients and names as without.
+
+The graphs are run operator by operator (`aot_eager`), or as they were traced (`eager`): what inductor makes of them takes minutes
+of a C++ compiler; `test_training` has one of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from qskd.config import FACTS, StudentConfig
+from qskd.detectors import Detector
+from qskd.detectors.exact import Exact
+from qskd.training.module import compile_step, compiles_whole
+
+SQUARE = {"mode": "square", "size": tiny.SIZE}
+COUNTS = ((2, 1), (5, 7), (3, 3))  # objects of each image, batch by batch
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def sizes_of(family: str) -> dict[str, Any]:
+    levels = {"feature_levels": 2} if FACTS[family].hybrid or family == "deformable_detr" else {}
+    return {**tiny.STUDENT, "family": family, "resize": SQUARE, "decoder_layers": 1, **levels}
+
+
+def forward_and_gradients(student: Detector, autocast: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    pixels = torch.randn(2, 3, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, tiny.SIZE, tiny.SIZE, dtype=torch.bool)
+    student.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = student(pixels, mask, with_attention=False, least=(tiny.SIZE, tiny.SIZE))
+    said = [output.logits, output.boxes_cxcywh, *output.memory, *output.features, output.query_states]
+    said += [each for each in (output.early_logits, output.early_boxes_cxcywh) if each is not None]
+    torch.stack([each.float().square().mean() for each in said]).sum().backward()
+    gradients = {name: each.grad for name, each in student.named_parameters() if each.grad is not None}
+    return [each.detach() for each in said], gradients
+
+
+def compare_forwards(family: str, autocast: bool, backend: str) -> None:
+    student = tiny.silent_student(StudentConfig.model_validate(sizes_of(family)), tiny.LABELS, 0)
+    tiny.shake(student, 3)
+    compiled = copy.deepcopy(student)
+    compiled.compile_training(backend=backend, fullgraph=True)  # a break in the graph is an error
+    expected, gradients = forward_and_gradients(student, autocast)
+    found, compiled_gradients = forward_and_gradients(compiled, autocast)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(found, expected)
+    assert compiled_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+    assert compiled.state_dict().keys() == student.state_dict().keys()
+
+
+def test_under_autocast_a_student_is_one_graph_with_the_same_outputs_and_gradients() -> None:
+    compare_forwards("rt_detr", True, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["conditional_detr", "deformable_detr", "d_fine"])
+def test_a_student_is_one_graph_with_the_same_outputs_and_gradients(family: str) -> None:
+    compare_forwards(family, False, "eager")
+
+
+def trained(family: str, compiled: bool, method: bool, *overrides: str) -> tuple[list[dict[str, float]], Any]:
+    config = tiny.recipe(sizes_of(family), "detection.dense_weight=1.0", "training.learning_rate=1e-5", *overrides)
+    training = tiny.make_training(config, tiny.random_teacher("conditional") if method else None)
+    if compiled:
+        compile_step(training.module, config, backend="aot_eager")
+    steps = [training.train_step(tiny.batch_of(*counts, seed=seed)) for seed, counts in enumerate(COUNTS)]
+    return [{name: value.item() for name, value in values.items()} for values in steps], training
+
+
+def compare_steps(family: str, graphs: int, *overrides: str) -> None:
+    expected, eager = trained(family, False, True, *overrides)
+    found, compiled = trained(family, True, True, *overrides)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] <= graphs
+    assert not counters["graph_break"]
+    weights = tiny.trained_weights(eager)
+    for name, weight in tiny.trained_weights(compiled).items():
+        torch.testing.assert_close(weight, weights[name], atol=2e-5, rtol=1e-4, msg=name)
+    assert compiled.state().keys() == eager.state().keys()
+    before = counters["stats"]["unique_graphs"]
+    with compiled.evaluation_weights() as student, torch.no_grad():
+        student(torch.zeros(3, 3, tiny.SIZE, tiny.SIZE), torch.ones(3, tiny.SIZE, tiny.SIZE, dtype=torch.bool))
+    assert counters["stats"]["unique_graphs"] == before  # evaluation compiles nothing
+
+
+@pytest.mark.slow
+def test_a_compiled_training_takes_the_same_steps_whatever_the_number_of_objects() -> None:
+    # Student, costs, dense head, losses, method: each once, or once more.
+    compare_steps("conditional_detr", 10)
+
+
+@pytest.mark.slow
+def test_a_student_with_denoising_queries_is_not_compiled_anew_for_each_batch() -> None:
+    compare_steps("rt_detr", 10)
+
+
+def test_a_student_of_changing_sizes_is_not_compiled_as_a_whole() -> None:
+    assert compiles_whole(tiny.recipe({"resize": SQUARE}))
+    assert not compiles_whole(tiny.recipe({"resize": {"mode": "shortest_edge", "size": 64}}))
+    assert not compiles_whole(tiny.recipe({"resize": SQUARE}, "augmentation.scales=[0.5, 1]"))
+    assert not compiles_whole(tiny.recipe({"resize": SQUARE}, "detection.query_groups=2"))
+
+
+def test_a_copy_of_an_exact_module_is_exact_by_itself() -> None:
+    module = torch.nn.Linear(2, 2)
+    part = Exact(module)
+    twin = copy.deepcopy(module)
+    assert type(module) is torch.nn.Linear
+    assert module.state_dict().keys() == {"weight", "bias"}
+    part.active = True
+    with torch.no_grad():
+        twin.weight.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.ones(1, 2)).dtype == torch.float32
+        assert twin(torch.ones(1, 2)).dtype == torch.bfloat16
+    assert torch.equal(twin(torch.ones(1, 2)), twin.bias.expand(1, 2))
