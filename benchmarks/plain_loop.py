@@ -36,6 +36,7 @@ from qskd.config import Config, ViewConfig
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
 from qskd.datasets.coco import read_coco
+from qskd.datasets.manifest import load_manifest
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Schedule
 from qskd.datasets.shapes import make_shapes
@@ -60,10 +61,10 @@ class Ours:
 
     def __init__(self, config: Config, labels: Sequence[str], shards: str, schedule: Schedule, kept: bool) -> None:
         views, resize = ViewConfig(flip_probability=0.5), config.student.resize
-        # Room for the encoded rows alone, or for all.
-        stream = StreamConfig(
-            shards, "", schedule, views, resize, None, 2**30 if kept else 3000 * sum(schedule.train_shard_rows)
-        )
+        # Room for the encoded rows alone, as where the pictures are many, or for all.
+        encoded = sum(shard.bytes + 3000 * shard.rows for shard in load_manifest(shards).shards)
+        keep = 2**30 if kept else encoded
+        stream = StreamConfig(shards, "", schedule, views, resize, None, keep)
         self.shares = local_stream(stream)
         self.training = Training(config, student_of(config, labels), None, schedule.total_steps, CPU)
 
