@@ -32,7 +32,7 @@ def test_family_sizes_classes_and_bytes_are_those_of_the_checkpoint(family: str,
     said = {check.name: check for check in model_checks(str(folder))}
     detector = load_detector(folder)
     assert FACTS[family].title in said["family"].found
-    assert f"stride {detector.memory_strides[0]} x 32 channels" in said["family"].found
+    assert f"32 channels at stride {detector.memory_strides[0]}" in said["family"].found
     assert "2 decoder layers, 6 queries" in said["size"].found
     assert said["classes"].found == "3: cat, dog, owl"
     assert said["images"].found == "64 x 64"
@@ -40,9 +40,11 @@ def test_family_sizes_classes_and_bytes_are_those_of_the_checkpoint(family: str,
     assert (said["as a student"].status == "note") == bool(FACTS[family].missing)
     images = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
     teacher = OnlineTeacher(detector, (0, 1, 2), read_preprocessing(folder))
-    record = teacher(images, torch.tensor([[64, 64]]), TeacherNeeds(memory=True, attention=False))
+    record = teacher(images, torch.tensor([[64, 64]]), TeacherNeeds(memory=True, attention=True))
     (row,) = encode(record, [1], "int8")
-    assert f"a cached image takes {bytes_text(row.nbytes)} in int8" in said["as a teacher"].found
+    attention = row.attention.nbytes + row.attention_queries.nbytes + row.attention_scale.nbytes
+    assert f"a cached image takes {bytes_text(row.nbytes - attention)} in int8" in said["as a teacher"].found
+    assert f"{bytes_text(attention / 6)} for each query" in said["as a teacher"].found
 
 
 def test_what_cannot_be_used_is_said_with_what_to_do(tmp_path: Path) -> None:

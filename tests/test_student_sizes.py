@@ -80,7 +80,7 @@ def test_the_architecture_space_searches_about_every_size(size: str, family: str
     assert len(sampled) > 20  # all of them valid
 
 
-@pytest.mark.parametrize("family", ["conditional_detr", "d_fine"])
+@pytest.mark.parametrize("family", ["conditional_detr", "d_fine", "lw_detr"])
 def test_the_table_in_the_documentation_is_the_programs(family: str) -> None:
     table = (Path(__file__).parents[1] / "docs" / "students.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith(f"| `{family}`"))

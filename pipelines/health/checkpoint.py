@@ -76,7 +76,7 @@ def _family(loaded: _Loaded) -> Check:
     config, kind = loaded.config, loaded.detector.family
     backbone = getattr(config.backbone_config, "model_type", "unknown")
     maps = zip(loaded.detector.memory_strides, loaded.detector.memory_channels, strict=True)
-    levels = ", ".join(f"stride {stride} x {channels} channels" for stride, channels in maps)
+    levels = ", ".join(f"{channels} channels at stride {stride}" for stride, channels in maps)
     return Check("family", "ok", f"{FACTS[kind].title} ({kind}) on {backbone}; maps: {levels}")
 
 
@@ -136,11 +136,12 @@ def _teacher(loaded: _Loaded) -> Check:
     detector = loaded.detector
     teacher = OnlineTeacher(detector, tuple(range(len(detector.labels))), loaded.preprocessing)
     try:
-        none, some = (_row_bytes(teacher, _shape(loaded), queries) for queries in (0, _ATTENDED))
+        attended = min(_ATTENDED, detector.num_queries)
+        none, some = (_row_bytes(teacher, _shape(loaded), queries) for queries in (0, attended))
     except QskdError as error:
         return Check("as a teacher", "problem", f"{error.where}: {_said(error)}", error.remedy)
     found = (
-        f"runs; a cached image takes {bytes_text(none)} in int8, and {bytes_text((some - none) / _ATTENDED)} for each query "
+        f"runs; a cached image takes {bytes_text(none)} in int8, and {bytes_text((some - none) / attended)} for each query "
         "whose attention is kept (those that overlap an object)"
     )
     return Check("as a teacher", "ok", found)
@@ -154,7 +155,7 @@ def _row_bytes(teacher: OnlineTeacher, shape: tuple[int, int], queries: int) -> 
     from qskd.teacher.columns.table import encode
 
     images = torch.randint(0, 256, (1, *shape, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    asked = torch.arange(min(queries, teacher.detector.num_queries))[None]
+    asked = torch.arange(queries)[None]
     record = teacher(images, torch.tensor([shape]), TeacherNeeds(memory=True, attention=True), choose=lambda _: asked)
     (row,) = encode(record, [0], "int8")
     return int(row.nbytes)
@@ -176,7 +177,9 @@ def _student(loaded: _Loaded, path: str) -> Check:
     found = f"yes, {classes} ({start}); a smaller {facts.title} inherits its layers (student.inherit)"
     found += f"; trains with {' and '.join(extras)}" if extras else ""
     if facts.missing:
-        return Check(name, "note", f"{found}; trains without {facts.missing}", "docs/families.md says what that costs")
+        return Check(
+            name, "note", f"{found}; trains without {facts.missing}", "docs/families.md has what its authors train with"
+        )
     return Check(name, "ok", found)
 
 

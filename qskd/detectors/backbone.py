@@ -79,7 +79,7 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
             raise QskdError(
                 config.init,
                 "; ".join(f"{name} {found[name]}" for name in differing),
-                "; ".join(f"{name} {sizes[name]}, of student.backbone" for name in differing),
+                "; ".join(f"{'' if config.is_vit else 'student.backbone.'}{name} {sizes[name]}" for name in differing),
                 "give student.backbone the checkpoint's sizes, or leave student.backbone.init empty",
             )
     else:

@@ -54,6 +54,8 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
         _warn(f"student.feature_levels = {config.feature_levels} has no effect: {config.family} reads one map")
     if not config.box_refinement and not family.refinement_optional:
         _warn(f"student.box_refinement = false has no effect: {config.family} leaves no choice")
+    if config.backbone_norm == "frozen" and config.backbone.is_vit:
+        _warn("student.backbone_norm = frozen has no effect: a ViT has no batch norms")
     model = _unlearned(config, labels)
     family.initialise(model)
     if config.backbone.init:

@@ -107,6 +107,7 @@ FACTS: dict[str, Facts] = {
         best_pairs=100,
         layer_decay=0.8,
         undecayed="backbone",
+        missing="a learning rate of its decoder's own (0.7 of its projector's)",
     ),
 }
 
