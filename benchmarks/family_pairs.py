@@ -27,7 +27,7 @@ from benchmarks.overfit import FAMILIES, SAMPLE, make_config, make_shards
 from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
-from qskd.config import Config
+from qskd.config import FACTS, Config
 from qskd.datasets.batch import train_batch
 from qskd.detectors import FAMILIES as KNOWN
 from qskd.detectors import save_detector
@@ -104,9 +104,9 @@ def run(
         )
     print(f"\n| student | teacher | {' | '.join(TERMS)} |\n| --- | --- |{' ---: |' * len(TERMS)}")
     for student, teacher in itertools.product(students, teachers):
-        own = make_config(
-            shards, student, steps[1], [*STUDENT, *ALIKE, levels(student), f"teacher.path={folder / teacher}"]
-        )
+        size = ["student.resize.size=64"] if FACTS[student].vit else []  # whole windows
+        fields = [*STUDENT, *ALIKE, *size, levels(student), f"teacher.path={folder / teacher}"]
+        own = make_config(shards, student, steps[1], fields)
         found = curves(own, "distill")
         cells = (f"{fmean(values[:3]):.2f} → {fmean(values[-3:]):.2f}" for values in found.values())
         failed = complaint(found)

@@ -109,6 +109,8 @@ def make_shards(annotations: Path, images: Path, folder: Path, count: int) -> st
 def make_config(shards: str, family: str, steps: int | None = None, overrides: Sequence[str] = ()) -> Config:
     """The recipe for one family, with these shards to train and to evaluate on."""
     own = [f"name=overfit-{family}", f"student.family={family}", f"data.train={shards}", f"data.val={shards}"]
+    if FACTS[family].vit:
+        own += ["student.backbone.hidden_sizes=[96]", "student.backbone.depths=[1,1,1]"]
     return load(RECIPE, [*own, *([f"training.epochs={steps}"] if steps else []), *overrides])
 
 

@@ -1,6 +1,7 @@
-"""What this machine, or each node of a cluster, offers (`qskd doctor`).
+"""What this machine, or each node of a cluster, offers, or what can be done with a checkpoint (`qskd doctor`).
 
 python -m pipelines.doctor --cluster
+python -m pipelines.doctor --model ./teacher
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ def command(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server to ask; otherwise MLFLOW_TRACKING_URI.")] = "",
     storage: Annotated[str, typer.Option(help="Folder or URI to write to, read from and delete from.")] = "",
     cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the Ray cluster instead.")] = False,
+    model: Annotated[
+        str, typer.Option(help="Hub name or folder: say what can be done with this checkpoint instead.")
+    ] = "",
 ) -> None:
     """What this machine offers: devices, decoders, evaluators, versions; whether tracking and storage answer."""
+    if model:
+        from pipelines.health.checkpoint import checkpoint_doctor
+
+        raise typer.Exit(checkpoint_doctor(model))
     if cluster:
         from pipelines.health.nodes import cluster_doctor
 

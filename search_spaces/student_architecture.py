@@ -54,6 +54,8 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
     if not student.inherit:
         found |= _width(trial, student)
     for name in ("encoder_layers", "decoder_layers"):
+        if name == "encoder_layers" and FACTS[student.family].vit:  # its encoder is the backbone
+            continue
         layers = getattr(student, name)
         more = max(1, layers // 2)
         least = FACTS[student.family].least_decoder_layers if name == "decoder_layers" else 1
@@ -71,7 +73,7 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
 def fewest_cells(config: Config, size: int) -> int:
     """Cells of the smallest images that the student sees in training, when its own size is `size`."""
     student = config.student
-    return student.cells(min(config.augmentation.sizes(size, student.backbone.stride)))
+    return student.cells(min(config.augmentation.sizes(size, student.backbone.unit)))
 
 
 def around(value: int, step: int, down: int, up: int, least: int) -> tuple[int, int, int]:
@@ -86,15 +88,17 @@ def _backbone(trial: Trial, backbone: BackboneConfig) -> dict[str, Any]:
     wide = trial.suggest_float("backbone_width", 0.5, 1.5, step=0.25)
     # Bottleneck blocks narrow by 4; sizes that are multiples of it stay so.
     unit = math.gcd(4, backbone.embedding_size, *backbone.hidden_sizes)
+    if backbone.is_vit:  # as many heads as at the recipe's width
+        unit = math.gcd(12, *backbone.hidden_sizes)
 
     def scaled(size: int) -> int:
         return max(unit, unit * math.floor(wide * size / unit + 0.5))
 
-    return {
+    found: dict[str, Any] = {
         "student.backbone.depths": [max(1, math.floor(depth * blocks + 0.5)) for blocks in backbone.depths],
         "student.backbone.hidden_sizes": [scaled(size) for size in backbone.hidden_sizes],
-        "student.backbone.embedding_size": scaled(backbone.embedding_size),
     }
+    return found if backbone.is_vit else found | {"student.backbone.embedding_size": scaled(backbone.embedding_size)}
 
 
 def _width(trial: Trial, student: StudentConfig) -> dict[str, Any]:
@@ -120,11 +124,11 @@ def _input_size(trial: Trial, config: Config, queries: int) -> dict[str, Any]:
     """The side, in steps of whole cells of the backbone's last map; the longest side with it. queries: the most on offer,
     which a hybrid encoder's cells have to be enough for."""
     student = config.student
-    resize, stride = student.resize, student.backbone.stride
-    step = stride * max(1, round(resize.size / 8 / stride))
-    least = 2 * stride
+    resize, unit = student.resize, student.backbone.unit
+    step = unit * max(1, round(resize.size / 8 / unit))
+    least = 2 * unit
     while FACTS[student.family].hybrid and fewest_cells(config, least) < queries:
-        least += stride
+        least += unit
     low, high, step = around(resize.size, step, 3, 1, least=least)
     size = trial.suggest_int("input_size", low, high, step=step)
     if resize.mode == "square":

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny import LABELS, STUDENT, silent_student
+from tiny import LABELS, STUDENT, own, silent_student
 
-from qskd.config import FACTS, ResizeConfig, StudentConfig
+from qskd.config import ResizeConfig, StudentConfig
 from qskd.detectors import save_detector
 
 SQUARE = ResizeConfig(mode="square", size=64)
 
 
 def make(family: str, folder: Path) -> Path:
-    own = {"family": family, "feature_levels": 2 if FACTS[family].hybrid or family == "deformable_detr" else 1}
-    save_detector(silent_student(StudentConfig.model_validate({**STUDENT, **own}), LABELS, 0), folder, SQUARE)
+    sizes = {**STUDENT, **own(family, 2 if family == "deformable_detr" else 1)}
+    save_detector(silent_student(StudentConfig.model_validate(sizes), LABELS, 0), folder, SQUARE)
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import EASY_SELECTION, LABELS, SIZE, STUDENT, arrays, random_teacher, recipe, shake, silent_student
+from tiny import EASY_SELECTION, LABELS, SIZE, STUDENT, arrays, own, random_teacher, recipe, shake, silent_student
 
 from qskd.config import FACTS, ResizeConfig
 from qskd.detectors import Detector, Preprocessing, to_pixels
@@ -23,8 +23,7 @@ METHOD = {"selection": EASY_SELECTION}
 
 def student_of(family: str) -> Any:
     """A plain transformers model."""
-    levels = 2 if FACTS[family].hybrid or family == "deformable_detr" else 1
-    detector = silent_student(recipe({"family": family, "feature_levels": levels}).student, LABELS, 3)
+    detector = silent_student(recipe(own(family, 2 if family == "deformable_detr" else 1)).student, LABELS, 3)
     shake(detector, 3)
     return detector.model
 

@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 
 DENSE = ["detr", "dab", "dab patterns"]
 HYBRID = ["rt_detr", "rt_detr_v2", "discrete", "d_fine"]
-KINDS = [*DENSE, *HYBRID]
+SAMPLED = [*HYBRID, "lw_detr"]
+KINDS = [*DENSE, *SAMPLED]
 
 
 def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
@@ -41,7 +42,9 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
     }
     torch.manual_seed(seed)
     model: Any
-    if kind == "detr":
+    if kind == "lw_detr":
+        model = hf.LwDetrForObjectDetection(lw_detr_config())
+    elif kind == "detr":
         model = hf.DetrForObjectDetection(hf.DetrConfig(d_model=32, **sizes))
     elif kind in DENSE:
         patterns = {"num_patterns": 2, "keep_query_pos": True} if kind == "dab patterns" else {}
@@ -63,6 +66,20 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
     return model.eval()
 
 
+def lw_detr_config(**changes: Any) -> Any:
+    """Maps of strides 8 and 16, so that images of 96 x 128 have the cells that the other kinds' have."""
+    vit = hf.LwDetrViTConfig(
+        **{"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_windows": 4},
+        **{"pretrain_image_size": 64, "window_block_indices": [0], "out_indices": [2, 3]},
+    )
+    sizes = {
+        **{"backbone_config": vit, "projector_scale_factors": [2.0, 1.0], "d_model": 32, "num_queries": 9},
+        **{"decoder_layers": 3, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 8},
+        **{"decoder_ffn_dim": 32, "group_detr": 1, "num_labels": 5},
+    }
+    return hf.LwDetrConfig(**sizes | changes)
+
+
 def whole_batch() -> tuple[Tensor, Tensor]:
     pixels, mask = padded_batch()
     return pixels, torch.ones_like(mask)
@@ -70,7 +87,7 @@ def whole_batch() -> tuple[Tensor, Tensor]:
 
 def batch_for(kind: str) -> tuple[Tensor, Tensor]:
     """With padding where the family masks it."""
-    return padded_batch() if kind in DENSE else whole_batch()
+    return whole_batch() if kind in HYBRID else padded_batch()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -98,7 +115,7 @@ def test_last_layer_equals_transformers(kind: str, training: bool) -> None:
     torch.testing.assert_close(last, theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dab", *HYBRID])
+@pytest.mark.parametrize("kind", ["dab", *SAMPLED])
 def test_every_layer_and_what_comes_before_equal_the_auxiliary_outputs_of_transformers(kind: str) -> None:
     """In training mode, for D-FINE says nothing of its other layers in evaluation; without denoising, so that it is the
     same forward pass."""
@@ -110,9 +127,14 @@ def test_every_layer_and_what_comes_before_equal_the_auxiliary_outputs_of_transf
     with torch.no_grad():
         theirs = reference(pixels, pixel_mask=mask, labels=[target, target])
         ours = Detector(model)(pixels, mask)
-    if kind == "dab":
+    if kind not in HYBRID:
         pairs = [(entry["logits"], entry["pred_boxes"]) for entry in theirs.auxiliary_outputs]
         layers = list(zip(ours.logits[:-1], ours.boxes_cxcywh[:-1], strict=True))
+        if kind == "lw_detr":
+            assert ours.early_logits is not None
+            assert ours.early_boxes_cxcywh is not None
+            pairs.append((theirs.enc_outputs_class, theirs.enc_outputs_coord_logits))
+            layers += zip(ours.early_logits, ours.early_boxes_cxcywh, strict=True)
     else:
         # transformers' list of auxiliary outputs is these; D-FINE's loses an entry on the way (docs/families.md).
         said = theirs.intermediate_logits.unbind(1), theirs.intermediate_reference_points.unbind(1)
@@ -193,12 +215,12 @@ def test_dense_attention_equals_the_eager_attention_of_transformers(kind: str) -
             torch.testing.assert_close(mean[image, slot], expected.mean(0))
 
 
-@pytest.mark.parametrize("kind", HYBRID)
+@pytest.mark.parametrize("kind", SAMPLED)
 def test_sampled_attention_reads_what_the_layer_reads(kind: str) -> None:
     """The layer's own sampling kernel is given maps that are 1 in one cell and 0 elsewhere: what comes out is the
     attention to that cell."""
     model = tiny_model(kind)
-    pixels, mask = whole_batch()
+    pixels, mask = batch_for(kind)
     with torch.no_grad():
         ours = Detector(model)(pixels, mask)
         maps = torch.cat([part.flatten(2) for part in ours.attend(QUERIES)], dim=-1)  # [B, S, N]
@@ -256,7 +278,21 @@ def test_d_fine_that_predicts_from_another_layer_is_refused() -> None:
         Detector(model)
 
 
-@pytest.mark.parametrize("kind", ["detr", "dab", "rt_detr", "d_fine"])
+def test_lw_detr_of_a_size_that_its_windows_do_not_divide_or_of_another_backbone_is_refused_with_a_remedy() -> None:
+    detector = Detector(tiny_model("lw_detr"))
+    with pytest.raises(QskdError, match=r"96 x 80 pixels\n.*divisible by 32\n.*mode: square"):
+        detector(torch.zeros(1, 3, 96, 80), torch.ones(1, 96, 80, dtype=torch.bool))
+    with pytest.raises(QskdError, match=r"5 cells .*\n.*at least 9"):
+        Detector(hf.LwDetrForObjectDetection(lw_detr_config(projector_scale_factors=[1.0, 0.5])))(
+            torch.zeros(1, 3, 32, 32), torch.ones(1, 32, 32, dtype=torch.bool)
+        )
+    config = lw_detr_config()
+    config.backbone_config = hf.ResNetConfig()
+    with pytest.raises(QskdError, match=r"a resnet\n.*lw_detr_vit"):
+        FAMILIES["lw_detr"].check(config)
+
+
+@pytest.mark.parametrize("kind", ["detr", "dab", "rt_detr", "d_fine", "lw_detr"])
 def test_bf16_autocast_keeps_predictions_in_float32(kind: str) -> None:
     detector = Detector(tiny_model(kind))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

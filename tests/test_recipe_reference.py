@@ -79,4 +79,4 @@ def test_the_recipe_for_a_fine_tuned_teacher_is_resolved_as_it_says() -> None:
     assert (student.encoder_layers, student.decoder_layers, student.queries, student.feature_levels) == (1, 3, 200, 3)
     assert (student.width, student.heads, student.ffn_width) == (256, 8, 1024)
     assert student.backbone.hidden_sizes == (64, 128, 256, 512)
-    assert student.resize.size % student.backbone.stride == 0
+    assert student.resize.size % student.backbone.unit == 0

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from benchmarks.student_sizes import cell
-from qskd.config import BackboneConfig, ResizeConfig, StudentConfig
+from qskd.config import FACTS, BackboneConfig, ResizeConfig, StudentConfig
 from qskd.config.recipe import build, load, to_tree
 from qskd.config.student_sizes import SIZES, sizes_of
 from qskd.detectors import FAMILIES, describe_student
@@ -30,7 +30,11 @@ def test_the_ends_of_the_dial_are_built_with_what_they_say_in_every_family(size:
         made = _unlearned(config, ["a", "b"]).config
     found = FAMILIES[family].sizes(made)
     assert found == {name: getattr(config, name) for name in found}
-    assert list(made.backbone_config.depths) == sizes_of(size, family)["backbone"]["depths"]
+    backbone, wanted = made.backbone_config, sizes_of(size, family)["backbone"]
+    if FACTS[family].vit:
+        assert (backbone.hidden_size, backbone.num_hidden_layers) == (wanted["hidden_sizes"][0], sum(wanted["depths"]))
+    else:
+        assert list(backbone.depths) == wanted["depths"]
 
 
 def test_unset_is_as_if_there_were_no_dial() -> None:
@@ -69,14 +73,14 @@ def test_a_dial_without_effect_is_refused(given: dict[str, Any], complaint: str)
         build({"student": given})
 
 
-@pytest.mark.parametrize(("size", "family"), itertools.product(SIZES, ["detr", "deformable_detr", "d_fine"]))
+@pytest.mark.parametrize(("size", "family"), itertools.product(SIZES, ["detr", "deformable_detr", "d_fine", "lw_detr"]))
 def test_the_architecture_space_searches_about_every_size(size: str, family: str) -> None:
     space = SearchSpace(["student_architecture"], build({"student": {"size": size, "family": family}}))
     sampled = {space.config(overrides).student.model_dump_json() for overrides in space.samples(30, seed=0)}
     assert len(sampled) > 20  # all of them valid
 
 
-@pytest.mark.parametrize("family", ["conditional_detr", "d_fine"])
+@pytest.mark.parametrize("family", ["conditional_detr", "d_fine", "lw_detr"])
 def test_the_table_in_the_documentation_is_the_programs(family: str) -> None:
     table = (Path(__file__).parents[1] / "docs" / "students.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith(f"| `{family}`"))

@@ -34,6 +34,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "deformable": {"family": "deformable_detr", "feature_levels": 2, "box_refinement": False},
     "refined": {"family": "deformable_detr", "feature_levels": 2, "box_refinement": True},
 }
+VIT: dict[str, Any] = {"hidden_sizes": [24], "depths": [1, 1]}
+
+
+def own(family: str, levels: int = 1) -> dict[str, Any]:
+    """The fields of a tiny student that its family decides; levels: of one that reads several maps and chooses no cells."""
+    facts = FACTS[family]
+    backbone = {"backbone": VIT} if facts.vit else {}
+    return {"family": family, "feature_levels": 2 if facts.hybrid else levels, **backbone}
+
+
 # Random networks have few good boxes: keep nearly every query, so that all terms have something to say.
 EASY_SELECTION = {"boundaries": [-0.9], "band_weights": [0.0, 1.0]}
 
@@ -61,8 +71,7 @@ def random_teacher(
 
     Slots without a name of their own are named as the 91-slot heads of COCO name them.
     """
-    own = {"family": family, "feature_levels": 2 if family in FACTS and FACTS[family].hybrid else 1}
-    config = StudentConfig.model_validate({**TEACHER, **FAMILIES.get(family, own)})
+    config = StudentConfig.model_validate({**TEACHER, **(FAMILIES.get(family) or own(family))})
     names = [f"{name} {slot}" if name == "N/A" else name for slot, name in enumerate(slots)]
     detector = silent_student(config, names, seed)
     detector.model.config.id2label = dict(enumerate(slots))

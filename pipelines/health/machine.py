@@ -274,12 +274,16 @@ def _ray_authentication() -> Check:
 
 def doctor(tracking_uri: str = "", storage: str = "", console: Any = None) -> int:
     """Print the table to `console` (a rich one; None: standard output). Returns 1 if there is a problem, else 0."""
+    return show(checks(tracking_uri, storage), console)
+
+
+def show(found: list[Check], console: Any = None) -> int:
+    """Print what was found as a table. Returns 1 if there is a problem, else 0."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
-    found = checks(tracking_uri, storage)
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table("", "check", "found", box=None, padding=(0, 1))
     for check in found:

@@ -30,6 +30,8 @@ BEGUN_BEFORE = {
     "detection.denoising_queries": 0,
     "detection.fgl_weight": 0.0,
     "detection.ddf_weight": 0.0,
+    "detection.query_groups": 1,
+    "training.backbone_layer_decay": 1.0,
 }
 DATA = "data.json"  # fingerprints of the shards that a run was begun on
 

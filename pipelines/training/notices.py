@@ -61,7 +61,7 @@ def notices(config: Config, epochs: float) -> list[str]:
 def _of_sizes(config: Config, hybrid: bool) -> list[str]:
     """What a student of changing size costs. In steps of 32 pixels, where a checkpoint does not say its stride here."""
     student = config.student
-    base, unit = student.resize.size, (32 if student.init else student.backbone.stride) if hybrid else 1
+    base, unit = student.resize.size, (32 if student.init else student.backbone.unit) if hybrid else 1
     sizes = config.augmentation.sizes(base, unit)
     pixels = [(size / base) ** 2 for size in sizes]
     return [

@@ -28,9 +28,11 @@ MOST_CLASSES = 100_000
 CATEGORY_IDS = "dataset_category_ids"  # by slot; transformers keeps the field and does nothing with it
 MOST_LABEL = 1000  # characters, as `qskd prepare` takes them; messages and pictures shorten them
 _MOST = {"layers": 256, "size": 2**20, "items": 256, "characters": 200}
-_LAYERS = re.compile(r"(layers|depths|levels|points|patterns|blocks)$")  # modules are built one by one, so many
+_LAYERS = re.compile(
+    r"(layers|depths|levels|points|patterns|blocks|group_detr)$"
+)  # modules are built one by one, so many
 _AT_LEAST_ONE = re.compile(
-    r"(d_model|heads|hidden_size|hidden_sizes|_dim|num_queries|num_channels|embedding_size|strides)$"
+    r"(d_model|heads|hidden_size|hidden_sizes|_dim|num_queries|num_channels|embedding_size|strides|patch_size|windows|group_detr)$"
 )
 _NEGATIVE = re.compile(r"(_idx|out_indices)$")  # counted from the end
 _ATTENTION = ("_attn_implementation", "attn_implementation")
@@ -46,16 +48,17 @@ _BASE = {field.name for field in fields(PreTrainedConfig)}
 def detector_config(said: dict[str, Any], where: str) -> Any:
     """transformers' configuration of a detector of a supported family. where: the file that `said` was read from."""
     kind = said.get("model_type", "unknown")
-    find_family(kind, where)
+    family = find_family(kind, where)
     _refuse_other_models(said, where)
     _check_old_backbone(said, where)
     config = _build(CONFIG_MAPPING[kind], _taken(spell_out(said), CONFIG_MAPPING[kind], where), where)
     width = config.d_model if kind != "dab-detr" else config.hidden_size
-    widths = {"encoder": getattr(config, "encoder_hidden_dim", width), "decoder": width}
-    for part, channels in widths.items():
-        heads = getattr(config, f"{part}_attention_heads")
+    parts = dict.fromkeys(("decoder", "decoder_self", "decoder_cross"), width)
+    for part, channels in {"encoder": getattr(config, "encoder_hidden_dim", width), **parts}.items():
+        heads = getattr(config, f"{part}_attention_heads", 1)
         if channels % heads:
             raise _refused(where, f"{part}_attention_heads", str(heads), f"a divisor of its {channels} channels")
+    family.check(config)
     return config
 
 

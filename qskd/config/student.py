@@ -12,20 +12,38 @@ from qskd.config.section import Count, Fraction, Layers, Section, Width
 from qskd.config.student_sizes import SizeName, resolve
 from qskd.families.facts import FACTS, Family
 
+_VIT_DEFAULTS = {"hidden_sizes": (192,), "depths": (3, 2, 1, 4)}  # LW-DETR small
+_VIT_PATCH, _VIT_WINDOWS = 16, 4  # pixels of a patch; windows along each side of an image
+_VIT_STRIDES = {1: (16,), 2: (8, 32), 3: (8, 16, 32)}  # by feature_levels; LW-DETR's P4, and P3 with P5
+
 
 class BackboneConfig(Section):
-    """A ResNet as transformers builds it. Stride is 4 after the first stage and doubles with each further one."""
+    """A ResNet as transformers builds it: stride 4 after the first stage, doubled with each further one. Or LW-DETR's plain ViT:
+    patches of 16 pixels, 16 windows in an image."""
 
-    # Any family reads either; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging shortcuts).
-    type: Literal["resnet", "rt_detr_resnet"] = "resnet"
+    # Any family but lw_detr reads a ResNet; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging
+    # shortcuts). lw_detr reads lw_detr_vit, which need not be said.
+    type: Literal["resnet", "rt_detr_resnet", "lw_detr_vit"] = "resnet"
     layer_type: Literal["basic", "bottleneck"] = "basic"  # ResNet-18's and 34's; ResNet-50's and larger ones'
-    embedding_size: Width = 64  # channels before the first stage
-    hidden_sizes: tuple[Width, ...] = (64, 128, 256, 512)  # channels of each stage
-    depths: tuple[Layers, ...] = (2, 2, 2, 2)  # residual layers of each stage
-    init: str = ""  # Hub name or folder of a ResNet whose weights to start from; empty: random
+    embedding_size: Width = 64  # channels before a ResNet's first stage
+    hidden_sizes: tuple[Width, ...] = (64, 128, 256, 512)  # channels of each stage; of a ViT one number, by default 192
+    # Residual layers of each stage. Of a ViT the layers up to each map that it gives, by default 3, 2, 1, 4: the last of each such
+    # group sees the whole image, the others their window (of 3, 2, 1, 4 as LW-DETR's authors have it, the ninth, not the tenth).
+    depths: tuple[Layers, ...] = (2, 2, 2, 2)
+    init: str = ""  # Hub name or folder of a backbone of this type whose weights to start from; empty: random
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_vit(cls, given: Any) -> Any:
+        vit = isinstance(given, Mapping) and given.get("type") == "lw_detr_vit"
+        return {**_VIT_DEFAULTS, **given} if vit else given
 
     @model_validator(mode="after")
     def _same_length(self) -> BackboneConfig:
+        if self.is_vit:
+            if len(self.hidden_sizes) != 1:
+                raise ValueError(f"a ViT has one width: hidden_sizes has {len(self.hidden_sizes)}")
+            return self
         if len(self.hidden_sizes) != len(self.depths):
             raise ValueError(f"hidden_sizes has {len(self.hidden_sizes)} stages but depths has {len(self.depths)}")
         if self.type == "rt_detr_resnet" and self.layer_type == "basic" and self.embedding_size != self.hidden_sizes[0]:
@@ -36,9 +54,20 @@ class BackboneConfig(Section):
         return self
 
     @property
-    def stride(self) -> int:
-        """Of the last stage, in pixels."""
-        return int(4 * 2 ** (len(self.depths) - 1))
+    def is_vit(self) -> bool:
+        return self.type == "lw_detr_vit"
+
+    def strides(self, levels: int) -> tuple[int, ...]:
+        """Of the maps of a student that chooses its queries among their cells, in pixels, finest first."""
+        if self.is_vit:
+            return _VIT_STRIDES.get(levels, ())
+        return tuple(self.unit // 2**level for level in reversed(range(levels)))
+
+    @property
+    def unit(self) -> int:
+        """What the sides of such a student's images are multiples of: a ResNet's last stride; so many pixels that each of a ViT's
+        windows has whole patches."""
+        return _VIT_PATCH * _VIT_WINDOWS if self.is_vit else int(4 * 2 ** (len(self.depths) - 1))
 
 
 class StudentConfig(Section):
@@ -87,7 +116,14 @@ class StudentConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _sized(cls, given: Any) -> Any:
-        return resolve(given, cls.model_fields["family"].default) if isinstance(given, Mapping) else given
+        if not isinstance(given, Mapping):
+            return given
+        made = resolve(given, cls.model_fields["family"].default)
+        family, backbone = made.get("family"), made.get("backbone", {})
+        facts = FACTS.get(family) if isinstance(family, str) else None
+        if facts is None or not facts.vit or made.get("init") or not isinstance(backbone, Mapping):
+            return made
+        return {**made, "backbone": {"type": facts.vit, **backbone}}
 
     @model_validator(mode="after")
     def _buildable(self) -> StudentConfig:
@@ -106,6 +142,9 @@ class StudentConfig(Section):
             raise ValueError(
                 f"{self.family} needs {least} decoder_layers or more: transformers cannot build it with fewer"
             )
+        if not self.init and (facts.vit or "resnet") not in self.backbone.type:
+            wanted = facts.vit or "resnet or rt_detr_resnet"
+            raise ValueError(f"{self.family} stands on a {wanted}, backbone.type is {self.backbone.type}")
         if facts.hybrid and not self.init:
             self._check_hybrid()
         return self
@@ -124,20 +163,21 @@ class StudentConfig(Section):
 
     def cells(self, size: int) -> int:
         """Cells of a square image's maps, of all levels."""
-        return sum((size * 2**level // self.backbone.stride) ** 2 for level in range(self.feature_levels))
+        return sum((size // stride) ** 2 for stride in self.backbone.strides(self.feature_levels))
 
     def _check_hybrid(self) -> None:
-        """The hybrid encoder lays doubled maps on finer ones, and its cells are the queries to choose from."""
-        stride, size = self.backbone.stride, self.resize.size
-        if self.feature_levels > min(3, len(self.backbone.depths)):
+        """A hybrid encoder lays doubled maps on finer ones, a ViT has whole windows; cells are the queries to choose from."""
+        unit, size = self.backbone.unit, self.resize.size
+        most = 3 if self.backbone.is_vit else min(3, len(self.backbone.depths))
+        if self.feature_levels > most:
             raise ValueError(
-                f"{self.family} reads backbone stages only: feature_levels {self.feature_levels} is more than "
-                f"{min(3, len(self.backbone.depths))}"
+                f"{self.family} reads backbone stages only: feature_levels {self.feature_levels} is more than {most}"
             )
-        if self.resize.mode != "square" or size % stride:
+        if self.resize.mode != "square" or size % unit:
+            why = "16 windows of whole patches, " if self.backbone.is_vit else "the backbone's stride "
             raise ValueError(
-                f"{self.family} needs images whose sides are multiples of the backbone's stride {stride}: "
-                f"set resize: {{mode: square, size: {max(round(size / stride), 1) * stride}}}"
+                f"{self.family} needs images whose sides are multiples of {why}{unit}: "
+                f"set resize: {{mode: square, size: {max(round(size / unit), 1) * unit}}}"
             )
         cells = self.cells(size)
         if cells < self.queries:

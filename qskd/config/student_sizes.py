@@ -51,7 +51,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def sizes_of(size: str, family: str) -> dict[str, Any]:
     """The fields of StudentConfig that a size sets for a family, as a nested dict."""
-    return {**SIZES[size], **(FACTS[family].size if family in FACTS else {})}
+    facts = FACTS.get(family)
+    return {**SIZES[size], **(facts.size if facts else {}), **(facts.by_size.get(size, {}) if facts else {})}
 
 
 def resolve(given: Mapping[str, Any], default_family: str) -> dict[str, Any]:

@@ -20,7 +20,12 @@ from PIL import Image
 
 from qskd.datasets.pictures.decoding import PictureError, decode
 
-BEST_PAIRS = {"conditional_detr": 100, "deformable_detr": 100, "dab-detr": 100}  # the others: as many as queries
+BEST_PAIRS = {
+    "conditional_detr": 100,
+    "deformable_detr": 100,
+    "dab-detr": 100,
+    "lw_detr": 100,
+}  # the others: as many as queries
 
 
 def pixels_of(images: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:

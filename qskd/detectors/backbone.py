@@ -1,14 +1,23 @@
-"""A student's ResNet: its configuration, its starting weights, its norm, and whether it learns."""
+"""A student's backbone: its configuration, its starting weights, its norm, and whether it learns."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from itertools import accumulate
+from math import gcd
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import ResNetBackbone, ResNetConfig, RTDetrResNetBackbone, RTDetrResNetConfig
+from transformers import (
+    LwDetrViTBackbone,
+    LwDetrViTConfig,
+    ResNetBackbone,
+    ResNetConfig,
+    RTDetrResNetBackbone,
+    RTDetrResNetConfig,
+)
 
 from qskd.checkpoints.clean_config import backbone_config_of
 from qskd.checkpoints.json_files import shown
@@ -19,11 +28,30 @@ from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
 
-_TYPES = {"resnet": (ResNetConfig, ResNetBackbone), "rt_detr_resnet": (RTDetrResNetConfig, RTDetrResNetBackbone)}
+_TYPES: dict[str, tuple[Any, Any]] = {
+    "resnet": (ResNetConfig, ResNetBackbone),
+    "rt_detr_resnet": (RTDetrResNetConfig, RTDetrResNetBackbone),
+    "lw_detr_vit": (LwDetrViTConfig, LwDetrViTBackbone),
+}
+_PUBLISHED = (
+    (3, 2, 1, 4),
+    [0, 1, 3, 6, 7, 9],
+)  # LW-DETR small to xlarge: their tenth layer has windows, their ninth has not
+
+
+def _vit_sizes(config: BackboneConfig) -> dict[str, Any]:
+    (width,), ends = config.hidden_sizes, list(accumulate(config.depths))
+    windows = [layer for layer in range(ends[-1]) if layer + 1 not in ends]
+    return {
+        "hidden_size": width,
+        "num_attention_heads": gcd(width, 12),  # 12, as published, where they divide the width
+        "num_hidden_layers": ends[-1],
+        "window_block_indices": _PUBLISHED[1] if config.depths == _PUBLISHED[0] else windows,
+    }
 
 
 def backbone_config(config: BackboneConfig, levels: int) -> Any:
-    """transformers' configuration of a ResNet that gives its last `levels` stages (as many as there are).
+    """transformers' configuration of a ResNet that gives its last `levels` stages (as many as there are), or of a ViT.
 
     With `config.init` the checkpoint's own configuration is used, and must have the sizes that `config` has.
     """
@@ -33,6 +61,8 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
         "hidden_sizes": list(config.hidden_sizes),
         "depths": list(config.depths),
     }
+    if config.is_vit:
+        sizes = _vit_sizes(config)
     if config.init:
         path = check_path(config.init)
         said, where = read_said(path)
@@ -40,7 +70,7 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
             raise QskdError(
                 config.init,
                 f"a model of type {shown(said.get('model_type'))}",
-                f"a ResNet (model type {config.type!r}, of student.backbone.type)",
+                f"a backbone of model type {config.type!r} (student.backbone.type)",
             )
         resnet = backbone_config_of(said, _TYPES[config.type][0], where)
         found = {name: getattr(resnet, name) for name in sizes}
@@ -49,18 +79,21 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
             raise QskdError(
                 config.init,
                 "; ".join(f"{name} {found[name]}" for name in differing),
-                "; ".join(f"student.backbone.{name} {sizes[name]}" for name in differing),
+                "; ".join(f"{'' if config.is_vit else 'student.backbone.'}{name} {sizes[name]}" for name in differing),
                 "give student.backbone the checkpoint's sizes, or leave student.backbone.init empty",
             )
     else:
         resnet = _TYPES[config.type][0](**sizes)
+    if config.is_vit:
+        resnet.out_features = [f"stage{end}" for end in accumulate(config.depths)]
+        return resnet
     stages = len(config.depths)
     resnet.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages, 3) + 1, stages + 1)]
     return resnet
 
 
 def load_backbone(backbone: nn.Module, path: str, config: Any) -> None:
-    """Copy a ResNet checkpoint (with or without its classifier) into a detector's backbone."""
+    """Copy a backbone's checkpoint (a ResNet's with or without its classifier) into a detector's backbone."""
     folder = check_path(path)
     source, info = load_model(_TYPES[config.model_type][1], config, folder)
     dropped = check_keys(path, info, ignore=("classifier.",))

@@ -67,8 +67,9 @@ def load_detector(path_or_name: str | Path) -> Detector:
     check_keys(path, info, what=f"a {family.model_class.__name__}{of_another}")
     if timm is not None:
         log.info("%s: timm's %s read as transformers' ResNet", path, timm.name)
-        dilate(family.backbone(model).get_submodule("model"), timm.output_stride, path)
+        dilate(family.trunk(model), timm.output_stride, path)
     keep_precision(model)
+    family.drop_groups(model)
     return Detector(model).eval()
 
 

@@ -203,6 +203,9 @@ class Detector(nn.Module):
     @cached_property
     def memory_strides(self) -> tuple[int, ...]:
         """Pixels that a cell of each memory map is wide, finest first."""
+        known = self._family.strides(self.model.config)
+        if known is not None:
+            return known
         side = 256
         # A copy without numbers: the forward pass costs nothing and leaves no mark on batch statistics.
         backbone = copy.deepcopy(self.backbone).to("meta").eval()

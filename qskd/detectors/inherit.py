@@ -121,7 +121,9 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     queries = {
         name for name, module in own.named_modules() if isinstance(module, nn.Embedding) and "query" in name.lower()
     }
-    reading = {f"{name}." for name in _named(own, family.projections(own))}
+    if parts := family.group_parts(own):
+        queries |= _named(own, [parts.places])
+    reading = {f"{name}." for name in _named(own, family.reading(own))}
     narrow = _Narrowing.between(family.sizes(own.config), family.sizes(teacher.model.config))
     layers = _sources(_counts(mine), _counts(theirs))
     # Rows after the classes' ("no object") are the last on both sides.

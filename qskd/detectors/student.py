@@ -43,7 +43,8 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
     if config.init:
         seen_as = read_preprocessing(config.init, config.resize)
         detector.mean, detector.std = seen_as.mean, seen_as.std
-    _set_backbone(detector.backbone, config, config.frozen_stages_taken(detector.family))
+    trunk = find_family(detector.family, "student").trunk(model)
+    _set_backbone(detector.backbone, trunk, config, config.frozen_stages_taken(detector.family))
     return detector
 
 
@@ -53,16 +54,17 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
         _warn(f"student.feature_levels = {config.feature_levels} has no effect: {config.family} reads one map")
     if not config.box_refinement and not family.refinement_optional:
         _warn(f"student.box_refinement = false has no effect: {config.family} leaves no choice")
+    if config.backbone_norm == "frozen" and config.backbone.is_vit:
+        _warn("student.backbone_norm = frozen has no effect: a ViT has no batch norms")
     model = _unlearned(config, labels)
     family.initialise(model)
     if config.backbone.init:
-        resnet = family.backbone(model).get_submodule("model")
-        load_backbone(resnet, config.backbone.init, model.config.backbone_config)
+        load_backbone(family.trunk(model), config.backbone.init, model.config.backbone_config)
     elif config.frozen_stages and not config.inherit:
         _warn(
             f"student.frozen_stages = {config.frozen_stages} keeps random weights: set backbone.init, or frozen_stages: 0"
         )
-    elif config.backbone_norm == "frozen":
+    elif config.backbone_norm == "frozen" and not config.backbone.is_vit:
         _warn("student.backbone_norm = frozen on a random backbone normalises nothing: set backbone.init, or use batch")
     return model
 
@@ -70,8 +72,8 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
 def _unlearned(config: StudentConfig, labels: Sequence[str]) -> Any:
     """A model of the sizes, with transformers' own random weights."""
     family = find_family(config.family, "student.family")
-    resnet = backbone_config(config.backbone, config.feature_levels if family.many_maps else 1)
-    return family.model_class(family.student_config(config, resnet, labels))
+    backbone = backbone_config(config.backbone, config.feature_levels if family.many_maps else 1)
+    return family.model_class(family.student_config(config, backbone, labels))
 
 
 def student_cost(config: StudentConfig, classes: int) -> tuple[float, float]:
@@ -112,7 +114,8 @@ def describe_student(config: StudentConfig, classes: int) -> str:
     what = f"{config.init}'s sizes"
     if not config.init:
         what = (
-            f"{config.family}, {backbone.type} of {'-'.join(map(str, backbone.depths))} {backbone.layer_type} layers of "
+            f"{config.family}, {backbone.type} of {'-'.join(map(str, backbone.depths))} "
+            f"{'' if backbone.is_vit else f'{backbone.layer_type} '}layers of "
             f"{'-'.join(map(str, backbone.hidden_sizes))} channels, width {config.width}, "
             f"{config.encoder_layers} + {config.decoder_layers} layers, {config.heads} heads, ffn {config.ffn_width}, "
             f"{config.queries} queries"
@@ -192,9 +195,9 @@ def _remake_class_heads(
     )
 
 
-def _set_backbone(backbone: nn.Module, config: StudentConfig, frozen_stages: int) -> None:
+def _set_backbone(backbone: nn.Module, trunk: nn.Module, config: StudentConfig, frozen_stages: int) -> None:
     """Norm and trainability; transformers freezes the whole ResNet by itself."""
-    frozen = first_stages(backbone.get_submodule("model"), frozen_stages) if frozen_stages else []
+    frozen = first_stages(trunk, frozen_stages) if frozen_stages else []
     if config.backbone_norm != "frozen" and config.train_backbone:
         thaw_norms(backbone, frozen)
     elif config.backbone_norm != "frozen":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 Size = tuple[int, int]  # height, width
 _MASKS = ("attention_mask", "encoder_attention_mask", "memory_key_padding_mask")
+_ASKING = ("modeling_deformable_detr", "modeling_lw_detr")
 _CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # transformers' own switch, read at each check
 
 
@@ -92,10 +93,10 @@ def knowing(
 
 @contextmanager
 def _sizes_copied_without_waiting(model: nn.Module) -> Iterator[None]:
-    """Deformable DETR's forward makes a tensor of its maps' sizes on the device: its file sees a torch whose `as_tensor` copies
+    """The forward of some families makes a tensor of its maps' sizes on the device: its file sees a torch whose `as_tensor` copies
     such a list without waiting."""
     module: Any = sys.modules[type(model).__module__]
-    if not module.__name__.endswith("modeling_deformable_detr") or torch.compiler.is_compiling():
+    if not module.__name__.endswith(_ASKING) or torch.compiler.is_compiling():
         yield
         return
     module.torch = _patient_torch()

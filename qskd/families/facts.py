@@ -8,40 +8,67 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-Undecayed = Literal["nothing", "norms", "norms_and_biases"]
+Undecayed = Literal["nothing", "norms", "norms_and_biases", "backbone"]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """size: StudentConfig fields that `student.size` sets in another way than for most families.
+    """size: StudentConfig fields that `student.size` sets in another way than for most families; by_size: those that one size
+    sets, by its name.
 
-    hybrid: a hybrid encoder, on backbone stages alone; its cells are the queries to choose from, and its batch norms stand
-    outside the backbone too. width_unit: the width is a multiple of it. least_decoder_layers: with fewer transformers can't
-    build it. groups: its queries are one embedding, so that training can have groups of them. best_pairs: (query, class) pairs
-    that its post-processing gives back; None: as many as there are queries. means_timm: its published configurations mean a
+    hybrid: its maps come from the backbone alone, and their cells are the queries to choose from; the sides of images are
+    multiples of a number of pixels, and batch norms stand outside the backbone too (RT-DETR's hybrid encoder, LW-DETR's projector).
+    vit: the type of the ViT that it stands on, which is its encoder too; empty: any ResNet. width_unit: the width is a multiple
+    of it. least_decoder_layers: with fewer transformers can't build it. groups: its queries are embeddings, so that training can
+    have groups of them; query_groups: as many as its authors train with. best_pairs: (query, class) pairs that its
+    post-processing gives back; None: as many as there are queries. means_timm: its published configurations mean a
     timm ResNet by leaving the backbone out. Of its authors' training, and what the recipe's fields of the same meaning say by
     default: dropout; frozen_stages of a pretrained backbone, the stem with them; sampling_scale, of the learning rate of sampling
-    offsets and reference points; undecayed, what no weight decay pulls at. missing: what of its authors' training a student here
-    goes without, in words; empty for nothing that is known.
+    offsets and reference points; layer_decay, of the learning rate from each layer of a ViT to the one before it; undecayed,
+    what no weight decay pulls at. missing: what of its authors' training a student here goes without, in words; empty for
+    nothing that is known.
     """
 
     title: str
     size: Mapping[str, Any] = field(default_factory=dict)
+    by_size: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     hybrid: bool = False
+    vit: str = ""
     width_unit: int = 4  # for the sine position embedding
     least_decoder_layers: int = 1
     groups: bool = False
+    query_groups: int = 1
     best_pairs: int | None = None
     means_timm: bool = False
     missing: str = ""
     dropout: float = 0.0
     frozen_stages: int = 0
     sampling_scale: float = 1.0
+    layer_decay: float = 1.0
     undecayed: Undecayed = "nothing"
 
 
 _ONE_MAP = {"feature_levels": 1}
 _HYBRID = {"feature_levels": 3, "encoder_layers": 1}  # attention within the coarsest map only
+
+
+def _lw_detr(
+    vit: int, depths: tuple[int, ...], queries: int = 300, levels: int = 1, width: int = 256, heads: int = 8
+) -> dict[str, Any]:
+    backbone = {"type": "lw_detr_vit", "hidden_sizes": [vit], "depths": list(depths)}
+    decoder = {"width": width, "heads": heads, "ffn_width": 2048, "decoder_layers": 3, "queries": queries}
+    return {"backbone": backbone, **decoder, "feature_levels": levels}
+
+
+# LW-DETR's own tiny, small, medium and large (transformers' conversion script has their numbers), under this project's names; nano
+# is ours. The sides of images are those of all families.
+_LW_DETR = {
+    "nano": _lw_detr(96, (2, 2, 2), 100, width=64, heads=4) | {"ffn_width": 256, "decoder_layers": 2},
+    "micro": _lw_detr(192, (2, 2, 2), 100),
+    "small": _lw_detr(192, (3, 2, 1, 4)),
+    "medium": _lw_detr(384, (3, 2, 1, 4)),
+    "large": _lw_detr(384, (3, 2, 1, 4), levels=2, width=384, heads=12),
+}
 
 FACTS: dict[str, Facts] = {
     "detr": Facts("DETR", {**_ONE_MAP, "queries": 100}, means_timm=True, dropout=0.1, frozen_stages=1),
@@ -69,6 +96,18 @@ FACTS: dict[str, Facts] = {
         least_decoder_layers=2,
         undecayed="norms_and_biases",
         missing="the union of its layers' matchings for its box terms (GO-LSD)",
+    ),
+    "lw_detr": Facts(
+        "LW-DETR",
+        by_size=_LW_DETR,
+        hybrid=True,
+        vit="lw_detr_vit",
+        groups=True,
+        query_groups=13,
+        best_pairs=100,
+        layer_decay=0.8,
+        undecayed="backbone",
+        missing="a learning rate of its decoder's own (0.7 of its projector's)",
     ),
 }
 

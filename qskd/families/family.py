@@ -64,6 +64,16 @@ class Predictions:
     sides: SideDistributions | None = None
 
 
+@dataclass(frozen=True)
+class GroupParts:
+    """Of a model whose code has groups of queries in training: places, an embedding with a row a query; lists, of modules, one of
+    each a group, the student's own first; switches, the modules that look at their `training` to know whether there are groups."""
+
+    places: nn.Embedding
+    lists: tuple[nn.ModuleList, ...]
+    switches: tuple[nn.Module, ...]
+
+
 class Family(ABC):
     """One family of transformers' detectors. Stateless; `model` is always its `...ForObjectDetection`."""
 
@@ -86,6 +96,10 @@ class Family(ABC):
     # --- what it can do ---------------------------------------------------------------------------------------------
     def check(self, config: Any) -> None:  # noqa: B027
         """Raise QskdError for a configuration of transformers whose model can't be shown as a DetectorOutput."""
+
+    def image_unit(self, config: Any) -> int:
+        """What the sides of images are multiples of, in pixels."""
+        return 1
 
     def check_size(self, config: Any, height: int, width: int) -> None:  # noqa: B027
         """Raise QskdError for a batch of images, padding included, of a size that the model can't take."""
@@ -112,9 +126,21 @@ class Family(ABC):
         return [model.model.encoder]
 
     def backbone(self, model: Any) -> nn.Module:
-        """The part that learns at its own rate; the ResNet itself is its `model`."""
+        """The part that learns at its own rate."""
         backbone: nn.Module = model.model.backbone
         return backbone
+
+    def trunk(self, model: Any) -> nn.Module:
+        """The network in `backbone` that a checkpoint of its own may hold: transformers' ...Backbone."""
+        return self.backbone(model).get_submodule("model")
+
+    def reading(self, model: Any) -> list[nn.Module]:
+        """The modules whose inputs are as wide as the backbone's maps."""
+        return self.projections(model)
+
+    def strides(self, config: Any) -> tuple[int, ...] | None:
+        """Pixels that a cell of each memory map is wide, finest first; None where the backbone's maps tell."""
+        return None
 
     def decoder_layers(self, model: Any) -> list[nn.Module]:
         return list(model.model.decoder.layers)
@@ -156,6 +182,10 @@ class Family(ABC):
     def query_embedding(self, model: Any) -> nn.Embedding | None:
         """What all of the queries is read from in a forward, one row a query: a longer one makes more queries. None where there
         is no such thing."""
+        return None
+
+    def group_parts(self, model: Any) -> GroupParts | None:
+        """What of a query is not in `query_embedding`, of families whose own code has groups of queries."""
         return None
 
     def reference_points(self, model: Any) -> Tensor | None:
@@ -212,6 +242,9 @@ class Family(ABC):
     def place_queries(self, model: Any, first: int) -> None:  # noqa: B027
         """Spread the reference points of the queries from `first` on over the image (in place): they were not there when the
         network that reads points off them was trained, and would all lie near the middle."""
+
+    def drop_groups(self, model: Any) -> None:  # noqa: B027
+        """Leave (in place) one group of queries to a model whose own training has more: no evaluation asks the others."""
 
     def prepare_student(self, model: Any) -> None:  # noqa: B027
         """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random

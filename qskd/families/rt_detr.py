@@ -21,6 +21,26 @@ from qskd.families.initialisation import set_class_prior, xavier, zero_box_head
 from qskd.structures import Queries
 
 
+def check_cells(name: str, height: int, width: int, unit: int, strides: Sequence[int], queries: int) -> None:
+    """QskdError for images whose sides are no multiples of `unit` pixels, or whose maps of `strides` have fewer cells than the
+    queries that are chosen among them."""
+    tokens = sum((height // stride) * (width // stride) for stride in strides)
+    if height % unit or width % unit:
+        raise QskdError(
+            f"{name} images",
+            f"{height} x {width} pixels",
+            f"height and width divisible by {unit}",
+            "set resize: {mode: square, size: ...} of this model (student.resize or teacher.resize)",
+        )
+    if tokens < queries:
+        raise QskdError(
+            f"{name} images",
+            f"{height} x {width} pixels: {tokens} cells on maps of strides {list(strides)}",
+            f"at least {queries}: each query is one of these cells",
+            "larger images, or fewer queries",
+        )
+
+
 class RTDetr(Family):
     name = "rt_detr"
     model_class = RTDetrForObjectDetection
@@ -37,23 +57,11 @@ class RTDetr(Family):
     def chooses_queries(self, config: Any) -> bool:
         return True
 
+    def image_unit(self, config: Any) -> int:
+        return int(max(config.feat_strides))  # the encoder doubles its coarsest map and lays it on the next finer one
+
     def check_size(self, config: Any, height: int, width: int) -> None:
-        step = max(config.feat_strides)
-        tokens = sum((height // stride) * (width // stride) for stride in config.feat_strides)
-        if height % step or width % step:  # the encoder doubles its coarsest map and lays it on the next finer one
-            raise QskdError(
-                f"{self.name} images",
-                f"{height} x {width} pixels",
-                f"height and width divisible by {step}",
-                "set resize: {mode: square, size: ...} of this model (student.resize or teacher.resize)",
-            )
-        if tokens < config.num_queries:
-            raise QskdError(
-                f"{self.name} images",
-                f"{height} x {width} pixels: {tokens} cells on maps of strides {list(config.feat_strides)}",
-                f"at least {config.num_queries}: each query is one of these cells",
-                "larger images, or fewer queries",
-            )
+        check_cells(self.name, height, width, self.image_unit(config), config.feat_strides, config.num_queries)
 
     def projections(self, model: Any) -> list[nn.Module]:
         return list(model.model.encoder_input_proj)

@@ -1,8 +1,9 @@
 """The detection loss of every family, all decoder layers in one pass, on a matching made elsewhere.
 
 Equal on one worker to transformers' `DeformableDetrForObjectDetectionLoss` (focal), `RTDetrForObjectDetectionLoss`
-(varifocal; with `qskd.losses.denoising`) and `ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so
-that counts can be averaged over workers, and nothing waits for the device.
+(varifocal; with `qskd.losses.denoising`), `LwDetrForObjectDetectionLoss` (iou_aware; with `qskd.training.query_groups`) and
+`ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so that counts can be averaged over workers, and
+nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from qskd.structures import Classification, LossTerm, Targets
 
 _NAMES = ("class", "l1", "giou")
 VARIFOCAL_ALPHA = 0.75  # of RT-DETR, RT-DETRv2 and D-FINE in transformers (focal_loss_alpha); gamma is 2
+IOU_AWARE_ALPHA = 0.25  # of LW-DETR in transformers (focal_alpha); gamma is 2
+IOU_AWARE_FLOOR = 0.01  # a labelled entry's target is at least this
 NO_OBJECT_WEIGHT = 0.1  # of DETR (Carion et al., ECCV 2020); transformers' eos_coefficient
 
 
@@ -67,6 +70,18 @@ def _varifocal(scores: Tensor, own: Tensor, unmatched: Tensor, quality: Tensor) 
 
     correction = quality * (F.softplus(own) - quality * own) - unlabelled(own)
     return unlabelled(scores).flatten(1).sum(1) + _sum_of(correction, unmatched)
+
+
+def _iou_aware(scores: Tensor, own: Tensor, unmatched: Tensor, overlap: Tensor) -> Tensor:
+    """LW-DETR's IoU-aware cross-entropy (Chen et al., 2024; Cai et al., Align-DETR, 2023), over all queries and classes: [L].
+
+    A labelled entry's target is t = p^alpha * IoU^(1 - alpha), without gradient; any other is pushed down by p^2.
+    """
+    goal = own.detach().sigmoid() ** IOU_AWARE_ALPHA * overlap ** (1 - IOU_AWARE_ALPHA)
+    goal = goal.clamp(min=IOU_AWARE_FLOOR)
+    labelled = goal * F.softplus(-own) + (1 - goal) * F.softplus(own)
+    correction = labelled - unlabelled_focal(own)
+    return unlabelled_focal(scores).flatten(1).sum(1) + _sum_of(correction, unmatched)
 
 
 def _cross_entropy(own: Tensor, matched: Tensor, query: Tensor, no_object: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,8 +140,9 @@ def detection_terms(
             raise ValueError("cross-entropy needs the log-probability of no object")
         class_sum, weight = _cross_entropy(own, matched, query, no_object.float())
         class_counts, class_floor = list(weight.unbind()), NO_OBJECT_WEIGHT
-    elif classification == "varifocal":
-        class_sum = _varifocal(scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy))
+    elif classification in ("varifocal", "iou_aware"):
+        by_overlap = _varifocal if classification == "varifocal" else _iou_aware
+        class_sum = by_overlap(scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy))
     else:
         class_sum = _focal(scores, own, unmatched, config.focal_alpha)
 

@@ -46,13 +46,15 @@ def matching_costs(
     """Cost of every object with every query of its own image: [L, B, Q, K], [L, B, Q, 4] -> [L, N, Q] float32.
 
     Focal class cost (gamma 2), L1 and -GIoU, each with its weight from `config`: the cost of transformers'
-    `DeformableDetrHungarianMatcher`, and of its `RTDetrHungarianMatcher`. With "softmax" the class cost is -probability,
-    as in its `HungarianMatcher` (DETR). NaN and infinity become the largest float, so that such a pair is chosen last.
+    `DeformableDetrHungarianMatcher`, of its `RTDetrHungarianMatcher` and `LwDetrHungarianMatcher`. With "softmax" the class
+    cost is -probability, as in its `HungarianMatcher` (DETR). NaN and infinity become the largest float, so that such a pair is
+    chosen last.
     """
     labels, objects = targets.labels[image, slot], targets.boxes_cxcywh[image, slot].float().unsqueeze(1)
     probability = logits.detach()[:, image, :, labels].float().transpose(0, 1).sigmoid()  # indexing puts N first
     boxes = boxes_cxcywh.detach()[:, image].float()
-    alpha = 0.25 if classification == "varifocal" else config.focal_alpha  # varifocal loss has an alpha of its own
+    # Losses with an alpha of their own leave the matching its usual one.
+    alpha = 0.25 if classification in ("varifocal", "iou_aware") else config.focal_alpha
     if classification == "softmax":
         by_class = -probability
     else:

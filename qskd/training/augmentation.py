@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qskd.config import FACTS, Config, ResizeConfig
+from qskd.config import Config, ResizeConfig
 from qskd.config.augmentation import AugmentationConfig
 from qskd.detectors import Detector
 from qskd.errors import QskdError
@@ -132,7 +132,7 @@ def augmentation_of(config: Config, student: Detector, total_steps: int) -> Stud
     if not (wanted.changes_pixels or wanted.changes_sizes):
         return None
     resize = config.student.resize
-    unit = max(student.memory_strides) if wanted.changes_sizes and FACTS[student.family].hybrid else 1
+    unit = FAMILIES[student.family].image_unit(student.model.config) if wanted.changes_sizes else 1
     found = StudentAugmentation(wanted, resize, config.seed, total_steps, student.mean, unit)
     for size in found.sizes if wanted.changes_sizes else ():
         try:

@@ -30,6 +30,7 @@ from qskd.losses.detection_loss import combine
 from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, Queries, Targets, TeacherRecord
 from qskd.teacher.online import OnlineTeacher, facts_of
+from qskd.training.query_groups import first_queries
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ class Distiller(nn.Module):
                     "call student(**batch) first; student.train()",
                 )
             output = self.student.read(outputs, mask, with_attention=False)
+            if output.logits.shape[2] > self.student.num_queries:  # groups that only training has (LW-DETR)
+                output = first_queries(output, self.student.num_queries)
         finally:
             for tap in taps:
                 tap.start(False)

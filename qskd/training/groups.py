@@ -18,8 +18,9 @@ SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deform
 def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
     """ "params", and "scale" of the learning rate, which is 1 in the first group; "weight_decay" where it is not the optimizer's.
 
-    The backbone, sampling offsets and reference points, and what a student inherited, have rates of their own; norms and biases of
-    the student may go without weight decay. What only training has (projectors, a dense head) is with the rest.
+    The backbone, sampling offsets and reference points, and what a student inherited, have rates of their own, a ViT's layers one
+    each; norms and biases of the student, or its backbone's alone, may go without weight decay. What only training has
+    (projectors, a dense head) is with the rest.
     """
     student, facts = module.student, FACTS[module.student.family]
     given = config.sampling_learning_rate_scale
@@ -30,13 +31,15 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
         * (copied if name in student.inherited else 1.0)
         for name, p in student.model.named_parameters(remove_duplicate=False)
     }
-    scales |= {id(p): config.backbone_learning_rate_scale for p in student.backbone.parameters()}
+    scales |= _of_the_backbone(module, config)
     undecayed = config.undecayed or facts.undecayed
     free: set[int] = set()
-    if undecayed != "nothing":
+    if undecayed in ("norms", "norms_and_biases"):
         free |= {id(p) for part in student.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
     if undecayed == "norms_and_biases":
         free |= {id(p) for name, p in student.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+    if undecayed == "backbone":  # a ViT's scales of layers are of one dimension too; its embeddings of places are not
+        free |= {id(p) for name, p in student.backbone.named_parameters() if p.dim() <= 1 or "position" in name}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list, {(1.0, True): []})
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -46,3 +49,19 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
         for (own, decayed), parameters in groups.items()
         if parameters or (own, decayed) == (1.0, True)  # the first is there even if all was inherited
     ]
+
+
+def _of_the_backbone(module: StepModule, config: TrainingConfig) -> dict[int, float]:
+    """Parameter -> what it learns at. Of a ViT of N layers: layer n (from 0) at decay^(N - n), what comes before them at
+    decay^(N + 1), what comes after them at 1."""
+    backbone, scale = module.student.backbone, config.backbone_learning_rate_scale
+    facts, start, decay = FACTS[module.student.family], module.config.student, config.backbone_layer_decay
+    if decay is None:
+        decay = facts.layer_decay if start.init or start.backbone.init or start.inherit else 1.0
+    if not facts.vit or decay == 1.0:
+        return {id(parameter): scale for parameter in backbone.parameters()}
+    found, layers = {}, len(backbone.get_submodule("encoder.layer")._modules)
+    for name, parameter in backbone.named_parameters():
+        layer = int(name.split(".")[2]) if name.startswith("encoder.layer.") else -1 if "embeddings" in name else layers
+        found[id(parameter)] = scale * decay ** (layers - layer)
+    return found

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qskd.config import Config, DetectionLossConfig
+from qskd.config import FACTS, Config, DetectionLossConfig
 from qskd.detectors import Detector, to_pixels
 from qskd.detectors.decoding import decode
 from qskd.distillation.method import Lesson, Method, Online, build_method
@@ -185,7 +185,8 @@ def compiles_whole(config: Config) -> bool:
     """Whether every forward of a training has images of one size, so that the whole student is one graph. Groups of queries come
     into it by hooks of a step's own, which are compiled into none."""
     sizes_fixed = config.student.resize.mode == "square" and not config.augmentation.changes_sizes
-    return sizes_fixed and config.detection.query_groups == 1
+    groups = config.detection.query_groups or FACTS[config.student.family].query_groups
+    return sizes_fixed and groups == 1
 
 
 def compile_step(module: StepModule, config: Config, **options: Any) -> None:

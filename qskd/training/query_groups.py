@@ -4,10 +4,14 @@ those of a group still compete for it, and the student's own are what they would
 Queries meet each other in self-attention only. There, groups are laid side by side as images are, so that none sees another;
 everywhere else a query goes its way by itself. So no mask is needed, and attention costs as many times as there are groups, not
 their square.
+
+LW-DETR has groups of its own (`ChosenGroups`): each chooses its queries among the encoder's cells by heads of its own, and
+transformers' code lays them side by side.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +22,9 @@ from torch import Tensor, nn
 
 from qskd.config import FACTS, DetectionLossConfig
 from qskd.detectors import Detector
+from qskd.detectors.exact import Exact, exactly
 from qskd.errors import QskdError
+from qskd.families.family import GroupParts
 from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import detection_terms
 from qskd.structures import Classification, DetectorOutput, LossTerm, Targets
@@ -43,31 +49,23 @@ class QueryGroups(nn.Module):
         self.weights = {
             self.names[part]: config.query_group_weight * value for part, value in zip(_PARTS, values, strict=True)
         }
-        with torch.no_grad():
-            noise = torch.randn(count, *own.shape) * own.detach().cpu().std(0, unbiased=False)
-            self.others = nn.Parameter((own.detach().cpu() + _START_NOISE * noise).flatten(0, 1).to(own.device))
+        self.others = nn.Parameter(_about(own, count).flatten(0, 1))
 
     @contextmanager
     def asked(self, student: Detector) -> Iterator[None]:
         """A forward of the student within has the queries of all groups, its own first."""
-        family, model = FAMILIES[student.family], student.model
+        family, model, hooks = FAMILIES[student.family], student.model, list[Any]()
         embedding = family.query_embedding(model)
         assert embedding is not None  # `query_groups_of` has looked
-        own, hooks = embedding.weight, list[Any]()
-        del embedding.weight
-        embedding.weight = torch.cat(
-            [own, self.others.to(own.dtype)]
-        )  # a tensor, no parameter: gradients go on to both
-        try:
-            for attention in family.self_attentions(model):
-                hooks.append(attention.register_forward_pre_hook(self._side_by_side, with_kwargs=True))
-                hooks.append(attention.register_forward_hook(self._in_a_row))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            del embedding.weight
-            embedding.weight = own
+        with _longer(embedding, self.others):
+            try:
+                for attention in family.self_attentions(model):
+                    hooks.append(attention.register_forward_pre_hook(self._side_by_side, with_kwargs=True))
+                    hooks.append(attention.register_forward_hook(self._in_a_row))
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def _side_by_side(
         self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
@@ -84,21 +82,17 @@ class QueryGroups(nn.Module):
         return states.reshape(-1, (1 + self.count) * self.queries, states.shape[-1]), attention
 
     def parted(self, output: DetectorOutput) -> tuple[DetectorOutput, Predictions]:
-        """What the student itself said, and what the other groups' queries did: N are all
-        supervised layers of the first group, then those of the next."""
+        """What the student itself said, and what the other groups' queries did: N are all supervised layers of the first group,
+        after what comes before the layers, then those of the next."""
         queries, layers = self.queries, slice(None) if self.config.auxiliary else slice(-1, None)
 
-        def others(values: Tensor) -> Tensor:
-            grouped = values[layers, :, queries:].unflatten(2, (self.count, queries))  # [L, B, G, Q, ...]
+        def others(values: Tensor, early: Tensor | None) -> Tensor:
+            supervised = values[layers] if early is None else torch.cat([early, values[layers]])
+            grouped = supervised[:, :, queries:].unflatten(2, (self.count, queries))  # [L, B, G, Q, ...]
             return grouped.movedim(2, 0).flatten(0, 1)
 
-        own = replace(
-            output,
-            logits=output.logits[:, :, :queries],
-            boxes_cxcywh=output.boxes_cxcywh[:, :, :queries],
-            query_states=output.query_states[:, :queries],
-        )
-        return own, (others(output.logits), others(output.boxes_cxcywh))
+        theirs = (others(output.logits, output.early_logits), others(output.boxes_cxcywh, output.early_boxes_cxcywh))
+        return first_queries(output, queries), theirs
 
     def terms(
         self, predictions: Predictions, targets: Targets, assignment: Tensor, kind: Classification
@@ -117,17 +111,99 @@ class QueryGroups(nn.Module):
         }
 
 
+class ChosenGroups(QueryGroups):
+    """Of a family whose own code has groups (`GroupParts`): what a group has of its own beside its embedding is here too.
+
+    Heads that choose start as the student's own, after a layer that is moved at random: else all groups would choose alike.
+    """
+
+    def __init__(self, own: Tensor, parts: GroupParts, count: int, queries: int, config: DetectionLossConfig) -> None:
+        super().__init__(own, count, queries, config)
+        self.places = nn.Parameter(_about(parts.places.weight, count).flatten(0, 1))
+        made: list[list[Any]] = [[copy.deepcopy(modules[0]) for _ in range(count)] for modules in parts.lists]
+        for module in [module for group in made for module in group]:
+            vars(module).pop("forward", None)  # the copy of the student's own `Exact`, which nobody would turn on
+        with torch.no_grad():
+            first: Any = parts.lists[0][0]
+            for layer, weight in zip(made[0], _about(first.weight, count), strict=True):
+                layer.weight.copy_(weight)
+        self.heads = nn.ModuleList([nn.ModuleList(group) for group in made])
+        self._exact = [Exact(module) for group in made for module in group]
+
+    @contextmanager
+    def asked(self, student: Detector) -> Iterator[None]:
+        family, model = FAMILIES[student.family], student.model
+        embedding, parts = family.query_embedding(model), family.group_parts(model)
+        assert embedding is not None
+        assert parts is not None
+        modes = [module.training for module in parts.switches]
+        with (
+            _longer(embedding, self.others),
+            _longer(parts.places, self.places),
+            exactly(self._exact, embedding.weight.device.type),
+        ):
+            try:
+                for modules, more in zip(parts.lists, self.heads, strict=True):
+                    modules.extend(more)  # type: ignore[arg-type]
+                for module in parts.switches:
+                    module.training = True
+                model.config.group_detr = model.model.group_detr = 1 + self.count
+                yield
+            finally:
+                model.config.group_detr = model.model.group_detr = 1
+                for module, mode in zip(parts.switches, modes, strict=True):
+                    module.training = mode
+                for modules in parts.lists:
+                    del modules[1:]
+
+
+def _about(own: Tensor, count: int) -> Tensor:
+    """[count, *own.shape]: `own`, each moved at random by some of the spread of its rows."""
+    values = own.detach().cpu()
+    noise = torch.randn(count, *values.shape) * values.std(0, unbiased=False)
+    return (values + _START_NOISE * noise).to(own.device)
+
+
+@contextmanager
+def _longer(embedding: nn.Embedding, more: Tensor) -> Iterator[None]:
+    """Within it an embedding has more rows."""
+    own = embedding.weight
+    del embedding.weight
+    embedding.weight = torch.cat([own, more.to(own.dtype)])  # gradients go on to both
+    try:
+        yield
+    finally:
+        del embedding.weight
+        embedding.weight = own
+
+
+def first_queries(output: DetectorOutput, queries: int) -> DetectorOutput:
+    """What the first so many queries said."""
+    early, early_boxes = output.early_logits, output.early_boxes_cxcywh
+    return replace(
+        output,
+        logits=output.logits[:, :, :queries],
+        boxes_cxcywh=output.boxes_cxcywh[:, :, :queries],
+        query_states=output.query_states[:, :queries],
+        early_logits=None if early is None else early[:, :, :queries],
+        early_boxes_cxcywh=None if early_boxes is None else early_boxes[:, :, :queries],
+    )
+
+
 def query_groups_of(config: DetectionLossConfig, student: Detector) -> QueryGroups | None:
-    """What the recipe asks for; None where it asks for the student's own queries alone. QskdError where it can't have others."""
-    if config.query_groups == 1:
+    """What the recipe asks for, or the family's authors; None for the student's own queries alone. QskdError where it can't have
+    others."""
+    asked = FACTS[student.family].query_groups if config.query_groups is None else config.query_groups
+    if asked == 1:
         return None
     embedding = FAMILIES[student.family].query_embedding(student.model)
     if embedding is None:
         able = ", ".join(name for name, facts in FACTS.items() if facts.groups)
         raise QskdError(
             "detection.query_groups",
-            f"{config.query_groups}, and a {student.family} of such a configuration makes its queries otherwise",
+            f"{asked}, and a {student.family} of such a configuration makes its queries otherwise",
             f"1, or a student whose queries are one embedding ({able}; no two-stage, no patterns)",
             "leave detection.query_groups out",
         )
-    return QueryGroups(embedding.weight, config.query_groups - 1, student.num_queries, config)
+    parts, own = FAMILIES[student.family].group_parts(student.model), (asked - 1, student.num_queries, config)
+    return QueryGroups(embedding.weight, *own) if parts is None else ChosenGroups(embedding.weight, parts, *own)
