@@ -27,7 +27,8 @@ from qskd.teacher.columns.table import collate, columns_for, decode_batch, encod
 from qskd.teacher.decoder import TeacherDecoder, check_decodes, load_decoder
 from qskd.teacher.manifest import CacheSizes
 
-EVERY = (*FAMILIES, "two stages", "patterns")
+DECODING = [name for name, family in FAMILIES.items() if family.decodes]  # all but LW-DETR
+EVERY = (*DECODING, "two stages", "patterns")
 MASKS = [name for name in EVERY if name not in FAMILIES or FAMILIES[name].masks_padding]
 SAID = ("logits", "boxes_cxcywh", "query_states", "no_object")
 
@@ -146,7 +147,7 @@ def recorded(output: DetectorOutput, precision: str) -> TeacherRecord:
     return decode_batch({name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DECODING)
 def test_what_a_cache_holds_is_enough_for_the_teacher_s_answers(name: str) -> None:
     """Of float32 to rounding; of int8 as far as a probability is wide that nobody reads (random weights, the same queries)."""
     detector = detector_of(name)
@@ -217,8 +218,10 @@ def test_a_recipe_s_decoder_is_loaded_without_the_rest_and_only_of_the_cache_s_t
 
 def test_a_teacher_whose_memory_is_not_all_that_its_decoder_reads_is_refused_by_name() -> None:
     shape = ResizeConfig(mode="shortest_edge")
-    for name in FAMILIES:
+    for name in DECODING:
         check_decodes(name, ResizeConfig())
+    with pytest.raises(QskdError, match="family lw_detr, whose decoder can't be asked"):
+        check_decodes("lw_detr", ResizeConfig())
     for name in ("rt_detr", "rt_detr_v2", "d_fine"):
         with pytest.raises(QskdError, match=f"family {name}, whose decoder reads the padding"):
             check_decodes(name, shape)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qskd.detectors.detector import Detector, not_kept, real_part, without_padding
+from qskd.detectors.detector import Detector, real_part, without_padding
 from qskd.detectors.exact import exactly
-from qskd.detectors.taps import listening
+from qskd.detectors.taps import listening, not_kept
 from qskd.detectors.unasked import knowing
 from qskd.families.family import Family, Memory, inverse_sigmoid, tokens_of
 from qskd.families.table import FAMILIES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,67 +17,12 @@ from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels
 from qskd.config import ResizeConfig
 from qskd.detectors.exact import Exact, exactly
 from qskd.detectors.extra_queries import ExtraQueries, QueryInlet, added
-from qskd.detectors.taps import Tap, listening
+from qskd.detectors.taps import CrossAttention, Tap, attention_of, attention_of_each, detached, listening, not_kept
 from qskd.detectors.unasked import KnownMask, always, hides_nothing, knowing
-from qskd.families.family import Family, Predictions
+from qskd.families.family import Predictions
 from qskd.families.table import find_family
 from qskd.precision import lay_out
 from qskd.structures import DetectorOutput, ExtraPredictions
-
-
-@dataclass(frozen=True)
-class CrossAttention:
-    """One decoder layer's cross-attention and what it was given: enough to compute the attention of any query again."""
-
-    module: nn.Module
-    given: dict[str, Any]
-
-
-def _detached(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
-
-
-def _attend(
-    family: Family,
-    layers: Sequence[CrossAttention],
-    queries: Tensor,
-    *,
-    shapes: Sequence[tuple[int, int]],
-    valid: Tensor,
-) -> tuple[Tensor, ...]:
-    """Query indices [B, S] (-1 = none) -> maps [B, S, H, W], float32, averaged over `layers`. No gradient."""
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        wanted = queries.clamp(min=0)
-        total = torch.zeros((*queries.shape, valid.shape[1]), device=queries.device)
-        for layer in layers:
-            total += family.attention(layer.module, layer.given, wanted, shapes, valid)
-        total *= (queries >= 0)[..., None] / len(layers)
-        parts = total.split([height * width for height, width in shapes], dim=-1)
-        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
-
-
-def _attend_each(
-    attend: Callable[[Sequence[CrossAttention], Tensor], tuple[Tensor, ...]],
-    layers: Sequence[CrossAttention],
-    num_queries: int,
-    queries: Tensor,
-) -> tuple[Tensor, ...]:
-    """Like `attend`, of the queries of any layer: number n * num_queries + i is query i of the n-th layer before the last."""
-    total: list[Tensor] = []
-    for before, layer in enumerate(reversed(layers)):
-        # No layer has more than all its queries: theirs come first, the rest are none.
-        other = queries.div(num_queries, rounding_mode="floor") != before
-        place = other.int().sort(dim=1, stable=True).indices[:, :num_queries]
-        own = torch.where(other.gather(1, place), -1, queries.gather(1, place) % num_queries)
-        maps = attend([layer], own)
-        total = total or [map_.new_zeros(*queries.shape, *map_.shape[2:]) for map_ in maps]
-        for whole, map_ in zip(total, maps, strict=True):
-            whole.scatter_add_(1, place[..., None, None].expand_as(map_), map_)
-    return tuple(total)
-
-
-def not_kept(queries: Tensor) -> tuple[Tensor, ...]:
-    raise RuntimeError("this forward ran with with_attention=False and kept nothing to compute attention from")
 
 
 def _size(map_: Tensor) -> tuple[int, int]:
@@ -324,7 +269,7 @@ class Detector(nn.Module):
         memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
         states = [tap.returned for tap in self.layer_taps]
         taps = self._cross_attentions if with_attention else []
-        cross = [CrossAttention(tap.module, _detached(tap.given)) for tap in taps]
+        cross = [CrossAttention(tap.module, detached(tap.given)) for tap in taps]
 
         # Heads in float32: bf16 has 8 bits, less than a pixel needs.
         with torch.autocast(pixel_mask.device.type, enabled=False):
@@ -336,7 +281,7 @@ class Detector(nn.Module):
         # As transformers shrinks a mask, so that it is the very one that the model has used.
         valid = [functional.interpolate(pixel_mask[None].float(), size=shape)[0].bool() for shape in shapes]
         everywhere = torch.cat([part.flatten(1) for part in valid], dim=1)
-        attend = partial(_attend, self._family, shapes=shapes, valid=everywhere)
+        attend = partial(attention_of, self._family, shapes=shapes, valid=everywhere)
         own = slice(extra - predictions.logits.shape[2], None)  # from the end: proposals are of these alone
         return DetectorOutput(
             logits=predictions.logits[:, :, own],
@@ -352,7 +297,7 @@ class Detector(nn.Module):
             early_boxes_cxcywh=_stacked(predictions.early_boxes_cxcywh, own),
             sides=predictions.sides and predictions.sides.take(own),
             extra=_extra(predictions, extra) if extra else None,
-            attend_each=partial(_attend_each, attend, cross, self.num_queries) if with_attention else not_kept,
+            attend_each=partial(attention_of_each, attend, cross, self.num_queries) if with_attention else not_kept,
         )
 
 

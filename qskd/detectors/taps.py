@@ -1,12 +1,17 @@
-"""Listening in on a module of transformers while it runs, without changing what it computes."""
+"""Listening in on a module of transformers while it runs, without changing what it computes; attention, computed again from what
+was heard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from qskd.families.family import Family
 
 
 class Tap:
@@ -44,3 +49,58 @@ def listening(taps: Sequence[Tap]) -> Iterator[None]:
     finally:
         for tap in taps:
             tap.start(False)
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """One decoder layer's cross-attention and what it was given: enough to compute the attention of any query again."""
+
+    module: nn.Module
+    given: dict[str, Any]
+
+
+def detached(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def attention_of(
+    family: Family,
+    layers: Sequence[CrossAttention],
+    queries: Tensor,
+    *,
+    shapes: Sequence[tuple[int, int]],
+    valid: Tensor,
+) -> tuple[Tensor, ...]:
+    """Query indices [B, S] (-1 = none) -> maps [B, S, H, W], float32, averaged over `layers`. No gradient."""
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        wanted = queries.clamp(min=0)
+        total = torch.zeros((*queries.shape, valid.shape[1]), device=queries.device)
+        for layer in layers:
+            total += family.attention(layer.module, layer.given, wanted, shapes, valid)
+        total *= (queries >= 0)[..., None] / len(layers)
+        parts = total.split([height * width for height, width in shapes], dim=-1)
+        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def attention_of_each(
+    attend: Callable[[Sequence[CrossAttention], Tensor], tuple[Tensor, ...]],
+    layers: Sequence[CrossAttention],
+    num_queries: int,
+    queries: Tensor,
+) -> tuple[Tensor, ...]:
+    """Like `attend`, of the queries of any layer: number n * num_queries + i is query i of the n-th layer before the last."""
+    total: list[Tensor] = []
+    for before, layer in enumerate(reversed(layers)):
+        # No layer has more than all its queries: theirs come first, the rest are none.
+        other = queries.div(num_queries, rounding_mode="floor") != before
+        place = other.int().sort(dim=1, stable=True).indices[:, :num_queries]
+        own = torch.where(other.gather(1, place), -1, queries.gather(1, place) % num_queries)
+        maps = attend([layer], own)
+        total = total or [map_.new_zeros(*queries.shape, *map_.shape[2:]) for map_ in maps]
+        for whole, map_ in zip(total, maps, strict=True):
+            whole.scatter_add_(1, place[..., None, None].expand_as(map_), map_)
+    return tuple(total)
+
+
+def not_kept(queries: Tensor) -> tuple[Tensor, ...]:
+    raise RuntimeError("this forward ran with with_attention=False and kept nothing to compute attention from")
