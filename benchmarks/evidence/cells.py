@@ -25,7 +25,7 @@ from pipelines.feed.stream import Share, local_stream
 from pipelines.run.guards import BEGUN_BEFORE
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
-from qskd.config import Config
+from qskd.config import FACTS, Config
 from qskd.config.recipe import flatten, to_tree
 from qskd.datasets.batch import train_batch
 from qskd.detectors import Detector, Preprocessing
@@ -132,6 +132,14 @@ def same(recorded: dict[str, Any], config: Config) -> bool:
             then[name] = old
         if name in _OF_FAMILIES and not getattr(family, _OF_FAMILIES[name]):
             then[name] = now[name] = None  # without effect on this student
+    facts = FACTS[config.student.family]
+    own = {
+        "detection.query_groups": facts.query_groups,
+        "training.backbone_layer_decay": facts.layer_decay if facts.vit else 1.0,
+    }
+    for name, value in own.items():
+        for tree in (then, now):
+            tree[name] = value if tree[name] is None else tree[name]
     return then == now
 
 

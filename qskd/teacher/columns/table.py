@@ -6,7 +6,7 @@ A new column is a file beside this one and an entry of `COLUMNS`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,12 @@ COMPRESSION = {"image_id": "NONE"} | {
     name: "ZSTD" if name in column.compressed else "NONE" for column in COLUMNS for name in column.arrays
 }
 
+
+def _nothing() -> NDArray[Any]:
+    """An array that was not read, or that the teacher does not give."""
+    return np.zeros(0, np.float32)
+
+
 if TYPE_CHECKING:
 
     class TeacherRow:
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
 else:
     TeacherRow = make_dataclass(
         "TeacherRow",
-        [("image_id", int), *((name, NDArray[Any]) for name in ARRAYS)],
+        [("image_id", int), *((name, NDArray[Any], field(default_factory=_nothing)) for name in ARRAYS)],
         namespace={
             "__module__": __name__,  # rows travel between processes
             "nbytes": property(lambda self: sum(getattr(self, name).nbytes for name in ARRAYS)),
@@ -86,7 +92,7 @@ def encode(record: TeacherRecord, image_ids: Sequence[int], precision: str) -> l
         parts = [torch.stack([part.any(2).sum(1), part.any(1).sum(1)], dim=-1) for part in record.memory_valid]
         shapes = host(torch.stack(parts, dim=1).int())  # a map's real part is a rectangle at the top left
         encoded = [
-            [dict.fromkeys(column.arrays, np.zeros(0, np.float32))] * len(image_ids)
+            [dict.fromkeys(column.arrays, _nothing())] * len(image_ids)
             if column.optional and column.name not in record.extra
             else column.encode(record, precision, shapes)
             for column in COLUMNS
