@@ -136,11 +136,12 @@ def killing(part: str, when: Callable[[], object]) -> Iterator[list[int]]:
         while not when():
             if left.wait(0.05):
                 return
-        for process in psutil.Process().children(recursive=True):  # another test's cluster may run beside this one
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if any(part in word for word in process.cmdline()):
-                    process.kill()
-                    victims.append(process.pid)
+        while not victims and not left.wait(0.01):  # a process has its title only some time after it has begun
+            for process in psutil.Process().children(recursive=True):  # another test's cluster may run beside this one
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if any(part in word for word in process.cmdline()):
+                        process.kill()
+                        victims.append(process.pid)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -296,9 +297,12 @@ def disturbed(work: Path, cluster: str, distilled: distill.RunResult) -> SimpleN
         path = Path(folder.root, name)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
+    reports = [entry["step"] for entry in read_history(Folder(config(work, "distilled", *LONGER)))]
+
     def goes_on() -> bool:
         latest = last_report(folder)
-        return latest is not None and latest[0]["step"] > reached[-1]
+        only_the_last_is_left = reached[-1] >= reports[-2]  # after which there may be no worker to kill
+        return latest is not None and (latest[0]["step"] > reached[-1] or only_the_last_is_left)
 
     warnings: list[str] = []
     keep = logging.Handler()
