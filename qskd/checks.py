@@ -53,7 +53,8 @@ def check_shards(uri: str, manifest: Manifest) -> None:
     """QskdError that names the shards that are missing or have other sizes than the manifest says. One listing."""
     wrong = wrong_files(uri, {shard.file: shard.bytes for shard in manifest.shards})
     if wrong:
-        command = shlex.join(["qskd", "prepare", manifest.source, "IMAGES", uri, *_prepare_options(manifest)])
+        source = [manifest.source, "IMAGES"] if manifest.labelled else ["--unlabeled", manifest.source]
+        command = shlex.join(["qskd", "prepare", *source, uri, *_prepare_options(manifest)])
         raise QskdError(
             uri,
             listed([f"{name} {problem}" for name, problem in wrong.items()]),
