@@ -118,7 +118,8 @@ def prepare(
     not_in: Sequence[Folder] = (),
 ) -> Prepared:
     """Turn COCO JSON and a folder of images into Parquet shards, or YOLO's data.yaml, a folder with Pascal VOC or a Hugging Face
-    dataset (images: None); unlabeled: a folder of pictures, or a text file that lists some. destination: a path or a URI. Options as of `qskd prepare --help`."""
+    dataset (images: None); with `unlabeled` a folder of pictures, or a text file that lists some. destination: a path or a URI.
+    Options as of `qskd prepare --help`."""
     from pipelines.prepare import prepare as program
 
     folder = os.fspath(destination)

@@ -81,7 +81,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="SHARDS",
-            help="With --unlabeled: a picture that is in this shard folder, byte for byte, is a broken one (--on-error); repeatable.",
+            help="With --unlabeled: pictures that are in this shard folder too, byte for byte, are broken ones (--on-error).",
         ),
     ] = None,
     dry_run: DryRun = False,

@@ -35,7 +35,8 @@ class UnlabeledDataset(ImportedDataset):
     def __init__(
         self, source: Path, root: Path | None, on_error: OnError, known: Mapping[int, str] | None = None
     ) -> None:
-        self._known, self._contents = known or {}, hashlib.sha256()
+        self._known, self._all = known or {}, hashlib.sha256()
+        self.digests: dict[int, str] = {}  # sha256 of each picture's file, by image id
         if not os.path.exists(source):
             raise QskdError(str(source), "no such file or folder", _EXPECTED, "check the path")
         if source.is_dir() and root is not None:
@@ -47,9 +48,18 @@ class UnlabeledDataset(ImportedDataset):
         """Nothing that is said of boxes."""
         return []
 
+    @property
+    def root(self) -> Path:
+        """What the pictures' names are relative to, links followed."""
+        return self._root.resolve()
+
+    def listed(self) -> list[ListedImage]:
+        """The pictures, in their order; sizes as their files' heads say."""
+        return list(self._images.values())
+
     def _parse(self) -> tuple[dict[str, list[Any]], str]:
         document, _ = super()._parse()
-        return document, self._contents.hexdigest()
+        return document, self._all.hexdigest()
 
     def _named(self, entries: list[Any]) -> tuple[Category, ...]:
         return ()
@@ -80,7 +90,8 @@ class UnlabeledDataset(ImportedDataset):
                 self._complain(where, f"the same picture as {same}, byte for byte", expected, "the picture")
                 continue
             first[content] = one_line(name)
-            self._contents.update(f"{name}\0{digest}\n".encode(errors="surrogatepass"))
+            self._all.update(f"{name}\0{digest}\n".encode(errors="surrogatepass"))
+            self.digests[image_id] = digest
             self._add_image(image_id, name, width, height, measured=True)
 
     def _names(self) -> Iterator[tuple[str, str]]:
