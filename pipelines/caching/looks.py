@@ -23,7 +23,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
 from qskd.teacher.columns.table import ALWAYS, collate, decode_batch, mirrored
-from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.positives import Agreement, mirrored_arrays, positives
@@ -109,7 +109,7 @@ def _crops(plan: CachePlan, teacher: OnlineTeacher) -> Crops | None:
 def verify_derived(config: Config, count: int) -> dict[str, float]:
     """Ask the teacher about views of `count` images, and about their mirror images; compare what it says of these with what is
     derived from the first, through the cache's own columns and precision. `Agreement.summary`; no cache need be there."""
-    plan = make_cache_plan(resolve(config, "cache"))
+    plan = make_cache_plan(cache_sources(resolve(config, "cache"))[0])
     config = plan.config
     teacher = make_teacher(config, plan.data.labels)
     assert teacher is not None
