@@ -153,6 +153,27 @@ def test_students_of_all_kinds_learn_from_what_the_teacher_sees(student: str) ->
     assert any(not torch.equal(before[name], now) for name, now in trained_weights(training).items())
 
 
+def test_two_shares_of_a_batch_sum_to_the_whole_batch() -> None:
+    """So that several workers, which average counts before they divide, are one."""
+    whole = {**arrays([2, 0, 1, 0]), "labelled": np.array([True, False, True, False])}
+    frozen = recipe(FAMILIES["refined"], "detection.dense_weight=1.0", "student.backbone_norm=frozen")
+    training = make_training(frozen, loud_teacher())
+    training.module.eval()
+    found: list[dict[str, torch.Tensor]] = []
+    for shares in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
+        sums: dict[str, torch.Tensor] = {}
+        for share in shares:
+            batch = train_batch({name: value[share] for name, value in whole.items()})
+            record = training._ask_teacher(batch)
+            terms = training.module(batch.images, batch.sizes, training._objects(batch, record), record)
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + torch.stack([term.total.detach(), term.count])
+        found.append(sums)
+    assert found[0]["l1"][1] > 3  # pseudo-objects are counted
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-4, rtol=1e-4, msg=name)
+
+
 # --- the order -----------------------------------------------------------------------------------------------------------
 PLAN = Schedule((10, 7), (4,), 3, 6, 8, 5, 2, unlabeled_shard_rows=(9, 11, 4), unlabeled_in_batch=3)
 

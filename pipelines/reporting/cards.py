@@ -17,7 +17,7 @@ from qskd.config import Config, ResizeConfig
 from qskd.config.recipe import changes
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.splits import class_map_for
-from qskd.datasets.unlabeled.joined import training_manifest
+from qskd.datasets.unlabeled.joined import training_manifest, unlabeled_manifests
 from qskd.deploy.model_card import Card, Figures, method_titles, read_card, write_card
 from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
 from qskd.detectors import Detector, load_detector
@@ -128,6 +128,7 @@ def card_of_run(
         data=card.data,
         data_licence=card.data_licence,
         train_images=train.num_images,
+        unlabeled_images=sum(each.num_images for each in unlabeled_manifests(config.data)),
         val_images=val.num_images,
         teacher=teacher,
         teacher_licence=card.teacher_licence,
