@@ -212,7 +212,10 @@ def run(asked: Request, quiet: bool = False) -> Labels:
         lost = [number for number, part in enumerate(said) if part is None]
         if lost:
             raise QskdError(
-                part_file(job.parts, lost[0]), "is gone or changed", "a part's file", "run the same command again"
+                part_file(job.parts, lost[0]),
+                "is gone or changed",
+                "a part's file",
+                "run the same command again; on several nodes, with OUT in a folder that all of them share",
             )
         whole = [part for part in said if part is not None]
         annotations = [entry for part in whole for entry in part["annotations"]]
