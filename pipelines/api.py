@@ -114,9 +114,12 @@ def prepare(
     strict: bool = False,
     accept: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    unlabeled: bool = False,
+    not_in: Sequence[Folder] = (),
 ) -> Prepared:
     """Turn COCO JSON and a folder of images into Parquet shards, or YOLO's data.yaml, a folder with Pascal VOC or a Hugging Face
-    dataset (images: None). destination: a path or a URI. Options as of `qskd prepare --help`."""
+    dataset (images: None); with `unlabeled` a folder of pictures, or a text file that lists some. destination: a path or a URI.
+    Options as of `qskd prepare --help`."""
     from pipelines.prepare import prepare as program
 
     folder = os.fspath(destination)
@@ -135,6 +138,8 @@ def prepare(
         split=split,
         classes=None if classes is None else Path(classes),
         box_format=box_format,
+        unlabeled=unlabeled,
+        not_in=[os.fspath(folder) for folder in not_in],
     )
     told = tuple(manifest.problems), tuple(manifest.findings)
     return Prepared(folder, manifest.num_images, manifest.num_objects, manifest.labels, *told, manifest)

@@ -2,6 +2,7 @@
 
 python -m pipelines.prepare annotations.json images/ shards/
 python -m pipelines.prepare data.yaml shards/train --split train
+python -m pipelines.prepare --unlabeled photos/ shards/photos --not-in shards/val
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qskd.printable import escaped, one_line, shown_value
 if TYPE_CHECKING:
     from qskd.datasets.findings.finding import Finding
     from qskd.datasets.manifest import Manifest
+    from qskd.datasets.shards import SampleSource
 
 Drawn = Annotated[
     str,
@@ -38,14 +40,15 @@ def command(
         Path,
         typer.Argument(
             parser=local_path,
-            help="COCO JSON (instances), YOLO's data.yaml, or a folder with Pascal VOC or a Hugging Face dataset; on a local disk.",
+            help="COCO JSON (instances), YOLO's data.yaml, or a folder with Pascal VOC or a Hugging Face dataset; on a local disk. "
+            "With --unlabeled: a folder of pictures, or a text file that lists some.",
         ),
     ],
     places: Annotated[
         list[str],
         typer.Argument(
             metavar="[IMAGES] DESTINATION",
-            help="IMAGES: local folder that the JSON's file names are relative to; other formats need none. "
+            help="IMAGES: local folder that the JSON's file names, or a list's lines, are relative to; other formats need none. "
             "DESTINATION: shard folder to write, a path or a URI.",
         ),
     ],
@@ -71,12 +74,20 @@ def command(
         list[str] | None,
         typer.Option(metavar="CATEGORY", help="Leave a category out, with its annotations, by its name; repeatable."),
     ] = None,
+    unlabeled: Annotated[
+        bool, typer.Option("--unlabeled", help="The pictures have no labels: for data.unlabeled of a distillation.")
+    ] = False,
+    not_in: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARDS",
+            help="With --unlabeled: pictures that are in this shard folder too, byte for byte, are broken ones (--on-error).",
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Turn COCO JSON and a folder of images into Parquet shards, and say what looks wrong in them."""
     from qskd.datasets.findings.finding import refuse
-    from qskd.datasets.findings.leaving_out import without
-    from qskd.datasets.formats.opening import open_dataset
     from qskd.datasets.shards import outlined
     from qskd.storage.places import check_uri
 
@@ -85,12 +96,12 @@ def command(
     images, destination = _images_and_destination(annotations, places)
     if dry_run:
         check_uri(destination)
-        dataset = without(
-            open_dataset(annotations, images, policy, split=split, classes=classes, box_format=box_format, exif=drawn),
-            leave_out or (),
+        dataset = opened(
+            *(annotations, images, policy, leave_out or (), drawn, split, classes, box_format, unlabeled, not_in or ())
         )
-        shards = -(-len(dataset) // rows_per_shard)
-        tell(f"{len(dataset)} images, {len(dataset.categories)} categories → {shards} shard(s) in {destination}")
+        shards, what = -(-len(dataset) // rows_per_shard), f"{len(dataset.categories)} categories"
+        what = "no labels" if unlabeled else what
+        tell(f"{len(dataset)} images, {what} → {shards} shard(s) in {destination}")
         findings = outlined(dataset)  # pictures are not looked at
         tell("\n".join(looks_wrong(findings)))
         if strict:
@@ -111,6 +122,8 @@ def command(
         split=split,
         classes=classes,
         box_format=box_format,
+        unlabeled=unlabeled,
+        not_in=not_in or (),
     )
     tell(describe(manifest, destination))
 
@@ -137,20 +150,20 @@ def prepare(
     split: str | None = None,
     classes: Path | None = None,
     box_format: str | None = None,
+    unlabeled: bool = False,
+    not_in: Sequence[str] = (),
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it; when
-    `strict`, for what looks wrong and is not named in `accept` too. leave_out: categories, by name."""
+    `strict`, for what looks wrong and is not named in `accept` too. leave_out: categories, by name. unlabeled: `annotations` is a
+    folder of pictures, or a list; not_in: shard folders whose pictures it may not have."""
     from pipelines.reporting.board import progress
-    from qskd.datasets.findings.leaving_out import without
-    from qskd.datasets.formats.opening import open_dataset
     from qskd.datasets.packing import cores
     from qskd.datasets.shards import write_shards
 
     with progress("prepare", quiet=quiet) as row:
         row.stage(f"reading {one_line(annotations.name)}")
-        dataset = without(
-            open_dataset(annotations, images, on_error, split=split, classes=classes, box_format=box_format, exif=exif),
-            leave_out,
+        dataset = opened(
+            *(annotations, images, on_error, leave_out, exif, split, classes, box_format, unlabeled, not_in)
         )
         row.shown.total = len(dataset)
         return write_shards(
@@ -165,17 +178,57 @@ def prepare(
         )
 
 
+def opened(
+    source: Path,
+    images: Path | None,
+    on_error: Literal["stop", "skip"],
+    leave_out: Sequence[str],
+    exif: Literal["auto", "upright", "stored"],
+    split: str | None,
+    classes: Path | None,
+    box_format: str | None,
+    unlabeled: bool,
+    not_in: Sequence[str],
+) -> SampleSource:
+    """The dataset that the options name. QskdError for an option that has nothing to act on."""
+    if not unlabeled:
+        from qskd.datasets.findings.leaving_out import without
+        from qskd.datasets.formats.opening import open_dataset
+
+        if not_in:
+            raise QskdError(
+                "--not-in", not_in[0], "--unlabeled beside it", "two labelled splits are compared by `qskd train`"
+            )
+        labelled = open_dataset(
+            source, images, on_error, split=split, classes=classes, box_format=box_format, exif=exif
+        )
+        return without(labelled, leave_out)
+    from qskd.datasets.unlabeled.known import pictures_in
+    from qskd.datasets.unlabeled.pictures import UnlabeledDataset
+
+    of_labels = {"--split": split, "--classes": classes, "--box-format": box_format, "--leave-out": list(leave_out)}
+    of_labels["--exif"] = None if exif == "auto" else exif
+    for option, value in of_labels.items():
+        if value:
+            raise QskdError(option, str(value), "no such thing for pictures without labels", "leave it away")
+    return UnlabeledDataset(source, images, on_error, pictures_in(not_in))
+
+
 def describe(manifest: Manifest, destination: str) -> str:
     """What `qskd prepare` says when it is done."""
     size_mb = sum(shard.bytes for shard in manifest.shards) / 2**20
-    lines = [
-        f"{destination}: {manifest.num_images} images, {manifest.num_objects} objects ({manifest.num_crowds} crowds), "
-        f"{len(manifest.categories)} categories, {len(manifest.shards)} shard(s), {size_mb:.1f} MiB",
-        "category id → class: "
-        + ", ".join(
-            f"{category.id}→{index} {one_line(category.name)}" for index, category in enumerate(manifest.categories)
-        ),
-    ]
+    stored = f"{len(manifest.shards)} shard(s), {size_mb:.1f} MiB"
+    if not manifest.labelled:
+        lines = [f"{destination}: {manifest.num_images} images without labels, {stored}"]
+    else:
+        lines = [
+            f"{destination}: {manifest.num_images} images, {manifest.num_objects} objects ({manifest.num_crowds} crowds), "
+            f"{len(manifest.categories)} categories, {stored}",
+            "category id → class: "
+            + ", ".join(
+                f"{category.id}→{index} {one_line(category.name)}" for index, category in enumerate(manifest.categories)
+            ),
+        ]
     if manifest.picture_counts is not None:
         lines += manifest.picture_counts.lines()
     if manifest.problems:

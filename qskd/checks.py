@@ -37,6 +37,45 @@ def check_data(config: Config, fields: Sequence[str]) -> None:
             )
 
 
+def check_unlabeled(config: Config, labels: Sequence[str]) -> None:
+    """QskdError where images without labels would have nobody who says what is in them. Reads no weights."""
+    if not config.data.unlabeled:
+        return
+    if config.distillation.method == "none":
+        raise QskdError(
+            "data.unlabeled",
+            f"{listing(config.data.unlabeled)}, and a training without a teacher",
+            "a teacher, who says what is in images without labels",
+            "`qskd distill`; or have a teacher label them once: `qskd label TEACHER IMAGES OUT.json`, then `qskd prepare`; or "
+            "leave them out: --set data.unlabeled=[]",
+        )
+    slots = map_classes(labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+    if silent := [name for name, slot in zip(labels, slots, strict=True) if slot == NOBODY]:
+        raise QskdError(
+            "data.unlabeled",
+            f"images of which nobody says where there is {listing(silent)}: teacher.class_map leaves that to nobody",
+            "a teacher that knows all classes, or its objects in these images would be taught as background",
+            "leave them out: --set data.unlabeled=[]",
+        )
+    train, batch = config.data.train, config.training.batch_size
+    if train and not 0 < unlabeled_in_batch(config) < batch:
+        found = f"{config.data.unlabeled_share:g} of training.batch_size {batch}: {unlabeled_in_batch(config)} images"
+        raise QskdError(
+            "data.unlabeled_share",
+            found,
+            "at least one image of either kind in a batch",
+            "another share, or larger batches",
+        )
+
+
+def unlabeled_in_batch(config: Config) -> int:
+    """Images of a batch that are without labels."""
+    if not config.data.unlabeled:
+        return 0
+    size = config.training.batch_size
+    return round(config.data.unlabeled_share * size) if config.data.train else size
+
+
 def check_objects(uri: str, data: Manifest, purpose: str) -> None:
     """QskdError where a shard folder has not a single object (crowds aside). purpose: what they are wanted for."""
     if not data.num_objects:
@@ -54,7 +93,8 @@ def check_shards(uri: str, manifest: Manifest) -> None:
     """QskdError that names the shards that are missing or have other sizes than the manifest says. One listing."""
     wrong = wrong_files(uri, {shard.file: shard.bytes for shard in manifest.shards})
     if wrong:
-        command = shlex.join(["qskd", "prepare", manifest.source, "IMAGES", uri, *_prepare_options(manifest)])
+        source = [manifest.source, "IMAGES"] if manifest.labelled else ["--unlabeled", manifest.source]
+        command = shlex.join(["qskd", "prepare", *source, uri, *_prepare_options(manifest)])
         raise QskdError(
             uri,
             listed([f"{name} {problem}" for name, problem in wrong.items()]),

@@ -18,7 +18,7 @@ from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.decoder import load_decoder
 from qskd.teacher.directions import load_directions
-from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.online import OnlineTeacher
 
 log = logging.getLogger("qskd")
@@ -26,9 +26,9 @@ log = logging.getLogger("qskd")
 
 def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | None:
     """The teacher the recipe names; as its cache remembers it, where there is one; None for plain training."""
-    path = config.teacher.cache.path
-    if config.distillation.method == "none" or not path:
+    if config.distillation.method == "none" or not config.teacher.cache.path:
         return make_teacher(config, labels)
+    path = cache_sources(config)[0].teacher.cache.path  # all are of the same teacher and sizes
     manifest, needs = TeacherCacheReader(path).manifest, teacher_needs(config.distillation)
     directions = load_directions(path, manifest) if needs is not None and needs.directions else None
     decoder = load_decoder(config, labels, manifest) if needs is not None and needs.decoder else None

@@ -79,6 +79,10 @@ class Targets:
     valid: [B, M] bool, False in the padding. Valid objects come first.
     image_ids: the dataset's ids, on the host.
     counts: objects per image, on the host, so that nothing has to wait for the device to know them.
+    labelled: on the host, False for an image of which nobody has said what is in it; empty: all are labelled. Such an image's
+    objects are pseudo-objects, once the teacher was asked (`qskd.teacher.pseudo`).
+    unsure_xyxy: [B, U, 4], boxes (0..1) of what the teacher half sees there: what lies in them is neither an object nor
+    background. unsure: [B, U] bool, False in the padding. None: there is no such image.
     packed: image and slot of each of the N objects, [N] int64 each; made of `counts` by whoever needs them and has them not.
     """
 
@@ -87,7 +91,14 @@ class Targets:
     valid: Tensor
     image_ids: tuple[int, ...]
     counts: tuple[int, ...]
+    labelled: tuple[bool, ...] = ()
+    unsure_xyxy: Tensor | None = None
+    unsure: Tensor | None = None
     packed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def all_labelled(self) -> bool:
+        return all(self.labelled)
 
 
 # How a detector's classes are trained and matched: a sigmoid each, or one softmax with "no object".

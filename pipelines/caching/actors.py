@@ -65,6 +65,7 @@ class TeacherActor:
         from pipelines.run.logs import start_logs
         from qskd.config.recipe import build
         from qskd.datasets.shards import ShardReader
+        from qskd.datasets.unlabeled.joined import source_manifest
         from qskd.from_recipe import make_teacher
         from qskd.teacher.identity import teacher_preprocessing
         from qskd.teacher.making import CacheMaker
@@ -75,7 +76,7 @@ class TeacherActor:
         if self.config.compute.threads_per_worker:
             torch.set_num_threads(self.config.compute.threads_per_worker)
         self.reader = ShardReader(self.config.data.train)
-        teacher = make_teacher(self.config, self.reader.manifest.labels)
+        teacher = make_teacher(self.config, source_manifest(self.config.data).labels)
         assert teacher is not None
         device = device_here(self.config)
         self.maker = CacheMaker(self.config, teacher, device)

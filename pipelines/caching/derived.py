@@ -24,7 +24,7 @@ from qskd.from_recipe import make_teacher
 from qskd.structures import TeacherRecord
 from qskd.teacher.columns.table import ALWAYS, TeacherRow, collate, decode_batch, mirrored
 from qskd.teacher.crops import cropped
-from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.positives import Agreement, mirrored_arrays
@@ -42,7 +42,7 @@ def verify_derived(config: Config, count: int) -> dict[str, float]:
     """Ask the teacher about views of `count` images, and about their mirror images; compare what it says of these with what is
     derived from the first, through the cache's own columns and precision. `Agreement.summary`; no cache need be there. Where the
     recipe crops, of crops of whole images too: the same names after `CROP`."""
-    plan = make_cache_plan(resolve(config, "cache"))
+    plan = make_cache_plan(cache_sources(resolve(config, "cache"))[0])
     config = plan.config
     teacher = make_teacher(config, plan.data.labels)
     assert teacher is not None

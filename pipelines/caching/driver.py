@@ -11,8 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
+from pipelines.caching.domains import tell_of_domains
 from pipelines.caching.looks import look_at_crops
-from pipelines.caching.plan import CachePlan, Unit, bytes_text, clean, estimate, make_cache_plan
+from pipelines.caching.plan import (
+    CachePlan,
+    Unit,
+    bytes_text,
+    clean,
+    estimate,
+    make_cache_plan,
+    make_cache_plans,
+)
 from pipelines.cluster.address import check_address
 from pipelines.cluster.room import actors_that_fit, check_gpus, readers_each, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
@@ -34,13 +43,14 @@ from qskd.teacher.manifest import CacheManifest, check_computed, load_cache_mani
 
 log = logging.getLogger("qskd")
 WARM_UP_S = 60.0  # of the actors, before it is said that they wait
+SUMMED = ("images", "total", "bytes", "seconds", "actor_seconds", "waited_seconds")  # over the folders of images
 
 
 @dataclass(frozen=True)
 class CacheResult:
-    """images: views of images computed by this command, of `total`. bytes: of the whole cache. seconds: of this command;
-    actor_seconds: those in which actors were at work on shards, summed over actors, start-up not counted; of these,
-    waited_seconds were spent waiting for decoded pixels."""
+    """path: of the first folder of images. images: views of images computed by this command, of `total`. bytes: of the whole
+    cache. seconds: of this command; actor_seconds: those in which actors were at work on shards, summed over actors, start-up not
+    counted; of these, waited_seconds were spent waiting for decoded pixels."""
 
     path: str
     images: int
@@ -53,7 +63,11 @@ class CacheResult:
 
 def foresee(config: Config, overwrite: bool = False) -> str:
     """What `--dry-run` prints: what there is, and what the rest will cost, tried on a few images."""
-    plan = make_cache_plan(resolve(config, "cache"), overwrite)
+    plans = make_cache_plans(resolve(config, "cache"), overwrite)
+    return "\n".join(_foresee(plan) for plan in plans)
+
+
+def _foresee(plan: CachePlan) -> str:
     if not plan.todo:
         lacks = plan.existing is not None and lacks_directions(plan.config, plan.existing)
         return f"{plan.describe()}\n{'the directions of the memory are' if lacks else 'nothing is'} missing"
@@ -67,11 +81,21 @@ def foresee(config: Config, overwrite: bool = False) -> str:
 
 def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheResult:
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
-    started, config = time.perf_counter(), resolve(config, "cache")
-    plan = make_cache_plan(config, overwrite)
-    if plan.todo:
+    config = resolve(config, "cache")
+    plans = make_cache_plans(config, overwrite)
+    if any(plan.todo for plan in plans):
         check_address()
     start_logs(run=config.name)
+    done = [_run(plan, overwrite, quiet) for plan in plans]
+    _add_directions(plans[0].config, quiet)
+    if config.data.unlabeled:
+        tell_of_domains([plan.config for plan in plans], bool(config.data.train), quiet)
+    return replace(done[0], **{name: sum(getattr(each, name) for each in done) for name in SUMMED})
+
+
+def _run(plan: CachePlan, overwrite: bool, quiet: bool) -> CacheResult:
+    """Of one folder of images."""
+    started, config = time.perf_counter(), plan.config
     say(f"cache: {plan.describe()}", quiet)
     if overwrite:
         clean(plan.path, everything=True)
@@ -101,7 +125,6 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     elif plan.existing is not None:
         record_finished_views(plan, plan.existing, sizes)  # killed between its last file and the manifest
     clean(plan.path)
-    _add_directions(config, quiet)
     seconds = time.perf_counter() - started
     done = plan.images(plan.todo)
     total = sum(sizes.values())

@@ -16,10 +16,11 @@ import torch
 from pipelines.caching.actors import decode
 from pipelines.cluster.devices import device_here
 from pipelines.reporting.words import duration_text
-from qskd.checks import check_columns, check_data, check_shards, check_teacher
+from qskd.checks import check_columns, check_data, check_shards, check_teacher, check_unlabeled
 from qskd.config import Config
-from qskd.datasets.manifest import MANIFEST, Manifest, load_manifest
+from qskd.datasets.manifest import MANIFEST, Manifest
 from qskd.datasets.shards import ShardReader
+from qskd.datasets.unlabeled.joined import source_manifest, training_manifest
 from qskd.errors import QskdError
 from qskd.storage.files import UNFINISHED
 from qskd.storage.listing import MISSING, sizes_in
@@ -28,7 +29,7 @@ from qskd.storage.places import open_folder
 from qskd.storage.scratch import remove_orphan
 from qskd.storage.stores import patiently
 from qskd.teacher.cache import SPOOL, carries_fingerprint, finished_file
-from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
+from qskd.teacher.identity import cache_identity, cache_names, cache_sources, teacher_preprocessing
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import (
     CacheManifest,
@@ -87,16 +88,30 @@ class CachePlan:
         return f"{self.config.teacher.path} on {asked}: {self.images(self.units)} in all, {done} there already → {self.path}"
 
 
-def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
-    """Read the manifests, look at what is there. Raises QskdError when it is another cache (unless `overwrite`), or no cache
-    at all."""
+def make_cache_plans(config: Config, overwrite: bool = False) -> list[CachePlan]:
+    """`make_cache_plan` of each folder of images that the recipe trains on, labelled or not."""
+    check_path(config)
+    check_teacher(config)
+    check_data(config, ("train",) if config.data.train or not config.data.unlabeled else ("val",))
+    check_unlabeled(config, training_manifest(config.data).labels)
+    return [make_cache_plan(source, overwrite) for source in cache_sources(config)]
+
+
+def check_path(config: Config) -> None:
+    """QskdError where the recipe names no place for a cache."""
     if not config.teacher.cache.path:
         remedy = "--set teacher.cache.path=FOLDER, best in the recipe: `qskd distill` then finds it"
         raise QskdError("teacher.cache.path", "empty", "the folder or URI the cache is to be in", remedy)
+
+
+def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
+    """Of one folder, `data.train`. Read the manifests, look at what is there. Raises QskdError when it is another cache (unless
+    `overwrite`), or no cache at all."""
+    check_path(config)
     check_teacher(config)
     check_columns(config)
     check_data(config, ("train",))
-    data, path = load_manifest(config.data.train), config.teacher.cache.path
+    data, path = source_manifest(config.data), config.teacher.cache.path
     check_shards(config.data.train, data)
     identity = cache_identity(config, data)
     if overwrite:

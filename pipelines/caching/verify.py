@@ -17,14 +17,22 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import collate, columns_for, decode_batch, largest_errors
-from qskd.teacher.identity import cached_needs, teacher_preprocessing
+from qskd.teacher.identity import cache_sources, cached_needs, teacher_preprocessing
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import FILE_REMEDY
 
 
 def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
     """Recompute random rows, each in the batch it was computed in, and compare: the largest error of each column."""
-    config = resolve(config, "cache")
+    errors: dict[str, float] = {}
+    for source in cache_sources(resolve(config, "cache")):
+        for name, value in _errors(source, count, seed).items():
+            errors[name] = max(errors.get(name, 0.0), value)
+    return errors
+
+
+def _errors(config: Config, count: int, seed: int) -> dict[str, float]:
+    """Of one folder of images."""
     plan = make_cache_plan(config)
     if plan.existing is None or not plan.existing.views:
         raise QskdError(plan.path, "no finished view", "a cache made with this recipe", "run `qskd cache RECIPE`")

@@ -22,6 +22,7 @@ from qskd.datasets.pictures.cuts import SHIP_BYTES
 from qskd.datasets.schedule import Batch, Schedule, Subset, evaluation_batches, split, training_batches
 from qskd.storage.spool import RowGroupSpool
 from qskd.teacher.cache import TeacherCacheReader
+from qskd.teacher.joined import JoinedCaches
 
 RANGE_BYTES = 24 * 2**20  # decoded pixels in one block, about
 MAX_RANGE = 64
@@ -77,6 +78,8 @@ class StreamConfig:
     share_rows: bool = False  # with the other readers of a machine: each row group is read from its store once
     by_aspect: bool = False  # see `rows_of`
     finish: bool = True  # readers resize; else the device does that the batches go to, a GPU
+    unlabeled_uris: tuple[str, ...] = ()  # shard folders without labels; see `Schedule`
+    unlabeled_caches: tuple[str, ...] = ()  # the folder of the teacher's outputs of each; none without `teacher_cache`
 
     def range_length(self, world_size: int, subset: Subset = "train") -> int:
         """Steps in a block, from the size of a decoded batch."""
@@ -114,7 +117,12 @@ class StreamConfig:
 
     def loader(self) -> BatchLoader:
         spool = RowGroupSpool(self.train_uri or self.val_uri, self.keep_bytes) if self.share_rows else None
-        cache = TeacherCacheReader(self.teacher_cache, self.teacher_columns, spool) if self.teacher_cache else None
+        cache: TeacherCacheReader | JoinedCaches | None = None
+        if self.unlabeled_caches:
+            labelled = [self.teacher_cache] if self.train_uri else []
+            cache = JoinedCaches([*labelled, *self.unlabeled_caches], self.teacher_columns, spool)
+        elif self.teacher_cache:
+            cache = TeacherCacheReader(self.teacher_cache, self.teacher_columns, spool)
         return BatchLoader(
             self.train_uri,
             self.val_uri,
@@ -125,6 +133,7 @@ class StreamConfig:
             cache,
             self.finish,
             spool,
+            self.unlabeled_uris,
         )
 
     def rows_of(self, loader: BatchLoader, batch: Batch, world_size: int, rank: int) -> NDArray[np.int32]:

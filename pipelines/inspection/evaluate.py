@@ -25,7 +25,7 @@ from qskd.config import ResizeConfig
 from qskd.config.recipe import parse_override
 from qskd.datasets.classes import Explicit, map_classes, model_side
 from qskd.datasets.findings.splits import beyond_reach
-from qskd.datasets.manifest import Manifest, load_manifest
+from qskd.datasets.manifest import Manifest, check_labelled, load_manifest
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import evaluate_coco
@@ -74,6 +74,7 @@ def evaluate(
     counted. A metric is -1 where the data has no object to measure it on.
     """
     manifest = load_manifest(data)
+    check_labelled(data, manifest)
     if not manifest.num_objects:
         log.warning("%s has no objects: nothing can be measured on it", data)
     check_shards(data, manifest)
@@ -126,6 +127,7 @@ def foresee(
 ) -> str:
     """What `--dry-run` prints: what is evaluated, and how long it will take, from two batches tried in this process."""
     manifest = load_manifest(data)
+    check_labelled(data, manifest)
     check_shards(data, manifest)
     with fetched(model) as folder:
         preprocessing = read_preprocessing(folder, resize)

@@ -17,6 +17,7 @@ from qskd.config import Config, ResizeConfig
 from qskd.config.recipe import changes
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.splits import class_map_for
+from qskd.datasets.unlabeled.joined import training_manifest, unlabeled_manifests
 from qskd.deploy.model_card import Card, Figures, method_titles, read_card, write_card
 from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
 from qskd.detectors import Detector, load_detector
@@ -60,7 +61,7 @@ def teacher_metrics(config: Config) -> dict[str, float]:
     stage("evaluating the teacher")
     compute, seen_as = config.compute, teacher_preprocessing(config).resize
     threads = compute.threads_per_worker or 1
-    data = load_manifest(config.data.train), load_manifest(config.data.val)
+    data = training_manifest(config.data), load_manifest(config.data.val)
     teacher = (config.teacher.path, config.data.val, seen_as, class_map_for(config.teacher.class_map, *data))
     return evaluate(
         *teacher,
@@ -127,6 +128,7 @@ def card_of_run(
         data=card.data,
         data_licence=card.data_licence,
         train_images=train.num_images,
+        unlabeled_images=sum(each.num_images for each in unlabeled_manifests(config.data)),
         val_images=val.num_images,
         teacher=teacher,
         teacher_licence=card.teacher_licence,

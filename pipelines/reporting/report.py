@@ -20,9 +20,10 @@ from pipelines.reporting.board import stage
 from pipelines.tracking.model import log_student
 from pipelines.tracking.tracker import Tracker
 from qskd.config import Config
-from qskd.datasets.manifest import Manifest, load_manifest
+from qskd.datasets.manifest import Manifest
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.splits import labels_of_categories
+from qskd.datasets.unlabeled.joined import training_manifest
 from qskd.datasets.views import View
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.evaluation.detections import Detections
@@ -42,7 +43,7 @@ _AUXILIARY = re.compile(r"_\d+$|^dense_")  # terms left out of the plot; all are
 def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[dict[int, Explanation], str]:
     """The first validation images that have objects, by id, and the line on whose pictures they are. Loads the teacher,
     which a training from the cache has not done."""
-    train = load_manifest(config.data.train)
+    train = training_manifest(config.data)
     started, labels, device = time.perf_counter(), train.labels, device_here(config)
     teacher = make_teacher(config, labels)
     if teacher is not None:

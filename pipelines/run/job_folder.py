@@ -21,6 +21,8 @@ def check_job_folder(config: Config, verb: str) -> None:
         return
     paths = {"output": config.output, "teacher.cache.path": config.teacher.cache.path}
     paths |= {"data.train": config.data.train, "data.val": config.data.val}
+    unlabeled = {f"data.unlabeled[{number}]": path for number, path in enumerate(config.data.unlabeled)}
+    paths |= unlabeled
     result = "teacher.cache.path" if verb == "cache" else "output"
     if _is_in_folder(paths[result]):
         raise QskdError(
@@ -30,7 +32,7 @@ def check_job_folder(config: Config, verb: str) -> None:
             f"--set {result}=s3://bucket/{'cache' if verb == 'cache' else 'runs'}, best in the recipe (docs/cluster.md, Jobs)",
         )
     read = {"cache": ("data.train",), "train": ("data.train", "data.val")}
-    for field in read.get(verb, ("data.train", "data.val", "teacher.cache.path")):
+    for field in (*read.get(verb, ("data.train", "data.val", "teacher.cache.path")), *unlabeled):
         if _is_in_folder(paths[field]):
             log.warning(
                 "%s: %r is in this job's working folder, a copy that Ray deletes when the job ends; the next job's is "

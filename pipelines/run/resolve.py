@@ -38,8 +38,9 @@ def resolve(config: Config, verb: str) -> ResolvedConfig:
         # it is left relative, or a run could not be continued.
         return absolute(path) if os.path.isdir(path) and not (in_a_job() and not os.path.isabs(path)) else path
 
-    data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
-    update: dict[str, Any] = {"data": data}
+    places: dict[str, Any] = {"train": absolute(config.data.train), "val": absolute(config.data.val)}
+    places["unlabeled"] = tuple(map(absolute, config.data.unlabeled))
+    update: dict[str, Any] = {"data": config.data.model_copy(update=places)}
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
     teacher = {"cache": cache, "path": model("teacher.path", config.teacher.path)}
     update["teacher"] = config.teacher.model_copy(update=teacher)

@@ -158,9 +158,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     note = command_note()
     tracker = open_for(folder, config, verb, {NOTE: note})
     try:
-        tracker.inputs(
-            dataset_inputs({"training": (config.data.train, plan.train), "validation": (config.data.val, plan.val)})
-        )
+        tracker.inputs(dataset_inputs(plan.inputs))
         start_logs(run=config.name, run_id=tracker.run_id)
         if inherited:
             folder.write("inheritance.txt", inherited)

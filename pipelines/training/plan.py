@@ -21,13 +21,16 @@ from qskd.checks import (
     check_objects,
     check_shards,
     check_teacher,
+    check_unlabeled,
     class_notices,
+    unlabeled_in_batch,
 )
 from qskd.datasets.findings.splits import between
-from qskd.datasets.manifest import Manifest, load_manifest
+from qskd.datasets.manifest import Manifest, check_labelled, load_manifest
 from qskd.datasets.schedule import Schedule
 from qskd.datasets.shards import read_annotations
 from qskd.datasets.splits import check_splits
+from qskd.datasets.unlabeled.joined import source_manifest, training_manifest, unlabeled_manifests
 from qskd.detectors import describe_student
 from qskd.detectors.student import queries_of
 from qskd.distillation.method import teacher_needs
@@ -36,8 +39,8 @@ from qskd.from_recipe import start_student
 from qskd.redaction import redacted
 from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
-from qskd.teacher.identity import teacher_preprocessing
-from qskd.teacher.manifest import load_cache_manifest
+from qskd.teacher.identity import cache_sources, teacher_preprocessing
+from qskd.teacher.manifest import CacheManifest, load_cache_manifest
 
 SLOW_PATH = "run in every training step: the slow path (`qskd cache` runs it once, for all trainings)"
 
@@ -53,10 +56,21 @@ class Plan:
     verb: str
     cache_is_missing: bool = False  # of a dry run alone
     classes: tuple[str, ...] = ()  # what there is to say of classes that are joined by name
+    unlabeled: tuple[Manifest, ...] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint}
+        own = {f"data.unlabeled[{number}]": each.fingerprint for number, each in enumerate(self.unlabeled)}
+        return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint} | own
+
+    @property
+    def inputs(self) -> dict[str, tuple[str, Manifest]]:
+        """What each folder of images is for, in MLflow's words -> the folder and its manifest."""
+        data = self.config.data
+        found = {"training": (data.train, self.train)} if data.train else {}
+        pairs = zip(data.unlabeled, self.unlabeled, strict=True)
+        found |= {f"unlabeled {number}": pair for number, pair in enumerate(pairs)}
+        return found | {"validation": (data.val, self.val)}
 
     @cached_property
     def data_notices(self) -> list[str]:
@@ -82,6 +96,7 @@ class Plan:
             f"student: {describe_student(self.config.student, len(self.train.labels))}",
             f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
+            *self._describe_unlabeled(),
             f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
             f"{schedule.steps_per_epoch} batches of {schedule.batch_size}",
             f"{workers} worker(s), {readers}, device {compute.device}",
@@ -99,23 +114,40 @@ class Plan:
             lines.append(start_student(self.config, self.train.labels)[1])
         return redacted("\n".join(lines))
 
+    def _describe_unlabeled(self) -> list[str]:
+        if not self.unlabeled:
+            return []
+        schedule, score = self.stream.schedule, self.config.data.unlabeled_score
+        images = sum(each.num_images for each in self.unlabeled)
+        return [
+            f"unlabelled: {images} images, {schedule.unlabeled_in_batch} of each batch, "
+            f"{schedule.total_steps / schedule.unlabeled_steps:.3g} passes; their objects are the teacher's predictions of score "
+            f"{score:g} or more"
+        ]
+
 
 def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache: str = "") -> Plan:
     """Read the manifests and check what can be checked before anything is started. Raises QskdError. dry: nothing will be
     started, so that a cache may be missing. known_cache: as `check_cache` has it, of a trial whose sweep has looked."""
-    check_data(config, ("train", "val"))
+    check_data(config, ("val",) if config.data.unlabeled else ("train", "val"))
     if verb == "distill":
         check_teacher(config)
-    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
-    check_shards(config.data.train, train)
-    check_shards(config.data.val, val)
+    train, val = training_manifest(config.data), load_manifest(config.data.val)
+    check_labelled(config.data.val, val)
+    check_unlabeled(config, train.labels)
+    unlabeled = unlabeled_manifests(config.data)
+    folders = [(config.data.train, train)] if config.data.train else []
+    folders += zip(config.data.unlabeled, unlabeled, strict=True)
+    for uri, manifest in [*folders, (config.data.val, val)]:
+        check_shards(uri, manifest)
     said = check_splits(
         train,
         val,
-        (config.data.train, config.data.val),
+        (config.data.train or config.data.val, config.data.val),
         lambda: Counter(read_annotations(config.data.val)["category_ids"].tolist()),
     )
-    check_objects(config.data.train, train, "to learn from")
+    if config.data.train:
+        check_objects(config.data.train, train, "to learn from")
     if not val.num_images:
         raise QskdError(config.data.val, "no images", "at least one, to evaluate on")
     workers = config.compute.workers
@@ -135,23 +167,29 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         evaluation_batch_size=config.compute.evaluation_batch_size,
         evaluate_every_epochs=config.training.evaluate_every_epochs,
         max_steps=config.training.max_steps,
+        unlabeled_shard_rows=tuple(rows for manifest in unlabeled for rows in manifest.shard_rows),
+        unlabeled_in_batch=unlabeled_in_batch(config),
     )
-    cache, missing = None, False
+    sources, caches, missing = cache_sources(config), list[CacheManifest](), False
     if verb == "distill":
         check_columns(config)
         path = config.teacher.cache.path
-        missing = dry and bool(path) and load_cache_manifest(path) is None
+        missing = dry and bool(path) and any(load_cache_manifest(each.teacher.cache.path) is None for each in sources)
         if missing:
             check_enough(config)
         elif path:
-            cache = check_cache(config, train, known_cache)
-        if cache is None:  # else its identity was compared, classes included
+            known = [known_cache] + [""] * len(sources)
+            caches = [
+                check_cache(each, source_manifest(each.data), of) for each, of in zip(sources, known, strict=False)
+            ]
+        if not caches:  # else its identity was compared, classes included
             check_classes(config, train)
         check_decoder(config)
         said += class_notices(config, train)
-    own = teacher_preprocessing(config).resize if verb == "distill" and not cache else config.student.resize
+    own = teacher_preprocessing(config).resize if verb == "distill" and not caches else config.student.resize
     stream = StreamConfig(
         train_uri=config.data.train,
+        unlabeled_uris=config.data.unlabeled,
         val_uri=config.data.val,
         schedule=schedule,
         views=config.data.views,
@@ -161,17 +199,20 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         and (workers > 1 or config.training.micro_batch_size > 0),
     )
     needs = teacher_needs(config.distillation)
-    if cache is not None and needs is not None:
+    images = sum(manifest.num_images for _, manifest in folders)
+    if caches and needs is not None:
         stream = replace(
             stream,
             teacher_cache=config.teacher.cache.path,
             teacher_columns=columns_for(needs),
-            teacher_row_bytes=cache.num_bytes // (train.num_images * len(cache.views)),
+            teacher_row_bytes=sum(each.num_bytes // len(each.views) for each in caches) // images,
+            unlabeled_caches=tuple(each.teacher.cache.path for each in sources[len(sources) - len(unlabeled) :]),
         )
-    row_bytes = sum(shard.bytes for shard in train.shards) / train.num_images
+    row_bytes = sum(shard.bytes for _, manifest in folders for shard in manifest.shards) / images
     if (
         2 * stream.teacher_row_bytes <= ROW_GROUP_BYTES
     ):  # else a row group is one row, and nothing is read along with it
         row_bytes += stream.teacher_row_bytes
-    stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images, row_bytes))
-    return Plan(config, train, val, stream, verb, missing, tuple(said))
+    windows = [shards for shards in (schedule.train_shard_rows, schedule.unlabeled_shard_rows) if shards]
+    stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images * len(windows), row_bytes))
+    return Plan(config, train, val, stream, verb, missing, tuple(said), tuple(unlabeled))

@@ -26,6 +26,7 @@ from qskd.config import Config
 from qskd.config.recipe import build
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.splits import evaluated
+from qskd.datasets.unlabeled.joined import training_manifest
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.details import Evaluation, evaluate_in_detail
@@ -104,7 +105,7 @@ class Worker:
         self.device = device or pick_device(config.compute.device)
         self.pace = Pace(Folder(config).path if rank == 0 else "", stream.schedule.batch_size)
         self.pace.doing("building the student")
-        manifest = load_manifest(stream.train_uri)
+        manifest = training_manifest(config.data)
         self.slots, self.category_ids = evaluated(manifest, load_manifest(stream.val_uri))
         student = make_student(config, manifest.labels)
         student.category_ids = tuple(

@@ -126,9 +126,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     folder.write_record("config.yaml", to_yaml(config))
     stage("opening the run in MLflow")
     tracker = open_for(folder, config, "sweep", {NOTE: command_note(search.describe())})
-    tracker.inputs(
-        dataset_inputs({"training": (config.data.train, plan.train), "validation": (config.data.val, plan.val)})
-    )
+    tracker.inputs(dataset_inputs(plan.inputs))
     tell(search.describe())
     for notice in plan.data_notices:
         log.warning(notice)
@@ -182,7 +180,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
 def _make_cache(config: ResolvedConfig, cached: bool) -> str:
     """One cache for all trials: what of it is missing is computed now. Its fingerprint; empty without one."""
     from pipelines.caching import driver as cache_teacher
-    from pipelines.caching.plan import make_cache_plan
+    from pipelines.caching.plan import make_cache_plans
     from pipelines.cluster.room import node_resources
     from pipelines.cluster.start import start_ray
 
@@ -191,7 +189,7 @@ def _make_cache(config: ResolvedConfig, cached: bool) -> str:
     if not cached:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         return ""
-    if make_cache_plan(config).todo:
+    if any(plan.todo for plan in make_cache_plans(config)):
         actors = max(
             config.compute.workers, int(sum(node.get("GPU", 0) or node.get("CPU", 0) for node in node_resources()))
         )

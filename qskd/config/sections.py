@@ -20,10 +20,22 @@ from qskd.families.facts import FACTS, Undecayed
 
 
 class DataConfig(Section):
-    """Shard folders made by `qskd prepare`."""
+    """Shard folders made by `qskd prepare`.
 
-    train: str = ""  # a path or a URI
+    On images of `unlabeled` a distillation learns from pseudo-objects, the teacher's predictions of at least `unlabeled_score`:
+    query selection and all losses take these for the objects. What the teacher half sees there (0.1 to that score) is never taught
+    as background (docs/unlabeled.md).
+    """
+
+    train: str = (
+        ""  # a path or a URI; empty, with `unlabeled`: no image is labelled, and the classes are those of `val`
+    )
     val: str = ""  # the same, of the images for evaluation
+    # folders made by `qskd prepare --unlabeled`, for `qskd distill`: images that the teacher alone says something of
+    unlabeled: tuple[str, ...] = ()
+    # part of each batch that is drawn from `unlabeled`, rounded to images; an epoch is a pass over `train`, where there is one
+    unlabeled_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    unlabeled_score: Annotated[float, Field(gt=0.1, lt=1.0)] = 0.5  # lowest score of a pseudo-object
     views: ViewConfig = ViewConfig()
     shuffle_window_images: Positive = 4096  # mixed with one another; a reader holds up to two windows in memory
 

@@ -72,6 +72,7 @@ def train_batch(arrays: Mapping[str, np.ndarray], device: torch.device | str = "
         valid=slots[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None],
         image_ids=tuple(int(image_id) for image_id in arrays["image_ids"]),
         counts=counts,
+        labelled=tuple(bool(each) for each in arrays["labelled"]) if "labelled" in arrays else (),
     )
     pixels = tensor("pixels").to(device, non_blocking=True) if "pixels" in arrays else None
     images, sizes = images_of(arrays, device, pixels)

@@ -113,7 +113,7 @@ class CocoDataset(ListedDataset):
     ) -> None:
         if not os.path.isdir(self._root):  # also False for names that no file system takes
             raise QskdError(str(self._root), "no such folder", "the folder with the pictures", "check the path")
-        self.categories = read_categories(categories, str(self._path))
+        self.categories = self._named(categories)
         self._images, self.listed_objects, self.source_sha256 = images, num_annotations, sha256
         for position, image in enumerate(images.values()):
             image.position = position
@@ -121,6 +121,9 @@ class CocoDataset(ListedDataset):
             self._take_sizes(self._exif)
         self._read_annotations(annotations)
         self._columns.group(len(images))
+
+    def _named(self, entries: list[Any]) -> tuple[Category, ...]:
+        return read_categories(entries, str(self._path))
 
     def _parse(self) -> tuple[dict[str, list[Any]], str]:
         path = self._path

@@ -17,6 +17,7 @@ from qskd.datasets.pictures.joining import joined, pad
 from qskd.datasets.samples import Sample
 from qskd.datasets.schedule import Subset
 from qskd.datasets.shards import ShardReader
+from qskd.datasets.unlabeled.joined import JoinedShards
 from qskd.datasets.views import View, derived_crop, is_mirrored, make_view, source_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
@@ -72,6 +73,7 @@ class Example:
     labels: NDArray[np.int64]
     image_id: int
     original_size: tuple[int, int]  # height, width of the file's image
+    labelled: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +89,8 @@ class BatchLoader:
     teacher_resize equal to student_resize counts as none.
     teacher_cache: where what comes beside the training views (the teacher's outputs) is read from; the teacher's pixels are
     then not needed. finish: crop, flip, resize and pad here; else they are left to the device that the batch goes to
-    (`qskd.datasets.batch`), which makes the same pixels.
+    (`qskd.datasets.batch`), which makes the same pixels. unlabeled_uris: shard folders without labels, whose shards' numbers
+    follow those of the train folder.
     """
 
     def __init__(
@@ -101,10 +104,16 @@ class BatchLoader:
         teacher_cache: RowReader | None = None,
         finish: bool = True,
         spool: RowGroupSpool | None = None,
+        unlabeled_uris: Sequence[str] = (),
     ) -> None:
-        uris: dict[Subset, str] = {"train": train_uri, "val": val_uri}
         self._spool = spool
-        self._readers = {subset: ShardReader(uri, self._spool) for subset, uri in uris.items() if uri}
+        self._readers: dict[Subset, ShardReader | JoinedShards] = {}
+        if unlabeled_uris:
+            self._readers["train"] = JoinedShards([*([train_uri] if train_uri else []), *unlabeled_uris], spool)
+        elif train_uri:
+            self._readers["train"] = ShardReader(train_uri, spool)
+        if val_uri:
+            self._readers["val"] = ShardReader(val_uri, spool)
         self._views = views
         self._resizes = [student_resize]
         if teacher_resize is not None and teacher_resize != student_resize:
@@ -155,9 +164,9 @@ class BatchLoader:
         (shard, row). original_sizes: int32 [n, 2], (height, width) of the file's image. With another teacher_resize,
         teacher_images and teacher_sizes are the same views at the teacher's size; with a cache, "train" has its rows, as
         its `collate` gives them, and with derived views teacher_derived: bool [n], whether a row is of another view, mirrored
-        or still to be cropped, and with derived crops teacher_crops_xyxy: float32 [n, 4] (`derived_crop`). "val" is always the
-        identity view. Not finished: pixels uint8 [bytes] and, in place of images and sizes, cuts [n, 11]
-        (`qskd.datasets.pictures.cuts`).
+        or still to be cropped, and with derived crops teacher_crops_xyxy: float32 [n, 4] (`derived_crop`). labelled: bool [n],
+        where some are not. "val" is always the identity view. Not finished: pixels uint8 [bytes] and, in place of images and
+        sizes, cuts [n, 11] (`qskd.datasets.pictures.cuts`).
 
         Raises QskdError naming shard and image id when a shard, a picture or the cache is broken.
         """
@@ -180,6 +189,8 @@ class BatchLoader:
             "positions": rows[:, :2].astype(np.int32),
             "original_sizes": np.array([e.original_size for e in examples], np.int32).reshape(-1, 2),
         }
+        if not all(example.labelled for example in examples):
+            batch["labelled"] = np.array([example.labelled for example in examples])
         batch |= self._pixels(examples)
         if self._cache is not None and subset == "train":
             said = self._rows_beside(self._cache, wanted, [example.image_id for example in examples])
@@ -244,7 +255,7 @@ class BatchLoader:
             for place, image_id, (_, _, index) in zip(places, image_ids, wanted, strict=True)
         ]
 
-    def _reader(self, subset: Subset) -> ShardReader:
+    def _reader(self, subset: Subset) -> ShardReader | JoinedShards:
         if subset not in self._readers:
             raise QskdError(f"data.{subset}", "not given", "a folder of shards", "make one with `qskd prepare`")
         return self._readers[subset]
@@ -321,7 +332,8 @@ class BatchLoader:
         min_visible = self._views.min_visible
         boxes, kept = view_boxes(sample.boxes_xyxy[single], sample.width, sample.height, plan.view, min_visible)
         labels = label_index(reader.manifest, sample.category_ids[single][kept], where)
-        return Example(plan, pixels, boxes, labels, sample.image_id, (sample.height, sample.width))
+        size = sample.height, sample.width
+        return Example(plan, pixels, boxes, labels, sample.image_id, size, sample.labelled)
 
 
 def label_index(manifest: Manifest, category_ids: NDArray[np.int64], where: str = "") -> NDArray[np.int64]:

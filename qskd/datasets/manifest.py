@@ -67,6 +67,7 @@ class Manifest:
     findings: tuple[Finding, ...] = ()
     pictures: str = ""
     picture_counts: PictureCounts | None = None  # None: written before pictures were turned upright
+    labelled: bool = True  # False: nobody has said what is in the images; there are no categories then
 
     @cached_property
     def category_index(self) -> dict[int, int]:
@@ -95,7 +96,10 @@ class Manifest:
 
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
-        return json.dumps(head | asdict(self), indent=1)
+        tree = asdict(self)
+        if self.labelled:
+            del tree["labelled"]  # as it was before there could be others
+        return json.dumps(head | tree, indent=1)
 
     @staticmethod
     def from_json(text: str | bytes, where: str) -> Manifest:
@@ -109,8 +113,10 @@ class Manifest:
                 raise QskdError(where, found, expected, REMEDY if version[0] == FORMAT else NOT_OURS)
             fingerprint = tree.pop("fingerprint")
             manifest = read_strictly(_MANIFEST, tree)
-            if not manifest.shards or not manifest.categories:
-                raise ValueError("it lists no shards or no categories")
+            if not manifest.shards or manifest.labelled != bool(manifest.categories):
+                raise ValueError("it lists no shards or no categories, or categories of images without labels")
+            if not manifest.labelled and manifest.num_objects + manifest.num_crowds:
+                raise ValueError("it has objects in images without labels")
             if not all(_SHARD_NAME.fullmatch(shard.file) for shard in manifest.shards):
                 raise ValueError("a shard's name is not a plain file name")
             if len(picture_rows(manifest.pictures)) > manifest.num_images:
@@ -134,6 +140,13 @@ def read_strictly(adapter: TypeAdapter[T], tree: Any) -> T:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise ValueError(f"`{place}` = {shown_value(first['input'])}: {first['msg']}") from None
+
+
+def check_labelled(uri: str, manifest: Manifest) -> None:
+    """QskdError where nobody has said what is in a folder's images: that they have no objects would be a wrong answer."""
+    if not manifest.labelled:
+        remedy = "`qskd label TEACHER IMAGES OUT.json` has a teacher label them; in `qskd distill` name them in data.unlabeled"
+        raise QskdError(uri, f"{manifest.num_images} images without labels", "labelled images", remedy)
 
 
 def load_manifest(uri: str) -> Manifest:

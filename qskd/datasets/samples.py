@@ -70,7 +70,8 @@ class Sample:
     width, height: pixels, of the upright picture. encoded: the file's bytes, untouched. boxes_xyxy: float32 [N, 4],
     absolute pixels inside the upright image. category_ids: int64 [N], the dataset's own. area: float32 [N], square pixels,
     the JSON's (COCO: of the segmentation), else the box's. iscrowd: bool [N]. picture: what its source found out of the
-    picture, which shards do not keep for each.
+    picture, which shards do not keep for each. labelled: False where nobody has said what is in it: it may hold anything, and
+    lists no objects. Shards say it once for all, in their manifest.
     """
 
     image_id: int
@@ -83,6 +84,7 @@ class Sample:
     area: NDArray[np.float32]
     iscrowd: NDArray[np.bool_]
     picture: PictureFacts | None = field(default=None, repr=False)
+    labelled: bool = True
 
 
 def to_table(samples: Sequence[Sample]) -> pa.Table:

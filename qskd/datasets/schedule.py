@@ -58,6 +58,9 @@ class Schedule:
     evaluation_batch_size: int = 0  # 0: as in training
     evaluate_every_epochs: int = 1
     max_steps: int = 0  # 0: no limit
+    # Images without labels: their shards' numbers follow those of `train_shard_rows`. unlabeled_in_batch: of each global batch.
+    unlabeled_shard_rows: tuple[int, ...] = ()
+    unlabeled_in_batch: int = 0
 
     # Kept once they are known: a worker asks at each step, and there are thousands of shards to add up.
 
@@ -68,10 +71,17 @@ class Schedule:
     @cached_property
     def steps_per_epoch(self) -> int:
         """Global batches in an epoch. QskdError when there is nothing to train on."""
-        images = sum(self.train_shard_rows)
+        images, own = sum(self.train_shard_rows), self.batch_size - self.unlabeled_in_batch
+        if not own:  # an epoch is a pass over what there is
+            images, own = sum(self.unlabeled_shard_rows), self.unlabeled_in_batch
         if not images:
             raise QskdError("data.train", "no images", "at least one", "point data.train at a folder of `qskd prepare`")
-        return max(1, images // self.batch_size)
+        return max(1, images // own)
+
+    @cached_property
+    def unlabeled_steps(self) -> int:
+        """Global batches in a pass over the images without labels, which begins anew whenever it ends."""
+        return max(1, sum(self.unlabeled_shard_rows) // max(1, self.unlabeled_in_batch))
 
     @property
     def total_steps(self) -> int:
@@ -165,6 +175,11 @@ def _order_of(shard_rows: tuple[int, ...], seed: int, epoch: int, window_images:
     return EpochOrder(shard_rows, seed, epoch, window_images)
 
 
+@lru_cache(maxsize=1)
+def _unlabeled_order(shard_rows: tuple[int, ...], seed: int, number: int, window_images: int) -> EpochOrder:
+    return EpochOrder(shard_rows, seed, number, window_images)
+
+
 def _all_rows(shard_rows: Sequence[int], shards: Sequence[int]) -> NDArray[np.int32]:
     pairs = [np.stack([np.full(shard_rows[s], s), np.arange(shard_rows[s])], axis=1) for s in shards]
     return np.concatenate([np.zeros((0, 2), np.int64), *pairs]).astype(np.int32)
@@ -176,15 +191,39 @@ def _with_view(rows: NDArray[np.int32], view: int) -> NDArray[np.int32]:
 
 def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator[Batch]:
     """An epoch's global batches from number `first` on. Rows that fill no batch are left out (others every epoch); with
-    fewer rows than a batch holds, all of them are the one batch. The view index is epoch % views, or with `fresh_views` epoch."""
+    fewer rows than a batch holds, all of them are the one batch. The view index is epoch % views, or with `fresh_views` epoch; of
+    images without labels, that of the pass over them."""
     count, size = schedule.steps_in(epoch), schedule.batch_size
     if first >= count:
         return
+    size -= schedule.unlabeled_in_batch
     order = _order_of(schedule.train_shard_rows, schedule.seed, epoch, schedule.window_images)
-    view = epoch if schedule.fresh_views else epoch % schedule.views
     for index in range(first, count):
-        rows = _with_view(order.rows(index * size, (index + 1) * size), view)
-        yield Batch("train", epoch * schedule.steps_per_epoch + index, epoch, rows, index, count)
+        step = epoch * schedule.steps_per_epoch + index
+        rows = _with_view(order.rows(index * size, (index + 1) * size), _view(schedule, epoch))
+        if schedule.unlabeled_in_batch:
+            rows = _mixed(rows, _unlabeled_rows(schedule, step))
+        yield Batch("train", step, epoch, rows, index, count)
+
+
+def _view(schedule: Schedule, passes: int) -> int:
+    return passes if schedule.fresh_views else passes % schedule.views
+
+
+def _unlabeled_rows(schedule: Schedule, step: int) -> NDArray[np.int32]:
+    """Those of a global step: a function of it alone, for their passes are not the epochs."""
+    number, index = divmod(step, schedule.unlabeled_steps)
+    size, shards = schedule.unlabeled_in_batch, schedule.unlabeled_shard_rows
+    order = _unlabeled_order(shards, schedule.seed, number, schedule.window_images)
+    rows = _with_view(order.rows(index * size, (index + 1) * size), _view(schedule, number))
+    rows[:, 0] += len(schedule.train_shard_rows)
+    return rows
+
+
+def _mixed(first: NDArray[np.int32], second: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Both, spread evenly over the batch, so that each worker and each micro-batch has some of either."""
+    places = [(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in (first, second)]
+    return np.concatenate([first, second])[np.argsort(np.concatenate(places), kind="stable")]
 
 
 @lru_cache(maxsize=1)  # one evaluation's ranges of steps follow one another, and its epochs

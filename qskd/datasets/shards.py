@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from qskd.datasets.findings.finding import Finding, refuse
 from qskd.datasets.findings.splits import packed_pictures
 from qskd.datasets.findings.survey import Survey
-from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, load_manifest
+from qskd.datasets.manifest import FORMAT, MANIFEST, REMEDY, Manifest, Shard, check_labelled, load_manifest
 from qskd.datasets.packing import PartedSource, pack_by, pack_here, start_helpers
 from qskd.datasets.pictures.facts import PictureCounter, look
 from qskd.datasets.samples import (
@@ -59,7 +60,8 @@ class SampleSource(Protocol):
 
     A source may also have `findings` (read then too): what looks wrong in it and samples can't show, see
     `qskd.datasets.findings`; `listed_objects`: how many annotations it lists, broken ones included; and `outline()`: its samples
-    without pictures (`encoded` empty), from which most of what looks wrong is told before any picture is read.
+    without pictures (`encoded` empty), from which most of what looks wrong is told before any picture is read. `labelled`: False
+    where nobody has said what is in the images; it then has no categories.
     """
 
     source: str
@@ -144,6 +146,7 @@ def write_shards(
                 findings,
                 packed_pictures(*survey.hashes()),
                 counter.counts,
+                is_labelled(dataset),
             )
             spool = folder / "manifest"
             spool.write_text(manifest.to_json())
@@ -155,9 +158,14 @@ def write_shards(
     return manifest
 
 
+def is_labelled(dataset: SampleSource) -> bool:
+    """Whether somebody has said what is in its images."""
+    return bool(getattr(dataset, "labelled", True))
+
+
 def findings_of(dataset: SampleSource, survey: Survey) -> tuple[Finding, ...]:
     """What looks wrong: to the source itself, and in its samples, all of which the survey has seen."""
-    return (*getattr(dataset, "findings", ()), *survey.findings(dataset.categories))
+    return (*getattr(dataset, "findings", ()), *survey.findings(dataset.categories, is_labelled(dataset)))
 
 
 def outlined(dataset: SampleSource) -> tuple[Finding, ...]:
@@ -247,6 +255,8 @@ class ShardReader:
         if unknown := set(names) - set(SCHEMA.names):
             raise QskdError(self.where(shard), f"no columns {sorted(unknown)}", f"some of {SCHEMA.names}")
         samples = to_samples(*self._files.read_rows(shard, rows, names)) if len(rows) else []
+        if not self.manifest.labelled:
+            samples = [replace(sample, labelled=False) for sample in samples]
         if self.manifest.picture_counts is None and "encoded" in names:
             for sample in samples:
                 self._check_seen_alike(shard, sample)
@@ -277,8 +287,10 @@ def read_annotations(uri: str) -> dict[str, NDArray[Any]]:
 
     image_ids int64 [I], widths and heights int32 [I] (pixels); for each of O objects, crowds included: object_image_ids
     int64 [O], boxes_xyxy float32 [O, 4] (absolute pixels), category_ids int64 [O], area float32 [O], iscrowd bool [O].
+    QskdError where nobody has labelled them.
     """
     reader = ShardReader(uri)
+    check_labelled(uri, reader.manifest)
     parts: dict[str, list[NDArray[Any]]] = {}
     for shard in range(len(reader.manifest.shards)):
         table = reader.read_table(shard, [name for name in SCHEMA.names if name not in ("encoded", "file_name")])

@@ -107,6 +107,7 @@ class Card:
     methods: tuple[tuple[str, str], ...] = ()  # (title, citation) of each method that taught it
     evaluation: Evaluation | None = None  # of this model, without its curves
     chosen: Chosen | None = None  # which of its training's students this model is
+    unlabeled_images: int = 0  # of the training: those that the teacher alone said something of
 
 
 _CARD = TypeAdapter(Card)
@@ -260,6 +261,7 @@ def _training(card: Card) -> str:
 
 def _licences(card: Card) -> str:
     images = "" if card.train_images is None else f", {card.train_images} training images"
+    images += f", {card.unlabeled_images} more without labels" if card.unlabeled_images else ""
     lines = [
         "| | | licence |",
         "| --- | --- | --- |",

@@ -105,6 +105,9 @@ class Denoising(nn.Module):
             valid.repeat(1, noise.groups),
             targets.image_ids,
             tuple(count * noise.groups for count in targets.counts),
+            targets.labelled,
+            targets.unsure_xyxy,
+            targets.unsure,
         )
         queries = ExtraQueries(self.embedding(names), xyxy_to_cxcywh(places), group)
         return Groups(queries, wanted, positive.expand(batch, -1))

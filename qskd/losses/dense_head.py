@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.losses.detection_loss import unlabelled_focal
+from qskd.losses.unsure import in_unsure
 from qskd.structures import LossTerm, Targets
 
 CENTRAL_PART = 0.6  # of a box's width and height: cells in it belong to the object
@@ -77,9 +78,14 @@ class DenseHead(nn.Module):
         weight = owned.float()
         # A label turns its logit's sign, so that all go through one focal loss.
         focal = (0.75 - 0.5 * labels) * unlabelled_focal(logits * (1.0 - 2.0 * labels))
+        known = (
+            valid.flatten(1) & (owned | ~in_unsure(centres, targets))
+            if targets.unsure is not None
+            else valid.flatten(1)
+        )
         overlap = giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         return {
-            "dense_class": LossTerm((focal * valid.flatten(1)[..., None]).sum(), count),
+            "dense_class": LossTerm((focal * known[..., None]).sum(), count),
             "dense_l1": LossTerm(((predicted - wanted).abs().sum(-1) * weight).sum(), count),
             "dense_giou": LossTerm(((1 - overlap) * weight).sum(), count),
         }

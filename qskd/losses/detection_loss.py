@@ -17,6 +17,7 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, giou, iou
 from qskd.config import DetectionLossConfig
 from qskd.errors import QskdError
+from qskd.losses.unsure import left_out
 from qskd.structures import Classification, LossTerm, Targets
 
 _NAMES = ("class", "l1", "giou")
@@ -51,15 +52,22 @@ def _sum_of(values: Tensor, unmatched: Tensor) -> Tensor:
     return values.masked_fill(unmatched, 0.0).flatten(1).sum(1)
 
 
-def _focal(scores: Tensor, own: Tensor, unmatched: Tensor, alpha: float) -> Tensor:
+def _summed(background: Tensor, unknown: Tensor | None) -> Tensor:
+    """[L, B, Q, K] of all queries as if unlabelled -> [L]. unknown: [L, B, Q], the queries that are left out."""
+    if unknown is not None:
+        background = background.masked_fill(unknown.unsqueeze(-1), 0.0)
+    return background.flatten(1).sum(1)
+
+
+def _focal(scores: Tensor, own: Tensor, unmatched: Tensor, alpha: float, unknown: Tensor | None) -> Tensor:
     """Sigmoid focal loss (Lin et al., ICCV 2017), gamma 2, over all queries and classes: [L]."""
     # Every entry as if unlabelled, then the few labelled ones put right: a third of the passes over [L, B, Q, K].
     correction = alpha * unlabelled_focal(-own) - (1 - alpha) * unlabelled_focal(own)
-    class_sum = (1 - alpha) * unlabelled_focal(scores).flatten(1).sum(1)
+    class_sum = (1 - alpha) * _summed(unlabelled_focal(scores), unknown)
     return class_sum + _sum_of(correction, unmatched)
 
 
-def _varifocal(scores: Tensor, own: Tensor, unmatched: Tensor, quality: Tensor) -> Tensor:
+def _varifocal(scores: Tensor, own: Tensor, unmatched: Tensor, quality: Tensor, unknown: Tensor | None) -> Tensor:
     """Varifocal loss (Zhang et al., CVPR 2021) as RT-DETR has it, over all queries and classes: [L].
 
     A labelled entry's target and weight are the box's IoU q; any other's weight is alpha * p^2. Weights have no gradient.
@@ -69,10 +77,10 @@ def _varifocal(scores: Tensor, own: Tensor, unmatched: Tensor, quality: Tensor) 
         return VARIFOCAL_ALPHA * logits.detach().sigmoid() ** 2 * F.softplus(logits)
 
     correction = quality * (F.softplus(own) - quality * own) - unlabelled(own)
-    return unlabelled(scores).flatten(1).sum(1) + _sum_of(correction, unmatched)
+    return _summed(unlabelled(scores), unknown) + _sum_of(correction, unmatched)
 
 
-def _iou_aware(scores: Tensor, own: Tensor, unmatched: Tensor, overlap: Tensor) -> Tensor:
+def _iou_aware(scores: Tensor, own: Tensor, unmatched: Tensor, overlap: Tensor, unknown: Tensor | None) -> Tensor:
     """LW-DETR's IoU-aware cross-entropy (Chen et al., 2024; Cai et al., Align-DETR, 2023), over all queries and classes: [L].
 
     A labelled entry's target is t = p^alpha * IoU^(1 - alpha), without gradient; any other is pushed down by p^2.
@@ -81,19 +89,22 @@ def _iou_aware(scores: Tensor, own: Tensor, unmatched: Tensor, overlap: Tensor) 
     goal = goal.clamp(min=IOU_AWARE_FLOOR)
     labelled = goal * F.softplus(-own) + (1 - goal) * F.softplus(own)
     correction = labelled - unlabelled_focal(own)
-    return unlabelled_focal(scores).flatten(1).sum(1) + _sum_of(correction, unmatched)
+    return _summed(unlabelled_focal(scores), unknown) + _sum_of(correction, unmatched)
 
 
-def _cross_entropy(own: Tensor, matched: Tensor, query: Tensor, no_object: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    own: Tensor, matched: Tensor, query: Tensor, no_object: Tensor, unknown: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """DETR's cross-entropy: [L] sums of weight * -log p, and [L] sums of weights to divide by.
 
     own: the logit of the object's class, whose sigmoid is its probability in the softmax. no_object [L, B, Q]: log p_none.
     """
     spare = torch.zeros(*no_object.shape[:-1], no_object.shape[-1] + 1, dtype=torch.bool, device=own.device)
     taken = spare.scatter(-1, torch.where(matched, query, no_object.shape[-1]), True)[..., :-1]
-    empty = torch.where(taken, 0.0, -no_object).flatten(1).sum(1)
+    counted = taken if unknown is None else taken | unknown
+    empty = torch.where(counted, 0.0, -no_object).flatten(1).sum(1)
     objects = torch.where(matched, F.softplus(-own), 0.0).flatten(1).sum(1)
-    weight = taken.flatten(1).sum(1) + NO_OBJECT_WEIGHT * (~taken).flatten(1).sum(1)
+    weight = taken.flatten(1).sum(1) + NO_OBJECT_WEIGHT * (~counted).flatten(1).sum(1)
     return objects + NO_OBJECT_WEIGHT * empty, weight
 
 
@@ -114,7 +125,8 @@ def detection_terms(
     "softmax" needs `no_object` [L, B, Q] and E = 0.
     Returns the terms "class", "l1", "giou" of the last layer, "class_early_0", ... and, when `config.auxiliary`, "class_0",
     ... of the other layers; each counts the batch's boxes, softmax's class terms their weights. Without any object the box
-    terms are 0, finite, and still attached to the graph.
+    terms are 0, finite, and still attached to the graph. Of images without labels, queries that show what the teacher half sees
+    are left out of the class terms (`qskd.losses.unsure`).
     """
     if not config.auxiliary:
         kept = [*range(early), len(logits) - 1]
@@ -133,18 +145,19 @@ def detection_terms(
     giou_sum = _sum_of(1 - giou(mine_xyxy, theirs_xyxy), unmatched)
     count = targets.valid.sum().float()
 
+    unknown = left_out(boxes, assignment, targets)
     own = scores.flatten(2).gather(2, query * classes + targets.labels)  # [L, B, M] logit of the object's class
     class_counts, class_floor = [count] * layers, 1.0
     if classification == "softmax":
         if no_object is None:
             raise ValueError("cross-entropy needs the log-probability of no object")
-        class_sum, weight = _cross_entropy(own, matched, query, no_object.float())
+        class_sum, weight = _cross_entropy(own, matched, query, no_object.float(), unknown)
         class_counts, class_floor = list(weight.unbind()), NO_OBJECT_WEIGHT
     elif classification in ("varifocal", "iou_aware"):
         by_overlap = _varifocal if classification == "varifocal" else _iou_aware
-        class_sum = by_overlap(scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy))
+        class_sum = by_overlap(scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy), unknown)
     else:
-        class_sum = _focal(scores, own, unmatched, config.focal_alpha)
+        class_sum = _focal(scores, own, unmatched, config.focal_alpha, unknown)
 
     terms: dict[str, LossTerm] = {}
     sums = zip(class_sum.unbind(), class_counts, l1_sum.unbind(), giou_sum.unbind(), strict=True)

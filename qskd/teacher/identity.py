@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from qskd.config import Config, ViewConfig
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import Manifest
+from qskd.datasets.unlabeled.joined import unlabeled_manifests
 from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_config, read_preprocessing
 from qskd.precision import cached_in
+from qskd.storage.stores import join
 from qskd.structures import TeacherNeeds
 from qskd.teacher.manifest import CODEC_VERSION, COMPUTED
+
+C = TypeVar("C", bound=Config)
 
 
 def teacher_preprocessing(config: Config) -> Preprocessing:
@@ -32,6 +36,8 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         "teacher.std": seen_as.std,
         "teacher.class_slots": map_classes(data.labels, labels, config.teacher.class_map),
     }
+    if not data.labelled:  # it decides whose attention is kept
+        identity["data.unlabeled_score"] = config.data.unlabeled_score
     # How many views there are, and what is derived from them, changes none of them.
     policy = config.data.views.model_dump(exclude={"count", "derived"})
     if config.data.views.derived == "flip_and_crop":  # the cache's own views are not cropped
@@ -48,6 +54,28 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         json.dumps(identity)
     )  # lists for tuples, to compare with what a manifest says
     return as_stored
+
+
+def cache_sources(config: C) -> list[C]:
+    """The recipe as it is for each folder that the teacher is asked about, which is then `data.train`: the labelled one, where
+    there is one, with its cache at `teacher.cache.path`; then each without labels, with its own in a folder therein. So images that
+    come later change nothing that is there."""
+    data, cache = config.data, config.teacher.cache
+    found = [with_fields(config, {"unlabeled": ()}, cache.path)] if data.train or not data.unlabeled else []
+    for uri, manifest in zip(data.unlabeled, unlabeled_manifests(data), strict=True):
+        path = join(cache.path, f"unlabeled-{manifest.fingerprint[:12]}") if cache.path else ""
+        found.append(with_fields(config, {"train": uri, "val": data.train or data.val, "unlabeled": ()}, path))
+    return found
+
+
+def with_fields(config: C, data: dict[str, Any], path: str) -> C:
+    """With other fields of the section `data`, and another cache."""
+    cache = config.teacher.cache.model_copy(update={"path": path})
+    sections = {
+        "data": config.data.model_copy(update=data),
+        "teacher": config.teacher.model_copy(update={"cache": cache}),
+    }
+    return config.model_copy(update=sections)
 
 
 def computed_by(config: Config, device: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from qskd.structures import TeacherRecord
 from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
 from qskd.teacher.online import OnlineTeacher, queries_above
+from qskd.teacher.pseudo import with_pseudo_objects
 
 WINDOW_BATCHES = 8
 Rows = NDArray[np.int32]  # [n, 3] of (shard, row, view index)
@@ -54,12 +55,13 @@ class CacheMaker:
     def ask(self, arrays: Mapping[str, np.ndarray]) -> TeacherRecord:
         """The loader's arrays, at the teacher's resolution -> the teacher's record, with attention of the queries that
         the cache keeps."""
-        cache, costs = self.config.teacher.cache, self.config.detection
+        cache, costs, score = self.config.teacher.cache, self.config.detection, self.config.data.unlabeled_score
         batch = train_batch(arrays, self.device)
 
         def choose(record: TeacherRecord) -> torch.Tensor:
             known = TeacherRecord(rounded(record.logits, cache.precision), record.boxes_cxcywh)
-            return queries_above(known, batch.targets, cache.attention_giou_floor, costs, cache.attention_layers)
+            objects = with_pseudo_objects(batch.targets, known, score)
+            return queries_above(known, objects, cache.attention_giou_floor, costs, cache.attention_layers)
 
         with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
             record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose, batch.least)

@@ -235,5 +235,6 @@ def _varies(dimension: int, *tensors: Tensor) -> None:
 
 def _vary(targets: Targets) -> Targets:
     _varies(1, targets.boxes_cxcywh, targets.labels, targets.valid)
+    _varies(1, *(each for each in (targets.unsure_xyxy, targets.unsure) if each is not None))
     _varies(0, *(targets.packed or ()))
     return targets

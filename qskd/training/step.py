@@ -29,8 +29,9 @@ from qskd.errors import QskdError
 from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine_with_values
 from qskd.precision import autocast, laid_out_as
-from qskd.structures import LossTerm, OnItsWay, TeacherRecord, to_device, with_rest
+from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
+from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.augmentation import augmentation_of
 from qskd.training.groups import parameter_groups
 from qskd.training.module import StepModule, compile_step
@@ -163,22 +164,24 @@ class Training:
 
     def _forward(self, part: TrainBatch, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of all terms, with its gradient's graph, and each term's value."""
-        share = part if len(part.images) else stand_in(self.device, self.config.student.resize, self.teacher)
-        noise = self._noise(part)
-        if self.student.training != (share is part):  # a stand-in leaves no mark on batch statistics
-            self.student.train(share is part)
+        real = len(part.images) > 0
+        share = part if real else stand_in(self.device, self.config.student.resize, self.teacher)
+        if self.student.training != real:  # a stand-in leaves no mark on batch statistics
+            self.student.train(real)
         images, sizes, least = share.images, share.sizes, share.least
-        if self.augmentation is not None and share is part:  # the teacher sees the share as it is
+        if self.augmentation is not None and real:  # the teacher sees the share as it is
             images, sizes = self.augmentation(images, sizes, share.targets.image_ids, self.step)
             least = least if sizes is share.sizes else None
         for norm in self.shared_norms:
-            norm.absent = share is not part
+            norm.absent = not real
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
+            share = replace(share, targets=self._objects(share, record))
+            noise = self._noise(share if real else part)
             terms: dict[str, LossTerm] = self.step_module(
                 images, sizes, share.targets, record, self._online(share), noise, least
             )
-        if share is not part:
+        if not real:
             terms = {
                 name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
             }
@@ -193,6 +196,16 @@ class Training:
         if self.teacher is None or self.module.method is None:
             return None
         return self.teacher.record(batch, self.module.method.needs)
+
+    def _objects(self, batch: TrainBatch, record: TeacherRecord | None) -> Targets:
+        """What is to be found in the images: what was labelled, else what the teacher is sure of."""
+        if batch.targets.all_labelled:
+            return batch.targets
+        if record is None:
+            raise QskdError(
+                "data.unlabeled", "images without labels, and no teacher", "a distillation", "`qskd distill`"
+            )
+        return with_pseudo_objects(batch.targets, record, self.config.data.unlabeled_score)
 
     def _noise(self, part: TrainBatch) -> Noise | None:
         """Of this share's denoising queries; None without any. All workers ask at once: the groups are the global batch's."""

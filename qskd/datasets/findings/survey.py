@@ -88,8 +88,11 @@ class Survey:
         """Of all pictures so far: `content_of` each, and its image's id."""
         return np.array(self._contents, np.uint64), np.array(self._ids, np.int64)
 
-    def findings(self, categories: Sequence[Category]) -> list[Finding]:
-        """What looks wrong in the samples so far. categories: the dataset's."""
+    def findings(self, categories: Sequence[Category], labelled: bool = True) -> list[Finding]:
+        """What looks wrong in the samples so far. categories: the dataset's. labelled: False where nobody has said what is in
+        them."""
+        if not labelled:
+            return self._same_files()
         total = self.objects + self.crowds
         found = [*self._same_files(), *alike_categories(categories), *self._repeated.findings(), *self._boxes(total)]
         if not self.objects:

@@ -104,7 +104,10 @@ def _recognised(source: Path, images: Path | None) -> tuple[str, Path, Path | No
     raise QskdError(str(source), "no dataset that is known", _EXPECTED, remedy)
 
 
-_GIVE = "give the file or folder that has the annotations, not the pictures' alone"
+_GIVE = (
+    "give the file or folder that has the annotations, not the pictures' alone; of pictures without labels: "
+    "`qskd prepare --unlabeled PICTURES DESTINATION`"
+)
 _MAKE_YAML = (
     "for YOLO's label files write a data.yaml with the lines `names: [first, second]` and `train: images/train`"
 )

@@ -1,0 +1,1 @@
+"""A teacher's detections as a dataset's labels (`qskd label`)."""

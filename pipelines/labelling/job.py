@@ -1,0 +1,296 @@
+"""Label pictures by a detector's detections (`qskd label`), as a Ray Data job: COCO JSON out, which `qskd prepare` reads.
+
+python -m pipelines.label teacher photos/ photos.json --like shards/val
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipelines.cluster.room import check_gpus, say_if_on_cpus
+from pipelines.cluster.start import quiet_ray_data, start_ray
+from pipelines.inspection.evaluate import evaluate
+from pipelines.labelling.actors import PART, Job, LabelActor, Picture
+from pipelines.labelling.parts import (
+    check_out,
+    delete_parts,
+    finished,
+    part_file,
+    parts_folder,
+    read_part,
+    write_labels,
+)
+from pipelines.reporting.board import Row, progress
+from pipelines.reporting.watch import CountWatch
+from qskd.config import ResizeConfig
+from qskd.datasets.classes import NOBODY, Explicit, listing, map_classes, model_side
+from qskd.datasets.manifest import check_labelled, load_manifest
+from qskd.datasets.samples import Category
+from qskd.datasets.unlabeled.pictures import UnlabeledDataset
+from qskd.detectors import checkpoint_digests, load_detector, read_preprocessing
+from qskd.errors import QskdError
+from qskd.printable import one_line
+from qskd.storage.places import fetched
+
+log = logging.getLogger("qskd")
+USUAL = 0.5  # the threshold of a class of which nothing better is known
+FEWEST = 20  # objects of a class in --like, for a threshold of its own
+RULE = (
+    "with --threshold that score for every class; else, with --like, the score at which a class's F1 (IoU 0.5) is the best on "
+    f"those images, for classes with {FEWEST} objects there or more; else {USUAL:g}"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked. images: a folder or a list. like: a labelled shard folder, whose categories the labels get; empty: the
+    teacher's own classes. threshold: of every class; None: as RULE says. resize, class_map, device, precision: as a recipe has
+    them. workers: the most processes; 0: here, without Ray."""
+
+    model: str
+    images: Path
+    out: Path
+    like: str = ""
+    threshold: float | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    resize: ResizeConfig | None = None
+    class_map: Explicit | None = None
+    batch_size: int = 16
+    workers: int = 1
+    threads: int = 1
+    device: str = "auto"
+    precision: str = "float32"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What was written. thresholds: by class name. objects: by class name, those that were kept. mean_score: of these; None of
+    none. empty: images without any. left_out: pictures, with what is wrong with them."""
+
+    out: Path
+    images: int
+    thresholds: Mapping[str, float]
+    objects: Mapping[str, int]
+    mean_score: float | None
+    empty: int
+    left_out: Sequence[Mapping[str, str]]
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        total = sum(self.objects.values())
+        sure = "" if self.mean_score is None else f" of mean score {self.mean_score:.2f}"
+        each = f"{total / self.images:.1f} an image" if self.images else "none"
+        said = [f"{self.out}: {self.images} images, {total} objects ({each}){sure}; {self.empty} images without any"]
+        names = sorted(self.objects, key=lambda name: -self.objects[name])
+        said += [f"  {one_line(name)}: {self.objects[name]} at {self.thresholds[name]:.3f} or more" for name in names]
+        said += [f"left out: {one_line(each['where'])}: {one_line(each['found'])}" for each in self.left_out[:5]]
+        return said + ([f"left out: {len(self.left_out) - 5} more"] if len(self.left_out) > 5 else [])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. categories: of the labels; known: those of them that the teacher knows, in `job`'s order."""
+
+    request: Request
+    dataset: UnlabeledDataset
+    categories: tuple[Category, ...]
+    known: tuple[Category, ...]
+    job: Job
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [
+            {"id": image.id, "file_name": image.file_name, "digest": self.dataset.digests[image.id]}
+            for image in self.dataset.listed()
+        ]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        return {one.name: value for one, value in zip(self.known, self.job.thresholds, strict=True)}
+
+    def describe(self) -> str:
+        said = f"{self.request.model} on {len(self.dataset)} images of {self.request.images} → {self.request.out}"
+        each = ", ".join(f"{one_line(name)} {value:.3f}" for name, value in self.thresholds.items())
+        return f"{said}\nthresholds: {each}"
+
+
+def make_plan(asked: Request) -> Plan:
+    """Look at the pictures, the classes and the thresholds. Raises QskdError."""
+    dataset = UnlabeledDataset(asked.images, None, asked.on_error)
+    with fetched(asked.model) as folder:
+        preprocessing, detector = read_preprocessing(folder, asked.resize), load_detector(folder)
+        digests, labels, own_ids = checkpoint_digests(folder), detector.labels, detector.category_ids
+    if asked.like:
+        data = load_manifest(asked.like)
+        check_labelled(asked.like, data)
+        categories = data.categories
+        slots = map_classes(data.labels, labels, asked.class_map or {}, model_side(asked.model))
+    else:
+        if asked.class_map:
+            raise QskdError(
+                "teacher.class_map", "a class map without a dataset", "--like SHARDS, whose classes it maps"
+            )
+        categories, slots = _own_classes(labels, own_ids)
+    pairs = [(one, slot) for one, slot in zip(categories, slots, strict=True) if slot != NOBODY]
+    known = tuple(one for one, _ in pairs)
+    if silent := [one.name for one in categories if one not in known]:
+        log.warning("left to nobody, and never labelled: %s", listing(silent))
+    thresholds = tuple(_thresholds(asked, known))
+    chosen = [[one.id, one.name, slot] for one, slot in pairs]
+    decides = [digests, asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}, chosen, thresholds]
+    identity = hashlib.sha256(json.dumps([*decides, asked.precision]).encode()).hexdigest()
+    job = Job(
+        *(asked.model, preprocessing, tuple(slot for _, slot in pairs), tuple(one.id for one in known), thresholds),
+        root=str(dataset.root),
+        parts=str(parts_folder(asked.out).absolute()),
+        identity=identity,
+        skip=asked.on_error == "skip",
+        batch_size=asked.batch_size,
+        threads=asked.threads,
+        device=asked.device,
+        precision=asked.precision,
+    )
+    return Plan(asked, dataset, categories, known, job)
+
+
+def _own_classes(labels: Sequence[str], ids: Sequence[int] | None) -> tuple[tuple[Category, ...], tuple[int, ...]]:
+    """The detector's classes as categories; slots without a name of their own are none."""
+    numbers = list(ids or range(len(labels)))
+    slots = [slot for slot, name in enumerate(labels) if name != "N/A"]
+    slots = [slot for slot in slots if labels.index(labels[slot]) == slot]
+    return tuple(Category(numbers[slot], labels[slot]) for slot in slots), tuple(slots)
+
+
+def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
+    if asked.threshold is not None or not asked.like:
+        return [USUAL if asked.threshold is None else asked.threshold] * len(known)
+    class_map = dict(asked.class_map or {})
+    said = evaluate(
+        *(asked.model, asked.like, asked.resize, class_map, asked.batch_size, asked.workers, asked.threads),
+        device=asked.device,
+        precision=asked.precision,
+    )
+    best = {one.id: one.best.score for one in said.classes if one.best is not None and one.objects >= FEWEST}
+    return [round(best.get(one.id, USUAL), 4) for one in known]
+
+
+def run(asked: Request, quiet: bool = False) -> Labels:
+    """Label all pictures and write the JSON. Killed at any moment and run again, it keeps every whole part and does the rest."""
+    check_out(asked.out, overwrite=True)  # before minutes are spent on thresholds
+    plan = make_plan(asked)
+    pictures, job = plan.pictures, plan.job
+    fingerprint = job.fingerprint(pictures)
+    parts = [pictures[start : start + PART] for start in range(0, len(pictures), PART)]
+    if finished(asked.out, fingerprint) is not None:
+        log.warning("%s is finished already; nothing is labelled", asked.out)
+        return _summary(plan, json.loads(asked.out.read_text()))
+    check_out(asked.out, asked.overwrite)
+    keys = [job.fingerprint(part) for part in parts]
+    todo = [n for n, key in enumerate(keys) if read_part(part_file(job.parts, n), key) is None]
+    left = sum(len(parts[number]) for number in todo)
+    with progress("label", len(pictures), quiet=quiet) as row:
+        if left < len(pictures):
+            row.line(f"label: {len(pictures) - left} of {len(pictures)} images are labelled already")
+        if todo:
+            work = [{"number": number, "pictures": json.dumps(parts[number])} for number in todo]
+            if asked.workers:
+                _on_cluster(job, work, left, row, asked.workers)
+            else:
+                _here(job, work, left, row)
+        row.stage("writing")
+        said = [read_part(part_file(job.parts, number), key) for number, key in enumerate(keys)]
+        lost = [number for number, part in enumerate(said) if part is None]
+        if lost:
+            raise QskdError(
+                part_file(job.parts, lost[0]),
+                "is gone or changed",
+                "a part's file",
+                "run the same command again; on several nodes, with OUT in a folder that all of them share",
+            )
+        whole = [part for part in said if part is not None]
+        annotations = [entry for part in whole for entry in part["annotations"]]
+        problems = [*plan.dataset.problems, *(entry for part in whole for entry in part["problems"])]
+        tree = {
+            "info": {
+                "fingerprint": fingerprint,
+                "teacher": asked.model,
+                "threshold_rule": RULE,
+                "thresholds": plan.thresholds,
+                "left_out": [{"where": each["where"], "found": each["found"]} for each in problems],
+            },
+            "categories": [asdict(one) for one in plan.categories],
+            "images": [entry for part in whole for entry in part["images"]],
+            "annotations": [{"id": number, **entry} for number, entry in enumerate(annotations, 1)],
+        }
+        if not tree["images"]:
+            raise QskdError(str(asked.images), "no picture could be read", "at least one", "see what is said of each")
+        write_labels(asked.out, *tree.values())  # type: ignore[arg-type]
+        delete_parts(asked.out)
+    return _summary(plan, tree)
+
+
+def _summary(plan: Plan, tree: Mapping[str, Any]) -> Labels:
+    names = {one.id: one.name for one in plan.categories}
+    counts = dict.fromkeys((one.name for one in plan.known), 0)
+    for entry in tree["annotations"]:
+        counts[names[entry["category_id"]]] += 1
+    scores = [entry["score"] for entry in tree["annotations"]]
+    full = {entry["image_id"] for entry in tree["annotations"]}
+    return Labels(
+        plan.request.out,
+        len(tree["images"]),
+        plan.thresholds,
+        counts,
+        float(np.mean(scores)) if scores else None,
+        len(tree["images"]) - len(full),
+        tree["info"]["left_out"],
+    )
+
+
+def _here(job: Job, work: Sequence[Mapping[str, Any]], left: int, row: Row) -> None:
+    before, actor = row.shown.total - left, LabelActor(job)
+    for each in work:
+        for said in actor({name: np.array([value], object) for name, value in each.items()}):
+            _raise(said)
+        row.at(before + actor.images)
+
+
+def _on_cluster(job: Job, work: Sequence[Mapping[str, Any]], left: int, row: Row, workers: int) -> None:
+    row.stage("starting Ray")
+    start_ray()
+    import ray
+
+    quiet_ray_data()
+    say_if_on_cpus(job.device)
+    there = bool(ray.cluster_resources().get("GPU"))
+    if job.device == "cuda":
+        check_gpus(1)
+    row.stage("loading the teacher")
+    subject = f"labels-{uuid.uuid4().hex}"
+    done = ray.data.from_items(list(work), override_num_blocks=len(work)).map_batches(
+        LabelActor,
+        fn_constructor_args=(job, subject),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(work), workers)),
+        num_gpus=1 if job.device == "cuda" or (job.device == "auto" and there) else 0,
+        num_cpus=1,
+    )
+    with CountWatch(row, subject, left):
+        for said in done.iter_batches(batch_size=None):
+            _raise(said)
+
+
+def _raise(said: Mapping[str, Any]) -> None:
+    for failure in said["failure"]:
+        if failure:
+            raise QskdError.from_json(str(failure))
