@@ -240,15 +240,15 @@ def check_enough(config: Config) -> None:
             f"make a cache with --set teacher.cache.columns=[{columns}]",
         )
     fixed = sorted(column.name for column in COLUMNS if column.asked(needs) and not column.mirrors)
-    if config.data.views.derived != "none" and fixed:
+    if config.data.views.derived_taken != "none" and fixed:
         raise QskdError(
             "data.views.derived",
-            f"{config.data.views.derived}, and the column {', '.join(fixed)} of the cache, which can't be mirrored",
+            f"{config.data.views.derived_taken}, and the column {', '.join(fixed)} of the cache, which can't be mirrored",
             "columns that say what they are in a mirrored view (`mirrored` in qskd/teacher/columns/column.py)",
             "--set data.views.derived=none, with data.views.count for more views; or give the column a `mirrored`",
         )
     further = sorted(column.name for column in COLUMNS if column.asked(needs) and column.optional)
-    if config.data.views.derived == "flip_and_crop" and further:
+    if config.data.views.derived_taken == "flip_and_crop" and further:
         raise QskdError(
             "data.views.derived",
             f"flip_and_crop, and the column {', '.join(further)} of the cache, which can't be cropped",

@@ -14,7 +14,7 @@ import torch
 from reference import make_targets, near, random_logits
 from test_loader import Pictures
 from test_teacher_cache import EVERYTHING, LABELS, decoded, random_record, random_sizes
-from tiny import arrays, random_teacher, recipe
+from tiny import arrays, random_teacher, recipe, silent_student
 from torch import Tensor
 
 from benchmarks.local_cache import make_cache
@@ -22,13 +22,14 @@ from pipelines.demo.quickstart import TEACHER
 from pipelines.feed.stream import StreamConfig, local_stream
 from qskd import checks
 from qskd.config import FACTS, Config, DetectionLossConfig, ResizeConfig, ViewConfig
-from qskd.config.recipe import load
+from qskd.config.recipe import load, replace_fields
 from qskd.datasets.batch import train_batch
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.schedule import Schedule
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.datasets.shards import ShardReader, write_shards
 from qskd.datasets.views import is_mirrored, make_view, source_view
+from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
 from qskd.losses.matching import assign
@@ -230,12 +231,19 @@ def test_a_training_with_flips_shows_each_epoch_in_another_way_and_reads_one_vie
     assert np.mean([len(pixels) == 2 for pixels in seen.values()]) > 0.8
 
 
+def test_flips_are_fresh_in_every_epoch_unless_the_recipe_says_no_or_there_are_none_to_draw() -> None:
+    assert ViewConfig().derived_taken == "flip"
+    assert ViewConfig(derived="none").derived_taken == "none"
+    assert ViewConfig(derived="flip_and_crop").derived_taken == "flip_and_crop"
+    assert {ViewConfig(flip_probability=chance).derived_taken for chance in (0.0, 1.0)} == {"none"}
+
+
 def test_a_column_that_cannot_be_mirrored_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     checks.check_enough(load(None, ["data.views.derived=flip"]))
     monkeypatch.setattr(Attention, "mirrored", Column.mirrored)
     with pytest.raises(QskdError, match=r"data.views.derived: flip, and the column attention of the cache"):
-        checks.check_enough(load(None, ["data.views.derived=flip"]))
-    checks.check_enough(load(None))
+        checks.check_enough(load(None))
+    checks.check_enough(load(None, ["data.views.derived=none"]))
 
 
 # ---- of a teacher that has learnt something: the package's own
@@ -295,6 +303,31 @@ def test_a_teacher_that_crops_ruin_is_told_with_both_numbers_and_the_field(shape
     assert "data.views" not in large.describe(views)
     assert look()[1] is None
     assert look(crop_probability=1.0, derived="flip_and_crop")[1] is None  # whole images are cached, it sees no crop
+
+
+def test_the_cache_job_says_whether_its_teacher_sees_a_mirrored_image_as_it_sees_the_image(
+    shapes: str, tmp_path: Path
+) -> None:
+    from pipelines.caching.derived import look_at_flips
+    from pipelines.caching.plan import make_cache_plan
+
+    def look(path: Path, **views: Any) -> Any:
+        config = shapes_recipe(shapes, **views)
+        config = replace_fields(config, {"teacher.path": str(path)}, "test")
+        teacher = make_teacher(config, ShardReader(shapes).manifest.labels)
+        assert teacher is not None
+        return look_at_flips(make_cache_plan(config), teacher)
+
+    fine, said = look(TEACHER)
+    assert fine
+    assert "not allowed" not in said
+    assert look(TEACHER, derived="none") is None
+    student = recipe().student
+    untrained = silent_student(student, ShardReader(shapes).manifest.labels, 0).eval()
+    save_detector(untrained, tmp_path / "untrained", student.resize)  # its memory is of positions more than of pictures
+    fine, said = look(tmp_path / "untrained")
+    assert not fine
+    assert "Derived flips are allowed in part" in said
 
 
 def test_a_look_at_crops_stops_no_job(shapes: str, tmp_path: Path) -> None:
@@ -362,9 +395,13 @@ def test_agreement_is_whole_with_itself_and_names_each_way_to_differ() -> None:
     ("changes", "overrides", "said"),
     [
         ({}, [], "allowed: data.views.derived=flip"),
-        ({"iou_derived": 0.5}, [], "not allowed: .*iou -0.300"),
+        ({"iou_derived": 0.5}, ["data.views.derived=none"], "not allowed: .*iou -0.300"),
         ({"confidence_real": 0.4}, ["data.views.derived=flip"], "data.views.derived: .*confidence .0.300"),
-        ({"memory_unexplained": 0.9}, [], "allowed in part: .*distillation.features.weight=0"),
+        (
+            {"memory_unexplained": 0.9},
+            ["data.views.derived=none"],
+            "allowed in part: .*distillation.features.weight=0",
+        ),
         (
             {"memory_unexplained": 0.9},
             ["data.views.derived=flip"],
@@ -372,7 +409,12 @@ def test_agreement_is_whole_with_itself_and_names_each_way_to_differ() -> None:
         ),
         ({"memory_unexplained": 0.9}, ["data.views.derived=flip", "distillation.features.weight=0"], "allowed: data"),
         ({"memory_unexplained": 0.9}, ["data.views.derived=flip", "distillation.features.derived_weight=0"], "allowed"),
-        ({"memory_unexplained": 0.9}, ["distillation.method=mimic"], "not allowed with mimic: .*derived=none"),
+        ({"iou_derived": 0.5}, [], "data.views.derived: .*iou -0.300"),
+        (
+            {"memory_unexplained": 0.9},
+            ["data.views.derived=none", "distillation.method=mimic"],
+            "not allowed with mimic: .*derived=none",
+        ),
         (
             {"memory_unexplained": 0.9},
             ["data.views.derived=flip", "distillation.method=mimic"],

@@ -167,13 +167,14 @@ def written(config: Config, old: bool) -> Folder:
     tree, folder = to_tree(config), Folder(config)
     if old:
         tree["student"]["dropout"] = 0.0
+        tree["data"]["views"]["derived"] = "none"
         del tree["student"]["frozen_stages"], tree["training"]["sampling_learning_rate_scale"]
         del tree["training"]["undecayed"], tree["training"]["patience"], tree["training"]["result"]
     folder.write_record("config.yaml", yaml.safe_dump(tree))
     return folder
 
 
-def test_a_run_of_before_goes_on_with_the_groups_layers_and_dropout_that_it_was_begun_with(
+def test_a_run_of_before_goes_on_with_the_views_groups_layers_and_dropout_that_it_was_begun_with(
     tmp_path: Path, resnet: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = [f"output={tmp_path}", "student.dropout=null", f"student.backbone.init={resnet}"]
@@ -181,6 +182,7 @@ def test_a_run_of_before_goes_on_with_the_groups_layers_and_dropout_that_it_was_
     config = recipe({"family": "deformable_detr", "backbone": {**STUDENT["backbone"], **backbone}}, *own)
     folder = written(config, old=True)
     begun = as_begun(folder, config)
+    assert begun.data.views.derived_taken == "none" != config.data.views.derived_taken
     assert "student.dropout 0.0, student.frozen_stages 0" in caplog.text
     check_same_run(folder, begun)
     assert frozen_parts(silent_student(begun.student, LABELS, 0)) == set()

@@ -60,6 +60,22 @@ VARIANTS = {
 }
 
 
+MECHANISM = tuple(VARIANTS)  # what QSKD's parts do; the rest is what a student's own training does
+# Of a training with fresh flips, the default: one thing otherwise, without a teacher and with QSKD.
+OTHERWISE = {
+    "no_denoising": ("without denoising queries", "detection.denoising_queries=0"),
+    "no_sides": ("without FGL and DDF", "detection.fgl_weight=0", "detection.ddf_weight=0"),
+    "no_average": ("without the average of the weights", "training.ema_decay=0"),
+    "light": ("augmentation preset light", "augmentation.preset=light"),
+    "rtdetr": ("augmentation preset rtdetr", "augmentation.preset=rtdetr"),
+}
+VARIANTS |= {
+    f"{name}_flips_{what}": Variant(f"{VARIANTS[name].title}, fresh flips, {title}", (_FLIPS, *fields), kind)
+    for what, (title, *fields) in OTHERWISE.items()
+    for name, kind in (("none", "train"), ("qskd", "distill"))
+}
+
+
 @dataclass(frozen=True)
 class Student:
     """overrides: of the shared recipe. rows: the variants that are compared, by budget. teacher: a name in `teachers`.
@@ -82,11 +98,20 @@ _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
+_TRAINING = (*PAIR, "none_flips", "qskd_flips", *(name for name in VARIANTS if name not in MECHANISM))
+# The families that choose their queries among the encoder's cells, as their own defaults train them.
+_CHOOSING = (
+    *("student.inherit=false", "student.feature_levels=2", "student.dropout=null", "student.frozen_stages=null"),
+    *("training.undecayed=null", "training.sampling_learning_rate_scale=null"),
+)
+_RT_DETR = ("student.family=rt_detr", *_CHOOSING)
+_D_FINE = ("student.family=d_fine", *_CHOOSING)
+
 # Each row: what is varied, about which student, at which budgets.
 STUDENTS = {
     "inherit": Student(
         "The quickstart's student, started from its teacher's layers",
-        rows={"short": tuple(VARIANTS), "long": LONG, "longest": PAIR},
+        rows={"short": MECHANISM, "long": LONG, "longest": PAIR},
     ),
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",
@@ -106,6 +131,10 @@ STUDENTS = {
         {"short": QUERIES, "long": ("none", "agfd", "qskd", "positives", "all")},
         MANY,
     ),
+    "rtdetr": Student(
+        "RT-DETR, random layers", _RT_DETR, {"short": tuple(each for each in _TRAINING if "no_sides" not in each)}
+    ),
+    "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING}),
     "conditional": Student(
         "A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN, "long": MAIN}
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.caching.actors import decode
-from pipelines.caching.looks import BATCH, some_images
-from pipelines.caching.plan import make_cache_plan
+from pipelines.caching.looks import BATCH, IMAGES, SECONDS, some_images
+from pipelines.caching.plan import CachePlan, make_cache_plan
 from pipelines.cluster.devices import device_here
 from pipelines.run.resolve import resolve
 from qskd.config import Config, ViewConfig
@@ -27,6 +29,7 @@ from qskd.teacher.crops import cropped
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheSizes
+from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.positives import Agreement, mirrored_arrays
 
 # Derived and real positives differ by 0.01 to 0.02 for the package's teacher (docs/cache.md).
@@ -43,37 +46,79 @@ def verify_derived(config: Config, count: int) -> dict[str, float]:
     derived from the first, through the cache's own columns and precision. `Agreement.summary`; no cache need be there. Where the
     recipe crops, of crops of whole images too: the same names after `CROP`."""
     plan = make_cache_plan(cache_sources(resolve(config, "cache"))[0])
-    config = plan.config
-    teacher = make_teacher(config, plan.data.labels)
+    teacher = make_teacher(plan.config, plan.data.labels)
     assert teacher is not None
-    torch.set_num_threads(config.compute.threads_per_worker or torch.get_num_threads())
+    torch.set_num_threads(plan.config.compute.threads_per_worker or torch.get_num_threads())
+    found, views = _of_flips(plan, teacher, count).summary(), plan.config.data.views
+    if not views.crop_probability or views.crop_min_scale == 1:
+        return found
+    of_crops = _of_crops(plan, teacher, count).summary()
+    return found | {f"{CROP}{name}": value for name, value in of_crops.items()}
+
+
+def look_at_flips(plan: CachePlan, teacher: OnlineTeacher) -> tuple[bool, str] | None:
+    """Whether flips of a few images may be derived, for at most about `SECONDS`, and a sentence that says it. None where the recipe
+    derives none, there is no object to look at, or one of the images can't be read: a look stops no job."""
+    config = plan.config
+    if config.data.views.derived_taken == "none":
+        return None
+    try:
+        agreement = _of_flips(plan, teacher, IMAGES, SECONDS)
+    except QskdError:
+        return None
+    found = agreement.summary()
+    if not found.get("objects"):
+        return None
+    said = (
+        f"the teacher's positives on mirrored views, derived from the cache and asked: mean IoU {found['iou_derived']:.2f} and "
+        f"{found['iou_real']:.2f}, confidence {found['confidence_derived']:.2f} and {found['confidence_real']:.2f}"
+    )
+    verdict = _allowed(config, found, "flip", asked=False)
+    fine = verdict.startswith("allowed: ")
+    return fine, said if fine else f"{said}. Derived flips are {verdict}"
+
+
+def _of_flips(plan: CachePlan, teacher: OnlineTeacher, count: int, seconds: float = math.inf) -> Agreement:
+    """seconds: no further batch after so long."""
+    config, started = plan.config, time.perf_counter()
     device, sizes = device_here(config), teacher.sizes(config.teacher.cache.all_layers)
-    maker, resize = CacheMaker(config, teacher, device), teacher_preprocessing(config).resize
-    views, found = config.data.views, Agreement(config.detection)
-    images = list(some_images(plan, count))
-    parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-
-    def seen(policy: ViewConfig, part: Sequence[tuple[int, int, int]], view: int) -> Mapping[str, NDArray[np.generic]]:
-        rows = np.array([(shard, row, view) for shard, row, _ in part], np.int32)
-        (arrays,) = decode((config.data.train, policy, resize, True), [rows])
-        return arrays
-
-    for part in parts:
-        arrays = seen(views, part, 0)
+    maker, found = CacheMaker(config, teacher, device), Agreement(config.detection)
+    for part in _parts(plan, count):
+        arrays = _seen(config, config.data.views, part, 0)
         turned = mirrored_arrays(arrays)
         derived = _record((mirrored(row, sizes, COLUMNS) for row in maker.rows(arrays)), sizes, device)
         found.add(derived, maker.ask(turned), train_batch(turned, device).targets)
-    if not views.crop_probability or views.crop_min_scale == 1:
-        return found.summary()
+        if time.perf_counter() - started > seconds:
+            break
+    return found
+
+
+def _of_crops(plan: CachePlan, teacher: OnlineTeacher, count: int) -> Agreement:
+    config, views = plan.config, plan.config.data.views
+    device, sizes = device_here(config), teacher.sizes(config.teacher.cache.all_layers)
+    maker, found = CacheMaker(config, teacher, device), Agreement(config.detection)
     fresh = {"count": 1, "derived": "flip_and_crop", "crop_probability": 1.0, "flip_probability": 0.0}
-    policy, of_crops = views.model_copy(update=fresh), Agreement(config.detection)
-    for part in parts:
-        arrays = seen(policy, part, 1)
+    policy = views.model_copy(update=fresh)
+    for part in _parts(plan, count):
+        arrays = _seen(config, policy, part, 1)
         crops = torch.tensor([derived_crop(policy, image_id, 1) for _, _, image_id in part], device=device)
-        whole, real = _record(maker.rows(seen(policy, part, 0)), sizes, device), maker.ask(arrays)
+        whole, real = _record(maker.rows(_seen(config, policy, part, 0)), sizes, device), maker.ask(arrays)
         derived = _on_cells_of(real, cropped(whole, crops, views.min_visible))
-        of_crops.add(derived, real, train_batch(arrays, device).targets)
-    return found.summary() | {f"{CROP}{name}": value for name, value in of_crops.summary().items()}
+        found.add(derived, real, train_batch(arrays, device).targets)
+    return found
+
+
+def _parts(plan: CachePlan, count: int) -> Iterator[list[tuple[int, int, int]]]:
+    images = list(some_images(plan, count))
+    return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+
+
+def _seen(
+    config: Config, policy: ViewConfig, part: Sequence[tuple[int, int, int]], view: int
+) -> Mapping[str, NDArray[np.generic]]:
+    rows = np.array([(shard, row, view) for shard, row, _ in part], np.int32)
+    (arrays,) = decode((config.data.train, policy, teacher_preprocessing(config).resize, True), [rows])
+    return arrays
 
 
 def _record(rows: Iterable[TeacherRow], sizes: CacheSizes, device: torch.device) -> TeacherRecord:
@@ -98,11 +143,11 @@ def _on_cells_of(real: TeacherRecord, derived: TeacherRecord) -> TeacherRecord:
 def allowed(config: Config, found: Mapping[str, float]) -> str:
     """What the agreement allows, as a sentence, or of crops too as two. QskdError where it does not allow what the recipe asks
     for."""
-    flips = _allowed(config, found, "flip", config.data.views.derived != "none")
+    flips = _allowed(config, found, "flip", config.data.views.derived_taken != "none")
     if f"{CROP}objects" not in found:
         return flips
     of_crops = {name.removeprefix(CROP): value for name, value in found.items() if name.startswith(CROP)}
-    crops = _allowed(config, of_crops, "flip_and_crop", config.data.views.derived == "flip_and_crop")
+    crops = _allowed(config, of_crops, "flip_and_crop", config.data.views.derived_taken == "flip_and_crop")
     return f"{flips}\n{crops}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
+from pipelines.caching.derived import look_at_flips
 from pipelines.caching.domains import tell_of_domains
 from pipelines.caching.looks import look_at_crops
 from pipelines.caching.plan import (
@@ -76,6 +77,8 @@ def _foresee(plan: CachePlan) -> str:
     lines = [plan.describe(), estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors)]
     if crops := look_at_crops(plan, teacher):
         lines.append(f"{'notice: ' if crops.ruined else ''}{crops.describe(plan.config.data.views)}")
+    if flips := look_at_flips(plan, teacher):
+        lines.append(f"{'' if flips[0] else 'notice: '}{flips[1]}")
     return "\n".join(lines)
 
 
@@ -110,6 +113,8 @@ def _run(plan: CachePlan, overwrite: bool, quiet: bool) -> CacheResult:
             if crops := look_at_crops(plan, teacher):
                 said = crops.describe(config.data.views)
                 log.warning(said) if crops.ruined else say(said, quiet)
+            if flips := look_at_flips(plan, teacher):
+                say(flips[1], quiet) if flips[0] else log.warning(flips[1])
             manifest = plan.existing or CacheManifest(
                 plan.identity,
                 teacher.sizes(config.teacher.cache.all_layers),

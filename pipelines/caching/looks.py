@@ -70,7 +70,7 @@ def look_at_crops(plan: CachePlan, teacher: OnlineTeacher) -> Crops | None:
 
 def _crops(plan: CachePlan, teacher: OnlineTeacher) -> Crops | None:
     config, views = plan.config, plan.config.data.views
-    if not views.crop_probability or views.crop_min_scale == 1 or views.derived == "flip_and_crop":
+    if not views.crop_probability or views.crop_min_scale == 1 or views.derived_taken == "flip_and_crop":
         return None
     cropped = [
         (shard, row, view)

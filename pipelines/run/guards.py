@@ -23,6 +23,7 @@ C = TypeVar("C", bound=Config)
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
 # Fields whose null stands for the family's own value, and what a run did that was begun before they, or those values, were there.
 BEGUN_BEFORE = {
+    "data.views.derived": "none",
     "student.dropout": 0.0,
     "student.frozen_stages": 0,
     "training.sampling_learning_rate_scale": 1.0,
@@ -84,8 +85,8 @@ def _recorded(folder: Folder) -> dict[str, Any]:
 
 
 def as_begun(folder: Folder, config: C) -> C:
-    """The configuration of a run that goes on: where the recipe leaves a value to the family (null), the run keeps what it was
-    begun with. So one of before these fields trains on with the dropout, the layers and the parameter groups of then."""
+    """The configuration of a run that goes on: where the recipe leaves a value open (null), the run keeps what it was begun with.
+    So one of before these fields trains on with the views, the dropout, the layers and the parameter groups of then."""
     if not folder.exists("config.yaml"):
         return config
     before, now = flatten(_recorded(folder)), flatten(to_tree(config))

@@ -18,8 +18,8 @@ def notices(config: Config, epochs: float) -> list[str]:
     found = []
     views, family = config.data.views, family_of(config.student)
     facts = FACTS[family]
-    fresh_flips = views.derived != "none" and 0 < views.flip_probability < 1
-    fresh_crops = views.derived == "flip_and_crop"
+    fresh_flips = views.derived_taken != "none" and 0 < views.flip_probability < 1
+    fresh_crops = views.derived_taken == "flip_and_crop"
     shares = {
         "flipped": 0.0 if fresh_flips else views.flip_probability,
         "cropped": 0.0 if fresh_crops else views.crop_probability,

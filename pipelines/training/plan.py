@@ -163,7 +163,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         batch_size=config.training.batch_size,
         window_images=config.data.shuffle_window_images,
         views=config.data.views.count,
-        fresh_views=config.data.views.derived != "none",
+        fresh_views=config.data.views.derived_taken != "none",
         evaluation_batch_size=config.compute.evaluation_batch_size,
         evaluate_every_epochs=config.training.evaluate_every_epochs,
         max_steps=config.training.max_steps,

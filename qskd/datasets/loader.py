@@ -127,7 +127,7 @@ class BatchLoader:
         stored, finished = self._estimated_bytes()
         fits = stored + finished <= keep_bytes
         # Where every epoch has a view of its own, none is asked for again.
-        self._keep_views: dict[Subset, bool] = {"train": fits and views.derived == "none", "val": fits}
+        self._keep_views: dict[Subset, bool] = {"train": fits and views.derived_taken == "none", "val": fits}
         # When the rows alone don't fit, one that was used would only push out others that are yet to be, and be gone itself
         # before its next turn: an epoch later.
         self._keep_rows = stored <= keep_bytes
@@ -199,14 +199,14 @@ class BatchLoader:
 
     def _derivations(self, views: NDArray[np.integer[Any]], image_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """What remains to be done to the cache's rows, which are mirrored already, and to which of them anything was done."""
-        if self._views.derived == "none":
+        if self._views.derived_taken == "none":
             return {}
         places = list(zip(image_ids.tolist(), views.tolist(), strict=True))
         crops = np.array([derived_crop(self._views, *place) for place in places], np.float32).reshape(-1, 4)
         whole = np.array(View.IDENTITY.crop_xyxy, np.float32)
         mirrored = np.array([is_mirrored(self._views, *place) for place in places], bool)
         found = {"teacher_derived": mirrored | (crops != whole).any(1)}
-        return found | ({"teacher_crops_xyxy": crops} if self._views.derived == "flip_and_crop" else {})
+        return found | ({"teacher_crops_xyxy": crops} if self._views.derived_taken == "flip_and_crop" else {})
 
     def _pixels(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
         prefixes = ("", "teacher_")[: len(self._resizes)]

@@ -55,7 +55,7 @@ def make_view(policy: ViewConfig, image_id: int, index: int) -> View:
     flips, numbers from `policy.count` up have the crop of the view that they are derived from (`source_view`); with derived crops
     one of their own, and those below show the whole image.
     """
-    source, crops_too = source_view(policy, index), policy.derived == "flip_and_crop"
+    source, crops_too = source_view(policy, index), policy.derived_taken == "flip_and_crop"
     flip_draw = _uniforms(policy.seed, image_id, index)[0]
     crop_draws = _uniforms(policy.seed, image_id, index if crops_too else source)[1:6]
     crop_draw, width_draw, height_draw, x_draw, y_draw = crop_draws
@@ -70,7 +70,7 @@ def make_view(policy: ViewConfig, image_id: int, index: int) -> View:
 
 def source_view(policy: ViewConfig, index: int) -> int:
     """The number, below `policy.count`, of the view that number `index` is derived from; itself, where none is derived."""
-    return index if policy.derived == "none" else index % policy.count
+    return index if policy.derived_taken == "none" else index % policy.count
 
 
 def is_mirrored(policy: ViewConfig, image_id: int, index: int) -> bool:
@@ -82,7 +82,7 @@ def is_mirrored(policy: ViewConfig, image_id: int, index: int) -> bool:
 def derived_crop(policy: ViewConfig, image_id: int, index: int) -> tuple[float, float, float, float]:
     """left, top, right, bottom (0..1) of what view number `index` shows of the one that it is derived from, after that is mirrored
     where `is_mirrored`; 0, 0, 1, 1 where it shows all of it."""
-    if policy.derived != "flip_and_crop":
+    if policy.derived_taken != "flip_and_crop":
         return View.IDENTITY.crop_xyxy
     view = make_view(policy, image_id, index)
     left, top, right, bottom = view.crop_xyxy

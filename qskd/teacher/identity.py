@@ -40,7 +40,7 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         identity["data.unlabeled_score"] = config.data.unlabeled_score
     # How many views there are, and what is derived from them, changes none of them.
     policy = config.data.views.model_dump(exclude={"count", "derived"})
-    if config.data.views.derived == "flip_and_crop":  # the cache's own views are not cropped
+    if config.data.views.derived_taken == "flip_and_crop":  # the cache's own views are not cropped
         plain = ViewConfig()
         policy |= {"crop_probability": 0.0, "crop_min_scale": plain.crop_min_scale, "min_visible": plain.min_visible}
     identity |= {f"data.views.{k}": v for k, v in policy.items()}
