@@ -153,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.action == "diagnose"
             else {c.student for c in named}
         )
-        make_task(work, sorted(needed))
+        make_task(
+            work, sorted(needed), sorted({cell.variant for cell in named} if given.action in ("run", "cell") else ())
+        )
         if given.action == "clock":
             clock.measure(work)
             return 0

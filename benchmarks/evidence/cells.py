@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
-from benchmarks.evidence.task import make_config
+from benchmarks.evidence.task import make_config, train_path, unlabeled_path
 from benchmarks.evidence.teachers import OWN
 from pipelines.feed.stream import Share, local_stream
 from pipelines.run.guards import BEGUN_BEFORE
@@ -91,6 +91,8 @@ class Cell:
             f"training.max_steps={self.steps}",
             "training.epochs=1000000",
             f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
+            *([f"data.unlabeled=[{unlabeled_path(work, variant.unlabeled)}]"] if variant.unlabeled else []),
+            *([f"data.train={train_path(work, variant.train)}"] if variant.train else []),
             *self.extra,  # last: a search may set the number of steps, too
         )
         return make_config(work, self.split, STUDENTS[self.student], overrides, variant.kind)
@@ -101,6 +103,9 @@ def meaning(config: Config) -> dict[str, Any]:
     tree = to_tree(config)
     kept = {name: tree[name] for name in _DECIDES}
     kept["data"] = {name: value for name, value in tree["data"].items() if name not in ("train", "val")}
+    kept["data"]["unlabeled"] = [Path(folder).name for folder in tree["data"]["unlabeled"]]
+    if (more := Path(tree["data"]["train"]).name) not in ("", "train"):
+        kept["data"]["train"] = more
     kept["student"]["backbone"]["init"] = Path(tree["student"]["backbone"]["init"]).name
     cache = {
         "precision": tree["teacher"]["cache"]["precision"],
@@ -213,6 +218,6 @@ def _first_batches(config: Config, stream: Any) -> Iterable[Any]:
 
     from qskd.datasets.schedule import evaluation_batches
 
-    loader = replace(stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=()).loader()
+    loader = replace(stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=(), unlabeled_uris=()).loader()
     for batch in islice(evaluation_batches(stream.schedule, 0), AGREEMENT_BATCHES):
         yield train_batch(loader.load("train", batch.rows))

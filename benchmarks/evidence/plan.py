@@ -22,12 +22,15 @@ _ALL_QUERIES = ("distillation.selection.band_weights=[1.0, 1.0]", "distillation.
 @dataclass(frozen=True)
 class Variant:
     """overrides: of the shared recipe. kind: the verb. time_of: a variant whose wall-clock time it gets, instead of its
-    steps (`benchmarks.evidence.clock` measured the ratio)."""
+    steps (`benchmarks.evidence.clock` measured the ratio). unlabeled: further images, without labels, half of each batch. train: as
+    many labelled images, where they are not the task's own; those are the first of them."""
 
     title: str
     overrides: tuple[str, ...] = ()
     kind: str = "distill"
     time_of: str = ""
+    unlabeled: int = 0
+    train: int = 0
 
 
 VARIANTS = {
@@ -74,6 +77,17 @@ VARIANTS |= {
     for what, (title, *fields) in OTHERWISE.items()
     for name, kind in (("none", "train"), ("qskd", "distill"))
 }
+# New images: what a teacher says of them, and what their true labels would have given.
+NEW_IMAGES = (6_000, 18_000, 48_000)
+VARIANTS |= {
+    f"qskd_flips_unlabeled{count // 1000}": Variant(
+        f"QSKD, fresh flips, and {count:,} images without labels", (_FLIPS,), unlabeled=count
+    )
+    for count in NEW_IMAGES
+}
+VARIANTS["none_flips_labelled24"] = Variant(
+    "no teacher, fresh flips, 18,000 more images with their true labels", (_FLIPS,), "train", train=24_000
+)
 
 
 @dataclass(frozen=True)
@@ -93,12 +107,13 @@ class Student:
 MAIN = ("none", "agfd", "lapd", "qskd")
 LONG = (*MAIN, "qskd_constant", "agfd_constant", "none_equal_time", "positives", "all", "mimic", "global")
 PAIR = ("none", "qskd")
+FRESH = ("none_flips", "qskd_flips", *(name for name in VARIANTS if "labeled" in name or "labelled" in name))
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
-_TRAINING = (*PAIR, "none_flips", "qskd_flips", *(name for name in VARIANTS if name not in MECHANISM))
+_TRAINING = (*PAIR, "none_flips", "qskd_flips", *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
 # The families that choose their queries among the encoder's cells, as their own defaults train them.
 _CHOOSING = (
     *("student.inherit=false", "student.feature_levels=2", "student.dropout=null", "student.frozen_stages=null"),
@@ -111,7 +126,7 @@ _D_FINE = ("student.family=d_fine", *_CHOOSING)
 STUDENTS = {
     "inherit": Student(
         "The quickstart's student, started from its teacher's layers",
-        rows={"short": MECHANISM, "long": LONG, "longest": PAIR},
+        rows={"short": MECHANISM, "long": (*LONG, *FRESH), "longest": (*PAIR, *FRESH)},
     ),
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",

@@ -11,20 +11,30 @@ from pathlib import Path
 import torch
 
 from benchmarks.evidence.backbone import make_backbone
-from benchmarks.evidence.plan import STUDENTS, Student
+from benchmarks.evidence.plan import STUDENTS, VARIANTS, Student
 from benchmarks.evidence.teachers import MANY, OWN, make_many, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig, resolve
 from qskd.config.recipe import load
-from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import make_shapes
+from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.from_recipe import make_teacher
-from qskd.teacher.identity import cache_identity, teacher_preprocessing
+from qskd.teacher.identity import cache_identity, cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import load_cache_manifest
 
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
+
+
+def unlabeled_path(work: Path, images: int) -> Path:
+    """Shards of so many images without labels: those that come after the labelled ones."""
+    return work / f"unlabeled{images}"
+
+
+def train_path(work: Path, images: int) -> Path:
+    """Shards of so many labelled images, of which the task's own are the first."""
+    return work / f"train{images}"
 
 
 def base_overrides(work: Path, split: str, student: Student) -> list[str]:
@@ -52,21 +62,40 @@ def make_config(
     return resolve(load(RECIPE, [*base_overrides(work, split, student), *student.overrides, *overrides]), kind)
 
 
-def make_task(work: Path, students: Iterable[str]) -> None:
-    """Images, shards, and the students' teachers, caches and backbones; what is there is kept."""
+def make_task(work: Path, students: Iterable[str], variants: Iterable[str] = ()) -> None:
+    """Images, shards, and the students' teachers, caches and backbones, with the further images of some variants; what is there is
+    kept."""
+    further = [VARIANTS[name] for name in variants]
     for name, shapes in SPLITS.items():
         if not (work / name / "manifest.json").exists():
             annotations, images = make_shapes(shapes, work / f"{name}-coco")
             prepare(annotations, images, str(work / name), quiet=True)
+    for count in sorted({each.train for each in further} - {0}):
+        shards, shapes = train_path(work, count), TRAIN.model_copy(update={"images": count})
+        if not (shards / "manifest.json").exists():
+            annotations, images = make_shapes(shapes, work / f"{shards.name}-coco")
+            prepare(annotations, images, str(shards), quiet=True)
+    unlabeled = [_unlabeled(work, count) for count in sorted({each.unlabeled for each in further} - {0})]
     for student in (STUDENTS[name] for name in students):
         if student.backbone:
             make_backbone(work, work / student.backbone, student.overrides)
         if student.teacher == MANY:
             make_many(work)
-        config = make_config(work, "val", student)
-        if load_cache_manifest(config.teacher.cache.path) is None:
-            torch.set_num_threads(1)
-            manifest = load_manifest(config.data.train)
-            teacher = make_teacher(config, manifest.labels)
-            assert teacher is not None
-            make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))
+        asked = make_config(work, "val", student, [f"data.unlabeled=[{','.join(map(str, unlabeled))}]"])
+        for config in cache_sources(asked):
+            if load_cache_manifest(config.teacher.cache.path) is None:
+                torch.set_num_threads(1)
+                manifest = source_manifest(config.data)
+                teacher = make_teacher(config, manifest.labels)
+                assert teacher is not None
+                make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))
+
+
+def _unlabeled(work: Path, count: int) -> Path:
+    """The shards, made if they are not there."""
+    shards = unlabeled_path(work, count)
+    if not (shards / "manifest.json").exists():
+        new = TRAIN.model_copy(update={"images": count, "first_image": TRAIN.first_image + TRAIN.images})
+        _, images = make_shapes(new, work / f"{shards.name}-coco")
+        prepare(images, None, str(shards), quiet=True, unlabeled=True)
+    return shards
