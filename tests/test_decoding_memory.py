@@ -27,7 +27,7 @@ from qskd.teacher.columns.table import collate, columns_for, decode_batch, encod
 from qskd.teacher.decoder import TeacherDecoder, check_decodes, load_decoder
 from qskd.teacher.manifest import CacheSizes
 
-DECODING = [name for name, family in FAMILIES.items() if family.decodes]  # all but LW-DETR
+DECODING = [name for name, family in FAMILIES.items() if family.decodes]  # all but LW-DETR and RF-DETR
 EVERY = (*DECODING, "two stages", "patterns")
 MASKS = [name for name in EVERY if name not in FAMILIES or FAMILIES[name].masks_padding]
 SAID = ("logits", "boxes_cxcywh", "query_states", "no_object")
@@ -220,8 +220,9 @@ def test_a_teacher_whose_memory_is_not_all_that_its_decoder_reads_is_refused_by_
     shape = ResizeConfig(mode="shortest_edge")
     for name in DECODING:
         check_decodes(name, ResizeConfig())
-    with pytest.raises(QskdError, match="family lw_detr, whose decoder can't be asked"):
-        check_decodes("lw_detr", ResizeConfig())
+    for name in ("lw_detr", "rf_detr"):
+        with pytest.raises(QskdError, match=f"family {name}, whose decoder can't be asked"):
+            check_decodes(name, ResizeConfig())
     for name in ("rt_detr", "rt_detr_v2", "d_fine"):
         with pytest.raises(QskdError, match=f"family {name}, whose decoder reads the padding"):
             check_decodes(name, shape)

@@ -19,7 +19,7 @@ HYBRID = ("rt_detr", "v2", "d_fine")
 
 
 def detector_of(kind: str) -> Detector:
-    hybrid_or_dense = (*HYBRID, "dab", "lw_detr")
+    hybrid_or_dense = (*HYBRID, "dab", "lw_detr", "rf_detr")
     return Detector(tiny_model(kind) if kind in hybrid_or_dense else tiny_deformable(kind))
 
 
@@ -31,7 +31,7 @@ def early_boxes(detector: Detector, pixels: torch.Tensor, autocast: bool) -> tor
     return early[0]
 
 
-@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "lw_detr"])
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "lw_detr", "rf_detr"])
 def test_the_same_queries_are_chosen_as_in_float32_and_their_boxes_are_within_a_thousandth(family: str) -> None:
     sizes = {**tiny.own(family), "queries": 60, "resize": {"size": 128}}
     found = []
@@ -66,7 +66,7 @@ def test_what_is_chosen_and_where_it_lies_is_float32s_answer_to_the_memory(kind:
     torch.testing.assert_close(output.early_boxes_cxcywh[0], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["conditional", "dab", "refined", "two_stage", *HYBRID, "lw_detr"])
+@pytest.mark.parametrize("kind", ["conditional", "dab", "refined", "two_stage", *HYBRID, "lw_detr", "rf_detr"])
 def test_reference_points_are_float32_under_autocast(kind: str) -> None:
     detector = detector_of(kind)
     said: list[Any] = []

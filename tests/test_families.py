@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 
 DENSE = ["detr", "dab", "dab patterns"]
 HYBRID = ["rt_detr", "rt_detr_v2", "discrete", "d_fine"]
-SAMPLED = [*HYBRID, "lw_detr"]
+SAMPLED = [*HYBRID, "lw_detr", "rf_detr"]
+ONE_MAP = [*DENSE, "rf_detr"]
 KINDS = [*DENSE, *SAMPLED]
 
 
@@ -44,6 +45,8 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
     model: Any
     if kind == "lw_detr":
         model = hf.LwDetrForObjectDetection(lw_detr_config())
+    elif kind == "rf_detr":
+        model = hf.RfDetrForObjectDetection(rf_detr_config())
     elif kind == "detr":
         model = hf.DetrForObjectDetection(hf.DetrConfig(d_model=32, **sizes))
     elif kind in DENSE:
@@ -78,6 +81,20 @@ def lw_detr_config(**changes: Any) -> Any:
         **{"decoder_ffn_dim": 32, "group_detr": 1, "num_labels": 5},
     }
     return hf.LwDetrConfig(**sizes | changes)
+
+
+def rf_detr_config(windows: int = 1, **changes: Any) -> Any:
+    """windows: of more than one, images have to be squares."""
+    vit = hf.RfDetrDinov2Config(
+        **{"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 16, "image_size": 64},
+        **{"num_windows": windows, "out_features": ["stage1", "stage3"]},
+    )
+    sizes = {
+        **{"backbone_config": vit, "d_model": 32, "num_queries": 9, "decoder_layers": 3, "decoder_n_points": 2},
+        **{"decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 8, "decoder_ffn_dim": 32},
+        **{"group_detr": 1, "num_labels": 5, "dropout": 0.0},
+    }
+    return hf.RfDetrConfig(**sizes | changes)
 
 
 def whole_batch() -> tuple[Tensor, Tensor]:
@@ -130,7 +147,7 @@ def test_every_layer_and_what_comes_before_equal_the_auxiliary_outputs_of_transf
     if kind not in HYBRID:
         pairs = [(entry["logits"], entry["pred_boxes"]) for entry in theirs.auxiliary_outputs]
         layers = list(zip(ours.logits[:-1], ours.boxes_cxcywh[:-1], strict=True))
-        if kind == "lw_detr":
+        if kind in ("lw_detr", "rf_detr"):
             assert ours.early_logits is not None
             assert ours.early_boxes_cxcywh is not None
             pairs.append((theirs.enc_outputs_class, theirs.enc_outputs_coord_logits))
@@ -186,7 +203,7 @@ def test_memory_is_what_the_cross_attention_reads(kind: str) -> None:
     cross.register_forward_hook(lambda module, args, kwargs, output: heard.append(kwargs), with_kwargs=True)
     pixels, mask = batch_for(kind)
     ours = detector(pixels, mask)
-    shapes = [(6, 8)] if kind in DENSE else [(12, 16), (6, 8)]
+    shapes = [(6, 8)] if kind in ONE_MAP else [(12, 16), (6, 8)]
     assert [tuple(part.shape) for part in ours.memory] == [(2, 32, *shape) for shape in shapes]
     assert detector.memory_strides == tuple(pixels.shape[-1] // part.shape[-1] for part in ours.memory)
     wide = 24 if kind in ("rt_detr", "rt_detr_v2", "discrete") else 32
@@ -292,7 +309,7 @@ def test_lw_detr_of_a_size_that_its_windows_do_not_divide_or_of_another_backbone
         FAMILIES["lw_detr"].check(config)
 
 
-@pytest.mark.parametrize("kind", ["detr", "dab", "rt_detr", "d_fine", "lw_detr"])
+@pytest.mark.parametrize("kind", ["detr", "dab", "rt_detr", "d_fine", "lw_detr", "rf_detr"])
 def test_bf16_autocast_keeps_predictions_in_float32(kind: str) -> None:
     detector = Detector(tiny_model(kind))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

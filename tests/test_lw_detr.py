@@ -48,7 +48,7 @@ def grouped(groups: int = 3) -> Any:
 def ours_of(theirs: Any) -> tuple[Detector, ChosenGroups]:
     """The same weights: a student of one group, and the others as training has them."""
     model, parts = copy.deepcopy(theirs), LW_DETR.group_parts(theirs)
-    LW_DETR.drop_groups(model)
+    LW_DETR.drop_unused(model)
     student = Detector(model)
     count = len(parts.lists[0])
     groups = query_groups_of(DetectionLossConfig(query_groups=count), student)

@@ -22,7 +22,8 @@ RESNETS = [family for family, facts in FACTS.items() if not facts.vit]  # a ViT 
 
 
 def sizes_of(family: str) -> dict[str, Any]:
-    return {**tiny.STUDENT, **SIZES, **tiny.own(family)}
+    cells = {"queries": 12} if family == "rf_detr" else {}  # of 16
+    return {**tiny.STUDENT, **SIZES, **tiny.own(family), **cells}
 
 
 def frozen_student(family: str) -> Detector:

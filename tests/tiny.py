@@ -41,7 +41,8 @@ def own(family: str, levels: int = 1) -> dict[str, Any]:
     """The fields of a tiny student that its family decides; levels: of one that reads several maps and chooses no cells."""
     facts = FACTS[family]
     backbone = {"backbone": VIT} if facts.vit else {}
-    return {"family": family, "feature_levels": 2 if facts.hybrid else levels, **backbone}
+    maps = 1 if facts.size.get("feature_levels") == 1 else 2 if facts.hybrid else levels
+    return {"family": family, "feature_levels": maps, **backbone}
 
 
 # Random networks have few good boxes: keep nearly every query, so that all terms have something to say.

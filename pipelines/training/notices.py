@@ -42,7 +42,7 @@ def notices(config: Config, epochs: float) -> list[str]:
     student = config.student
     if not (student.init or student.inherit or student.backbone.init or config.detection.dense_weight):
         found.append(f"student.backbone {RANDOM_BACKBONE}")
-    if facts.hybrid and config.compute.workers > 1:
+    if facts.hybrid and facts.batch_norms and config.compute.workers > 1:
         found.append(
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "
             f"normalises its own {max(1, config.training.batch_size // config.compute.workers)} images of a batch"

@@ -12,31 +12,40 @@ from qskd.config.section import Count, Fraction, Layers, Section, Width
 from qskd.config.student_sizes import SizeName, resolve
 from qskd.families.facts import FACTS, Family
 
-_VIT_DEFAULTS = {"hidden_sizes": (192,), "depths": (3, 2, 1, 4)}  # LW-DETR small
-_VIT_PATCH, _VIT_WINDOWS = 16, 4  # pixels of a patch; windows along each side of an image
-_VIT_STRIDES = {1: (16,), 2: (8, 32), 3: (8, 16, 32)}  # by feature_levels; LW-DETR's P4, and P3 with P5
+_VIT_DEFAULTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "lw_detr_vit": {"hidden_sizes": (192,), "depths": (3, 2, 1, 4)},  # LW-DETR small
+    "rf_detr_dinov2": {"hidden_sizes": (384,), "depths": (3, 3, 3, 3)},  # RF-DETR small: DINOv2's
+}
+VIT_PATCH = 16  # pixels
+VIT_WINDOWS = {"lw_detr_vit": 4, "rf_detr_dinov2": 2}  # along each side of an image
+_VIT_STRIDES: dict[str, dict[int, tuple[int, ...]]] = {  # by feature_levels
+    "lw_detr_vit": {1: (16,), 2: (8, 32), 3: (8, 16, 32)},  # P4, and P3 with P5
+    "rf_detr_dinov2": {1: (16,)},
+}
 
 
 class BackboneConfig(Section):
-    """A ResNet as transformers builds it: stride 4 after the first stage, doubled with each further one. Or LW-DETR's plain ViT:
-    patches of 16 pixels, 16 windows in an image."""
+    """A ResNet as transformers builds it: stride 4 after the first stage, doubled with each further one. Or a ViT, of patches of
+    16 pixels: LW-DETR's plain one, 16 windows in an image, or RF-DETR's DINOv2, 4 windows."""
 
-    # Any family but lw_detr reads a ResNet; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging
-    # shortcuts). lw_detr reads lw_detr_vit, which need not be said.
-    type: Literal["resnet", "rt_detr_resnet", "lw_detr_vit"] = "resnet"
+    # Any family but these two reads a ResNet; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging
+    # shortcuts). lw_detr reads lw_detr_vit and rf_detr rf_detr_dinov2, which need not be said.
+    type: Literal["resnet", "rt_detr_resnet", "lw_detr_vit", "rf_detr_dinov2"] = "resnet"
     layer_type: Literal["basic", "bottleneck"] = "basic"  # ResNet-18's and 34's; ResNet-50's and larger ones'
     embedding_size: Width = 64  # channels before a ResNet's first stage
-    hidden_sizes: tuple[Width, ...] = (64, 128, 256, 512)  # channels of each stage; of a ViT one number, by default 192
-    # Residual layers of each stage. Of a ViT the layers up to each map that it gives, by default 3, 2, 1, 4: the last of each such
-    # group sees the whole image, the others their window (of 3, 2, 1, 4 as LW-DETR's authors have it, the ninth, not the tenth).
+    # Channels of each stage; of a ViT one number, by default 192 (lw_detr_vit) or 384.
+    hidden_sizes: tuple[Width, ...] = (64, 128, 256, 512)
+    # Residual layers of each stage. Of a ViT the layers up to each map that it gives, by default 3, 2, 1, 4 of lw_detr_vit: the
+    # last of each such group sees the whole image, the others their window (of 3, 2, 1, 4 as LW-DETR's authors have it, the ninth,
+    # not the tenth); by default 3, 3, 3, 3 of rf_detr_dinov2: the first of each group but the first does.
     depths: tuple[Layers, ...] = (2, 2, 2, 2)
     init: str = ""  # Hub name or folder of a backbone of this type whose weights to start from; empty: random
 
     @model_validator(mode="before")
     @classmethod
     def _of_a_vit(cls, given: Any) -> Any:
-        vit = isinstance(given, Mapping) and given.get("type") == "lw_detr_vit"
-        return {**_VIT_DEFAULTS, **given} if vit else given
+        kind = given.get("type") if isinstance(given, Mapping) else None
+        return {**_VIT_DEFAULTS[kind], **given} if isinstance(kind, str) and kind in _VIT_DEFAULTS else given
 
     @model_validator(mode="after")
     def _same_length(self) -> BackboneConfig:
@@ -55,19 +64,19 @@ class BackboneConfig(Section):
 
     @property
     def is_vit(self) -> bool:
-        return self.type == "lw_detr_vit"
+        return self.type in _VIT_DEFAULTS
 
     def strides(self, levels: int) -> tuple[int, ...]:
         """Of the maps of a student that chooses its queries among their cells, in pixels, finest first."""
         if self.is_vit:
-            return _VIT_STRIDES.get(levels, ())
+            return _VIT_STRIDES[self.type].get(levels, ())
         return tuple(self.unit // 2**level for level in reversed(range(levels)))
 
     @property
     def unit(self) -> int:
         """What the sides of such a student's images are multiples of: a ResNet's last stride; so many pixels that each of a ViT's
         windows has whole patches."""
-        return _VIT_PATCH * _VIT_WINDOWS if self.is_vit else int(4 * 2 ** (len(self.depths) - 1))
+        return VIT_PATCH * VIT_WINDOWS[self.type] if self.is_vit else int(4 * 2 ** (len(self.depths) - 1))
 
 
 class StudentConfig(Section):
@@ -168,13 +177,14 @@ class StudentConfig(Section):
     def _check_hybrid(self) -> None:
         """A hybrid encoder lays doubled maps on finer ones, a ViT has whole windows; cells are the queries to choose from."""
         unit, size = self.backbone.unit, self.resize.size
-        most = 3 if self.backbone.is_vit else min(3, len(self.backbone.depths))
+        most = len(_VIT_STRIDES.get(self.backbone.type, self.backbone.depths[:3]))
         if self.feature_levels > most:
             raise ValueError(
                 f"{self.family} reads backbone stages only: feature_levels {self.feature_levels} is more than {most}"
             )
         if self.resize.mode != "square" or size % unit:
-            why = "16 windows of whole patches, " if self.backbone.is_vit else "the backbone's stride "
+            windows = VIT_WINDOWS.get(self.backbone.type, 1) ** 2
+            why = f"{windows} windows of whole patches, " if self.backbone.is_vit else "the backbone's stride "
             raise ValueError(
                 f"{self.family} needs images whose sides are multiples of {why}{unit}: "
                 f"set resize: {{mode: square, size: {max(round(size / unit), 1) * unit}}}"

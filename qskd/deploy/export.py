@@ -118,8 +118,9 @@ def export_onnx(
         named |= {"dynamic_shapes": ({0: torch.export.Dim("batch")},)} if free else {}
         need("onnxscript")
     try:
-        with _quiet(), torch.no_grad():
-            torch.onnx.export(Predicting(detector.eval().model), (images,), str(file), **named)
+        sized = FAMILIES[detector.family].for_one_size(detector.eval().model, size, size)
+        with _quiet(), torch.no_grad(), sized:
+            torch.onnx.export(Predicting(detector.model), (images,), str(file), **named)
             _state_shapes(file, detector, size, batch)
     except Exception as error:
         cause = error.__cause__ or error  # dynamo wraps the reason in advice

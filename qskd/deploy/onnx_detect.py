@@ -25,6 +25,7 @@ BEST_PAIRS = {
     "deformable_detr": 100,
     "dab-detr": 100,
     "lw_detr": 100,
+    "rf_detr": 100,
 }  # the others: as many as queries
 
 

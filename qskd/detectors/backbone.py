@@ -15,6 +15,8 @@ from transformers import (
     LwDetrViTConfig,
     ResNetBackbone,
     ResNetConfig,
+    RfDetrDinov2Backbone,
+    RfDetrDinov2Config,
     RTDetrResNetBackbone,
     RTDetrResNetConfig,
 )
@@ -23,6 +25,7 @@ from qskd.checkpoints.clean_config import backbone_config_of
 from qskd.checkpoints.json_files import shown
 from qskd.checkpoints.weights import check_keys, check_path, load_model, read_said
 from qskd.config import BackboneConfig
+from qskd.config.student import VIT_PATCH, VIT_WINDOWS
 from qskd.detectors.norms import EPS, is_frozen_norm
 from qskd.errors import QskdError
 
@@ -32,6 +35,7 @@ _TYPES: dict[str, tuple[Any, Any]] = {
     "resnet": (ResNetConfig, ResNetBackbone),
     "rt_detr_resnet": (RTDetrResNetConfig, RTDetrResNetBackbone),
     "lw_detr_vit": (LwDetrViTConfig, LwDetrViTBackbone),
+    "rf_detr_dinov2": (RfDetrDinov2Config, RfDetrDinov2Backbone),
 }
 _PUBLISHED = (
     (3, 2, 1, 4),
@@ -41,6 +45,10 @@ _PUBLISHED = (
 
 def _vit_sizes(config: BackboneConfig) -> dict[str, Any]:
     (width,), ends = config.hidden_sizes, list(accumulate(config.depths))
+    if config.type == "rf_detr_dinov2":
+        heads = width // 64 if width % 64 == 0 else gcd(width, 6)  # 6, as DINOv2 small has
+        layers = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": ends[-1]}
+        return layers | {"patch_size": VIT_PATCH, "num_windows": VIT_WINDOWS[config.type]}
     windows = [layer for layer in range(ends[-1]) if layer + 1 not in ends]
     return {
         "hidden_size": width,
@@ -85,7 +93,10 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
     else:
         resnet = _TYPES[config.type][0](**sizes)
     if config.is_vit:
-        resnet.out_features = [f"stage{end}" for end in accumulate(config.depths)]
+        ends = list(accumulate(config.depths))
+        resnet.out_features = [f"stage{end}" for end in ends]
+        if config.type == "rf_detr_dinov2":  # its class makes them of the maps that it is built with
+            resnet.window_block_indexes = [layer for layer in range(ends[-1]) if layer not in ends]
         return resnet
     stages = len(config.depths)
     resnet.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages, 3) + 1, stages + 1)]

@@ -64,12 +64,15 @@ def load_detector(path_or_name: str | Path) -> Detector:
     model, info = load_model(family.model_class, config, path, state)
     kinds = [kind for kind in config.architectures or [] if kind != family.model_class.__name__]
     of_another = f" (config.json names a {kinds[0]})" if kinds else ""
-    check_keys(path, info, what=f"a {family.model_class.__name__}{of_another}")
+    what = f"a {family.model_class.__name__}{of_another}"
+    left = check_keys(path, info, ignore=family.other_weights, what=what)
+    if left:
+        log.info("%s: %d weights of another task are left out", path, len(left))
     if timm is not None:
         log.info("%s: timm's %s read as transformers' ResNet", path, timm.name)
         dilate(family.trunk(model), timm.output_stride, path)
     keep_precision(model)
-    family.drop_groups(model)
+    family.drop_unused(model)
     return Detector(model).eval()
 
 

@@ -99,7 +99,7 @@ class Detector(nn.Module):
         self._encoder_layers = [m for m in model.modules() if type(m).__name__.endswith("EncoderLayer")]
         self.layer_taps = [Tap(module) for module in family.decoder_layers(model)]
         self._cross_attentions = [Tap(module) for module in family.cross_attentions(model)]
-        self._masked = [] if family.many_maps else [KnownMask(model.model.encoder), KnownMask(model.model.decoder)]
+        self._masked = [KnownMask(module) for module in family.masked_attentions(model)]
         self.placing = [Exact(module) for module in family.placing(model)]
         self.denoises = family.denoises
         self.side_distributions = family.side_distributions

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.datasets.classes import NOBODY
@@ -143,6 +145,8 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
             value = theirs.get(source + name[len(part) :])
             if value is not None and part in heads:
                 value = value[slots.clamp(min=0)]
+            if value is not None and name.startswith(prefix) and name.endswith("position_embeddings"):
+                value = _places(value, mine[name])
             if value is not None and not name.startswith(prefix):
                 wanted, before = mine[name].shape, value.shape
                 if any(name.startswith(one) for one in reading):  # what they read is the backbone's, of another width
@@ -236,6 +240,18 @@ def _backbone_only(student: Detector, teacher: Detector) -> Inheritance:
     (part,) = (name for name, module in student.model.named_modules() if module is student.backbone)
     why = f"the teacher is a {teacher.family}, whose parts mean other things"
     return Inheritance({part: f"the backbone of the {teacher.family}"}, {"everything else": why}, backbone=True)
+
+
+def _places(theirs: Tensor, mine: Tensor) -> Tensor:
+    """A ViT's embeddings of places [1, 1 + cells of a square, C] for a square of as many cells as `mine` has, as the ViT
+    itself fits them to an image of another size."""
+    sides = [math.isqrt(len(each[0]) - 1) if each.dim() == 3 else 0 for each in (theirs, mine)]
+    squares = all(side > 0 and side**2 + 1 == len(each[0]) for side, each in zip(sides, (theirs, mine), strict=True))
+    if theirs.shape == mine.shape or not squares or theirs.shape[2] != mine.shape[2]:
+        return theirs
+    grid = theirs[:, 1:].transpose(1, 2).unflatten(2, (sides[0], sides[0]))
+    fitted = F.interpolate(grid, size=(sides[1], sides[1]), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([theirs[:, :1], fitted.flatten(2).transpose(1, 2)], 1)
 
 
 def _rows(theirs: Tensor, mine: Tensor) -> Tensor:

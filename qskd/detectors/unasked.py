@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 Size = tuple[int, int]  # height, width
 _MASKS = ("attention_mask", "encoder_attention_mask", "memory_key_padding_mask")
-_ASKING = ("modeling_deformable_detr", "modeling_lw_detr")
+_ASKING = ("modeling_deformable_detr", "modeling_lw_detr", "modeling_rf_detr")
 _CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # transformers' own switch, read at each check
 
 

@@ -15,7 +15,6 @@ from qskd.families.family import (
     Family,
     Memory,
     Predictions,
-    decode_one_map,
     dense_attention,
     detr_sizes,
     head_scores,
@@ -24,6 +23,7 @@ from qskd.families.family import (
     take,
 )
 from qskd.families.initialisation import fit_points, grid_points, set_class_prior, xavier, zero_box_head
+from qskd.families.one_map import decode_one_map
 from qskd.structures import Queries
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 Undecayed = Literal["nothing", "norms", "norms_and_biases", "backbone"]
+_VIT_MISSING = "a learning rate of its decoder's own (0.7 of its projector's)"
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Facts:
     sets, by its name.
 
     hybrid: its maps come from the backbone alone, and their cells are the queries to choose from; the sides of images are
-    multiples of a number of pixels, and batch norms stand outside the backbone too (RT-DETR's hybrid encoder, LW-DETR's projector).
+    multiples of a number of pixels, and batch norms stand outside the backbone too (RT-DETR's hybrid encoder, LW-DETR's projector)
+    but where batch_norms is False.
     vit: the type of the ViT that it stands on, which is its encoder too; empty: any ResNet. width_unit: the width is a multiple
     of it. least_decoder_layers: with fewer transformers can't build it. groups: its queries are embeddings, so that training can
     have groups of them; query_groups: as many as its authors train with. best_pairs: (query, class) pairs that its
@@ -33,6 +35,7 @@ class Facts:
     size: Mapping[str, Any] = field(default_factory=dict)
     by_size: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     hybrid: bool = False
+    batch_norms: bool = True
     vit: str = ""
     width_unit: int = 4  # for the sine position embedding
     least_decoder_layers: int = 1
@@ -68,6 +71,25 @@ _LW_DETR = {
     "small": _lw_detr(192, (3, 2, 1, 4)),
     "medium": _lw_detr(384, (3, 2, 1, 4)),
     "large": _lw_detr(384, (3, 2, 1, 4), levels=2, width=384, heads=12),
+}
+
+
+def _rf_detr(side: int, decoder_layers: int) -> dict[str, Any]:
+    backbone = {"type": "rf_detr_dinov2", "hidden_sizes": [384], "depths": [3, 3, 3, 3]}
+    decoder = {"width": 256, "heads": 8, "ffn_width": 2048, "decoder_layers": decoder_layers, "queries": 300}
+    return {"backbone": backbone, **decoder, "resize": {"mode": "square", "size": side}}
+
+
+# RF-DETR's own nano, small, medium and large, under this project's names: all on DINOv2's small ViT; what grows is the image, and
+# the decoder. nano is ours.
+_RF_DETR = {
+    "nano": _rf_detr(320, 2)
+    | {"backbone": {"type": "rf_detr_dinov2", "hidden_sizes": [96], "depths": [2, 2, 2]}}
+    | {"width": 64, "heads": 4, "ffn_width": 256, "queries": 100},
+    "micro": _rf_detr(384, 2),
+    "small": _rf_detr(512, 3),
+    "medium": _rf_detr(576, 4),
+    "large": _rf_detr(704, 4),
 }
 
 FACTS: dict[str, Facts] = {
@@ -107,7 +129,21 @@ FACTS: dict[str, Facts] = {
         best_pairs=100,
         layer_decay=0.8,
         undecayed="backbone",
-        missing="a learning rate of its decoder's own (0.7 of its projector's)",
+        missing=_VIT_MISSING,
+    ),
+    "rf_detr": Facts(
+        "RF-DETR",
+        {"feature_levels": 1},
+        by_size=_RF_DETR,
+        hybrid=True,
+        batch_norms=False,
+        vit="rf_detr_dinov2",
+        groups=True,
+        query_groups=13,
+        best_pairs=100,
+        layer_decay=0.8,
+        undecayed="backbone",
+        missing=_VIT_MISSING,
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -89,6 +90,7 @@ class Family(ABC):
     no_object_rows: ClassVar[int] = 0  # rows of a class head after those of the classes
     num_early: ClassVar[int] = 0  # E, predictions before the decoder's layers that its training loss has
     denoises: ClassVar[bool] = False  # its own training adds denoising queries (qskd.losses.denoising)
+    other_weights: ClassVar[tuple[str, ...]] = ()  # names that begin so are another task's, and are left out
     side_distributions: ClassVar[bool] = False  # its boxes are `SideDistributions`, with losses of their own
     query_kind: ClassVar[Literal["embedding", "boxes"]] = "embedding"  # what its `Queries` are
     query_has_state: ClassVar[bool] = False  # of "boxes": a query is more than its box
@@ -152,6 +154,10 @@ class Family(ABC):
     def cross_attentions(self, model: Any) -> list[nn.Module]:
         """One module a decoder layer; called with keyword arguments, which `attention` receives."""
         return [layer.encoder_attn for layer in model.model.decoder.layers]
+
+    def masked_attentions(self, model: Any) -> list[nn.Module]:
+        """The modules that are given a mask of a map's cells, whose attention is dense (`qskd.detectors.unasked`)."""
+        return [] if self.many_maps else [model.model.encoder, model.model.decoder]
 
     def placing(self, model: Any) -> list[nn.Module]:
         """The modules that say where a box or a reference point is, and which queries are chosen: under autocast they run in
@@ -243,8 +249,13 @@ class Family(ABC):
         """Spread the reference points of the queries from `first` on over the image (in place): they were not there when the
         network that reads points off them was trained, and would all lie near the middle."""
 
-    def drop_groups(self, model: Any) -> None:  # noqa: B027
-        """Leave (in place) one group of queries to a model whose own training has more: no evaluation asks the others."""
+    def drop_unused(self, model: Any) -> None:  # noqa: B027
+        """Drop (in place) what no evaluation asks: all groups of queries but the first, of a model whose own training has more."""
+
+    def for_one_size(self, model: Any, height: int, width: int) -> AbstractContextManager[None]:
+        """Within it the model takes images of this size alone, and what depends on the size alone is a constant: a graph need not
+        compute it."""
+        return nullcontext()
 
     def prepare_student(self, model: Any) -> None:  # noqa: B027
         """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random
@@ -285,29 +296,6 @@ def detr_sizes(config: StudentConfig, backbone: Any, labels: Sequence[str]) -> d
 def tokens_of(maps: Sequence[Tensor]) -> Tensor:
     """[B, C, H, W] each -> the cells of all, [B, N, C], one map after the other."""
     return torch.cat([map_.flatten(2) for map_ in maps], 2).transpose(1, 2)
-
-
-def decode_one_map(model: Any, memory: Memory, queries: Queries) -> Any:
-    """The decoder of DETR, and of Conditional DETR: queries are positions, and their states begin as zeros."""
-    assert queries.embedding is not None
-    positions = queries.embedding.expand(len(memory.tokens), -1, -1)
-    (shape,), (mask,) = memory.shapes, memory.valid
-    where = model.model.position_embedding(
-        shape=torch.Size((len(mask), memory.tokens.shape[2], *shape)),
-        device=mask.device,
-        dtype=torch.float32,
-        mask=mask,
-    )
-    outputs = model.model.decoder(
-        inputs_embeds=torch.zeros_like(positions),
-        attention_mask=None,
-        spatial_position_embeddings=where.flatten(2).transpose(1, 2),
-        object_queries_position_embeddings=positions,
-        encoder_hidden_states=memory.tokens,
-        encoder_attention_mask=memory.mask if memory.masked else None,
-    )
-    outputs.asked = positions
-    return outputs
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -45,14 +45,20 @@ class LwDetr(Family):
     num_early = 1  # the encoder's proposals
 
     def check(self, config: Any) -> None:
-        vit, again = config.backbone_config, "save the checkpoint again with save_pretrained"
-        found, expected = getattr(vit, "model_type", None), f"a {self.vit_type}: transformers builds no other"
-        if found != self.vit_type:
-            raise QskdError(f"{self.name} config.backbone_config", f"a {found}", expected, again)
+        vit, again = self.check_vit(config), "save the checkpoint again with save_pretrained"
         scales, patch = list(config.projector_scale_factors), vit.patch_size
         if not scales or not isinstance(patch, int) or vit.num_windows != vit.num_windows_side**2:
             found = f"projector_scale_factors {scales}, patch_size {patch}, num_windows {vit.num_windows}"
             raise QskdError(f"{self.name} config", found, "a scale or more, a number, the square of a number", again)
+
+    def check_vit(self, config: Any) -> Any:
+        """Its configuration; QskdError where the backbone is another."""
+        found = getattr(config.backbone_config, "model_type", None)
+        if found != self.vit_type:
+            expected = f"a {self.vit_type}: transformers builds no other"
+            again = "save the checkpoint again with save_pretrained"
+            raise QskdError(f"{self.name} config.backbone_config", f"a {found}", expected, again)
+        return config.backbone_config
 
     def chooses_queries(self, config: Any) -> bool:
         return True
@@ -99,7 +105,7 @@ class LwDetr(Family):
         inner = model.model
         chosen_by = [*inner.enc_output, *inner.enc_output_norm, *inner.enc_out_class_embed, *inner.enc_out_bbox_embed]
         # With what ends the projector: proposals have the precision of its maps.
-        return [scale.layer_norm for scale in inner.backbone.projector.scale_layers] + chosen_by
+        return [part.get_submodule("layer_norm") for part in self.projections(model)] + chosen_by
 
     def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
         states = outputs.intermediate_hidden_states.float()  # [L, B, Q, D], each layer's after the norm
@@ -130,7 +136,7 @@ class LwDetr(Family):
         lists = (inner.enc_output, inner.enc_output_norm, inner.enc_out_class_embed, inner.enc_out_bbox_embed)
         return GroupParts(inner.reference_point_embed, lists, (inner, *self.self_attentions(model)))
 
-    def drop_groups(self, model: Any) -> None:
+    def drop_unused(self, model: Any) -> None:
         parts = self.group_parts(model)
         for modules in parts.lists:
             del modules[1:]
@@ -140,7 +146,6 @@ class LwDetr(Family):
         model.config.group_detr = model.model.group_detr = 1
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
-        scales = _SCALES[config.feature_levels]
         return self.config_class(
             backbone_config=backbone,
             d_model=config.width,
@@ -149,15 +154,19 @@ class LwDetr(Family):
             # Twice as many, as published, where they divide the width.
             decoder_cross_attention_heads=config.heads * (1 if config.width % (2 * config.heads) else 2),
             decoder_ffn_dim=config.ffn_width,
-            decoder_n_points=2 if len(scales) == 1 else 4,  # as published
             num_queries=config.queries,
             dropout=config.dropout_taken,
-            projector_scale_factors=scales,
+            **self.level_sizes(config),
             group_detr=1,
             auxiliary_loss=False,
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
         )
+
+    def level_sizes(self, config: StudentConfig) -> dict[str, Any]:
+        """What its configuration says of maps, as published."""
+        scales = _SCALES[config.feature_levels]
+        return {"projector_scale_factors": scales, "decoder_n_points": 2 if len(scales) == 1 else 4}
 
     def initialise(self, model: Any) -> None:
         inner = model.model
@@ -177,7 +186,7 @@ class LwDetr(Family):
             set_class_prior(class_head)
 
     def prepare_student(self, model: Any) -> None:
-        self.drop_groups(model)
+        self.drop_unused(model)
 
     def sizes(self, config: Any) -> dict[str, Any]:
         return {
@@ -187,5 +196,5 @@ class LwDetr(Family):
             "heads": config.decoder_self_attention_heads,
             "ffn_width": config.decoder_ffn_dim,
             "queries": config.num_queries,
-            "feature_levels": len(config.projector_scale_factors),
+            "feature_levels": len(self.strides(config)),
         }

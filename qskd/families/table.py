@@ -13,12 +13,16 @@ from qskd.families.deformable_detr import DeformableDetr
 from qskd.families.detr import Detr
 from qskd.families.family import Family
 from qskd.families.lw_detr import LwDetr
+from qskd.families.rf_detr import RfDetr
 from qskd.families.rt_detr import RTDetr
 from qskd.families.rt_detr_v2 import RTDetrV2
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (Detr(), ConditionalDetr(), DabDetr(), DeformableDetr(), RTDetr(), RTDetrV2(), DFine(), LwDetr())
+    for family in (
+        *(Detr(), ConditionalDetr(), DabDetr(), DeformableDetr(), RTDetr(), RTDetrV2(), DFine()),
+        *(LwDetr(), RfDetr()),
+    )
 }
 
 

@@ -39,7 +39,8 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
     if undecayed == "norms_and_biases":
         free |= {id(p) for name, p in student.named_parameters() if name.rpartition(".")[2].endswith("bias")}
     if undecayed == "backbone":  # a ViT's scales of layers are of one dimension too; its embeddings of places are not
-        free |= {id(p) for name, p in student.backbone.named_parameters() if p.dim() <= 1 or "position" in name}
+        part = "embeddings" if facts.vit == "rf_detr_dinov2" else "position"  # as its authors' own rules have it
+        free |= {id(p) for name, p in student.backbone.named_parameters() if p.dim() <= 1 or part in name}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list, {(1.0, True): []})
     for parameter in module.parameters():
         if parameter.requires_grad:
