@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import subprocess
@@ -21,10 +22,12 @@ from test_detectors_checkpoint import tiny as tiny_student
 from torch import Tensor, nn
 
 from qskd.config import StudentConfig
+from qskd.datasets.batch import TrainBatch
 from qskd.datasets.classes import map_classes
 from qskd.detectors import FAMILIES, Detector, Preprocessing, build_student, inherit, load_detector, save_detector
 from qskd.errors import QskdError
 from qskd.families.initialisation import grid_points
+from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.online import OnlineTeacher
 
 torch.set_num_threads(1)
@@ -288,6 +291,19 @@ def levels(family: str, count: int) -> dict[str, Any]:
     return {**tiny.own(family), "feature_levels": count if FAMILIES[family].many_maps else 1}
 
 
+class SameTeacher(OnlineTeacher):
+    """Asked about one batch alone, in every step and by every student: it is run once for what each wants to know."""
+
+    def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
+        known: dict[TeacherNeeds, tuple[Tensor, TeacherRecord]] = self.__dict__.setdefault("known", {})
+        if needs not in known:
+            known[needs] = batch.teacher_images, super().record(batch, needs)
+        images, record = known[needs]
+        assert torch.equal(images, batch.teacher_images)
+        return record
+
+
+@functools.cache
 def random_teacher(family: str) -> OnlineTeacher:
     """Wider, with more queries, layers, strides and classes than the students, at twice their resolution."""
     backbone = {"embedding_size": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1]}
@@ -295,7 +311,7 @@ def random_teacher(family: str) -> OnlineTeacher:
     config = StudentConfig.model_validate(sizes)
     detector = tiny.silent_student(config, ["emu", "owl", "dog", "fox", "cat"], 7)
     tiny.shake(detector, 7)
-    return OnlineTeacher(detector, map_classes(LABELS, detector.labels, {}), Preprocessing(config.resize))
+    return SameTeacher(detector, map_classes(LABELS, detector.labels, {}), Preprocessing(config.resize))
 
 
 # While cells are chosen by networks as random as these, other ones are at every step, and the distance to the teacher's boxes goes

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +27,79 @@ from qskd.config import Config
 from qskd.config.recipe import replace_fields, to_tree
 
 pytestmark = pytest.mark.slow
+TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "RayTrainWorker")
+
+
+def trial_processes() -> list[int]:
+    """The ids of this test's own processes of Ray that belong to a trial."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(name in word for word in process.cmdline() for name in TRIAL_PROCESSES):
+                found.append(process.pid)
+    return found
+
+
+class StopAtOnce:
+    """A conductor of trials that ASHA stops at their first evaluation, one after the other. Notes which processes each had
+    when it was stopped. The sweep ends when `released` says so of the last one's, or else when patience does."""
+
+    def __init__(self, jobs: list[Job], released: Callable[[list[int]], bool], patience_s: float) -> None:
+        self.jobs, self.released, self.patience_s = jobs, released, patience_s
+        self.others = trial_processes()  # of sweeps before this one, on the same Ray
+        self.stopped: list[list[int]] = []
+        self.begun, self.stopped_at, self.in_time = 0, 0.0, False
+
+    def next_job(self) -> Any:
+        if self.begun > len(self.stopped):
+            return DONE if self._late() else None
+        if self.begun < len(self.jobs):
+            self.begun += 1
+            return self.jobs[self.begun - 1]
+        self.in_time = self.released(self.stopped[-1])
+        return DONE if self.in_time or self._late() else None
+
+    def _late(self) -> bool:
+        return bool(self.stopped) and time.monotonic() - self.stopped_at > self.patience_s
+
+    def heard(self, number: int, report: dict[str, Any], stop: bool) -> None:
+        assert "failed" not in report, report
+        if stop:
+            self.stopped.append([each for each in trial_processes() if each not in self.others])
+            self.stopped_at = time.monotonic()
+
+    def ended(self, number: int) -> None:
+        pass
+
+    def lost(self, number: int) -> None:
+        raise AssertionError(f"trial {number} lost its process")
+
+
+def stop_at_once(config: Config, conductor: StopAtOnce, folder: Path) -> None:
+    search = check_request(SearchRequest(("loss_weights",), asha=True, grace_epochs=1), config)
+    run_tuner(conductor, config, search, 200, [TrialRow(99, "finished", curve=((1.0, 1.0),))], str(folder))
+
+
+# The first of this file: what sweeps before it left behind on the same Ray would be counted too.
+def test_a_stopped_trial_of_two_workers_leaves_no_process_and_holds_no_cpu(
+    work: Path, cluster: str, tmp_path: Path
+) -> None:
+    import ray
+
+    there = ray.cluster_resources()["CPU"]
+
+    def released(processes: list[int]) -> bool:
+        free = ray.available_resources().get("CPU", 0.0)  # Tune keeps a hundredth while it waits for the next trial
+        return not set(processes) & set(trial_processes()) and free > there - 0.5
+
+    long = config(work, "stopped-2", "training.epochs=200", "compute.workers=2", "teacher.cache.path=")
+    # It takes a second, and a busy machine more; what is not ended on purpose is there when the sweep ends.
+    conductor = StopAtOnce([Job(0, to_tree(trial_config(long, 0)))], released, patience_s=120)
+    stop_at_once(long, conductor, tmp_path)
+    assert len(conductor.stopped[0]) >= 4, conductor.stopped  # the trial, its controller, two workers
+    assert conductor.in_time, ray.available_resources()
+
+
 RATES = """
 FIELDS = ("training.learning_rate", "student.init")
 
@@ -91,59 +161,6 @@ def test_a_population_moves_its_weights_and_its_worst_go_on_from_its_best(
     check_ours(first, restart=True)  # knows the name of every file that is left
 
 
-TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "RayTrainWorker")
-
-
-def trial_processes() -> list[int]:
-    """The ids of this test's own processes of Ray that belong to a trial."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(name in word for word in process.cmdline() for name in TRIAL_PROCESSES):
-                found.append(process.pid)
-    return found
-
-
-class StopAtOnce:
-    """A conductor of trials that ASHA stops at their first evaluation, one after the other. Notes which processes each had
-    when it was stopped. The sweep ends when `released` says so of the last one's, or else when patience does."""
-
-    def __init__(self, jobs: list[Job], released: Callable[[list[int]], bool], patience_s: float) -> None:
-        self.jobs, self.released, self.patience_s = jobs, released, patience_s
-        self.others = trial_processes()  # of sweeps before this one, on the same Ray
-        self.stopped: list[list[int]] = []
-        self.begun, self.stopped_at, self.in_time = 0, 0.0, False
-
-    def next_job(self) -> Any:
-        if self.begun > len(self.stopped):
-            return DONE if self._late() else None
-        if self.begun < len(self.jobs):
-            self.begun += 1
-            return self.jobs[self.begun - 1]
-        self.in_time = self.released(self.stopped[-1])
-        return DONE if self.in_time or self._late() else None
-
-    def _late(self) -> bool:
-        return bool(self.stopped) and time.monotonic() - self.stopped_at > self.patience_s
-
-    def heard(self, number: int, report: dict[str, Any], stop: bool) -> None:
-        assert "failed" not in report, report
-        if stop:
-            self.stopped.append([each for each in trial_processes() if each not in self.others])
-            self.stopped_at = time.monotonic()
-
-    def ended(self, number: int) -> None:
-        pass
-
-    def lost(self, number: int) -> None:
-        raise AssertionError(f"trial {number} lost its process")
-
-
-def stop_at_once(config: Config, conductor: StopAtOnce, folder: Path) -> None:
-    search = check_request(SearchRequest(("loss_weights",), asha=True, grace_epochs=1), config)
-    run_tuner(conductor, config, search, 200, [TrialRow(99, "finished", curve=((1.0, 1.0),))], str(folder))
-
-
 def test_a_stopped_trials_process_and_cpus_go_to_the_next(work: Path, cluster: str, tmp_path: Path) -> None:
     import ray
 
@@ -156,42 +173,3 @@ def test_a_stopped_trials_process_and_cpus_go_to_the_next(work: Path, cluster: s
     stop_at_once(all_cpus, conductor, tmp_path)
     (one,), (other,) = conductor.stopped
     assert one == other
-
-
-def stop_two_workers(data: Path, root: Path) -> None:
-    """Sweep, stop, and wait for the release: exits with 0 if it came. For a process and a Ray of its own.
-
-    data: what `make_work` made; root: for all that this writes.
-    """
-    import ray
-
-    from pipelines.cluster.start import start_ray
-
-    start_ray()
-    there = ray.cluster_resources()["CPU"]
-
-    def released(processes: list[int]) -> bool:
-        free = ray.available_resources().get("CPU", 0.0)  # Tune keeps a hundredth while it waits for the next trial
-        return not set(processes) & set(trial_processes()) and free > there - 0.5
-
-    own = [f"output={root}/runs", f"tracking.uri=sqlite:///{root}/mlflow.db", "teacher.cache.path="]
-    long = config(data, "stopped-2", "training.epochs=200", "compute.workers=2", *own)
-    # It takes a second, and a busy machine more; what is not ended on purpose is there when the sweep ends.
-    conductor = StopAtOnce([Job(0, to_tree(trial_config(long, 0)))], released, patience_s=120)
-    stop_at_once(long, conductor, root)
-    assert len(conductor.stopped[0]) >= 4, conductor.stopped  # the trial, its controller, two workers
-    assert conductor.in_time, ray.available_resources()
-
-
-def test_a_stopped_trial_of_two_workers_leaves_no_process_and_holds_no_cpu(work: Path, tmp_path: Path) -> None:
-    # On the Ray that other tests use, what sweeps before left behind (one of them kills trials) would be counted too.
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), str(Path(__file__).parent / "quick")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, __file__, str(work), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-if __name__ == "__main__":
-    stop_two_workers(Path(sys.argv[1]), Path(sys.argv[2]))
