@@ -65,7 +65,7 @@ class TunePlan:
     @property
     def images(self) -> int:
         """Labelled and unlabelled ones to train on."""
-        return sum(self.schedule.train_shard_rows) + sum(self.schedule.unlabeled_shard_rows)
+        return self.schedule.train_images + self.schedule.unlabeled_images
 
     @property
     def trial_epochs(self) -> float:
