@@ -33,6 +33,7 @@ from qskd.selection import gradients
 from qskd.selection.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
 from qskd.selection.matching import RIDGE, WHOLE, match, mismatch, pursue
 from qskd.selection.uncertainty import CONFIDENT, choose_balanced, class_masses
+from qskd.structures import SILENT_LOGIT
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.step import Training
 
@@ -111,6 +112,9 @@ def test_an_images_worth_is_the_sum_over_its_confident_queries() -> None:
     for label, value in expected.items():
         assert found[label] == pytest.approx(value)
     assert class_masses(np.full((4, 3), -9.0)) == {}
+    silent = np.where([True, False, False, False, False], SILENT_LOGIT, logits).astype(np.float16)
+    with np.errstate(all="raise"):
+        assert 0 not in class_masses(silent)
 
 
 def test_the_choice_is_balanced_over_classes_as_a_slow_loop_makes_it() -> None:

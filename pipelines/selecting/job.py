@@ -171,9 +171,11 @@ def _told(asked: Request, manifest: Manifest, plan: Plan | None) -> Told:
     if manifest.labelled:
         reader, objects = ShardReader(asked.shards), list[Mapping[int, int]]()
         for shard in range(len(manifest.shards)):
-            offsets, ids = flat_column(reader.read_table(shard, ["category_ids"]), "category_ids")
-            labels = [manifest.category_index[category] for category in ids.tolist()]
-            objects += [Counter(labels[a:b]) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+            table = reader.read_table(shard, ["category_ids", "iscrowd"])
+            (offsets, ids), (_, crowds) = flat_column(table, "category_ids"), flat_column(table, "iscrowd")
+            for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+                own = ids[start:stop][~crowds[start:stop].astype(bool)]
+                objects.append(Counter(manifest.category_index[category] for category in own.tolist()))
         return Told(objects, labels=manifest.labels)
     if plan is None:
         return Told()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 CONFIDENT = 0.3  # score of a query that counts
 
@@ -17,7 +18,7 @@ CONFIDENT = 0.3  # score of a query that counts
 def class_masses(logits: NDArray[np.floating]) -> dict[int, float]:
     """logits [Q, K] of one image, sigmoid's -> by class, the sum of p * (1 + H / log K) over the queries whose most likely class it
     is, with a probability p of at least `CONFIDENT`. H: the entropy of a query's probabilities over their sum."""
-    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    probabilities = expit(logits.astype(np.float64))
     best = probabilities.max(-1)
     kept = best >= CONFIDENT
     probabilities, best = probabilities[kept], best[kept]
