@@ -25,7 +25,7 @@ from qskd.pictures.explain import (
     explain,
     stand_in_objects,
 )
-from qskd.pictures.explained import explanation_picture
+from qskd.pictures.explained import explanation_picture, warning_of
 from qskd.structures import Targets, TeacherRecord
 from qskd.teacher.online import OnlineTeacher
 
@@ -186,6 +186,27 @@ def test_a_picture_that_no_one_annotated_takes_the_teachers_confident_boxes() ->
     alone = explain(plain, config(), LABELS, None, {})
     assert alone.stand_ins
     assert not len(alone.objects.scores)
+
+
+def test_an_image_without_labels_is_shown_with_the_pseudo_objects_that_a_training_step_takes() -> None:
+    teacher = random_teacher("conditional", seed=9)
+    with torch.no_grad():
+        for parameter in teacher.detector.parameters():
+            if parameter.shape == (len(TEACHER_LABELS),):
+                parameter.add_(4.0)
+    unknown = subject(boxes_xyxy=None, labels=None, iscrowd=None, unlabeled=True)
+    everything = explain(unknown, config(), LABELS, teacher, {}, threshold=0.0).teacher
+    assert everything is not None
+    best: dict[tuple[float, ...], float] = {}
+    for box, sure in zip(everything.boxes_xyxy.tolist(), everything.scores.tolist(), strict=True):
+        best[tuple(box)] = max(best.get(tuple(box), 0.0), sure)
+    score = sorted(best.values())[-3] - 1e-4
+    assert 0.1 < score < 1
+    said = explain(unknown, config(f"data.unlabeled_score={score}"), LABELS, teacher, {})
+    assert (said.unlabeled, said.stand_in_score) == (True, score)
+    assert len(said.objects.scores) == sum(sure >= score for sure in best.values()) >= 3
+    assert "data.unlabeled" in warning_of(said)
+    explanation_picture(said, "about")
 
 
 def test_stand_ins_are_sure_and_each_object_is_there_once() -> None:

@@ -133,6 +133,21 @@ def test_coco_json_describes_a_file(work: Path) -> None:
         write_explanations(source, [str(work / "teacher/config.json")], document / "annotations.json")
 
 
+def test_an_image_of_data_unlabeled_is_found_by_name_and_by_file_and_told_to_be_so(work: Path) -> None:
+    make_shapes(ShapesConfig(images=4, first_image=500), work / "pool-coco")
+    prepare(work / "pool-coco/images", None, str(work / "pool"), quiet=True, unlabeled=True)
+    picture = sorted((work / "pool-coco/images").iterdir())[1]
+    fields = [f"data.unlabeled=[{work}/pool]"]
+    source = read_source(str(work / "recipe.yaml"), fields)
+    for image in (str(picture), picture.name):
+        ((_, shown),) = write_explanations(source, [image], out=work / "u.png")
+        assert shown.name == f"{picture.name} (image 2 of data.unlabeled[0])"
+        assert shown.unlabeled
+    alone = read_source(str(work / "recipe.yaml"), [*fields, "data.train=", f"data.val={work}/val"])
+    ((_, shown),) = write_explanations(alone, [picture.name], out=work / "u.png")
+    assert shown.labels == load_manifest(str(work / "val")).labels
+
+
 def test_what_cannot_be_found_is_told(work: Path) -> None:
     source = read_source(str(work / "runs/tiny"))
     with pytest.raises(QskdError, match=r"99999: neither a file nor an image[^\n]*\n[^\n]*101 \("):

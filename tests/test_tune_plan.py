@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_loader import Pictures
 from test_search_spaces import own_space
+from test_unlabeled_shards import draw, shards
 from tiny import recipe, silent_student
 
 from pipelines.tuning.calibration import Calibration, calibrate
@@ -200,11 +201,25 @@ def test_a_plan_adds_up(work: Path) -> None:
     assert online.accelerator_hours == pytest.approx(online.accelerator_s / 3600)
 
 
+def test_images_without_labels_are_counted_where_they_are_read_and_where_the_teacher_is_asked(work: Path) -> None:
+    made = shards(draw(work / "pool", 6), work / "photos")
+    plan = plan_of(work, f"data.unlabeled=[{work}/photos]", asha=False)
+    labelled, photos = (sum(shard.bytes for shard in each.shards) for each in (plan.train, made))
+    steps = 9 * 9 * (22 // 2)  # two of a batch's four are labelled
+    assert plan.cost_of_cache().accelerator_s == pytest.approx((22 + 6) * 2 * 0.02)
+    assert plan.cost_of_cache().bytes_read == pytest.approx(2 * (labelled + photos))
+    read = plan.cost_of_trials(plan.most_epochs, cached=False).bytes_read
+    evaluated = 81 * sum(shard.bytes for shard in plan.val.shards)
+    assert read == pytest.approx(steps * 2 * (labelled / 22 + photos / 6) + evaluated)
+    alone = plan_of(work, f"data.unlabeled=[{work}/photos]", "data.train=", asha=False)
+    assert alone.cost_of_cache().accelerator_s == pytest.approx(6 * 2 * 0.02)
+
+
 def test_early_stopping_and_a_cache_that_is_there_cost_less(work: Path) -> None:
     plan = plan_of(work)
     assert plan.likely_epochs == pytest.approx(9 * (1 + 2 / 3 + 6 / 9))
     assert plan.cost(True).accelerator_s < plan.cost(True, likely=False).accelerator_s
-    there = replace(plan, cached_views=2)
+    there = replace(plan, missing=0, missing_bytes=0.0)
     assert there.cost_of_cache().accelerator_s == 0
     assert there.cost(True).accelerator_s == pytest.approx(plan.cost(True).accelerator_s - 22 * 2 * 0.02)
     fewer = plan_of(work, "training.evaluate_every_epochs=3", "training.max_steps=12", asha=False)
@@ -220,7 +235,7 @@ def test_the_plan_is_told_with_and_without_the_cache(work: Path) -> None:
         *("accelerator-hours, with ASHA", "bytes read, at most, none stopped", "100 ms", "300 ms", "on cpu"),
     ):
         assert words in text
-    plain = replace(plan_of(work, asha=False), cached_views=2).describe()
+    plain = replace(plan_of(work, asha=False), missing=0, missing_bytes=0.0).describe()
     assert "ASHA" not in plain
     assert "is there" in plain
 

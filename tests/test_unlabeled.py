@@ -43,8 +43,12 @@ NAMES = ("three", "eight", "nine")  # of `Pictures`
 
 def nobody_s(counts: Sequence[int], labelled: Sequence[bool]) -> TrainBatch:
     """A batch in which some images are without labels; those have no objects."""
+    return train_batch(_raw(counts, labelled))
+
+
+def _raw(counts: Sequence[int], labelled: Sequence[bool]) -> dict[str, Any]:
     counts = [count if known else 0 for count, known in zip(counts, labelled, strict=True)]
-    return train_batch({**arrays(counts), "labelled": np.array(labelled)})
+    return {**arrays(counts), "labelled": np.array(labelled)}
 
 
 def said(*images: Sequence[tuple[float, int, tuple[float, float, float, float]]]) -> TeacherRecord:
@@ -151,6 +155,47 @@ def test_students_of_all_kinds_learn_from_what_the_teacher_sees(student: str) ->
     assert values["l1"] > 0
     assert values["lapd_class"] > 0
     assert any(not torch.equal(before[name], now) for name, now in trained_weights(training).items())
+
+
+@pytest.mark.parametrize("decays", [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (0.8, 0.6)])
+@pytest.mark.parametrize("also", [False, True])
+def test_what_images_without_labels_teach_fades_by_a_field_of_its_own(decays: tuple[float, float], also: bool) -> None:
+    """Against each image's terms by itself, weighted by hand."""
+    steps, at = 10, 8
+    more = {"also": {"mimic": {"decay": 0.0, "decay_unlabeled": 1.0}}} if also else {}
+    fades = {"decay": decays[0], "decay_unlabeled": decays[1], **more}
+    config = recipe(FAMILIES["refined"], "student.backbone_norm=frozen", distillation=fades)
+    training = make_training(config, loud_teacher(), total_steps=steps)
+    training.step, both = at, nobody_s([2, 0], [True, False])
+    total, _ = training._forward(both, 1)
+    learning = [each for each in training.student.parameters() if each.requires_grad]
+    found = torch.autograd.grad(total, learning, allow_unused=True)
+
+    def faded(decay: float) -> float:
+        return min(1.0, (steps - at) / (decay * steps)) if decay else 1.0
+
+    module, slow = training.module, torch.zeros(())
+    assert module.method is not None
+    alone = []
+    for image in (0, 1):
+        part = train_batch({name: each[image : image + 1] for name, each in _raw([2, 0], [True, False]).items()})
+        record = training._ask_teacher(part)
+        targets = training._objects(part, record)
+        alone.append(module(part.images, part.sizes, targets, record, None, None, part.least))
+    for name, weight in module.weights.items():
+        own = (0.0, 1.0) if name.startswith("mimic") else decays
+        factors = [faded(decay) if name in module.method.weights else 1.0 for decay in own]
+        count = sum(float(terms[name].count) for terms in alone)
+        slow = slow + sum(
+            weight * factor * terms[name].total / max(count, terms[name].floor)
+            for factor, terms in zip(factors, alone, strict=True)
+        )
+    expected = torch.autograd.grad(slow, learning, allow_unused=True)
+    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
+    assert len(pairs) > 20
+    largest = max(float(other.abs().max()) for _, other in pairs)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * largest)
 
 
 def test_two_shares_of_a_batch_sum_to_the_whole_batch() -> None:

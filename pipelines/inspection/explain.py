@@ -120,7 +120,8 @@ def about(config: Config, teacher: OnlineTeacher | None, before: str = "") -> st
 
 def summary(shown: Explanation) -> str:
     """What the picture says, as a line for the terminal."""
-    parts = [f"{len(shown.objects.scores)} {'stand-in ' if shown.stand_ins else ''}object(s)"]
+    kind = "pseudo-" if shown.unlabeled else "stand-in " if shown.stand_ins else ""
+    parts = [f"{len(shown.objects.scores)} {kind}object(s)"]
     parts += [said for seen in shown.seen for said in seen.summary()]
     parts += [f"{title.lower()}: {len(found.scores)} box(es)" for title, found in shown.students.items()]
     return ", ".join(parts)

@@ -44,14 +44,15 @@ def _alike(a: str, b: str) -> bool:
 
 
 class Dataset:
-    """The images of a recipe's data.val and data.train, looked through in this order, by id and by name. A split that is
-    not given, or can't be read (said in a warning), has none."""
+    """The images of a recipe's data.val, data.train and data.unlabeled, looked through in this order, by id and by name. A split
+    that is not given, or can't be read (said in a warning), has none."""
 
     def __init__(self, config: Config) -> None:
         self.readers: dict[str, ShardReader] = {}
         self._entries: dict[str, list[Entry]] = {}
-        for split in ("data.val", "data.train"):
-            uri = getattr(config.data, split.removeprefix("data."))
+        uris = {"data.val": config.data.val, "data.train": config.data.train}
+        uris |= {f"data.unlabeled[{number}]": uri for number, uri in enumerate(config.data.unlabeled)}
+        for split, uri in uris.items():
             if uri:
                 try:
                     self.readers[split] = ShardReader(uri)
@@ -73,19 +74,19 @@ class Dataset:
     def labels(self) -> tuple[str, ...]:
         """Class names, which are data.train's where that is there: the student's. None without data."""
         named = [reader.manifest for reader in (self.readers.get("data.train"), *self.readers.values()) if reader]
-        return named[0].labels if named else ()
+        return next((manifest.labels for manifest in named if manifest.labelled), ())
 
     def label_of_category(self, entry: Entry) -> dict[int, int]:
-        """The category ids of the image's split -> places in `labels`. Splits are joined by name."""
+        """The category ids of the image's split -> places in `labels`. Splits are joined by name; without labels there are none."""
         train, own = self.readers.get("data.train"), self.readers[entry.split].manifest
-        return labels_of_categories(train.manifest, own) if train else own.category_index
+        return labels_of_categories(train.manifest, own) if train and own.labelled else own.category_index
 
     def sample(self, entry: Entry) -> Sample:
         (sample,) = self.readers[entry.split].read(entry.shard, [entry.row])
         return sample
 
     def named(self, image: str) -> Entry:
-        """The image of this id or file name; of data.val where both splits have it. QskdError when none or several fit."""
+        """The image of this id or file name; of the first split that has it. QskdError when none or several fit."""
         found: list[Entry] = []
         for split in self.readers:
             entries = self.entries(split)
@@ -119,6 +120,8 @@ def subject_of_sample(sample: Sample, name: str, category_index: Mapping[int, in
     """A sample, decoded. category_index: the dataset's category id -> label."""
     labels = np.array([category_index[category] for category in sample.category_ids.tolist()], np.int64)
     image = np.asarray(decode_image(sample.encoded, name))
+    if not sample.labelled:
+        return Subject(name, image, view=view, unlabeled=True)
     return Subject(name, image, sample.boxes_xyxy, labels, sample.iscrowd, view)
 
 

@@ -22,6 +22,7 @@ def check_job_folder(config: Config, verb: str) -> None:
     paths = {"output": config.output, "teacher.cache.path": config.teacher.cache.path}
     paths |= {"data.train": config.data.train, "data.val": config.data.val}
     unlabeled = {f"data.unlabeled[{number}]": path for number, path in enumerate(config.data.unlabeled)}
+    unlabeled |= {f"data.selection[{number}]": path for number, path in enumerate(config.data.selection)}
     paths |= unlabeled
     result = "teacher.cache.path" if verb == "cache" else "output"
     if _is_in_folder(paths[result]):

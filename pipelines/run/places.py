@@ -20,6 +20,7 @@ def check_places(config: Config, verb: str) -> None:
     init, backbone = config.student.init, config.student.backbone.init
     read = {"data.train": config.data.train, "data.val": config.data.val}
     read |= {f"data.unlabeled[{number}]": path for number, path in enumerate(config.data.unlabeled)}
+    read |= {f"data.selection[{number}]": path for number, path in enumerate(config.data.selection)}
     models = {"teacher.path": config.teacher.path, "student.init": init, "student.backbone.init": backbone}
     models["card.baseline"] = config.card.baseline
     read |= {field: path for field, path in models.items() if os.path.isdir(os.path.expanduser(path)) or "://" in path}

@@ -40,6 +40,7 @@ def resolve(config: Config, verb: str) -> ResolvedConfig:
 
     places: dict[str, Any] = {"train": absolute(config.data.train), "val": absolute(config.data.val)}
     places["unlabeled"] = tuple(map(absolute, config.data.unlabeled))
+    places["selection"] = tuple(map(absolute, config.data.selection))
     update: dict[str, Any] = {"data": config.data.model_copy(update=places)}
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
     teacher = {"cache": cache, "path": model("teacher.path", config.teacher.path)}

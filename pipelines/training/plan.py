@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pipelines.feed.stream import StreamConfig, keep_bytes_for
@@ -37,6 +38,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
 from qskd.redaction import redacted
+from qskd.selection.chosen import ChosenRows, by_folder, chosen_rows
 from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
@@ -57,11 +59,12 @@ class Plan:
     cache_is_missing: bool = False  # of a dry run alone
     classes: tuple[str, ...] = ()  # what there is to say of classes that are joined by name
     unlabeled: tuple[Manifest, ...] = ()
+    selections: Mapping[str, str] = field(default_factory=dict)  # the fingerprint of each, by its field
 
     @property
     def fingerprints(self) -> dict[str, str]:
         own = {f"data.unlabeled[{number}]": each.fingerprint for number, each in enumerate(self.unlabeled)}
-        return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint} | own
+        return {"data.train": self.train.fingerprint, "data.val": self.val.fingerprint, **own, **self.selections}
 
     @property
     def inputs(self) -> dict[str, tuple[str, Manifest]]:
@@ -71,6 +74,12 @@ class Plan:
         pairs = zip(data.unlabeled, self.unlabeled, strict=True)
         found |= {f"unlabeled {number}": pair for number, pair in enumerate(pairs)}
         return found | {"validation": (data.val, self.val)}
+
+    @property
+    def folder(self) -> tuple[str, Manifest]:
+        """The first folder of images that it trains on."""
+        data = self.config.data
+        return (data.train, self.train) if data.train else (data.unlabeled[0], self.unlabeled[0])
 
     @cached_property
     def data_notices(self) -> list[str]:
@@ -94,7 +103,8 @@ class Plan:
         workers = f"{compute.min_workers} to {compute.workers}" if compute.min_workers else f"{compute.workers}"
         lines = [
             f"student: {describe_student(self.config.student, len(self.train.labels))}",
-            f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes",
+            f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes"
+            + _part(schedule.train_chosen),
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
             *self._describe_unlabeled(),
             f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
@@ -120,10 +130,14 @@ class Plan:
         schedule, score = self.stream.schedule, self.config.data.unlabeled_score
         images = sum(each.num_images for each in self.unlabeled)
         return [
-            f"unlabelled: {images} images, {schedule.unlabeled_in_batch} of each batch, "
+            f"unlabelled: {images} images{_part(schedule.unlabeled_chosen)}, {schedule.unlabeled_in_batch} of each batch, "
             f"{schedule.total_steps / schedule.unlabeled_steps:.3g} passes; their objects are the teacher's predictions of score "
             f"{score:g} or more"
         ]
+
+
+def _part(chosen: ChosenRows | None) -> str:
+    return "" if chosen is None else f"; of these {len(chosen)} by data.selection"
 
 
 def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache: str = "") -> Plan:
@@ -140,6 +154,8 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
     folders += zip(config.data.unlabeled, unlabeled, strict=True)
     for uri, manifest in [*folders, (config.data.val, val)]:
         check_shards(uri, manifest)
+    chosen, selections = by_folder(config.data.selection, folders)
+    of_train, others = chosen[: len(folders) - len(unlabeled)], chosen[len(folders) - len(unlabeled) :]
     said = check_splits(
         train,
         val,
@@ -169,6 +185,8 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         max_steps=config.training.max_steps,
         unlabeled_shard_rows=tuple(rows for manifest in unlabeled for rows in manifest.shard_rows),
         unlabeled_in_batch=unlabeled_in_batch(config),
+        train_chosen=chosen_rows(of_train, [train]) if of_train else None,
+        unlabeled_chosen=chosen_rows(others, unlabeled),
     )
     sources, caches, missing = cache_sources(config), list[CacheManifest](), False
     if verb == "distill":
@@ -215,4 +233,4 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         row_bytes += stream.teacher_row_bytes
     windows = [shards for shards in (schedule.train_shard_rows, schedule.unlabeled_shard_rows) if shards]
     stream = replace(stream, keep_bytes=keep_bytes_for(schedule.window_images * len(windows), row_bytes))
-    return Plan(config, train, val, stream, verb, missing, tuple(said), tuple(unlabeled))
+    return Plan(config, train, val, stream, verb, missing, tuple(said), tuple(unlabeled), selections)

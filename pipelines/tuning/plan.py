@@ -12,8 +12,9 @@ from pipelines.tuning.calibration import Calibration
 from pipelines.tuning.search.request import Search
 from qskd.config import Config
 from qskd.config.recipe import replace_fields
-from qskd.datasets.manifest import Manifest
+from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.schedule import Schedule
+from qskd.teacher.identity import cache_sources
 from qskd.teacher.manifest import load_cache_manifest
 
 
@@ -48,7 +49,8 @@ def halving_epochs(trials: int, epochs: int, grace: int, reduction: int) -> floa
 
 @dataclass(frozen=True)
 class TunePlan:
-    """A sweep before it starts. cached_views: of those the recipe asks for, how many the cache has already."""
+    """A sweep before it starts. missing: images times views, labelled or not, that no cache has yet; missing_bytes: of these in
+    their shards. image_bytes: of a training image in its shard, on the average of a batch."""
 
     config: Config
     search: Search
@@ -56,7 +58,14 @@ class TunePlan:
     val: Manifest
     schedule: Schedule  # of one trial at full length
     calibration: Calibration
-    cached_views: int = 0
+    missing: int
+    missing_bytes: float
+    image_bytes: float
+
+    @property
+    def images(self) -> int:
+        """Labelled and unlabelled ones to train on."""
+        return self.schedule.train_images + self.schedule.unlabeled_images
 
     @property
     def trial_epochs(self) -> float:
@@ -78,17 +87,16 @@ class TunePlan:
 
     def cost_of_cache(self) -> Cost:
         """Making what is missing of it, once: 0 when it is there."""
-        images = self.train.num_images * (self.schedule.views - self.cached_views)
-        return Cost(images * self.calibration.teacher_image_s, images * _bytes_of_one(self.train))
+        return Cost(self.missing * self.calibration.teacher_image_s, self.missing_bytes)
 
     def cost_of_trials(self, epochs: float, cached: bool) -> Cost:
         """Training and evaluating `epochs` in all, the teacher's outputs cached or the teacher run in every step."""
         measured, schedule = self.calibration, self.schedule
         steps = epochs * schedule.steps_per_epoch
-        images = steps * min(schedule.batch_size, self.train.num_images)
+        images = steps * min(schedule.batch_size, self.images)
         evaluated = self.val.num_images * epochs / schedule.evaluate_every_epochs
         seconds = steps * (measured.cached_step_s if cached else measured.online_step_s)
-        read = images * (_bytes_of_one(self.train) + (measured.cached_bytes if cached else 0.0))
+        read = images * (self.image_bytes + (measured.cached_bytes if cached else 0.0))
         return Cost(seconds + evaluated * measured.evaluate_image_s, read + evaluated * _bytes_of_one(self.val))
 
     def cost(self, cached: bool, likely: bool = True) -> Cost:
@@ -106,7 +114,7 @@ class TunePlan:
         lines.append(epochs)
         rows = [("", "with the cache", "without it")]
         making = self.cost_of_cache()
-        stored = bytes_text(self.train.num_images * (self.schedule.views - self.cached_views) * measured.stored_bytes)
+        stored = bytes_text(self.missing * measured.stored_bytes)
         made = f"{duration_text(making.accelerator_s)}, {stored}" if making.accelerator_s else "is there"
         rows.append(("the teacher's outputs, once", made, "-"))
         rows.append(("a training step", _step_text(measured.cached_step_s), _step_text(measured.online_step_s)))
@@ -127,15 +135,24 @@ class TunePlan:
 def make_tune_plan(config: ResolvedConfig, search: Search, calibration: Calibration) -> TunePlan:
     """Read the manifests. Raises QskdError when data is missing; a cache need not be there yet."""
     plan = make_plan(replace_fields(config, {"teacher.cache.path": ""}, "qskd tune"), "distill")
-    path, views = config.teacher.cache.path, config.data.views.count
-    manifest = load_cache_manifest(path) if path else None
-    there = sum(view < views for view in manifest.views) if manifest is not None else 0
-    return TunePlan(config, search, plan.train, plan.val, plan.stream.schedule, calibration, there)
+    views, missing, missing_bytes = config.data.views.count, 0, 0.0
+    for source in cache_sources(config):
+        path, data = source.teacher.cache.path, load_manifest(source.data.train)
+        manifest = load_cache_manifest(path) if path else None
+        there = sum(view < views for view in manifest.views) if manifest is not None else 0
+        missing += data.num_images * (views - there)
+        missing_bytes += data.num_images * (views - there) * _bytes_of_one(data)
+    schedule, own = plan.stream.schedule, _bytes_of_one(plan.train)
+    share = schedule.unlabeled_in_batch / schedule.batch_size
+    others = _bytes_of_one(*plan.unlabeled) if plan.unlabeled else 0.0
+    mean = own * (1 - share) + others * share
+    return TunePlan(config, search, plan.train, plan.val, schedule, calibration, missing, missing_bytes, mean)
 
 
-def _bytes_of_one(manifest: Manifest) -> float:
+def _bytes_of_one(*manifests: Manifest) -> float:
     """Of one image in its shard, its annotations included."""
-    return sum(shard.bytes for shard in manifest.shards) / max(1, manifest.num_images)
+    stored = sum(shard.bytes for manifest in manifests for shard in manifest.shards)
+    return stored / max(1, sum(manifest.num_images for manifest in manifests))
 
 
 def _step_text(seconds: float) -> str:

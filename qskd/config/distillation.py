@@ -33,6 +33,7 @@ class MethodSettings(Section):
     warmup: Fraction = 0.0  # part of all steps in which the weights rise linearly from 0; 0 = they begin whole
     # part of all steps, at the end, in which they fall linearly to 0 (chosen by search); 0 = they stay
     decay: Fraction = 0.5
+    decay_unlabeled: Fraction = 0.0  # `decay` of what images without labels teach (`data.unlabeled`); 0 = it stays
     # More methods at the same time, each a section with these fields and its own; a name is the method's where `method` does
     # not say another. All terms are summed.
     also: dict[str, DistillationConfig] = Field(default_factory=dict)
@@ -46,8 +47,10 @@ class MethodSettings(Section):
 
     @model_validator(mode="after")
     def _room_for_both(self) -> MethodSettings:
-        if self.warmup + self.decay > 1 + 1e-9:
-            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole training")
+        for name in ("decay", "decay_unlabeled"):
+            if self.warmup + getattr(self, name) > 1 + 1e-9:
+                said = f"warmup {self.warmup:g} and {name} {getattr(self, name):g}"
+                raise ValueError(f"{said} are more than the whole training")
         return self
 
     @model_validator(mode="after")

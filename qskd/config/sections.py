@@ -36,6 +36,9 @@ class DataConfig(Section):
     # part of each batch that is drawn from `unlabeled`, rounded to images; an epoch is a pass over `train`, where there is one
     unlabeled_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     unlabeled_score: Annotated[float, Field(gt=0.1, lt=1.0)] = 0.5  # lowest score of a pseudo-object
+    # Files that `qskd select` wrote, of `train` or a folder of `unlabeled` each: of that one only the chosen images are trained on,
+    # as often as their weights say. A cache stays that of all.
+    selection: tuple[str, ...] = ()
     views: ViewConfig = ViewConfig()
     shuffle_window_images: Positive = 4096  # mixed with one another; a reader holds up to two windows in memory
 

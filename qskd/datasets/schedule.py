@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qskd.errors import QskdError
+from qskd.selection.chosen import ChosenRows
 
 Subset = Literal["train", "val"]
 
@@ -61,6 +62,9 @@ class Schedule:
     # Images without labels: their shards' numbers follow those of `train_shard_rows`. unlabeled_in_batch: of each global batch.
     unlabeled_shard_rows: tuple[int, ...] = ()
     unlabeled_in_batch: int = 0
+    # Of either, where an epoch draws from a part of them (`data.selection`). None: from all.
+    train_chosen: ChosenRows | None = None
+    unlabeled_chosen: ChosenRows | None = None
 
     # Kept once they are known: a worker asks at each step, and there are thousands of shards to add up.
 
@@ -68,12 +72,22 @@ class Schedule:
     def val_images(self) -> int:
         return sum(self.val_shard_rows)
 
+    @property
+    def train_images(self) -> int:
+        """Labelled images in an epoch."""
+        return sum(self.train_shard_rows) if self.train_chosen is None else len(self.train_chosen)
+
+    @property
+    def unlabeled_images(self) -> int:
+        """Images in a pass over those without labels."""
+        return sum(self.unlabeled_shard_rows) if self.unlabeled_chosen is None else len(self.unlabeled_chosen)
+
     @cached_property
     def steps_per_epoch(self) -> int:
         """Global batches in an epoch. QskdError when there is nothing to train on."""
-        images, own = sum(self.train_shard_rows), self.batch_size - self.unlabeled_in_batch
+        images, own = self.train_images, self.batch_size - self.unlabeled_in_batch
         if not own:  # an epoch is a pass over what there is
-            images, own = sum(self.unlabeled_shard_rows), self.unlabeled_in_batch
+            images, own = self.unlabeled_images, self.unlabeled_in_batch
         if not images:
             raise QskdError("data.train", "no images", "at least one", "point data.train at a folder of `qskd prepare`")
         return max(1, images // own)
@@ -81,7 +95,7 @@ class Schedule:
     @cached_property
     def unlabeled_steps(self) -> int:
         """Global batches in a pass over the images without labels, which begins anew whenever it ends."""
-        return max(1, sum(self.unlabeled_shard_rows) // max(1, self.unlabeled_in_batch))
+        return max(1, self.unlabeled_images // max(1, self.unlabeled_in_batch))
 
     @property
     def total_steps(self) -> int:
@@ -165,19 +179,44 @@ class EpochOrder:
         return np.concatenate(parts)
 
 
+class DrawnOrder(EpochOrder):
+    """The same of some rows, each as often as it is there. places: int32 [n, 2] of (shard, row), in stored order."""
+
+    def __init__(self, places: NDArray[np.int32], shards: int, seed: int, epoch: int, window_images: int) -> None:
+        counts = np.bincount(places[:, 0], minlength=shards)
+        super().__init__(counts.tolist(), seed, epoch, window_images)
+        self._places, self._firsts = places, np.cumsum([0, *counts])
+
+    def rows(self, first: int, stop: int) -> NDArray[np.int32]:
+        found = super().rows(first, stop)
+        return self._places[self._firsts[found[:, 0]] + found[:, 1]]
+
+
+def _ordered(
+    shard_rows: tuple[int, ...], seed: int, number: int, window_images: int, chosen: ChosenRows | None
+) -> EpochOrder:
+    if chosen is None:
+        return EpochOrder(shard_rows, seed, number, window_images)
+    return DrawnOrder(chosen.drawn(seed, number), chosen.shards, seed, number, window_images)
+
+
 def epoch_order(shard_rows: Sequence[int], seed: int, epoch: int, window_images: int) -> NDArray[np.int32]:
     """All rows in an epoch's order: int32 [N, 2] of (shard, row)."""
     return EpochOrder(shard_rows, seed, epoch, window_images).rows(0, sum(shard_rows))
 
 
 @lru_cache(maxsize=1)  # a reader is asked for an epoch's ranges of steps one after the other
-def _order_of(shard_rows: tuple[int, ...], seed: int, epoch: int, window_images: int) -> EpochOrder:
-    return EpochOrder(shard_rows, seed, epoch, window_images)
+def _order_of(
+    shard_rows: tuple[int, ...], seed: int, epoch: int, window_images: int, chosen: ChosenRows | None
+) -> EpochOrder:
+    return _ordered(shard_rows, seed, epoch, window_images, chosen)
 
 
 @lru_cache(maxsize=1)
-def _unlabeled_order(shard_rows: tuple[int, ...], seed: int, number: int, window_images: int) -> EpochOrder:
-    return EpochOrder(shard_rows, seed, number, window_images)
+def _unlabeled_order(
+    shard_rows: tuple[int, ...], seed: int, number: int, window_images: int, chosen: ChosenRows | None
+) -> EpochOrder:
+    return _ordered(shard_rows, seed, number, window_images, chosen)
 
 
 def _all_rows(shard_rows: Sequence[int], shards: Sequence[int]) -> NDArray[np.int32]:
@@ -197,7 +236,8 @@ def training_batches(schedule: Schedule, epoch: int, first: int = 0) -> Iterator
     if first >= count:
         return
     size -= schedule.unlabeled_in_batch
-    order = _order_of(schedule.train_shard_rows, schedule.seed, epoch, schedule.window_images)
+    shards, window = schedule.train_shard_rows, schedule.window_images
+    order = _order_of(shards, schedule.seed, epoch, window, schedule.train_chosen)
     for index in range(first, count):
         step = epoch * schedule.steps_per_epoch + index
         rows = _with_view(order.rows(index * size, (index + 1) * size), _view(schedule, epoch))
@@ -214,7 +254,7 @@ def _unlabeled_rows(schedule: Schedule, step: int) -> NDArray[np.int32]:
     """Those of a global step: a function of it alone, for their passes are not the epochs."""
     number, index = divmod(step, schedule.unlabeled_steps)
     size, shards = schedule.unlabeled_in_batch, schedule.unlabeled_shard_rows
-    order = _unlabeled_order(shards, schedule.seed, number, schedule.window_images)
+    order = _unlabeled_order(shards, schedule.seed, number, schedule.window_images, schedule.unlabeled_chosen)
     rows = _with_view(order.rows(index * size, (index + 1) * size), _view(schedule, number))
     rows[:, 0] += len(schedule.train_shard_rows)
     return rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.maps import project, projector, resample
+from qskd.distillation.maps import projector, resample
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherNeeds
@@ -100,7 +100,7 @@ class CrossKD(Method):
         """The student's memory as the teacher's decoder reads it: maps [B, C, H, W] of the teacher's sizes, 0 on its padding."""
         maps, student, teacher = [], lesson.student, lesson.teacher
         for own, layer, valid in zip(self.sources, self.projectors, teacher.memory_valid, strict=True):
-            shown = project(layer, student.memory[own]).float().movedim(-1, 1)
+            shown = layer(student.memory[own]).float().movedim(-1, 1)
             maps.append(resample(shown, student.memory_valid[own], valid) * valid[:, None])
         return maps
 

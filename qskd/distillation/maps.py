@@ -103,19 +103,20 @@ def eye_or_orthogonal(weight: Tensor) -> None:
         nn.init.orthogonal_(weight)
 
 
-def projector(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 1x1 convolution between two widths: the identity at first where they agree, else orthogonal."""
-    layer = nn.Conv2d(inputs, outputs, kernel_size=1)
+class Projector(nn.Conv2d):
+    """A 1x1 convolution: [B, C, H, W] -> [B, H, W, C']. Memory lies in this order as the encoder gives it, and a convolution
+    would lay it out anew."""
+
+    def forward(self, memory: Tensor) -> Tensor:
+        return F.linear(memory.movedim(1, -1), self.weight.flatten(1), self.bias)
+
+
+def projector(inputs: int, outputs: int) -> Projector:
+    """Between two widths: the identity at first where they agree, else orthogonal."""
+    layer = Projector(inputs, outputs, kernel_size=1)
     eye_or_orthogonal(layer.weight.data.view(outputs, inputs))
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
-
-
-def project(layer: nn.Module, memory: Tensor) -> Tensor:
-    """What the 1x1 convolution gives for [B, C, H, W], as [B, H, W, C']: memory lies in this order as the
-    encoder gives it, and a convolution would lay it out anew."""
-    weight, bias = layer.parameters()
-    return F.linear(memory.movedim(1, -1), weight.flatten(1), bias)
 
 
 def match_maps(
@@ -125,7 +126,7 @@ def match_maps(
     without gradient [B, H, W, C'], and where the student's is no padding [B, H, W]; all float32."""
     valid = lesson.student.memory_valid[student_level]
     goal = resample(lesson.teacher.memory[teacher_level].detach(), lesson.teacher.memory_valid[teacher_level], valid)
-    shown = project(layer, lesson.student.memory[student_level]).float()
+    shown = layer(lesson.student.memory[student_level]).float()
     return shown, goal.movedim(1, -1), valid.float()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qskd.config.distillation import NONE, MethodSettings, parts_of
 from qskd.distillation.find import CONTRACT, module_of
 from qskd.distillation.ramp import distillation_factor
+from qskd.distillation.unfaded import boosted
 from qskd.errors import QskdError
 from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherNeeds, TeacherRecord
 
@@ -72,7 +73,8 @@ class Lesson:
 
     student_assignment [L, B, M], teacher_assignment [L', B, M]: the query of each object, by bipartite matching
     (`qskd.losses.matching.assign`), -1 = none. online, decoder: only where `needs` asked for them. ask_student: what the student's
-    own decoder says of its memory when it is asked other queries, which see none of its own; with gradient.
+    own decoder says of its memory when it is asked other queries, which see none of its own; with gradient. boosts: for each
+    method of the recipe, in their order, [B]: what each image's gradient is multiplied by (`qskd.distillation.unfaded`).
     """
 
     student: DetectorOutput
@@ -83,6 +85,15 @@ class Lesson:
     online: Online | None = None
     decoder: TeacherDecoder | None = None
     ask_student: Callable[[Queries], DetectorOutput] | None = None
+    boosts: tuple[Tensor, ...] = ()
+
+    def of_method(self, number: int = 0) -> Lesson:
+        """As the recipe's method of this number is given it."""
+        if not self.boosts:
+            return self
+        by, asked = self.boosts[number], self.ask_student
+        ask = None if asked is None else lambda queries: boosted(asked(queries), by)
+        return replace(self, student=boosted(self.student, by), ask_student=ask, boosts=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +211,11 @@ class Several(Method):
         return found
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
-        return {_term(name, term): value for name, method in self._methods() for term, value in method(lesson).items()}
+        return {
+            _term(name, term): value
+            for number, (name, method) in enumerate(self._methods())
+            for term, value in method(lesson.of_method(number)).items()
+        }
 
     def weights_at(self, step: int, total_steps: int) -> dict[str, float]:
         return {

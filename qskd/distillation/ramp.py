@@ -12,5 +12,9 @@ def distillation_factor(step: int, total_steps: int, config: MethodSettings) -> 
     schedule, the first and the last among them.
     """
     rising = (step + 1) / (config.warmup * total_steps) if config.warmup else 1.0
-    falling = (total_steps - step) / (config.decay * total_steps) if config.decay else 1.0
-    return max(0.0, min(1.0, rising, falling))
+    return max(0.0, min(1.0, rising, falling(step, total_steps, config.decay)))
+
+
+def falling(step: int, total_steps: int, decay: float) -> float:
+    """The end of it, in 0..1: 1, and over the last part `decay` of all steps linearly down to (almost) 0."""
+    return min(1.0, (total_steps - step) / (decay * total_steps)) if decay else 1.0

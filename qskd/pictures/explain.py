@@ -6,7 +6,7 @@ The teacher is asked as a training step asks it, so that what is shown is what t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import best_first, predict_image
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.online import Choose, OnlineTeacher
+from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.augmentation import augmentation_of
 
 AUGMENTED = 4  # examples of what the student sees
@@ -36,7 +37,8 @@ class Subject:
     """One image and what is known to be in it.
 
     name: for people. image: uint8 [H, W, 3], as stored. boxes_xyxy: [N, 4] in its pixels, None where no one annotated it;
-    labels: int64 [N], contiguous; iscrowd: bool [N]. view: what part of it is looked at, and mirrored or not.
+    labels: int64 [N], contiguous; iscrowd: bool [N]. view: what part of it is looked at, and mirrored or not. unlabeled: it is of
+    `data.unlabeled`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Subject:
     labels: NDArray[np.int64] | None = None
     iscrowd: NDArray[np.bool_] | None = None
     view: View = View.IDENTITY
+    unlabeled: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,8 @@ class DatasetDetector:
 class Explanation:
     """image: uint8 [H, W, 3], the view at the picture's own resolution; all boxes are in its pixels.
 
-    objects: the targets, scores 1. stand_ins: they are the teacher's own detections, for want of annotations.
+    objects: the targets, scores 1. stand_ins: they are the teacher's own detections of `stand_in_score`, for want of annotations.
+    unlabeled: the image is of `data.unlabeled`: these are then what the student is taught to find.
     crowds_xyxy: [C, 4], regions that are no targets. teacher: None without one. seen: by the recipe's methods, empty without
     a teacher. students: by title; their `category_ids`, as all here, are indices into `labels`. augmented: uint8 [h, w, 3] each,
     what a training step may show the student of this view (`augmentation`); none where it shows the view as it is.
@@ -77,6 +81,8 @@ class Explanation:
     seen: tuple[Seen, ...]
     students: Mapping[str, Detections]
     augmented: tuple[Pixels, ...] = ()
+    unlabeled: bool = False
+    stand_in_score: float = STAND_IN_SCORE
 
 
 def stand_in_objects(record: TeacherRecord) -> tuple[Tensor, Tensor]:
@@ -106,6 +112,16 @@ def augmented(subject: Subject, config: Config, student: Detector) -> tuple[Pixe
 def _targets(boxes_cxcywh: Tensor, labels: Tensor) -> Targets:
     count = len(labels)
     return Targets(boxes_cxcywh[None], labels[None], torch.ones_like(labels, dtype=torch.bool)[None], (0,), (count,))
+
+
+def _pseudo_objects(record: TeacherRecord, score: float) -> tuple[Tensor, Tensor]:
+    """As `stand_in_objects`, of an image without labels: as a training step has them, which tells none from another."""
+    nothing = (
+        torch.zeros(0, 4, device=record.logits.device),
+        torch.zeros(0, dtype=torch.int64, device=record.logits.device),
+    )
+    found = with_pseudo_objects(replace(_targets(*nothing), labelled=(False,)), record, score)
+    return found.boxes_cxcywh[0], found.labels[0]
 
 
 @torch.no_grad()
@@ -139,6 +155,7 @@ def explain(
         crowds, _ = view_boxes(subject.boxes_xyxy[subject.iscrowd], width, height, view, visible)
         crowds_xyxy = pixels_of(torch.from_numpy(crowds))
 
+    score = config.data.unlabeled_score if subject.unlabeled else STAND_IN_SCORE
     found: Detections | None = None
     shown_by: tuple[Seen, ...] = ()
     if teacher is not None:
@@ -153,7 +170,9 @@ def explain(
             return records[-1]
 
         if subject.boxes_xyxy is None:
-            boxes_cxcywh, object_labels = (part.cpu() for part in stand_in_objects(ask(TeacherNeeds())))
+            answer = ask(TeacherNeeds())
+            taken = _pseudo_objects(answer, score) if subject.unlabeled else stand_in_objects(answer)
+            boxes_cxcywh, object_labels = (part.cpu() for part in taken)
         targets = _targets(boxes_cxcywh.to(device), object_labels.to(device))
         sight = Sight(ask, targets, config.detection, width=size[1], height=size[0])
         said = [method.seen(settings, sight) for method, settings in methods_of(config.distillation)]
@@ -183,4 +202,6 @@ def explain(
             for title, student in students.items()
         },
         augmented(subject, config, [*students.values()][-1].detector) if students else (),
+        subject.unlabeled,
+        score,
     )

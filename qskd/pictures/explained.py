@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from qskd.evaluation.detections import Detections
 from qskd.pictures.drawing import OBJECT, corners, counted, fitted
-from qskd.pictures.explain import STAND_IN_SCORE, Explanation
+from qskd.pictures.explain import Explanation
 from qskd.pictures.fonts import shown_name
 from qskd.pictures.panels import Key, Panel, draw_dashed, sheet
 from qskd.pictures.plots import Picture, class_colour, draw_boxes
@@ -53,8 +53,9 @@ def _objects_panel(shown: Explanation) -> Panel:
     if len(shown.crowds_xyxy):
         keys += (Key(f"{counted(len(shown.crowds_xyxy), 'crowd')}, no target", (OBJECT,), "dashed"),)
     if shown.stand_ins:
-        said = f"{counted(len(labels), 'box', 'boxes')} of the teacher's, score {STAND_IN_SCORE:g} or more"
-        return Panel("Not annotated: stand-in objects", said, drawn, keys)
+        said = f"{counted(len(labels), 'box', 'boxes')} of the teacher's, score {shown.stand_in_score:g} or more"
+        title = "Without labels: pseudo-objects" if shown.unlabeled else "Not annotated: stand-in objects"
+        return Panel(title, said, drawn, keys)
     return Panel("Ground truth", counted(len(labels), "object"), drawn, keys)
 
 
@@ -93,8 +94,13 @@ def warning_of(shown: Explanation) -> str:
         return ""
     if not len(shown.objects.scores):
         return (
-            f"Nobody annotated this image, and the teacher is sure of nothing in it (score {STAND_IN_SCORE:g}): there is no "
+            f"Nobody annotated this image, and the teacher is sure of nothing in it (score {shown.stand_in_score:g}): there is no "
             "object to select queries for."
+        )
+    if shown.unlabeled:
+        return (
+            "This image is of data.unlabeled. The teacher's own predictions are what the student is taught to find in it, right or "
+            "wrong."
         )
     return (
         "Nobody annotated this image. The teacher's own detections stand in for its objects: what the method shows is what "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qskd.config import FACTS, Config, DetectionLossConfig
 from qskd.detectors import Detector, to_pixels
 from qskd.detectors.decoding import decode
-from qskd.distillation.method import Lesson, Method, Online, build_method
+from qskd.distillation.method import Lesson, Method, Online, Several, build_method
 from qskd.errors import QskdError
 from qskd.losses.denoising import Denoising, Groups, Noise, denoising_terms, denoising_weights
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
@@ -43,7 +43,7 @@ def _dense(head: DenseHead, *given: Any) -> Terms:
 
 
 def _of_method(method: Method, lesson: Lesson) -> Terms:
-    return method.forward(lesson)
+    return method.forward(lesson if isinstance(method, Several) else lesson.of_method())
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,10 @@ class StepModule(nn.Module):
         online: Online | None = None,
         noise: Noise | None = None,
         least: tuple[int, int] | None = None,
+        boosts: tuple[Tensor, ...] = (),
     ) -> dict[str, LossTerm]:
         """noise: of the images' denoising queries, for a student that has them; None where no image of the global batch has an
-        object."""
+        object. boosts: of `Lesson`."""
         pixels, mask = to_pixels(images, sizes, self.student.mean, self.student.std)
         noised = self.denoising(targets, noise) if self.denoising is not None and noise is not None else None
         groups, others = self.query_groups, None
@@ -137,7 +138,7 @@ class StepModule(nn.Module):
         if self.method is not None and teacher is not None:
             ask = partial(self._ask_student, output, mask)
             theirs = teacher.matched(assignments[-1])
-            lesson = Lesson(output, teacher, targets, assignments[0][early:], theirs, online, self.decoder, ask)
+            lesson = Lesson(output, teacher, targets, assignments[0][early:], theirs, online, self.decoder, ask, boosts)
             terms |= parts.method(self.method, lesson)
         return terms
 
@@ -214,6 +215,9 @@ def compile_step(module: StepModule, config: Config, **options: Any) -> None:
         return terms(module, output, own, others, _vary(targets), assignments, noised)
 
     def our_method(kind: Method, lesson: Lesson) -> Terms:
+        if isinstance(kind, Several) and lesson.boosts:  # each part has its own
+            return _of_method(kind, lesson)
+        lesson = lesson.of_method()  # before anything is traced
         if not kind.traceable:
             return _of_method(kind, lesson)
         _vary(lesson.targets)

@@ -25,6 +25,7 @@ from qskd.datasets.batch import parts_of as parts_of
 from qskd.datasets.batch import train_batch as train_batch
 from qskd.detectors import Detector
 from qskd.distillation.method import Online
+from qskd.distillation.unfaded import boosts_of
 from qskd.errors import QskdError
 from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine_with_values
@@ -179,7 +180,7 @@ class Training:
             share = replace(share, targets=self._objects(share, record))
             noise = self._noise(share if real else part)
             terms: dict[str, LossTerm] = self.step_module(
-                images, sizes, share.targets, record, self._online(share), noise, least
+                images, sizes, share.targets, record, self._online(share), noise, least, self._boosts(share)
             )
         if not real:
             terms = {
@@ -206,6 +207,11 @@ class Training:
                 "data.unlabeled", "images without labels, and no teacher", "a distillation", "`qskd distill`"
             )
         return with_pseudo_objects(batch.targets, record, self.config.data.unlabeled_score)
+
+    def _boosts(self, batch: TrainBatch) -> tuple[Tensor, ...]:
+        if self.module.method is None:
+            return ()
+        return boosts_of(self.config.distillation, batch.targets, self.step, self.total_steps)
 
     def _noise(self, part: TrainBatch) -> Noise | None:
         """Of this share's denoising queries; None without any. All workers ask at once: the groups are the global batch's."""

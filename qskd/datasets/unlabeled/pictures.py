@@ -17,6 +17,7 @@ from qskd.datasets.pictures.reader import Pictures, PicturesInFolder
 from qskd.datasets.samples import Category
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
+from qskd.selection.chosen import Selection, is_selection
 from qskd.storage.files import sha256_of
 
 _EXPECTED = "a folder of pictures, or a text file that lists some, one a line"
@@ -105,6 +106,13 @@ class UnlabeledDataset(ImportedDataset):
                 yield str(path), path.relative_to(self._path).as_posix()
             return
         text = read_text(self._path, _EXPECTED, _LARGEST_LIST)
+        if is_selection(text[:200].encode()):
+            for image in Selection.from_json(text, str(self._path)).images:
+                yield (
+                    f"{self._path}: image {image.image_id} ({shown_value(image.file_name)})",
+                    self._relative(image.file_name),
+                )
+            return
         for number, line in enumerate(text.split("\n"), 1):
             name = line.strip()
             if name:

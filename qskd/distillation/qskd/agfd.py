@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qskd.distillation.maps import pair_levels, project, projector, resampler
+from qskd.distillation.maps import pair_levels, projector, resampler
 from qskd.distillation.qskd.query_selection import QuerySelection
 from qskd.distillation.qskd.settings import FeatureDistillationConfig
 from qskd.distillation.qskd.whitening import metric
@@ -195,7 +195,7 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             valid, teacher_valid = student_valid[student_level], teacher.memory_valid[teacher_level]
             move = resampler(teacher_valid, valid)
             goal = move(teacher.memory[teacher_level].detach())
-            shown = project(self.projectors[str(student_level)], student_memory[student_level]).float()
+            shown = self.projectors[str(student_level)](student_memory[student_level]).float()
             weight = valid.float().unsqueeze(1)
             if masks is not None:
                 weight = weight * move(masks[teacher_level].detach())  # [B, L, H, W]

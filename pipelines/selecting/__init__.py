@@ -1,0 +1,1 @@
+"""The images worth labelling, caching or training on (`qskd select`)."""
