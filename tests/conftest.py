@@ -15,6 +15,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers give way to a
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # after 60 s Ray Train would begin again
 # Ray Train starts a process for each run that watches for nodes that go away. Tests of such nodes turn it on again.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+# Ray starts a process for each core ahead. Those of trainings and trials have environment variables of their own: it would idle.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
@@ -26,9 +28,12 @@ torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 20)  # as quick/sitecustomize.py does in all processes that tests start
 
 
-# The files that take longest, in CPU seconds from 300 to 60: with a file for each worker in turn, one of them started last would
-# decide the end.
-LONGEST = ("pipelines", "two_workers", "tune", "ray_job", "tune_trials", "cache_job")
+# The files that take longest, in CPU seconds from 150 to 20: with a file for each worker in turn, one of them started last would
+# decide the end. `evidence` and `untrusted_checkpoints` wait more than they compute.
+LONGEST = (
+    *("two_workers", "pipelines", "ray_job", "tune_trials", "tune", "cache_job", "compiled"),
+    *("family_students", "export", "evidence", "untrusted_checkpoints", "training_distributed"),
+)
 
 
 def pytest_collection_finish() -> None:

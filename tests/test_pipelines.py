@@ -169,77 +169,29 @@ LONGER = [
     "student.dropout=0.1",
     "training.ema_decay=0.9",
 ]
+STEPS = range(2, 37, 2)  # of its checkpoints, each of which is a report
+
+
+Students = dict[int, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def distilled(work: Path, cluster: str) -> distill.RunResult:
-    """A run that nothing disturbs."""
-    return distill.run(config(work, "distilled", *LONGER), "distill")
-
-
-def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, distilled: distill.RunResult) -> None:
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
-    run = client.get_run(distilled.run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.params["student.queries"] == "8"
-    assert run.data.params["distillation.selection.boundaries"] == "[0.5]"
-    for name in ("loss/total", "loss/agfd", "loss/lapd_class", "loss/dense_l1", "speed/images_per_s"):
-        assert client.get_metric_history(distilled.run_id, name), name
-    assert [metric.step for metric in client.get_metric_history(distilled.run_id, "val/AP50")] == [18, 36]
-    folders = ("", "student", "pictures", "pictures/explained")
-    listed = {a.path for folder in folders for a in client.list_artifacts(distilled.run_id, folder)}
-    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json", "student/README.md"}
-    assert listed >= {f"pictures/{name}.png" for name in ("samples", "ap", "loss")}
-    assert len([path for path in listed if path.startswith("pictures/explained/")]) == 4
-    assert Path(distilled.student, "model.safetensors").exists()
-    assert 0 <= distilled.metrics["AP"] <= 1
-    check_ours(Folder(config(work, "distilled", *LONGER)), restart=True)  # knows the name of every file that is left
-
-
-def test_a_run_keeps_what_its_last_evaluation_says_in_its_folder_mlflow_and_card(
-    work: Path, distilled: distill.RunResult
-) -> None:
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
-    pictures = ("precision_recall", "thresholds", "classes", "confusion")
-    names = {"evaluation.json", "per_class.csv", *(f"{name}.png" for name in pictures)}
-    assert {path.name for path in Path(distilled.folder, "evaluation").iterdir()} == names
-    assert {Path(a.path).name for a in client.list_artifacts(distilled.run_id, "evaluation")} == names
-    metrics = client.get_run(distilled.run_id).data.metrics
-    said = json.loads(Path(distilled.folder, "evaluation/evaluation.json").read_text())
-    assert measured(distilled.metrics) == pytest.approx(
-        {name: value for name, value in said["metrics"].items() if value is not None}, abs=1e-9
-    )
-    assert metrics["final/best_threshold"] == pytest.approx(said["best"]["score"])
-    card = Path(distilled.student, "README.md").read_text()
-    for name in pictures:
-        assert f"(card-{name}.png)" in card
-        assert Path(distilled.student, f"card-{name}.png").is_file()
-    for one in said["classes"]:
-        assert f"| {one['name']} | {one['id']} |" in card
-    ids = [category.id for category in load_manifest(str(work / "train")).categories]
-    assert json.loads(Path(distilled.student, "config.json").read_text())["dataset_category_ids"] == ids
-
-
-def test_evaluating_the_students_folder_gives_the_trainings_last_numbers(
-    work: Path, distilled: distill.RunResult
-) -> None:
-    for workers in (0, 1):
-        again = evaluate(distilled.student, str(work / "val"), batch_size=7, workers=workers)
-        assert again.metrics == pytest.approx(distilled.metrics, abs=1e-6)
-
-
-def test_the_same_command_again_trains_nothing(work: Path, distilled: distill.RunResult) -> None:
-    again = distill.run(config(work, "distilled", *LONGER), "distill")
-    assert again == distilled
-
-
-def test_another_configuration_under_the_same_name_is_refused(work: Path, distilled: distill.RunResult) -> None:
-    with pytest.raises(QskdError, match=r"training\.learning_rate was 0\.001, is 0\.5"):
-        distill.run(config(work, "distilled", *LONGER, "training.learning_rate=0.5"), "distill")
+def undisturbed(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Students:
+    """Of a training of this process, which nothing disturbs: at the step of each evaluation, the student that it would leave."""
+    plan = distill.make_plan(distill.resolve(config(work, "undisturbed", *LONGER), "distill"), "distill")
+    labels, found = plan.train.labels, {}
+    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
+    training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
+    for share in local_stream(plan.stream):
+        if share.subset == "train":
+            training.train_step(train_batch(share.arrays))
+        elif training.step not in found:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            with training.evaluation_weights() as evaluated:
+                save_detector(evaluated, folder, plan.config.student.resize)
+            found[training.step] = weights(str(folder))
+    assert [*found] == [18, 36]
+    return found
 
 
 def no_training_is_left() -> None:
@@ -260,9 +212,9 @@ RECORDS = ("config.yaml", "data.json", "mlflow.json", "history.json")
 
 
 @pytest.fixture(scope="module")
-def disturbed(work: Path, cluster: str, distilled: distill.RunResult) -> SimpleNamespace:
-    """`distilled` again, as a run that much happens to: its program gets Ctrl-C, its controller dies while Ray writes the list of
-    checkpoints, its program is killed, files of it are cut, its worker dies. It is begun three times, for three tests."""
+def disturbed(work: Path, cluster: str) -> SimpleNamespace:
+    """A run that much happens to, and that is whole in the end: its program gets Ctrl-C, its controller dies while Ray writes the
+    list of checkpoints, its program is killed, files of it are cut, its worker dies. It is begun three times."""
     import mlflow
 
     same = config(work, "disturbed", *LONGER)
@@ -297,11 +249,9 @@ def disturbed(work: Path, cluster: str, distilled: distill.RunResult) -> SimpleN
         path = Path(folder.root, name)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    reports = [entry["step"] for entry in read_history(Folder(config(work, "distilled", *LONGER)))]
-
     def goes_on() -> bool:
         latest = last_report(folder)
-        only_the_last_is_left = reached[-1] >= reports[-2]  # after which there may be no worker to kill
+        only_the_last_is_left = reached[-1] >= STEPS[-2]  # after which there may be no worker to kill
         return latest is not None and (latest[0]["step"] > reached[-1] or only_the_last_is_left)
 
     warnings: list[str] = []
@@ -320,44 +270,104 @@ def disturbed(work: Path, cluster: str, distilled: distill.RunResult) -> SimpleN
     )  # fmt: skip
 
 
-def same_weights(one: distill.RunResult, other: distill.RunResult) -> bool:
-    expected, found = weights(one.student), weights(other.student)
+def same_weights(students: Students, result: distill.RunResult) -> bool:
+    expected, found = students[result.step], weights(result.student)
     return expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_run_leaves_a_student_metrics_and_a_whole_mlflow_run(work: Path, disturbed: SimpleNamespace) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    run = client.get_run(disturbed.result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["student.queries"] == "8"
+    assert run.data.params["distillation.selection.boundaries"] == "[0.5]"
+    for name in ("loss/total", "loss/agfd", "loss/lapd_class", "loss/dense_l1", "speed/images_per_s"):
+        assert client.get_metric_history(disturbed.result.run_id, name), name
+    assert [metric.step for metric in client.get_metric_history(disturbed.result.run_id, "val/AP50")] == [18, 36]
+    folders = ("", "student", "pictures", "pictures/explained")
+    listed = {a.path for folder in folders for a in client.list_artifacts(disturbed.result.run_id, folder)}
+    assert listed >= {"config.yaml", "student/model.safetensors", "student/config.json", "student/README.md"}
+    assert listed >= {f"pictures/{name}.png" for name in ("samples", "ap", "loss")}
+    assert len([path for path in listed if path.startswith("pictures/explained/")]) == 4
+    assert Path(disturbed.result.student, "model.safetensors").exists()
+    assert 0 <= disturbed.result.metrics["AP"] <= 1
+    check_ours(Folder(config(work, "disturbed", *LONGER)), restart=True)  # knows the name of every file that is left
+
+
+def test_a_run_keeps_what_its_last_evaluation_says_in_its_folder_mlflow_and_card(
+    work: Path, disturbed: SimpleNamespace
+) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    pictures = ("precision_recall", "thresholds", "classes", "confusion")
+    names = {"evaluation.json", "per_class.csv", *(f"{name}.png" for name in pictures)}
+    assert {path.name for path in Path(disturbed.result.folder, "evaluation").iterdir()} == names
+    assert {Path(a.path).name for a in client.list_artifacts(disturbed.result.run_id, "evaluation")} == names
+    metrics = client.get_run(disturbed.result.run_id).data.metrics
+    said = json.loads(Path(disturbed.result.folder, "evaluation/evaluation.json").read_text())
+    assert measured(disturbed.result.metrics) == pytest.approx(
+        {name: value for name, value in said["metrics"].items() if value is not None}, abs=1e-9
+    )
+    assert metrics["final/best_threshold"] == pytest.approx(said["best"]["score"])
+    card = Path(disturbed.result.student, "README.md").read_text()
+    for name in pictures:
+        assert f"(card-{name}.png)" in card
+        assert Path(disturbed.result.student, f"card-{name}.png").is_file()
+    for one in said["classes"]:
+        assert f"| {one['name']} | {one['id']} |" in card
+    ids = [category.id for category in load_manifest(str(work / "train")).categories]
+    assert json.loads(Path(disturbed.result.student, "config.json").read_text())["dataset_category_ids"] == ids
+
+
+def test_evaluating_the_students_folder_gives_the_trainings_last_numbers(
+    work: Path, disturbed: SimpleNamespace
+) -> None:
+    for workers in (0, 1):
+        again = evaluate(disturbed.result.student, str(work / "val"), batch_size=7, workers=workers)
+        assert again.metrics == pytest.approx(disturbed.result.metrics, abs=1e-6)
+
+
+def test_the_same_command_again_trains_nothing(work: Path, disturbed: SimpleNamespace) -> None:
+    again = distill.run(config(work, "disturbed", *LONGER), "distill")
+    assert again == disturbed.result
+
+
+def test_another_configuration_under_the_same_name_is_refused(work: Path, disturbed: SimpleNamespace) -> None:
+    with pytest.raises(QskdError, match=r"training\.learning_rate was 0\.001, is 0\.5"):
+        distill.run(config(work, "disturbed", *LONGER, "training.learning_rate=0.5"), "distill")
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(
-    work: Path, distilled: distill.RunResult, disturbed: SimpleNamespace
+    work: Path, undisturbed: Students, disturbed: SimpleNamespace
 ) -> None:
     import mlflow
 
     assert disturbed.stops == [(130, "KILLED", False), (-signal.SIGKILL, "RUNNING", False)]
-    assert 0 < disturbed.reached[1] < disturbed.reached[2] < 36
+    assert 0 < disturbed.reached[1] < disturbed.reached[2] < STEPS[-1]
     assert disturbed.result.run_id == disturbed.run_id
-    assert [entry["step"] for entry in read_history(disturbed.folder)] == list(range(2, 37, 2))
+    assert [entry["step"] for entry in read_history(disturbed.folder)] == [*STEPS]
     client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
-    runs = (disturbed.run_id, distilled.run_id)
-    logged = [[m.step for m in client.get_metric_history(run, "loss/total")] for run in runs]
-    assert logged[0] == logged[1]
-    assert same_weights(distilled, disturbed.result)
-    assert disturbed.result.metrics == distilled.metrics
+    assert [metric.step for metric in client.get_metric_history(disturbed.run_id, "loss/total")] == [*STEPS]
+    assert same_weights(undisturbed, disturbed.result)
 
 
 def test_a_run_with_damaged_files_goes_on_from_an_older_checkpoint_to_the_same_weights(
-    distilled: distill.RunResult, disturbed: SimpleNamespace
+    undisturbed: Students, disturbed: SimpleNamespace
 ) -> None:
     folder, told = disturbed.folder, "\n".join(disturbed.warnings)
     for name in RECORDS:
         assert f"{folder.where(name)} IS DAMAGED" in told
     assert f"A CHECKPOINT IS DAMAGED: {folder.where(f'{disturbed.damaged}/state.safetensors')} has " in told
     assert not folder.exists(disturbed.damaged)
-    assert same_weights(distilled, disturbed.result)
+    assert same_weights(undisturbed, disturbed.result)
 
 
-def test_a_worker_that_dies_is_replaced_and_changes_nothing(
-    distilled: distill.RunResult, disturbed: SimpleNamespace
-) -> None:
+def test_a_worker_that_dies_is_replaced_and_changes_nothing(undisturbed: Students, disturbed: SimpleNamespace) -> None:
     assert disturbed.victims
-    assert same_weights(distilled, disturbed.result)
+    assert same_weights(undisturbed, disturbed.result)
 
 
 def test_a_damaged_shard_stops_the_run_with_its_name(work: Path, cluster: str, tmp_path: Path) -> None:
@@ -379,10 +389,10 @@ def test_an_unreachable_mlflow_server_is_named_before_training(work: Path) -> No
         distill.run(config(work, "untracked", "tracking.uri=http://127.0.0.1:9"), "train")
 
 
-def test_predict_draws_a_picture_of_each_image(work: Path, distilled: distill.RunResult, tmp_path: Path) -> None:
+def test_predict_draws_a_picture_of_each_image(work: Path, disturbed: SimpleNamespace, tmp_path: Path) -> None:
     image: Any = Image.fromarray(np.full((40, 60, 3), 128, np.uint8))
     image.save(tmp_path / "a.jpg")
-    ((path, found),) = predict(distilled.student, [tmp_path / "a.jpg"], threshold=0.0)
+    ((path, found),) = predict(disturbed.result.student, [tmp_path / "a.jpg"], threshold=0.0)
     assert path == tmp_path / "a.boxes.png"
     assert len(found.scores) > 0
     assert np.asarray(Image.open(path)).shape[0] >= 40
