@@ -84,8 +84,8 @@ class DetectionLossConfig(Section):
     Deformable DETR use 2.
 
     The class term is the student's family's own: focal loss (Conditional, DAB and Deformable DETR), varifocal loss
-    (RT-DETR, RT-DETRv2, D-FINE), IoU-aware cross-entropy (LW-DETR; both have an alpha of their own) or cross-entropy with "no
-    object" (DETR, whose own class_cost is 1).
+    (RT-DETR, RT-DETRv2, D-FINE), IoU-aware cross-entropy (LW-DETR, RF-DETR; both losses have an alpha of their own) or
+    cross-entropy with "no object" (DETR, whose own class_cost is 1).
     """
 
     class_cost: NonNegative = 2.0  # of matching a query with an object, the teacher's queries too
@@ -98,8 +98,8 @@ class DetectionLossConfig(Section):
     auxiliary: bool = True  # every decoder layer is supervised, not only the last (and what comes before the layers)
     # Groups of queries in training, the student's own among them: each is matched with the objects by itself, the others are never
     # distilled, and are not in the saved student (Group DETR, Chen et al., ICCV 2023, has 11). 1: its own alone. Conditional, DAB
-    # and Deformable DETR, LW-DETR. null: the family's own: 13 for lw_detr (`--group_detr` in its authors' scripts/), 1 for all
-    # others.
+    # and Deformable DETR, LW-DETR, RF-DETR. null: the family's own: 13 for lw_detr (`--group_detr` in its authors' scripts/) and
+    # rf_detr (rfdetr/config.py), 1 for all others.
     query_groups: Annotated[int | None, Field(ge=1, le=32)] = None
     query_group_weight: NonNegative = 1.0  # of the other groups' mean loss, all their layers
     # Denoising of RT-DETR, RT-DETRv2 and D-FINE students: so many queries at most, but each object's once, that begin near an
@@ -134,11 +134,13 @@ class TrainingConfig(Section):
     inherited_learning_rate_scale: NonNegative = 1.0
     weight_decay: NonNegative = 1e-4  # of all weights that are trained, but for those of `undecayed`
     # The learning rate of each layer of a ViT over that of the layer after it. null: the family's own, where the ViT's weights are
-    # given (init, backbone.init or inherit): 0.8 for lw_detr (`--lr_vit_layer_decay` in its authors' scripts/); of random ones: 1.
+    # given (init, backbone.init or inherit): 0.8 for lw_detr (`--lr_vit_layer_decay` in its authors' scripts/) and rf_detr;
+    # of random ones: 1.
     backbone_layer_decay: Fraction | None = None
     # What of the student has no weight decay. null: the family's own: norms_and_biases for rt_detr (rtdetr_r18vd_6x_coco.yml of its
     # authors) and d_fine (dfine_hgnetv2_s_coco.yml), norms for rt_detr_v2 (rtdetrv2_r18vd_120e_coco.yml), backbone for lw_detr
-    # (util/get_param_dicts.py: its ViT's norms, biases, scales of layers and place embeddings), nothing for all others.
+    # (util/get_param_dicts.py: its ViT's norms, biases, scales of layers and place embeddings) and rf_detr
+    # (rfdetr/models/backbone: its ViT's norms, biases and all embeddings), nothing for all others.
     undecayed: Undecayed | None = None
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises linearly
     schedule: Literal["cosine", "step", "constant"] = "step"  # of the learning rate; cosine: down to 0

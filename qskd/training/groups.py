@@ -38,9 +38,12 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
         free |= {id(p) for part in student.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
     if undecayed == "norms_and_biases":
         free |= {id(p) for name, p in student.named_parameters() if name.rpartition(".")[2].endswith("bias")}
-    if undecayed == "backbone":  # a ViT's scales of layers are of one dimension too; its embeddings of places are not
-        part = "embeddings" if facts.vit == "rf_detr_dinov2" else "position"  # as its authors' own rules have it
-        free |= {id(p) for name, p in student.backbone.named_parameters() if p.dim() <= 1 or part in name}
+    if undecayed == "backbone":  # by its authors' own rules, which differ in a ViT's scales of layers and what embeds
+        every = list(student.backbone.named_parameters())
+        if facts.vit == "rf_detr_dinov2":
+            free |= {id(p) for name, p in every if any(part in name for part in ("embeddings", "norm", "bias"))}
+        else:
+            free |= {id(p) for name, p in every if p.dim() <= 1 or "position" in name}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list, {(1.0, True): []})
     for parameter in module.parameters():
         if parameter.requires_grad:
