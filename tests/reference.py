@@ -172,7 +172,10 @@ def slow_terms(
         a, b = student[1][s].tolist(), teacher[1][t].tolist()
         w = weights[t] * (max(goals) if config.pair_weight == "confidence" else 1.0)
         sums["weights"] += w
-        sums["lapd_class"] += w * slow_bce(student[0][s].tolist(), goals, config.class_gamma)
+        most = sorted(goals, reverse=True)[: config.kept_classes or len(goals)]
+        kept = [place for place, goal in enumerate(goals) if goal >= most[-1] or goal >= 0.05]
+        own = student[0][s].tolist()
+        sums["lapd_class"] += w * slow_bce([own[k] for k in kept], [goals[k] for k in kept], config.class_gamma)
         sums["lapd_l1"] += w * sum(abs(x - y) for x, y in zip(a, b, strict=True))
         sums["lapd_giou"] += w * (1 - slow_giou(corners(a), corners(b)))
     return sums

@@ -143,6 +143,32 @@ def test_equals_the_loops(
         assert term.count.item() == pytest.approx(divisor / len(mapped), rel=1e-4)
 
 
+@pytest.mark.parametrize("kept", [1, 2, CLASSES])
+def test_a_dropped_class_is_not_learnt_and_all_others_are_as_by_the_loops(kept: int) -> None:
+    targets = make_targets([3, 2], classes=CLASSES)
+    (mine, boxes), teacher = network(targets, 1, 12, 3), network(targets, 1, 12, 4)
+    said = teacher[0] - 3.0  # most classes are unlikely
+    mine.requires_grad_()
+    config = only_predictions(kept_classes=kept)
+    term = run(config, targets, (mine, boxes), (said, teacher[1]))["lapd_class"]
+    ours, theirs = assign([(mine, boxes), (said, teacher[1])], targets, DetectionLossConfig())
+    expected = 0.0
+    for image, count in enumerate(targets.counts):
+        sides = [
+            slow_selection(b[0], targets, a[0], config.selection) for b, a in ((boxes, ours), (teacher[1], theirs))
+        ]
+        pairs = slow_pairs(sides[0], sides[1], image, count)
+        own, other = (mine[0, image].detach(), boxes[0, image]), (said[0, image], teacher[1][0, image])
+        expected += slow_terms(pairs, own, other, sides[1]["weight"][image], config.predictions)["lapd_class"]
+    assert term.total.item() == pytest.approx(expected, rel=1e-4)
+    term.total.backward()
+    assert mine.grad is not None
+    learnt = mine.grad[0].abs() > 0
+    paired = learnt.any(-1)
+    assert paired.any()
+    assert int((~learnt & paired[..., None]).sum()) > 0 if kept < CLASSES else bool(learnt[paired].all())
+
+
 def test_equal_predictions_give_no_box_loss_and_the_classes_own_entropy() -> None:
     targets = make_targets([3, 2], classes=CLASSES)
     logits, boxes = network(targets, 1, 12, 3)

@@ -32,6 +32,7 @@ from qskd.from_recipe import make_student, teacher_for_training
 from qskd.selection import gradients
 from qskd.selection.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
 from qskd.selection.matching import RIDGE, WHOLE, match, mismatch, pursue
+from qskd.selection.report import CLASSES, class_table
 from qskd.selection.uncertainty import CONFIDENT, choose_balanced, class_masses
 from qskd.structures import SILENT_LOGIT
 from qskd.teacher.pseudo import with_pseudo_objects
@@ -136,6 +137,27 @@ def test_the_choice_is_balanced_over_classes_as_a_slow_loop_makes_it() -> None:
     assert sorted(everything) == list(range(60))
     empty = [number for number, image in enumerate(masses) if not image]
     assert everything[-len(empty) :] == empty
+
+
+def test_the_table_counts_what_is_in_all_and_in_the_chosen() -> None:
+    names = [f"class {label}" for label in range(CLASSES + 3)]
+    objects = [{0: 5}, {1: 2, 0: 1}, {}, dict.fromkeys(range(2, CLASSES + 3), 1)]
+    lines = class_table(objects, [1, 3], names, "objects")
+    assert (
+        lines[0] == f"objects an image: {(8 + CLASSES + 1) / 4:.2f} of all, {(3 + CLASSES + 1) / 2:.2f} of the chosen"
+    )
+    assert lines[1].split() == [
+        "class",
+        "0",
+        "6",
+        f"{600 / (9 + CLASSES):.1f}",
+        "%",
+        "1",
+        f"{100 / (4 + CLASSES):.1f}",
+        "%",
+    ]
+    assert len(lines) == 1 + CLASSES + 1
+    assert lines[-1] == "  3 more classes: 3 and 3"
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from qskd.printable import one_line
 from qskd.selection.chosen import ChosenImage
 
 SHOWN = 6  # images of either end
+CLASSES = 20  # the most frequent ones, in a line each
 
 
 def class_table(
@@ -33,11 +34,15 @@ def class_table(
     means = everything.sum() / max(1, len(objects)), own.sum() / max(1, len(chosen))
     lines = [f"{what} an image: {means[0]:.2f} of all, {means[1]:.2f} of the chosen"]
     width = max(map(len, names), default=0)
-    for label in np.argsort(-everything, kind="stable").tolist():
+    order = np.argsort(-everything, kind="stable").tolist()
+    for label in order[:CLASSES]:
         shares = [f"{100 * part[label] / max(1, part.sum()):5.1f} %" for part in (everything, own)]
         lines.append(
             f"  {one_line(names[label]):<{width}}  {everything[label]:>8} {shares[0]}  {own[label]:>8} {shares[1]}"
         )
+    rest = order[CLASSES:]
+    if rest:
+        lines.append(f"  {len(rest)} more classes: {everything[rest].sum()} and {own[rest].sum()}")
     return lines
 
 

@@ -22,6 +22,8 @@ from qskd.distillation.qskd.settings import PredictionDistillationConfig
 from qskd.errors import QskdError
 from qskd.structures import LossTerm
 
+LIKELY = 0.05  # a class of which the teacher says so much is never dropped
+
 
 def teacher_layer_of_student(
     student_layers: int, teacher_layers: int, config: PredictionDistillationConfig
@@ -58,7 +60,8 @@ def alignment_terms(
     teacher's queries may differ in number. num_slots: at least 1 + the largest number of hard negatives of an object, on
     either side.
 
-    gamma is `class_gamma`: 0 in METHODS 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020).
+    gamma is `class_gamma`: 0 in METHODS 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020). The sum over
+    classes leaves out those that `kept_classes` drops.
 
     Each counts pairs / L (or, with `divide_by: weights`, the sum of w_t / L), so that a term's value is L times the mean
     over all pairs of all layers: the sum over layers of the layers' means when they have equally many pairs, and near it
@@ -93,6 +96,10 @@ def alignment_terms(
     if config.class_gamma:
         # Below 1 a power's gradient is infinite at 0, where student and teacher agree.
         classes = classes * (goal - student.logits.sigmoid()).abs().clamp(min=1e-6) ** config.class_gamma
+    if 0 < config.kept_classes < goal.shape[-1]:
+        # The smallest of the likeliest, not their places: equally likely ones are kept together.
+        least = goal.topk(config.kept_classes, dim=-1).values[..., -1:].clamp(max=LIKELY)
+        classes = classes.masked_fill(goal < least, 0.0)
     losses = {
         "lapd_class": classes.sum(-1),
         "lapd_l1": (mine - theirs).abs().sum(-1),

@@ -89,6 +89,9 @@ class PredictionDistillationConfig(Section):
     # their number; weights: the sum of their weights, so that hard negatives dilute positives less
     divide_by: Literal["pairs", "weights"] = "pairs"
     class_gamma: NonNegative = 0.0  # each class's BCE times |p_t - p_s|^gamma, as quality focal loss; 0 = plain BCE
+    # Class dropping: of each pair's classes the teacher's so many likeliest alone are learnt, and those of 0.05 or more; all
+    # others are not pushed down. 0: none is dropped
+    kept_classes: Annotated[int, Field(ge=0)] = 0
     student_layers: Literal["all", "last"] = "all"  # the decoder layers that learn
     # The decoder layer each learns from; same_index: the student's are spread evenly over the teacher's (DETRDistill).
     teacher_layers: Literal["last", "same_index"] = "last"
