@@ -218,6 +218,8 @@ def _first_batches(config: Config, stream: Any) -> Iterable[Any]:
 
     from qskd.datasets.schedule import evaluation_batches
 
-    loader = replace(stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=(), unlabeled_uris=()).loader()
+    loader = replace(
+        stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=(), unlabeled_uris=(), unlabeled_caches=()
+    ).loader()
     for batch in islice(evaluation_batches(stream.schedule, 0), AGREEMENT_BATCHES):
         yield train_batch(loader.load("train", batch.rows))
