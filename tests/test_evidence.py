@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,11 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     near = cells.run(Cell("near", "none", "short", 7), work)
     assert near["config"]["student"]["backbone"]["init"] == plan.STUDENTS["near"].backbone
     assert near["config"]["student"]["backbone"]["hidden_sizes"] == [48, 96]
+    few = replace(plan.VARIANTS["qskd_flips_unlabeled6"], unlabeled=16)
+    monkeypatch.setitem(plan.VARIANTS, "qskd_flips_unlabeled6", few)
+    task.make_task(work, ("scratch",), ("qskd_flips_unlabeled6",))
+    unlabelled = cells.run(Cell("scratch", "qskd_flips_unlabeled6", "short", 7), work)
+    assert unlabelled["config"]["data"]["unlabeled"] == ["unlabeled16"]
     changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
     assert cells.finished(changed, work) is None
     program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)
