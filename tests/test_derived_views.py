@@ -320,14 +320,15 @@ def test_the_cache_job_says_whether_its_teacher_sees_a_mirrored_image_as_it_sees
 
     fine, said = look(TEACHER)
     assert fine
-    assert "not allowed" not in said
+    assert "What to do" not in said
     assert look(TEACHER, derived="none") is None
     student = recipe().student
     untrained = silent_student(student, ShardReader(shapes).manifest.labels, 0).eval()
     save_detector(untrained, tmp_path / "untrained", student.resize)  # its memory is of positions more than of pictures
     fine, said = look(tmp_path / "untrained")
     assert not fine
-    assert "Derived flips are allowed in part" in said
+    assert "derived memory leaves" in said
+    assert "What to do: set data.views.derived=flip with distillation.features.derived_weight=0" in said
 
 
 def test_a_look_at_crops_stops_no_job(shapes: str, tmp_path: Path) -> None:

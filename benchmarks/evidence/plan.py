@@ -107,7 +107,10 @@ class Student:
 MAIN = ("none", "agfd", "lapd", "qskd")
 LONG = (*MAIN, "qskd_constant", "agfd_constant", "none_equal_time", "positives", "all", "mimic", "global")
 PAIR = ("none", "qskd")
-FRESH = ("none_flips", "qskd_flips", *(name for name in VARIANTS if "labeled" in name or "labelled" in name))
+FRESH = (
+    *("none_flips", "qskd_flips", "none_flips_labelled24"),
+    *(f"qskd_flips_unlabeled{count // 1000}" for count in NEW_IMAGES),
+)
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")

@@ -73,9 +73,11 @@ def look_at_flips(plan: CachePlan, teacher: OnlineTeacher) -> tuple[bool, str] |
         f"the teacher's positives on mirrored views, derived from the cache and asked: mean IoU {found['iou_derived']:.2f} and "
         f"{found['iou_real']:.2f}, confidence {found['confidence_derived']:.2f} and {found['confidence_real']:.2f}"
     )
-    verdict = _allowed(config, found, "flip", asked=False)
-    fine = verdict.startswith("allowed: ")
-    return fine, said if fine else f"{said}. Derived flips are {verdict}"
+    try:
+        _allowed(config, found, "flip", asked=True)
+    except QskdError as error:
+        return False, f"{said}; {error.found}. What to do: {error.remedy}"
+    return True, said
 
 
 def _of_flips(plan: CachePlan, teacher: OnlineTeacher, count: int, seconds: float = math.inf) -> Agreement:
