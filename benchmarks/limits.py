@@ -86,7 +86,7 @@ def cache_manifest(images: int) -> str:
 
 def order(images: int) -> str:
     """What a reader does for its first run of an epoch, and for its second: 16 images in the middle of it."""
-    from qskd.datasets.schedule import Schedule, training_batches
+    from qskd.datasets.order.schedule import Schedule, training_batches
 
     schedule, before = Schedule(_shard_rows(images), (), 0, 50, 16, 4096), peak_mib()
     taken = []
@@ -99,7 +99,7 @@ def order(images: int) -> str:
 
 def each_step(images: int) -> str:
     """What a worker asks for each batch, and a reader for each run of an evaluation of a twentieth as many images."""
-    from qskd.datasets.schedule import Schedule, evaluation_batches
+    from qskd.datasets.order.schedule import Schedule, evaluation_batches
 
     schedule = Schedule(_shard_rows(images), _shard_rows(images // 20), 0, 50, 16, 4096)
     late, times = schedule.batches_in("val", 0) - 1, 200
@@ -152,7 +152,7 @@ def row_groups(groups: int) -> str:
 
 def whole_order(images: int) -> str:
     """All of an epoch's order at once, as every run made it until it was made window by window."""
-    from qskd.datasets.schedule import epoch_order
+    from qskd.datasets.order.schedule import epoch_order
 
     started = time.perf_counter()
     epoch_order(_shard_rows(images), 0, 1, 4096)
@@ -163,7 +163,7 @@ def first_stretch(images: int) -> str:
     """The ranges of steps of fifty epochs at 800 pixels, batch 16 over eight workers, and listing the first execution's."""
     from pipelines.feed.stream import StreamConfig
     from qskd.config import ResizeConfig, ViewConfig
-    from qskd.datasets.schedule import Schedule
+    from qskd.datasets.order.schedule import Schedule
 
     resize = ResizeConfig(mode="shortest_edge", size=800)
     schedule = Schedule(_shard_rows(images), (), 0, 50, 16, 4096)
@@ -218,7 +218,7 @@ def reading(readers: int) -> str:
     several share whole row groups (`qskd.storage.spool`), of which the oldest go. Sizes alone are kept here."""
     from pipelines.feed.stream import keep_bytes_for
     from qskd.datasets.loader import Recent
-    from qskd.datasets.schedule import epoch_order
+    from qskd.datasets.order.schedule import epoch_order
 
     group, run_rows, window = 64, 48, 4096
     order = epoch_order(_shard_rows(SETS["COCO train"]), 0, 0, window)

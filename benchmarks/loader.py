@@ -42,9 +42,9 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.loader import label_index
 from qskd.datasets.manifest import Manifest
+from qskd.datasets.order.schedule import Schedule, training_batches
 from qskd.datasets.pictures.joining import pad
 from qskd.datasets.samples import Category, Sample
-from qskd.datasets.schedule import Schedule, training_batches
 from qskd.datasets.shards import write_shards
 from qskd.datasets.views import decode_image, make_view, resized_size, view_boxes, view_image
 

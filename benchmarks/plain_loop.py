@@ -37,8 +37,8 @@ from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
 from qskd.datasets.coco import read_coco
 from qskd.datasets.manifest import load_manifest
+from qskd.datasets.order.schedule import Schedule
 from qskd.datasets.samples import Sample
-from qskd.datasets.schedule import Schedule
 from qskd.datasets.shapes import make_shapes
 from qskd.datasets.shards import write_shards
 from qskd.detectors import Detector, build_student, save_detector

@@ -15,7 +15,7 @@ from qskd.config import AugmentationConfig, ResizeConfig
 from qskd.config.augmentation import PRESETS
 from qskd.config.recipe import build, load, to_tree
 from qskd.datasets.batch import parts_of, train_batch
-from qskd.datasets.schedule import split
+from qskd.datasets.order.schedule import split
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student

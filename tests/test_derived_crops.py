@@ -28,8 +28,8 @@ from qskd import checks
 from qskd.config import DetectionLossConfig, ResizeConfig, ViewConfig
 from qskd.config.recipe import load
 from qskd.datasets.batch import train_batch
+from qskd.datasets.order.schedule import Schedule
 from qskd.datasets.samples import Sample
-from qskd.datasets.schedule import Schedule
 from qskd.datasets.shards import ShardReader, write_shards
 from qskd.datasets.views import View, derived_crop, is_mirrored, make_view, view_boxes
 from qskd.distillation.method import Facts, Lesson

@@ -25,7 +25,7 @@ from qskd.config import FACTS, Config, DetectionLossConfig, ResizeConfig, ViewCo
 from qskd.config.recipe import load, replace_fields
 from qskd.datasets.batch import train_batch
 from qskd.datasets.loader import BatchLoader
-from qskd.datasets.schedule import Schedule
+from qskd.datasets.order.schedule import Schedule
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.datasets.shards import ShardReader, write_shards
 from qskd.datasets.views import is_mirrored, make_view, source_view

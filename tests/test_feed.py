@@ -18,7 +18,7 @@ from pipelines.feed.stream import LOADER_ROWS, StreamConfig, local_stream
 from qskd.config import ComputeConfig, ResizeConfig, TrainingConfig, ViewConfig
 from qskd.datasets.batch import TrainBatch, images_of, parts_of, train_batch
 from qskd.datasets.manifest import load_manifest
-from qskd.datasets.schedule import Schedule
+from qskd.datasets.order.schedule import Schedule
 from qskd.datasets.shards import write_shards
 from qskd.structures import tensors_of
 

@@ -17,9 +17,9 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.loader import BatchLoader, label_index
 from qskd.datasets.manifest import load_manifest
+from qskd.datasets.order.schedule import Schedule, Subset, split, stream, training_batches
 from qskd.datasets.pictures.joining import pad
 from qskd.datasets.samples import Category, Sample
-from qskd.datasets.schedule import Schedule, Subset, split, stream, training_batches
 from qskd.datasets.shards import ShardReader, write_shards
 from qskd.datasets.views import View, make_view, view_boxes, view_image
 from qskd.errors import QskdError
@@ -239,7 +239,7 @@ def test_padding_is_right_and_below() -> None:
 
 
 def test_the_modules_of_a_data_worker_import_nothing_heavy() -> None:
-    code = "import sys, qskd.datasets.loader, qskd.datasets.coco, qskd.datasets.shapes, qskd.datasets.schedule; "
+    code = "import sys, qskd.datasets.loader, qskd.datasets.coco, qskd.datasets.shapes, qskd.datasets.order.schedule; "
     code += "print([m for m in ('torch', 'ray', 'mlflow', 'transformers', 'pandas') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

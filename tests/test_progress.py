@@ -31,7 +31,7 @@ from pipelines.tuning.records import Records
 from pipelines.tuning.trial.row import TrialRow
 from pipelines.tuning.watch import SweepWatch
 from qskd.config.recipe import load
-from qskd.datasets.schedule import Schedule
+from qskd.datasets.order.schedule import Schedule
 from qskd.errors import QskdError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qskd.datasets import schedule
-from qskd.datasets.schedule import (
+from qskd.datasets.order import schedule
+from qskd.datasets.order.schedule import (
     Batch,
     EpochOrder,
     Schedule,
@@ -99,7 +99,7 @@ def test_what_is_asked_at_each_step_does_not_grow_with_the_number_of_shards() ->
 
 
 def test_the_order_is_the_same_in_another_process() -> None:
-    code = f"from qskd.datasets.schedule import *; print(epoch_order({SHARDS}, 5, 2, 20).tolist())"
+    code = f"from qskd.datasets.order.schedule import *; print(epoch_order({SHARDS}, 5, 2, 20).tolist())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == str(epoch_order(SHARDS, 5, 2, 20).tolist())
 

@@ -25,12 +25,12 @@ from pipelines.training.plan import make_plan
 from qskd.config.recipe import to_yaml
 from qskd.datasets.batch import train_batch
 from qskd.datasets.manifest import load_manifest
-from qskd.datasets.schedule import Schedule, training_batches
+from qskd.datasets.order.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
+from qskd.datasets.order.schedule import Schedule, training_batches
 from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student, teacher_for_training
 from qskd.selection import gradients
-from qskd.selection.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
 from qskd.selection.matching import RIDGE, WHOLE, match, mismatch, pursue
 from qskd.selection.report import CLASSES, class_table
 from qskd.selection.uncertainty import CONFIDENT, choose_balanced, class_masses

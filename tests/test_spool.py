@@ -20,7 +20,7 @@ from pipelines.feed.stream import StreamConfig
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import load_manifest
-from qskd.datasets.schedule import Schedule, split, training_batches
+from qskd.datasets.order.schedule import Schedule, split, training_batches
 from qskd.datasets.shards import write_shards
 from qskd.storage.parquet import ParquetFiles
 from qskd.storage.scratch import SharedFolder

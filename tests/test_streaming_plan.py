@@ -16,7 +16,7 @@ from pipelines.feed.stream import MAX_RANGE, RANGE_BYTES, StreamConfig, local_st
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.manifest import load_manifest
-from qskd.datasets.schedule import Batch, Schedule, split, stream
+from qskd.datasets.order.schedule import Batch, Schedule, split, stream
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.datasets.shards import write_shards
 

@@ -27,7 +27,7 @@ from pipelines.feed.stream import StreamConfig, local_stream
 from qskd.config import Config, DetectionLossConfig, ResizeConfig, ViewConfig
 from qskd.datasets.batch import train_batch
 from qskd.datasets.loader import BatchLoader
-from qskd.datasets.schedule import Schedule
+from qskd.datasets.order.schedule import Schedule
 from qskd.datasets.shards import ShardReader, write_shards
 from qskd.errors import QskdError
 from qskd.from_recipe import teacher_for_training

@@ -13,7 +13,7 @@ from tiny import FAMILIES, arrays, assert_equal, batch_of, make_training, random
 
 from qskd.config import TrainingConfig
 from qskd.datasets.batch import parts_of, train_batch
-from qskd.datasets.schedule import split
+from qskd.datasets.order.schedule import split
 from qskd.errors import QskdError
 from qskd.structures import to_device
 from qskd.training.step import Training, learning_rate_factor, parameter_groups

@@ -17,8 +17,8 @@ from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.datasets.manifest import load_manifest
+from qskd.datasets.order.schedule import Schedule
 from qskd.datasets.samples import Sample
-from qskd.datasets.schedule import Schedule
 from qskd.datasets.shards import write_shards
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training

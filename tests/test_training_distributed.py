@@ -23,7 +23,7 @@ from transformers.models.d_fine.modeling_d_fine import replace_batch_norm
 
 from qskd.config import Config
 from qskd.datasets.batch import TrainBatch, parts_of, train_batch
-from qskd.datasets.schedule import split
+from qskd.datasets.order.schedule import split
 from qskd.errors import QskdError
 from qskd.training.patience import Patience
 from qskd.training.step import Training

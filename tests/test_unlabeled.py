@@ -25,7 +25,7 @@ from qskd.boxes import xyxy_to_cxcywh
 from qskd.config import Config
 from qskd.config.recipe import apply_overrides, build
 from qskd.datasets.batch import TrainBatch, train_batch
-from qskd.datasets.schedule import Batch, Schedule, training_batches
+from qskd.datasets.order.schedule import Batch, Schedule, training_batches
 from qskd.datasets.shards import write_shards
 from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.detectors import save_detector

@@ -216,7 +216,7 @@ def _first_batches(config: Config, stream: Any) -> Iterable[Any]:
     """The first evaluation images, as training batches: their objects are needed."""
     from dataclasses import replace
 
-    from qskd.datasets.schedule import evaluation_batches
+    from qskd.datasets.order.schedule import evaluation_batches
 
     loader = replace(
         stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=(), unlabeled_uris=(), unlabeled_caches=()

@@ -28,7 +28,7 @@ from qskd.boxes import cxcywh_to_xyxy
 from qskd.config import Config
 from qskd.config.recipe import replace_fields
 from qskd.datasets.batch import TrainBatch, train_batch
-from qskd.datasets.schedule import evaluation_batches
+from qskd.datasets.order.schedule import evaluation_batches
 from qskd.distillation.qskd.drawn import band_colours, draw_selection
 from qskd.distillation.qskd.method import QSKD
 from qskd.distillation.qskd.seen import ask_teacher

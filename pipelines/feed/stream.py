@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pipelines.feed.packing import Arrays
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
+from qskd.datasets.order.schedule import Batch, Schedule, Subset, evaluation_batches, split, training_batches
 from qskd.datasets.pictures.cuts import SHIP_BYTES
-from qskd.datasets.schedule import Batch, Schedule, Subset, evaluation_batches, split, training_batches
 from qskd.storage.spool import RowGroupSpool
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.joined import JoinedCaches
@@ -46,7 +46,7 @@ def keep_bytes_for(window_images: int, row_bytes: float) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part of one global batch. The fields are those of `qskd.datasets.schedule.Batch`; arrays are the loader's."""
+    """One worker's part of one global batch. Fields as in `qskd.datasets.order.schedule.Batch`; arrays are the loader's."""
 
     subset: Subset
     epoch: int

@@ -12,7 +12,7 @@ from pipelines.reporting.pulse import forget, heard
 from pipelines.reporting.words import Shown, line_text
 from pipelines.run.folder import Folder
 from pipelines.run.history import read_history
-from qskd.datasets.schedule import Schedule
+from qskd.datasets.order.schedule import Schedule
 from qskd.errors import QskdError
 from qskd.evaluation.shown import measured
 

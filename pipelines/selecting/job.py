@@ -24,12 +24,12 @@ from pipelines.training.plan import Plan, make_plan
 from qskd.config import Config
 from qskd.datasets.batch import train_batch
 from qskd.datasets.manifest import Manifest, load_manifest
+from qskd.datasets.order.chosen import ChosenImage, Selection, is_selection
 from qskd.datasets.samples import flat_column
 from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError, writing
 from qskd.from_recipe import make_student, teacher_for_training
 from qskd.redaction import redacted_uri
-from qskd.selection.chosen import ChosenImage, Selection, is_selection
 from qskd.selection.gradients import GradientMaker
 from qskd.selection.matching import match, mismatch, shuffled
 from qskd.selection.report import class_table, ends, ends_picture

@@ -28,7 +28,8 @@ from qskd.checks import (
 )
 from qskd.datasets.findings.splits import between
 from qskd.datasets.manifest import Manifest, check_labelled, load_manifest
-from qskd.datasets.schedule import Schedule
+from qskd.datasets.order.chosen import ChosenRows, by_folder, chosen_rows
+from qskd.datasets.order.schedule import Schedule
 from qskd.datasets.shards import read_annotations
 from qskd.datasets.splits import check_splits
 from qskd.datasets.unlabeled.joined import source_manifest, training_manifest, unlabeled_manifests
@@ -38,7 +39,6 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
 from qskd.redaction import redacted
-from qskd.selection.chosen import ChosenRows, by_folder, chosen_rows
 from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing

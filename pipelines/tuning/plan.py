@@ -13,7 +13,7 @@ from pipelines.tuning.search.request import Search
 from qskd.config import Config
 from qskd.config.recipe import replace_fields
 from qskd.datasets.manifest import Manifest, load_manifest
-from qskd.datasets.schedule import Schedule
+from qskd.datasets.order.schedule import Schedule
 from qskd.teacher.identity import cache_sources
 from qskd.teacher.manifest import load_cache_manifest
 

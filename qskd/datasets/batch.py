@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qskd.config import TrainingConfig
+from qskd.datasets.order.schedule import split
 from qskd.datasets.pictures.cuts import sizes_of
 from qskd.datasets.pictures.resample import make_pixels
-from qskd.datasets.schedule import split
 from qskd.structures import Targets, to_device
 
 

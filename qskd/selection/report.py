@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qskd.datasets.order.chosen import ChosenImage
 from qskd.datasets.samples import Category, Sample
 from qskd.datasets.views import decode_image
 from qskd.pictures.drawing import fitted
 from qskd.pictures.panels import Panel, sheet
 from qskd.pictures.plots import Picture, draw_boxes
 from qskd.printable import one_line
-from qskd.selection.chosen import ChosenImage
 
 SHOWN = 6  # images of either end
 CLASSES = 20  # the most frequent ones, in a line each

@@ -13,11 +13,11 @@ from qskd.datasets.findings.finding import Finding
 from qskd.datasets.formats.columns import ListedImage
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import PICTURES, picture_size, pictures_below, read_text, some
+from qskd.datasets.order.chosen import Selection, is_selection
 from qskd.datasets.pictures.reader import Pictures, PicturesInFolder
 from qskd.datasets.samples import Category
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
-from qskd.selection.chosen import Selection, is_selection
 from qskd.storage.files import sha256_of
 
 _EXPECTED = "a folder of pictures, or a text file that lists some, one a line"

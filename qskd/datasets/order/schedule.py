@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qskd.datasets.order.chosen import ChosenRows
 from qskd.errors import QskdError
-from qskd.selection.chosen import ChosenRows
 
 Subset = Literal["train", "val"]
 
