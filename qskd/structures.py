@@ -102,7 +102,7 @@ class Targets:
 
 
 # How a detector's classes are trained and matched: a sigmoid each, or one softmax with "no object".
-Classification = Literal["focal", "varifocal", "iou_aware", "softmax"]
+Classification = Literal["focal", "varifocal", "matchability", "iou_aware", "softmax"]
 
 # What a teacher's record has for a class that it knows nothing of (`teacher.class_map: {NAME: null}`): finite in half precision
 # too, and no detector's own.

@@ -26,7 +26,7 @@ from qskd.teacher.online import OnlineTeacher
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("family", ["conditional_detr", "d_fine", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize("family", ["conditional_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
 def test_family_sizes_classes_and_bytes_are_those_of_the_checkpoint(family: str, tmp_path: Path) -> None:
     folder = make(family, tmp_path / "own")
     said = {check.name: check for check in model_checks(str(folder))}

@@ -1,5 +1,5 @@
-"""Denoising queries of RT-DETR, RT-DETRv2 and D-FINE: transformers' own groups and losses on the same noise, which is a function of
-seed, step and image; and nobody but the detection loss sees them."""
+"""Denoising queries of RT-DETR, RT-DETRv2, D-FINE and DEIMv2: transformers' own groups and losses on the same noise, which is a
+function of seed, step and image; and nobody but the detection loss sees them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from test_families import tiny_model, whole_batch
 from tiny import batch_of, make_training, random_teacher, recipe
 from torch import Tensor
 from transformers.loss.loss_d_fine import DFineLoss
+from transformers.loss.loss_deimv2 import Deimv2Loss
 from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoising_training_group
 
 from qskd import Distiller
@@ -23,15 +24,16 @@ from qskd.config import DetectionLossConfig
 from qskd.detectors import Detector, load_detector, save_detector
 from qskd.detectors.extra_queries import ExtraQueries
 from qskd.losses.denoising import Denoising, Noise, denoising_terms, denoising_weights, draw_noise
-from qskd.losses.detection_loss import combine, detection_terms, detection_weights
+from qskd.losses.detection_loss import MATCHABILITY_GAMMA, combine, detection_terms, detection_weights
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.matching import assign
+from qskd.losses.pairs import own_pairs, united_pairs
 from qskd.structures import DetectorOutput, LossTerm, Targets
 from qskd.training.step import Training
 
 torch.set_num_threads(1)
 
-HYBRID = ("rt_detr", "rt_detr_v2", "d_fine")
+HYBRID = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
 CLASSES, DENOISING, QUERIES = 5, 10, 9  # of test_families.tiny_model
 CONFIG = DetectionLossConfig(denoising_queries=DENOISING)
 # Images without objects, more objects than denoising queries, and more than the model's own.
@@ -69,7 +71,9 @@ def test_groups_are_transformers_own_on_the_same_noise(counts: list[int]) -> Non
         assert made.targets.counts[image] == count * said["dn_num_group"]
 
 
-def ours(model: Any, targets: Targets, noise: Noise) -> tuple[Tensor, dict[str, LossTerm], Denoising]:
+def ours(
+    model: Any, targets: Targets, noise: Noise, united: bool = False
+) -> tuple[Tensor, dict[str, LossTerm], Denoising]:
     """The whole detection loss of a student, as `StepModule` puts it together, with transformers' own embedding."""
     detector = Detector(model)
     denoising = Denoising(CLASSES, detector.memory_channels[0])
@@ -79,24 +83,25 @@ def ours(model: Any, targets: Targets, noise: Noise) -> tuple[Tensor, dict[str, 
     logits = torch.cat([output.early_logits, output.logits])
     boxes = torch.cat([output.early_boxes_cxcywh, output.boxes_cxcywh])
     early = detector.num_early
-    (assignment,) = assign([(logits, boxes)], targets, CONFIG, ["varifocal"])
-    terms = detection_terms(logits, boxes, targets, assignment, CONFIG, "varifocal", early)
+    kind = detector.classification
+    (assignment,) = assign([(logits, boxes)], targets, CONFIG, [kind])
+    terms = detection_terms(logits, boxes, targets, assignment, CONFIG, kind, early, united=united)
     weights = detection_weights(detector.num_layers, CONFIG, early)
     if detector.side_distributions:
-        terms |= fine_grained_terms(
-            output.sides, output.logits, output.boxes_cxcywh, targets, assignment[early:], CONFIG
-        )
+        pairs = united_pairs(assignment, targets, QUERIES) if united else own_pairs(assignment, targets)
+        terms |= fine_grained_terms(output.sides, output.logits, output.boxes_cxcywh, pairs.after(early), CONFIG)
         weights |= fine_grained_weights(CONFIG)
-    terms |= denoising_terms(output.extra, groups, CONFIG, "varifocal")
+    terms |= denoising_terms(output.extra, groups, CONFIG, kind)
     return combine(terms, weights | denoising_weights(CONFIG, detector.side_distributions)), terms, denoising
 
 
-def of_transformers(model: Any, targets: Targets, seed: int) -> Tensor:
-    """Its loss; D-FINE's with the lists of its layers put right: each layer's own boxes, no layer lost, FGL of the last too."""
+def of_transformers(model: Any, targets: Targets, seed: int, united: bool = False) -> Tensor:
+    """Its loss; D-FINE's and DEIMv2's with the lists of their layers put right: each layer's own boxes, no layer lost, FGL of the
+    last too. DEIMv2's with its authors' gamma. united: box losses have the matches of all layers."""
     labels, (pixels, mask) = transformers_labels(targets), whole_batch()
     torch.manual_seed(seed)
     said = model(pixels, mask, labels=labels)
-    if model.config.model_type != "d_fine":
+    if model.config.model_type not in ("d_fine", "deimv2"):
         return said.loss
     split = said.denoising_meta_values["dn_num_split"]
 
@@ -126,22 +131,29 @@ def of_transformers(model: Any, targets: Targets, seed: int) -> Tensor:
         "dn_auxiliary_outputs": [dn_initial, *dn],
         "denoising_meta_values": said.denoising_meta_values,
     }
-    return sum(DFineLoss(model.config)(outputs, labels).values())  # type: ignore[return-value]
+    if model.config.model_type == "d_fine":
+        return sum(DFineLoss(model.config)(outputs, labels).values())  # type: ignore[return-value]
+    model.config.focal_loss_gamma, model.config.use_dense_one_to_one = MATCHABILITY_GAMMA, united
+    return sum(Deimv2Loss(model.config)(outputs, labels).values())  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
-    ("kind", "counts"),
-    [*(("rt_detr", counts) for counts in COUNTS), ("rt_detr_v2", COUNTS[0]), *(("d_fine", c) for c in COUNTS)],
+    ("kind", "counts", "united"),
+    [
+        *((kind, counts, False) for kind in ("rt_detr", "d_fine") for counts in COUNTS),
+        *(("deimv2", counts, True) for counts in COUNTS),
+        *((kind, COUNTS[0], False) for kind in ("rt_detr_v2", "deimv2", "deimv2 lite", "deimv2 vit")),
+    ],
 )
 def test_the_sum_of_losses_is_transformers_own_on_the_same_noise_values_and_gradients(
-    kind: str, counts: list[int]
+    kind: str, counts: list[int], united: bool
 ) -> None:
     model = tiny_model(kind).train()
     other = copy.deepcopy(model)
     other.config.auxiliary_loss = True
     targets = make_targets(counts, CLASSES)
-    total, terms, _ = ours(model, targets, drawn_by_transformers(2, max(counts), seed=4))
-    expected = of_transformers(other, targets, seed=4)
+    total, terms, _ = ours(model, targets, drawn_by_transformers(2, max(counts), seed=4), united)
+    expected = of_transformers(other, targets, seed=4, united=united)
     assert all(term.total > 0 for name, term in terms.items() if name.startswith("denoising"))
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
     total.backward()
@@ -166,7 +178,7 @@ def test_the_models_own_queries_say_what_they_say_without_denoising(kind: str) -
     assert beside.extra.logits.shape == (3, 2, 18, CLASSES)
     for name in ("logits", "boxes_cxcywh", "query_states", "early_logits", "early_boxes_cxcywh"):
         torch.testing.assert_close(getattr(beside, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
-    if kind == "d_fine":
+    if kind in ("d_fine", "deimv2"):
         assert beside.extra.early_logits.shape == (1, 2, 18, CLASSES)
         for mine, expected in zip(beside.sides.logits, alone.sides.logits, strict=True):
             torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
@@ -236,11 +248,11 @@ def hybrid(family: str, *options: str, teacher: bool = False, **sizes: Any) -> T
     return make_training(config, random_teacher() if teacher else None)
 
 
-@pytest.mark.parametrize("family", ["rt_detr", "d_fine"])
+@pytest.mark.parametrize("family", ["rt_detr", "d_fine", "deimv2"])
 def test_every_trained_parameter_gets_a_gradient_with_and_without_objects(family: str) -> None:
     """Other workers wait for it: for the embedding's too, in a share without objects or without images."""
     training = hybrid(family, teacher=True)
-    names = set(denoising_weights(training.config.detection, family == "d_fine"))
+    names = set(denoising_weights(training.config.detection, family != "rt_detr"))
     for batch in (batch_of(2, 1), batch_of(7, 0), batch_of(0, 0), batch_of()):
         values = training.train_step(batch)
         assert names <= values.keys()

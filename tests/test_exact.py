@@ -15,7 +15,7 @@ from qskd.config import StudentConfig
 from qskd.detectors import Detector
 from qskd.detectors.exact import Exact, exactly
 
-HYBRID = ("rt_detr", "v2", "d_fine")
+HYBRID = ("rt_detr", "v2", "d_fine", "deimv2 vit")
 
 
 def detector_of(kind: str) -> Detector:
@@ -31,7 +31,7 @@ def early_boxes(detector: Detector, pixels: torch.Tensor, autocast: bool) -> tor
     return early[0]
 
 
-@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr"])
 def test_the_same_queries_are_chosen_as_in_float32_and_their_boxes_are_within_a_thousandth(family: str) -> None:
     sizes = {**tiny.own(family), "queries": 60, "resize": {"size": 128}}
     found = []

@@ -21,7 +21,8 @@ from qskd.families.detr import from_softmax
 torch.set_num_threads(1)
 
 DENSE = ["detr", "dab", "dab patterns"]
-HYBRID = ["rt_detr", "rt_detr_v2", "discrete", "d_fine"]
+DEIMV2 = ["deimv2", "deimv2 lite", "deimv2 vit"]
+HYBRID = ["rt_detr", "rt_detr_v2", "discrete", "d_fine", *DEIMV2]
 SAMPLED = [*HYBRID, "lw_detr", "rf_detr"]
 ONE_MAP = [*DENSE, "rf_detr"]
 KINDS = [*DENSE, *SAMPLED]
@@ -58,6 +59,8 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
         # Its convolutions stand on the encoder's width; without a projection the decoder reads the encoder's own maps.
         wide = {"encoder_hidden_dim": 32, "decoder_in_channels": [32, 32], "decoder_n_points": [3, 5]}
         model = hf.DFineForObjectDetection(hf.DFineConfig(**sizes, **{**hybrid, **wide}))
+    elif kind in DEIMV2:
+        model = hf.Deimv2ForObjectDetection(deimv2_config(kind, {**sizes, **hybrid}))
     else:
         method = "discrete" if kind == "discrete" else "default"
         config = hf.RTDetrV2Config(**sizes, **hybrid, decoder_n_levels=2, decoder_method=method)
@@ -67,6 +70,30 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
             if parameter.requires_grad and not name.endswith(("reg_scale", "up")):
                 parameter += 0.15 * torch.randn_like(parameter)
     return model.eval()
+
+
+def deimv2_config(kind: str, sizes: dict[str, Any]) -> Any:
+    """As published: a whole encoder on convolutions with a box head a layer; one map made two, one box head, no gates; a ViT with
+    convolutions beside it."""
+    sizes = {**sizes, "encoder_hidden_dim": 32, "decoder_in_channels": [32, 32], "decoder_n_points": [3, 5]}
+    if kind == "deimv2 lite":
+        backbone = hf.ResNetConfig(
+            **{"layer_type": "basic", "depths": [1, 1], "hidden_sizes": [8, 16]},
+            **{"embedding_size": 8, "out_features": ["stage2"]},
+        )
+        sizes |= {"backbone_config": backbone, "encoder_in_channels": [16], "feat_strides": [8], "encoder_layers": 0}
+        return hf.Deimv2Config(**sizes, encoder_type="lite", use_gateway=False, share_bbox_head=True)
+    if kind == "deimv2 vit":
+        vit = hf.DINOv3ViTConfig(
+            **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32},
+            **{"patch_size": 16, "image_size": 64, "num_register_tokens": 2, "out_indices": [1, 2, 3]},
+            **{"apply_layernorm": True, "reshape_hidden_states": True, "pos_embed_rescale": None},  # or training draws
+        )
+        maps = {"encoder_in_channels": [32] * 3, "decoder_in_channels": [32] * 3, "decoder_n_points": [3, 5, 3]}
+        maps |= {"feat_strides": [8, 16, 32], "num_feature_levels": 3, "encode_proj_layers": [2]}
+        ending = {"encoder_has_trailing_conv": False, "spatial_tuning_adapter_inplanes": 4}
+        return hf.Deimv2Config(**{**sizes, **maps, **ending, "backbone_config": vit})
+    return hf.Deimv2Config(**sizes)
 
 
 def lw_detr_config(**changes: Any) -> Any:
@@ -203,12 +230,13 @@ def test_memory_is_what_the_cross_attention_reads(kind: str) -> None:
     cross.register_forward_hook(lambda module, args, kwargs, output: heard.append(kwargs), with_kwargs=True)
     pixels, mask = batch_for(kind)
     ours = detector(pixels, mask)
-    shapes = [(6, 8)] if kind in ONE_MAP else [(12, 16), (6, 8)]
+    shapes = [(6, 8)] if kind in ONE_MAP else [(12, 16), (6, 8), (3, 4)][: 3 if kind == "deimv2 vit" else 2]
+    projected = shapes[:1] if kind == "deimv2 lite" else shapes
     assert [tuple(part.shape) for part in ours.memory] == [(2, 32, *shape) for shape in shapes]
     assert detector.memory_strides == tuple(pixels.shape[-1] // part.shape[-1] for part in ours.memory)
     wide = 24 if kind in ("rt_detr", "rt_detr_v2", "discrete") else 32
-    assert [tuple(part.shape) for part in ours.features] == [(2, wide, *shape) for shape in shapes]
-    assert (detector.memory_channels, detector.feature_channels) == ((32,) * len(shapes), (wide,) * len(shapes))
+    assert [tuple(part.shape) for part in ours.features] == [(2, wide, *shape) for shape in projected]
+    assert (detector.memory_channels, detector.feature_channels) == ((32,) * len(shapes), (wide,) * len(projected))
     read = heard[0]["key_value_states" if kind == "detr" else "encoder_hidden_states"]
     assert torch.equal(torch.cat([part.flatten(2).transpose(1, 2) for part in ours.memory], 1), read)
     for valid, shape in zip(ours.memory_valid, shapes, strict=True):

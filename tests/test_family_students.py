@@ -44,6 +44,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "rt_detr_v2": {"family": "rt_detr_v2", "feature_levels": 2},
     "one level": {"family": "rt_detr_v2"},
     "d_fine": {"family": "d_fine", "feature_levels": 2},
+    "deimv2": {"family": "deimv2", "feature_levels": 2},
     "lw_detr": tiny.own("lw_detr"),
     "rf_detr": {**tiny.own("rf_detr"), "queries": 12},  # of 16 cells
 }
@@ -180,7 +181,7 @@ def test_plain_transformers_reads_trained_students_of_all_families_alike(tmp_pat
             torch.testing.assert_close(said["logits"], expected.logits[-1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
 def test_a_new_class_head_keeps_the_classes_it_knows(tmp_path: Path, name: str) -> None:
     source = student(name).eval()
     tiny.shake(source, 1)
@@ -235,7 +236,7 @@ def test_a_student_of_the_teachers_sizes_becomes_the_teacher(name: str) -> None:
     assert torch.equal(said.boxes_cxcywh, expected.boxes_cxcywh)
 
 
-@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
 def test_a_student_with_fewer_layers_takes_the_first_and_the_last(name: str) -> None:
     teacher = student(name, seed=1, decoder_layers=3, encoder_layers=2, labels=("emu", *LABELS))
     mine = student(name, seed=2)
@@ -249,7 +250,7 @@ def test_a_student_with_fewer_layers_takes_the_first_and_the_last(name: str) -> 
     if name in HYBRID:
         assert done.copied["model.decoder.class_embed.1"] == "model.decoder.class_embed.2"
         assert done.copied["model.decoder.bbox_embed.1"] == "model.decoder.bbox_embed.2"
-    if name == "d_fine":
+    if name in ("d_fine", "deimv2"):
         assert done.copied["model.decoder.lqe_layers.1"] == "model.decoder.lqe_layers.2"
     head, theirs = (FAMILIES[mine.family].class_heads(one.model)[-1] for one in (mine, teacher))
     assert torch.equal(head.weight, theirs.weight[1:])

@@ -16,6 +16,7 @@ from transformers.models.d_fine.modeling_d_fine import weighting_function
 from qskd.config import DetectionLossConfig
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.matching import assign
+from qskd.losses.pairs import own_pairs
 from qskd.structures import LossTerm, SideDistributions, Targets
 
 LAYERS, QUERIES, CLASSES = 3, 8, 5
@@ -40,7 +41,7 @@ class Case:
         (self.assignment,) = assign([(self.logits, self.boxes)], self.targets, CONFIG, ["varifocal"])
 
     def terms(self, config: DetectionLossConfig = CONFIG) -> dict[str, LossTerm]:
-        return fine_grained_terms(self.sides, self.logits, self.boxes, self.targets, self.assignment, config)
+        return fine_grained_terms(self.sides, self.logits, self.boxes, own_pairs(self.assignment, self.targets), config)
 
 
 def value(terms: dict[str, LossTerm], *names: str) -> Tensor:

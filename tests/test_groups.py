@@ -19,6 +19,7 @@ from qskd.config import FACTS, Config, StudentConfig
 from qskd.config.recipe import replace_fields, to_tree
 from qskd.detectors import inherit
 from qskd.errors import QskdError
+from qskd.families.table import FAMILIES
 from qskd.training.groups import parameter_groups
 from qskd.training.step import Training
 
@@ -81,7 +82,7 @@ def test_what_was_inherited_learns_at_a_rate_of_its_own_the_backbone_at_its_own(
     assert {group["scale"] for group in alike} == {1.0, 0.1}  # without a teacher's layers it changes nothing
 
 
-@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine"])
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
 def test_norms_and_biases_have_no_decay_where_the_familys_recipe_has_none(family: str) -> None:
     training, groups = groups_of(config_of(family))
     free = set[str]().union(*(group["names"] for group in groups if group.get("weight_decay") == 0.0))
@@ -118,7 +119,7 @@ def student_of(family: str, resnet: Path | None, **changes: Any) -> Any:
 
 def frozen_parts(student: Any) -> set[str]:
     """Of "embedder" and the stages, those without a parameter that learns; of none a part may learn."""
-    model = student.backbone.get_submodule("model")
+    model = FAMILIES[student.family].trunk(student.model)
     parts = {"embedder": model.embedder, **{f"stage{i}": stage for i, stage in enumerate(model.encoder.stages, 1)}}
     found = set()
     for name, part in parts.items():

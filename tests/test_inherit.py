@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
@@ -14,6 +15,7 @@ from qskd.detectors.inherit import spread
 from qskd.errors import QskdError
 from qskd.families.table import find_family
 from qskd.from_recipe import start_student
+from qskd.training.module import StepModule
 
 TINY = {"width": 32, "heads": 4, "ffn_width": 48, "queries": 9}
 BACKBONE = BackboneConfig(embedding_size=8, hidden_sizes=(8, 8), depths=(1, 1))
@@ -113,7 +115,9 @@ def test_a_wider_layer_is_left_whole() -> None:
     assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("model.decoder.layers."))
 
 
-@pytest.mark.parametrize("family", ["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "d_fine"])
+@pytest.mark.parametrize(
+    "family", ["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "d_fine", "deimv2"]
+)
 def test_a_narrower_student_takes_the_same_channels_everywhere(family: str) -> None:
     """A teacher of which every channel is there twice, side by side, is inherited by a student of half its widths."""
     teacher = detector(family, 1, width=64, ffn_width=96)
@@ -236,3 +240,29 @@ def test_parts_that_an_unrefined_teacher_has_not_are_left_and_told() -> None:
     done = inherit(student, teacher, (0, 1, 2))
     assert done.copied["model.decoder.layers.0"] == "model.decoder.layers.0"
     assert any("bbox_embed" in part and "nothing" in why for part, why in done.left.items()), done.describe()
+
+
+@pytest.mark.parametrize(
+    ("family", "teacher", "inherits", "same"),
+    [
+        ("d_fine", "refined", False, False),  # its decoder reads channels as they are: they are its own
+        ("d_fine", "d_fine", True, True),
+        ("d_fine", "refined", True, False),  # of another family the backbone alone is inherited
+        ("deimv2", "refined", False, False),
+        ("rt_detr", "refined", False, True),
+    ],
+)
+def test_a_feature_loss_begins_as_the_identity_unless_the_student_reads_channels_of_its_own(
+    family: str, teacher: str, inherits: bool, same: bool
+) -> None:
+    config = tiny.recipe({**tiny.own(family), "width": 64})
+    student = tiny.silent_student(config.student, tiny.LABELS, 0)
+    taught = tiny.random_teacher(teacher)
+    if inherits:
+        inherit(student, taught.detector, range(len(tiny.LABELS)))
+        assert bool(student.inherited) is same
+    module = StepModule(config, student, taught)
+    for layer in module.method.features.projectors.values():
+        weight = layer.weight[:, :, 0, 0]
+        assert torch.equal(weight, torch.eye(64)) is same
+        torch.testing.assert_close(weight @ weight.T, torch.eye(64), atol=1e-5, rtol=0)

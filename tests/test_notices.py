@@ -31,7 +31,7 @@ LEVELS = "student.feature_levels=3"
         (["data.views.flip_probability=0"], 50.0, []),
         ([], 2.0, []),
         (["data.views.count=4", "student.family=rt_detr", SQUARE, LEVELS], 50.0, []),
-        (["data.views.count=4", "student.family=d_fine", SQUARE, LEVELS], 50.0, ["without the union of its layers'"]),
+        (["data.views.count=4", "student.family=deimv2", SQUARE, LEVELS], 50.0, ["without mosaics and mixtures"]),
         (["student.backbone.init="], 2.0, ["student.backbone starts from random weights"]),
         (["student.backbone.init=", "student.inherit=true"], 2.0, []),  # said by what is inherited
         (["student.backbone.init=", "detection.dense_weight=1"], 2.0, []),

@@ -73,7 +73,9 @@ def test_a_dial_without_effect_is_refused(given: dict[str, Any], complaint: str)
         build({"student": given})
 
 
-@pytest.mark.parametrize(("size", "family"), itertools.product(SIZES, ["detr", "deformable_detr", "d_fine", "lw_detr"]))
+@pytest.mark.parametrize(
+    ("size", "family"), itertools.product(SIZES, ["detr", "deformable_detr", "d_fine", "deimv2", "lw_detr"])
+)
 def test_the_architecture_space_searches_about_every_size(size: str, family: str) -> None:
     space = SearchSpace(["student_architecture"], build({"student": {"size": size, "family": family}}))
     sampled = {space.config(overrides).student.model_dump_json() for overrides in space.samples(30, seed=0)}

@@ -84,8 +84,8 @@ class DetectionLossConfig(Section):
     Deformable DETR use 2.
 
     The class term is the student's family's own: focal loss (Conditional, DAB and Deformable DETR), varifocal loss
-    (RT-DETR, RT-DETRv2, D-FINE), IoU-aware cross-entropy (LW-DETR, RF-DETR; both losses have an alpha of their own) or
-    cross-entropy with "no object" (DETR, whose own class_cost is 1).
+    (RT-DETR, RT-DETRv2, D-FINE), matchability-aware loss (DEIMv2), IoU-aware cross-entropy (LW-DETR, RF-DETR; these losses have
+    an alpha or gamma of their own) or cross-entropy with "no object" (DETR, whose own class_cost is 1).
     """
 
     class_cost: NonNegative = 2.0  # of matching a query with an object, the teacher's queries too
@@ -102,14 +102,18 @@ class DetectionLossConfig(Section):
     # rf_detr (rfdetr/config.py), 1 for all others.
     query_groups: Annotated[int | None, Field(ge=1, le=32)] = None
     query_group_weight: NonNegative = 1.0  # of the other groups' mean loss, all their layers
-    # Denoising of RT-DETR, RT-DETRv2 and D-FINE students: so many queries at most, but each object's once, that begin near an
-    # image's objects, under some wrong names, to find back; and as many further off, to be refused. 0 = off; needs `auxiliary`.
-    # null: a third of the student's queries, as published (100 of 300).
+    # Denoising of RT-DETR, RT-DETRv2, D-FINE and DEIMv2 students: so many queries at most, but each object's once, that begin
+    # near an image's objects, under some wrong names, to find back; and as many further off, to be refused. 0 = off; needs
+    # `auxiliary`. null: a third of the student's queries, as published (100 of 300).
     denoising_queries: Annotated[int | None, Field(ge=0, le=2**16)] = None
-    # D-FINE: of the loss of a side's distribution against the object's side (FGL). null: 0.15, as published.
+    # D-FINE, DEIMv2: of the loss of a side's distribution against the object's side (FGL). null: 0.15, as published.
     fgl_weight: NonNegative | None = None
-    # D-FINE: of the loss of a side's distribution in a layer against the last layer's (DDF). null: 1.5, as published.
+    # D-FINE, DEIMv2: of the loss of a side's distribution in a layer against the last layer's (DDF). null: 1.5, as published.
     ddf_weight: NonNegative | None = None
+    # Which queries learn an object's box in a layer. false: the one that the layer has matched with it. true: all that any layer
+    # has matched with it, so that layers agree (GO-LSD, Peng et al., ICLR 2025); classes keep the layer's own. Needs `auxiliary`.
+    # null: the family's own: true for d_fine and deimv2, false for all others.
+    united_matches: bool | None = None
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 
@@ -138,9 +142,9 @@ class TrainingConfig(Section):
     # of random ones: 1.
     backbone_layer_decay: Fraction | None = None
     # What of the student has no weight decay. null: the family's own: norms_and_biases for rt_detr (rtdetr_r18vd_6x_coco.yml of its
-    # authors) and d_fine (dfine_hgnetv2_s_coco.yml), norms for rt_detr_v2 (rtdetrv2_r18vd_120e_coco.yml), backbone for lw_detr
-    # (util/get_param_dicts.py: its ViT's norms, biases, scales of layers and place embeddings) and rf_detr
-    # (rfdetr/models/backbone: its ViT's norms, biases and all embeddings), nothing for all others.
+    # authors), d_fine (dfine_hgnetv2_s_coco.yml) and deimv2 (deimv2_hgnetv2_n_coco.yml), norms for rt_detr_v2
+    # (rtdetrv2_r18vd_120e_coco.yml), backbone for lw_detr (util/get_param_dicts.py: its ViT's norms, biases, scales of layers and
+    # place embeddings) and rf_detr (rfdetr/models/backbone: its ViT's norms, biases and all embeddings), nothing for all others.
     undecayed: Undecayed | None = None
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises linearly
     schedule: Literal["cosine", "step", "constant"] = "step"  # of the learning rate; cosine: down to 0

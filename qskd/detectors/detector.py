@@ -174,6 +174,12 @@ class Detector(nn.Module):
         return self._family.masks_padding
 
     @property
+    def reads_raw_memory(self) -> bool:
+        """Whether its decoder reads the memory's channels as they are, by layers of its own, not a teacher's."""
+        inherits = any(name.startswith("model.decoder.layers.") for name in self.inherited)
+        return not (self._family.projects_memory or inherits)
+
+    @property
     def query_kind(self) -> str:
         """What its `Queries` are: "embedding" or "boxes"."""
         return self._family.kind_of_queries(self.model.config)

@@ -111,10 +111,18 @@ class Projector(nn.Conv2d):
         return F.linear(memory.movedim(1, -1), self.weight.flatten(1), self.bias)
 
 
-def projector(inputs: int, outputs: int) -> Projector:
-    """Between two widths: the identity at first where they agree, else orthogonal."""
+def projector(inputs: int, outputs: int, turned: bool = False) -> Projector:
+    """Between two widths: the identity at first where they agree, else orthogonal. turned: orthogonal in any case.
+
+    A student whose decoder reads the memory's channels as they are (`Facts.reads_raw_memory`) has to be free to choose what each
+    means: begun as the identity, the projector wants them to mean what the teacher's do (docs/evidence.md has what that costs).
+    """
     layer = Projector(inputs, outputs, kernel_size=1)
-    eye_or_orthogonal(layer.weight.data.view(outputs, inputs))
+    weight = layer.weight.data.view(outputs, inputs)
+    if turned:
+        nn.init.orthogonal_(weight)
+    else:
+        eye_or_orthogonal(weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
 
@@ -145,7 +153,8 @@ class Meeting(nn.ModuleList):
             )
         self.pairs = pair_levels(student.cells or student.channels, teacher.cells or teacher.channels)
         self.channels = [teacher.channels[other] for _, other in self.pairs]
-        super().__init__(projector(student.channels[own], teacher.channels[other]) for own, other in self.pairs)
+        turned = student.reads_raw_memory
+        super().__init__(projector(student.channels[own], teacher.channels[other], turned) for own, other in self.pairs)
 
     def of(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Each pair, as `match_maps` has it: shown [B, H, W, C], goal [B, H, W, C], valid [B, H, W]."""

@@ -36,7 +36,7 @@ class Facts:
     another one in each image. None: not known. directions: in which each map varies, where a method asks for them (a teacher's;
     its cache knows). query_kind, query_width: what the `Queries` of its decoder are, "embedding" or "boxes", and the width of the
     embedding or of the states beside the boxes (0: there are none); of a cached teacher known only where a method asks for its
-    decoder.
+    decoder. reads_raw_memory: of a student, as a `Detector` has it.
     """
 
     channels: tuple[int, ...]
@@ -49,6 +49,7 @@ class Facts:
     directions: tuple[Directions, ...] = field(default=(), compare=False, repr=False)
     query_kind: str = ""
     query_width: int = 0
+    reads_raw_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class DFine(RTDetr):
     config_class = DFineConfig
     num_early = 2  # the encoder's proposals, the initial boxes
     side_distributions = True
+    projects_memory = False  # each head reads channels of the encoder's own maps
 
     def check(self, config: Any) -> None:
         last = config.decoder_layers - 1
@@ -106,4 +107,5 @@ class DFine(RTDetr):
         xavier(decoder.pre_bbox_head)
         zero_box_head(decoder.pre_bbox_head.layers[-1], 0.0)
         for layer in decoder.layers:  # gates half open, as transformers has them
-            nn.init.zeros_(layer.gateway.gate.weight)
+            if layer.gateway is not None:
+                nn.init.zeros_(layer.gateway.gate.weight)

@@ -94,6 +94,7 @@ class Family(ABC):
     side_distributions: ClassVar[bool] = False  # its boxes are `SideDistributions`, with losses of their own
     query_kind: ClassVar[Literal["embedding", "boxes"]] = "embedding"  # what its `Queries` are
     query_has_state: ClassVar[bool] = False  # of "boxes": a query is more than its box
+    projects_memory: ClassVar[bool] = True  # its decoder projects what it reads of the memory
 
     # --- what it can do ---------------------------------------------------------------------------------------------
     def check(self, config: Any) -> None:  # noqa: B027

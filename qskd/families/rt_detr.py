@@ -7,7 +7,7 @@ transformers makes denoising queries only when labels are given, which never hap
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from qskd.errors import QskdError
 from qskd.families.deformable_detr import sampling, splat_levels
 from qskd.families.family import Family, Memory, Predictions, detr_sizes, shift_boxes, take
 from qskd.families.initialisation import set_class_prior, xavier, zero_box_head
-from qskd.structures import Queries
+from qskd.structures import Classification, Queries
 
 
 def check_cells(name: str, height: int, width: int, unit: int, strides: Sequence[int], queries: int) -> None:
@@ -48,7 +48,7 @@ class RTDetr(Family):
     processor_class = RTDetrImageProcessorPil
     many_maps = True
     masks_padding = False
-    classification = "varifocal"
+    classification: ClassVar[Classification] = "varifocal"
     num_early = 1  # the encoder's proposals
     denoises = True
     query_kind = "boxes"
@@ -158,7 +158,7 @@ class RTDetr(Family):
     def initialise(self, model: Any) -> None:
         inner, decoder = model.model, model.model.decoder
         # transformers starts everything at N(0, 0.01), norms' weights too: next to nothing comes through.
-        for module in (*inner.encoder_input_proj, inner.encoder, *inner.decoder_input_proj):
+        for module in (*self.projections(model), inner.encoder, *inner.decoder_input_proj):
             for norm in module.modules():
                 if isinstance(norm, nn.BatchNorm2d):
                     norm.reset_parameters()

@@ -10,6 +10,7 @@ from qskd.families.conditional_detr import ConditionalDetr
 from qskd.families.d_fine import DFine
 from qskd.families.dab_detr import DabDetr
 from qskd.families.deformable_detr import DeformableDetr
+from qskd.families.deimv2 import Deimv2
 from qskd.families.detr import Detr
 from qskd.families.family import Family
 from qskd.families.lw_detr import LwDetr
@@ -21,7 +22,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(Detr(), ConditionalDetr(), DabDetr(), DeformableDetr(), RTDetr(), RTDetrV2(), DFine()),
-        *(LwDetr(), RfDetr()),
+        *(Deimv2(), LwDetr(), RfDetr()),
     )
 }
 

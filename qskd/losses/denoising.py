@@ -21,6 +21,7 @@ from qskd.config import DetectionLossConfig
 from qskd.detectors.extra_queries import ExtraQueries
 from qskd.losses.detection_loss import detection_terms
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
+from qskd.losses.pairs import own_pairs
 from qskd.structures import Classification, ExtraPredictions, LossTerm, Targets
 
 PREFIX = "denoising_"
@@ -144,7 +145,7 @@ def denoising_terms(
         terms[PREFIX + kind] = LossTerm(torch.stack([term.total for term in mine]).sum(), mine[0].count)
     if found.sides is not None:
         fine = fine_grained_terms(
-            found.sides, found.logits, found.boxes_cxcywh, groups.targets, assignment[early:], config
+            found.sides, found.logits, found.boxes_cxcywh, own_pairs(assignment[early:], groups.targets), config
         )
         terms |= {PREFIX + name: term for name, term in fine.items()}
     return terms

@@ -1,9 +1,9 @@
 """The detection loss of every family, all decoder layers in one pass, on a matching made elsewhere.
 
 Equal on one worker to transformers' `DeformableDetrForObjectDetectionLoss` (focal), `RTDetrForObjectDetectionLoss`
-(varifocal; with `qskd.losses.denoising`), `LwDetrForObjectDetectionLoss` (iou_aware; with `qskd.training.query_groups`) and
-`ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so that counts can be averaged over workers, and
-nothing waits for the device.
+(varifocal; with `qskd.losses.denoising`), `Deimv2ForObjectDetectionLoss` (matchability; likewise), `LwDetrForObjectDetectionLoss`
+(iou_aware; with `qskd.training.query_groups`) and `ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so
+that counts can be averaged over workers, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, giou, iou
 from qskd.config import DetectionLossConfig
 from qskd.errors import QskdError
+from qskd.losses.pairs import Pairs, own_pairs, united_pairs
 from qskd.losses.unsure import left_out
 from qskd.structures import Classification, LossTerm, Targets
 
 _NAMES = ("class", "l1", "giou")
 VARIFOCAL_ALPHA = 0.75  # of RT-DETR, RT-DETRv2 and D-FINE in transformers (focal_loss_alpha); gamma is 2
+MATCHABILITY_GAMMA = 1.5  # of DEIM and DEIMv2 (configs/base/deimv2.yml); focal_loss_gamma in transformers, there 2
 IOU_AWARE_ALPHA = 0.25  # of LW-DETR in transformers (focal_alpha); gamma is 2
 IOU_AWARE_FLOOR = 0.01  # a labelled entry's target is at least this
 NO_OBJECT_WEIGHT = 0.1  # of DETR (Carion et al., ECCV 2020); transformers' eos_coefficient
@@ -80,6 +82,20 @@ def _varifocal(scores: Tensor, own: Tensor, unmatched: Tensor, quality: Tensor, 
     return _summed(unlabelled(scores), unknown) + _sum_of(correction, unmatched)
 
 
+def _matchability(scores: Tensor, own: Tensor, unmatched: Tensor, overlap: Tensor, unknown: Tensor | None) -> Tensor:
+    """DEIM's matchability-aware loss (Huang et al., CVPR 2025), over all queries and classes: [L].
+
+    A labelled entry's target is IoU^gamma, with weight 1; any other is pushed down by p^gamma. Neither has a gradient.
+    """
+
+    def unlabelled(logits: Tensor) -> Tensor:
+        return logits.detach().sigmoid() ** MATCHABILITY_GAMMA * F.softplus(logits)
+
+    goal = overlap**MATCHABILITY_GAMMA
+    correction = F.softplus(own) - goal * own - unlabelled(own)
+    return _summed(unlabelled(scores), unknown) + _sum_of(correction, unmatched)
+
+
 def _iou_aware(scores: Tensor, own: Tensor, unmatched: Tensor, overlap: Tensor, unknown: Tensor | None) -> Tensor:
     """LW-DETR's IoU-aware cross-entropy (Chen et al., 2024; Cai et al., Align-DETR, 2023), over all queries and classes: [L].
 
@@ -90,6 +106,9 @@ def _iou_aware(scores: Tensor, own: Tensor, unmatched: Tensor, overlap: Tensor, 
     labelled = goal * F.softplus(-own) + (1 - goal) * F.softplus(own)
     correction = labelled - unlabelled_focal(own)
     return _summed(unlabelled_focal(scores), unknown) + _sum_of(correction, unmatched)
+
+
+_BY_OVERLAP = {"varifocal": _varifocal, "matchability": _matchability, "iou_aware": _iou_aware}
 
 
 def _cross_entropy(
@@ -108,6 +127,15 @@ def _cross_entropy(
     return objects + NO_OBJECT_WEIGHT * empty, weight
 
 
+def _box_sums(boxes_cxcywh: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[L, B, Q, 4] -> the pairs' boxes and objects, x0 y0 x1 y1, and the sums [L] of L1 and 1 - GIoU."""
+    mine = boxes_cxcywh.gather(2, pairs.query.unsqueeze(-1).expand(-1, -1, -1, 4))  # [L, B, P, 4]
+    mine_xyxy, theirs_xyxy = cxcywh_to_xyxy(mine), cxcywh_to_xyxy(pairs.objects_cxcywh)
+    distance = (mine - pairs.objects_cxcywh).abs().sum(-1)
+    apart = 1 - giou(mine_xyxy, theirs_xyxy)
+    return mine_xyxy, theirs_xyxy, _sum_of(distance, ~pairs.matched), _sum_of(apart, ~pairs.matched)
+
+
 def detection_terms(
     logits: Tensor,
     boxes_cxcywh: Tensor,
@@ -117,12 +145,14 @@ def detection_terms(
     classification: Classification = "focal",
     early: int = 0,
     no_object: Tensor | None = None,
+    united: bool = False,
 ) -> dict[str, LossTerm]:
     """The class term that `classification` names over all queries and classes, L1 and 1 - GIoU over matched boxes.
 
     logits: [E + L, B, Q, K]; boxes_cxcywh: [E + L, B, Q, 4] in 0..1; assignment: [E + L, B, M] query of each object, -1 =
     none; the first E = `early` of them are predictions before the decoder's layers. "focal" has alpha of `config`;
-    "softmax" needs `no_object` [L, B, Q] and E = 0.
+    "softmax" needs `no_object` [L, B, Q] and E = 0. united: the box terms have the pairs of all layers together
+    (`qskd.losses.pairs`), and count those.
     Returns the terms "class", "l1", "giou" of the last layer, "class_early_0", ... and, when `config.auxiliary`, "class_0",
     ... of the other layers; each counts the batch's boxes, softmax's class terms their weights. Without any object the box
     terms are 0, finite, and still attached to the graph. Of images without labels, queries that show what the teacher half sees
@@ -137,13 +167,12 @@ def detection_terms(
     matched, query = (assignment >= 0) & targets.valid, assignment.clamp(min=0)
     unmatched = ~matched
 
-    mine = boxes.gather(2, query.unsqueeze(-1).expand(-1, -1, -1, 4))  # [L, B, M, 4]
-    theirs = targets.boxes_cxcywh.float()
-    mine_xyxy, theirs_xyxy = cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs)
-    distance = (mine - theirs).abs().sum(-1)
-    l1_sum = _sum_of(distance, unmatched)
-    giou_sum = _sum_of(1 - giou(mine_xyxy, theirs_xyxy), unmatched)
-    count = targets.valid.sum().float()
+    pairs = own_pairs(assignment, targets)
+    mine_xyxy, theirs_xyxy, l1_sum, giou_sum = _box_sums(boxes, pairs)
+    count = box_count = pairs.count
+    if united:
+        pairs = united_pairs(assignment, targets, boxes.shape[2])
+        (_, _, l1_sum, giou_sum), box_count = _box_sums(boxes, pairs), pairs.count
 
     unknown = left_out(boxes, assignment, targets)
     own = scores.flatten(2).gather(2, query * classes + targets.labels)  # [L, B, M] logit of the object's class
@@ -153,9 +182,8 @@ def detection_terms(
             raise ValueError("cross-entropy needs the log-probability of no object")
         class_sum, weight = _cross_entropy(own, matched, query, no_object.float(), unknown)
         class_counts, class_floor = list(weight.unbind()), NO_OBJECT_WEIGHT
-    elif classification in ("varifocal", "iou_aware"):
-        by_overlap = _varifocal if classification == "varifocal" else _iou_aware
-        class_sum = by_overlap(scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy), unknown)
+    elif classification in _BY_OVERLAP:
+        class_sum = _BY_OVERLAP[classification](scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy), unknown)
     else:
         class_sum = _focal(scores, own, unmatched, config.focal_alpha, unknown)
 
@@ -163,8 +191,8 @@ def detection_terms(
     sums = zip(class_sum.unbind(), class_counts, l1_sum.unbind(), giou_sum.unbind(), strict=True)
     for names, (by_class, class_count, l1, by_giou) in zip(term_names(layers - early, early), sums, strict=True):
         terms[names[0]] = LossTerm(by_class, class_count, class_floor)
-        terms[names[1]] = LossTerm(l1, count)
-        terms[names[2]] = LossTerm(by_giou, count)
+        terms[names[1]] = LossTerm(l1, box_count)
+        terms[names[2]] = LossTerm(by_giou, box_count)
     return terms
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config import DetectionLossConfig
-from qskd.structures import LossTerm, SideDistributions, Targets
+from qskd.losses.pairs import Pairs
+from qskd.structures import LossTerm, SideDistributions
 
 TEMPERATURE = 5.0  # of DDF
 SIDES = 4
@@ -89,14 +90,13 @@ def fine_grained_terms(
     sides: SideDistributions,
     logits: Tensor,
     boxes_cxcywh: Tensor,
-    targets: Targets,
-    assignment: Tensor,
+    pairs: Pairs,
     config: DetectionLossConfig,
 ) -> dict[str, LossTerm]:
-    """The sums over layers of D-FINE's two losses, for L layers' logits [L, B, Q, K], boxes [L, B, Q, 4], and the query that
-    each object has in each layer, [L, B, M] (-1 = none).
+    """The sums over layers of D-FINE's two losses, for L layers' logits [L, B, Q, K], boxes [L, B, Q, 4], and the queries that have
+    an object in each layer.
 
-    fgl: over matched queries and sides, IoU * cross-entropy with the two bins that the object's side lies between; counts boxes.
+    fgl: over matched queries and sides, IoU * cross-entropy with the two bins that the object's side lies between; counts pairs.
     ddf_matched, ddf_others: over sides, 25 * w * KL(last layer || layer) at temperature 5, of matched queries (w: their IoU) and
     of all others (w: the last layer's highest probability). Each counts its sides, beside the other's (`LossTerm.rest`), so that
     their sum is DDF: the two means, weighted by the roots of their counts.
@@ -104,9 +104,7 @@ def fine_grained_terms(
     """
     layers, batch, queries, _ = logits.shape
     bins = len(sides.values)
-    matched = (assignment >= 0) & targets.valid
-    query = assignment.clamp(min=0)
-    theirs = targets.boxes_cxcywh.float()
+    matched, query, theirs = pairs.matched, pairs.query, pairs.objects_cxcywh
     mine = boxes_cxcywh.detach().float().gather(2, query[..., None].expand(-1, -1, -1, SIDES))
     overlap = torch.where(matched, iou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs)), 0.0)  # [L, B, M]
 
@@ -120,7 +118,7 @@ def fine_grained_terms(
         nearest = likely.gather(-1, torch.stack([left, left + 1], -1))  # [B, M, 4, 2]
         loss = -(nearest[..., 0] * (1 - share) + nearest[..., 1] * share).sum(-1)
         fine = fine + (overlap[layer] * loss).sum()
-    terms = {"fgl": LossTerm(fine, targets.valid.sum().float())}
+    terms = {"fgl": LossTerm(fine, pairs.count)}
     if not config.auxiliary:
         return terms
 
@@ -136,6 +134,6 @@ def fine_grained_terms(
         apart = F.kl_div(guess, last, reduction="none").sum((-1, -2)) * weight * TEMPERATURE**2
         found = found + torch.where(taken, apart, 0.0).sum()
         others = others + torch.where(taken, 0.0, apart).sum()
-    count = SIDES * matched[-1].sum().float()  # the same in each layer: as many objects as there are queries for
+    count = SIDES * matched[-1].sum().float()  # the same in each layer: the objects that there are queries for
     rest = SIDES * batch * queries - count
     return terms | {"ddf_matched": LossTerm(found, count, rest=rest), "ddf_others": LossTerm(others, rest, rest=count)}

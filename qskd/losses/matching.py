@@ -54,7 +54,7 @@ def matching_costs(
     probability = logits.detach()[:, image, :, labels].float().transpose(0, 1).sigmoid()  # indexing puts N first
     boxes = boxes_cxcywh.detach()[:, image].float()
     # Losses with an alpha of their own leave the matching its usual one.
-    alpha = 0.25 if classification in ("varifocal", "iou_aware") else config.focal_alpha
+    alpha = 0.25 if classification in ("varifocal", "matchability", "iou_aware") else config.focal_alpha
     if classification == "softmax":
         by_class = -probability
     else:

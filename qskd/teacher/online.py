@@ -139,6 +139,7 @@ def facts_of(detector: Detector, resize: ResizeConfig) -> Facts:
         detector.chooses_queries,
         query_kind=detector.query_kind,
         query_width=detector.query_width,
+        reads_raw_memory=detector.reads_raw_memory,
     )
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from qskd.config import FACTS, TrainingConfig
 from qskd.training.module import StepModule
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deformable DETR's own code and in transformers
 
 
@@ -35,7 +35,7 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
     undecayed = config.undecayed or facts.undecayed
     free: set[int] = set()
     if undecayed in ("norms", "norms_and_biases"):
-        free |= {id(p) for part in student.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
+        free |= {id(p) for part in student.modules() if is_norm(part) for p in part.parameters(recurse=False)}
     if undecayed == "norms_and_biases":
         free |= {id(p) for name, p in student.named_parameters() if name.rpartition(".")[2].endswith("bias")}
     if undecayed == "backbone":  # by its authors' own rules, which differ in a ViT's scales of layers and what embeds
@@ -53,6 +53,11 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
         for (own, decayed), parameters in groups.items()
         if parameters or (own, decayed) == (1.0, True)  # the first is there even if all was inherited
     ]
+
+
+def is_norm(part: nn.Module) -> bool:
+    """transformers gives each family an RMS norm of its own, with no class above it that all share."""
+    return isinstance(part, NORMS) or type(part).__name__.endswith("RMSNorm")
 
 
 def _of_the_backbone(module: StepModule, config: TrainingConfig) -> dict[int, float]:

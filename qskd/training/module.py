@@ -26,6 +26,7 @@ from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
 from qskd.losses.detection_loss import detection_terms, detection_weights
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.matching import all_costs, begin_assigning, positions_of
+from qskd.losses.pairs import own_pairs, united_pairs
 from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherRecord
 from qskd.teacher.cached import Teacher
 from qskd.teacher.online import facts_of
@@ -70,6 +71,8 @@ class StepModule(nn.Module):
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.query_groups = query_groups_of(config.detection, student)
+        given = config.detection.united_matches
+        self.united = config.detection.auxiliary and (FACTS[student.family].united if given is None else given)
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
         if self.query_groups is not None:
             self.weights |= self.query_groups.weights
@@ -154,12 +157,13 @@ class StepModule(nn.Module):
         """The student's own losses. predictions: its logits and boxes, early ones first; others: of further groups of queries.
         assignments: of both; noised: its denoising queries."""
         config, early, kind = self.config.detection, self.student.num_early, self.student.classification
-        terms = detection_terms(*predictions, targets, assignments[0], config, kind, early, output.no_object)
+        own, united = assignments[0], self.united
+        terms = detection_terms(*predictions, targets, own, config, kind, early, output.no_object, united)
         if self.query_groups is not None and others is not None:
             terms |= self.query_groups.terms(others, targets, assignments[1], kind)
         if output.sides is not None:
-            own = assignments[0][early:]
-            terms |= fine_grained_terms(output.sides, output.logits, output.boxes_cxcywh, targets, own, config)
+            pairs = united_pairs(own, targets, output.logits.shape[2]) if united else own_pairs(own, targets)
+            terms |= fine_grained_terms(output.sides, output.logits, output.boxes_cxcywh, pairs.after(early), config)
         if noised is not None and output.extra is not None:
             terms |= denoising_terms(output.extra, noised, config, kind)
         elif self.denoising is not None:

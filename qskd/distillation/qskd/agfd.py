@@ -40,7 +40,8 @@ def foreground_mask(
     record adds nothing; an image without objects has a mask of zeros.
 
     selection, confidence: of the teacher's last layer, without layer dimension; of all L with `attention_layers: all`.
-    METHODS 1.3 AGFD, our reconstruction.
+    METHODS 1.3 AGFD, our reconstruction. The projectors (one for each student map that meets one of the teacher's; `projector` says
+    how they begin) are for training only and belong to this module, never to the exported student.
     """
     if teacher.attention_queries is None or not teacher.attention:
         raise QskdError(
@@ -94,7 +95,7 @@ class AttentionGuidedFeatureDistillation(nn.Module):
     With `mask_weighting: squared` the mean over all cells of M_p^2 * mean_c (...)^2 instead, as TPRD has it (METHODS 5).
 
     METHODS 1.3 AGFD, our reconstruction. The projectors (one for each student map that meets one of the teacher's, the
-    identity at first when the widths agree) are for training only and belong to this module, never to the exported student.
+    identity at first when the widths agree and `turned` is false) are for training only and belong to this module, never to the exported student.
     """
 
     def __init__(
@@ -104,10 +105,11 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         config: FeatureDistillationConfig,
         pairs: Sequence[tuple[int, int]] | None = None,
         directions: Sequence[Directions] = (),
+        turned: bool = False,
     ) -> None:
         """student_channels, teacher_channels: the width of each memory map. pairs: (student map, teacher map), by
         `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given. directions: of each
-        teacher map, for `whitening`; QskdError when that is on, and they are not known."""
+        teacher map, for `whitening`; QskdError when that is on, and they are not known. turned: as of `projector`."""
         super().__init__()
         self.config = config
         self.maps = len(student_channels), len(teacher_channels)
@@ -121,7 +123,7 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             )
         self.pairs = tuple(pairs or pair_levels(student_channels, teacher_channels))
         self.projectors = nn.ModuleDict(
-            {str(own): projector(student_channels[own], teacher_channels[other]) for own, other in self.pairs}
+            {str(own): projector(student_channels[own], teacher_channels[other], turned) for own, other in self.pairs}
         )
 
         if config.whitening and not directions:

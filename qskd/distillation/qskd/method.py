@@ -55,7 +55,12 @@ class QSKD(Method):
         if features.weight > 0:
             pairs = pair_levels(student.cells, teacher.cells) if student.cells and teacher.cells else None
             self.features = AttentionGuidedFeatureDistillation(
-                student.channels, teacher.channels, features, pairs, teacher.directions
+                student.channels,
+                teacher.channels,
+                features,
+                pairs,
+                teacher.directions,
+                student.reads_raw_memory,
             )
             self.weights["agfd"] = features.weight
             if features.importance:
