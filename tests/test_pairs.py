@@ -83,21 +83,17 @@ def test_own_pairs_are_the_assignment_and_count_all_objects() -> None:
     assert torch.equal(pairs.query[pairs.matched], assignment[assignment >= 0])
 
 
-@pytest.mark.parametrize(("given", "united"), [(None, True), (False, False)])
-def test_the_field_decides_and_d_fine_has_it_by_default(given: bool | None, united: bool) -> None:
+@pytest.mark.parametrize("united", [True, False])
+def test_the_field_decides_and_classes_keep_the_layers_own_matches(united: bool) -> None:
     own = {"family": "d_fine", "feature_levels": 2, "queries": 30}
-    setting = [] if given is None else ["detection.united_matches=false"]
-    training = tiny.make_training(tiny.recipe(own, "detection.denoising_queries=0", *setting), None)
-    assert training.module.united is united
-    other = tiny.make_training(
-        tiny.recipe(own, "detection.denoising_queries=0", "detection.united_matches=false"), None
-    )
+    options = "detection.denoising_queries=0", f"detection.united_matches={united}".lower()
+    training, other = (tiny.make_training(tiny.recipe(own, *options[:count]), None) for count in (2, 1))
     for each in (training, other):  # a fresh one's layers agree
         for seed in range(9):
             tiny.shake(each.module.student, seed)
     batch = tiny.batch_of(5, 3)
     mine, theirs = training.train_step(batch), other.train_step(batch)
-    assert torch.equal(mine["class"], theirs["class"])  # the layer's own, in any case
+    assert torch.equal(mine["class"], theirs["class"])
     assert torch.equal(mine["l1"], theirs["l1"]) is not united
     for name in ("fgl", "ddf_matched"):
         assert torch.isfinite(mine[name])

@@ -43,7 +43,6 @@ _OF_FAMILIES = {
     "detection.denoising_queries": "denoises",
     "detection.fgl_weight": "side_distributions",
     "detection.ddf_weight": "side_distributions",
-    "detection.united_matches": "side_distributions",
 }
 _DECIDES = ("data", "student", "teacher", "distillation", "detection", "augmentation", "training", "seed")
 

@@ -32,7 +32,6 @@ BEGUN_BEFORE = {
     "detection.fgl_weight": 0.0,
     "detection.ddf_weight": 0.0,
     "detection.query_groups": 1,
-    "detection.united_matches": False,
     "training.backbone_layer_decay": 1.0,
 }
 DATA = "data.json"  # fingerprints of the shards that a run was begun on

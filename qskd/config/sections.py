@@ -111,9 +111,9 @@ class DetectionLossConfig(Section):
     # D-FINE, DEIMv2: of the loss of a side's distribution in a layer against the last layer's (DDF). null: 1.5, as published.
     ddf_weight: NonNegative | None = None
     # Which queries learn an object's box in a layer. false: the one that the layer has matched with it. true: all that any layer
-    # has matched with it, so that layers agree (GO-LSD, Peng et al., ICLR 2025); classes keep the layer's own. Needs `auxiliary`.
-    # null: the family's own: true for d_fine and deimv2, false for all others.
-    united_matches: bool | None = None
+    # has matched with it, so that layers agree, as D-FINE and DEIMv2 are published (GO-LSD, Peng et al., ICLR 2025); classes keep
+    # the layer's own. Needs `auxiliary`. No gain has been shown (docs/families.md).
+    united_matches: bool = False
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 

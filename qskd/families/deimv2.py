@@ -55,8 +55,11 @@ class Deimv2(DFine):
         return list(getattr(convolutions, "fusion_proj", None) or convolutions.encoder_input_proj)
 
     def drop_front(self, model: Any) -> None:
-        inner = model.model
+        inner, projections = model.model, nn.ModuleList(nn.Identity() for _ in self.projections(model))
         inner.conv_encoder, inner.encoder = nn.Identity(), nn.Identity()
+        # As `backbone` and `projections` find them.
+        inner.conv_encoder.model = nn.Identity()
+        inner.conv_encoder.encoder_input_proj = inner.encoder.input_proj = projections
         inner.decoder_input_proj = nn.ModuleList(nn.Identity() for _ in inner.decoder_input_proj)
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:

@@ -27,7 +27,7 @@ class Facts:
     timm ResNet by leaving the backbone out. Of its authors' training, and what the recipe's fields of the same meaning say by
     default: dropout; frozen_stages of a pretrained backbone, the stem with them; sampling_scale, of the learning rate of sampling
     offsets and reference points; layer_decay, of the learning rate from each layer of a ViT to the one before it; undecayed,
-    what no weight decay pulls at; united, whether the box losses of a layer have the matches of all layers. missing: what of its
+    what no weight decay pulls at. missing: what of its
     authors' training a student here goes without, in words; empty for nothing that is known.
     """
 
@@ -49,7 +49,6 @@ class Facts:
     sampling_scale: float = 1.0
     layer_decay: float = 1.0
     undecayed: Undecayed = "nothing"
-    united: bool = False
 
 
 _ONE_MAP = {"feature_levels": 1}
@@ -118,7 +117,6 @@ FACTS: dict[str, Facts] = {
         hybrid=True,
         least_decoder_layers=2,
         undecayed="norms_and_biases",
-        united=True,
     ),
     "deimv2": Facts(
         "DEIMv2",
@@ -126,7 +124,6 @@ FACTS: dict[str, Facts] = {
         hybrid=True,
         least_decoder_layers=2,
         undecayed="norms_and_biases",
-        united=True,
         missing="mosaics and mixtures of images",
     ),
     "lw_detr": Facts(

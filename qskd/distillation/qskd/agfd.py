@@ -40,8 +40,8 @@ def foreground_mask(
     record adds nothing; an image without objects has a mask of zeros.
 
     selection, confidence: of the teacher's last layer, without layer dimension; of all L with `attention_layers: all`.
-    METHODS 1.3 AGFD, our reconstruction. The projectors (one for each student map that meets one of the teacher's; `projector` says
-    how they begin) are for training only and belong to this module, never to the exported student.
+    METHODS 1.3 AGFD, our reconstruction. The projectors, one for each student map that meets one of the teacher's (`projector` says
+    how they begin), are for training only and belong to this module, never to the exported student.
     """
     if teacher.attention_queries is None or not teacher.attention:
         raise QskdError(
@@ -94,8 +94,8 @@ class AttentionGuidedFeatureDistillation(nn.Module):
 
     With `mask_weighting: squared` the mean over all cells of M_p^2 * mean_c (...)^2 instead, as TPRD has it (METHODS 5).
 
-    METHODS 1.3 AGFD, our reconstruction. The projectors (one for each student map that meets one of the teacher's, the
-    identity at first when the widths agree and `turned` is false) are for training only and belong to this module, never to the exported student.
+    METHODS 1.3 AGFD, our reconstruction. The projectors, one for each student map that meets one of the teacher's (`projector` says
+    how they begin), are for training only and belong to this module, never to the exported student.
     """
 
     def __init__(
