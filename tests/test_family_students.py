@@ -317,7 +317,7 @@ def random_teacher(family: str) -> OnlineTeacher:
 
 
 # While cells are chosen by networks as random as these, other ones are at every step, and the distance to the teacher's boxes goes
-# up and down: of these pairs it fell in one of three seeds, in two of three, in four of five; of DEIMv2's, in this order, in 3, 3, 2
+# up and down: of these pairs it fell in one of three seeds, two of three, four of five; of DEIMv2's, in this order, in 3, 3, 2
 # and 4 of five.
 SEEDS = {("lw_detr", "rt_detr"): 2, ("d_fine", "lw_detr"): 2, ("rf_detr", "lw_detr"): 1}
 SEEDS |= {("deimv2", "rt_detr"): 1, ("deimv2", "lw_detr"): 1, ("deimv2", "rf_detr"): 1, ("rf_detr", "deimv2"): 1}

@@ -1,4 +1,4 @@
-"""Distributions of the sides of boxes, of the queries whose attention is kept: for localization distillation (D-FINE teachers)."""
+"""Distributions of the sides of boxes, of the queries whose attention is kept: for localization distillation (D-FINE, DEIMv2)."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def _refused(who: str) -> QskdError:
     return QskdError(
         "the column sides of the teacher's record",
         f"{who}, whose boxes are four numbers each",
-        "one that gives each side of a box as a distribution: D-FINE",
-        "another method than localization, and teacher.cache.columns without sides; or a D-FINE teacher",
+        "one that gives each side of a box as a distribution: D-FINE or DEIMv2",
+        "another method than localization, and teacher.cache.columns without sides; or a teacher of these",
     )
 
 
