@@ -50,7 +50,7 @@ from qskd.errors import QskdError
 torch.set_num_threads(1)
 
 SIZE = 64
-KINDS = ["conditional", "deformable", "refined", "two_stage", "detr", "dab", *test_families.SAMPLED]
+KINDS = ["conditional", "deformable", "refined", "two_stage", "detr", "table", "dab", *test_families.SAMPLED]
 
 
 def random_detector(kind: str) -> Detector:

@@ -13,14 +13,14 @@ from test_detectors import QUERIES, padded_batch
 from torch import Tensor
 
 from qskd.config import FACTS
-from qskd.deploy.onnx_detect import BEST_PAIRS
+from qskd.deploy.onnx_detect import BEST_PAIRS, SOFTMAX
 from qskd.detectors import FAMILIES, Detector
 from qskd.errors import QskdError
 from qskd.families.detr import from_softmax
 
 torch.set_num_threads(1)
 
-DENSE = ["detr", "dab", "dab patterns"]
+DENSE = ["detr", "table", "dab", "dab patterns"]
 DEIMV2 = ["deimv2", "deimv2 lite", "deimv2 vit"]
 HYBRID = ["rt_detr", "rt_detr_v2", "discrete", "d_fine", *DEIMV2]
 SAMPLED = [*HYBRID, "lw_detr", "rf_detr"]
@@ -50,6 +50,8 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
         model = hf.RfDetrForObjectDetection(rf_detr_config())
     elif kind == "detr":
         model = hf.DetrForObjectDetection(hf.DetrConfig(d_model=32, **sizes))
+    elif kind == "table":
+        model = hf.TableTransformerForObjectDetection(hf.TableTransformerConfig(d_model=32, **sizes))
     elif kind in DENSE:
         patterns = {"num_patterns": 2, "keep_query_pos": True} if kind == "dab patterns" else {}
         model = hf.DabDetrForObjectDetection(hf.DabDetrConfig(hidden_size=32, **patterns, **sizes))
@@ -147,7 +149,7 @@ def test_last_layer_equals_transformers(kind: str, training: bool) -> None:
     assert ours.logits.shape == (3, 2, queries, 5)
     assert ours.boxes_cxcywh.shape == (3, 2, queries, 4)
     last = ours.query_states
-    if kind == "detr":
+    if kind in ("detr", "table"):
         expected = theirs.logits.softmax(-1)
         torch.testing.assert_close(ours.logits[-1].sigmoid(), expected[..., :-1], atol=1e-6, rtol=1e-5)
         assert ours.no_object is not None
@@ -237,7 +239,7 @@ def test_memory_is_what_the_cross_attention_reads(kind: str) -> None:
     wide = 24 if kind in ("rt_detr", "rt_detr_v2", "discrete") else 32
     assert [tuple(part.shape) for part in ours.features] == [(2, wide, *shape) for shape in projected]
     assert (detector.memory_channels, detector.feature_channels) == ((32,) * len(shapes), (wide,) * len(projected))
-    read = heard[0]["key_value_states" if kind == "detr" else "encoder_hidden_states"]
+    read = heard[0]["key_value_states" if kind in ("detr", "table") else "encoder_hidden_states"]
     assert torch.equal(torch.cat([part.flatten(2).transpose(1, 2) for part in ours.memory], 1), read)
     for valid, shape in zip(ours.memory_valid, shapes, strict=True):
         assert torch.equal(valid, F.interpolate(mask[None].float(), size=shape)[0].bool())
@@ -337,7 +339,7 @@ def test_lw_detr_of_a_size_that_its_windows_do_not_divide_or_of_another_backbone
         FAMILIES["lw_detr"].check(config)
 
 
-@pytest.mark.parametrize("kind", ["detr", "dab", "rt_detr", "d_fine", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize("kind", ["detr", "table", "dab", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
 def test_bf16_autocast_keeps_predictions_in_float32(kind: str) -> None:
     detector = Detector(tiny_model(kind))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -354,3 +356,4 @@ def test_every_family_has_a_row_of_facts_that_its_file_agrees_with() -> None:
         facts = FACTS[name]
         assert family.many_maps == (facts.size.get("feature_levels") != 1), name
         assert BEST_PAIRS.get(name) == facts.best_pairs, name  # detect.py stands alone: it has a table of its own
+        assert (name in SOFTMAX) == facts.softmax == (FAMILIES[name].classification == "softmax")

@@ -43,6 +43,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     },
     "rt_detr_v2": {"family": "rt_detr_v2", "feature_levels": 2},
     "one level": {"family": "rt_detr_v2"},
+    "table": {"family": "table-transformer"},
     "d_fine": {"family": "d_fine", "feature_levels": 2},
     "deimv2": {"family": "deimv2", "feature_levels": 2},
     "lw_detr": tiny.own("lw_detr"),
@@ -53,7 +54,7 @@ ONE_LAYER = {
     for name in ("detr", "dab", "rt_detr", "lw_detr", "rf_detr")
 }
 EVERY = STUDENTS | ONE_LAYER
-CHOOSING = [name for name in STUDENTS if name not in ("detr", "dab")]  # their queries, in each image
+CHOOSING = [name for name in STUDENTS if name not in ("detr", "table", "dab")]  # their queries, in each image
 HYBRID = [name for name in CHOOSING if name not in ("lw_detr", "rf_detr")]
 
 
@@ -181,7 +182,7 @@ def test_plain_transformers_reads_trained_students_of_all_families_alike(tmp_pat
             torch.testing.assert_close(said["logits"], expected.logits[-1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize("name", ["detr", "table", "dab", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
 def test_a_new_class_head_keeps_the_classes_it_knows(tmp_path: Path, name: str) -> None:
     source = student(name).eval()
     tiny.shake(source, 1)
@@ -236,7 +237,7 @@ def test_a_student_of_the_teachers_sizes_becomes_the_teacher(name: str) -> None:
     assert torch.equal(said.boxes_cxcywh, expected.boxes_cxcywh)
 
 
-@pytest.mark.parametrize("name", ["detr", "dab", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize("name", ["detr", "table", "dab", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr"])
 def test_a_student_with_fewer_layers_takes_the_first_and_the_last(name: str) -> None:
     teacher = student(name, seed=1, decoder_layers=3, encoder_layers=2, labels=("emu", *LABELS))
     mine = student(name, seed=2)
@@ -284,6 +285,7 @@ def test_a_hybrid_that_cannot_be_built_is_refused(changes: dict[str, Any], compl
 
 PAIRED = ["conditional_detr", "deformable_detr", "rt_detr", "d_fine", "lw_detr"]
 OTHERS = [("detr", "rt_detr"), ("rt_detr_v2", "detr"), ("detr", "dab-detr"), ("dab-detr", "deformable_detr")]
+OTHERS += [("table-transformer", "rt_detr"), ("detr", "table-transformer")]
 RF_DETR = ["conditional_detr", "rt_detr", "d_fine", "lw_detr"]  # it learns from these, and they from it
 WITH_RF_DETR = [pair for other in RF_DETR for pair in (("rf_detr", other), (other, "rf_detr"))]
 WITH_DEIMV2 = [pair for other in (*RF_DETR, "rf_detr") for pair in (("deimv2", other), (other, "deimv2"))]

@@ -134,7 +134,7 @@ def frozen_parts(student: Any) -> set[str]:
 def test_a_pretrained_backbone_keeps_its_stem_and_first_stage_where_the_familys_authors_keep_them(
     family: str, resnet: Path
 ) -> None:
-    own = {"embedder", "stage1"} if family in ("detr", "conditional_detr", "dab-detr", "deformable_detr") else set()
+    own = {"embedder", "stage1"} if FACTS[family].frozen_stages else set()
     assert frozen_parts(student_of(family, resnet)) == own
     assert frozen_parts(student_of(family, resnet, frozen_stages=0)) == set()
     assert frozen_parts(student_of(family, resnet, frozen_stages=2)) == {"embedder", "stage1", "stage2"}

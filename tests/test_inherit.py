@@ -116,7 +116,8 @@ def test_a_wider_layer_is_left_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "d_fine", "deimv2"]
+    "family",
+    ["detr", "table-transformer", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "d_fine", "deimv2"],
 )
 def test_a_narrower_student_takes_the_same_channels_everywhere(family: str) -> None:
     """A teacher of which every channel is there twice, side by side, is inherited by a student of half its widths."""

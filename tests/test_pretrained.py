@@ -280,8 +280,9 @@ def test_without_a_processor_its_family_s_is_assumed_loudly(
 def test_what_a_processor_leaves_out_is_its_family_s(tmp_path: Path) -> None:
     assert processor(tmp_path, {"size": {"height": 512, "width": 512}}, "rt_detr").mean == (0.0, 0.0, 0.0)
     assert processor(tmp_path, {"size": {"height": 512, "width": 512}}, "detr").mean == IMAGENET_MEAN
-    within = processor(tmp_path, {"size": {"max_height": 700, "max_width": 700}}).resize
-    assert (within.mode, within.size, within.longest) == ("shortest_edge", 700, 700)
+    for size in ({"max_height": 700, "max_width": 700}, {"longest_edge": 700}):  # the latter is Table Transformer's
+        within = processor(tmp_path, {"size": size}).resize
+        assert (within.mode, within.size, within.longest) == ("shortest_edge", 700, 700)
 
 
 def test_the_recipe_s_resize_is_a_way_out_of_a_size_that_is_not_done_here(tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ def _resize(said: dict[str, Any], where: str) -> ResizeConfig:
     most = size.get("max_height")
     if most and most == size.get("max_width"):  # the longer side to `most`, down or up (to a pixel)
         return ResizeConfig(mode="shortest_edge", size=most, longest=most)
+    if not shortest and size.get("longest_edge"):  # Table Transformer's: the longer side to it, as its authors resize
+        return ResizeConfig(mode="shortest_edge", size=size["longest_edge"], longest=size["longest_edge"])
     if shortest:
         longest = size.get("longest_edge") or said.get("max_size") or 1333
         return ResizeConfig(mode="shortest_edge", size=shortest, longest=longest)

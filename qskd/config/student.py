@@ -100,9 +100,9 @@ class StudentConfig(Section):
     heads: Count = 8  # of each attention; they divide `width`
     ffn_width: Count = 1024  # inner width of each feed-forward part
     queries: Count = 300  # for objects, in each image
-    # In the transformer, while it is trained. null: the family's own: 0.1 for detr, conditional_detr and deformable_detr
-    # (`--dropout` in their authors' main.py), 0 for dab-detr (its main.py), rt_detr, rt_detr_v2 and d_fine (`dropout: 0.` in
-    # their configs/). Each worker draws its own: with dropout, two are not one bit for bit.
+    # In the transformer, while it is trained. null: the family's own: 0.1 for detr, table-transformer, conditional_detr and
+    # deformable_detr (`--dropout` in their authors' main.py), 0 for dab-detr (its main.py), rt_detr, rt_detr_v2, d_fine and deimv2
+    # (`dropout: 0.` in their configs/). Each worker draws its own: with dropout, two are not one bit for bit.
     dropout: Fraction | None = None
     # The last backbone stages, at most 3. deformable_detr makes further levels by stride 2; RT-DETR and D-FINE were made
     # with 3. The other families read one map.

@@ -20,6 +20,7 @@ from PIL import Image
 
 from qskd.datasets.pictures.decoding import PictureError, decode
 
+SOFTMAX = ("detr", "table-transformer")  # one softmax a query, its last slot "no object"
 BEST_PAIRS = {
     "conditional_detr": 100,
     "deformable_detr": 100,
@@ -42,10 +43,11 @@ def pixels_of(images: np.ndarray, mean: list[float], std: list[float]) -> np.nda
 def probabilities_of(logits: np.ndarray, model_type: str) -> np.ndarray:
     """Logits [B, Q, K] -> the probability of each class, float32.
 
-    DETR's K + 1 logits share a softmax whose last slot is "no object", which is left out; the others have sigmoids.
+    The K + 1 logits of DETR and Table Transformer share a softmax whose last slot is "no object", which is left out; the others
+    have sigmoids.
     """
     logits = logits.astype(np.float32)
-    if model_type == "detr":
+    if model_type in SOFTMAX:
         raised = np.exp(logits - logits.max(-1, keepdims=True))
         return (raised / raised.sum(-1, keepdims=True))[..., :-1]
     small = np.exp(-np.abs(logits))  # of a number <= 0: no overflow
@@ -58,8 +60,8 @@ def boxes_of(
     """What the graph returns -> for each image "scores" [D], "labels" [D] and "boxes_xyxy" [D, 4], best first.
 
     logits: [B, Q, K]. pred_boxes: [B, Q, 4], centre x, centre y, width, height in 0..1 of the image. sizes: [B, 2], height
-    and width of each original image in pixels, which the boxes are scaled to. model_type: of config.json; DETR gives the
-    best class of each query, the others their best (query, class) pairs, as `post_process_object_detection` does.
+    and width of each original image in pixels, which the boxes are scaled to. model_type: of config.json; DETR and
+    Table Transformer give the best class of each query, the others their best (query, class) pairs, as `post_process_object_detection` does.
     """
     probabilities = probabilities_of(logits, model_type)
     centre, half = pred_boxes[..., :2], pred_boxes[..., 2:] / 2
@@ -68,7 +70,7 @@ def boxes_of(
     for scores, boxes, (height, width) in zip(probabilities, corners, np.asarray(sizes), strict=True):
         queries, classes = scores.shape
         places = np.arange(queries * classes)
-        if model_type == "detr":
+        if model_type in SOFTMAX:
             places = np.arange(queries) * classes + scores.argmax(-1)
         order = np.argsort(-scores.reshape(-1)[places], kind="stable")[: BEST_PAIRS.get(model_type, queries)]
         best = places[order]

@@ -69,7 +69,7 @@ def decode(
     with listening(layers), exactly(detector.placing, device), knowing([], None, model):
         asked = family.own_queries(model, memory) if queries is None else queries
         outputs = family.decode(model, memory, asked)
-        calls = tuple(LayerCall(tap.module, tap.args, tap.given, tap.returned) for tap in layers)
+        calls = tuple(LayerCall(tap.module, tap.args, tap.given, tap.state) for tap in layers)
     output = _read(family, model, outputs, [call.state for call in calls], tuple(maps), tuple(valid), pixel_mask)
     return Decoded(output, asked, outputs, memory, calls)
 

@@ -273,7 +273,7 @@ class Detector(nn.Module):
         with_attention = with_attention and not extra
         features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
         memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
-        states = [tap.returned for tap in self.layer_taps]
+        states = [tap.state for tap in self.layer_taps]
         taps = self._cross_attentions if with_attention else []
         cross = [CrossAttention(tap.module, detached(tap.given)) for tap in taps]
 

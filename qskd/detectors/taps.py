@@ -34,6 +34,12 @@ class Tap:
         self.given: dict[str, Any] = {}  # by keyword
         self.returned: Any = None
 
+    @property
+    def state(self) -> Tensor:
+        """What a layer returned, without what may be beside it."""
+        found: Tensor = self.returned[0] if isinstance(self.returned, tuple) else self.returned
+        return found
+
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.active:
             self.args, self.given, self.returned = args, kwargs, output

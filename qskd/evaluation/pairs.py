@@ -21,6 +21,6 @@ class Pairs:
 def pairs_of_transformers(family: str, queries: int, ours: int = 100) -> Pairs | None:
     """What the family's `post_process_object_detection` keeps (below its threshold nothing); None where that is all of the best
     `ours` pairs, or more: AP is the same or sees what is beyond them."""
-    one_a_query = family == "detr"
+    one_a_query = FACTS[family].softmax
     most = FACTS[family].best_pairs or queries
     return Pairs(most, one_a_query) if one_a_query or most < ours else None

@@ -23,7 +23,8 @@ class Facts:
     vit: the type of the ViT that it stands on, which is its encoder too; empty: any ResNet. width_unit: the width is a multiple
     of it. least_decoder_layers: with fewer transformers can't build it. groups: its queries are embeddings, so that training can
     have groups of them; query_groups: as many as its authors train with. best_pairs: (query, class) pairs that its
-    post-processing gives back; None: as many as there are queries. means_timm: its published configurations mean a
+    post-processing gives back; None: as many as there are queries; softmax: one class
+    a query, of a softmax with "no object". means_timm: its published configurations mean a
     timm ResNet by leaving the backbone out. Of its authors' training, and what the recipe's fields of the same meaning say by
     default: dropout; frozen_stages of a pretrained backbone, the stem with them; sampling_scale, of the learning rate of sampling
     offsets and reference points; layer_decay, of the learning rate from each layer of a ViT to the one before it; undecayed,
@@ -42,6 +43,7 @@ class Facts:
     groups: bool = False
     query_groups: int = 1
     best_pairs: int | None = None
+    softmax: bool = False
     means_timm: bool = False
     missing: str = ""
     dropout: float = 0.0
@@ -93,7 +95,10 @@ _RF_DETR = {
 }
 
 FACTS: dict[str, Facts] = {
-    "detr": Facts("DETR", {**_ONE_MAP, "queries": 100}, means_timm=True, dropout=0.1, frozen_stages=1),
+    "detr": Facts("DETR", {**_ONE_MAP, "queries": 100}, softmax=True, means_timm=True, dropout=0.1, frozen_stages=1),
+    "table-transformer": Facts(
+        "Table Transformer", {**_ONE_MAP, "queries": 100}, softmax=True, means_timm=True, dropout=0.1, frozen_stages=1
+    ),
     "conditional_detr": Facts(
         "Conditional DETR", _ONE_MAP, groups=True, best_pairs=100, means_timm=True, dropout=0.1, frozen_stages=1
     ),

@@ -17,12 +17,13 @@ from qskd.families.lw_detr import LwDetr
 from qskd.families.rf_detr import RfDetr
 from qskd.families.rt_detr import RTDetr
 from qskd.families.rt_detr_v2 import RTDetrV2
+from qskd.families.table_transformer import TableTransformer
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(Detr(), ConditionalDetr(), DabDetr(), DeformableDetr(), RTDetr(), RTDetrV2(), DFine()),
-        *(Deimv2(), LwDetr(), RfDetr()),
+        *(Deimv2(), LwDetr(), RfDetr(), TableTransformer()),
     )
 }
 
