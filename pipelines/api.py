@@ -5,14 +5,16 @@ They raise QskdError where the command line prints one. Nothing heavy is importe
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pipelines.functions.recipes import Fields, Folder, Recipe, configuration, unless
+from pipelines.functions.unlabeled import label as label
+from pipelines.functions.unlabeled import select as select
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,18 +23,11 @@ if TYPE_CHECKING:
     from pipelines.caching.driver import CacheResult
     from pipelines.training.driver import RunResult
     from pipelines.tuning.finish import SweepResult
-    from qskd.config import Config
     from qskd.datasets.findings.finding import Finding
     from qskd.datasets.manifest import Manifest
     from qskd.evaluation.details import Evaluation
 
     Picture: TypeAlias = str | Path | Image.Image | np.ndarray
-
-Recipe: TypeAlias = (
-    "str | Path | Mapping[str, Any] | Config | None"  # a YAML file or URI, its fields, or what these became
-)
-Fields: TypeAlias = Mapping[str, Any] | Sequence[str]  # {"a.b": value}, or texts "a.b=value" as after --set
-Folder: TypeAlias = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -70,33 +65,6 @@ class Exported:
     onnx: str | None
     largest_difference: float | None
     latency: str
-
-
-def _configuration(recipe: Recipe, set: Fields, methods: Sequence[Folder]) -> Config:
-    from qskd.config import Config
-    from qskd.config.recipe import apply_overrides, build, load
-    from qskd.distillation.find import add_folder
-
-    for folder in reversed(list(methods)):
-        add_folder(os.fspath(folder))
-    texts = list(set)
-    if isinstance(set, Mapping):
-        texts = [f"{name}={json.dumps(value, default=os.fspath)}" for name, value in set.items()]
-    if isinstance(recipe, Config):  # of what was left at its default, other fields may decide
-        return build(apply_overrides(recipe.model_dump(mode="json", exclude_unset=True), texts), "recipe")
-    if isinstance(recipe, Mapping):
-        return build(apply_overrides(json.loads(json.dumps(recipe, default=os.fspath)), texts), "recipe")
-    return load(None if recipe is None else os.fspath(recipe), texts)
-
-
-@contextlib.contextmanager
-def _unless(verbose: bool) -> Iterator[None]:
-    """Without what the verb prints on standard output; warnings are logged as ever."""
-    if verbose:
-        yield
-        return
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def prepare(
@@ -156,8 +124,8 @@ def cache(
     """Run the teacher once over the data and keep its outputs. verbose: progress on standard output."""
     from pipelines.caching.driver import run
 
-    config = _configuration(recipe, set, methods)
-    with _unless(verbose):
+    config = configuration(recipe, set, methods)
+    with unless(verbose):
         return run(config, overwrite, quiet=not verbose)
 
 
@@ -192,8 +160,8 @@ def _trained(
 ) -> RunResult:
     from pipelines.training.driver import run
 
-    config = _configuration(recipe, set, methods)
-    with _unless(verbose):
+    config = configuration(recipe, set, methods)
+    with unless(verbose):
         return run(config, verb, restart)
 
 
@@ -221,8 +189,8 @@ def tune(
 
     search = SearchRequest(tuple(space), trials, algorithm, tuple(objective), asha, grace_epochs)
     request = driver.TuneRequest(search, trial_epochs, at_most_parameters, at_once)
-    config = _configuration(recipe, set, methods)
-    with _unless(verbose):
+    config = configuration(recipe, set, methods)
+    with unless(verbose):
         return driver.run(config, request, restart)
 
 
@@ -243,8 +211,8 @@ def evaluate(
     detector processes of Ray."""
     from pipelines.inspection.evaluate import evaluate as program
 
-    config = _configuration(recipe, set, ())
-    with _unless(False):
+    config = configuration(recipe, set, ())
+    with unless(False):
         return program(
             os.fspath(model),
             os.fspath(data),

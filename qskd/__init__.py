@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from pipelines.api import distill as distill
     from pipelines.api import evaluate as evaluate
     from pipelines.api import export as export
+    from pipelines.api import label as label
     from pipelines.api import predict as predict
     from pipelines.api import prepare as prepare
+    from pipelines.api import select as select
     from pipelines.api import train as train
     from pipelines.api import tune as tune
     from qskd.config import Config as Config
@@ -40,7 +42,18 @@ if TYPE_CHECKING:
     from qskd.training.distiller import targets_of as targets_of
     from qskd.training.trainer import DistillationMixin as DistillationMixin
 
-VERBS = ("prepare", "cache", "train", "distill", "tune", "evaluate", "predict", "export")  # of `pipelines.api`
+VERBS = (
+    "prepare",
+    "cache",
+    "train",
+    "distill",
+    "tune",
+    "evaluate",
+    "predict",
+    "label",
+    "select",
+    "export",
+)  # of `pipelines.api`
 PIECES = {  # for a loop of one's own: where each is defined
     "Config": "config",
     "Detector": "detectors",

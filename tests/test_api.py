@@ -19,8 +19,8 @@ from PIL import Image
 from tiny import STUDENT, recipe
 
 import qskd
-from pipelines.api import _configuration
 from pipelines.cli import DOORS
+from pipelines.functions.recipes import configuration
 from qskd.config.recipe import load
 from qskd.errors import QskdError
 
@@ -76,7 +76,7 @@ def test_a_function_has_the_options_of_its_verb(verb: str) -> None:
     assert set(options) - NOT_OF_FUNCTIONS <= set(own)
     for name in set(options) & set(own):
         default = options[name].default
-        if verb == "evaluate" and name == "workers":  # in a program, in its own process
+        if verb in ("evaluate", "label") and name == "workers":  # in a program, in its own process
             continue
         if default is not inspect.Parameter.empty and default is not None:
             assert own[name].default == (tuple(default) if isinstance(default, list) else default), name
@@ -96,12 +96,12 @@ def test_a_recipe_is_a_file_its_fields_or_what_they_became(tmp_path: Path) -> No
     assert expected.training.learning_rate == 1e-5
     for given in (tmp_path / "a.yaml", str(tmp_path / "a.yaml"), tree, load(tmp_path / "a.yaml")):
         for set_ in (fields, texts):
-            found = _configuration(given, set_, ())
+            found = configuration(given, set_, ())
             assert found == expected
             assert found.student.model_fields_set == expected.student.model_fields_set
     with pytest.raises(QskdError, match="did you mean epochs"):
-        _configuration({"training": {"epoch": 3}}, (), ())
-    assert _configuration(None, {}, ()) == load(None)
+        configuration({"training": {"epoch": 3}}, (), ())
+    assert configuration(None, {}, ()) == load(None)
 
 
 def test_prepare_predict_evaluate_and_export_give_values_and_print_nothing(
@@ -125,6 +125,12 @@ def test_prepare_predict_evaluate_and_export_give_values_and_print_nothing(
     labels = dict.fromkeys(made.classes, "cat")
     measured = qskd.evaluate(model, made.folder, set={"teacher.class_map": labels})
     assert 0 <= measured.ap == measured.metrics["AP"] <= 1
+    labelled = qskd.label(model, images, tmp_path / "labels.json", threshold=0.0)
+    assert labelled.images == made.images
+    assert sum(labelled.objects.values()) == len(json.loads((tmp_path / "labels.json").read_text())["annotations"]) > 0
+    chosen = qskd.select(made.folder, tmp_path / "chosen.json", 2, seed=3)
+    assert len(chosen.images) == 2
+    assert (tmp_path / "chosen.png").is_file()
     exported = qskd.export(model, tmp_path / "out", onnx=False)
     assert exported == type(exported)(str(tmp_path / "out"), None, None, "")
     assert (tmp_path / "out" / "config.json").is_file()

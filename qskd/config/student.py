@@ -113,9 +113,10 @@ class StudentConfig(Section):
     backbone_norm: Literal["batch", "frozen", "sync"] = "batch"
     train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
     # First stages of the backbone that keep their weights and norms, the stem with them; 0: everything learns. null: the family's
-    # own where backbone.init or init gives the weights and inherit does not: 1 for detr, conditional_detr, dab-detr and
-    # deformable_detr (models/backbone.py of their authors trains layer2 to layer4 only), 0 for rt_detr, rt_detr_v2 and d_fine
-    # (`freeze_at: -1` in the configs/ of their small models). Of random weights, or a teacher's that were thinned out: 0.
+    # own where backbone.init or init gives the weights and inherit does not: 1 for detr, table-transformer, conditional_detr,
+    # dab-detr and deformable_detr (models/backbone.py of their authors trains layer2 to layer4 only), 0 for rt_detr, rt_detr_v2,
+    # d_fine and deimv2 (`freeze_at: -1` in the configs/ of their small models). Of random weights, or a teacher's that were thinned
+    # out: 0.
     frozen_stages: Annotated[int, Field(ge=0, le=256)] | None = None
     resize: ResizeConfig = ResizeConfig()
     # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of

@@ -60,8 +60,9 @@ def boxes_of(
     """What the graph returns -> for each image "scores" [D], "labels" [D] and "boxes_xyxy" [D, 4], best first.
 
     logits: [B, Q, K]. pred_boxes: [B, Q, 4], centre x, centre y, width, height in 0..1 of the image. sizes: [B, 2], height
-    and width of each original image in pixels, which the boxes are scaled to. model_type: of config.json; DETR and
-    Table Transformer give the best class of each query, the others their best (query, class) pairs, as `post_process_object_detection` does.
+    and width of each original image in pixels, which the boxes are scaled to. model_type: of config.json; the
+    families of one softmax give the best class of each query, the others their best (query, class) pairs, as
+    `post_process_object_detection` does.
     """
     probabilities = probabilities_of(logits, model_type)
     centre, half = pred_boxes[..., :2], pred_boxes[..., 2:] / 2

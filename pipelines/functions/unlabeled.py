@@ -1,0 +1,73 @@
+"""`qskd label` and `qskd select` as functions; `pipelines.api` has them with the other verbs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipelines.functions.recipes import Fields, Folder, Recipe, configuration, unless
+
+if TYPE_CHECKING:
+    from pipelines.labelling.job import Labels
+    from qskd.datasets.order.chosen import Selection
+
+
+def label(
+    model: Folder,
+    images: Folder,
+    out: Folder,
+    *,
+    like: Folder = "",
+    threshold: float | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    recipe: Recipe = None,
+    set: Fields = (),
+    batch_size: int = 16,
+    workers: int = 0,
+    threads: int = 1,
+    overwrite: bool = False,
+) -> Labels:
+    """Label a folder of pictures, or a text file that lists some, by a detector's detections: COCO JSON, with scores; the same
+    call again goes on where it was stopped. recipe, set: as of `evaluate`. workers: 0 does it in this process; otherwise the most
+    detector processes of Ray. Options as of `qskd label --help`."""
+    from pipelines.labelling import job
+
+    config = configuration(recipe, set, ())
+    asked = job.Request(
+        *(os.fspath(model), Path(images), Path(out), os.fspath(like), threshold, on_error),
+        resize=config.teacher.resize,
+        class_map=config.teacher.class_map,
+        batch_size=batch_size,
+        workers=workers,
+        threads=threads,
+        device=config.compute.device,
+        precision=config.compute.evaluation_precision,
+        overwrite=overwrite,
+    )
+    with unless(False):
+        return job.run(asked, quiet=True)
+
+
+def select(
+    shards: Folder,
+    out: Folder,
+    budget: int,
+    *,
+    by: Literal["random", "uncertainty", "gradients"] = "random",
+    recipe: Recipe = None,
+    set: Fields = (),
+    methods: Sequence[Folder] = (),
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Selection:
+    """Choose the images that are worth labelling or training on: a file for `data.selection`, and a picture beside it. recipe:
+    whose cache has the teacher's outputs of these shards; but for random. Options as of `qskd select --help`."""
+    from pipelines.selecting import job
+    from qskd.datasets.order.chosen import load_selection
+
+    config = None if recipe is None else configuration(recipe, set, methods)
+    with unless(False):
+        job.run(job.Request(os.fspath(shards), Path(out), budget, by, seed, config, overwrite), quiet=True)
+    return load_selection(os.fspath(out))
