@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 Undecayed = Literal["nothing", "norms", "norms_and_biases", "backbone"]
+_FUNCTION = "its sampled attention is a function in transformers' file, in which nothing can be quantised from outside"
+_VIT_FLOAT = "nobody has tried its ViT's windows and transposed convolutions with few bits"
 _VIT_MISSING = "a learning rate of its decoder's own (0.7 of its projector's)"
 
 
@@ -28,7 +30,7 @@ class Facts:
     default: dropout; frozen_stages of a pretrained backbone, the stem with them; sampling_scale, of the learning rate of sampling
     offsets and reference points; layer_decay, of the learning rate from each layer of a ViT to the one before it; undecayed,
     what no weight decay pulls at. missing: what of its authors' training a student here goes without, in words; empty for
-    nothing that is known.
+    nothing that is known. in_float: why its students can't be quantised; empty where they can.
     """
 
     title: str
@@ -49,6 +51,7 @@ class Facts:
     sampling_scale: float = 1.0
     layer_decay: float = 1.0
     undecayed: Undecayed = "nothing"
+    in_float: str = ""
 
 
 _ONE_MAP = {"feature_levels": 1}
@@ -97,7 +100,15 @@ FACTS: dict[str, Facts] = {
     "conditional_detr": Facts(
         "Conditional DETR", _ONE_MAP, groups=True, best_pairs=100, means_timm=True, dropout=0.1, frozen_stages=1
     ),
-    "dab-detr": Facts("DAB-DETR", _ONE_MAP, groups=True, best_pairs=100, means_timm=True, frozen_stages=1),
+    "dab-detr": Facts(
+        "DAB-DETR",
+        _ONE_MAP,
+        groups=True,
+        best_pairs=100,
+        means_timm=True,
+        frozen_stages=1,
+        in_float="transformers writes its attention out in its layers, where nothing can be quantised from outside",
+    ),
     "deformable_detr": Facts(
         "Deformable DETR",
         width_unit=32,  # it normalises in 32 groups
@@ -110,7 +121,7 @@ FACTS: dict[str, Facts] = {
         sampling_scale=0.1,
     ),
     "rt_detr": Facts("RT-DETR", _HYBRID, hybrid=True, undecayed="norms_and_biases"),
-    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True, undecayed="norms"),
+    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True, undecayed="norms", in_float=_FUNCTION),
     "d_fine": Facts(
         "D-FINE",
         _HYBRID,
@@ -118,6 +129,7 @@ FACTS: dict[str, Facts] = {
         least_decoder_layers=2,
         undecayed="norms_and_biases",
         missing="the union of its layers' matchings for its box terms (GO-LSD)",
+        in_float=_FUNCTION,
     ),
     "lw_detr": Facts(
         "LW-DETR",
@@ -130,6 +142,7 @@ FACTS: dict[str, Facts] = {
         layer_decay=0.8,
         undecayed="backbone",
         missing=_VIT_MISSING,
+        in_float=_VIT_FLOAT,
     ),
     "rf_detr": Facts(
         "RF-DETR",
@@ -144,6 +157,7 @@ FACTS: dict[str, Facts] = {
         layer_decay=0.8,
         undecayed="backbone",
         missing=_VIT_MISSING,
+        in_float=_VIT_FLOAT,
     ),
 }
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from qskd.config import FACTS, TrainingConfig
+from qskd.quantization.model import belongs_to_quantiser
 from qskd.training.module import StepModule
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
@@ -32,8 +33,11 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
         for name, p in student.model.named_parameters(remove_duplicate=False)
     }
     scales |= _of_the_backbone(module, config)
+    # A quantiser's step is learned as a logarithm, the place of zero as a share: both move in proportion, in whatever part.
+    quantisers = {id(p) for name, p in student.named_parameters() if belongs_to_quantiser(name)}
+    scales |= dict.fromkeys(quantisers, 1.0)
     undecayed = config.undecayed or facts.undecayed
-    free: set[int] = set()
+    free: set[int] = set(quantisers)
     if undecayed in ("norms", "norms_and_biases"):
         free |= {id(p) for part in student.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
     if undecayed == "norms_and_biases":

@@ -30,6 +30,7 @@ from qskd.errors import QskdError
 from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine_with_values
 from qskd.precision import autocast, laid_out_as
+from qskd.quantization.stages import Stages
 from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
 from qskd.teacher.pseudo import with_pseudo_objects
@@ -84,16 +85,9 @@ class Training:
         # Workers on GPUs exchange numbers that the host needs beside NCCL, which would have it wait for the device.
         others = world > 1 and self.module.denoising is not None and dist.get_backend() != "gloo"
         self.hosts = dist.new_group(backend="gloo") if others else None
-        self.step_module: nn.Module = self.module
         self.shared_norms = share_statistics(student) if world > 1 and config.student.backbone_norm == "sync" else []
         if device.type == "cpu":
             put_right(student)
-        if world > 1:
-            # Batch statistics are each worker's own, but for `sync`; evaluation takes rank 0's (see `evaluation_weights`).
-            devices = [device.index or 0] if device.type == "cuda" else None
-            self.step_module = DistributedDataParallel(
-                self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
         if config.compute.compile:
             compile_step(self.module, config)
         self.optimizer = torch.optim.AdamW(
@@ -104,6 +98,11 @@ class Training:
         )
         # Asked in every step: to go through all modules for them takes as long as to use them.
         self._learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        bits = config.student.quantization
+        self.stages = Stages(student.model, bits, total_steps) if bits is not None else None
+        if self.stages is not None:
+            self.stages.advance(0)
+        self.step_module = self._gathering()
         self._averaged: tuple[list[Tensor], list[Tensor]] | None = None
         self.average = (
             {k: v.detach().clone() for k, v in student.state_dict().items()} if config.training.ema_decay else {}
@@ -116,6 +115,22 @@ class Training:
     @property
     def student(self) -> Detector:
         return self.module.student
+
+    def _gathering(self) -> nn.Module:
+        """The step module, with gradients averaged over workers. It knows which parameters have one: where that changes, another
+        is made."""
+        if self.world == 1:
+            return self.module
+        # Batch statistics are each worker's own, but for `sync`; evaluation takes rank 0's (see `evaluation_weights`).
+        devices = [self.device.index or 0] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether the student is what it will be in the end: all that is to be quantised is."""
+        return self.stages is None or self.step >= self.stages.last
 
     @property
     def learning_rate(self) -> float:
@@ -149,12 +164,25 @@ class Training:
         if self.average:
             self._update_average()
         self.step += 1
+        if self.stages is not None and (begun := self.stages.advance(self.step)):
+            self._begin(begun)
         mean = said[0]
         if len(said) > 1:
             mean = {name: torch.stack([values[name] for values in said]).mean() for name in mean}
         images = tuple(image for part in parts for image in part.targets.image_ids)
         self._last = (OnItsWay(mean["total"] + norm), norm, mean, images)
         return mean
+
+    def _begin(self, quantisers: list[str]) -> None:
+        """After some have changed: they learn, or will soon; and those that are on have begun anew, the average's too."""
+        assert self.stages is not None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_module = self._gathering()
+        if self.average:
+            own = [f"model.{name}" for name in self.stages.state_names(quantisers)]
+            current = self.student.state_dict()
+            for name in own:
+                self.average[name].copy_(current[name])
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over workers once a step, with the last part's."""
@@ -282,6 +310,8 @@ class Training:
         self.check_finite()
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        if self.stages is not None:
+            tensors |= {f"calibration.{name}": counts for name, counts in self.stages.state().items()}
         named = {id(p): name for name, p in self.module.named_parameters()}
         for parameter, slots in self.optimizer.state.items():
             tensors |= {f"optimizer.{slot}.{named[id(parameter)]}": value for slot, value in slots.items()}
@@ -306,6 +336,10 @@ class Training:
                     )
                 self.optimizer.state[parameters[name]][slot] = laid_out_as(value, parameters[name])
         self.step = step
+        if self.stages is not None:
+            seen = {k[12:]: v for k, v in tensors.items() if k.startswith("calibration.")}
+            self.stages.load(seen, step)
+            self.step_module = self._gathering()
 
 
 class _EvaluationWeights:
