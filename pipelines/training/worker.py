@@ -131,7 +131,8 @@ class Worker:
                 self.train(part)
                 continue
             result = self.evaluate(each.share for each in part)
-            self.patience.heard(result)
+            if self.training.whole:  # with a backbone alone that is quantised it would be better than it will be
+                self.patience.heard(result)
             self.report(epoch, result)
             if self.patience.exhausted:
                 break
@@ -228,6 +229,7 @@ class Worker:
         metrics["placement_group"] = group.id.hex() if group is not None else ""
         if result is not None:
             metrics |= {"evaluation": result.metrics, "evaluations_since_best": self.patience.waited}
+            metrics["whole"] = self.training.whole
             metrics["ended"] = self.patience.exhausted
         for step, row in metrics["rows"] if as_json() else ():
             log.info("step %d", step, extra={"fields": {"step": step, "epoch": epoch} | row})

@@ -65,20 +65,18 @@ def best_range(seen: Seen, steps: int) -> tuple[float, float]:
     if least == most:  # nothing but zeros
         return -0.5, 0.5
     shares = torch.linspace(1, 1 / _CANDIDATES, _CANDIDATES, dtype=torch.float64)
-    squares = counts * middles**2
-    sides = []
-    for sign, end in ((-1, least), (1, most)):
-        ends = shares * abs(end) if end else torch.zeros(1, dtype=torch.float64)
-        own = middles * sign > 0
-        size, number, square = middles[own].abs(), counts[own], squares[own]
-        beyond = size[None, :] > ends[:, None]
-        cut = (beyond * (square - 2 * ends[:, None] * size * number + ends[:, None] ** 2 * number)).sum(1)
-        sides.append((ends, cut, (~beyond * number).sum(1)))
-    (low, low_cut, low_inside), (high, high_cut, high_inside) = sides
-    step = (low[:, None] + high[None, :]) / steps
-    error = low_cut[:, None] + high_cut[None, :] + (low_inside[:, None] + high_inside[None, :]) * step**2 / 12
-    best = int(error.argmin())
-    return -float(low[best // len(high)]), float(high[best % len(high)])
+    lows, highs = (-shares * abs(end) if end < 0 else shares * end if end else shares[:1] * 0 for end in (least, most))
+    number = counts[counts > 0]
+    best, lost = (least, most), math.inf
+    for low in lows.tolist():
+        step = (highs[:, None] - low) / steps
+        below = (-low / step).round()  # steps below zero: its place is one of them
+        level = (there / step).round().clamp(-below, steps - below)
+        errors = ((level * step - there).square() * number).sum(1)
+        place = int(errors.argmin())
+        if float(errors[place]) < lost:
+            best, lost = (low, float(highs[place])), float(errors[place])
+    return best
 
 
 def best_steps(weight: Tensor, lowest: int, highest: int) -> Tensor:

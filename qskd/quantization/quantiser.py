@@ -20,14 +20,20 @@ Mode = Literal["off", "observing", "on"]
 
 
 def levels_of(bits: int) -> tuple[int, int]:
-    """The lowest and the highest whole number: -128 and 127 of 8 bits."""
+    """The lowest and the highest whole number of a weight: -128 and 127 of 8 bits."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def counts_of(bits: int) -> tuple[int, int]:
+    """The lowest and the highest whole number of an activation: 0 and 255 of 8 bits. Not -128 and 127, which would be the same to
+    the eye: torch 2.13 rounds a zero point below 0 in one way forward and in another backward."""
+    return 0, 2**bits - 1
 
 
 def scaled_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
     """`value` as it is, with a gradient that is multiplied by `factor`."""
-    weighed = value * factor
-    return weighed + (value - weighed).detach()
+    fixed = value.detach()
+    return fixed + (value - fixed) * factor
 
 
 class WeightQuantiser(nn.Module):
@@ -81,7 +87,7 @@ class ActivationQuantiser(nn.Module):
     def __init__(self, bits: int, device: torch.device) -> None:
         super().__init__()
         self.bits, self.mode = bits, "off"
-        self.lowest, self.highest = levels_of(bits)
+        self.lowest, self.highest = counts_of(bits)
         self.log_step = nn.Parameter(torch.zeros(1, device=device))
         self.zero = nn.Parameter(torch.full((1,), 0.5, device=device))
         self.register_buffer("factor", torch.ones(1, device=device))
@@ -163,7 +169,7 @@ class SavedActivation(nn.Module):
     def __init__(self, bits: int, step: Tensor, zero_point: Tensor) -> None:
         super().__init__()
         self.bits = bits
-        self.lowest, self.highest = levels_of(bits)
+        self.lowest, self.highest = counts_of(bits)
         self.register_buffer("step", step, persistent=False)
         self.register_buffer("zero_point", zero_point, persistent=False)
 

@@ -58,8 +58,8 @@ class Stages:
             self._calibrate(begin)
         for name in changed:
             quantiser, mode = self._of(name), self.mode_at(name, step)
-            if mode == "observing" and isinstance(quantiser, ActivationQuantiser):
-                quantiser.seen = Seen(quantiser.log_step.device)
+            if isinstance(quantiser, ActivationQuantiser):
+                quantiser.seen = Seen(quantiser.log_step.device) if mode == "observing" else None
             quantiser.mode = mode
         known = {id(parameter) for parameter in self.learning}
         for name in self.begins:
