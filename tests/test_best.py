@@ -61,6 +61,15 @@ def reported(folder: Folder, step: int, ap: float | None) -> None:
     keep_best(folder, {"step": step, **evaluation}, folder.filesystem, checkpoint(folder, step))
 
 
+def test_a_student_that_is_not_quantised_throughout_is_no_candidate(folder: Folder) -> None:
+    for step, (ap, whole) in enumerate([(0.5, False), (0.2, True), (0.4, False)], 1):
+        report = {"step": step, "evaluation": {"AP": ap}, "whole": whole}
+        keep_best(folder, report, folder.filesystem, checkpoint(folder, step))
+    best = read_best(folder)
+    assert best is not None
+    assert best.step == 2
+
+
 @pytest.mark.parametrize(
     ("aps", "kept"),
     [

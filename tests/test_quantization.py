@@ -258,8 +258,6 @@ def test_attention_multiplies_what_is_quantised(masked: str) -> None:
                 powers = [math.exp(score) * looks for score, looks in zip(scores, seen, strict=True)]
                 quantised = [round(7 * power / sum(powers)) / 7 for power in powers]
                 assert shares[batch, head, row].tolist() == pytest.approx(quantised, abs=1e-6)
-                for channel in range(4):
-                    expected = sum(
-                        share * round(7 * v) / 7 for share, v in zip(quantised, value[batch, head, :, channel].tolist(), strict=True)
-                    )  # fmt: skip
+                for channel, numbers in enumerate(value[batch, head].t().tolist()):
+                    expected = sum(share * round(7 * v) / 7 for share, v in zip(quantised, numbers, strict=True))
                     assert found[batch, row, head, channel].item() == pytest.approx(expected, abs=1e-5)

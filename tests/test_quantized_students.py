@@ -79,15 +79,20 @@ def test_the_first_and_the_last_layers_and_what_says_where_have_eight_bits() -> 
     for family in FAMILIES:
         training = trained(family, "w3a2-attn4", steps=1)
         said[family] = quantisers_of(training.student.model)[1]
-    eight = {family: {name.rpartition(".")[0] for name, bits in each.items() if bits == 8} for family, each in said.items()}
+    eight = {
+        family: {name.rpartition(".")[0] for name, bits in each.items() if bits == 8} for family, each in said.items()
+    }
     stem = "model.backbone.model.embedder.embedder.convolution"
     assert eight["detr"] == {stem, "class_labels_classifier", "bbox_predictor.layers.2"}
     assert eight["conditional_detr"] == eight["detr"] | {"model.decoder.ref_point_head.layers.1"}
-    offsets = {f"model.{part}.sampling_offsets" for part in ("encoder.layers.0.self_attn", "decoder.layers.0.encoder_attn", "decoder.layers.1.encoder_attn")}  # fmt: skip
+    sampled = ("encoder.layers.0.self_attn", "decoder.layers.0.encoder_attn", "decoder.layers.1.encoder_attn")
+    offsets = {f"model.{part}.sampling_offsets" for part in sampled}
     assert offsets <= eight["refined"]
     assert "model.reference_points" in eight["refined"]
     for family, each in said.items():
-        kinds = {name.rpartition(".")[2]: bits for name, bits in each.items() if name.rpartition(".")[0] not in eight[family]}
+        kinds = {
+            name.rpartition(".")[2]: bits for name, bits in each.items() if name.rpartition(".")[0] not in eight[family]
+        }
         expected = {"weight": 3, "input": 2, "query": 4, "key": 4, "attention": 4, "value": 4}
         assert kinds == expected, family
 
@@ -283,7 +288,9 @@ def test_a_student_starts_from_another_s_quantised_weights_and_watches_anew(save
     student = {"init": str(folder), "resize": {"size": tiny.SIZE}}
     plain = tiny.silent_student(tiny.recipe().student.model_validate(student), tiny.LABELS, 0)
     assert not [each for each in plain.modules() if isinstance(each, SavedActivation)]
-    again = tiny.silent_student(tiny.recipe().student.model_validate({**student, "quantization": "w8a8"}), tiny.LABELS, 0)
+    again = tiny.silent_student(
+        tiny.recipe().student.model_validate({**student, "quantization": "w8a8"}), tiny.LABELS, 0
+    )
     assert {each.mode for each in again.modules() if isinstance(each, WeightQuantiser | ActivationQuantiser)} == {"off"}
     state = load_file(folder / "model.safetensors")
     for name, value in again.model.state_dict().items():

@@ -339,7 +339,9 @@ def test_quantisers_begin_with_what_both_workers_have_seen(folder: Path) -> None
     one, two = few_bits(1, 0), results(folder, "bits")
     assert [key for key, value in two[0].items() if not torch.equal(value, two[1][key])] == []
     for step, begun in ((0, "backbone."), (2, "decoder.")):
-        expected = {key: value for key, value in one.items() if key.startswith(f"{step}/module.student.model.model.{begun}")}
+        expected = {
+            key: value for key, value in one.items() if key.startswith(f"{step}/module.student.model.model.{begun}")
+        }
         own = {key: value for key, value in expected.items() if key.endswith((".log_step", ".zero", ".factor"))}
         assert len(own) > 10
         for key, value in own.items():

@@ -88,11 +88,14 @@ class Stages:
             dist.all_reduce(together)
             for each, counts in zip(seen, together.unbind(), strict=True):
                 each.counts = counts
+        known = {
+            id(parameter) for parameter in self.learning
+        }  # of another layer nothing need come: a model may not use it
         for name in names:
             if name in self.weights:
                 layer, quantiser = self.weights[name]
                 quantiser.calibrate(layer.weight.detach())
-            elif not self.activations[name].calibrate():
+            elif not self.activations[name].calibrate() and id(self.activations[name].log_step) in known:
                 raise QskdError(
                     f"student.quantization: {name}",
                     f"nothing came through it in {self.watched} steps",
