@@ -35,6 +35,8 @@ from qskd.deploy.export import (
     together,
 )
 from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, read_facts, write_card
+from qskd.deploy.qdq import TOLERANCE as QUANTISED_TOLERANCE
+from qskd.deploy.qdq import notice_of_onnx
 from qskd.deploy.speed import Size, compare_speed, cost_of, onnx_runner, torch_runner
 from qskd.detectors import (
     FAMILIES,
@@ -235,8 +237,12 @@ def _add_onnx(
     if options.images:
         photographs = real_batches(image_files(options.images), seen_as, options.batch or 1)
         found.append(together("photographs", check_parity(detector, session, photographs)))
-    console.print(parity_table(found, options.tolerance))
-    require_parity(found, detector.family, options.tolerance)
+    tolerance = options.tolerance
+    if notice := notice_of_onnx(detector.model):
+        console.print(escaped(notice), markup=False, soft_wrap=True)
+        tolerance = max(tolerance, QUANTISED_TOLERANCE)
+    console.print(parity_table(found, tolerance))
+    require_parity(found, detector.family, tolerance)
     said = ""
     if options.rounds:
         said = time_both(detector, session, Size(size, size), options.batch or 1, options)

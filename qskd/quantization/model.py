@@ -137,9 +137,10 @@ def activation_quantisers(model: nn.Module) -> dict[str, ActivationQuantiser]:
     }
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether it has quantisers, on or off."""
-    return any(hasattr(module, "input_quantiser") for _, module in layers_of(model))
+def notice_of(model: Any) -> str:
+    """What to say of a model that was loaded with its quantisers; empty of one in float."""
+    settings = getattr(model.config, FIELD, None)
+    return f"a student of {settings['bits']}: it runs with its quantisers, as it was trained" if settings else ""
 
 
 def belongs_to_quantiser(name: str) -> bool:

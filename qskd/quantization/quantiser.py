@@ -152,7 +152,8 @@ class SavedWeight(nn.Module):
         self.register_buffer("zero_point", torch.zeros(len(step), dtype=torch.int32), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if weight.is_meta:
+        # As it was loaded it has its quantised values. ONNX has a name for those of 8 bits alone.
+        if weight.is_meta or (self.bits < 8 and torch.onnx.is_in_onnx_export()):
             return weight
         with torch.autocast(weight.device.type, enabled=False):
             return torch.fake_quantize_per_channel_affine(
@@ -176,6 +177,9 @@ class SavedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return x
+        if self.bits < 8 and torch.onnx.is_in_onnx_export():  # the same in float
+            level = (x * (1 / self.step)).round() + self.zero_point.to(x.dtype)
+            return (level.clamp(self.lowest, self.highest) - self.zero_point.to(x.dtype)) * self.step
         with torch.autocast(x.device.type, enabled=False):
             return torch.fake_quantize_per_tensor_affine(
                 x.float(), self.step, self.zero_point, self.lowest, self.highest

@@ -44,6 +44,7 @@ class Stages:
         self.last = max(self.begins.values()) + self.watched  # the step from which all are on
         quantisers = [*(each for _, each in self.weights.values()), *self.activations.values()]
         self.learning = [p for each in quantisers for p in each.parameters() if p.requires_grad]
+        self.advance(0)
 
     def mode_at(self, name: str, step: int) -> Mode:
         begins = self.begins[name]
@@ -103,15 +104,14 @@ class Stages:
                     "leave its part out of student.quantization.parts",
                 )
 
-    def state_names(self, names: Collection[str]) -> list[str]:
-        """The names of these quantisers' tensors in the model's state, under each of the names that share one."""
+    def begin_average(self, average: Mapping[str, Tensor], names: Collection[str], prefix: str) -> None:
+        """Let a moving average (in place; empty: there is none) have these quantisers' tensors as they are now, under each of the
+        names that share one. prefix: of the model's names in it."""
         wanted = {id(self._of(name)) for name in names}
-        return [
-            f"{place}.{name}"
-            for place, module in self.model.named_modules(remove_duplicate=False)
-            if id(module) in wanted
-            for name in module.state_dict()
-        ]
+        for place, module in self.model.named_modules(remove_duplicate=False):
+            if average and id(module) in wanted:
+                for name, value in module.state_dict().items():
+                    average[f"{prefix}{place}.{name}"].copy_(value)
 
     def state(self) -> dict[str, Tensor]:
         """What was seen so far, by name, while some are watched."""

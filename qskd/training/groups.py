@@ -1,7 +1,8 @@
-"""Parameter groups of the optimizer: what learns at a rate of its own, and what weight decay leaves alone."""
+"""Parameter groups of the optimizer: what learns at a rate of its own, and what weight decay leaves alone; the rate's schedule."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -14,6 +15,18 @@ from qskd.training.module import StepModule
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
 SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deformable DETR's own code and in transformers
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """What the learning rate is multiplied by at this step (0-based): linear warm-up, then the schedule. In 0..1."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "step":
+        return 0.1 if step >= config.step_at * total_steps else 1.0
+    return 1.0
 
 
 def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:

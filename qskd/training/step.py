@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qskd.config import Config, TrainingConfig
+from qskd.config import Config
 from qskd.datasets.batch import TrainBatch as TrainBatch
 from qskd.datasets.batch import parts_of as parts_of
 from qskd.datasets.batch import train_batch as train_batch
@@ -35,22 +35,11 @@ from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_devic
 from qskd.teacher.cached import Teacher
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.augmentation import augmentation_of
+from qskd.training.groups import learning_rate_factor as learning_rate_factor
 from qskd.training.groups import parameter_groups
 from qskd.training.module import StepModule, compile_step
 from qskd.training.norms import put_right, share_statistics
 from qskd.training.stand_in import stand_in
-
-
-def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """What the learning rate is multiplied by at this step (0-based): linear warm-up, then the schedule. In 0..1."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if config.schedule == "step":
-        return 0.1 if step >= config.step_at * total_steps else 1.0
-    return 1.0
 
 
 @torch.no_grad()
@@ -100,8 +89,6 @@ class Training:
         self._learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         bits = config.student.quantization
         self.stages = Stages(student.model, bits, total_steps) if bits is not None else None
-        if self.stages is not None:
-            self.stages.advance(0)
         self.step_module = self._gathering()
         self._averaged: tuple[list[Tensor], list[Tensor]] | None = None
         self.average = (
@@ -117,8 +104,7 @@ class Training:
         return self.module.student
 
     def _gathering(self) -> nn.Module:
-        """The step module, with gradients averaged over workers. It knows which parameters have one: where that changes, another
-        is made."""
+        """The step module, with gradients averaged over workers; another one, where other parameters have a gradient."""
         if self.world == 1:
             return self.module
         # Batch statistics are each worker's own, but for `sync`; evaluation takes rank 0's (see `evaluation_weights`).
@@ -165,24 +151,15 @@ class Training:
             self._update_average()
         self.step += 1
         if self.stages is not None and (begun := self.stages.advance(self.step)):
-            self._begin(begun)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step_module = self._gathering()
+            self.stages.begin_average(self.average, begun, "model.")
         mean = said[0]
         if len(said) > 1:
             mean = {name: torch.stack([values[name] for values in said]).mean() for name in mean}
         images = tuple(image for part in parts for image in part.targets.image_ids)
         self._last = (OnItsWay(mean["total"] + norm), norm, mean, images)
         return mean
-
-    def _begin(self, quantisers: list[str]) -> None:
-        """After some have changed: they learn, or will soon; and those that are on have begun anew, the average's too."""
-        assert self.stages is not None
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step_module = self._gathering()
-        if self.average:
-            own = [f"model.{name}" for name in self.stages.state_names(quantisers)]
-            current = self.student.state_dict()
-            for name in own:
-                self.average[name].copy_(current[name])
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over workers once a step, with the last part's."""
