@@ -13,7 +13,9 @@ from PIL import Image
 from test_quantized_students import trained
 
 from pipelines.inspection.predict import predict_all, request
+from pipelines.tracking.student_pyfunc import Student
 from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches
+from qskd.deploy.model_card import Card, Figures, write_card
 from qskd.deploy.qdq import TOLERANCE, notice_of_onnx
 from qskd.detectors import load_detector, read_preprocessing, save_detector
 from qskd.evaluation.inference import predict_image
@@ -75,6 +77,22 @@ def test_fewer_bits_are_the_same_in_float_and_it_is_said(tmp_path: Path) -> None
     found = check_parity(detector, open_session(file), random_batches(tiny.SIZE, (1,) * 4))
     assert max(each.worst for each in found) < TOLERANCE
     assert notice_of_onnx(load_detector(tmp_path / "student", quantised=False).model) == ""
+
+
+def test_the_card_of_a_quantised_student_says_what_a_plain_load_gives(tmp_path: Path) -> None:
+    card = Card("x", "detr", 3, (Figures("this model", {}),))
+    folder = saved("detr", "w8a8", tmp_path / "student")
+    write_card(folder, card)
+    assert "activations in float" in (folder / "README.md").read_text()
+    (folder / FILE).unlink()
+    write_card(folder, card)
+    assert "activations in float" not in (folder / "README.md").read_text()
+
+
+def test_mlflow_s_student_says_that_its_activations_run_in_float(tmp_path: Path) -> None:
+    folder = saved("detr", "w8a8", tmp_path / "student")
+    with pytest.warns(UserWarning, match="activations run in float"):
+        Student(str(folder))
 
 
 def test_predict_runs_a_student_with_its_quantisers_and_says_so(

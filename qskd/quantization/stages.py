@@ -54,6 +54,8 @@ class Stages:
         """Set every quantiser to what it is at this step (the next to be taken). calibrate=False: those that are on have their
         steps already, from a checkpoint. Returns the names of the quantisers that changed; all workers call it together."""
         changed = [name for name in self.begins if self._of(name).mode != self.mode_at(name, step)]
+        if not changed:
+            return []
         begin = [name for name in changed if self.mode_at(name, step) == "on"]
         if begin and calibrate:
             self._calibrate(begin)
