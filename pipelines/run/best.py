@@ -47,11 +47,10 @@ def read_best(folder: Folder) -> Best | None:
 def keep_best(folder: Folder, report: Mapping[str, Any], filesystem: fs.FileSystem, checkpoint: str) -> None:
     """Copy a checkpoint's student to best/, if its evaluation is the best so far; as often as one likes with the same report.
 
-    report: "step", and "evaluation" (metrics), which may be missing; "whole" is False of a student not all of whose parts are
-    quantised yet, which is no candidate. checkpoint: its folder on `filesystem`.
+    report: "step", and "evaluation" (metrics), which may be missing. checkpoint: its folder on `filesystem`.
     """
     metrics = report.get("evaluation")
-    if not metrics or not report.get("whole", True) or not _is_better(Best(report["step"], metrics), read_best(folder)):
+    if not metrics or not _is_better(Best(report["step"], metrics), read_best(folder)):
         return
     source = f"{checkpoint}/{STUDENT}"
     with scratch_folder("best") as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
 import time
@@ -130,9 +131,12 @@ class Worker:
             if subset == "train":
                 self.train(part)
                 continue
+            if not self.training.whole:  # it would be better than it will be, and count as the best
+                collections.deque(part, maxlen=0)
+                self.report(epoch, None)
+                continue
             result = self.evaluate(each.share for each in part)
-            if self.training.whole:  # with a backbone alone that is quantised it would be better than it will be
-                self.patience.heard(result)
+            self.patience.heard(result)
             self.report(epoch, result)
             if self.patience.exhausted:
                 break
@@ -229,7 +233,6 @@ class Worker:
         metrics["placement_group"] = group.id.hex() if group is not None else ""
         if result is not None:
             metrics |= {"evaluation": result.metrics, "evaluations_since_best": self.patience.waited}
-            metrics["whole"] = self.training.whole
             metrics["ended"] = self.patience.exhausted
         for step, row in metrics["rows"] if as_json() else ():
             log.info("step %d", step, extra={"fields": {"step": step, "epoch": epoch} | row})
