@@ -16,8 +16,9 @@ from pipelines.inspection.predict import predict_all, request
 from pipelines.tracking.student_pyfunc import Student
 from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches
 from qskd.deploy.model_card import Card, Figures, write_card
-from qskd.deploy.qdq import TOLERANCE, notice_of_onnx
+from qskd.deploy.qdq import TOLERANCE, notice_of_onnx, tolerance_of
 from qskd.detectors import load_detector, read_preprocessing, save_detector
+from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_image
 from qskd.quantization.files import FILE, read_quantisers
 
@@ -65,6 +66,7 @@ def test_eight_bits_are_quantize_linear_with_the_learned_steps(family: str, tmp_
     assert not any(each.dtype == np.float32 and each.ndim > 1 and each.size > 2000 for each in stored.values())
     assert set(bits.values()) == {8}
     assert "QuantizeLinear" in notice_of_onnx(detector.model)
+    assert tolerance_of(detector.model, 1e-4) == TOLERANCE
     found = check_parity(detector, open_session(file), random_batches(tiny.SIZE, (1,) * 4))
     # Of a network that has learnt nothing, two queries of all but equal scores may change places, and an image is lost by it.
     assert sorted(each.worst for each in found)[2] < TOLERANCE
@@ -76,7 +78,12 @@ def test_fewer_bits_are_the_same_in_float_and_it_is_said(tmp_path: Path) -> None
     assert "no faster than float" in notice_of_onnx(detector.model)
     found = check_parity(detector, open_session(file), random_batches(tiny.SIZE, (1,) * 4))
     assert max(each.worst for each in found) < TOLERANCE
-    assert notice_of_onnx(load_detector(tmp_path / "student", quantised=False).model) == ""
+    with pytest.raises(QskdError, match="--no-onnx"):
+        tolerance_of(detector.model, 1e-4)
+    assert tolerance_of(detector.model, 0.2) == 0.2
+    in_float = load_detector(tmp_path / "student", quantised=False).model
+    assert notice_of_onnx(in_float) == ""
+    assert tolerance_of(in_float, 1e-4) == 1e-4
 
 
 def test_the_card_of_a_quantised_student_says_what_a_plain_load_gives(tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def test_each_family_learns_with_every_quantiser_on(family: str) -> None:
     assert training.evaluation_weights().__enter__() is training.student
 
 
+@pytest.mark.parametrize("family", ["conditional_detr", "refined"])
+def test_groups_of_queries_learn_through_the_same_quantisers(family: str) -> None:
+    training = trained(family, "w4a4", "detection.query_groups=3")
+    training.check_finite()
+    learning = [each for each in training.module.parameters() if each.requires_grad]
+    assert not [each for each in learning if each.grad is None]
+
+
 def test_the_first_and_the_last_layers_and_what_says_where_have_eight_bits() -> None:
     said: dict[str, dict[str, int]] = {}
     for family in FAMILIES:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qskd.errors import QskdError
 from qskd.quantization.files import quantisers_of
 
 TOLERANCE = (
@@ -70,6 +71,21 @@ def _leave_unused(graph: Any, names: set[str]) -> None:
     read = used()
     for stored in [each for each in graph.initializer if each.name not in read]:
         graph.initializer.remove(stored)
+
+
+def tolerance_of(model: Any, asked: float) -> float:
+    """How far a detector's ONNX may be from it, in probabilities and boxes. model: transformers'. QskdError for a student of fewer
+    than 8 bits where no more than `TOLERANCE` is asked for: one number that goes to another of 16 levels moves a probability by
+    several hundredths, and so no check could tell a good graph from a bad one."""
+    bits = quantisers_of(model)[1].values()
+    if bits and min(bits) < 8 and asked <= TOLERANCE:
+        raise QskdError(
+            "qskd export",
+            f"a student with {sum(each < 8 for each in bits)} quantisers of fewer than 8 bits, as ONNX",
+            "8 bits, which runtimes have",
+            "--no-onnx for the folder alone; or, say, --tolerance 0.2 for a graph in float arithmetic, as slow as a float one's",
+        )
+    return max(asked, TOLERANCE) if bits else asked
 
 
 def notice_of_onnx(model: Any) -> str:

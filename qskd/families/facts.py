@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 Undecayed = Literal["nothing", "norms", "norms_and_biases", "backbone"]
 _FUNCTION = "its sampled attention is a function in transformers' file, in which nothing can be quantised from outside"
-_VIT_FLOAT = "nobody has tried its ViT's windows and transposed convolutions with few bits"
+_VIT_FLOAT = "its groups of queries are copies of heads in training, whose quantisers would never begin"
 _VIT_MISSING = "a learning rate of its decoder's own (0.7 of its projector's)"
 
 
