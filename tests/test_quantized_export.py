@@ -12,6 +12,7 @@ import tiny
 from PIL import Image
 from test_quantized_students import trained
 
+from pipelines.health.checkpoint import model_checks
 from pipelines.inspection.predict import predict_all, request
 from pipelines.tracking.student_pyfunc import Student
 from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches
@@ -94,6 +95,11 @@ def test_the_card_of_a_quantised_student_says_what_a_plain_load_gives(tmp_path: 
     (folder / FILE).unlink()
     write_card(folder, card)
     assert "activations in float" not in (folder / "README.md").read_text()
+
+
+def test_a_look_at_a_checkpoint_names_its_bits(tmp_path: Path) -> None:
+    folder = saved("detr", "w8a8", tmp_path / "student")
+    assert any("a student of w8a8" in check.found for check in model_checks(str(folder)))
 
 
 def test_mlflow_s_student_says_that_its_activations_run_in_float(tmp_path: Path) -> None:
