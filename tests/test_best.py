@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
-from tiny import recipe
+from tiny import assert_equal, recipe
 
 from pipelines.feed.stream import local_stream
 from pipelines.inspection.evaluate import evaluate
@@ -226,6 +226,23 @@ def test_a_training_stops_when_its_patience_is_over_and_a_resumed_one_no_later(
     ended = Alone(config, plan.stream, 1, 0).keep_in(tmp_path / "ended")
     ended.run(restore(ended.training, stored(tmp_path / "whole" / str(3 * per_epoch)), ended.patience))
     assert not (tmp_path / "ended").exists()  # killed before it was finished: no step more
+
+
+def test_a_student_is_not_evaluated_before_all_of_it_is_quantised_that_is_to_be(
+    tiny_folders: Path, tmp_path: Path
+) -> None:
+    bits = "student.quantization={bits: w4a4, rest_from: 0.4}"
+    config = still(tiny_folders, tmp_path, "training.epochs=4", "distillation.method=none", bits)
+    plan = make_plan(config, "train")
+    per_epoch = plan.stream.schedule.steps_per_epoch
+    worker = Alone(config, plan.stream, 1, 0).keep_in(tmp_path / "whole")
+    worker.run(0)
+    students = {int(path.name): (path / "student").is_dir() for path in (tmp_path / "whole").iterdir()}
+    assert students == {per_epoch: False, 2 * per_epoch: True, 3 * per_epoch: True, 4 * per_epoch: True}
+    assert (tmp_path / "whole" / str(4 * per_epoch) / "student" / "quantization.safetensors").is_file()
+    resumed = Alone(config, plan.stream, 1, 0).keep_in(tmp_path / "resumed")
+    resumed.run(restore(resumed.training, stored(tmp_path / "whole" / str(per_epoch)), resumed.patience))
+    assert_equal(resumed.training.state(), worker.training.state())
 
 
 def test_a_trial_whose_patience_is_over_has_come_to_its_end(tiny_folders: Path, tmp_path: Path) -> None:

@@ -103,6 +103,20 @@ def compare_steps(family: str, graphs: int, method: bool = True) -> None:
 
 
 @pytest.mark.slow
+def test_a_quantised_student_is_compiled_as_it_is_watched_and_as_it_is_quantised() -> None:
+    def steps(compiled: bool) -> list[float]:
+        config = tiny.recipe({**sizes_of("detr"), "quantization": "w4a4-attn8"}, "distillation.method=none")
+        training = tiny.make_training(config, None, 20)
+        if compiled:
+            compile_step(training.module, config, backend="eager")
+        return [training.train_step(tiny.batch_of(2, 1, seed=seed))["total"].item() for seed in range(3)]
+
+    expected = steps(compiled=False)
+    assert steps(compiled=True) == pytest.approx(expected, rel=1e-3)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
 def test_a_compiled_training_takes_the_same_steps_whatever_the_number_of_objects() -> None:
     # Student, costs, dense head, losses, method: each once, or once more.
     compare_steps("conditional_detr", 10)

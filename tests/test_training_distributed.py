@@ -196,6 +196,20 @@ def denoised(world_size: int, rank: int) -> dict[str, Tensor]:
     return training.state()
 
 
+def few_bits(world_size: int, rank: int) -> dict[str, Tensor]:
+    """Quantisers that begin from what all have seen, the backbone's first; a share without images, too. The terms of each step,
+    and the state after each."""
+    bits = {"bits": "w4a4-attn8", "rest_from": 2}
+    student = {**FAMILIES["refined"], "backbone_norm": "frozen", "quantization": bits}
+    training = make_training(recipe(student, "distillation.method=none", "training.ema_decay=0.9"), None, 5)
+    results: dict[str, Tensor] = {}
+    for step, counts in enumerate(((2, 0, 1, 3), (2,), (1, 2, 3), (1, 2), (2, 1, 1))):
+        training.train_step(share_of(counts, step, world_size, rank))
+        results |= {f"{step}/{key}": value for key, value in training.state().items()}
+    training.check_finite()
+    return results
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=TIMEOUT_S / 3)
@@ -207,6 +221,7 @@ def worker(rank: int, folder: str) -> None:
     save_file(broken(rank), f"{folder}/broken-{rank}.safetensors")
     save_file(in_parts(WORKERS, rank), f"{folder}/parts-{rank}.safetensors")
     save_file(denoised(WORKERS, rank), f"{folder}/denoised-{rank}.safetensors")
+    save_file(few_bits(WORKERS, rank), f"{folder}/bits-{rank}.safetensors")
     save_file(resume(rank), f"{folder}/resume-{rank}.safetensors")
     save_file(go_on(load_file(f"{folder}/alone.safetensors"), WORKERS, rank), f"{folder}/grown-{rank}.safetensors")
     dist.destroy_process_group()
@@ -317,6 +332,22 @@ def test_all_workers_evaluate_the_same_weights_and_statistics(folder: Path) -> N
         assert torch.equal(evaluated[key], value), key
     assert part(first, "saved/").keys() == evaluated.keys()
     assert [key for key, value in part(first, "saved/").items() if not torch.equal(value, evaluated[key])] == []
+
+
+def test_quantisers_begin_with_what_both_workers_have_seen(folder: Path) -> None:
+    """Later steps are alike, not equal: a number that lies between two levels to float's last bit goes to either."""
+    one, two = few_bits(1, 0), results(folder, "bits")
+    assert [key for key, value in two[0].items() if not torch.equal(value, two[1][key])] == []
+    for step, begun in ((0, "backbone."), (2, "decoder.")):
+        expected = {
+            key: value for key, value in one.items() if key.startswith(f"{step}/module.student.model.model.{begun}")
+        }
+        own = {key: value for key, value in expected.items() if key.endswith((".log_step", ".zero", ".factor"))}
+        assert len(own) > 10
+        for key, value in own.items():
+            torch.testing.assert_close(two[0][key], value, rtol=5e-2, atol=2e-2, msg=key)
+    losses = [key for key in one if key.startswith("0/module") and not key.endswith(("log_step", "zero"))]
+    assert_near({key: two[0][key] for key in losses}, {key: one[key] for key in losses})
 
 
 def test_all_workers_lose_patience_at_the_same_evaluation(folder: Path) -> None:

@@ -35,6 +35,7 @@ from qskd.deploy.export import (
     together,
 )
 from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, read_facts, write_card
+from qskd.deploy.qdq import notice_of_onnx, tolerance_of
 from qskd.deploy.speed import Size, compare_speed, cost_of, onnx_runner, torch_runner
 from qskd.detectors import (
     FAMILIES,
@@ -226,7 +227,7 @@ def card_of(model: str, named: str, detector: Detector, seen_as: Preprocessing, 
 def _add_onnx(
     detector: Detector, folder: Path, seen_as: Preprocessing, options: ExportOptions, console: Console
 ) -> OnnxFacts:
-    file, size = folder / "model.onnx", seen_as.resize.size
+    file, size, tolerance = folder / "model.onnx", seen_as.resize.size, tolerance_of(detector.model, options.tolerance)
     export_onnx(detector, file, size, options.batch, options.exporter)
     (folder / "detect.py").write_text(detect_program(), encoding="utf-8")
     session = open_session(file, options.threads)
@@ -235,8 +236,10 @@ def _add_onnx(
     if options.images:
         photographs = real_batches(image_files(options.images), seen_as, options.batch or 1)
         found.append(together("photographs", check_parity(detector, session, photographs)))
-    console.print(parity_table(found, options.tolerance))
-    require_parity(found, detector.family, options.tolerance)
+    if notice := notice_of_onnx(detector.model):
+        console.print(escaped(notice), markup=False, soft_wrap=True)
+    console.print(parity_table(found, tolerance))
+    require_parity(found, detector.family, tolerance)
     said = ""
     if options.rounds:
         said = time_both(detector, session, Size(size, size), options.batch or 1, options)

@@ -82,11 +82,13 @@ def _family(loaded: _Loaded) -> Check:
 
 def _size(loaded: _Loaded) -> Check:
     from qskd.detectors.cost import parameters
+    from qskd.quantization.model import notice_of
 
     model, detector = loaded.detector.model, loaded.detector
     sizes = f"{parameters(model) / 1e6:.1f} M parameters, {detector.num_layers} decoder layers"
     chosen = "chosen in each image" if detector.chooses_queries else "learned"
-    return Check("size", "ok", f"{sizes}, {detector.num_queries} queries, {chosen}")
+    notice = notice_of(model)
+    return Check("size", "ok", f"{sizes}, {detector.num_queries} queries, {chosen}{f'; {notice}' if notice else ''}")
 
 
 def _classes(loaded: _Loaded) -> Check:

@@ -34,6 +34,7 @@ from qskd.evaluation.detections import Backend, Detections, GroundTruth
 from qskd.evaluation.pairs import pairs_of_transformers
 from qskd.from_recipe import ground_truth
 from qskd.printable import one_line
+from qskd.quantization.model import notice_of
 from qskd.storage.places import fetched
 
 log = logging.getLogger("qskd")
@@ -86,6 +87,8 @@ def evaluate(
         rule = pairs_of_transformers(detector.family, detector.num_queries, max_detections)
         for notice in beyond_reach(data, manifest, detector.num_queries, max_detections):
             log.warning(notice)
+        if notice := notice_of(detector.model):
+            log.warning("%s: %s", one_line(model), notice)
         del detector
     job = Job(model, data, preprocessing, class_map or {}, batch_size, threads, device, precision, max_detections)
     with progress("evaluate", manifest.num_images) as row:

@@ -25,6 +25,8 @@ from qskd.errors import QskdError, writing
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import predict_image
 from qskd.pictures.plots import draw_boxes
+from qskd.printable import one_line
+from qskd.quantization.model import notice_of
 from qskd.storage.ownership import check_picture, listed, save_picture
 from qskd.storage.places import fetched
 
@@ -160,6 +162,8 @@ def predict_all(asked: Request) -> Iterator[tuple[list[Prediction], tuple[str, .
     with fetched(asked.model) as folder:
         detector = load_detector(folder).eval().to(device_of("auto"))
         look = Looking(detector, read_preprocessing(folder), asked.threshold)
+    if notice := notice_of(detector.model):
+        log.warning("%s: %s", one_line(asked.model), notice)
     keeps = is_folder(asked.out)
     ids = ids_for(detector, asked.sources, asked.annotations) if keeps else Ids({}, {})
     done: list[Prediction] = []

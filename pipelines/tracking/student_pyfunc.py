@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ class Student:
 
         self.processor = AutoImageProcessor.from_pretrained(folder)
         self.model = AutoModelForObjectDetection.from_pretrained(folder).eval()
+        if getattr(self.model.config, "qskd_quantization", None):
+            warnings.warn("a quantised student: its weights are, its activations run in float here", stacklevel=2)
 
     def predict(self, images: Any, params: dict[str, Any] | None = None) -> Any:
         """images: a table with one column, a list, or one: files' paths, base64 of PNG or JPEG, bytes, Pillow's pictures, or RGB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
 import time
@@ -129,6 +130,10 @@ class Worker:
         for (subset, epoch), part in itertools.groupby(ready, key=lambda each: (each.share.subset, each.share.epoch)):
             if subset == "train":
                 self.train(part)
+                continue
+            if not self.training.whole:  # it would be better than it will be, and count as the best
+                collections.deque(part, maxlen=0)
+                self.report(epoch, None)
                 continue
             result = self.evaluate(each.share for each in part)
             self.patience.heard(result)

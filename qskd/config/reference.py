@@ -120,6 +120,8 @@ def type_of(annotation: Any, metadata: list[Any]) -> str:
 
 def default_of(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
+    if field.is_required():
+        return "none"
     if default == "":
         return "empty"
     if isinstance(default, float):

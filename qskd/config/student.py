@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qskd.config.images import ResizeConfig
+from qskd.config.quantization import QuantizationConfig
 from qskd.config.section import Count, Fraction, Layers, Section, Width
 from qskd.config.student_sizes import SizeName, resolve
 from qskd.families.facts import FACTS, Family
@@ -122,6 +123,9 @@ class StudentConfig(Section):
     # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of
     # another family the backbone alone.
     inherit: bool = False
+    # Few bits: a short word such as w8a8 or w4a4-attn8, or a section (docs/quantization.md). Students of detr, conditional_detr,
+    # deformable_detr and rt_detr. null: float.
+    quantization: QuantizationConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +146,8 @@ class StudentConfig(Section):
         if self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 for the sine position embedding")
         facts = FACTS[self.family]
+        if self.quantization is not None and facts.in_float and not self.init:
+            raise ValueError(f"quantization: students of {self.family} can't be quantised: {facts.in_float}")
         if self.width % facts.width_unit:
             unit = facts.width_unit
             raise ValueError(

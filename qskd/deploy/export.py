@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qskd.datasets.pictures import decoding
 from qskd.deploy import onnx_detect
 from qskd.deploy.onnx_detect import probabilities_of
+from qskd.deploy.qdq import store_whole_numbers
 from qskd.detectors import FAMILIES, Detector
 from qskd.errors import QskdError
 
@@ -146,6 +147,7 @@ def _state_shapes(file: Path, detector: Detector, size: int, batch: int | None) 
         sizes = ["batch" if batch is None else batch, *shapes[value.name]]
         value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, sizes))
     del model.graph.value_info[:]  # sizes in between were those of a free batch
+    store_whole_numbers(model)
     onnx.save(model, str(file))
     onnx.checker.check_model(str(file))
 

@@ -24,6 +24,7 @@ from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
 from qskd.evaluation.details import Evaluation
 from qskd.evaluation.shown import NOT_MEASURED, is_measured, score_text
+from qskd.quantization.files import FILE as QUANTISERS
 from qskd.storage.ownership import EXTRA_FILE
 from qskd.untrusted import parse_large_json, parse_yaml
 
@@ -111,6 +112,10 @@ class Card:
 
 
 _CARD = TypeAdapter(Card)
+QUANTISED = (
+    "The figures are of a quantised network. transformers, as above, runs its weights so, but activations in float, which is "
+    f"not the same; {QUANTISERS} has the rest, and `qskd.quantization.files.restore_quantisers` puts it in place.\n"
+)
 
 
 def read_card(folder: str | Path) -> Card | None:
@@ -137,7 +142,8 @@ def write_card(folder: str | Path, card: Card) -> None:
     extra = read_facts(folder) or {}
     facts.write_text(json.dumps({**extra, "card": asdict(card)}, indent=2, sort_keys=True) + "\n")
     pictures = [name for name in PICTURES if (Path(folder) / name).is_file()]
-    (Path(folder) / CARD_FILE).write_text(render(card, pictures), encoding="utf-8")
+    quantised = (Path(folder) / QUANTISERS).is_file()
+    (Path(folder) / CARD_FILE).write_text(render(card, pictures, quantised), encoding="utf-8")
 
 
 def is_hub_name(model: str) -> bool:
@@ -195,8 +201,8 @@ def _table(card: Card) -> str:
     return "\n".join(lines)
 
 
-def render(card: Card, pictures: Sequence[str] = ()) -> str:
-    """The whole README.md. pictures: of its evaluation, those that are beside it."""
+def render(card: Card, pictures: Sequence[str] = (), quantised: bool = False) -> str:
+    """The whole README.md. pictures: of its evaluation, those that are beside it. quantised: its quantisers are, too."""
     own = card.rows[-1]
     size = NOT_MEASURED if own.parameters is None else f"{own.parameters / 1e6:.2f} million parameters"
     measured_on = "" if card.val_images is None else f"AP is COCO's, on {card.val_images} validation images. "
@@ -215,6 +221,7 @@ def render(card: Card, pictures: Sequence[str] = ()) -> str:
         f"{measured_on}GFLOPs are of one image, a multiply-add counted as two. {card.timing or 'Latency was not measured.'}\n",
         "## Use\n",
         '```python\nfrom transformers import pipeline\n\npipeline("object-detection", model="THIS_FOLDER")("photo.jpg")\n```\n',
+        *([QUANTISED] if quantised else []),
     ]
     if card.evaluation is not None:
         parts.append(classes_section(card.evaluation, pictures))

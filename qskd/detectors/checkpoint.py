@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from qskd.checkpoints.files import read_weights, weight_files
+from qskd.checkpoints.files import checkpoint_file, read_weights, weight_files
+from qskd.checkpoints.json_files import shown
 from qskd.checkpoints.preprocessing import Channels, Preprocessing
 from qskd.checkpoints.timm_resnet import dilate, find_timm, is_dilated, rename, resnet_config
 from qskd.checkpoints.weights import (
@@ -35,6 +36,9 @@ from qskd.detectors.detector import Detector
 from qskd.detectors.norms import keep_precision
 from qskd.errors import QskdError, writing
 from qskd.families.table import FAMILIES, find_family
+from qskd.quantization import files as quantization
+from qskd.quantization.files import restore_quantisers
+from qskd.quantization.model import FIELD
 from qskd.storage.durable import sync_folder, sync_tree
 from qskd.storage.files import sha256_of
 from qskd.storage.ownership import EXTRA_FILE, check_replaceable, foreign_to_detector, remove_own_detector_files
@@ -42,11 +46,12 @@ from qskd.storage.ownership import EXTRA_FILE, check_replaceable, foreign_to_det
 log = logging.getLogger(__name__)
 
 
-def load_detector(path_or_name: str | Path) -> Detector:
+def load_detector(path_or_name: str | Path, quantised: bool = True) -> Detector:
     """A detector of any supported family from a folder or the Hub, in eval mode, float32.
 
     Only safetensors are read, and every weight must be there and expected. A timm ResNet becomes transformers' own, with
-    the same outputs; timm is not needed. Raises QskdError otherwise.
+    the same outputs; timm is not needed. A quantised student has its quantisers again, as it was trained; quantised=False: its
+    weights alone, as plain transformers loads them. Raises QskdError otherwise.
     """
     path, config = check_path(path_or_name), read_config(path_or_name)
     family = find_family(config.model_type, path)
@@ -73,7 +78,27 @@ def load_detector(path_or_name: str | Path) -> Detector:
         dilate(family.trunk(model), timm.output_stride, path)
     keep_precision(model)
     family.drop_unused(model)
+    if quantised and (file := quantisers_file(path)) is not None:
+        restore_quantisers(model, file)
     return Detector(model).eval()
+
+
+def quantisers_file(path: str) -> Path | None:
+    """The file with a quantised student's quantisers; None of a model in float. path: as `check_path` gives it. QskdError where
+    config.json says that there is one, and it isn't there."""
+    said, where = read_said(path)
+    if not said.get(FIELD):
+        return None
+    with reading(path):
+        file = checkpoint_file(path, quantization.FILE)
+    if file is None:
+        raise QskdError(
+            where,
+            f"a student of {shown(said[FIELD])}, and no {quantization.FILE} beside it",
+            "the file with its quantisers",
+            "copy the whole folder again; or load it with transformers, which reads the weights alone",
+        )
+    return file
 
 
 @lru_cache(maxsize=64)
@@ -91,6 +116,9 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     with reading(path):
         files = weight_files(path)
     said, _ = read_said(path)
+    quantisers = quantisers_file(path)
+    if quantisers is not None:  # they decide its outputs as much as the weights do
+        files = [*files, quantisers]
     sums = [_sha256_once(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
     weights = hashlib.sha256("".join(sums).encode()).hexdigest()
     meaning = {key: value for key, value in said.items() if key not in ("transformers_version", "_name_or_path")}
@@ -196,7 +224,8 @@ def _write(detector: Detector, folder: Path, preprocessing: Preprocessing) -> No
         for name, module in detector.model.named_modules()
         if isinstance(module, ThawedBatchNorm2d)
     }
-    state = {name: value for name, value in detector.model.state_dict().items() if name not in thawed}
+    state = {name: value for name, value in quantization.plain_state(detector.model).items() if name not in thawed}
+    quantization.save_quantisers(detector.model, folder)
     with quiet():
         detector.model.save_pretrained(folder, state_dict=state)
         FAMILIES[detector.family].processor_class(

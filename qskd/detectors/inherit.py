@@ -16,6 +16,7 @@ from qskd.datasets.classes import NOBODY
 from qskd.detectors.detector import Detector
 from qskd.errors import QskdError
 from qskd.families.table import find_family
+from qskd.quantization.model import belongs_to_quantiser
 
 # Per-layer parts, by where their number stands: encoder and decoder layers (RT-DETR's encoder has its own inside
 # "aifi"), and heads of which there is one a layer (D-FINE has a quality head, "lqe_layers", too).
@@ -218,8 +219,10 @@ class _Narrowing:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Without batch counters: a frozen norm, such as every loaded detector has, counts none."""
-    return {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    """Without batch counters: a frozen norm, such as every loaded detector has, counts none. And without quantisers, whose steps
+    are found in training."""
+    state = {name: value for name, value in model.state_dict().items() if not belongs_to_quantiser(name)}
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def _backbone_only(student: Detector, teacher: Detector) -> Inheritance:

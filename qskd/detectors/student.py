@@ -24,6 +24,7 @@ from qskd.detectors.norms import keep_precision
 from qskd.errors import QskdError
 from qskd.families.initialisation import set_class_prior
 from qskd.families.table import find_family
+from qskd.quantization.model import quantise
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
         torch.manual_seed(seed)
         model = _from_checkpoint(config, labels) if config.init else _from_sizes(config, labels)
         find_family(model.config.model_type, "student").prepare_student(model)
+        if config.quantization is not None:  # before the detector takes hold of any layer's forward
+            quantise(model, model.config.model_type, config.quantization)
         detector = Detector(model).train()
     if config.init:
         seen_as = read_preprocessing(config.init, config.resize)
@@ -120,11 +123,12 @@ def describe_student(config: StudentConfig, classes: int) -> str:
             f"{config.encoder_layers} + {config.decoder_layers} layers, {config.heads} heads, ffn {config.ffn_width}, "
             f"{config.queries} queries"
         )
-    return f"{what}, images {side}\n  {cost}"
+    bits = f", {config.quantization.bits}" if config.quantization is not None else ""
+    return f"{what}{bits}, images {side}\n  {cost}"
 
 
 def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
-    detector = load_detector(config.init)
+    detector = load_detector(config.init, quantised=False)
     if is_dilated(detector.model):
         raise QskdError(
             "student.init",

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 Undecayed = Literal["nothing", "norms", "norms_and_biases", "backbone"]
+_FUNCTION = "its sampled attention is a function in transformers' file, in which nothing can be quantised from outside"
+_VIT_FLOAT = "its groups of queries are copies of heads in training, whose quantisers would never begin"
 _VIT_MISSING = "a learning rate of its decoder's own (0.7 of its projector's)"
 
 
@@ -28,8 +30,8 @@ class Facts:
     timm ResNet by leaving the backbone out. Of its authors' training, and what the recipe's fields of the same meaning say by
     default: dropout; frozen_stages of a pretrained backbone, the stem with them; sampling_scale, of the learning rate of sampling
     offsets and reference points; layer_decay, of the learning rate from each layer of a ViT to the one before it; undecayed,
-    what no weight decay pulls at. missing: what of its
-    authors' training a student here goes without, in words; empty for nothing that is known.
+    what no weight decay pulls at. missing: what of its authors' training a student here goes without, in words; empty for
+    nothing that is known. in_float: why its students can't be quantised; empty where they can.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Facts:
     sampling_scale: float = 1.0
     layer_decay: float = 1.0
     undecayed: Undecayed = "nothing"
+    in_float: str = ""
 
 
 _ONE_MAP = {"feature_levels": 1}
@@ -97,12 +100,26 @@ _RF_DETR = {
 FACTS: dict[str, Facts] = {
     "detr": Facts("DETR", {**_ONE_MAP, "queries": 100}, softmax=True, means_timm=True, dropout=0.1, frozen_stages=1),
     "table-transformer": Facts(
-        "Table Transformer", {**_ONE_MAP, "queries": 100}, softmax=True, means_timm=True, dropout=0.1, frozen_stages=1
+        "Table Transformer",
+        {**_ONE_MAP, "queries": 100},
+        softmax=True,
+        means_timm=True,
+        dropout=0.1,
+        frozen_stages=1,
+        in_float="transformers writes its attention out in a module of its own, where nothing can be quantised from outside",
     ),
     "conditional_detr": Facts(
         "Conditional DETR", _ONE_MAP, groups=True, best_pairs=100, means_timm=True, dropout=0.1, frozen_stages=1
     ),
-    "dab-detr": Facts("DAB-DETR", _ONE_MAP, groups=True, best_pairs=100, means_timm=True, frozen_stages=1),
+    "dab-detr": Facts(
+        "DAB-DETR",
+        _ONE_MAP,
+        groups=True,
+        best_pairs=100,
+        means_timm=True,
+        frozen_stages=1,
+        in_float="transformers writes its attention out in its layers, where nothing can be quantised from outside",
+    ),
     "deformable_detr": Facts(
         "Deformable DETR",
         width_unit=32,  # it normalises in 32 groups
@@ -115,13 +132,14 @@ FACTS: dict[str, Facts] = {
         sampling_scale=0.1,
     ),
     "rt_detr": Facts("RT-DETR", _HYBRID, hybrid=True, undecayed="norms_and_biases"),
-    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True, undecayed="norms"),
+    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True, undecayed="norms", in_float=_FUNCTION),
     "d_fine": Facts(
         "D-FINE",
         _HYBRID,
         hybrid=True,
         least_decoder_layers=2,
         undecayed="norms_and_biases",
+        in_float=_FUNCTION,
     ),
     "deimv2": Facts(
         "DEIMv2",
@@ -129,6 +147,7 @@ FACTS: dict[str, Facts] = {
         hybrid=True,
         least_decoder_layers=2,
         undecayed="norms_and_biases",
+        in_float=_FUNCTION,
         missing="mosaics and mixtures of images",
     ),
     "lw_detr": Facts(
@@ -142,6 +161,7 @@ FACTS: dict[str, Facts] = {
         layer_decay=0.8,
         undecayed="backbone",
         missing=_VIT_MISSING,
+        in_float=_VIT_FLOAT,
     ),
     "rf_detr": Facts(
         "RF-DETR",
@@ -156,6 +176,7 @@ FACTS: dict[str, Facts] = {
         layer_decay=0.8,
         undecayed="backbone",
         missing=_VIT_MISSING,
+        in_float=_VIT_FLOAT,
     ),
 }
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.config import StudentConfig
+from qskd.quantization.layers import QuantisedLinear
 from qskd.structures import Classification, Queries, SideDistributions
 
 
@@ -324,8 +325,10 @@ def dense_attention(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def linear32(module: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer in float32, whatever the precision of its weights and of `x`."""
-    return F.linear(x.float(), module.weight.float(), None if module.bias is None else module.bias.float())
+    """A linear layer in float32, whatever the precision of its weights and of `x`; of a quantised one with the weights that it
+    uses."""
+    weight = module.used_weight() if isinstance(module, QuantisedLinear) else module.weight
+    return F.linear(x.float(), weight.float(), None if module.bias is None else module.bias.float())
 
 
 def take(states: Tensor, queries: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ EXTRA_FILE = (
 # A student's folder, as a run leaves it, and a detector's, as `save_detector` and `qskd export` do.
 STUDENT_FILE = re.compile(
     r"config\.json|preprocessor_config\.json|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|"
-    r"model\.safetensors\.index\.json|qskd\.json|README\.md|card-(?:precision_recall|thresholds|classes|confusion)\.png"
+    r"model\.safetensors\.index\.json|quantization\.safetensors|qskd\.json|README\.md|card-(?:precision_recall|thresholds|classes|confusion)\.png"
 )
 DETECTOR_FILE = re.compile(rf"{STUDENT_FILE.pattern}|model\.onnx|detect\.py")
 SHOWN = 5  # names that a message lists

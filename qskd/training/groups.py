@@ -1,7 +1,8 @@
-"""Parameter groups of the optimizer: what learns at a rate of its own, and what weight decay leaves alone."""
+"""Parameter groups of the optimizer: what learns at a rate of its own, and what weight decay leaves alone; the rate's schedule."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -9,10 +10,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from qskd.config import FACTS, TrainingConfig
+from qskd.quantization.model import belongs_to_quantiser
 from qskd.training.module import StepModule
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deformable DETR's own code and in transformers
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """What the learning rate is multiplied by at this step (0-based): linear warm-up, then the schedule. In 0..1."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "step":
+        return 0.1 if step >= config.step_at * total_steps else 1.0
+    return 1.0
 
 
 def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -32,8 +46,11 @@ def parameter_groups(module: StepModule, config: TrainingConfig) -> list[dict[st
         for name, p in student.model.named_parameters(remove_duplicate=False)
     }
     scales |= _of_the_backbone(module, config)
+    # A quantiser's step is learned as a logarithm, the place of zero as a share: both move in proportion, in whatever part.
+    quantisers = {id(p) for name, p in student.named_parameters() if belongs_to_quantiser(name)}
+    scales |= dict.fromkeys(quantisers, 1.0)
     undecayed = config.undecayed or facts.undecayed
-    free: set[int] = set()
+    free: set[int] = set(quantisers)
     if undecayed in ("norms", "norms_and_biases"):
         free |= {id(p) for part in student.modules() if is_norm(part) for p in part.parameters(recurse=False)}
     if undecayed == "norms_and_biases":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qskd.config import Config, TrainingConfig
+from qskd.config import Config
 from qskd.datasets.batch import TrainBatch as TrainBatch
 from qskd.datasets.batch import parts_of as parts_of
 from qskd.datasets.batch import train_batch as train_batch
@@ -30,26 +30,16 @@ from qskd.errors import QskdError
 from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine_with_values
 from qskd.precision import autocast, laid_out_as
+from qskd.quantization.stages import Stages
 from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_device, with_rest
 from qskd.teacher.cached import Teacher
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.augmentation import augmentation_of
+from qskd.training.groups import learning_rate_factor as learning_rate_factor
 from qskd.training.groups import parameter_groups
 from qskd.training.module import StepModule, compile_step
 from qskd.training.norms import put_right, share_statistics
 from qskd.training.stand_in import stand_in
-
-
-def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """What the learning rate is multiplied by at this step (0-based): linear warm-up, then the schedule. In 0..1."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if config.schedule == "step":
-        return 0.1 if step >= config.step_at * total_steps else 1.0
-    return 1.0
 
 
 @torch.no_grad()
@@ -84,16 +74,9 @@ class Training:
         # Workers on GPUs exchange numbers that the host needs beside NCCL, which would have it wait for the device.
         others = world > 1 and self.module.denoising is not None and dist.get_backend() != "gloo"
         self.hosts = dist.new_group(backend="gloo") if others else None
-        self.step_module: nn.Module = self.module
         self.shared_norms = share_statistics(student) if world > 1 and config.student.backbone_norm == "sync" else []
         if device.type == "cpu":
             put_right(student)
-        if world > 1:
-            # Batch statistics are each worker's own, but for `sync`; evaluation takes rank 0's (see `evaluation_weights`).
-            devices = [device.index or 0] if device.type == "cuda" else None
-            self.step_module = DistributedDataParallel(
-                self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
         if config.compute.compile:
             compile_step(self.module, config)
         self.optimizer = torch.optim.AdamW(
@@ -104,6 +87,9 @@ class Training:
         )
         # Asked in every step: to go through all modules for them takes as long as to use them.
         self._learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        bits = config.student.quantization
+        self.stages = Stages(student.model, bits, total_steps) if bits is not None else None
+        self.step_module = self._gathering()
         self._averaged: tuple[list[Tensor], list[Tensor]] | None = None
         self.average = (
             {k: v.detach().clone() for k, v in student.state_dict().items()} if config.training.ema_decay else {}
@@ -116,6 +102,21 @@ class Training:
     @property
     def student(self) -> Detector:
         return self.module.student
+
+    def _gathering(self) -> nn.Module:
+        """The step module, with gradients averaged over workers; another one, where other parameters have a gradient."""
+        if self.world == 1:
+            return self.module
+        # Batch statistics are each worker's own, but for `sync`; evaluation takes rank 0's (see `evaluation_weights`).
+        devices = [self.device.index or 0] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether the student is what it will be in the end: all that is to be quantised is."""
+        return self.stages is None or self.step >= self.stages.last
 
     @property
     def learning_rate(self) -> float:
@@ -149,6 +150,10 @@ class Training:
         if self.average:
             self._update_average()
         self.step += 1
+        if self.stages is not None and (begun := self.stages.advance(self.step)):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step_module = self._gathering()
+            self.stages.begin_average(self.average, begun, "model.")
         mean = said[0]
         if len(said) > 1:
             mean = {name: torch.stack([values[name] for values in said]).mean() for name in mean}
@@ -282,6 +287,8 @@ class Training:
         self.check_finite()
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        if self.stages is not None:
+            tensors |= {f"calibration.{name}": counts for name, counts in self.stages.state().items()}
         named = {id(p): name for name, p in self.module.named_parameters()}
         for parameter, slots in self.optimizer.state.items():
             tensors |= {f"optimizer.{slot}.{named[id(parameter)]}": value for slot, value in slots.items()}
@@ -306,6 +313,10 @@ class Training:
                     )
                 self.optimizer.state[parameters[name]][slot] = laid_out_as(value, parameters[name])
         self.step = step
+        if self.stages is not None:
+            seen = {k[12:]: v for k, v in tensors.items() if k.startswith("calibration.")}
+            self.stages.load(seen, step)
+            self.step_module = self._gathering()
 
 
 class _EvaluationWeights:

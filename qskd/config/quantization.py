@@ -1,0 +1,77 @@
+"""The student's bits: `student.quantization` of a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qskd.config.section import Section
+
+Part = Literal["backbone", "encoder", "decoder", "heads"]
+PARTS: tuple[Part, ...] = ("backbone", "encoder", "decoder", "heads")
+_BITS = re.compile(r"w([8432])a([8432])(?:-attn([8432]))?")
+
+
+class QuantizationConfig(Section):
+    """A student that learns with quantised weights and activations (docs/quantization.md). `student.quantization: w4a4-attn8` is
+    the same as `{bits: w4a4-attn8}`."""
+
+    # Of weights (w) and activations (a), and of what is multiplied in an attention (attn; 8 where it is not said): 8, 4, 3 or 2.
+    # The first layer, and those whose output is a class, a box, a reference point or a sampling offset, have 8 and 8.
+    bits: str
+    # What is quantised: backbone, encoder (the projections before it too), decoder, heads.
+    parts: tuple[Part, ...] = PARTS
+    # When what is no backbone begins to be quantised, where both are: a share of the training below 1, or a step from 1 on. 0: at
+    # once.
+    rest_from: float = Field(default=0.0, ge=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_word(cls, given: Any) -> Any:
+        return {"bits": given} if isinstance(given, str) else given
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, bits: str) -> str:
+        if not _BITS.fullmatch(bits):
+            raise ValueError(f"{bits!r}: say w8a8, or w4a4-attn8: 8, 4, 3 or 2 bits each")
+        return bits
+
+    @field_validator("parts")
+    @classmethod
+    def _some_part(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        if not parts:
+            raise ValueError("no part: student.quantization: null for a student in float")
+        return tuple(part for part in PARTS if part in parts)
+
+    @field_validator("rest_from")
+    @classmethod
+    def _whole_step(cls, at: float) -> float:
+        if at >= 1 and at != int(at):
+            raise ValueError(f"{at:g}: a share of the training below 1, or a whole number of steps")
+        return at
+
+    @property
+    def weight_bits(self) -> int:
+        return self._said()[0]
+
+    @property
+    def activation_bits(self) -> int:
+        return self._said()[1]
+
+    @property
+    def attention_bits(self) -> int:
+        return self._said()[2]
+
+    def _said(self) -> tuple[int, int, int]:
+        found = _BITS.fullmatch(self.bits)
+        assert found is not None
+        return int(found[1]), int(found[2]), int(found[3] or 8)
+
+    def rest_step(self, total_steps: int) -> int:
+        """The step (0-based) at which what is no backbone begins."""
+        if "backbone" not in self.parts:
+            return 0
+        return int(self.rest_from if self.rest_from >= 1 else self.rest_from * total_steps)

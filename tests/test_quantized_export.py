@@ -1,0 +1,127 @@
+"""A quantised student as ONNX, and what `qskd predict` runs of its folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from test_quantized_students import trained
+
+from pipelines.health.checkpoint import model_checks
+from pipelines.inspection.predict import predict_all, request
+from pipelines.tracking.student_pyfunc import Student
+from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches
+from qskd.deploy.model_card import Card, Figures, write_card
+from qskd.deploy.qdq import TOLERANCE, notice_of_onnx, tolerance_of
+from qskd.detectors import load_detector, read_preprocessing, save_detector
+from qskd.errors import QskdError
+from qskd.evaluation.inference import predict_image
+from qskd.quantization.files import FILE, read_quantisers
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+def saved(family: str, bits: str, folder: Path) -> Path:
+    training = trained(family, bits, "training.ema_decay=0.9")
+    with training.evaluation_weights() as student:
+        tiny.shake(student, 2)
+        save_detector(student, folder, training.config.student.resize)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["detr", "conditional_detr", "refined", "rt_detr"])
+def test_eight_bits_are_quantize_linear_with_the_learned_steps(family: str, tmp_path: Path) -> None:
+    folder = saved(family, "w8a8", tmp_path / "student")
+    detector, file = load_detector(folder), tmp_path / "model.onnx"
+    export_onnx(detector, file, tiny.SIZE)
+    graph = onnx.load(str(file)).graph
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    constants = {
+        node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t)
+        for node in graph.node
+        if node.op_type == "Constant"
+    }
+    known = stored | constants
+    tensors, bits, _ = read_quantisers(folder / FILE)
+    for kind, number in (("zero_point", "QuantizeLinear"), ("weight.step", "DequantizeLinear")):
+        steps = {
+            known[node.input[1]].tobytes()
+            for node in graph.node
+            if node.op_type == number and (number == "QuantizeLinear" or node.input[0] in stored)
+        }
+        names = [name for name in tensors if name.endswith(kind)]
+        expected = {tensors[name.replace("zero_point", "step")].numpy().tobytes() for name in names}
+        # What no evaluation asks is not in the graph.
+        assert steps <= expected
+        assert len(steps) > 0.8 * len(expected)
+    weights = [
+        stored[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    ]
+    assert {each.dtype for each in weights} == {np.dtype(np.int8)}
+    assert not any(each.dtype == np.float32 and each.ndim > 1 and each.size > 2000 for each in stored.values())
+    assert set(bits.values()) == {8}
+    assert "QuantizeLinear" in notice_of_onnx(detector.model)
+    assert tolerance_of(detector.model, 1e-4) == TOLERANCE
+    found = check_parity(detector, open_session(file), random_batches(tiny.SIZE, (1,) * 4))
+    # Of a network that has learnt nothing, two queries of all but equal scores may change places, and an image is lost by it.
+    assert sorted(each.worst for each in found)[2] < TOLERANCE
+
+
+def test_fewer_bits_are_the_same_in_float_and_it_is_said(tmp_path: Path) -> None:
+    detector, file = load_detector(saved("detr", "w3a4-attn2", tmp_path / "student")), tmp_path / "model.onnx"
+    export_onnx(detector, file, tiny.SIZE)
+    assert "no faster than float" in notice_of_onnx(detector.model)
+    found = check_parity(detector, open_session(file), random_batches(tiny.SIZE, (1,) * 4))
+    assert max(each.worst for each in found) < TOLERANCE
+    with pytest.raises(QskdError, match="--no-onnx"):
+        tolerance_of(detector.model, 1e-4)
+    assert tolerance_of(detector.model, 0.2) == 0.2
+    in_float = load_detector(tmp_path / "student", quantised=False).model
+    assert notice_of_onnx(in_float) == ""
+    assert tolerance_of(in_float, 1e-4) == 1e-4
+
+
+def test_the_card_of_a_quantised_student_says_what_a_plain_load_gives(tmp_path: Path) -> None:
+    card = Card("x", "detr", 3, (Figures("this model", {}),))
+    folder = saved("detr", "w8a8", tmp_path / "student")
+    write_card(folder, card)
+    assert "activations in float" in (folder / "README.md").read_text()
+    (folder / FILE).unlink()
+    write_card(folder, card)
+    assert "activations in float" not in (folder / "README.md").read_text()
+
+
+def test_a_look_at_a_checkpoint_names_its_bits(tmp_path: Path) -> None:
+    folder = saved("detr", "w8a8", tmp_path / "student")
+    assert any("a student of w8a8" in check.found for check in model_checks(str(folder)))
+
+
+def test_mlflow_s_student_says_that_its_activations_run_in_float(tmp_path: Path) -> None:
+    folder = saved("detr", "w8a8", tmp_path / "student")
+    with pytest.warns(UserWarning, match="activations run in float"):
+        Student(str(folder))
+
+
+def test_predict_runs_a_student_with_its_quantisers_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved("refined", "w2a2", tmp_path / "student")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    with caplog.at_level(logging.WARNING, "qskd"):
+        asked = request(str(folder), [tmp_path / "one.png"], tmp_path / "out.png", threshold=0.0)
+        ((predictions, _),) = predict_all(asked)
+    assert "a student of w2a2: it runs with its quantisers" in caplog.text
+
+    def scores(quantised: bool) -> Any:
+        detector = load_detector(folder, quantised=quantised)
+        return predict_image(detector, pixels, read_preprocessing(folder), range(3), 0.0).scores
+
+    assert np.allclose(predictions[0].found.scores, scores(True))
+    assert not np.allclose(scores(True), scores(False), atol=1e-3)
