@@ -20,9 +20,10 @@ from qskd.deploy.runtimes import Run, has_bfloat16, need_openvino, open_variant,
 from qskd.deploy.side_by_side import Measured, Pictures, side_by_side
 from qskd.deploy.speed import Timing, compare_speed, run_runner
 from qskd.deploy.variants import (
+    FIGURES,
     FLOAT16,
     FLOAT32,
-    HEAD,
+    GAPS,
     INT8,
     OPENVINO_BFLOAT16,
     OPENVINO_FLOAT32,
@@ -30,7 +31,8 @@ from qskd.deploy.variants import (
     Variant,
     VariantFacts,
     VariantsFound,
-    cells,
+    figures,
+    gaps,
 )
 from qskd.detectors import Detector, Preprocessing
 from qskd.detectors.cost import busy_note
@@ -209,11 +211,17 @@ def time_variants(
 
 
 def show_variants(found: VariantsFound, console: Console) -> None:
-    table = Table(title="the same detector in each file")
-    for number, column in enumerate(HEAD):
-        table.add_column(column, justify="left" if number < 3 else "right", overflow="fold")
-    for one in found.facts:
-        table.add_row(*map(Text, cells(one)))
-    console.print(table)
+    """Two tables, which fit a terminal of 80 columns, and the notes."""
+    tables: list[tuple[str, Sequence[str], Callable[[VariantFacts], list[str]]]] = []
+    tables.append(("the same detector in each file", FIGURES, figures))
+    if len(found.facts) > 1:
+        tables.append((f"differences to {found.facts[0].variant.name}", GAPS, gaps))
+    for title, head, row in tables:
+        table = Table(title=title)
+        for number, column in enumerate(head):
+            table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
+        for one in found.facts:
+            table.add_row(*map(Text, row(one)))
+        console.print(table)
     for note in found.notes:
         console.print(note, markup=False, soft_wrap=True)

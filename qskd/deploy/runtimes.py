@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from qskd.deploy.export import INPUT, OUTPUTS, open_session
+from qskd.deploy.export import INPUT, OUTPUTS, Predicting, open_session
 from qskd.deploy.variants import OPENVINO_BFLOAT16, Variant
+from qskd.detectors import Detector
 from qskd.errors import QskdError
 
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # pixel_values [B, 3, S, S] -> logits, boxes
@@ -36,19 +38,34 @@ def has_bfloat16() -> bool:
     return "BF16" in need_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def open_variant(variant: Variant, folder: Path, threads: int = 1) -> Run:
-    """The variant's file in this folder, on the CPU. Raises QskdError where the runtime can't run it."""
-    file = folder / variant.file
-    if file.suffix == ".xml":
-        session: Any = session_of_openvino(file, threads, "bf16" if variant == OPENVINO_BFLOAT16 else "f32")
-    else:
-        session = open_session(file, threads)
+def run_of(session: Any) -> Run:
+    """Of onnxruntime's session, or `session_of_openvino`'s."""
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits, boxes = session.run(list(OUTPUTS), {INPUT: pixels})
         return logits, boxes
 
     return run
+
+
+def run_of_torch(detector: Detector) -> Run:
+    """transformers' own forward pass, on the CPU."""
+    model = Predicting(detector.eval().model)
+
+    def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            logits, boxes = model(torch.from_numpy(pixels))
+        return logits.numpy(), boxes.numpy()
+
+    return run
+
+
+def open_variant(variant: Variant, folder: Path, threads: int = 1) -> Run:
+    """The variant's file in this folder, on the CPU. Raises QskdError where the runtime can't run it."""
+    file = folder / variant.file
+    if file.suffix == ".xml":
+        return run_of(session_of_openvino(file, threads, "bf16" if variant == OPENVINO_BFLOAT16 else "f32"))
+    return run_of(open_session(file, threads))
 
 
 class _Session:

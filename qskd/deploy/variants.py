@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qskd.evaluation.shown import NOT_MEASURED, score_text
+from qskd.evaluation.shown import score_text
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "OpenVINO"
 
@@ -72,32 +72,33 @@ class VariantsFound:
     notes: tuple[str, ...] = ()
 
 
-HEAD = (
-    *("file", "computes in", "runtime", "MB", "AP", "AP50"),
-    *("probabilities: largest", "mean", "boxes: largest", "mean"),
-    *("ms/image", "ratio"),
-)
+FIGURES = ("file", "in", "MB", "AP", "AP50", "ms/image", "ratio")
+GAPS = ("file", "in", "probabilities: largest", "mean", "boxes: largest", "mean")
 
 
-def cells(one: VariantFacts) -> list[str]:
-    """One row under HEAD. A difference to itself is none."""
-    found = [one.variant.file, one.variant.computes, one.variant.runtime, f"{one.bytes / 1e6:.2f}"]
-    found += [score_text(one.metrics.get(name)) if one.metrics else NOT_MEASURED for name in ("AP", "AP50")]
-    gaps = one.differences
-    if gaps is None:
-        found += ["–"] * 4
-    else:
-        numbers = (gaps.largest_probability, gaps.mean_probability, gaps.largest_box, gaps.mean_box)
-        found += [f"{number:.1e}" for number in numbers]
+def figures(one: VariantFacts) -> list[str]:
+    """One row under FIGURES."""
+    found = [one.variant.file, one.variant.computes, f"{one.bytes / 1e6:.2f}"]
+    found += [score_text(one.metrics.get(name)) if one.metrics else "–" for name in ("AP", "AP50")]
     return found + ["–" if value is None else f"{value:.2f}" for value in (one.ms, one.ratio)]
+
+
+def gaps(one: VariantFacts) -> list[str]:
+    """One row under GAPS."""
+    found, far = [one.variant.file, one.variant.computes], one.differences
+    if far is None:
+        return found + ["–"] * 4
+    numbers = (far.largest_probability, far.mean_probability, far.largest_box, far.mean_box)
+    return found + [f"{number:.1e}" for number in numbers]
 
 
 def section(found: VariantsFound) -> str:
     """Markdown for the model card; empty where float32 is all there is and nobody measured its AP."""
     if len(found.facts) < 2 and not any(one.metrics for one in found.facts):
         return ""
-    lines = [f"| {' | '.join(HEAD)} |", f"| {' | '.join(['---'] * 3 + ['---:'] * (len(HEAD) - 3))} |"]
-    lines += [f"| {' | '.join(cells(one))} |" for one in found.facts]
+    head, rows = [*FIGURES, *GAPS[2:]], [[*figures(one), *gaps(one)[2:]] for one in found.facts]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * 2 + ['---:'] * (len(head) - 2))} |"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", *found.notes, ""])
 
 
