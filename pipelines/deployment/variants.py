@@ -215,7 +215,7 @@ def show_variants(found: VariantsFound, console: Console) -> None:
     tables: list[tuple[str, Sequence[str], Callable[[VariantFacts], list[str]]]] = []
     tables.append(("the same detector in each file", FIGURES, figures))
     if len(found.facts) > 1:
-        tables.append((f"differences to {found.facts[0].variant.name}", GAPS, gaps))
+        tables.append((f"largest and mean differences to {found.facts[0].variant.name}", GAPS, gaps))
     for title, head, row in tables:
         table = Table(title=title)
         for number, column in enumerate(head):

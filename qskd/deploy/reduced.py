@@ -77,8 +77,13 @@ def placing_parts(detector: Detector) -> tuple[str, ...]:
 
 def nodes_of(graph: Any, parts: Sequence[str]) -> list[str]:
     """The nodes of a graph (by torch's TorchScript exporter, which names a node by its module) that belong to these modules."""
-    within = tuple(f".model.{part}." for part in parts)
-    return [node.name for node in graph.node if node.name.replace("/", ".").startswith(within)]
+    again = r"(?:_\d+)?"  # at the end of a name where the exporter meets a module a second time
+    within = [
+        r"\.".join(f"{re.escape(step)}{again}" for step in part.split("."))
+        for part in ("model." + one for one in parts)
+    ]
+    pattern = re.compile(rf"\.(?:{'|'.join(within)})\.") if within else re.compile(r"(?!)")
+    return [node.name for node in graph.node if pattern.match(node.name.replace("/", "."))]
 
 
 class _Reader:
