@@ -38,6 +38,7 @@ from qskd.detectors import Detector, Preprocessing
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.redaction import redacted_uri
+from qskd.storage.scratch import scratch_folder
 
 TIMING_LIMIT_S = 30.0
 NOISE = 8  # images, where there are no others to compare on
@@ -74,10 +75,10 @@ class VariantOptions:
             raise QskdError(
                 "--no-onnx", "INT8, float16, OpenVINO or AP, which are made of the graph", "one or the other"
             )
-        if (self.int8 or self.float16) and exporter != "torchscript":
+        if (self.int8 or self.float16 or self.openvino) and exporter != "torchscript":
             raise QskdError(
                 f"--exporter {exporter}",
-                "INT8 or float16, for which nodes must have the names of their modules",
+                "INT8, float16 or OpenVINO, for which nodes must have the names of their modules",
                 "torchscript",
                 "leave --exporter away",
             )
@@ -110,19 +111,14 @@ def add_variants(detector: Detector, folder: Path, asked: Asked, console: Consol
     if options.int8:
         images = images_to_calibrate(options.calibration, asked.seen_as)
         calibration = Calibration(images, asked.batch or 1)
+        console.print(f"calibrating INT8 on {calibration.count} images", markup=False)
         notes.append(quantize_int8(detector, folder / FLOAT32.file, folder / INT8.file, calibration).text)
         notes.append(f"It is calibrated on {calibration.count} images of {_named(options.calibration)}.")
     if options.float16:
         to_float16(detector, folder / FLOAT32.file, folder / FLOAT16.file)
     variants = list(options.made)
     if options.openvino:
-        session = session_of_openvino(folder / FLOAT32.file, asked.threads)
-        parity = check_parity(detector, session, random_batches(size, (asked.batch or 1,) * 3))
-        require_parity(parity, f"{detector.family} in OpenVINO", TOLERANCE)
-        for variant in variants:
-            if variant in (OPENVINO_FLOAT32, OPENVINO_INT8):
-                source = FLOAT32 if variant == OPENVINO_FLOAT32 else INT8
-                to_openvino(folder / source.file, folder / variant.file)
+        _add_openvino(detector, folder, asked)
         if has_bfloat16():
             variants.insert(variants.index(OPENVINO_FLOAT32) + 1, OPENVINO_BFLOAT16)
     runs = {variant.name: open_variant(variant, folder, asked.threads) for variant in variants}
@@ -135,6 +131,21 @@ def add_variants(detector: Detector, folder: Path, asked: Asked, console: Consol
     found = VariantsFound(tuple(_facts(one, folder, measured, timed) for one in variants), tuple(notes))
     show_variants(found, console)
     return found
+
+
+def _add_openvino(detector: Detector, folder: Path, asked: Asked) -> None:
+    """The conversion is checked at full precision, against PyTorch, before there are fewer bits."""
+    session = session_of_openvino(folder / FLOAT32.file, asked.threads)
+    noise = random_batches(asked.seen_as.resize.size, (asked.batch or 1,) * 3)
+    require_parity(check_parity(detector, session, noise), f"{detector.family} in OpenVINO", TOLERANCE)
+    with scratch_folder("openvino") as scratch:
+        half = folder / FLOAT16.file
+        if not asked.options.float16:
+            half = scratch / FLOAT16.file
+            to_float16(detector, folder / FLOAT32.file, half)
+        to_openvino(half, folder / OPENVINO_FLOAT32.file)
+    if asked.options.int8:
+        to_openvino(folder / INT8.file, folder / OPENVINO_INT8.file)
 
 
 def _facts(

@@ -89,7 +89,7 @@ def session_of_openvino(file: Path, threads: int, precision: str = "f32") -> _Se
         return _Session(core.compile_model(core.read_model(str(file)), "CPU", how))
     except RuntimeError as error:
         raise QskdError(
-            str(file),
+            f"{file.name} in OpenVINO",
             f"OpenVINO can't run it: {_reason(error)}",
             "a graph that its CPU plugin takes",
             "leave --openvino away; docs/export.md has the families that were tried",
@@ -102,10 +102,11 @@ def _reason(error: Exception) -> str:
 
 
 def to_openvino(file: Path, target: Path) -> None:
-    """An .onnx file as OpenVINO's .xml and, beside it, .bin; what is float32 is stored in float16."""
+    """An .onnx file as OpenVINO's .xml and, beside it, .bin, which stores each weight as the graph has it. (OpenVINO's own way of
+    storing weights in float16 takes all of them, also those that say where a box is.)"""
     openvino = need_openvino()
     try:
-        openvino.save_model(openvino.Core().read_model(str(file)), str(target), compress_to_fp16=True)
+        openvino.save_model(openvino.Core().read_model(str(file)), str(target), compress_to_fp16=False)
     except RuntimeError as error:
         raise QskdError(
             f"{file.name} for OpenVINO", f"it can't be converted: {_reason(error)}", remedy="leave --openvino away"

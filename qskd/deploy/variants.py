@@ -73,7 +73,7 @@ class VariantsFound:
 
 
 FIGURES = ("file", "in", "MB", "AP", "AP50", "ms/image", "ratio")
-GAPS = ("file", "in", "probabilities", "mean", "boxes", "mean")  # the largest and the mean difference of each
+GAPS = ("file", "in", "scores", "mean", "boxes", "mean")  # the largest and the mean difference of each
 
 
 def figures(one: VariantFacts) -> list[str]:
@@ -96,7 +96,7 @@ def section(found: VariantsFound) -> str:
     """Markdown for the model card; empty where float32 is all there is and nobody measured its AP."""
     if len(found.facts) < 2 and not any(one.metrics for one in found.facts):
         return ""
-    head = [*FIGURES, "probabilities: largest difference", "mean", "boxes: largest", "mean"]
+    head = [*FIGURES, "scores: largest difference", "mean", "boxes: largest", "mean"]
     rows = [[*figures(one), *gaps(one)[2:]] for one in found.facts]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * 2 + ['---:'] * (len(head) - 2))} |"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
