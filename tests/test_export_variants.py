@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -209,8 +210,9 @@ def test_benchmark_measures_every_file_of_an_export(exported: Path, shards: Path
         assert [timing.batch for timing in row.timings] == [2]  # all that its graph takes
         assert row.bytes == said[row.runtime].bytes
         assert row.metrics["AP"] == pytest.approx(said[row.runtime].metrics["AP"], abs=1e-6)
-    show(found, console := Console(record=True, width=120, quiet=True))
-    console.quiet = False
+    show(found, Console(file=(shown := io.StringIO()), width=120))
+    assert "size on disk, and COCO AP" in shown.getvalue()
+    assert f"{rows[1].bytes / 1e6:.2f} │ {rows[1].metrics['AP']:.3f}" in shown.getvalue()
     assert torch_row.metrics["AP"] == pytest.approx(said["float32 onnxruntime"].metrics["AP"], abs=1e-3)
     with pytest.raises(QskdError, match=r"no model\.onnx\n.*a folder of `qskd export`"):
         benchmark([str(TEACHER)], options)
@@ -278,6 +280,10 @@ def test_calibration_images_are_spread_over_all_that_are_given(shards: Path, tmp
         Image.new("RGB", (30, 20), colour).save(tmp_path / f"{number}.png")
     files = Calibration(images_to_calibrate([str(tmp_path)], seen_as), 1)
     assert (files.count, files[1].shape, len(list(files.pictures()))) == (2, (1, 3, SIZE, SIZE), 2)
+    prepare(tmp_path, None, str(tmp_path / "photos"), unlabeled=True, quiet=True)
+    unlabelled = Calibration(images_to_calibrate([str(tmp_path / "photos")], seen_as), 1)
+    assert unlabelled.count == 2
+    np.testing.assert_array_equal(unlabelled[1], files[1])
 
 
 @needs_openvino

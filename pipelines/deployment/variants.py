@@ -107,6 +107,8 @@ def add_variants(detector: Detector, folder: Path, asked: Asked, console: Consol
     """Write the files beside `folder`/model.onnx, print what was found, and return it. Raises QskdError."""
     options, size = asked.options, asked.seen_as.resize.size
     notes: list[str] = []
+    if options.evaluate is not None:  # complain of its classes before minutes are spent on calibration
+        labelled_images(options.evaluate, asked.model, detector, asked.seen_as)
     calibration = None
     if options.int8:
         images = images_to_calibrate(options.calibration, asked.seen_as)
