@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.tuning.finish import SweepResult
     from qskd.datasets.findings.finding import Finding
     from qskd.datasets.manifest import Manifest
+    from qskd.deploy.variants import VariantFacts
     from qskd.evaluation.details import Evaluation
 
     Picture: TypeAlias = str | Path | Image.Image | np.ndarray
@@ -59,12 +60,14 @@ class Prediction:
 @dataclass(frozen=True)
 class Exported:
     """folder: plain Hugging Face. onnx: the graph beside it, None without. largest_difference: between PyTorch and the graph, of
-    class probabilities and boxes (of the image); None without a graph. latency: a sentence, empty where it was not measured."""
+    class probabilities and boxes (of the image); None without a graph. latency: a sentence, empty where it was not measured.
+    variants: of each file, where others or AP were asked for."""
 
     folder: str
     onnx: str | None
     largest_difference: float | None
     latency: str
+    variants: tuple[VariantFacts, ...] = ()
 
 
 def prepare(
@@ -265,6 +268,11 @@ def export(
     images: Sequence[Folder] = (),
     onnx: bool = True,
     exporter: Literal["torchscript", "dynamo"] = "torchscript",
+    int8: bool = False,
+    float16: bool = False,
+    openvino: bool = False,
+    calibration: Folder | Sequence[Folder] = (),
+    evaluate: Folder | None = None,
     tolerance: float = 1e-4,
     rounds: int = 20,
     threads: int = 1,
@@ -275,8 +283,11 @@ def export(
     from rich.console import Console
 
     from pipelines.deployment import export as program
+    from pipelines.deployment.variants import VariantOptions
     from qskd.deploy.model_card import read_card
 
+    given = [calibration] if isinstance(calibration, str | os.PathLike) else list(calibration or images)
+    shards = None if evaluate is None else os.fspath(evaluate)
     options = program.ExportOptions(
         size=size,
         batch_size=batch_size,
@@ -288,10 +299,13 @@ def export(
         rounds=rounds,
         threads=threads,
         overwrite=overwrite,
+        variants=VariantOptions(int8, float16, openvino, tuple(os.fspath(each) for each in given), shards),
     )
     folder = program.export(os.fspath(model), Path(out), options, Console(file=io.StringIO()))
     card = read_card(folder)
     facts = card.onnx if card is not None and onnx else None
     if facts is None:
         return Exported(str(folder), None, None, "")
-    return Exported(str(folder), str(folder / "model.onnx"), max(facts.probabilities, facts.boxes), facts.latency)
+    found = card.variants.facts if card is not None and card.variants is not None else ()
+    largest = max(facts.probabilities, facts.boxes)
+    return Exported(str(folder), str(folder / "model.onnx"), largest, facts.latency, found)

@@ -26,6 +26,12 @@ def command(
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also time onnxruntime.")] = False,
+    exported: Annotated[
+        bool, typer.Option("--exported", help="Also every file that `qskd export` wrote into the folders.")
+    ] = False,
+    evaluate: Annotated[
+        str | None, typer.Option(metavar="SHARDS", help="Labelled shards to measure AP on, in every runtime.")
+    ] = None,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, each model in a process of its own.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 20,
     limit_s: Annotated[
@@ -33,7 +39,7 @@ def command(
     ] = 30.0,
     dry_run: DryRun = False,
 ) -> None:
-    """Parameters, FLOPs, milliseconds and memory of detectors, timed in turn so that their ratios hold."""
+    """Parameters, FLOPs, milliseconds and memory of detectors, timed in turn so that their ratios hold; AP and size of exports."""
     from pipelines.deployment import benchmark as program
 
     options = program.BenchmarkOptions(
@@ -43,6 +49,8 @@ def command(
         precision=one_of("--precision", precision, "float32", "bfloat16"),
         threads=threads,
         onnx=onnx,
+        exported=exported,
+        evaluate=evaluate,
         memory=memory,
         rounds=rounds,
         limit_s=limit_s,

@@ -12,6 +12,7 @@ import typer
 
 from pipelines.command import DryRun, Model, Size, local_path, one_of, run
 from pipelines.run.logs import tell
+from qskd.errors import QskdError
 
 
 def command(
@@ -32,6 +33,23 @@ def command(
     exporter: Annotated[
         str, typer.Option(help="torchscript or dynamo; docs/export.md has what each can do.")
     ] = "torchscript",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also INT8: model.int8.onnx, calibrated on --calibration, else on --images.")
+    ] = False,
+    float16: Annotated[bool, typer.Option("--float16", help="Also float16: model.float16.onnx.")] = False,
+    openvino: Annotated[
+        bool,
+        typer.Option("--openvino", help="Also for OpenVINO: openvino_model.xml, and of INT8 where that is asked for."),
+    ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH", help="Shard folder, or image or folder of images (may be repeated), to calibrate INT8 with."
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(metavar="SHARDS", help="Labelled shards to measure the AP of every file on.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference of probabilities and boxes.")] = 1e-4,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0: none.")] = 20,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads to time with.")] = 1,
@@ -45,6 +63,7 @@ def command(
 ) -> None:
     """Write a detector as a folder to deploy: plain Hugging Face and ONNX, checked against PyTorch, with a model card."""
     from pipelines.deployment import export as program
+    from pipelines.deployment.variants import VariantOptions
 
     options = program.ExportOptions(
         size=size,
@@ -57,7 +76,12 @@ def command(
         rounds=rounds,
         threads=threads,
         overwrite=overwrite,
+        variants=VariantOptions(
+            int8, float16, openvino, tuple(calibration or [str(image) for image in images or ()]), evaluate
+        ),
     )
+    if calibration and not int8:
+        raise QskdError("--calibration", "has no effect without --int8", "both, or neither", "add --int8")
     if dry_run:
         tell(program.foresee(model, out, options))
         return

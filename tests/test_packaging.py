@@ -26,6 +26,7 @@ IF_INSTALLED = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "openvino",
     "psutil",
     "av",
 }

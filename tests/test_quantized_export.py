@@ -12,6 +12,8 @@ import tiny
 from PIL import Image
 from test_quantized_students import trained
 
+from pipelines.deployment.export import ExportOptions, export
+from pipelines.deployment.variants import VariantOptions
 from pipelines.health.checkpoint import model_checks
 from pipelines.inspection.predict import predict_all, request
 from pipelines.tracking.student_pyfunc import Student
@@ -33,6 +35,14 @@ def saved(family: str, bits: str, folder: Path) -> Path:
         tiny.shake(student, 2)
         save_detector(student, folder, training.config.student.resize)
     return folder
+
+
+@pytest.mark.parametrize("asked", [{"int8": True, "calibration": ("photos",)}, {"float16": True}, {"openvino": True}])
+def test_a_student_of_few_bits_is_not_rounded_once_more(asked: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved("detr", "w8a8", tmp_path / "student")
+    with pytest.raises(QskdError, match="would round what is rounded already"):
+        export(str(folder), tmp_path / "out", ExportOptions(variants=VariantOptions(**asked)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", ["detr", "conditional_detr", "refined", "rt_detr"])

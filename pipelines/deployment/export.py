@@ -6,7 +6,7 @@ python -m pipelines.export runs/quickstart/qskd/student --out exported --images 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pipelines.deployment.variants import Asked, VariantOptions, add_variants
 from pipelines.inspection.predict import read_image
 from pipelines.run.ownership import enclosing_run
 from pipelines.run.places import place_of
@@ -63,7 +64,7 @@ TIMING_LIMIT_S = 30.0
 class ExportOptions:
     """size: side of the images; None: what the checkpoint's own processor says. batch_size: images at a time of a graph
     of fixed batch. rounds: of timing, 0 = none. images: files, or folders of which the first sixteen images are taken.
-    overwrite: replace an earlier export; what else is in its folder stays."""
+    overwrite: replace an earlier export; what else is in its folder stays. variants: the files besides model.onnx."""
 
     size: int | None = None
     batch_size: int = 1
@@ -75,6 +76,7 @@ class ExportOptions:
     rounds: int = 20
     threads: int = 1
     overwrite: bool = False
+    variants: VariantOptions = field(default_factory=VariantOptions)
 
     @property
     def batch(self) -> int | None:
@@ -149,15 +151,27 @@ def foresee(model: str, out: Path, options: ExportOptions) -> str:
     """What `--dry-run` prints."""
     with fetched(model) as folder:
         check_out(model, out, options.overwrite)
-        size, images = square(folder, options.size).resize.size, image_files(options.images)
+        seen_as, images = square(folder, options.size), image_files(options.images)
+        options.variants.check(str(folder), options.onnx, options.exporter, seen_as)
+        size = seen_as.resize.size
     if not options.onnx:
         return f"{model} → {out}: a Hugging Face folder, images of {size} x {size} pixels"
     batch = "any batch" if options.dynamic_batch else f"batch {options.batch_size}"
     checked = f"noise{f' and {len(images)} image(s)' if images else ''}"
     return (
         f"{model} → {out}: a Hugging Face folder and ONNX ({options.exporter}), {batch}, images of {size} x {size} "
-        f"pixels, checked with {checked}"
+        f"pixels, checked with {checked}{_besides(options)}"
     )
+
+
+def _besides(options: ExportOptions) -> str:
+    """What `--dry-run` says of the other files."""
+    asked, said = options.variants, ""
+    if len(asked.made) > 1:
+        said += f"; besides {', '.join(one.file for one in asked.made[1:])}"
+    if asked.int8:
+        said += f"; INT8 is calibrated on {', '.join(asked.calibration)}"
+    return said + (f"; AP of each file on {asked.evaluate}" if asked.evaluate is not None else "")
 
 
 def check_out(model: str, out: Path, overwrite: bool) -> None:
@@ -191,12 +205,18 @@ def _export(model: str, named: str, out: Path, options: ExportOptions, console: 
     """model: a Hub name or a local folder; named: as the user named it."""
     seen_as = square(model, options.size)
     image_files(options.images)  # complain now
+    options.variants.check(model, options.onnx, options.exporter, seen_as)
     detector = load_detector(model)
     FAMILIES[detector.family].check_size(detector.model.config, seen_as.resize.size, seen_as.resize.size)
     with replacing(out, options.overwrite) as fresh:
         save_detector(detector, fresh, seen_as.resize, read_facts(model), seen_as.mean, seen_as.std)
         onnx = _add_onnx(detector, fresh, seen_as, options, console) if options.onnx else None
-        card = card_of(model, named, detector, seen_as, onnx)
+        found = None
+        if options.variants.any:
+            photographs = image_files(options.images)
+            how = (seen_as, options.batch, photographs, options.rounds, options.threads)
+            found = add_variants(detector, fresh, Asked(named, options.variants, *how), console)
+        card = replace(card_of(model, named, detector, seen_as, onnx), variants=found)
         if card.evaluation is not None:
             for name in PICTURES:
                 if (Path(model) / name).is_file():

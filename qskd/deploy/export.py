@@ -218,7 +218,7 @@ def compare(
         first, second = ([values[image] for values in outputs] for outputs in model)
         differences = _largest(first, second)
         if reorder and not differences[1:].max() <= TOLERANCE:
-            order = _likeness(first, second)
+            order = likeness(first[1:], second[1:])
             second = [values[order] for values in second]
             differences = _largest(first, second)
             moved += int((order != np.arange(len(order))).sum())
@@ -231,13 +231,13 @@ def _largest(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.nd
     return np.array([np.abs(a - b).max() for a, b in zip(first, second, strict=True)])
 
 
-def _likeness(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.ndarray:
+def likeness(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.ndarray:
+    """The place in `second` of each query's likeness in `first`, by the least sum of largest differences. Arrays [Q, ...]: boxes
+    and probabilities of one image."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 
-    features = [
-        np.nan_to_num(np.concatenate(values[1:], axis=-1)) for values in (first, second)
-    ]  # boxes, probabilities
+    features = [np.nan_to_num(np.concatenate(values, axis=-1)) for values in (first, second)]
     return np.asarray(linear_sum_assignment(cdist(*features, "chebyshev"))[1])
 
 

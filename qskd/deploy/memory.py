@@ -46,8 +46,8 @@ def peak_memory(
 ) -> dict[int, int]:
     """Batch size -> bytes, weights and activations; what Python and its libraries take before the model comes is not in it.
 
-    model: a Hub name or folder, or an .onnx file, which onnxruntime then runs. On the CPU the resident memory of the
-    process, which an allocator may keep larger than what is in use; on cuda what torch has allocated.
+    model: a Hub name or folder, or an .onnx or .xml file, which onnxruntime or OpenVINO then runs. On the CPU the resident memory
+    of the process, which an allocator may keep larger than what is in use; on cuda what torch has allocated.
     Raises QskdError when the process fails.
     """
     request = {"model": str(model), "height": height, "width": width, "batches": sorted(batches), "threads": threads}
@@ -76,6 +76,19 @@ def _measure(request: dict[str, Any]) -> dict[int, int]:
             session.run(None, {"pixel_values": np.zeros((batch, 3, *size), np.float32)})
 
         return {batch: _peak_of(run_onnx, batch, before) for batch in request["batches"]}
+    if request["model"].endswith(".xml"):
+        import numpy as np
+
+        from qskd.deploy.runtimes import need_openvino, session_of_openvino
+
+        need_openvino()
+        before = _before()
+        compiled = session_of_openvino(Path(request["model"]), threads)
+
+        def run_openvino(batch: int) -> None:
+            compiled.run(["logits"], {"pixel_values": np.zeros((batch, 3, *size), np.float32)})
+
+        return {batch: _peak_of(run_openvino, batch, before) for batch in request["batches"]}
     import torch
 
     from qskd.deploy.speed import Size, torch_runner

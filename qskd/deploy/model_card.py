@@ -19,6 +19,8 @@ from qskd.config import MethodSettings
 from qskd.config.distillation import DEFAULT, NONE
 from qskd.deploy.card_evaluation import PICTURES, classes_section
 from qskd.deploy.chosen import Chosen
+from qskd.deploy.variants import VariantsFound
+from qskd.deploy.variants import section as variants_section
 from qskd.distillation.find import is_built_in
 from qskd.distillation.method import find_method, methods_of
 from qskd.errors import QskdError
@@ -109,6 +111,7 @@ class Card:
     evaluation: Evaluation | None = None  # of this model, without its curves
     chosen: Chosen | None = None  # which of its training's students this model is
     unlabeled_images: int = 0  # of the training: those that the teacher alone said something of
+    variants: VariantsFound | None = None  # the exported files, side by side
 
 
 _CARD = TypeAdapter(Card)
@@ -229,6 +232,8 @@ def render(card: Card, pictures: Sequence[str] = (), quantised: bool = False) ->
         facts = asdict(card.onnx) | {"batch": "any number" if card.onnx.batch is None else card.onnx.batch}
         facts["latency"] = card.onnx.latency or "Its latency was not measured."
         parts += ["## ONNX\n", ONNX.format(family=card.family, **facts)]
+    if card.variants is not None and (text := variants_section(card.variants)):
+        parts += ["## The same detector in each file\n", text]
     parts += ["## Training\n", _training(card), "## Data and licences\n", _licences(card)]
     if taught:
         heading = "## Method\n" if len(taught) == 1 else "## Methods\n"

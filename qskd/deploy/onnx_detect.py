@@ -1,8 +1,9 @@
-"""From an image to boxes with an exported detector: numpy, onnxruntime and Pillow; no torch, transformers or qskd.
+"""From an image to boxes with an exported detector: numpy, onnxruntime (or OpenVINO) and Pillow; no torch, transformers or qskd.
 
 `qskd export` writes it, with the decoder (`qskd.datasets.pictures.decoding`) in it, as detect.py into every folder:
 
     python detect.py photo.jpg --threshold 0.5
+    python detect.py photo.jpg --model model.int8.onnx       # or openvino_model.xml, which OpenVINO then runs
 
 `decode`, `pixels_of` and `boxes_of` are what a program of yours needs before and after the graph; they use numpy and Pillow only.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,27 +88,42 @@ def boxes_of(
     return found
 
 
-def detect(folder: Path, image_file: Path, threshold: float) -> list[dict[str, Any]]:
+def session_of(file: Path) -> tuple[Callable[[np.ndarray], Any], Any]:
+    """What runs a graph on the CPU, pixel_values -> logits and pred_boxes; and its batch, a number where that is fixed."""
+    if file.suffix == ".xml":
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would call out when it is imported
+        import openvino
+
+        compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        sides = compiled.input("pixel_values").partial_shape
+        batch = sides[0].get_length() if sides[0].is_static else None
+        return lambda pixels: [compiled({"pixel_values": pixels})[name] for name in ("logits", "pred_boxes")], batch
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(["logits", "pred_boxes"], {"pixel_values": pixels}), session.get_inputs()[
+        0
+    ].shape[0]
+
+
+def detect(folder: Path, image_file: Path, threshold: float, model: str = "model.onnx") -> list[dict[str, Any]]:
     """The objects in one image file: "label", "score" and "box_xyxy" in pixels of the upright image, best first; "category_id", the
-    dataset's, where config.json keeps it.
+    dataset's, where config.json keeps it. model: the graph's file in the folder.
 
     PictureError for a file that is no picture, or of a kind that is not read.
     """
-    import onnxruntime
-
     seen = decode(image_file.read_bytes())
     if seen.note:
         print(f"{image_file}: {seen.note}", file=sys.stderr)
     picture = seen.rgb
     config = json.loads((folder / "config.json").read_text())
     processor = json.loads((folder / "preprocessor_config.json").read_text())
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    run, batch = session_of(folder / model)
     size = processor["size"]
     resized = picture.resize((size["width"], size["height"]), Image.Resampling.BILINEAR)
     pixels = pixels_of(np.asarray(resized)[None], processor["image_mean"], processor["image_std"])
-    batch = session.get_inputs()[0].shape[0]
     pixels = np.repeat(pixels, batch if isinstance(batch, int) else 1, axis=0)  # a graph of a fixed batch wants it full
-    logits, pred_boxes = session.run(["logits", "pred_boxes"], {"pixel_values": pixels})
+    logits, pred_boxes = run(pixels)
     found = boxes_of(
         logits[:1], pred_boxes[:1], np.array([[picture.height, picture.width]]), config["model_type"], threshold
     )[0]
@@ -126,9 +143,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Objects in an image, as JSON lines.")
     parser.add_argument("image", type=Path)
     parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--model", default="model.onnx", help="The graph's file in this folder.")
     given = parser.parse_args()
     try:
-        found_there = detect(Path(__file__).parent, given.image, given.threshold)
+        found_there = detect(Path(__file__).parent, given.image, given.threshold, given.model)
     except (OSError, PictureError) as error:
         sys.exit(f"error: {given.image}: {error}")
     for entry in found_there:

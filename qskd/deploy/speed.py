@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from qskd.config import ResizeConfig
@@ -93,6 +94,16 @@ def onnx_runner(session: Any, size: Size) -> Runner:
     def runner(batch: int) -> Side:
         pixels = torch.zeros(batch, 3, size.height, size.width).numpy()
         return lambda: session.run(list(OUTPUTS), {INPUT: pixels})
+
+    return runner
+
+
+def run_runner(run: Callable[[np.ndarray], object], size: int) -> Runner:
+    """Any runtime's (`qskd.deploy.runtimes`), from numpy arrays to numpy arrays. size: side of the square images."""
+
+    def runner(batch: int) -> Side:
+        pixels = np.zeros((batch, 3, size, size), np.float32)
+        return lambda: run(pixels)
 
     return runner
 

@@ -26,7 +26,9 @@ STUDENT_FILE = re.compile(
     r"config\.json|preprocessor_config\.json|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|"
     r"model\.safetensors\.index\.json|quantization\.safetensors|qskd\.json|README\.md|card-(?:precision_recall|thresholds|classes|confusion)\.png"
 )
-DETECTOR_FILE = re.compile(rf"{STUDENT_FILE.pattern}|model\.onnx|detect\.py")
+DETECTOR_FILE = re.compile(
+    rf"{STUDENT_FILE.pattern}|model(?:\.float16|\.int8)?\.onnx|openvino_model(?:\.int8)?\.(?:xml|bin)|detect\.py"
+)
 SHOWN = 5  # names that a message lists
 _SOFTWARE = 0x0131  # EXIF: the program that made a picture
 
@@ -73,7 +75,7 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
             f"a detector's folder with other things in it: {listed(found)}",
             "nothing but what qskd wrote there",
             "choose another folder; or `qskd export --overwrite`, which replaces qskd's own files there (config.json, weights, "
-            "README.md, qskd.json, model.onnx, detect.py) and leaves all else",
+            "README.md, qskd.json, its graphs, detect.py) and leaves all else",
         )
 
 

@@ -1,0 +1,310 @@
+"""INT8, float16 and OpenVINO: how far each is from float32, what is left in float, what is written, refused and measured."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from test_export import SIZE, random_detector
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.demo.quickstart import TEACHER
+from pipelines.deployment.benchmark import BenchmarkOptions, benchmark, show
+from pipelines.deployment.calibration import Calibration, images_to_calibrate
+from pipelines.deployment.export import ExportOptions, export
+from pipelines.deployment.variants import VariantOptions
+from pipelines.inspection.evaluate import evaluate
+from pipelines.prepare import prepare
+from qskd.config import ResizeConfig
+from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.deploy import onnx_detect
+from qskd.deploy.export import check_parity, export_onnx, random_batches, require_parity
+from qskd.deploy.model_card import read_card
+from qskd.deploy.reduced import MULTIPLIES, PLACES, Census, nodes_of, placing_parts, quantize_int8, to_float16
+from qskd.deploy.runtimes import need_openvino, open_variant, session_of_openvino, to_openvino
+from qskd.deploy.side_by_side import Pictures, side_by_side
+from qskd.deploy.variants import FLOAT16, FLOAT32, INT8, OPENVINO_FLOAT32, OPENVINO_INT8, VARIANTS
+from qskd.detectors import FAMILIES, Detector, Preprocessing, save_detector
+from qskd.errors import QskdError
+
+torch.set_num_threads(1)
+
+# One of each family: that of Deformable DETR with refined boxes, as all its students here.
+KINDS = {
+    FAMILIES[random_detector(kind).family].name: kind for kind in ("conditional", "detr", "table", "dab", "refined")
+} | {kind: kind for kind in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr")}
+needs_openvino = pytest.mark.skipif(  # importorskip would import it, and let it post what `need_openvino` switches off
+    find_spec("openvino") is None, reason="an optional runtime: pip install -e '.[openvino]'"
+)
+CHOOSING = (
+    "rt_detr",
+    "rt_detr_v2",
+    "d_fine",
+    "deimv2",
+    "lw_detr",
+    "rf_detr",
+)  # random scores are all alike: others are chosen
+
+
+def noise(count: int, seed: int) -> list[np.ndarray]:
+    return [pixels.numpy() for _, pixels in random_batches(SIZE, (1,) * count, seed)]
+
+
+@dataclass(frozen=True)
+class Made:
+    folder: Path
+    detector: Detector
+    census: Census
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A detector of each family as float32, INT8 and float16."""
+    detector, folder = random_detector(KINDS[request.param]), tmp_path_factory.mktemp("made")
+    assert detector.family == request.param
+    export_onnx(detector, folder / FLOAT32.file, SIZE)
+    found = quantize_int8(detector, folder / FLOAT32.file, folder / INT8.file, noise(3, 1))
+    to_float16(detector, folder / FLOAT32.file, folder / FLOAT16.file)
+    return Made(folder, detector, found)
+
+
+def test_every_family_has_int8_and_float16_within_bounds_and_boxes_stay_float(made: Made) -> None:
+    tmp_path, detector, found, family = made.folder, made.detector, made.census, made.detector.family
+    assert INT8.bytes_in(tmp_path) < 0.8 * FLOAT32.bytes_in(tmp_path)
+
+    graph = onnx.load(str(tmp_path / INT8.file)).graph
+    assert {node.domain for node in graph.node} == {""}
+    integers = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    placing = set(nodes_of(graph, placing_parts(detector)))
+    kept = [node for node in graph.node if node.op_type in MULTIPLIES and node.name in placing]
+    assert len(kept) == sum(found.in_float[PLACES].values()) >= 3
+    assert not [node.name for node in kept if node.input[1] in integers]
+    total = sum(node.op_type in MULTIPLIES for node in graph.node)
+    assert f"INT8: {sum(found.int8.values())} of {total} nodes" in found.text
+    assert sum(found.int8.values()) > 0.6 * total
+
+    runs = {variant.name: open_variant(variant, tmp_path) for variant in (FLOAT32, FLOAT16, INT8)}
+    measured = side_by_side(detector, runs, [Pictures(pixels) for pixels in noise(4, 2)], 1)
+    assert measured[FLOAT32.name].differences is None
+    half, int8 = (measured[variant.name].differences for variant in (FLOAT16, INT8))
+    assert half is not None
+    assert int8 is not None
+    assert (half.images, int8.images) == (4, 4)
+    assert 0 < half.mean_probability < int8.mean_probability < (0.05 if family in CHOOSING else 0.02)
+    assert 0 < max(half.mean_box, int8.mean_box) < (0.1 if family in CHOOSING else 0.01)
+    if family not in CHOOSING:
+        assert half.mean_box < int8.mean_box
+        assert max(half.largest_box, half.largest_probability) < 5e-3
+        assert max(int8.largest_box, int8.largest_probability) < 0.1
+
+
+@needs_openvino
+def test_openvino_computes_every_family_and_its_int8_as_onnxruntime_does(made: Made) -> None:
+    tmp_path = made.folder
+    session = session_of_openvino(tmp_path / FLOAT32.file, 1)
+    require_parity(check_parity(made.detector, session, random_batches(SIZE, (1, 1))), made.detector.family)
+    to_openvino(tmp_path / INT8.file, tmp_path / OPENVINO_INT8.file)
+    pictures, pairs = [Pictures(pixels) for pixels in noise(2, 2)], [(INT8, OPENVINO_INT8, 0.01)]
+    if made.detector.family in ("conditional_detr", "dab-detr"):  # whose places suffer most when they are rounded
+        to_openvino(tmp_path / FLOAT16.file, tmp_path / OPENVINO_FLOAT32.file)
+        pairs.append((FLOAT32, OPENVINO_FLOAT32, 1e-3))
+    for first, second, most in pairs:
+        runs = {variant.name: open_variant(variant, tmp_path) for variant in (first, second)}
+        gaps = side_by_side(made.detector, runs, pictures, 1)[second.name].differences
+        assert gaps is not None
+        assert max(gaps.mean_box, gaps.mean_probability) < (0.1 if made.detector.family in CHOOSING else most), second
+    assert OPENVINO_INT8.bytes_in(tmp_path) > (tmp_path / OPENVINO_INT8.file).stat().st_size
+
+
+@needs_openvino
+def test_an_export_for_openvino_runs_there_and_in_detect(tmp_path: Path) -> None:
+    asked = ExportOptions(rounds=0, variants=VariantOptions(openvino=True))
+    out = export(source(tmp_path / "source"), tmp_path / "out", asked, Console(quiet=True))
+    assert {path.name for path in out.glob("*openvino*")} == {"openvino_model.xml", "openvino_model.bin"}
+    assert not (out / FLOAT16.file).exists()  # which it is made of, and nobody asked for
+    card = read_card(out)
+    assert card is not None
+    assert card.variants is not None
+    first, *others = card.variants.facts
+    assert {fact.variant for fact in others} >= {OPENVINO_FLOAT32}
+    assert first.variant == FLOAT32
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.png")
+    here, there = (
+        onnx_detect.detect(out, tmp_path / "photo.png", 0.0, name) for name in (FLOAT32.file, OPENVINO_FLOAT32.file)
+    )
+    np.testing.assert_allclose(there[0]["box_xyxy"], here[0]["box_xyxy"], atol=0.5)
+    assert there[0]["score"] == pytest.approx(here[0]["score"], abs=5e-3)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    annotations, images = make_shapes(ShapesConfig(images=16), root / "coco")
+    prepare(annotations, images, str(root / "val"), quiet=True)
+    return root / "val"
+
+
+@pytest.fixture(scope="module")
+def exported(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's teacher, whose scores mean something, for two images at a time."""
+    asked = VariantOptions(int8=True, float16=True, calibration=(str(shards),), evaluate=str(shards))
+    out = tmp_path_factory.mktemp("variants") / "out"
+    return export(str(TEACHER), out, ExportOptions(batch_size=2, rounds=1, variants=asked), Console(quiet=True))
+
+
+def test_ap_of_each_file_stands_in_the_card_and_float32s_is_that_of_evaluate(exported: Path, shards: Path) -> None:
+    card = read_card(exported)
+    assert card is not None
+    assert card.variants is not None
+    one, int8, half = card.variants.facts
+    assert [fact.variant for fact in card.variants.facts] == [FLOAT32, INT8, FLOAT16]
+    assert one.metrics["AP"] == pytest.approx(evaluate(str(exported), str(shards), workers=0).ap, abs=1e-3)
+    assert one.metrics["AP"] > 0.2
+    for fact in (int8, half):
+        assert fact.metrics["AP"] == pytest.approx(one.metrics["AP"], abs=0.05)
+        assert fact.differences is not None
+        assert fact.differences.images == 16
+        assert fact.bytes == (exported / fact.variant.file).stat().st_size < one.bytes
+    assert (one.ratio, one.differences) == (1.0, None)
+    text = (exported / "README.md").read_text()
+    assert f"| model.int8.onnx | int8 | {int8.bytes / 1e6:.2f} | {int8.metrics['AP']:.3f} |" in text
+    assert "INT8: 46 of 72 nodes that multiply (11 Conv, 35 Gemm)" in text
+    assert "It is calibrated on 16 images of" in text
+
+
+def test_the_plain_folder_is_what_it_is_without_other_files(exported: Path, tmp_path: Path) -> None:
+    plain = export(str(TEACHER), tmp_path / "plain", ExportOptions(onnx=False), Console(quiet=True))
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        assert (plain / name).read_bytes() == (exported / name).read_bytes()
+    assert {path.name for path in exported.iterdir()} - {path.name for path in plain.iterdir()} == {
+        *("model.onnx", "detect.py", "model.int8.onnx", "model.float16.onnx")
+    }
+
+
+def test_detect_takes_the_other_files(exported: Path, shards: Path, tmp_path: Path) -> None:
+    photo = next((shards.parent / "coco").rglob("*.jpg"))
+    first = onnx_detect.detect(exported, photo, 0.3)
+    assert first
+    others = ["model.int8.onnx", "model.float16.onnx"]
+    for name in others:
+        found = onnx_detect.detect(exported, photo, 0.3, name)
+        np.testing.assert_allclose(found[0]["box_xyxy"], first[0]["box_xyxy"], atol=3)
+        assert found[0]["label"] == first[0]["label"]
+
+
+def test_benchmark_measures_every_file_of_an_export(exported: Path, shards: Path) -> None:
+    options = BenchmarkOptions(batches=(1,), exported=True, evaluate=str(shards), memory=False, rounds=1)
+    found = benchmark([str(exported)], options)
+    card = read_card(exported)
+    assert card is not None
+    assert card.variants is not None
+    said = {fact.variant.name: fact for fact in card.variants.facts}
+    torch_row, *rows = found.rows
+    assert (torch_row.runtime, [timing.batch for timing in torch_row.timings]) == ("PyTorch", [1, 2])
+    assert {row.runtime for row in rows} == set(said)
+    for row in rows:
+        assert [timing.batch for timing in row.timings] == [2]  # all that its graph takes
+        assert row.bytes == said[row.runtime].bytes
+        assert row.metrics["AP"] == pytest.approx(said[row.runtime].metrics["AP"], abs=1e-6)
+    show(found, Console(file=(shown := io.StringIO()), width=120))
+    assert "size on disk, and COCO AP" in shown.getvalue()
+    assert f"{rows[1].bytes / 1e6:.2f} │ {rows[1].metrics['AP']:.3f}" in shown.getvalue()
+    assert torch_row.metrics["AP"] == pytest.approx(said["float32 onnxruntime"].metrics["AP"], abs=1e-3)
+    with pytest.raises(QskdError, match=r"no model\.onnx\n.*a folder of `qskd export`"):
+        benchmark([str(TEACHER)], options)
+
+
+def source(folder: Path) -> str:
+    save_detector(random_detector("conditional"), folder, ResizeConfig(size=SIZE))
+    return str(folder)
+
+
+def test_int8_without_images_says_what_to_give_and_writes_nothing(tmp_path: Path) -> None:
+    model, out, empty = source(tmp_path / "source"), tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no picture")
+    for options, complaint in (
+        (["--int8"], r"no images to calibrate with\n.*\n.*--calibration SHARDS"),
+        (
+            ["--int8", "--calibration", str(empty)],
+            r"empty: no images to calibrate INT8 with\n.*a shard folder, or files",
+        ),
+        (["--int8", "--calibration", str(tmp_path / "none")], "no images to calibrate INT8 with"),
+        (["--calibration", str(empty)], "has no effect without --int8"),
+        (["--int8", "--calibration", str(empty), "--no-onnx"], "made of the graph"),
+        (["--float16", "--exporter", "dynamo"], "nodes must have the names of their modules"),
+    ):
+        for also in ([], ["--dry-run"]):
+            result = CliRunner().invoke(app, ["export", model, "--out", str(out), *options, *also])
+            assert isinstance(result.exception, QskdError), options
+            with pytest.raises(QskdError, match=complaint):
+                raise result.exception
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "source"]
+
+
+def test_a_dry_run_names_the_files_and_writes_none(shards: Path, tmp_path: Path) -> None:
+    model, out = source(tmp_path / "source"), tmp_path / "out"
+    options = ["--int8", "--float16", "--calibration", str(shards), "--evaluate", str(shards), "--dry-run"]
+    result = CliRunner().invoke(app, ["export", model, "--out", str(out), *options], catch_exceptions=False)
+    said = " ".join(result.output.split())
+    assert "besides model.int8.onnx, model.float16.onnx; INT8 is calibrated on" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_earlier_exports_other_files_go_with_it_and_those_of_others_stay(tmp_path: Path) -> None:
+    model, out = source(tmp_path / "source"), tmp_path / "out"
+    export(model, out, ExportOptions(onnx=False), Console(quiet=True))
+    ours = {variant.file for variant in VARIANTS} | {"openvino_model.bin", "openvino_model.int8.bin"}
+    others = {"model.bin", "model.xml", "openvino_model.fp16.xml", "my.int8.onnx"}
+    for name in ours | others:
+        (out / name).write_bytes(b"of an earlier export")
+    export(model, out, ExportOptions(onnx=False, overwrite=True), Console(quiet=True))
+    left = {path.name for path in out.iterdir()}
+    assert not left & ours
+    assert others <= left
+    assert all((out / name).read_bytes() == b"of an earlier export" for name in others)
+
+
+def test_calibration_images_are_spread_over_all_that_are_given(shards: Path, tmp_path: Path) -> None:
+    seen_as = Preprocessing(ResizeConfig(size=SIZE))
+    whole = Calibration(images_to_calibrate([str(shards)], seen_as), 1)
+    some = Calibration(images_to_calibrate([str(shards)], seen_as), 2, most=3)
+    assert (whole.count, len(whole), some.count, len(some)) == (16, 16, 3, 2)
+    np.testing.assert_array_equal(some[0][0], whole[0][0])
+    np.testing.assert_array_equal(some[1], np.repeat(whole[15], 2, 0))  # the last, filled up
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (30, 20), colour).save(tmp_path / f"{number}.png")
+    files = Calibration(images_to_calibrate([str(tmp_path)], seen_as), 1)
+    assert (files.count, files[1].shape, len(list(files.pictures()))) == (2, (1, 3, SIZE, SIZE), 2)
+    prepare(tmp_path, None, str(tmp_path / "photos"), unlabeled=True, quiet=True)
+    unlabelled = Calibration(images_to_calibrate([str(tmp_path / "photos")], seen_as), 1)
+    assert unlabelled.count == 2
+    np.testing.assert_array_equal(unlabelled[1], files[1])
+
+
+@needs_openvino
+def test_openvino_is_imported_without_what_posts_to_its_maker() -> None:
+    need_openvino()
+    assert sys.modules["openvino.tools.ovc.telemetry_utils"].tm.__name__ == "openvino.tools.ovc.telemetry_stub"
+    assert not [name for name, there in sys.modules.items() if name.startswith("openvino_telemetry") and there]
+
+
+def test_outputs_that_are_no_numbers_are_refused_by_name() -> None:
+    detector = random_detector("conditional")
+
+    def run(value: float) -> Any:
+        return lambda pixels: (np.full((1, 9, 5), value, np.float32), np.full((1, 9, 4), 0.5, np.float32))
+
+    with pytest.raises(QskdError, match="conditional_detr, broken: outputs that are no numbers"):
+        side_by_side(detector, {"first": run(0.0), "broken": run(np.inf)}, [Pictures(noise(1, 0)[0])], 1)
