@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import pytest
 import torch
 
+runpy.run_path(str(Path(__file__).parent / "quick" / "sitecustomize.py"))  # this process has begun without it
 torch.set_num_threads(1)
-gc.set_threshold(100_000, 20, 20)  # as quick/sitecustomize.py does in all processes that tests start
 
 
 # The files that take longest, in CPU seconds from 150 to 20: with a file for each worker in turn, one of them started last would
