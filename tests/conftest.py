@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import runpy
@@ -9,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
@@ -42,6 +44,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     if "qskd.families.conditional_detr" in sys.modules:
         fit_once()
+    if "typer.testing" in sys.modules:  # it reads the signatures of all verbs each time that one is run: 30 ms
+        runner: Any = sys.modules["typer.testing"]
+        runner._get_command = functools.cache(runner._get_command)
 
 
 def fit_once() -> None:
