@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers give way to all others, and starve on a busy machine
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # after 60 s Ray Train would begin again
+# After 60 s Ray would start another. The first to be forked waits until it can be, which takes 5 CPU seconds.
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
 # Ray Train starts a process for each run that watches for nodes that go away. Tests of such nodes turn it on again.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Ray starts a process for each core ahead. Those of trainings and trials have environment variables of their own: it would idle.
@@ -92,6 +94,14 @@ def no_ray_is_left() -> Iterator[None]:
         import ray
 
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[str]:
+    import forked
+
+    with forked.fork_server() as name:
+        yield name
 
 
 @pytest.fixture(scope="session")

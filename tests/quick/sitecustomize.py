@@ -12,6 +12,8 @@ kept there too, for the MLflow that is installed, and copied into other empty fi
 And one thing of Ray's: a worker with environment variables of its own (each of a training is one) is begun by a program,
 `setup_worker.py`, that imports Ray, sets them, and becomes the worker, which imports Ray. Here it sets them without the first
 import: a fifth of all that such a worker costs.
+
+Where a test asks for it, Ray's workers are not started at all but forked (fork_server.py).
 """
 
 from __future__ import annotations
@@ -139,7 +141,43 @@ def become_the_worker() -> None:
     os.execv(python, [python, *rest])
 
 
+def let_it_be_forked() -> None:
+    """A worker of Ray's, where there is a fork server (fork_server.py): that forks the process that works, and this one waits for
+    its end. Where it forks none, this one works."""
+    name, words = os.environ.get("QSKD_FORK_SERVER"), sys.orig_argv[1:]
+    if not name or not words or not words[0].endswith("/ray/_private/workers/default_worker.py"):
+        return
+    import json
+    import resource
+    import signal
+    import socket
+
+    umask = os.umask(0o077)
+    os.umask(umask)
+    request = {
+        "words": words,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "umask": umask,
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    }
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+            server.connect(f"\0{name}")
+            socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+            if not server.recv(16):
+                return
+            for handle in (0, 1, 2):
+                os.close(handle)
+            server.recv(16)
+    except OSError:
+        return
+    os._exit(0)
+
+
 become_the_worker()
+let_it_be_forked()
 gc.set_threshold(100_000, 20, 20)
 atexit.register(gc.freeze)
 sys.meta_path.insert(0, Hook())  # type: ignore[arg-type]
