@@ -291,9 +291,9 @@ def test_a_worker_of_the_tests_ray_is_forked_and_has_what_ray_started_it_with(cl
     def look() -> tuple[int, list[str], dict[str, str], str]:
         return os.getppid(), sys.argv, dict(os.environ), os.getcwd()
 
-    asked = ray.remote(look).options(runtime_env={"env_vars": {"ONE_OF_ITS_OWN": "1"}})
+    asked = ray.remote(look).options(runtime_env={"env_vars": {"RAY_ONE_OF_ITS_OWN": "1"}})
     parent, words, environment, folder = ray.get(asked.remote())
     assert any("fork_server.py" in word for word in psutil.Process(parent).cmdline())
     (started,) = [process for process in processes_of_ray() if process.cmdline()[1:] == words]  # it waits
     assert started.environ().items() <= environment.items()
-    assert (environment["ONE_OF_ITS_OWN"], folder) == ("1", started.cwd())
+    assert (environment["RAY_ONE_OF_ITS_OWN"], folder) == ("1", started.cwd())
