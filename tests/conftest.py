@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers give way to all others, and starve on a busy machine
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # after 60 s Ray Train would begin again
+# After 60 s Ray would start another. The first to be forked waits until it can be, which takes 5 CPU seconds.
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
 # Ray Train starts a process for each run that watches for nodes that go away. Tests of such nodes turn it on again.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Ray starts a process for each core ahead. Those of trainings and trials have environment variables of their own: it would idle.
@@ -24,8 +29,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import pytest
 import torch
 
+runpy.run_path(str(Path(__file__).parent / "quick" / "sitecustomize.py"))  # this process has begun without it
 torch.set_num_threads(1)
-gc.set_threshold(100_000, 20, 20)  # as quick/sitecustomize.py does in all processes that tests start
 
 
 # The files that take longest, in CPU seconds from 150 to 20: with a file for each worker in turn, one of them started last would
@@ -41,6 +46,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     if "qskd.families.conditional_detr" in sys.modules:
         fit_once()
+    if "typer.testing" in sys.modules:  # it reads the signatures of all verbs each time that one is run: 30 ms
+        runner: Any = sys.modules["typer.testing"]
+        runner._get_command = functools.cache(runner._get_command)
 
 
 def fit_once() -> None:
@@ -86,6 +94,14 @@ def no_ray_is_left() -> Iterator[None]:
         import ray
 
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[str]:
+    import forked
+
+    with forked.fork_server() as name:
+        yield name
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from forked import processes_of_ray
 from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F401  (fixtures)
 
 from pipelines.caching import driver as cache_teacher
@@ -280,3 +282,18 @@ def test_actors_that_want_every_cpu_leave_one_for_decoding_and_a_broken_picture_
     manifest = load_cache_manifest(str(tmp_path / "cache"))
     assert manifest is not None
     assert not manifest.views
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")
+def test_a_worker_of_the_tests_ray_is_forked_and_has_what_ray_started_it_with(cluster: str) -> None:  # noqa: F811
+    import ray
+
+    def look() -> tuple[int, list[str], dict[str, str], str]:
+        return os.getppid(), sys.argv, dict(os.environ), os.getcwd()
+
+    asked = ray.remote(look).options(runtime_env={"env_vars": {"RAY_ONE_OF_ITS_OWN": "1"}})
+    parent, words, environment, folder = ray.get(asked.remote())
+    assert any("fork_server.py" in word for word in psutil.Process(parent).cmdline())
+    (started,) = [process for process in processes_of_ray() if process.cmdline()[1:] == words]  # it waits
+    assert started.environ().items() <= environment.items()
+    assert (environment["RAY_ONE_OF_ITS_OWN"], folder) == ("1", started.cwd())

@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forked import processes_of_ray
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -87,11 +88,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Of one file: a Ray that idles until the last test's end takes as much as starting another."""
+def cluster(fork_server: str) -> Iterator[str]:
+    """Of one file: a Ray that idles until the last test's end takes as much as starting another. Its workers are forked; those of a
+    Ray that a program starts, and of a cluster of nodes (test_two_workers, test_ray_job), begin as users' do."""
     import ray
 
-    start_ray()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QSKD_FORK_SERVER", fork_server)  # Ray's processes keep it: they start the workers
+        start_ray()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -137,7 +141,7 @@ def killing(part: str, when: Callable[[], object]) -> Iterator[list[int]]:
             if left.wait(0.05):
                 return
         while not victims and not left.wait(0.01):  # a process has its title only some time after it has begun
-            for process in psutil.Process().children(recursive=True):  # another test's cluster may run beside this one
+            for process in processes_of_ray():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     if any(part in word for word in process.cmdline()):
                         process.kill()
@@ -199,7 +203,7 @@ def no_training_is_left() -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         titles = []
-        for process in psutil.Process().children(recursive=True):
+        for process in processes_of_ray():
             with contextlib.suppress(psutil.NoSuchProcess):
                 titles += process.cmdline()[:1]
         if not any("TrainController" in title or "RayTrainWorker" in title for title in titles):

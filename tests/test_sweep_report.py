@@ -382,7 +382,8 @@ def test_two_hundred_trials_are_drawn_and_absent_parameters_among_them(
     rows = sweep_rows(200, ("query_groups",), seed=1)
     written = write_report(tmp_path, rows, RECIPE, "", "A sweep")
     assert len([path for path in written if path.suffix == ".png"]) == len(PICTURES) - 2  # sizes don't vary
-    assert [why_none(SweepSummary(tuple(rows), RECIPE), name) == "" for name in PICTURES].count(False) == 2
+    summary = SweepSummary(tuple(rows), RECIPE)
+    assert [why_none(summary, name) == "" for name in PICTURES].count(False) == 2
 
 
 def test_the_terminal_shows_the_best_the_recipe_and_a_command_that_can_be_copied() -> None:

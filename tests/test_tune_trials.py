@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import processes_of_ray
 from sweeps import cluster, config, work  # noqa: F401  (fixtures)
 
 from pipelines.caching import driver as cache_teacher
@@ -33,7 +34,7 @@ TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "RayTrainWorker")
 def trial_processes() -> list[int]:
     """The ids of this test's own processes of Ray that belong to a trial."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in processes_of_ray():
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(name in word for word in process.cmdline() for name in TRIAL_PROCESSES):
                 found.append(process.pid)
