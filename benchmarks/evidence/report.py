@@ -15,7 +15,8 @@ from scipy.stats import t
 from benchmarks.evidence.cells import RECORDS
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 
-BASELINE, OURS = "none", "qskd"
+# What rows are compared with: untaught, and QSKD. Of students whose rows have fresh flips, those with them.
+PAIRS = (("none", "qskd"), ("none_flips", "qskd_flips"))
 Scores = dict[int, float]  # by seed
 
 
@@ -66,13 +67,19 @@ def shares(a: Scores, base: Scores, teacher: float) -> list[float]:
 def budgets_of(records: Sequence[Mapping[str, Any]], student: str) -> list[str]:
     """The budgets at which there is an untaught student to compare with."""
     found = scores(records)
-    return [budget for budget in BUDGETS if (student, BASELINE, budget) in found]
+    return [budget for budget in BUDGETS if compared_with(found, student, budget)[0]]
+
+
+def compared_with(found: Mapping[tuple[str, str, str], Scores], student: str, budget: str) -> tuple[str, str]:
+    """The names of the untaught and of QSKD's row that a student's others are compared with; empty where there is none."""
+    return next((pair for pair in PAIRS if (student, pair[0], budget) in found), ("", ""))
 
 
 def table(records: Sequence[Mapping[str, Any]], student: str, budget: str, teacher: float) -> str:
     """One student's rows at one budget, as Markdown."""
     ap, ap50 = scores(records), scores(records, "AP50")
-    base, ours = ap[student, BASELINE, budget], ap.get((student, OURS, budget), {})
+    untaught, taught = compared_with(ap, student, budget)
+    base, ours = ap[student, untaught, budget], ap.get((student, taught, budget), {})
     lines = [
         "| variant | seeds | AP | AP50 | against no teacher | gap closed | QSKD ahead by |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -86,9 +93,9 @@ def table(records: Sequence[Mapping[str, Any]], student: str, budget: str, teach
             str(len(mine)),
             Interval.of(list(mine.values())).show(100),
             Interval.of(list(ap50[student, name, budget].values())).show(100),
-            "" if name == BASELINE else Interval.of(paired(mine, base)).show(100, sign="+"),
-            "" if name == BASELINE else Interval.of(shares(mine, base, teacher)).show(100, 0) + " %",
-            "" if name == OURS or not ours else Interval.of(paired(ours, mine)).show(100, sign="+"),
+            "" if name == untaught else Interval.of(paired(mine, base)).show(100, sign="+"),
+            "" if name == untaught else Interval.of(shares(mine, base, teacher)).show(100, 0) + " %",
+            "" if name == taught or not ours else Interval.of(paired(ours, mine)).show(100, sign="+"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -111,11 +118,11 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
             if not values:
                 continue
             both, at = Interval.of(values), -row
-            colour = "#d55e00" if name == "qskd" else "#0072b2"
+            colour = "#d55e00" if name == compared_with(ap, student, budget)[1] else "#0072b2"
             panel.plot([100 * v for v in values], [at] * len(values), "o", color=colour, alpha=0.3, ms=4, mew=0)
             half = 0 if math.isnan(both.half) else 100 * both.half
             panel.errorbar(100 * both.mean, at, xerr=half, fmt="o", color=colour, ms=5, capsize=3, lw=1.6)
-        base = 100 * statistics.fmean(ap[student, BASELINE, budget].values())
+        base = 100 * statistics.fmean(ap[student, compared_with(ap, student, budget)[0], budget].values())
         panel.axvline(base, color="0.6", lw=1, ls=":")
         panel.axvline(100 * teacher, color="0.3", lw=1, ls="--")
         panel.text(100 * teacher, 0.55, "teacher ", ha="right", va="bottom", fontsize=8, color="0.3")
