@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pipelines.functions.recipes import Fields, Folder, Recipe, configuration, unless
+from pipelines.functions.recipes import Fields, Folder, Recipe, as_the_command, configuration, unless
 from pipelines.functions.unlabeled import label as label
 from pipelines.functions.unlabeled import select as select
+from qskd.errors import QskdError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,7 @@ class Exported:
     variants: tuple[VariantFacts, ...] = ()
 
 
+@as_the_command("prepare")
 def prepare(
     annotations: Folder,
     images: Folder | None,
@@ -197,6 +199,7 @@ def tune(
         return driver.run(config, request, restart)
 
 
+@as_the_command("evaluate")
 def evaluate(
     model: Folder,
     data: Folder,
@@ -231,6 +234,7 @@ def evaluate(
         )
 
 
+@as_the_command("predict")
 def predict(model: Folder, images: Picture | Sequence[Picture], *, threshold: float = 0.5) -> list[Prediction]:
     """What a detector finds in each image: files, Pillow's pictures, or RGB uint8 arrays [H, W, 3]; one image is a list of one.
     Writes nothing. threshold: lowest score."""
@@ -258,6 +262,7 @@ def predict(model: Folder, images: Picture | Sequence[Picture], *, threshold: fl
     return said
 
 
+@as_the_command("export")
 def export(
     model: Folder,
     out: Folder,
@@ -286,6 +291,10 @@ def export(
     from pipelines.deployment.variants import VariantOptions
     from qskd.deploy.model_card import read_card
 
+    if not isinstance(calibration, str | os.PathLike | Sequence):
+        raise QskdError(
+            "qskd.export: calibration", repr(calibration), "a folder of shards or images, or several of images"
+        )
     given = [calibration] if isinstance(calibration, str | os.PathLike) else list(calibration or images)
     shards = None if evaluate is None else os.fspath(evaluate)
     options = program.ExportOptions(

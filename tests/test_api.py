@@ -137,6 +137,32 @@ def test_prepare_predict_evaluate_and_export_give_values_and_print_nothing(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("verb", "given", "named", "said"),
+    [
+        ("label", ("m", "photos", "out.json"), {"threshold": 5.0}, "threshold: 5.0\n  expected: a number, 0 to 1"),
+        ("label", ("m", "photos", "out.json"), {"threshold": "x"}, "threshold: 'x'"),
+        ("label", ("m", "photos", "out.json"), {"workers": -1}, "workers: -1\n  expected: a whole number, at least 0"),
+        ("label", ("m", "photos", "out.json"), {"batch_size": 0}, "batch_size: 0"),
+        ("label", ("m", "photos", "out.json"), {"on_error": "Stop"}, "on_error: 'Stop'\n  expected: stop or skip"),
+        ("select", ("s", "out.json", True), {}, "budget: True"),
+        ("select", ("s", "out.json", "10"), {}, "budget: '10'"),
+        ("select", ("s", "out.json", 2.5), {}, "budget: 2.5"),
+        ("select", ("s", "out.json", 3), {"by": "foo"}, "by: 'foo'\n  expected: random or uncertainty or gradients"),
+        ("predict", ("m", "photo.png"), {"threshold": 2}, "threshold: 2"),
+        ("evaluate", ("m", "s"), {"batch_size": "many"}, "batch_size: 'many'"),
+        ("export", ("m", "out"), {"size": 0}, "size: 0"),
+        ("export", ("m", "out"), {"calibration": 5}, "calibration: 5"),
+    ],
+)
+def test_what_the_command_would_not_take_the_function_does_not(
+    verb: str, given: tuple[Any, ...], named: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(QskdError) as complained:
+        getattr(qskd, verb)(*given, **named)
+    assert said in str(complained.value)
+
+
 @pytest.mark.parametrize("name", ["pipelines", "search_spaces"])
 @pytest.mark.parametrize("inside", ["__init__.py", "other.py"])  # a package, a folder without an __init__
 def test_a_package_of_another_project_under_our_name_is_named(name: str, inside: str, tmp_path: Path) -> None:

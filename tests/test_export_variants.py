@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.demo.quickstart import TEACHER
 from pipelines.deployment.benchmark import BenchmarkOptions, benchmark, show
+from pipelines.deployment.benchmark import foresee as foresee_benchmark
 from pipelines.deployment.calibration import Calibration, images_to_calibrate
-from pipelines.deployment.export import ExportOptions, export
+from pipelines.deployment.export import ExportOptions, export, foresee
 from pipelines.deployment.variants import VariantOptions
 from pipelines.inspection.evaluate import evaluate
 from pipelines.prepare import prepare
@@ -201,6 +202,39 @@ def test_detect_takes_the_other_files(exported: Path, shards: Path, tmp_path: Pa
         found = onnx_detect.detect(exported, photo, 0.3, name)
         np.testing.assert_allclose(found[0]["box_xyxy"], first[0]["box_xyxy"], atol=3)
         assert found[0]["label"] == first[0]["label"]
+    # a name of the folder, or a path from here
+    assert onnx_detect.detect(exported, photo, 0.3, str(exported / "model.onnx")) == first
+
+
+def test_a_graph_that_detect_cannot_read_is_named_and_no_picture_is_blamed(
+    exported: Path, shards: Path, tmp_path: Path
+) -> None:
+    photo = next((shards.parent / "coco").rglob("*.jpg"))
+    (tmp_path / "broken.onnx").write_text("{}")
+    for model, said in (("nosuch.onnx", "no such file"), (str(tmp_path / "broken.onnx"), "can't be read as a graph")):
+        with pytest.raises(ValueError, match=said):
+            onnx_detect.detect(exported, photo, 0.3, model)
+
+
+def test_a_benchmark_of_what_is_no_export_is_refused_by_the_dry_run_too(exported: Path, tmp_path: Path) -> None:
+    wrong = [
+        (exported, {"exported": True, "onnx": True}, "given with --exported"),
+        (exported, {"exported": True, "evaluate": str(tmp_path / "nosuch")}, "nosuch"),
+        (TEACHER, {"exported": True}, "no model.onnx"),
+    ]
+    for model, options, said in wrong:
+        for ask in (foresee_benchmark, benchmark):
+            with pytest.raises(QskdError, match=said):
+                ask([str(model)], BenchmarkOptions(memory=False, **options))
+
+
+def test_a_broken_picture_to_calibrate_with_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("no picture")
+    for place, said in (("photos", "not a readable image"), ("nosuch", "no such file or folder")):
+        options = ExportOptions(variants=VariantOptions(int8=True, calibration=(str(tmp_path / place),)))
+        with pytest.raises(QskdError, match=said):
+            foresee(str(TEACHER), tmp_path / "out", options)
 
 
 def test_benchmark_measures_every_file_of_an_export(exported: Path, shards: Path) -> None:
@@ -240,7 +274,7 @@ def test_int8_without_images_says_what_to_give_and_writes_nothing(tmp_path: Path
             ["--int8", "--calibration", str(empty)],
             r"empty: no images to calibrate INT8 with\n.*a shard folder, or files",
         ),
-        (["--int8", "--calibration", str(tmp_path / "none")], "no images to calibrate INT8 with"),
+        (["--int8", "--calibration", str(tmp_path / "none")], "none: no such file or folder"),
         (["--calibration", str(empty)], "has no effect without --int8"),
         (["--int8", "--calibration", str(empty), "--no-onnx"], "made of the graph"),
         (["--float16", "--exporter", "dynamo"], "nodes must have the names of their modules"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Deimv2Config
 from transformers.loss.loss_deimv2 import Deimv2Loss
 
+from qskd.errors import QskdError
 from qskd.losses.pairs import own_pairs, united_pairs
 
 QUERIES, LAYERS = 7, 5
@@ -73,6 +74,11 @@ def test_the_union_is_transformers_own(seed: int) -> None:
             assert votes[slot] == votes.max()
             if (votes == votes.max()).sum() == 1:  # its order of equal ones is not said
                 assert torch.equal(pairs.objects_cxcywh[image, query], targets.boxes_cxcywh[image, slot])
+
+
+def test_uniting_layers_of_which_one_learns_is_refused() -> None:
+    with pytest.raises(QskdError, match="unites the matches of all layers: set auxiliary: true"):
+        tiny.recipe(None, "detection.united_matches=true", "detection.auxiliary=false")
 
 
 def test_own_pairs_are_the_assignment_and_count_all_objects() -> None:

@@ -207,8 +207,9 @@ def test_a_short_word_and_a_section_say_the_same() -> None:
 
 @pytest.mark.parametrize("word", ["w5a8", "w8", "8-8-8", "w8a8-attn1", "", "w44a4", 8])
 def test_bits_that_there_are_not_are_refused_by_field(word: object) -> None:
-    with pytest.raises(QskdError, match="quantization"):
+    with pytest.raises(QskdError, match="quantization") as said:
         build({"student": {"quantization": word}})
+    assert "say w8a8, or w4a4-attn8" in str(said.value)
 
 
 @pytest.mark.parametrize("family", [name for name, facts in FACTS.items() if facts.in_float])

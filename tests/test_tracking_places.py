@@ -6,8 +6,10 @@ from __future__ import annotations
 import shlex
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -17,7 +19,15 @@ from dead_ends import closed, dropped, named, silent, web_server
 from pipelines.health.services import check_tracking
 from pipelines.tracking import answers
 from pipelines.tracking.answers import check_answers
-from pipelines.tracking.store import _client, experiment_of, how_to_look, sqlite_file, sqlite_uri, tracking_uri
+from pipelines.tracking.store import (
+    _client,
+    check_database,
+    experiment_of,
+    how_to_look,
+    sqlite_file,
+    sqlite_uri,
+    tracking_uri,
+)
 from pipelines.tracking.tracker import Tracker
 from qskd.config import Config
 from qskd.config.recipe import load
@@ -145,3 +155,27 @@ def test_whatever_a_server_answers_is_left_to_mlflows_client() -> None:
         check_answers(f"postgresql://{address}/mlflow")
     check_answers("databricks://profile")
     check_answers("postgresql:///mlflow?host=/run/postgresql")
+
+
+def test_a_store_whose_writer_was_killed_is_known_for_what_it_is(tmp_path: Path) -> None:
+    """It leaves a journal to take back, which a look that may not write can't."""
+    code = """if True:
+        import os, sqlite3, sys
+        base = sqlite3.connect(sys.argv[1])
+        for table in sys.argv[2:]:
+            base.execute(f"create table {table}(a)")
+        base.commit()
+        base.execute("pragma cache_size = 1")
+        base.execute("begin")
+        for _ in range(100):
+            base.execute(f"insert into {sys.argv[2]} values (?)", ("x" * 4000,))
+        os._exit(1)
+    """
+    for name, tables, said in (("ours", ("runs", "experiments"), ""), ("theirs", ("songs",), "that is not MLflow's")):
+        file = tmp_path / f"{name}.db"
+        subprocess.run([sys.executable, "-c", code, str(file), *tables], check=False)
+        before = file.read_bytes()
+        assert Path(f"{file}-journal").stat().st_size
+        with pytest.raises(QskdError, match=said) if said else nullcontext():
+            check_database(f"sqlite:///{file}")
+        assert file.read_bytes() == before

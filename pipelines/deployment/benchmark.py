@@ -19,6 +19,7 @@ from rich.text import Text
 
 from pipelines.deployment.export import square
 from pipelines.deployment.variants import evaluate_runs
+from qskd.datasets.manifest import check_labelled, load_manifest
 from qskd.deploy.export import export_onnx, open_session
 from qskd.deploy.memory import peak_memory
 from qskd.deploy.runtimes import Run, has_bfloat16, open_variant, run_of, run_of_torch
@@ -139,22 +140,40 @@ def foresee(models: Sequence[str], options: BenchmarkOptions) -> str:
     """What `--dry-run` prints."""
     runtimes = f"{TORCH} and {ONNX}" if options.onnx else TORCH
     runtimes = f"{TORCH} and the files of each export" if options.exported else runtimes
+    check(options)
     lines = []
     for name, model in names_of(models).items():
         with fetched(model) as folder:
+            if options.exported:
+                exported_variants(folder)
             lines.append(f"{name}: {model}, images of {input_size(folder, options.size)}")
     batches = ", ".join(map(str, options.batches))
-    return "\n".join(
-        [*lines, f"{runtimes} on {options.torch_device()}, batches of {batches}, {options.threads} thread(s)"]
-    )
+    said = f"{runtimes} on {options.torch_device()}, batches of {batches}, {options.threads} thread(s)"
+    return "\n".join([*lines, said, *([f"AP of each on {options.evaluate}"] if options.evaluate is not None else [])])
+
+
+def check(options: BenchmarkOptions) -> None:
+    """Complain before anything is loaded."""
+    if options.exported and options.onnx:
+        raise QskdError("--onnx", "given with --exported, which times each file of an export", "one of them")
+    if options.evaluate is not None:
+        check_labelled(options.evaluate, load_manifest(options.evaluate))
+
+
+def exported_variants(folder: str | Path) -> list[Variant]:
+    """Of an exported folder. QskdError where it is none."""
+    found = there(Path(folder))
+    if FLOAT32 not in found:
+        raise QskdError(
+            str(folder), f"no {FLOAT32.file}", "a folder of `qskd export`", "export it, or leave --exported away"
+        )
+    return [one for one in found if one != OPENVINO_BFLOAT16 or has_bfloat16()]
 
 
 def exported_subjects(model: str, options: BenchmarkOptions) -> dict[str, Subject]:
     """By runtime, those of an exported folder's files. QskdError where it has none, or they are of another size."""
     folder, found = Path(model), dict[str, Subject]()
-    variants = [one for one in there(folder) if one != OPENVINO_BFLOAT16 or has_bfloat16()]
-    if FLOAT32 not in variants:
-        raise QskdError(model, f"no {FLOAT32.file}", "a folder of `qskd export`", "export it, or leave --exported away")
+    variants = exported_variants(folder)
     first, _, _, side = open_session(folder / FLOAT32.file).get_inputs()[0].shape
     if options.size not in (None, side):
         raise QskdError("--size", f"{options.size}", f"{side}, which the graphs of {model} take", "leave --size away")
@@ -229,6 +248,7 @@ def _bytes(subject: Subject) -> int:
 def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
     """Measure Hub names, folders or URIs. Counts are taken first, then all models take turns, then each has a process to
     itself for its memory."""
+    check(options)
     device = options.torch_device()
     torch.set_num_threads(options.threads)
     named = names_of(models)

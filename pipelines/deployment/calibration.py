@@ -120,6 +120,8 @@ def images_to_calibrate(given: Sequence[str], seen_as: Preprocessing) -> ShardIm
     for path in map(Path, given):
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         some = [file for file in inside if file.suffix.lower() in IMAGE_ENDINGS] if path.is_dir() else inside
+        if not path.exists():
+            raise QskdError(str(path), "no such file or folder", "images to calibrate INT8 with", "check the path")
         if not some or not all(file.is_file() for file in some):
             raise QskdError(
                 str(path),
@@ -128,6 +130,8 @@ def images_to_calibrate(given: Sequence[str], seen_as: Preprocessing) -> ShardIm
                 "--calibration SHARDS, or a folder of photographs",
             )
         files += some
+    for file in files[:1]:  # complain before minutes are spent on the graph
+        read_image(file)
     return FileImages(files, seen_as)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ from qskd.quantization.files import FILE
 from qskd.redaction import redacted_uri
 from qskd.storage.scratch import scratch_folder
 
+log = logging.getLogger("qskd")
 TIMING_LIMIT_S = 30.0
+FEW_IMAGES = 16  # to calibrate with
 NOISE = 8  # images, where there are no others to compare on
 
 
@@ -126,6 +129,14 @@ def add_variants(detector: Detector, folder: Path, asked: Asked, console: Consol
         console.print(f"calibrating INT8 on {calibration.count} images", markup=False)
         notes.append(quantize_int8(detector, folder / FLOAT32.file, folder / INT8.file, calibration).text)
         notes.append(f"It is calibrated on {calibration.count} images of {_named(options.calibration)}.")
+        if calibration.count < FEW_IMAGES:
+            log.warning(
+                "INT8 is calibrated on %d images: some tens say better what ranges there are", calibration.count
+            )
+        if options.evaluate in options.calibration:
+            said_twice = "INT8 is calibrated on the images that AP is measured on: its AP may be better than on others"
+            notes.append(f"{said_twice}.")
+            log.warning(said_twice)
     if options.float16:
         to_float16(detector, folder / FLOAT32.file, folder / FLOAT16.file)
     variants = list(options.made)

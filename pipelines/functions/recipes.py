@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import inspect
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, get_args, get_type_hints
+
+from qskd.errors import QskdError
 
 if TYPE_CHECKING:
     from qskd.config import Config
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Recipe: TypeAlias = (
     "str | Path | Mapping[str, Any] | Config | None"  # a YAML file or URI, its fields, or what these became
 )
@@ -35,6 +42,47 @@ def configuration(recipe: Recipe, set: Fields, methods: Sequence[Folder]) -> Con
     if isinstance(recipe, Mapping):
         return build(apply_overrides(json.loads(json.dumps(recipe, default=os.fspath)), texts), "recipe")
     return load(None if recipe is None else os.fspath(recipe), texts)
+
+
+def as_the_command(verb: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Numbers are checked as the command's options of the same names are: QskdError for another type, or one out of range."""
+
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def checked(*given: P.args, **named: P.kwargs) -> T:
+            bound = inspect.signature(function).bind(*given, **named)
+            command = importlib.import_module(f"pipelines.{verb}").command
+            for name, hint in get_type_hints(command, include_extras=True).items():
+                if name in bound.arguments:
+                    _check_number(f"qskd.{verb}: {name}", bound.arguments[name], hint)
+            return function(*given, **named)
+
+        return checked
+
+    return wrap
+
+
+def _check_number(where: str, value: Any, hint: Any) -> None:
+    """hint: a command's option, Annotated with what typer is told of it. Others than numbers are not looked at."""
+    kind, *said = get_args(hint) or (hint,)
+    kinds = get_args(kind) or (kind,)
+    if not {int, float} & set(kinds) or (value is None and type(None) in kinds):
+        return
+    whole = float not in kinds
+    low, high = (next((getattr(each, end, None) for each in said), None) for end in ("min", "max"))
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if is_number and (low is None or value >= low) and (high is None or value <= high):
+        return
+    expected = "a whole number" if whole else "a number"
+    if low is not None:
+        expected += f", at least {low:g}" if high is None else f", {low:g} to {high:g}"
+    raise QskdError(where, repr(value), expected)
+
+
+def choice(where: str, value: Any, *known: str) -> None:
+    """QskdError unless it is one of these."""
+    if value not in known:
+        raise QskdError(where, repr(value), " or ".join(known))
 
 
 @contextlib.contextmanager

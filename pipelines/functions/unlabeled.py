@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.functions.recipes import Fields, Folder, Recipe, configuration, unless
+from pipelines.functions.recipes import Fields, Folder, Recipe, as_the_command, choice, configuration, unless
 
 if TYPE_CHECKING:
     from pipelines.labelling.job import Labels
     from qskd.datasets.order.chosen import Selection
 
 
+@as_the_command("label")
 def label(
     model: Folder,
     images: Folder,
@@ -34,6 +35,7 @@ def label(
     detector processes of Ray. Options as of `qskd label --help`."""
     from pipelines.labelling import job
 
+    choice("qskd.label: on_error", on_error, "stop", "skip")
     config = configuration(recipe, set, ())
     asked = job.Request(
         *(os.fspath(model), Path(images), Path(out), os.fspath(like), threshold, on_error),
@@ -50,6 +52,7 @@ def label(
         return job.run(asked, quiet=True)
 
 
+@as_the_command("select")
 def select(
     shards: Folder,
     out: Folder,
@@ -67,6 +70,7 @@ def select(
     from pipelines.selecting import job
     from qskd.datasets.order.chosen import load_selection
 
+    choice("qskd.select: by", by, "random", "uncertainty", "gradients")
     config = None if recipe is None else configuration(recipe, set, methods)
     with unless(False):
         job.run(job.Request(os.fspath(shards), Path(out), budget, by, seed, config, overwrite), quiet=True)

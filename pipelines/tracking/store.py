@@ -117,15 +117,25 @@ def check_database(uri: str) -> None:
         elif not path.stat().st_size:  # as sqlite leaves one that was killed; the lock says that it was ours
             found = "" if lock.is_file() else "an empty file that MLflow did not make"
         else:
-            with contextlib.closing(
-                sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
-            ) as base:
-                tables = {name for (name,) in base.execute("select name from sqlite_master where type = 'table'")}
+            tables = _tables(path)
             found = "" if not tables or {"experiments", "runs"} <= tables else "a database that is not MLflow's"
     except (OSError, sqlite3.Error) as error:
         found = f"no database of sqlite ({error})"
     if found:
         raise QskdError("tracking.uri", f"{path}: {found}", "MLflow's own file, or a new one", "name another file")
+
+
+def _tables(path: Path) -> set[str]:
+    """Of a sqlite file, which is not written to. A process that was killed while it wrote leaves a journal, which whoever opens the
+    file next takes back; one that may not write can't, and looks at the file as it is."""
+    for how in ("mode=ro", "mode=ro&immutable=1"):
+        try:
+            with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, timeout=60)) as base:
+                return {name for (name,) in base.execute("select name from sqlite_master where type = 'table'")}
+        except sqlite3.OperationalError as error:
+            if "immutable" in how or not error.sqlite_errorname.startswith("SQLITE_READONLY"):
+                raise
+    raise AssertionError("one of them returns or raises")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,9 @@ class QuantizationConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_word(cls, given: Any) -> Any:
-        return {"bits": given} if isinstance(given, str) else given
+        return (
+            {"bits": str(given)} if isinstance(given, str | int | float) else given
+        )  # of a number the message says what to write
 
     @field_validator("bits")
     @classmethod

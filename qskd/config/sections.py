@@ -117,6 +117,12 @@ class DetectionLossConfig(Section):
     # a training-only dense head on the encoder's input: lets a random backbone learn fast
     dense_weight: NonNegative = 0.0
 
+    @model_validator(mode="after")
+    def _layers_to_unite(self) -> DetectionLossConfig:
+        if self.united_matches and not self.auxiliary:
+            raise ValueError("united_matches unites the matches of all layers: set auxiliary: true")
+        return self
+
 
 class TrainingConfig(Section):
     """How long, and by what steps: AdamW, on batches over all workers."""

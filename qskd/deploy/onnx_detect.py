@@ -106,11 +106,20 @@ def session_of(file: Path) -> tuple[Callable[[np.ndarray], Any], Any]:
     ].shape[0]
 
 
+def graph_in(folder: Path, model: str) -> Path:
+    """The file of that name in the folder, else at that path. ValueError where there is none."""
+    for file in (folder / model, Path(model)):
+        if file.is_file():
+            return file
+    raise ValueError(f"{model}: no such file, neither in {folder} nor here")
+
+
 def detect(folder: Path, image_file: Path, threshold: float, model: str = "model.onnx") -> list[dict[str, Any]]:
     """The objects in one image file: "label", "score" and "box_xyxy" in pixels of the upright image, best first; "category_id", the
-    dataset's, where config.json keeps it. model: the graph's file in the folder.
+    dataset's, where config.json keeps it. model: the graph's file, its name in the folder or a path.
 
-    PictureError for a file that is no picture, or of a kind that is not read.
+    PictureError for a file that is no picture, or of a kind that is not read; ValueError for a graph that is not there or can't be
+    read.
     """
     seen = decode(image_file.read_bytes())
     if seen.note:
@@ -118,7 +127,11 @@ def detect(folder: Path, image_file: Path, threshold: float, model: str = "model
     picture = seen.rgb
     config = json.loads((folder / "config.json").read_text())
     processor = json.loads((folder / "preprocessor_config.json").read_text())
-    run, batch = session_of(folder / model)
+    graph = graph_in(folder, model)
+    try:
+        run, batch = session_of(graph)
+    except Exception as error:
+        raise ValueError(f"{graph}: can't be read as a graph: {str(error).splitlines()[0][:200]}") from error
     size = processor["size"]
     resized = picture.resize((size["width"], size["height"]), Image.Resampling.BILINEAR)
     pixels = pixels_of(np.asarray(resized)[None], processor["image_mean"], processor["image_std"])
@@ -143,11 +156,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Objects in an image, as JSON lines.")
     parser.add_argument("image", type=Path)
     parser.add_argument("--threshold", type=float, default=0.5)
-    parser.add_argument("--model", default="model.onnx", help="The graph's file in this folder.")
+    parser.add_argument("--model", default="model.onnx", help="The graph's file: its name in this folder, or a path.")
     given = parser.parse_args()
     try:
         found_there = detect(Path(__file__).parent, given.image, given.threshold, given.model)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     except (OSError, PictureError) as error:
-        sys.exit(f"error: {given.image}: {error}")
+        sys.exit(f"error: {given.image}: {getattr(error, 'strerror', None) or error}")
     for entry in found_there:
         print(json.dumps(entry))

@@ -152,6 +152,8 @@ def quantize_int8(detector: Detector, file: Path, target: Path, images: Images) 
                 },
             )
         _finish(onnx.load(str(target)), target)
+    except QskdError:  # of an image
+        raise
     except Exception as error:
         raise _failed(f"{detector.family} as INT8", "onnxruntime.quantization", error) from error
     return census(onnx.load(str(target)).graph, why)

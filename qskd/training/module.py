@@ -71,7 +71,7 @@ class StepModule(nn.Module):
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.query_groups = query_groups_of(config.detection, student)
-        self.united = config.detection.auxiliary and config.detection.united_matches
+        self.united = config.detection.united_matches
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
         if self.query_groups is not None:
             self.weights |= self.query_groups.weights
