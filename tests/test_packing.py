@@ -247,6 +247,9 @@ def test_a_prepare_that_is_stopped_leaves_no_helper_and_no_manifest_and_the_next
         assert process.stdout.readline() == b"64\n"
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         process.send_signal(way)
+        # It may be about to read, too late to be interrupted: the end of what it reads lets it go on, to the interrupt.
+        assert process.stdin is not None
+        process.stdin.close()
         process.wait(30)
     deadline = time.monotonic() + 30
     while (alive := [pid for pid in children if _runs(pid)]) and time.monotonic() < deadline:
