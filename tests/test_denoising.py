@@ -85,10 +85,11 @@ def ours(
     early = detector.num_early
     kind = detector.classification
     (assignment,) = assign([(logits, boxes)], targets, CONFIG, [kind])
-    terms = detection_terms(logits, boxes, targets, assignment, CONFIG, kind, early, united=united)
+    together = united_pairs(assignment, targets, QUERIES) if united else None
+    terms = detection_terms(logits, boxes, targets, assignment, CONFIG, kind, early, united=together)
     weights = detection_weights(detector.num_layers, CONFIG, early)
     if detector.side_distributions:
-        pairs = united_pairs(assignment, targets, QUERIES) if united else own_pairs(assignment, targets)
+        pairs = together or own_pairs(assignment, targets)
         terms |= fine_grained_terms(output.sides, output.logits, output.boxes_cxcywh, pairs.after(early), CONFIG)
         weights |= fine_grained_weights(CONFIG)
     terms |= denoising_terms(output.extra, groups, CONFIG, kind)

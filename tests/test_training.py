@@ -16,7 +16,8 @@ from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.order.schedule import split
 from qskd.errors import QskdError
 from qskd.structures import to_device
-from qskd.training.step import Training, learning_rate_factor, parameter_groups
+from qskd.training.groups import learning_rate_factor, parameter_groups
+from qskd.training.step import Training
 
 FULL_BUT_BATCHES = ("detection.dense_weight=1.0", "training.ema_decay=0.9", "training.clip_norm=1.0")
 

@@ -26,9 +26,8 @@ class Deimv2(DFine):
 
     def strides(self, config: Any) -> tuple[int, ...]:
         known = [int(stride) for stride in config.feat_strides][: config.num_feature_levels]
-        while (
-            len(known) < config.num_feature_levels
-        ):  # a lite encoder's second map, which published configurations leave out
+        # A lite encoder makes a second map, which published configurations leave out.
+        while len(known) < config.num_feature_levels:
             known.append(2 * known[-1])
         return tuple(known)
 

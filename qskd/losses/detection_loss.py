@@ -1,7 +1,7 @@
 """The detection loss of every family, all decoder layers in one pass, on a matching made elsewhere.
 
 Equal on one worker to transformers' `DeformableDetrForObjectDetectionLoss` (focal), `RTDetrForObjectDetectionLoss`
-(varifocal; with `qskd.losses.denoising`), `Deimv2ForObjectDetectionLoss` (matchability; likewise), `LwDetrForObjectDetectionLoss`
+(varifocal; with `qskd.losses.denoising`), `Deimv2Loss` (matchability; likewise), `LwDetrForObjectDetectionLoss`
 (iou_aware; with `qskd.training.query_groups`) and `ForObjectDetectionLoss` (softmax). Unlike it, sums and counts stay apart, so
 that counts can be averaged over workers, and nothing waits for the device.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, giou, iou
 from qskd.config import DetectionLossConfig
 from qskd.errors import QskdError
-from qskd.losses.pairs import Pairs, own_pairs, united_pairs
+from qskd.losses.pairs import Pairs, own_pairs
 from qskd.losses.unsure import left_out
 from qskd.structures import Classification, LossTerm, Targets
 
@@ -145,14 +145,14 @@ def detection_terms(
     classification: Classification = "focal",
     early: int = 0,
     no_object: Tensor | None = None,
-    united: bool = False,
+    united: Pairs | None = None,
 ) -> dict[str, LossTerm]:
     """The class term that `classification` names over all queries and classes, L1 and 1 - GIoU over matched boxes.
 
     logits: [E + L, B, Q, K]; boxes_cxcywh: [E + L, B, Q, 4] in 0..1; assignment: [E + L, B, M] query of each object, -1 =
     none; the first E = `early` of them are predictions before the decoder's layers. "focal" has alpha of `config`;
-    "softmax" needs `no_object` [L, B, Q] and E = 0. united: the box terms have the pairs of all layers together
-    (`qskd.losses.pairs`), and count those.
+    "softmax" needs `no_object` [L, B, Q] and E = 0. united: the pairs of all layers together
+    (`qskd.losses.pairs`), which the box terms then have, and count; it needs `config.auxiliary`.
     Returns the terms "class", "l1", "giou" of the last layer, "class_early_0", ... and, when `config.auxiliary`, "class_0",
     ... of the other layers; each counts the batch's boxes, softmax's class terms their weights. Without any object the box
     terms are 0, finite, and still attached to the graph. Of images without labels, queries that show what the teacher half sees
@@ -170,9 +170,8 @@ def detection_terms(
     pairs = own_pairs(assignment, targets)
     mine_xyxy, theirs_xyxy, l1_sum, giou_sum = _box_sums(boxes, pairs)
     count = box_count = pairs.count
-    if united:
-        pairs = united_pairs(assignment, targets, boxes.shape[2])
-        (_, _, l1_sum, giou_sum), box_count = _box_sums(boxes, pairs), pairs.count
+    if united is not None:
+        (_, _, l1_sum, giou_sum), box_count = _box_sums(boxes, united), united.count
 
     unknown = left_out(boxes, assignment, targets)
     own = scores.flatten(2).gather(2, query * classes + targets.labels)  # [L, B, M] logit of the object's class

@@ -71,7 +71,6 @@ class StepModule(nn.Module):
         dense = config.detection.dense_weight > 0
         self.dense_head = DenseHead(student.feature_channels[0], len(student.labels)) if dense else None
         self.query_groups = query_groups_of(config.detection, student)
-        self.united = config.detection.united_matches
         self.weights = detection_weights(student.num_layers, config.detection, student.num_early)
         if self.query_groups is not None:
             self.weights |= self.query_groups.weights
@@ -156,12 +155,13 @@ class StepModule(nn.Module):
         """The student's own losses. predictions: its logits and boxes, early ones first; others: of further groups of queries.
         assignments: of both; noised: its denoising queries."""
         config, early, kind = self.config.detection, self.student.num_early, self.student.classification
-        own, united = assignments[0], self.united
+        own = assignments[0]
+        united = united_pairs(own, targets, output.logits.shape[2]) if self.config.detection.united_matches else None
         terms = detection_terms(*predictions, targets, own, config, kind, early, output.no_object, united)
         if self.query_groups is not None and others is not None:
             terms |= self.query_groups.terms(others, targets, assignments[1], kind)
         if output.sides is not None:
-            pairs = united_pairs(own, targets, output.logits.shape[2]) if united else own_pairs(own, targets)
+            pairs = united or own_pairs(own, targets)
             terms |= fine_grained_terms(output.sides, output.logits, output.boxes_cxcywh, pairs.after(early), config)
         if noised is not None and output.extra is not None:
             terms |= denoising_terms(output.extra, noised, config, kind)

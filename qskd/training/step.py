@@ -35,8 +35,7 @@ from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_devic
 from qskd.teacher.cached import Teacher
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.augmentation import augmentation_of
-from qskd.training.groups import learning_rate_factor as learning_rate_factor
-from qskd.training.groups import parameter_groups
+from qskd.training.groups import learning_rate_factor, parameter_groups
 from qskd.training.module import StepModule, compile_step
 from qskd.training.norms import put_right, share_statistics
 from qskd.training.stand_in import stand_in
