@@ -1,4 +1,4 @@
-"""What `student.size` comes to, for every family: the table of docs/students.md.
+"""What `student.size` comes to, for every family, and what a backbone adds: the tables of docs/students.md.
 
     python -m benchmarks.student_sizes
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 
 from qskd.config import StudentConfig
+from qskd.config.backbone import FREE, KINDS
 from qskd.config.student_sizes import SIZES
 from qskd.detectors import FAMILIES, student_cost
 
@@ -22,10 +23,25 @@ def cell(size: str, family: str) -> str:
     return f"{count:.1f} M, {operations:.1f} G"
 
 
+def on(backbone: str, family: str) -> str:
+    """Size small on a backbone of its type's default sizes, at the number of its patches' sides nearest to 512 pixels."""
+    kind = KINDS[backbone]
+    side = kind.patch * round(512 / kind.patch) if kind.patch else 512
+    made = {"size": "small", "family": family, "backbone": {"type": backbone}, "resize": {"mode": "square", "size": side}}
+    if kind.patch and family == "d_fine":
+        return "needs stages"
+    count, operations = student_cost(StudentConfig.model_validate(made), CLASSES)
+    return f"{count:.1f} M, {operations:.1f} G"
+
+
 def main() -> None:
     print(f"| `student.family` | {' | '.join(SIZES)} |\n| --- |{' ---: |' * len(SIZES)}")
     for family in FAMILIES:
         print(f"| `{family}` | {' | '.join(cell(size, family) for size in SIZES)} |", flush=True)
+    families = ("conditional_detr", "d_fine")
+    print(f"\n| `student.backbone.type` | {' | '.join(families)} |\n| --- |{' ---: |' * len(families)}")
+    for backbone in FREE:
+        print(f"| `{backbone}` | {' | '.join(on(backbone, family) for family in families)} |", flush=True)
 
 
 if __name__ == "__main__":

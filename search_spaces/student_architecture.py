@@ -87,7 +87,8 @@ def _backbone(trial: Trial, backbone: BackboneConfig) -> dict[str, Any]:
     depth = trial.suggest_float("backbone_depth", shallowest, 1.5, step=0.5)
     wide = trial.suggest_float("backbone_width", 0.5, 1.5, step=0.25)
     # Bottleneck blocks narrow by 4; sizes that are multiples of it stay so.
-    unit = math.gcd(4, backbone.embedding_size, *backbone.hidden_sizes)
+    stem = (backbone.embedding_size,) if backbone.kind.embeds else ()
+    unit = math.gcd(4, *stem, *backbone.hidden_sizes)
     if backbone.is_vit:  # as many heads as at the recipe's width
         unit = math.gcd(12, *backbone.hidden_sizes)
 
@@ -98,7 +99,7 @@ def _backbone(trial: Trial, backbone: BackboneConfig) -> dict[str, Any]:
         "student.backbone.depths": [max(1, math.floor(depth * blocks + 0.5)) for blocks in backbone.depths],
         "student.backbone.hidden_sizes": [scaled(size) for size in backbone.hidden_sizes],
     }
-    return found if backbone.is_vit else found | {"student.backbone.embedding_size": scaled(backbone.embedding_size)}
+    return found | ({"student.backbone.embedding_size": scaled(*stem)} if stem else {})
 
 
 def _width(trial: Trial, student: StudentConfig) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def test_a_narrower_student_inherits_channels_of_all_but_what_reads_another_vit(
         ({"backbone": BackboneConfig()}, "lw_detr stands on a lw_detr_vit, backbone.type is resnet"),
         ({"backbone": {"hidden_sizes": [8, 16]}}, "a ViT has one width"),
         ({"resize": {"size": 96}}, "16 windows of whole patches, 64: set resize: {mode: square, size: 128}"),
-        ({"family": "detr", "backbone": {"type": "lw_detr_vit"}}, "detr stands on a resnet"),
+        ({"family": "detr", "backbone": {"type": "lw_detr_vit"}}, "detr stands on one of resnet"),
         ({"queries": 200}, "more than the 68 cells"),
     ],
 )

@@ -42,6 +42,9 @@ def notices(config: Config, epochs: float) -> list[str]:
     student = config.student
     if not (student.init or student.inherit or student.backbone.init or config.detection.dense_weight):
         found.append(f"student.backbone {RANDOM_BACKBONE}")
+    decay = config.training.backbone_layer_decay
+    if decay not in (None, 1.0) and not (student.init or student.backbone.is_vit):
+        found.append(f"training.backbone_layer_decay = {decay:g} has no effect: a {student.backbone.type} is no ViT")
     if facts.hybrid and facts.batch_norms and config.compute.workers > 1:
         found.append(
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "
@@ -61,7 +64,9 @@ def notices(config: Config, epochs: float) -> list[str]:
 def _of_sizes(config: Config, hybrid: bool) -> list[str]:
     """What a student of changing size costs. In steps of 32 pixels, where a checkpoint does not say its stride here."""
     student = config.student
-    base, unit = student.resize.size, (32 if student.init else student.backbone.unit) if hybrid else 1
+    base, unit = student.resize.size, 1
+    if hybrid or student.backbone.is_vit:
+        unit = 32 if student.init else student.backbone.unit
     sizes = config.augmentation.sizes(base, unit)
     pixels = [(size / base) ** 2 for size in sizes]
     return [

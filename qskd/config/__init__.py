@@ -1,6 +1,7 @@
 """The whole configuration of a run, strict and frozen (light: pydantic only)."""
 
 from qskd.config.augmentation import AugmentationConfig as AugmentationConfig
+from qskd.config.backbone import BackboneConfig as BackboneConfig
 from qskd.config.distillation import DistillationConfig as DistillationConfig
 from qskd.config.distillation import MethodSettings as MethodSettings
 from qskd.config.images import ResizeConfig as ResizeConfig
@@ -18,7 +19,6 @@ from qskd.config.sections import TeacherCacheConfig as TeacherCacheConfig
 from qskd.config.sections import TeacherConfig as TeacherConfig
 from qskd.config.sections import TrackingConfig as TrackingConfig
 from qskd.config.sections import TrainingConfig as TrainingConfig
-from qskd.config.student import BackboneConfig as BackboneConfig
 from qskd.config.student import StudentConfig as StudentConfig
 from qskd.families.facts import FACTS as FACTS
 from qskd.families.facts import Family as Family

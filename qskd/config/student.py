@@ -7,77 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qskd.config.backbone import FREE, KINDS, BackboneConfig
 from qskd.config.images import ResizeConfig
 from qskd.config.quantization import QuantizationConfig
 from qskd.config.section import Count, Fraction, Layers, Section, Width
 from qskd.config.student_sizes import SizeName, resolve
 from qskd.families.facts import FACTS, Family
-
-_VIT_DEFAULTS: dict[str, dict[str, tuple[int, ...]]] = {
-    "lw_detr_vit": {"hidden_sizes": (192,), "depths": (3, 2, 1, 4)},  # LW-DETR small
-    "rf_detr_dinov2": {"hidden_sizes": (384,), "depths": (3, 3, 3, 3)},  # RF-DETR small: DINOv2's
-}
-VIT_PATCH = 16  # pixels
-VIT_WINDOWS = {"lw_detr_vit": 4, "rf_detr_dinov2": 2}  # along each side of an image
-_VIT_STRIDES: dict[str, dict[int, tuple[int, ...]]] = {  # by feature_levels
-    "lw_detr_vit": {1: (16,), 2: (8, 32), 3: (8, 16, 32)},  # P4, and P3 with P5
-    "rf_detr_dinov2": {1: (16,)},
-}
-
-
-class BackboneConfig(Section):
-    """A ResNet as transformers builds it: stride 4 after the first stage, doubled with each further one. Or a ViT, of patches of
-    16 pixels: LW-DETR's plain one, 16 windows in an image, or RF-DETR's DINOv2, 4 windows."""
-
-    # Any family but these two reads a ResNet; rt_detr_resnet is RT-DETR's own (three small convolutions first, averaging
-    # shortcuts). lw_detr reads lw_detr_vit and rf_detr rf_detr_dinov2, which need not be said.
-    type: Literal["resnet", "rt_detr_resnet", "lw_detr_vit", "rf_detr_dinov2"] = "resnet"
-    layer_type: Literal["basic", "bottleneck"] = "basic"  # ResNet-18's and 34's; ResNet-50's and larger ones'
-    embedding_size: Width = 64  # channels before a ResNet's first stage
-    # Channels of each stage; of a ViT one number, by default 192 (lw_detr_vit) or 384.
-    hidden_sizes: tuple[Width, ...] = (64, 128, 256, 512)
-    # Residual layers of each stage. Of a ViT the layers up to each map that it gives, by default 3, 2, 1, 4 of lw_detr_vit: the
-    # last of each such group sees the whole image, the others their window (of 3, 2, 1, 4 as LW-DETR's authors have it, the ninth,
-    # not the tenth); by default 3, 3, 3, 3 of rf_detr_dinov2: the first of each group but the first does.
-    depths: tuple[Layers, ...] = (2, 2, 2, 2)
-    init: str = ""  # Hub name or folder of a backbone of this type whose weights to start from; empty: random
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_vit(cls, given: Any) -> Any:
-        kind = given.get("type") if isinstance(given, Mapping) else None
-        return {**_VIT_DEFAULTS[kind], **given} if isinstance(kind, str) and kind in _VIT_DEFAULTS else given
-
-    @model_validator(mode="after")
-    def _same_length(self) -> BackboneConfig:
-        if self.is_vit:
-            if len(self.hidden_sizes) != 1:
-                raise ValueError(f"a ViT has one width: hidden_sizes has {len(self.hidden_sizes)}")
-            return self
-        if len(self.hidden_sizes) != len(self.depths):
-            raise ValueError(f"hidden_sizes has {len(self.hidden_sizes)} stages but depths has {len(self.depths)}")
-        if self.type == "rt_detr_resnet" and self.layer_type == "basic" and self.embedding_size != self.hidden_sizes[0]:
-            raise ValueError(
-                f"an rt_detr_resnet of basic layers has no shortcut from embedding_size {self.embedding_size} to "
-                f"hidden_sizes[0] {self.hidden_sizes[0]}: make them equal"
-            )
-        return self
-
-    @property
-    def is_vit(self) -> bool:
-        return self.type in _VIT_DEFAULTS
-
-    def strides(self, levels: int) -> tuple[int, ...]:
-        """Of the maps of a student that chooses its queries among their cells, in pixels, finest first."""
-        if self.is_vit:
-            return _VIT_STRIDES[self.type].get(levels, ())
-        return tuple(self.unit // 2**level for level in reversed(range(levels)))
-
-    @property
-    def unit(self) -> int:
-        """What the sides of such a student's images are multiples of: a ResNet's last stride; so many pixels that each of a ViT's
-        windows has whole patches."""
-        return VIT_PATCH * VIT_WINDOWS[self.type] if self.is_vit else int(4 * 2 ** (len(self.depths) - 1))
 
 
 class StudentConfig(Section):
@@ -114,10 +49,10 @@ class StudentConfig(Section):
     backbone_norm: Literal["batch", "frozen", "sync"] = "batch"
     train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
     # First stages of the backbone that keep their weights and norms, the stem with them; 0: everything learns. null: the family's
-    # own where backbone.init or init gives the weights and inherit does not: 1 for detr, table-transformer, conditional_detr,
-    # dab-detr and deformable_detr (models/backbone.py of their authors trains layer2 to layer4 only), 0 for rt_detr, rt_detr_v2,
-    # d_fine and deimv2 (`freeze_at: -1` in the configs/ of their small models). Of random weights, or a teacher's that were thinned
-    # out: 0.
+    # own of a ResNet whose weights are given (backbone.init or init) and not inherited: 1 for detr, table-transformer,
+    # conditional_detr, dab-detr and deformable_detr (models/backbone.py of their authors trains layer2 to layer4 only), 0 for
+    # rt_detr, rt_detr_v2, d_fine and deimv2 (`freeze_at: -1` in the configs/ of their small models). Of other backbones, of random
+    # weights, or of a teacher's that were thinned out: 0.
     frozen_stages: Annotated[int, Field(ge=0, le=256)] | None = None
     resize: ResizeConfig = ResizeConfig()
     # Start from the teacher's weights: layers and channels evenly chosen where the student has fewer, heads and queries; of
@@ -158,11 +93,8 @@ class StudentConfig(Section):
             raise ValueError(
                 f"{self.family} needs {least} decoder_layers or more: transformers cannot build it with fewer"
             )
-        if not self.init and (facts.vit or "resnet") not in self.backbone.type:
-            wanted = facts.vit or "resnet or rt_detr_resnet"
-            raise ValueError(f"{self.family} stands on a {wanted}, backbone.type is {self.backbone.type}")
-        if facts.hybrid and not self.init:
-            self._check_hybrid()
+        if not self.init:
+            self._check_backbone()
         return self
 
     @property
@@ -174,30 +106,34 @@ class StudentConfig(Section):
         """family: of the student, which `init` decides where it is given."""
         if self.frozen_stages is not None:
             return self.frozen_stages
-        pretrained = bool(self.init or self.backbone.init) and not self.inherit
+        pretrained = bool(self.init or (self.backbone.init and "resnet" in self.backbone.type)) and not self.inherit
         return FACTS[family].frozen_stages if pretrained else 0
 
     def cells(self, size: int) -> int:
         """Cells of a square image's maps, of all levels."""
         return sum((size // stride) ** 2 for stride in self.backbone.strides(self.feature_levels))
 
-    def _check_hybrid(self) -> None:
-        """A hybrid encoder lays doubled maps on finer ones, a ViT has whole windows; cells are the queries to choose from."""
-        unit, size = self.backbone.unit, self.resize.size
-        most = len(_VIT_STRIDES.get(self.backbone.type, self.backbone.depths[:3]))
-        if self.feature_levels > most:
+    def _check_backbone(self) -> None:
+        """A hybrid encoder lays doubled maps on finer ones, a ViT has whole patches; cells are the queries to choose from."""
+        facts, backbone = FACTS[self.family], self.backbone
+        fitting = (facts.vit,) if facts.vit else tuple(n for n in FREE if not (facts.hybrid and KINDS[n].patch))
+        if backbone.type not in fitting:
+            wanted = f"a {fitting[0]}" if len(fitting) == 1 else f"one of {', '.join(fitting)}"
+            raise ValueError(f"{self.family} stands on {wanted}, backbone.type is {backbone.type}")
+        unit, size = backbone.unit, self.resize.size
+        if facts.hybrid:
+            most = len(backbone.kind.strides if backbone.is_vit else backbone.depths[:3])
+            if self.feature_levels > most:
+                raise ValueError(
+                    f"{self.family} reads backbone stages only: feature_levels {self.feature_levels} is more than {most}"
+                )
+        if (facts.hybrid or backbone.is_vit) and (self.resize.mode != "square" or size % unit):
+            who = self.family if facts.hybrid else backbone.type
             raise ValueError(
-                f"{self.family} reads backbone stages only: feature_levels {self.feature_levels} is more than {most}"
-            )
-        if self.resize.mode != "square" or size % unit:
-            windows = VIT_WINDOWS.get(self.backbone.type, 1) ** 2
-            why = f"{windows} windows of whole patches, " if self.backbone.is_vit else "the backbone's stride "
-            raise ValueError(
-                f"{self.family} needs images whose sides are multiples of {why}{unit}: "
+                f"{who} needs images whose sides are multiples of {backbone.why_unit}{unit}: "
                 f"set resize: {{mode: square, size: {max(round(size / unit), 1) * unit}}}"
             )
-        cells = self.cells(size)
-        if cells < self.queries:
+        if facts.hybrid and (cells := self.cells(size)) < self.queries:
             raise ValueError(
                 f"{self.family} chooses queries among the cells of its maps: queries {self.queries} are more than the "
                 f"{cells} cells of {self.feature_levels} level(s) at resize.size {size}"

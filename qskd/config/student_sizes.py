@@ -58,7 +58,8 @@ def sizes_of(size: str, family: str) -> dict[str, Any]:
 def resolve(given: Mapping[str, Any], default_family: str) -> dict[str, Any]:
     """The fields given for a student, with what `size` sets of the others; the size itself is then spent.
 
-    A field that is given goes before the size's. Raises ValueError where the size would have no effect.
+    A field that is given goes before the size's; a backbone that is no ResNet has its own. Raises ValueError where the size would
+    have no effect.
     """
     fields = {name: _as_dict(value) for name, value in given.items()}
     size = fields.get("size", "")
@@ -67,6 +68,10 @@ def resolve(given: Mapping[str, Any], default_family: str) -> dict[str, Any]:
     if fields.get("init"):
         raise ValueError(f"size {size} has no effect: a student that starts from init has that checkpoint's sizes")
     sizes = sizes_of(str(size), str(fields.get("family", default_family)))
+    own = fields.get("backbone")
+    kind = own.get("type", "resnet") if isinstance(own, dict) else "resnet"
+    if "resnet" not in str(kind) and kind != sizes["backbone"].get("type"):  # the sizes of no ResNet
+        del sizes["backbone"]
     if all(_given(name, value, fields) for name, value in sizes.items()):
         raise ValueError(
             f"size {size} sets nothing: every field that it would set is given; leave out those it shall set"

@@ -10,67 +10,88 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    LwDetrViTBackbone,
-    LwDetrViTConfig,
-    ResNetBackbone,
-    ResNetConfig,
-    RfDetrDinov2Backbone,
-    RfDetrDinov2Config,
-    RTDetrResNetBackbone,
-    RTDetrResNetConfig,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_BACKBONE_MAPPING
 
 from qskd.checkpoints.clean_config import backbone_config_of
 from qskd.checkpoints.json_files import shown
 from qskd.checkpoints.weights import check_keys, check_path, load_model, read_said
 from qskd.config import BackboneConfig
-from qskd.config.student import VIT_PATCH, VIT_WINDOWS
 from qskd.detectors.norms import EPS, is_frozen_norm
 from qskd.errors import QskdError
 
 log = logging.getLogger(__name__)
 
-_TYPES: dict[str, tuple[Any, Any]] = {
-    "resnet": (ResNetConfig, ResNetBackbone),
-    "rt_detr_resnet": (RTDetrResNetConfig, RTDetrResNetBackbone),
-    "lw_detr_vit": (LwDetrViTConfig, LwDetrViTBackbone),
-    "rf_detr_dinov2": (RfDetrDinov2Config, RfDetrDinov2Backbone),
-}
 _PUBLISHED = (
     (3, 2, 1, 4),
     [0, 1, 3, 6, 7, 9],
 )  # LW-DETR small to xlarge: their tenth layer has windows, their ninth has not
 
 
-def _vit_sizes(config: BackboneConfig) -> dict[str, Any]:
-    (width,), ends = config.hidden_sizes, list(accumulate(config.depths))
-    if config.type == "rf_detr_dinov2":
-        heads = width // 64 if width % 64 == 0 else gcd(width, 6)  # 6, as DINOv2 small has
-        layers = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": ends[-1]}
-        return layers | {"patch_size": VIT_PATCH, "num_windows": VIT_WINDOWS[config.type]}
-    windows = [layer for layer in range(ends[-1]) if layer + 1 not in ends]
-    return {
-        "hidden_size": width,
-        "num_attention_heads": gcd(width, 12),  # 12, as published, where they divide the width
-        "num_hidden_layers": ends[-1],
-        "window_block_indices": _PUBLISHED[1] if config.depths == _PUBLISHED[0] else windows,
-    }
+_NEW = (
+    "hidden_states_norms.",
+)  # norms of the maps, which a classifier's checkpoint has not: they begin as they are made
+_LEFT_OUT = ("classifier.", "layernorm.", "layer_norm.", "head.", "fc.")  # of a classifier
+
+
+def _class_of(kind: str) -> Any:
+    return MODEL_FOR_BACKBONE_MAPPING[CONFIG_MAPPING[kind]]
+
+
+def _heads(width: int) -> int:
+    """Of 64 channels each, as DINOv2 and DINOv3 have them; 6, as their small ones have, or what divides a narrower one."""
+    return width // 64 if width % 64 == 0 else gcd(width, 6)
+
+
+def _sizes(config: BackboneConfig) -> dict[str, Any]:
+    """What of the recipe's sizes transformers' configuration of this type has, under its names."""
+    widths, depths, kind = list(config.hidden_sizes), list(config.depths), config.type
+    if kind in ("resnet", "rt_detr_resnet"):
+        stem = {"layer_type": config.layer_type, "embedding_size": config.embedding_size}
+        return stem | {"hidden_sizes": widths, "depths": depths}
+    if kind == "hgnet_v2":
+        stages = {"stage_out_channels": widths, "stage_num_blocks": depths, "hidden_sizes": widths, "depths": depths}
+        return stages | {"embedding_size": config.embedding_size}
+    if not config.is_vit:
+        return {"hidden_sizes": widths, "depths": depths}
+    (width,), ends = widths, list(accumulate(depths))
+    layers = {"hidden_size": width, "num_hidden_layers": ends[-1]}
+    if kind == "lw_detr_vit":
+        windows = [layer for layer in range(ends[-1]) if layer + 1 not in ends]
+        layers["num_attention_heads"] = gcd(width, 12)  # 12, as published, where they divide the width
+        return layers | {"window_block_indices": _PUBLISHED[1] if config.depths == _PUBLISHED[0] else windows}
+    layers |= {"num_attention_heads": _heads(width), "patch_size": config.kind.patch}
+    return layers | ({"num_windows": config.kind.windows} if kind == "rf_detr_dinov2" else {})
+
+
+def _made_up(config: BackboneConfig) -> dict[str, Any]:
+    """What else a backbone of random weights is made of, where transformers' own defaults are of another size."""
+    if config.type == "hgnet_v2":  # by B0's proportions
+        widths, stem, count = list(config.hidden_sizes), config.embedding_size, len(config.depths)
+        return {
+            "stem_channels": [3, stem, stem],
+            "stage_in_channels": [stem, *widths[:-1]],
+            "stage_mid_channels": [max(1, width // (8 if stage else 4)) for stage, width in enumerate(widths)],
+            "stage_downsample": [stage > 0 for stage in range(count)],
+            "stage_downsample_strides": [2] * count,
+            "stage_light_block": [stage > 1 for stage in range(count)],
+            "stage_kernel_size": [5 if stage > 1 else 3 for stage in range(count)],
+            "stage_numb_of_layers": [3] * count,
+            "use_learnable_affine_block": True,
+        }
+    if config.type in ("convnext", "convnextv2", "dinov3_convnext"):
+        return {"num_stages": len(config.depths)} if config.type != "dinov3_convnext" else {}
+    if config.type == "dinov3_vit":
+        (width,) = config.hidden_sizes
+        return {"intermediate_size": 4 * width, "num_register_tokens": 4}
+    return {}
 
 
 def backbone_config(config: BackboneConfig, levels: int) -> Any:
-    """transformers' configuration of a ResNet that gives its last `levels` stages (as many as there are), or of a ViT.
+    """transformers' configuration of a backbone that gives its last `levels` stages (as many as there are), or of a ViT.
 
     With `config.init` the checkpoint's own configuration is used, and must have the sizes that `config` has.
     """
-    sizes = {
-        "layer_type": config.layer_type,
-        "embedding_size": config.embedding_size,
-        "hidden_sizes": list(config.hidden_sizes),
-        "depths": list(config.depths),
-    }
-    if config.is_vit:
-        sizes = _vit_sizes(config)
+    sizes = _sizes(config)
     if config.init:
         path = check_path(config.init)
         said, where = read_said(path)
@@ -80,50 +101,57 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
                 f"a model of type {shown(said.get('model_type'))}",
                 f"a backbone of model type {config.type!r} (student.backbone.type)",
             )
-        resnet = backbone_config_of(said, _TYPES[config.type][0], where)
-        found = {name: getattr(resnet, name) for name in sizes}
+        made = backbone_config_of(said, CONFIG_MAPPING[config.type], where)
+        found = {name: getattr(made, name) for name in sizes}
         if found != sizes:
             differing = [name for name in sizes if found[name] != sizes[name]]
+            known = BackboneConfig.model_fields
             raise QskdError(
                 config.init,
                 "; ".join(f"{name} {found[name]}" for name in differing),
-                "; ".join(f"{'' if config.is_vit else 'student.backbone.'}{name} {sizes[name]}" for name in differing),
+                "; ".join(f"{'student.backbone.' if name in known else ''}{name} {sizes[name]}" for name in differing),
                 "give student.backbone the checkpoint's sizes, or leave student.backbone.init empty",
             )
     else:
-        resnet = _TYPES[config.type][0](**sizes)
+        made = CONFIG_MAPPING[config.type](**sizes | _made_up(config))
+    if hasattr(made, "drop_path_rate"):
+        made.drop_path_rate = 0.0  # drawn by each worker for itself: two would not be as one
     if config.is_vit:
         ends = list(accumulate(config.depths))
-        resnet.out_features = [f"stage{end}" for end in ends]
+        made.out_features = [f"stage{end}" for end in ends]
         if config.type == "rf_detr_dinov2":  # its class makes them of the maps that it is built with
-            resnet.window_block_indexes = [layer for layer in range(ends[-1]) if layer not in ends]
-        return resnet
+            made.window_block_indexes = [layer for layer in range(ends[-1]) if layer not in ends]
+        return made
     stages = len(config.depths)
-    resnet.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages, 3) + 1, stages + 1)]
-    return resnet
+    made.out_features = [f"stage{stage}" for stage in range(stages - min(levels, stages, 3) + 1, stages + 1)]
+    return made
 
 
 def load_backbone(backbone: nn.Module, path: str, config: Any) -> None:
-    """Copy a backbone's checkpoint (a ResNet's with or without its classifier) into a detector's backbone."""
-    folder = check_path(path)
-    source, info = load_model(_TYPES[config.model_type][1], config, folder)
-    dropped = check_keys(path, info, ignore=("classifier.",))
+    """Copy a backbone's checkpoint (with or without its classifier) into a detector's backbone."""
+    folder, kind = check_path(path), config.model_type
+    source, info = load_model(_class_of(kind), config, folder)
+    begun = [key for key in info["missing_keys"] if key.startswith(_NEW)]
+    info = {**info, "missing_keys": [key for key in info["missing_keys"] if key not in begun]}
+    dropped = check_keys(path, info, ignore=(*_LEFT_OUT, *(f"{kind}.{name}" for name in _LEFT_OUT)))
     backbone.load_state_dict(source.state_dict())  # a frozen norm drops num_batches_tracked by itself
-    log.info("backbone: %d tensors from %s; left out: %s", len(source.state_dict()), path, dropped or "nothing")
+    taken = len(source.state_dict()) - len(begun)
+    log.info("backbone: %d tensors from %s; left out: %s", taken, path, dropped or "nothing")
 
 
 class ThawedBatchNorm2d(nn.BatchNorm2d):
     """Stands where transformers builds a frozen norm, which counts no batches: the count is not saved with a detector."""
 
 
-def first_stages(resnet: nn.Module, count: int) -> list[nn.Module]:
+def first_stages(trunk: nn.Module, count: int) -> list[nn.Module]:
     """The stem and so many stages of it. QskdError for a backbone that is not made of them."""
-    try:
-        stem, stages = resnet.get_submodule("embedder"), resnet.get_submodule("encoder.stages")
-    except AttributeError:
-        kind = type(resnet).__name__
-        raise QskdError("student.frozen_stages", f"{count} of a {kind}", "a ResNet's stages", "set it to 0") from None
-    return [stem, *list(stages.children())[:count]]
+    parts = dict(trunk.named_modules())
+    stages = parts.get("encoder.stages") or parts.get("model.stages")  # DINOv3 ConvNeXt's stem is in its first stage
+    if not isinstance(stages, nn.ModuleList):
+        kind = type(trunk).__name__
+        raise QskdError("student.frozen_stages", f"{count} of a {kind}", "a network of stages", "set it to 0")
+    stem = [parts[name] for name in ("embedder", "embeddings") if name in parts]
+    return [*stem, *list(stages.children())[:count]]
 
 
 def thaw_norms(module: nn.Module, kept: Collection[nn.Module] = ()) -> None:

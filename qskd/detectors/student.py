@@ -47,7 +47,10 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
         seen_as = read_preprocessing(config.init, config.resize)
         detector.mean, detector.std = seen_as.mean, seen_as.std
     trunk = find_family(detector.family, "student").trunk(model)
-    _set_backbone(detector.backbone, trunk, config, config.frozen_stages_taken(detector.family))
+    frozen = config.frozen_stages_taken(detector.family)
+    if config.frozen_stages is None and "ResNet" not in type(trunk).__name__:
+        frozen = 0  # the family's own is of ResNets
+    _set_backbone(detector.backbone, trunk, config, frozen)
     return detector
 
 
@@ -57,8 +60,8 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
         _warn(f"student.feature_levels = {config.feature_levels} has no effect: {config.family} reads one map")
     if not config.box_refinement and not family.refinement_optional:
         _warn(f"student.box_refinement = false has no effect: {config.family} leaves no choice")
-    if config.backbone_norm == "frozen" and config.backbone.is_vit:
-        _warn("student.backbone_norm = frozen has no effect: a ViT has no batch norms")
+    if config.backbone_norm == "frozen" and not config.backbone.kind.batch_norms:
+        _warn(f"student.backbone_norm = frozen has no effect: a {config.backbone.type} has no batch norms")
     model = _unlearned(config, labels)
     family.initialise(model)
     if config.backbone.init:
@@ -67,7 +70,7 @@ def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
         _warn(
             f"student.frozen_stages = {config.frozen_stages} keeps random weights: set backbone.init, or frozen_stages: 0"
         )
-    elif config.backbone_norm == "frozen" and not config.backbone.is_vit:
+    elif config.backbone_norm == "frozen" and config.backbone.kind.batch_norms:
         _warn("student.backbone_norm = frozen on a random backbone normalises nothing: set backbone.init, or use batch")
     return model
 
@@ -76,6 +79,8 @@ def _unlearned(config: StudentConfig, labels: Sequence[str]) -> Any:
     """A model of the sizes, with transformers' own random weights."""
     family = find_family(config.family, "student.family")
     backbone = backbone_config(config.backbone, config.feature_levels if family.many_maps else 1)
+    if config.backbone.is_vit and not config.backbone.kind.family and not config.backbone.init:
+        backbone.image_size = config.resize.size  # a place for each patch: nothing to fit
     return family.model_class(family.student_config(config, backbone, labels))
 
 
@@ -118,7 +123,7 @@ def describe_student(config: StudentConfig, classes: int) -> str:
     if not config.init:
         what = (
             f"{config.family}, {backbone.type} of {'-'.join(map(str, backbone.depths))} "
-            f"{'' if backbone.is_vit else f'{backbone.layer_type} '}layers of "
+            f"{f'{backbone.layer_type} ' if 'resnet' in backbone.type else ''}layers of "
             f"{'-'.join(map(str, backbone.hidden_sizes))} channels, width {config.width}, "
             f"{config.encoder_layers} + {config.decoder_layers} layers, {config.heads} heads, ffn {config.ffn_width}, "
             f"{config.queries} queries"
@@ -208,6 +213,11 @@ def _set_backbone(backbone: nn.Module, trunk: nn.Module, config: StudentConfig, 
         log.info("student.train_backbone = false keeps the backbone's norms frozen too")
     keep_precision(backbone)
     backbone.requires_grad_(config.train_backbone)
+    for name, parameter in backbone.named_parameters():
+        if name.endswith(
+            "mask_token"
+        ):  # of a ViT's own pretraining: no image has a masked patch, and DDP waits for gradients
+            parameter.requires_grad_(False)
     for part in frozen:
         part.requires_grad_(False)
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.config import StudentConfig
+from qskd.config.backbone import KINDS
+from qskd.families.places import fixed_places
 from qskd.quantization.layers import QuantisedLinear
 from qskd.structures import Classification, Queries, SideDistributions
 
@@ -102,8 +104,10 @@ class Family(ABC):
         """Raise QskdError for a configuration of transformers whose model can't be shown as a DetectorOutput."""
 
     def image_unit(self, config: Any) -> int:
-        """What the sides of images are multiples of, in pixels."""
-        return 1
+        """What the sides of images are multiples of, in pixels: of a plain ViT whole patches, for it cuts off what is left over."""
+        backbone = config.backbone_config
+        kind = KINDS.get(getattr(backbone, "model_type", ""))
+        return int(backbone.patch_size) if kind is not None and kind.patch and not kind.family else 1
 
     def check_size(self, config: Any, height: int, width: int) -> None:  # noqa: B027
         """Raise QskdError for a batch of images, padding included, of a size that the model can't take."""
@@ -257,7 +261,8 @@ class Family(ABC):
     def for_one_size(self, model: Any, height: int, width: int) -> AbstractContextManager[None]:
         """Within it the model takes images of this size alone, and what depends on the size alone is a constant: a graph need not
         compute it."""
-        return nullcontext()
+        embeddings = getattr(self.trunk(model), "embeddings", None)
+        return fixed_places(embeddings, height, width) if hasattr(embeddings, "position_embeddings") else nullcontext()
 
     def prepare_student(self, model: Any) -> None:  # noqa: B027
         """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random

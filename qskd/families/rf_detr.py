@@ -6,12 +6,10 @@ another picture's: only square images are taken where there are windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import RfDetrConfig, RfDetrForObjectDetection
 
 from qskd.config import StudentConfig
@@ -75,24 +73,6 @@ class RfDetr(LwDetr):
         del vit.get_submodule("encoder").layer[last:]  # type: ignore[union-attr, operator]
         config.use_mask_token, config.num_hidden_layers = False, last
         config.stage_names = config.stage_names[: last + 1]
-
-    @contextmanager
-    def for_one_size(self, model: Any, height: int, width: int) -> Iterator[None]:
-        """ONNX has no bicubic resizing with antialiasing, by which its places are fitted to an image."""
-        embeddings: Any = self.backbone(model).get_submodule("embeddings")
-        cells = (height // embeddings.patch_size) * (width // embeddings.patch_size)
-        tokens = embeddings.position_embeddings.new_zeros(1, cells + 1, embeddings.position_embeddings.shape[-1])
-        with torch.no_grad():
-            places = embeddings.interpolate_pos_encoding(tokens, height, width).detach().clone()
-
-        def fixed(embedded: Tensor, height: int, width: int) -> Tensor:
-            return places
-
-        embeddings.interpolate_pos_encoding = fixed
-        try:
-            yield
-        finally:
-            del embeddings.interpolate_pos_encoding
 
     def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
         if not config.backbone.init:

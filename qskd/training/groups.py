@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from qskd.quantization.model import belongs_to_quantiser
 from qskd.training.module import StepModule
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_VIT_LAYER = re.compile(r"(?:^|\.)layer\.(\d+)\.")  # no network of stages has modules of this name
 SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deformable DETR's own code and in transformers
 
 
@@ -84,10 +86,12 @@ def _of_the_backbone(module: StepModule, config: TrainingConfig) -> dict[int, fl
     facts, start, decay = FACTS[module.student.family], module.config.student, config.backbone_layer_decay
     if decay is None:
         decay = facts.layer_decay if start.init or start.backbone.init or start.inherit else 1.0
-    if not facts.vit or decay == 1.0:
-        return {id(parameter): scale for parameter in backbone.parameters()}
-    found, layers = {}, len(backbone.get_submodule("encoder.layer")._modules)
-    for name, parameter in backbone.named_parameters():
-        layer = int(name.split(".")[2]) if name.startswith("encoder.layer.") else -1 if "embeddings" in name else layers
-        found[id(parameter)] = scale * decay ** (layers - layer)
-    return found
+    named = dict(backbone.named_parameters())
+    of_layers = {name: int(found[1]) for name in named if (found := _VIT_LAYER.search(name))}
+    if not of_layers or decay == 1.0:
+        return {id(parameter): scale for parameter in named.values()}
+    layers = 1 + max(of_layers.values())
+    return {
+        id(parameter): scale * decay ** (layers - of_layers.get(name, -1 if "embeddings" in name else layers))
+        for name, parameter in named.items()
+    }
