@@ -27,7 +27,12 @@ def on(backbone: str, family: str) -> str:
     """Size small on a backbone of its type's default sizes, at the number of its patches' sides nearest to 512 pixels."""
     kind = KINDS[backbone]
     side = kind.patch * round(512 / kind.patch) if kind.patch else 512
-    made = {"size": "small", "family": family, "backbone": {"type": backbone}, "resize": {"mode": "square", "size": side}}
+    made = {
+        "size": "small",
+        "family": family,
+        "backbone": {"type": backbone},
+        "resize": {"mode": "square", "size": side},
+    }
     if kind.patch and family == "d_fine":
         return "needs stages"
     count, operations = student_cost(StudentConfig.model_validate(made), CLASSES)

@@ -143,7 +143,7 @@ def slow_kd_detr(method: Any, lesson: Lesson) -> dict[str, tuple[float, float]]:
         theirs = decode(
             decoder.detector, lesson.teacher.memory, lesson.teacher.memory_valid, Queries(embedding=asked[None])
         ).output
-        said = lesson.ask_student(Queries(embedding=(asked @ method.adapter.weight.T)[None]))
+        said = lesson.ask_student(Queries(embedding=(asked @ method.asked.adapter.weight.T)[None]))
         for image in range(len(said.logits[0])):
             logits = [[theirs.logits[-1, image, query, slot].item() for slot in slots] for query in range(len(asked))]
             weight = [max(map(sigmoid, each)) for each in logits]
@@ -221,7 +221,7 @@ def test_what_nothing_is_asked_through_has_a_gradient_of_0_that_other_workers_wa
     config = config.model_copy(update={"distillation": config.distillation.model_copy(update={"class_weight": 0.0})})
     training = tiny.make_training(config, tiny.random_teacher("rt_detr"))
     training.train_step(tiny.batch_of(1, 0))
-    assert torch.equal(training.module.method.adapter.weight.grad, torch.zeros(32, 64))  # type: ignore[union-attr]
+    assert torch.equal(training.module.method.asked.adapter.weight.grad, torch.zeros(32, 64))  # type: ignore[union-attr]
 
 
 def test_no_group_of_the_student_sees_another() -> None:
@@ -289,7 +289,7 @@ def test_a_pair_that_can_not_be_asked_the_same_is_refused_with_the_reason() -> N
         ask = partial(build_method, settings_of(**KD), facts[student](), facts[teacher]())
         if student == teacher or {student, teacher} == {"dab-detr", "d_fine"}:
             method: Any = ask()
-            adapters[student, teacher] = method.adapter is not None
+            adapters[student, teacher] = method.asked.adapter is not None
             continue
         with pytest.raises(QskdError, match=f"a student of family {student}.* and a teacher of family {teacher}"):
             ask()

@@ -10,20 +10,36 @@ import pytest
 import tiny
 import torch
 from reference import cheapest, corners, near, random_logits, sigmoid, slow_bce, slow_giou, slow_iou, slow_resample
-from test_feature_methods import BOTH, STUDENT, TEACHER, THEIRS, WIDTH, built, cells, extent, lesson_of, share
+from test_decoder_methods import lesson_of as asked_of
+from test_decoder_methods import networks
+from test_feature_methods import (
+    BOTH,
+    STUDENT,
+    TEACHER,
+    THEIRS,
+    WIDTH,
+    built,
+    cells,
+    extent,
+    lesson_of,
+    settings_of,
+    share,
+)
 from torch import Tensor
 
 from qskd.checks import check_enough
 from qskd.config.recipe import build
 from qskd.distillation.detrdistill import target_aware_masks
-from qskd.distillation.method import Lesson
+from qskd.distillation.method import Lesson, build_method
 from qskd.distillation.qskd.pairing import Side, pair_globally
 from qskd.distillation.qskd.query_selection import none_selected
 from qskd.errors import QskdError
+from qskd.losses.matching import assign
 from qskd.structures import TeacherNeeds, to_device
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.states import MOST
 from qskd.teacher.columns.table import ARRAYS, collate, columns_for, decode_batch, encode, largest_errors, row_from
+from qskd.teacher.online import facts_of
 
 COUNTS = [2, 0, 3]
 OWN, OTHERS, CLASSES = 5, 6, 5  # queries: few enough to try all assignments
@@ -61,7 +77,7 @@ def pair_terms(given: Lesson, layer: int, other: int, image: int, s: int, t: int
 
 
 def test_every_layer_s_queries_meet_the_same_layer_s_by_the_cheapest_assignment_and_learn_what_it_costs() -> None:
-    given, method = lesson(COUNTS), built(1, 2, method="detrdistill")
+    given, method = lesson(COUNTS), built(1, 2, method="detrdistill", prior_weight=0)
     terms = method(given)
     found = terms["dd_class"].total + 5 * terms["dd_l1"].total + 2 * terms["dd_giou"].total
     expected = 0.0
@@ -109,7 +125,7 @@ def slow_masks(given: Lesson, level: int, image: int) -> list[list[float]]:
 
 @pytest.mark.parametrize(("student", "pairs"), [(STUDENT, [(0, 1)]), (BOTH, [(0, 0), (1, 1)])], ids=["1", "2"])
 def test_features_are_weighed_by_where_good_queries_point(student: Any, pairs: list[Any]) -> None:
-    given, method = lesson(COUNTS, student), built(len(student), 2, method="detrdistill")
+    given, method = lesson(COUNTS, student), built(len(student), 2, method="detrdistill", prior_weight=0)
     masks, total = target_aware_masks(given.teacher, given.targets), 0.0
     for image in range(len(COUNTS)):
         for (own, other), (size, shown, goal) in zip(pairs, cells(method, given, pairs, image), strict=True):
@@ -135,7 +151,7 @@ def test_features_are_weighed_by_where_good_queries_point(student: Any, pairs: l
 
 def test_paired_queries_find_each_other_among_the_image_s_paired_ones() -> None:
     given: Any = lesson(COUNTS)
-    method: Any = built(1, 2, method="detrdistill", **ALL)
+    method: Any = built(1, 2, method="detrdistill", prior_weight=0, **ALL)
     sides = [
         Side(
             said.logits[-1:].float(),
@@ -167,7 +183,7 @@ def test_paired_queries_find_each_other_among_the_image_s_paired_ones() -> None:
 
 
 def test_shares_of_a_batch_sum_to_it_and_masks_wait_for_no_device() -> None:
-    method, given = built(2, 2, method="detrdistill", **ALL), lesson([2, 0, 1], BOTH)
+    method, given = built(2, 2, method="detrdistill", prior_weight=0, **ALL), lesson([2, 0, 1], BOTH)
     parts = []
     for images in (slice(0, 2), slice(2, 3)):
         cut, own, theirs = share(given, images), given.student, given.teacher
@@ -216,7 +232,7 @@ def test_the_column_gives_back_the_states_of_the_surest_queries(
 @pytest.mark.parametrize(("taught", "teacher"), [("conditional_detr", "d_fine"), ("rt_detr", "deformable_detr")])
 def test_it_runs_between_families(taught: str, teacher: str) -> None:
     levels = {"feature_levels": 1 if taught == "conditional_detr" else 2}
-    tree = {"method": "detrdistill", **ALL}
+    tree = {"method": "detrdistill", "prior_weight": 0, **ALL}
     config = tiny.recipe({"family": taught, "queries": 12, **levels}, distillation=tree)
     training = tiny.make_training(config, tiny.random_teacher(teacher))
     assert training.train_step(tiny.batch_of(2, 0)).keys() >= NAMES
@@ -225,7 +241,9 @@ def test_it_runs_between_families(taught: str, teacher: str) -> None:
 
 def test_a_worker_without_images_takes_the_step_with_the_others() -> None:
     teacher = tiny.random_teacher("refined")
-    training = tiny.make_training(tiny.recipe(None, distillation={"method": "detrdistill", **ALL}), teacher)
+    training = tiny.make_training(
+        tiny.recipe(None, distillation={"method": "detrdistill", "prior_weight": 0, **ALL}), teacher
+    )
     batch = tiny.batch_of(0)
     needs = training.module.method.needs  # type: ignore[union-attr]
     record = CachedTeacher(teacher.sizes(all_layers=True)).blank(1, torch.device("cpu"), needs)
@@ -236,11 +254,68 @@ def test_a_worker_without_images_takes_the_step_with_the_others() -> None:
 
 
 def test_what_a_cache_lacks_is_refused_by_name() -> None:
-    tree: dict[str, Any] = {"distillation": {"method": "detrdistill"}}
+    tree: dict[str, Any] = {"distillation": {"method": "detrdistill", "prior_weight": 0}}
     layers = {"all_layers": True}
     with pytest.raises(QskdError, match=r"(?s)no column states.*teacher\.cache\.columns=\[states\]"):
         check_enough(build(tree | {"teacher": {"cache": layers}}))
     with pytest.raises(QskdError, match=r"(?s)layer k learns from.*teacher\.cache\.all_layers=true"):
         check_enough(build(tree | {"teacher": {"cache": {"columns": ["states"]}}}))
     check_enough(build(tree | {"teacher": {"cache": layers | {"columns": ["states"]}}}))
-    check_enough(build({"distillation": {"method": "detrdistill", "feature_weight": 0}, "teacher": {"cache": layers}}))
+    check_enough(
+        build(
+            {
+                "distillation": {"method": "detrdistill", "feature_weight": 0, "prior_weight": 0},
+                "teacher": {"cache": layers},
+            }
+        )
+    )
+
+
+def slow_focal(logit: float, is_it: bool) -> float:
+    p = sigmoid(logit)
+    return -0.25 * (1 - p) ** 2 * log(p) if is_it else -0.75 * p**2 * log(1 - p)
+
+
+@pytest.mark.parametrize("family", ["conditional", "refined"])
+def test_the_teacher_s_queries_learn_in_the_student_what_the_teacher_found_with_them(family: str) -> None:
+    student, teacher = networks(family, family)
+    torch.manual_seed(0)
+    settings = settings_of(method="detrdistill", feature_weight=0, class_weight=0, l1_weight=0, giou_weight=0)
+    method: Any = build_method(settings, facts_of(student, teacher.resize), teacher.facts)
+    assert method.needs == TeacherNeeds(memory=True, all_layers=True, decoder=True)
+    totals = []
+    for images in (slice(None), slice(0, 2), slice(2, 3)):
+        given = asked_of(student, teacher, images)
+        record = teacher(*(getattr(tiny.batch_of(2, 0, 1), name)[images] for name in ("images", "sizes")), method.needs)
+        (theirs,) = assign([(record.logits, record.boxes_cxcywh)], given.targets, build({}).detection)
+        given = replace(given, teacher=record, teacher_assignment=theirs)
+        assert given.decoder is not None
+        assert given.ask_student is not None
+        said = given.ask_student(method.asked(given.decoder.ask(record).decoded.queries))
+        (term,) = method(given).values()
+        assert term.count == sum(given.targets.counts)
+        total = 0.0
+        for layer, other in ((0, 0), (1, 2)):  # of two and of three
+            for image, count in enumerate(given.targets.counts):
+                owner = {int(theirs[other, image, slot]): slot for slot in range(count)}
+                for query in range(said.logits.shape[2]):
+                    slot = owner.get(query)
+                    label = -1 if slot is None else int(given.targets.labels[image, slot])
+                    logits = said.logits[layer, image, query].tolist()
+                    total += 2 * sum(slow_focal(z, kind == label) for kind, z in enumerate(logits))
+                    if slot is not None:
+                        a = said.boxes_cxcywh[layer, image, query].tolist()
+                        b = given.targets.boxes_cxcywh[image, slot].tolist()
+                        total += 5 * sum(abs(x - y) for x, y in zip(a, b, strict=True))
+                        total += 2 * (1 - slow_giou(corners(a), corners(b)))
+        assert term.total.item() == pytest.approx(total, rel=1e-4)
+        totals.append(term.total.item())
+    assert totals[0] == pytest.approx(sum(totals[1:]), rel=1e-4)
+    term.total.backward()
+    assert method.asked.adapter.weight.grad.abs().sum() > 0
+
+
+def test_networks_that_cannot_be_asked_the_same_are_refused_with_what_leaves_the_term_out() -> None:
+    student, teacher = networks("conditional", "refined")
+    with pytest.raises(QskdError, match=r"(?s)distillation\.prior_weight.*prior_weight: 0"):
+        build_method(settings_of(method="detrdistill"), facts_of(student, teacher.resize), teacher.facts)

@@ -1,4 +1,5 @@
-"""DETRDistill (Chang et al., ICCV 2023): predictions of all queries, and features where the teacher's good queries point.
+"""DETRDistill (Chang et al., ICCV 2023): predictions of all queries, features where the teacher's good queries point, and the
+teacher's queries put to the student with the teacher's assignment.
 
 METHODS 2 says what is the paper's, what its release has, and what is left out or ours.
 """
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.boxes import cxcywh_to_xyxy, iou
+from qskd.config import DetectionLossConfig
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
+from qskd.distillation.asked import AsStudent
 from qskd.distillation.kept import places_of
 from qskd.distillation.maps import Meeting, resample
 from qskd.distillation.method import Facts, Lesson, Method
@@ -19,11 +22,14 @@ from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_studen
 from qskd.distillation.qskd.pairing import Side, pair_globally
 from qskd.distillation.qskd.query_selection import none_selected
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
-from qskd.structures import SILENT_LOGIT, LossTerm, Targets, TeacherNeeds, TeacherRecord
+from qskd.families.table import FAMILIES
+from qskd.losses.detection_loss import detection_terms
+from qskd.structures import SILENT_LOGIT, Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
 
 PAIRS = 100  # (class, query) pairs that make the mask, as in the release
 LEAST = 0.01  # of the mask before it is divided by its maximum, as in the release
 TEMPERATURE = 0.07  # of InfoNCE, as in the release
+_PRIOR, _DETECTION = {"class": 2.0, "l1": 5.0, "giou": 2.0}, DetectionLossConfig()
 _LOGITS = PredictionDistillationConfig(pairing="global", pair_weight="uniform", teacher_layers="same_index")
 
 
@@ -38,10 +44,12 @@ class Settings(MethodSettings):
     giou_weight: NonNegative = 2.0  # of 1 - GIoU
     # Of target-aware features, of the last layer's queries; the release sums over six layers' with weight 1 each.
     feature_weight: NonNegative = 6.0
+    # Of query-prior assignment distillation: the detection loss (2, 5, 2) of the teacher's queries in the student's decoder
+    prior_weight: NonNegative = 1.0
     contrast_weight: NonNegative = 0.0  # of InfoNCE between paired queries' states; 0.2 in the release, where it is on
 
     def weight_fields(self) -> dict[str, str]:
-        fields = {part: f"{part}_weight" for part in ("class", "l1", "giou", "contrast")} | {
+        fields = {part: f"{part}_weight" for part in ("class", "l1", "giou", "prior", "contrast")} | {
             "features": "feature_weight"
         }
         return {f"dd_{part}": field for part, field in fields.items() if getattr(self, field) > 0}
@@ -49,11 +57,14 @@ class Settings(MethodSettings):
 
 class DETRDistill(Method):
     """The terms "dd_class", "dd_l1", "dd_giou" (LAPD's, METHODS 1.3, but that every query of layer k is paired with one of layer
-    k of the teacher by one assignment, and every pair counts alike), "dd_features" and "dd_contrast":
+    k of the teacher by one assignment, and every pair counts alike), "dd_features",
+    "dd_prior" and "dd_contrast":
 
         features   mean over images of sum over maps of mean over positions and channels of (psi phi(F_S) - psi F_T)^2
                    psi = max(sum_n s_n cos(q_n, F_T), 0.01) over its largest value in the map
                    s_n = the probability of each of the 100 best (class, query) pairs times max_j IoU(b_n, g_j)
+        prior      the teacher's queries, in the student's decoder by themselves; the student's detection loss, 2 class + 5 L1 +
+                   2 GIoU, but that each object has the query that the teacher's layer k gave it
         contrast   mean over the last layer's pairs of -log softmax over the image's paired t' of z_s z_t' / 0.07, at t;
                    z = normalise(MLP(linear(query state))), one linear map for each network
     """
@@ -61,7 +72,7 @@ class DETRDistill(Method):
     title = "DETRDistill"
     citation = (
         "The student learns by DETRDistill (Chang et al., ICCV 2023, [arXiv 2211.10156](https://arxiv.org/abs/2211.10156)): its "
-        "logits and feature terms, as its published code has them.\n"
+        "logits, feature and query-prior terms, as its published code has them.\n"
     )
     settings: Settings
 
@@ -74,8 +85,9 @@ class DETRDistill(Method):
             "columns": ("method", "detrdistill, whose features and contrast read the states of the teacher's queries"),
         }
         return TeacherNeeds(
-            memory="dd_features" in terms,
-            all_layers=bool(terms & {"dd_class", "dd_l1", "dd_giou"}),
+            memory=bool(terms & {"dd_features", "dd_prior"}),
+            all_layers=bool(terms & {"dd_class", "dd_l1", "dd_giou", "dd_prior"}),
+            decoder="dd_prior" in terms,
             columns=frozenset({"states"}) if states else frozenset(),
             reasons=reasons,
         )
@@ -85,6 +97,11 @@ class DETRDistill(Method):
         self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
         if "dd_features" in self.weights:
             self.projectors = Meeting(student, teacher)
+        if "dd_prior" in self.weights:
+            remedy = "choose such a student, or leave the term out: prior_weight: 0"
+            self.asked = AsStudent("distillation.prior_weight", student, teacher, remedy)
+            kind = FAMILIES[student.family].classification if student.family else "focal"
+            self.kind: Classification = "varifocal" if kind == "varifocal" else "focal"
         if "dd_contrast" in self.weights:
             width = teacher.channels[-1]
             self.own, self.theirs = nn.Linear(student.channels[-1], width), nn.Linear(width, width)
@@ -92,10 +109,12 @@ class DETRDistill(Method):
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
         terms: dict[str, LossTerm] = {}
-        if self.needs.all_layers:
+        if self.weights.keys() & {"dd_class", "dd_l1", "dd_giou"}:
             terms |= self._logits(lesson)
         if "dd_features" in self.weights:
             terms["dd_features"] = self._features(lesson)
+        if "dd_prior" in self.weights:
+            terms["dd_prior"] = self._prior(lesson)
         if "dd_contrast" in self.weights:
             terms["dd_contrast"] = self._contrast(lesson)
         return {name: term for name, term in terms.items() if name in self.weights}
@@ -129,6 +148,20 @@ class DETRDistill(Method):
             apart = (psi**2 * ((shown - goal) ** 2).mean(-1) * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
             total = total + apart.sum()
         return LossTerm(total, total.new_full((), images))
+
+    def _prior(self, lesson: Lesson) -> LossTerm:
+        assert lesson.decoder is not None
+        assert lesson.ask_student is not None
+        teacher, targets = lesson.teacher, lesson.targets
+        said = lesson.ask_student(self.asked(lesson.decoder.ask(teacher).decoded.queries))
+        _, theirs = teacher_layer_of_student(len(said.logits), len(teacher.logits), _LOGITS)
+        given = lesson.teacher_assignment[theirs].masked_fill(teacher.silent[targets.labels], -1)
+        found = detection_terms(said.logits, said.boxes_cxcywh, targets, given, _DETECTION, self.kind)
+        parts = [_PRIOR[name.partition("_")[0]] * term.total for name, term in found.items()]
+        asked = sum(
+            (0.0 * each.sum() for each in self.asked.parameters()), said.logits.new_zeros(())
+        )  # where no state is asked
+        return LossTerm(torch.stack(parts).sum() + asked, found["class"].count)
 
     def _contrast(self, lesson: Lesson) -> LossTerm:
         said, last = lesson.teacher.extra, (len(lesson.student.logits) - 1, len(lesson.teacher.logits) - 1)

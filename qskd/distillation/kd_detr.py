@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Count, NonNegative
-from qskd.distillation.maps import eye_or_orthogonal, mixed
+from qskd.distillation.asked import AsStudent
+from qskd.distillation.maps import mixed
 from qskd.distillation.method import Facts, Lesson, Method
-from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries, TeacherNeeds
 
 _LIMIT = 4.6  # of a random box's logits: sides and centre from 0.01 to 0.99
@@ -63,12 +63,8 @@ class KDDETR(Method):
         self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
         if not self.weights:
             return
-        _check_pair(student, teacher)
-        self.adapter: nn.Linear | None = None
-        # Boxes are the same to both; what else there is to a query has each network's own width.
-        if student.query_width and teacher.query_width:
-            self.adapter = nn.Linear(teacher.query_width, student.query_width, bias=False)
-            eye_or_orthogonal(self.adapter.weight)
+        remedy = "choose such a student, or another method"
+        self.asked = AsStudent("distillation.method = kd-detr", student, teacher, remedy)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         # Of torch's own random state, which is the run's seed when a training builds its method: alike on every worker.
         self.register_buffer("seed", torch.randint(2**31, ()))
@@ -81,15 +77,15 @@ class KDDETR(Method):
         totals = [lesson.student.logits.new_zeros((), dtype=torch.float32) for _ in range(3)]
         own = lesson.decoder.ask(lesson.teacher)
         for queries, goal in self._groups(lesson, own.decoded.queries, own.output):
-            said = lesson.ask_student(self._as_student(queries))
+            said = lesson.ask_student(self.asked(queries))
             for number, part in enumerate(self._apart(said, goal, lesson.teacher.silent)):
                 totals[number] = totals[number] + part
         self.steps += 1
         count = totals[0].detach().new_full((), len(lesson.targets.counts))
         named = dict(zip(("kd_class", "kd_l1", "kd_giou"), totals, strict=True))
-        if self.adapter is not None:  # where no state is asked, its gradient is waited for nonetheless
+        if self.asked.adapter is not None:  # where no state is asked, its gradient is waited for nonetheless
             first = next(iter(self.weights))
-            named[first] = named[first] + 0.0 * self.adapter.weight.sum()
+            named[first] = named[first] + 0.0 * self.asked.adapter.weight.sum()
         return {name: LossTerm(named[name], count) for name in self.weights}
 
     def _groups(self, lesson: Lesson, own: Queries, answer: DetectorOutput) -> Iterator[tuple[Queries, DetectorOutput]]:
@@ -117,13 +113,6 @@ class KDDETR(Method):
         drawn = mixed(mixed(mixed(self.seed) + self.steps) + places)
         return ((drawn >> 8).float() / 2**24).view(rows, columns)
 
-    def _as_student(self, queries: Queries) -> Queries:
-        """As the student is asked them: through the adapter, but for what both networks mean the same by."""
-        own = queries.states if queries.embedding is None else queries.embedding
-        with torch.autocast(self.seed.device.type, enabled=False):  # reference points are read from an embedding
-            said = None if own is None or self.adapter is None else self.adapter(own.detach().float())
-        return Queries(places=queries.places, states=said) if queries.embedding is None else Queries(embedding=said)
-
     def _apart(self, said: DetectorOutput, goal: DetectorOutput, silent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three terms of a group of queries, summed over the student's layers and images."""
         heat = self.settings.temperature
@@ -137,20 +126,3 @@ class KDDETR(Method):
         distance = (found - boxes).abs().sum(-1)
         overlap = giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(boxes))
         return (weight * apart).sum() * heat**2, (weight * distance).sum(), (weight * (1 - overlap)).sum()
-
-
-def _check_pair(student: Facts, teacher: Facts) -> None:
-    """QskdError where the two can't be asked the same."""
-    if not teacher.query_kind or not student.query_kind:
-        return  # not known: a training knows it
-    alike = student.query_kind == teacher.query_kind == "boxes" or student.family == teacher.family
-    if student.query_kind != teacher.query_kind or not alike:
-        said = {"boxes": "boxes", "embedding": "learned vectors, which mean something to its own family alone"}
-        raise QskdError(
-            "distillation.method = kd-detr",
-            f"a student of family {student.family}, whose queries are {said[student.query_kind]}, and a teacher of family "
-            f"{teacher.family}, whose queries are {said[teacher.query_kind]}",
-            "two networks that can be asked the same: both of queries that are boxes (dab-detr, rt_detr, rt_detr_v2, d_fine, "
-            "two-stage deformable_detr), or both of one family",
-            "choose such a student, or another method",
-        )

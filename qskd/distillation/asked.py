@@ -1,0 +1,50 @@
+"""The teacher's queries put to the student: through an adapter, where widths or what they mean may differ."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qskd.distillation.maps import eye_or_orthogonal
+from qskd.distillation.method import Facts
+from qskd.errors import QskdError
+from qskd.structures import Queries
+
+
+class AsStudent(nn.Module):
+    """The teacher's queries as the student is asked them. Boxes are the same to both; what else there is to a query has each
+    network's own width, and goes through a learned linear map, the identity at first where widths agree."""
+
+    def __init__(self, where: str, student: Facts, teacher: Facts, remedy: str) -> None:
+        """QskdError, of the field `where`, where the two can't be asked the same."""
+        super().__init__()
+        check_pair(where, student, teacher, remedy)
+        self.adapter: nn.Linear | None = None
+        if student.query_width and teacher.query_width:
+            self.adapter = nn.Linear(teacher.query_width, student.query_width, bias=False)
+            eye_or_orthogonal(self.adapter.weight)
+
+    def forward(self, queries: Queries) -> Queries:
+        own = queries.states if queries.embedding is None else queries.embedding
+        said = None
+        if own is not None and self.adapter is not None:
+            with torch.autocast(own.device.type, enabled=False):  # reference points are read from an embedding
+                said = self.adapter(own.detach().float())
+        return Queries(places=queries.places, states=said) if queries.embedding is None else Queries(embedding=said)
+
+
+def check_pair(where: str, student: Facts, teacher: Facts, remedy: str) -> None:
+    """QskdError where the two can't be asked the same."""
+    if not teacher.query_kind or not student.query_kind:
+        return  # not known: a training knows it
+    alike = student.query_kind == teacher.query_kind == "boxes" or student.family == teacher.family
+    if student.query_kind != teacher.query_kind or not alike:
+        said = {"boxes": "boxes", "embedding": "learned vectors, which mean something to its own family alone"}
+        raise QskdError(
+            where,
+            f"a student of family {student.family}, whose queries are {said[student.query_kind]}, and a teacher of family "
+            f"{teacher.family}, whose queries are {said[teacher.query_kind]}",
+            "two networks that can be asked the same: both of queries that are boxes (dab-detr, rt_detr, rt_detr_v2, d_fine, "
+            "two-stage deformable_detr), or both of one family",
+            remedy,
+        )
