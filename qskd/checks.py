@@ -170,6 +170,13 @@ def check_decoder(config: Config) -> None:
     """QskdError where a method asks for the teacher's decoder, and this teacher's can't be asked. Reads no weights."""
     needs = teacher_needs(config.distillation)
     if needs is not None and needs.decoder:
+        if config.teacher.levels is not None:
+            raise QskdError(
+                "teacher.levels",
+                f"{list(config.teacher.levels)}, and a method that asks the teacher's decoder, which reads all of its maps",
+                "all of the teacher's maps",
+                "--set teacher.levels=null; or another method",
+            )
         check_decodes(read_config(config.teacher.path).model_type, teacher_preprocessing(config).resize)
 
 

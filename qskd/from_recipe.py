@@ -42,7 +42,7 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     check_teacher(config)
     detector = load_detector(config.teacher.path)
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
-    return OnlineTeacher(detector, slots, teacher_preprocessing(config))
+    return OnlineTeacher(detector, slots, teacher_preprocessing(config), config.teacher.levels)
 
 
 def make_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> Detector:

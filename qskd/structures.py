@@ -195,7 +195,7 @@ class TeacherRecord:
     attention_queries: [B, A] int64, the queries whose attention is known, -1 = none. Holds at least every query whose
         GIoU with some object reaches the floor that was asked for. Where every layer's attention was asked for, Q * n is
         added to a query of the n-th layer before the last: what reads the last layer alone passes by what is past Q.
-    attention: [B, A, H, W] for each memory map; a query sums to 1 over all maps.
+    attention: [B, A, H, W] for each memory map; a query sums to 1 over all of the teacher's maps.
     extra: what further columns hold, by their names (`qskd.teacher.columns`), [B, ...] each.
     derived: [B] bool, whether it was said of another view of the image, and made into one of this (`data.views.derived`); None
         where nothing was.

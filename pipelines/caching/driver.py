@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pipelines.caching.actors import TeacherActor
 from pipelines.caching.derived import look_at_flips
 from pipelines.caching.domains import tell_of_domains
+from pipelines.caching.levels import look_at_levels
 from pipelines.caching.looks import look_at_crops
 from pipelines.caching.plan import (
     CachePlan,
@@ -75,6 +76,8 @@ def _foresee(plan: CachePlan) -> str:
     teacher = make_teacher(plan.config, plan.data.labels)
     assert teacher is not None
     lines = [plan.describe(), estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors)]
+    if spare := look_at_levels(plan, teacher):
+        lines.append(spare)
     if crops := look_at_crops(plan, teacher):
         lines.append(f"{'notice: ' if crops.ruined else ''}{crops.describe(plan.config.data.views)}")
     if flips := look_at_flips(plan, teacher):
@@ -109,6 +112,8 @@ def _run(plan: CachePlan, overwrite: bool, quiet: bool) -> CacheResult:
             teacher = make_teacher(config, plan.data.labels)  # its complaints belong here, not in a worker's log
             assert teacher is not None
             say(estimate(plan, teacher).describe(plan.images(plan.todo), plan.actors), quiet)
+            if spare := look_at_levels(plan, teacher):
+                say(spare, quiet)
             # Before hours are spent on views that teach nothing.
             if crops := look_at_crops(plan, teacher):
                 said = crops.describe(config.data.views)

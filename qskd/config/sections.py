@@ -43,6 +43,12 @@ class DataConfig(Section):
     shuffle_window_images: Positive = 4096  # mixed with one another; a reader holds up to two windows in memory
 
 
+def _ascending(levels: tuple[int, ...]) -> tuple[int, ...]:
+    if list(levels) != sorted(set(levels)):
+        raise ValueError(f"{list(levels)}: each map once, the finest first")
+    return levels
+
+
 class TeacherCacheConfig(Section):
     """The teacher's outputs, computed once by `qskd cache` and read by every `qskd distill` of the same recipe."""
 
@@ -73,6 +79,12 @@ class TeacherConfig(Section):
 
     path: str = ""  # a Hub name, a folder that transformers can load, or a run's
     cache: TeacherCacheConfig = TeacherCacheConfig()
+    # Of a teacher of several memory maps those that are taught and cached, by number, 0 the finest; null: all. A student of one map
+    # learns from one: of an RT-DETR's three the coarsest has a twentieth of the bytes (docs/cache.md).
+    levels: (
+        Annotated[tuple[Annotated[int, Field(ge=0, lt=64)], ...], Field(min_length=1), AfterValidator(_ascending)]
+        | None
+    ) = None
     resize: ResizeConfig | None = None  # null: what the checkpoint's own image processor says
     # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ; null leaves a
     # category to nobody: the teacher says nothing of it, and what it says is not learnt.

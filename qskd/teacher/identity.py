@@ -44,6 +44,8 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         plain = ViewConfig()
         policy |= {"crop_probability": 0.0, "crop_min_scale": plain.crop_min_scale, "min_visible": plain.min_visible}
     identity |= {f"data.views.{k}": v for k, v in policy.items()}
+    if config.teacher.levels is not None:  # all of them is what a cache of before there was a choice has
+        identity["teacher.levels"] = config.teacher.levels
     # Without further columns a cache is what it was before there could be any.
     left_out = {"path", "batch_size", *(() if cache.columns else ("columns",))}
     identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude=left_out).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from qskd.datasets.batch import TrainBatch
 from qskd.datasets.classes import NOBODY
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.distillation.method import Facts, Online
+from qskd.errors import QskdError
 from qskd.losses.matching import assign
 from qskd.structures import SILENT_LOGIT, Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import COLUMNS
@@ -25,6 +26,7 @@ from qskd.teacher.manifest import CacheSizes
 if TYPE_CHECKING:
     from qskd.teacher.directions import Directions
 
+T = TypeVar("T")
 Choose = Callable[[TeacherRecord], Tensor]
 
 
@@ -32,11 +34,25 @@ class OnlineTeacher(nn.Module):
     """A frozen detector that says what a distillation method needs of it.
 
     class_slots: the teacher's logit slot of each dataset class (`qskd.datasets.classes.map_classes`); of one that is left to
-    nobody the record says `SILENT_LOGIT`.
+    nobody the record says `SILENT_LOGIT`. levels: the memory maps that its records have, by number, the finest first; None: all.
     """
 
-    def __init__(self, detector: Detector, class_slots: tuple[int, ...], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        class_slots: tuple[int, ...],
+        preprocessing: Preprocessing,
+        levels: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
+        there = len(detector.memory_channels)
+        if levels is not None and levels[-1] >= there:
+            raise QskdError(
+                "teacher.levels",
+                f"map {levels[-1]}, and a teacher of {there}",
+                f"numbers from 0, the finest, to {there - 1}" if there > 1 else "null: it has one map",
+            )
+        self.levels = tuple(range(there)) if levels is None else levels
         self.detector = detector.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.register_buffer("class_slots", torch.tensor(class_slots, dtype=torch.int64), persistent=False)
@@ -51,7 +67,16 @@ class OnlineTeacher(nn.Module):
     @property
     def facts(self) -> Facts:
         known = facts_of(self.detector, self.resize)
-        return replace(known, classes=len(self.class_slots), directions=self.directions)  # type: ignore[arg-type]
+        return replace(
+            known,
+            channels=self._kept(known.channels),
+            cells=self._kept(known.cells),
+            classes=len(self.class_slots),  # type: ignore[arg-type]
+            directions=self.directions,
+        )
+
+    def _kept(self, maps: tuple[T, ...]) -> tuple[T, ...]:
+        return tuple(maps[level] for level in self.levels)
 
     @property
     def decoder(self) -> TeacherDecoder:
@@ -98,8 +123,8 @@ class OnlineTeacher(nn.Module):
         record = TeacherRecord(
             logits=self._of_dataset(output.logits[layers]),
             boxes_cxcywh=output.boxes_cxcywh[layers],
-            memory=output.memory if needs.memory else (),
-            memory_valid=output.memory_valid if needs.memory or needs.attention else (),
+            memory=self._kept(output.memory) if needs.memory else (),
+            memory_valid=self._kept(output.memory_valid) if needs.memory or needs.attention else (),
             extra={
                 name: value
                 for column in COLUMNS
@@ -117,7 +142,7 @@ class OnlineTeacher(nn.Module):
         ways = {"last": output.attend, "mean": output.attend_mean, "all": output.attend_each}
         attend = ways[needs.attention_layers]
         assert attend is not None
-        return replace(record, attention_queries=queries, attention=attend(queries))
+        return replace(record, attention_queries=queries, attention=self._kept(attend(queries)))
 
     def _of_dataset(self, logits: Tensor) -> Tensor:
         """[..., K'] -> [..., K], in the dataset's class order."""
