@@ -23,7 +23,7 @@ def make_cache(
     maker = CacheMaker(config, teacher, torch.device("cpu"))
     loader = BatchLoader(config.data.train, "", views, resize)
     names = shard_names(reader.manifest)
-    said = identity or {"teacher.cache.precision": cache.precision}
+    said = identity or {"teacher.cache.precision": cache.precision, "teacher.cache.cells": cache.cells}
     manifest = CacheManifest(said, teacher.sizes(cache.all_layers), cache.batch_size, names, {})
     for view in range(views.count):
         files = []
@@ -31,7 +31,8 @@ def make_cache(
             windows = row_batches(reader, shard, view, views, resize, cache.batch_size)
             decoded = (loader.load("train", rows) for window in windows for rows in window)
             rows = maker.in_order(windows, decoded)
-            files.append(write_rows(cache.path, file_name(name, view), rows, manifest.fingerprint, cache.columns))
+            file, kept = file_name(name, view), maker.attended_of
+            files.append(write_rows(cache.path, file, rows, manifest.fingerprint, cache.columns, kept))
         manifest = manifest.with_view(view, tuple(files))
     save_cache_manifest(cache.path, manifest)
     return manifest

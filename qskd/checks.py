@@ -13,6 +13,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
 from qskd.storage.ownership import listed
+from qskd.teacher.columns.attended import ATTENDED
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.decoder import check_decodes
 from qskd.teacher.directions import FILE as DIRECTIONS
@@ -227,6 +228,10 @@ def check_enough(config: Config) -> None:
             "matched ones)",
             f"raise the boundaries, or make a cache with a lower floor: --set teacher.cache.attention_giou_floor={low:g}",
         )
+    if needs.memory and not needs.attended and cache.cells == ATTENDED:
+        expected = "features that are compared in attended cells alone, which is all that the cache keeps"
+        whole = "make a cache with --set teacher.cache.cells=all"
+        raise refused("memory", expected, f"set features.background: 0, or {whole}" if needs.attention else whole)
     serves = {cache.attention_layers} | ({"last"} if cache.attention_layers == "all" else set())
     if needs.attention and needs.attention_layers not in serves:
         both = " teacher.cache.all_layers=true" if needs.attention_layers == "all" else ""

@@ -29,10 +29,11 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     if config.distillation.method == "none" or not config.teacher.cache.path:
         return make_teacher(config, labels)
     path = cache_sources(config)[0].teacher.cache.path  # all are of the same teacher and sizes
-    manifest, needs = TeacherCacheReader(path).manifest, teacher_needs(config.distillation)
+    reader, needs = TeacherCacheReader(path), teacher_needs(config.distillation)
+    manifest = reader.manifest
     directions = load_directions(path, manifest) if needs is not None and needs.directions else None
     decoder = load_decoder(config, labels, manifest) if needs is not None and needs.decoder else None
-    return CachedTeacher(manifest.sizes, directions or (), decoder, config.data.views.min_visible)
+    return CachedTeacher(manifest.sizes, directions or (), decoder, config.data.views.min_visible, reader.attended)
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

@@ -234,6 +234,7 @@ class TeacherNeeds:
     the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a cache may fail, by the
     name of its field here: (the field of the method's section that causes it, in words what it asks for). decoder: the teacher's
     decoder and heads are asked in every step, about the memory of the record (which `memory` asks for): no pixels are needed.
+    attended: the memory is looked at only where the attention that is asked for reaches.
     """
 
     memory: bool = False
@@ -245,6 +246,7 @@ class TeacherNeeds:
     directions: bool = False
     online: bool = False
     decoder: bool = False
+    attended: bool = False
     reasons: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
     def joined(self, other: TeacherNeeds) -> TeacherNeeds:
@@ -271,6 +273,7 @@ class TeacherNeeds:
             directions=self.directions or other.directions,
             online=self.online or other.online,
             decoder=self.decoder or other.decoder,
+            attended=all(each.attended for each in (self, other) if each.memory),
             reasons=reasons,
         )
 

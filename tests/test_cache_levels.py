@@ -1,27 +1,33 @@
-"""Some of a teacher's memory maps: the same lesson for a student that learns from no other, in fewer bytes."""
+"""Some of a teacher's memory maps, and of each map some cells: the same lesson, in fewer bytes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from test_feature_methods import settings_of as build
 from test_loader import Pictures
-from test_teacher_cache import LABELS, cache_config, losses, stream_of
+from test_teacher_cache import EVERYTHING, LABELS, cache_config, losses, stream_of
 from tiny import STUDENT, own, random_teacher
 
 from benchmarks.local_cache import make_cache
 from pipelines.caching.levels import levels_read
-from qskd.checks import check_decoder
+from qskd.checks import check_decoder, check_enough
 from qskd.config import Config, StudentConfig
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
 from qskd.detectors import save_detector
+from qskd.distillation.method import Facts, build_method
 from qskd.errors import QskdError
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher
+from qskd.teacher.columns.attended import attended_cells, packed, silenced, unpacked
+from qskd.teacher.columns.table import TeacherRow
 from qskd.teacher.identity import cache_identity
 from qskd.teacher.manifest import load_cache_manifest
 from qskd.teacher.online import OnlineTeacher, facts_of
@@ -107,3 +113,104 @@ def test_a_cache_of_some_maps_is_another_than_one_of_all(data: str, tmp_path: Pa
     assert not [name for name in before if "levels" in name]  # the identity of caches from before there was a choice
     assert cache_identity(with_levels(config, (1,)), load_manifest(data)) == before | {"teacher.levels": [1]}
     assert load_cache_manifest(str(tmp_path / "cache")) is None
+
+
+# --- of each map the cells that attention reaches ---------------------------------------------------------------------
+def attended(config: Config) -> Config:
+    cache = config.teacher.cache.model_copy(update={"cells": "attended"})
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache": cache})})
+
+
+def slow_cells(row: Any) -> list[bool]:
+    """Those of which some kept query's attention, or a neighbour's, is not 0."""
+    found, start = [], 0
+    for high, wide in row.memory_shapes.tolist():
+        reached = row.attention[:, start : start + high * wide].reshape(-1, high, wide)
+        for y in range(high):
+            for x in range(wide):
+                near = reached[:, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+                found.append(bool((near > 0).any()))
+        start += high * wide
+    return found
+
+
+@pytest.mark.parametrize("family", ["conditional", "refined"])
+def test_attended_cells_teach_what_all_cells_do_and_no_other_is_kept(data: str, family: str, tmp_path: Path) -> None:
+    teacher = random_teacher(family, LABELS, LABELS)
+    for part in teacher.detector.modules():  # looks that differ: random ones are all but even
+        if "sampling_offsets" in dict(part.named_modules()):
+            part.sampling_offsets.bias.data.mul_(3.0)
+    every = cache_config(data, str(tmp_path / "every"), attention_giou_floor=0.2)
+    every = every.model_copy(update={"distillation": build(method="qskd", selection={"boundaries": [0.2]})})
+    some = attended(cache_config(data, str(tmp_path / "some"), attention_giou_floor=0.2))
+    some = some.model_copy(update={"distillation": every.distillation})
+    said = [make_cache(config, teacher, teacher.resize) for config in (every, some)]
+    assert said[1].num_bytes < said[0].num_bytes
+    readers = [TeacherCacheReader(config.teacher.cache.path, EVERYTHING) for config in (every, some)]
+    assert [reader.attended for reader in readers] == [False, True]
+    dropped = 0
+    for whole, part in zip(*(reader.read(0, 1, range(8)) for reader in readers), strict=True):
+        kept, at, cell = np.array(slow_cells(whole)), 0, 0
+        for width, (high, wide) in zip(teacher.facts.channels, whole.memory_shapes.tolist(), strict=True):
+            cells = high * wide
+            here = kept[cell : cell + cells]
+            mine, theirs = (row.memory[at : at + width * cells].reshape(width, cells) for row in (part, whole))
+            assert np.array_equal(mine[:, here], theirs[:, here])
+            assert not mine[:, ~here].any()
+            at, cell, dropped = at + width * cells, cell + cells, dropped + int((~here).sum())
+        assert np.array_equal(part.attention, whole.attention)
+    assert dropped > 0
+
+    mine, theirs = (
+        losses(
+            config,
+            CachedTeacher(manifest.sizes, attended=config is some),
+            stream_of(data, config.teacher.cache.path, None),
+        )
+        for config, manifest in zip((some, every), reversed(said), strict=True)
+    )
+    assert mine == theirs  # to the last bit: on the same grid nothing else is read
+
+
+@pytest.mark.parametrize("precision", ["int8", "float16", "float32"])
+def test_a_row_of_attended_cells_comes_back_and_damage_is_an_error(precision: str) -> None:
+    rng = np.random.default_rng(0)
+    kind = {"int8": "|i1", "float16": "<f2", "float32": "<f4"}[precision]
+    shapes, widths = np.array([[5, 7], [3, 3]], np.int32), (4, 6)
+    attention = (rng.random((3, 35 + 9)) < 0.05).astype(np.uint8)
+    memory = rng.integers(-9, 9, 4 * 35 + 6 * 9).astype(kind)
+    row = TeacherRow(1, memory_shapes=shapes, memory=memory, attention_queries=np.arange(3), attention=attention)
+    assert attended_cells(row).tolist() == slow_cells(row)
+    quiet = silenced(row, widths)
+    stored = packed(quiet, widths).memory
+    assert stored.nbytes < memory.nbytes
+    assert np.array_equal(unpacked(stored, shapes, widths), quiet.memory)
+    for broken in (stored[:-1], np.concatenate([stored, stored[:1]]), stored[:0]):
+        with pytest.raises(ValueError, match="memory has"):
+            unpacked(broken, shapes, widths)
+    for strange in (-shapes, shapes[:1], shapes * 1000):
+        with pytest.raises(ValueError, match="maps of"):
+            unpacked(stored, strange, widths)
+    nobody = replace(row, attention_queries=np.zeros(0, np.int32), attention=np.zeros((0, 0), np.uint8))
+    assert not unpacked(packed(silenced(nobody, widths), widths).memory, shapes, widths).any()
+
+
+def test_what_reads_other_cells_is_refused_with_the_field(tmp_path: Path) -> None:
+    cache: dict[str, Any] = {"cells": "attended", "attention_giou_floor": 0.0}
+    check_enough(Config.model_validate({"teacher": {"cache": cache}}))
+    for section, words in (
+        ({"features": {"background": 0.1}}, r"features\.background: 0, or make a cache"),
+        ({"method": "mimic"}, r"make a cache with --set teacher\.cache\.cells=all"),
+        ({"also": {"mimic": {}}}, r"teacher\.cache\.cells=all"),
+    ):
+        with pytest.raises(QskdError, match=words):
+            check_enough(Config.model_validate({"teacher": {"cache": cache}, "distillation": section}))
+
+
+def test_a_student_too_coarse_for_the_kept_cells_is_refused() -> None:
+    fine, coarse = Facts((8,), (64.0,)), Facts((8,), (9.0,))
+    settings = build(method="qskd")
+    build_method(settings, coarse, fine)
+    with pytest.raises(QskdError, match=r"2\.7 times as wide as those of the teacher's map 0"):
+        build_method(settings, coarse, replace(fine, attended=True))
+    build_method(settings, replace(coarse, cells=(16.0,)), replace(fine, attended=True))

@@ -109,7 +109,8 @@ class TeacherActor:
                     self._check_device()
                     decoded = self._decoded([batch for window in windows for batch in window])
                     made, optional = self.maker.in_order(windows, decoded), self.config.teacher.cache.columns
-                    rows, size = write_rows(path, name, made, self.fingerprint, optional)
+                    kept = self.maker.attended_of
+                    rows, size = write_rows(path, name, made, self.fingerprint, optional, kept)
                     computed = rows
                 except QskdError as error:  # trying again would not help: to the driver, which says it
                     failure = error.to_json()

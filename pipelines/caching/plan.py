@@ -197,7 +197,7 @@ def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
         seconds = (time.perf_counter() - started) / count
     finally:
         torch.set_num_threads(threads)
-    return Estimate(seconds, sum(row.nbytes for row in encoded) / count, str(device))
+    return Estimate(seconds, sum(map(maker.stored_bytes, encoded)) / count, str(device))
 
 
 def clean(path: str, everything: bool = False) -> None:

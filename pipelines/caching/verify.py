@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -61,7 +62,11 @@ def _errors(config: Config, count: int, seed: int) -> dict[str, float]:
             raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", FILE_REMEDY)
         tensors = collate(stored, plan.existing.sizes, reader.columns)
         found = decode_batch({name: torch.from_numpy(value).to(device) for name, value in tensors.items()})
-        for name, value in largest_errors(found, maker.ask(arrays)).items():
+        true = maker.ask(arrays)
+        if reader.attended:  # of the other cells nothing is kept
+            there = [part.any(1, keepdim=True) for part in found.memory]
+            true = replace(true, memory=tuple(part * here for part, here in zip(true.memory, there, strict=True)))
+        for name, value in largest_errors(found, true).items():
             errors[name] = max(errors.get(name, 0.0), value)
     return errors
 

@@ -61,6 +61,9 @@ class TeacherCacheConfig(Section):
     # bytes), for method qskd-tprd. It serves what reads the last one too.
     attention_layers: Literal["last", "mean", "all"] = "last"
     all_layers: bool = False  # logits and boxes of every decoder layer, for predictions.teacher_layers: same_index
+    # Whose memory is kept: of all cells, or of those that the kept attention reaches, and their neighbours. It serves methods whose
+    # features are compared there alone: QSKD with features.background: 0, for student maps at least half as fine (docs/cache.md).
+    cells: Literal["all", "attended"] = "all"
     # further columns, for a method that asks for them: sides, states (docs/cache.md)
     columns: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))] = ()
     batch_size: Positive = 16  # images the teacher sees at once while the cache is made

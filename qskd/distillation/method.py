@@ -36,7 +36,8 @@ class Facts:
     another one in each image. None: not known. directions: in which each map varies, where a method asks for them (a teacher's;
     its cache knows). query_kind, query_width: what the `Queries` of its decoder are, "embedding" or "boxes", and the width of the
     embedding or of the states beside the boxes (0: there are none); of a cached teacher known only where a method asks for its
-    decoder. reads_raw_memory: of a student, as a `Detector` has it.
+    decoder. reads_raw_memory: of a student, as a `Detector` has it. attended: of a teacher whose cache has the memory of attended
+    cells alone.
     """
 
     channels: tuple[int, ...]
@@ -50,6 +51,7 @@ class Facts:
     query_kind: str = ""
     query_width: int = 0
     reads_raw_memory: bool = False
+    attended: bool = False
 
 
 @dataclass(frozen=True)

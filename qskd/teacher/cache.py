@@ -24,6 +24,7 @@ from qskd.storage.places import open_folder
 from qskd.storage.scratch import locked_folder, scratch_folder
 from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
+from qskd.teacher.columns.attended import ATTENDED, CELLS, packed
 from qskd.teacher.columns.table import (
     ALWAYS,
     COMPRESSION,
@@ -43,9 +44,15 @@ SPOOL = "spool"  # a file that is not yet whole, in a locked folder of its own
 
 
 def write_rows(
-    uri: str, name: str, rows: Iterable[TeacherRow], fingerprint: str, optional: Sequence[str] = ()
+    uri: str,
+    name: str,
+    rows: Iterable[TeacherRow],
+    fingerprint: str,
+    optional: Sequence[str] = (),
+    attended_of: Sequence[int] = (),
 ) -> tuple[int, int]:
     """Write one file of a cache; it appears whole or not at all. Returns its (rows, bytes). optional: columns kept besides.
+    attended_of: the widths of the memory maps, where they are kept in attended cells alone.
 
     The same rows give the same bytes.
     """
@@ -66,7 +73,7 @@ def write_rows(
             write_statistics=False,
             write_page_checksum=True,
         ) as writer:
-            for group in _groups(rows):
+            for group in _groups(packed(row, attended_of) for row in rows) if attended_of else _groups(rows):
                 columns: dict[str, Any] = {"image_id": [row.image_id for row in group]}
                 columns |= {
                     field: [np.ascontiguousarray(getattr(row, field)).tobytes() for row in group] for field in names
@@ -157,6 +164,7 @@ class TeacherCacheReader:
             raise QskdError(
                 join(uri, MANIFEST), f"precision {self._precision}", f"one of {', '.join(PRECISIONS)}", REMEDY
             )
+        self.attended = manifest.identity.get(CELLS) == ATTENDED
         fixed = {FINGERPRINT_KEY: manifest.fingerprint.encode()}
         expected = schema_of(tuple(dict.fromkeys((*ALWAYS, *self.columns[1:]))))
         self._files = ParquetFiles(uri, self._expected, expected, FILE_REMEDY, fixed, spool=spool)
@@ -213,6 +221,7 @@ class TeacherCacheReader:
                     {name: column[place].as_buffer() for name, column in columns.items()},
                     self.manifest.sizes,
                     self._precision,
+                    self.attended,
                 )
                 for place in places
             ]

@@ -32,9 +32,11 @@ class CachedTeacher:
         directions: tuple[Directions, ...] = (),
         decoder: TeacherDecoder | None = None,
         min_visible: float = 0.0,
+        attended: bool = False,
     ) -> None:
-        """min_visible: of a query's box in a derived crop, or it is dropped."""
+        """min_visible: of a query's box in a derived crop, or it is dropped. attended: as `Facts` has it."""
         self.sizes, self.directions, self.decoder, self.min_visible = sizes, directions, decoder, min_visible
+        self.attended = attended
 
     def to(self, device: torch.device) -> CachedTeacher:
         """With its decoder there."""
@@ -49,7 +51,9 @@ class CachedTeacher:
         """What its cache's manifest says of it."""
         sizes = self.sizes
         known = Facts(
-            sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes, directions=self.directions
+            *(sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes),
+            directions=self.directions,
+            attended=self.attended,
         )
         if self.decoder is None:
             return known

@@ -39,7 +39,7 @@ class Directions:
 
 
 def compute_directions(uri: str) -> tuple[Directions, ...]:
-    """Of each map, finest first: the eigenvectors of the covariance over all cells that are no padding, of `IMAGES` images
+    """Of each map, finest first: the eigenvectors of the covariance over all cells that are kept and no padding, of `IMAGES` images
     that lie evenly over the cache. The same cache gives the same ones."""
     import torch
 
@@ -56,6 +56,8 @@ def compute_directions(uri: str) -> tuple[Directions, ...]:
             record = decode_batch({name: torch.from_numpy(array) for name, array in arrays.items()})
             for level, (map_, valid) in enumerate(zip(record.memory, record.memory_valid, strict=True)):
                 cells = map_.movedim(1, -1)[valid].double()
+                if reader.attended:  # of the others nothing is kept
+                    cells = cells[cells.any(1)]
                 count, total, squares = sums[level]
                 sums[level] = count + len(cells), total + cells.sum(0), squares + cells.T @ cells
     found = []

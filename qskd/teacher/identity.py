@@ -46,8 +46,13 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     identity |= {f"data.views.{k}": v for k, v in policy.items()}
     if config.teacher.levels is not None:  # all of them is what a cache of before there was a choice has
         identity["teacher.levels"] = config.teacher.levels
-    # Without further columns a cache is what it was before there could be any.
-    left_out = {"path", "batch_size", *(() if cache.columns else ("columns",))}
+    # Without further columns, and with all cells, a cache is what it was before there could be others.
+    left_out = {
+        "path",
+        "batch_size",
+        *(() if cache.columns else ("columns",)),
+        *(("cells",) if cache.cells == "all" else ()),
+    }
     identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude=left_out).items()}
     # The matching decides which queries are positives, and with that whose attention is kept.
     costs = config.detection.model_dump(include={"class_cost", "l1_cost", "giou_cost", "focal_alpha"})

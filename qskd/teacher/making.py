@@ -16,6 +16,7 @@ from qskd.datasets.views import make_view, viewed_size
 from qskd.errors import QskdError
 from qskd.precision import autocast, cached_in
 from qskd.structures import TeacherRecord
+from qskd.teacher.columns.attended import ATTENDED, packed, silenced
 from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
 from qskd.teacher.online import OnlineTeacher, queries_above
@@ -51,6 +52,10 @@ class CacheMaker:
     def __init__(self, config: Config, teacher: OnlineTeacher, device: torch.device) -> None:
         self.config, self.device, self.needs = config, device, cached_needs(config)
         self.teacher = teacher.to(device)
+        attended = config.teacher.cache.cells == ATTENDED
+        self.attended_of = (
+            teacher.facts.channels if attended else ()
+        )  # the maps' widths, where some of their cells are kept
 
     def ask(self, arrays: Mapping[str, np.ndarray]) -> TeacherRecord:
         """The loader's arrays, at the teacher's resolution -> the teacher's record, with attention of the queries that
@@ -80,7 +85,11 @@ class CacheMaker:
                     "finite logits, boxes and memory",
                     "look at the picture; try compute.precision=float32, or teacher.cache.precision=float32",
                 )
-        return rows
+        return [silenced(row, self.attended_of) for row in rows] if self.attended_of else rows
+
+    def stored_bytes(self, row: TeacherRow) -> int:
+        """Of a row in a file, before compression."""
+        return int((packed(row, self.attended_of) if self.attended_of else row).nbytes)
 
     def in_order(self, windows: Sequence[list[Rows]], decoded: Iterator[Mapping[str, Any]]) -> Iterator[TeacherRow]:
         """All rows of a shard in its own order. decoded: the loader's arrays of each batch, windows flattened."""

@@ -6,6 +6,9 @@ one sums.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from qskd.distillation.maps import pair_levels
 from qskd.distillation.method import Facts, Lesson, Method, Seen, Sight, last_layer
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
@@ -16,6 +19,7 @@ from qskd.distillation.qskd.settings import Settings
 from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
 
+COARSEST = 2.1  # twice, and what sizes that are no multiples of a stride make of it
 CITATION = """\
 QSKD is the method of Liu et al., *Knowledge Distillation via Query Selection for Detection Transformer*
 ([arXiv 2409.06443](https://arxiv.org/abs/2409.06443)). Its text was not at hand when qskd was written, only the abstract and
@@ -54,6 +58,8 @@ class QSKD(Method):
         self.features: AttentionGuidedFeatureDistillation | None = None
         if features.weight > 0:
             pairs = pair_levels(student.cells, teacher.cells) if student.cells and teacher.cells else None
+            if teacher.attended:
+                _check_fine(student, teacher, pairs or [])
             self.features = AttentionGuidedFeatureDistillation(
                 student.channels,
                 teacher.channels,
@@ -102,6 +108,7 @@ class QSKD(Method):
             all_layers=every_layer or every_mask,
             attention_giou_floor=floor if attention else 1.0,
             directions=features.weight > 0 and features.whitening > 0,
+            attended=attention and features.background == 0,
             reasons=reasons,
         )
 
@@ -149,3 +156,16 @@ class QSKD(Method):
                 config=config.predictions,
             )
         return terms
+
+
+def _check_fine(student: Facts, teacher: Facts, pairs: Sequence[tuple[int, int]]) -> None:
+    """QskdError where a student's cell is the mean of several places of the teacher's map, not all of which may be kept."""
+    for own, other in pairs:
+        sides = math.sqrt(teacher.cells[other] / student.cells[own])
+        if sides > COARSEST:
+            raise QskdError(
+                "teacher.cache.cells = attended",
+                f"a student's map whose cells are {sides:.2g} times as wide as those of the teacher's map {other}, its own",
+                f"at most {COARSEST:.2g} times: a mean over cells would count those that are not kept",
+                "choose a coarser map of the teacher's (teacher.levels), or --set teacher.cache.cells=all",
+            )

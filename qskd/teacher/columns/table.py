@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from qskd.teacher.columns.attended import unpacked
 from qskd.teacher.columns.attention import Attention
 from qskd.teacher.columns.column import Column, floats_of, host
 from qskd.teacher.columns.memory import Grid, Memory
@@ -103,12 +104,17 @@ def encode(record: TeacherRecord, image_ids: Sequence[int], precision: str) -> l
     ]
 
 
-def row_from(image_id: int, buffers: Mapping[str, Any], sizes: CacheSizes, precision: str) -> TeacherRow:
-    """A row from its stored bytes. ValueError where they can't be those of the manifest's sizes."""
+def row_from(
+    image_id: int, buffers: Mapping[str, Any], sizes: CacheSizes, precision: str, attended: bool = False
+) -> TeacherRow:
+    """A row from its stored bytes. attended: the memory is of attended cells alone. ValueError where the bytes can't be those of
+    the manifest's sizes."""
     arrays: dict[str, NDArray[Any]] = {}
     for column in COLUMNS:
         formats = column.formats(precision)
         flat = {name: np.frombuffer(buffers.get(name, b""), formats[name]) for name in column.arrays}
+        if attended and column.name == "memory" and "memory" in buffers:
+            flat["memory"] = unpacked(flat["memory"], arrays["memory_shapes"], sizes.channels)
         arrays |= column.shaped(flat, sizes) if column.arrays[0] in buffers else flat
     row = TeacherRow(image_id, **arrays)
     for column in COLUMNS:
