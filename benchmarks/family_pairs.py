@@ -37,7 +37,7 @@ from qskd.training.step import Training
 
 # The same for every family, whatever its own training has: pairs are compared with pairs.
 ALIKE = ("student.dropout=0", "training.sampling_learning_rate_scale=1", "training.undecayed=nothing")
-PAIRED = ("conditional_detr", "deformable_detr", "rt_detr", "d_fine")
+PAIRED = ("conditional_detr", "deformable_detr", "rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr")
 TERMS = ("agfd", "lapd", "detection")
 TEACHER = ("student.decoder_layers=2", "training.warmup_steps=20", "training.step_at=1")
 STUDENT = (

@@ -45,6 +45,8 @@ def test_family_sizes_classes_and_bytes_are_those_of_the_checkpoint(family: str,
     attention = row.attention.nbytes + row.attention_queries.nbytes + row.attention_scale.nbytes
     assert f"a cached image takes {bytes_text(row.nbytes - attention)} in int8" in said["as a teacher"].found
     assert f"{bytes_text(attention / 6)} for each query" in said["as a teacher"].found
+    several = len(detector.memory_channels) > 1
+    assert ("the coarsest alone (teacher.levels: [1])" in said["as a teacher"].found) == several
 
 
 def test_what_cannot_be_used_is_said_with_what_to_do(tmp_path: Path) -> None:

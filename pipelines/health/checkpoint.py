@@ -135,17 +135,23 @@ def _teacher(loaded: _Loaded) -> Check:
     from pipelines.caching.plan import bytes_text
     from qskd.teacher.online import OnlineTeacher
 
-    detector = loaded.detector
-    teacher = OnlineTeacher(detector, tuple(range(len(detector.labels))), loaded.preprocessing)
+    detector, maps = loaded.detector, len(loaded.detector.memory_channels)
+
+    def teacher(levels: tuple[int, ...] | None = None) -> OnlineTeacher:
+        return OnlineTeacher(detector, tuple(range(len(detector.labels))), loaded.preprocessing, levels)
+
     try:
         attended = min(_ATTENDED, detector.num_queries)
-        none, some = (_row_bytes(teacher, _shape(loaded), queries) for queries in (0, attended))
+        none, some = (_row_bytes(teacher(), _shape(loaded), queries) for queries in (0, attended))
+        least = _row_bytes(teacher((maps - 1,)), _shape(loaded), 0)
     except QskdError as error:
         return Check("as a teacher", "problem", f"{error.where}: {_said(error)}", error.remedy)
     found = (
         f"runs; a cached image takes {bytes_text(none)} in int8, and {bytes_text((some - none) / attended)} for each query "
         "whose attention is kept (those that overlap an object)"
     )
+    if maps > 1:
+        found += f"; of its {maps} maps the coarsest alone (teacher.levels: [{maps - 1}]) {bytes_text(least)}"
     return Check("as a teacher", "ok", found)
 
 
