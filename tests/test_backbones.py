@@ -14,11 +14,13 @@ from pydantic import ValidationError
 from tiny import EASY_SELECTION, LABELS, STUDENT, batch_of, own, random_teacher, silent_student
 from torch import nn
 
+from pipelines.run.resolve import resolve
 from pipelines.training.notices import notices
 from qskd.config import FACTS, Config, StudentConfig
-from qskd.config.backbone import FREE, KINDS
+from qskd.config.backbone import FREE, KINDS, BackboneConfig
 from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches, require_parity
 from qskd.detectors import build_student, load_detector, save_detector
+from qskd.detectors.backbone import backbone_config, sized_by_init
 from qskd.errors import QskdError
 from qskd.families.table import find_family
 from qskd.quantization.model import belongs_to_quantiser
@@ -122,6 +124,23 @@ def test_a_published_backbone_gives_its_weights_and_what_it_has_not_begins_anew(
         build_student(
             sized("convnext" if kind != "convnext" else "dinov2", backbone={"init": str(tmp_path)}), LABELS, 1
         )
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "resnet"])
+def test_a_recipe_that_gives_no_size_has_the_checkpoint_s(kind: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_sizes": (24,), "depths": (3,)}
+    if not KINDS[kind].patch:
+        sizes = {"hidden_sizes": (16, 32, 48, 64), "depths": (1, 2, 1, 1)}
+    backbone_config(BackboneConfig.model_validate({"type": kind, **sizes}), 1).save_pretrained(tmp_path)
+    recipe = Config.model_validate(
+        {"student": {"backbone": {"type": kind, "init": str(tmp_path)}, "resize": {"size": 224}}}
+    )
+    for found in (resolve(recipe, "train").student.backbone, sized_by_init(recipe.student.backbone)):
+        assert found.model_dump(include=set(sizes)) == sizes
+    other = {"type": kind, "init": str(tmp_path), **sizes, "depths": tuple(2 * each for each in sizes["depths"])}
+    assert (
+        sized_by_init(BackboneConfig.model_validate(other)).depths == other["depths"]
+    )  # and the student will be refused
 
 
 @pytest.mark.parametrize("kind", SIZES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NewType
 
@@ -13,7 +14,9 @@ from pipelines.tracking.store import tracking_uri
 from qskd.config import Config, MethodSettings
 from qskd.config.distillation import NoMethod
 from qskd.detectors import read_preprocessing, uri_refused
+from qskd.detectors.backbone import sized_by_init
 from qskd.distillation.find import located
+from qskd.errors import QskdError
 from qskd.storage.models import local_model
 
 ResolvedConfig = NewType("ResolvedConfig", Config)  # what `resolve` gave: nothing in it is left to be found out
@@ -21,8 +24,8 @@ ResolvedConfig = NewType("ResolvedConfig", Config)  # what `resolve` gave: nothi
 
 def resolve(config: Config, verb: str) -> ResolvedConfig:
     """What the verb (cache, distill or train) runs with. `train` has no teacher. Paths become absolute, since workers run
-    elsewhere; those that a job would lose are told first. A method of the user's becomes the path of its file. A student that
-    starts from a detector sees images of that one's size, unless the recipe says another."""
+    elsewhere; those that a job would lose are told first. A method of the user's becomes the path of its file. Unless the recipe
+    says others, a student that starts from a detector sees images of that one's size, and a backbone has its checkpoint's sizes."""
     check_job_folder(config, verb)
     if verb != "cache":
         tracking_uri(config)  # refuses one with a password before anything is written
@@ -47,6 +50,8 @@ def resolve(config: Config, verb: str) -> ResolvedConfig:
     update["teacher"] = config.teacher.model_copy(update=teacher)
     backbone = config.student.backbone
     start = backbone.model_copy(update={"init": model("student.backbone.init", backbone.init)})
+    with suppress(QskdError):  # of a checkpoint that can't be reached, or used: building the student says so
+        start = sized_by_init(start)
     student: dict[str, Any] = {"init": model("student.init", config.student.init), "backbone": start}
     if student["init"] and "resize" not in config.student.model_fields_set:
         student["resize"] = read_preprocessing(student["init"]).resize

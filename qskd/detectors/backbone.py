@@ -86,22 +86,44 @@ def _made_up(config: BackboneConfig) -> dict[str, Any]:
     return {}
 
 
+def _of_checkpoint(config: BackboneConfig) -> tuple[BackboneConfig, Any]:
+    """`sized_by_init`, and the checkpoint's configuration. QskdError for another type of backbone."""
+    path = check_path(config.init, weights=False)
+    said, where = read_said(path)
+    if said.get("model_type") != config.type:
+        raise QskdError(
+            config.init,
+            f"a model of type {shown(said.get('model_type'))}",
+            f"a backbone of model type {config.type!r} (student.backbone.type)",
+        )
+    made = backbone_config_of(said, CONFIG_MAPPING[config.type], where)
+    usual = BackboneConfig.model_validate({"type": config.type, "init": config.init})
+    if config != usual or config.kind.family:  # a size was given
+        return config, made
+    names = ("hidden_sizes", "depths", *(("embedding_size",) if config.kind.embeds else ()))
+    if "resnet" in config.type:
+        names = (*names, "layer_type")
+    found = {name: getattr(made, name) for name in names if hasattr(made, name)}
+    if config.is_vit:
+        found = {"hidden_sizes": (made.hidden_size,), "depths": (made.num_hidden_layers,)}
+    if len(found["depths"]) != len(config.depths):
+        return config, made  # of other strides than the recipe was checked with
+    return BackboneConfig.model_validate({"type": config.type, "init": config.init, **found}), made
+
+
+def sized_by_init(config: BackboneConfig) -> BackboneConfig:
+    """With its checkpoint's sizes, where the recipe gives none (all are the type's own defaults). Reads config.json alone."""
+    return _of_checkpoint(config)[0] if config.init else config
+
+
 def backbone_config(config: BackboneConfig, levels: int) -> Any:
     """transformers' configuration of a backbone that gives its last `levels` stages (as many as there are), or of a ViT.
 
-    With `config.init` the checkpoint's own configuration is used, and must have the sizes that `config` has.
+    With `config.init` the checkpoint's own configuration is used, and must have the sizes that `config` has (`sized_by_init`).
     """
-    sizes = _sizes(config)
     if config.init:
-        path = check_path(config.init)
-        said, where = read_said(path)
-        if said.get("model_type") != config.type:
-            raise QskdError(
-                config.init,
-                f"a model of type {shown(said.get('model_type'))}",
-                f"a backbone of model type {config.type!r} (student.backbone.type)",
-            )
-        made = backbone_config_of(said, CONFIG_MAPPING[config.type], where)
+        config, made = _of_checkpoint(config)
+        sizes = _sizes(config)
         found = {name: getattr(made, name) for name in sizes}
         if found != sizes:
             differing = [name for name in sizes if found[name] != sizes[name]]
@@ -113,7 +135,7 @@ def backbone_config(config: BackboneConfig, levels: int) -> Any:
                 "give student.backbone the checkpoint's sizes, or leave student.backbone.init empty",
             )
     else:
-        made = CONFIG_MAPPING[config.type](**sizes | _made_up(config))
+        made = CONFIG_MAPPING[config.type](**_sizes(config) | _made_up(config))
     if hasattr(made, "drop_path_rate"):
         made.drop_path_rate = 0.0  # drawn by each worker for itself: two would not be as one
     if config.is_vit:
