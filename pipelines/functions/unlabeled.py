@@ -22,6 +22,7 @@ def label(
     *,
     like: Folder = "",
     threshold: float | None = None,
+    onto: Folder | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     recipe: Recipe = None,
     set: Fields = (),
@@ -47,6 +48,7 @@ def label(
         device=config.compute.device,
         precision=config.compute.evaluation_precision,
         overwrite=overwrite,
+        onto=None if onto is None else Path(onto),
     )
     with unless(False):
         return job.run(asked, quiet=True)
