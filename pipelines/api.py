@@ -211,27 +211,24 @@ def evaluate(
     threads: int = 1,
     backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = "auto",
     max_detections: int = 100,
+    known_by: Folder | None = None,
 ) -> Evaluation:
-    """COCO AP of any detector on a folder of shards, by class too, and the best threshold. recipe, set: their teacher.resize,
+    """COCO AP of any detector on a folder of shards, by class too, and the best threshold. known_by: an old detector; what of its
+    classes was forgotten is then in `forgetting`. recipe, set: their teacher.resize,
     teacher.class_map, compute.device and compute.evaluation_precision count. workers: 0 does it in this process; otherwise the most
     detector processes of Ray."""
     from pipelines.inspection.evaluate import evaluate as program
+    from pipelines.inspection.known import classes_known_by, with_forgetting
 
-    config = configuration(recipe, set, ())
+    config, shards = configuration(recipe, set, ()), os.fspath(data)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "threads": threads, "backend": backend}
+    options |= {"device": config.compute.device, "max_detections": max_detections}
+    options |= {"precision": config.compute.evaluation_precision}
     with unless(False):
-        return program(
-            os.fspath(model),
-            os.fspath(data),
-            config.teacher.resize,
-            config.teacher.class_map,
-            batch_size,
-            workers,
-            threads,
-            backend,
-            config.compute.device,
-            max_detections,
-            config.compute.evaluation_precision,
-        )
+        if known_by is not None:
+            classes_known_by(os.fspath(known_by), shards)
+        found = program(os.fspath(model), shards, config.teacher.resize, config.teacher.class_map, **options)
+        return found if known_by is None else with_forgetting(found, os.fspath(known_by), shards, options)
 
 
 @as_the_command("predict")
