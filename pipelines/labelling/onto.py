@@ -21,6 +21,7 @@ from qskd.datasets.classes import NOBODY, Explicit, Side, known_classes, listing
 from qskd.datasets.coco import read_coco
 from qskd.datasets.formats.columns import ListedImage
 from qskd.datasets.samples import Category, Problem
+from qskd.datasets.splits import united
 from qskd.errors import QskdError
 
 BEST = 10  # (query, class) pairs of an image that may become labels: CL-DETR's K
@@ -94,26 +95,15 @@ def join_classes(
     A class of which the dataset has objects is the dataset's: the detector labels it no more. One that it lists without any object
     is labelled, under the dataset's id: tools write all their categories into each file. Raises QskdError where none is left.
     """
-    names = [one.name for one in dataset.categories]
     by_key = dict(zip(keys, range(len(keys)), strict=True))
-    slots = known_classes(names, dict(zip(keys, (one.name for one in theirs), strict=True)), explicit, side)
-    owner = {by_key[slot]: place for place, slot in enumerate(slots) if slot != NOBODY}
-    taken, made = {one.id for one in dataset.categories}, list(dataset.categories)
-    places, named, left = list[int](), list[Category](), list[str]()
-    following = max((*taken, *(one.id for one in theirs)), default=0) + 1
-    for place, one in enumerate(theirs):
-        if place in owner:
-            category = dataset.categories[owner[place]]
-            if category.id in dataset.labelled:
-                left.append(category.name)
-                continue
-        else:
-            number, following = (one.id, following) if one.id not in taken else (following, following + 1)
-            category = Category(number, one.name, one.supercategory)
-            taken.add(number)
-            made.append(category)
-        places.append(place)
-        named.append(category)
+    labels = dict(zip(keys, (one.name for one in theirs), strict=True))
+    slots = known_classes([one.name for one in dataset.categories], labels, explicit, side)
+    places = [by_key.get(slot, NOBODY) for slot in slots]
+    categories, ids = united(dataset.categories, theirs, places)
+    by_id = {one.id: one for one in categories}
+    asked = [place for place, number in enumerate(ids) if number not in dataset.labelled]
+    named = [by_id[ids[place]] for place in asked]
+    left = [by_id[number].name for number in ids if number in dataset.labelled]
     if not named:
         raise QskdError(
             "--onto",
@@ -121,7 +111,7 @@ def join_classes(
             "a class that the detector knows and the dataset does not label",
             "there is nothing for this detector to add",
         )
-    return JoinedClasses(tuple(sorted(made, key=lambda one: one.id)), tuple(places), tuple(named), tuple(left))
+    return JoinedClasses(categories, tuple(asked), tuple(named), tuple(left))
 
 
 def overlapping(boxes_xyxy: NDArray[Any], objects_xyxy: NDArray[Any]) -> NDArray[np.bool_]:
