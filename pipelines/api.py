@@ -89,9 +89,11 @@ def prepare(
     leave_out: Sequence[str] = (),
     unlabeled: bool = False,
     not_in: Sequence[Folder] = (),
+    also: Sequence[Folder] = (),
 ) -> Prepared:
     """Turn COCO JSON and a folder of images into Parquet shards, or YOLO's data.yaml, a folder with Pascal VOC or a Hugging Face
-    dataset (images: None); with `unlabeled` a folder of pictures, or a text file that lists some. destination: a path or a URI.
+    dataset (images: None); with `unlabeled` a folder of pictures, or a text file that lists some. Or a selection
+    of labelled shards, and what is in `also`. destination: a path or a URI.
     Options as of `qskd prepare --help`."""
     from pipelines.prepare import prepare as program
 
@@ -113,6 +115,7 @@ def prepare(
         box_format=box_format,
         unlabeled=unlabeled,
         not_in=[os.fspath(folder) for folder in not_in],
+        also=[os.fspath(source) for source in also],
     )
     told = tuple(manifest.problems), tuple(manifest.findings)
     return Prepared(folder, manifest.num_images, manifest.num_objects, manifest.labels, *told, manifest)
@@ -211,27 +214,24 @@ def evaluate(
     threads: int = 1,
     backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = "auto",
     max_detections: int = 100,
+    known_by: Folder = "",
 ) -> Evaluation:
-    """COCO AP of any detector on a folder of shards, by class too, and the best threshold. recipe, set: their teacher.resize,
+    """COCO AP of any detector on a folder of shards, by class too, and the best threshold. known_by: an old detector; what of its
+    classes was forgotten is then in `forgetting`. recipe, set: their teacher.resize,
     teacher.class_map, compute.device and compute.evaluation_precision count. workers: 0 does it in this process; otherwise the most
     detector processes of Ray."""
     from pipelines.inspection.evaluate import evaluate as program
+    from pipelines.inspection.known import classes_known_by, with_forgetting
 
-    config = configuration(recipe, set, ())
+    config, shards = configuration(recipe, set, ()), os.fspath(data)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "threads": threads, "backend": backend}
+    options |= {"device": config.compute.device, "max_detections": max_detections}
+    options |= {"precision": config.compute.evaluation_precision}
     with unless(False):
-        return program(
-            os.fspath(model),
-            os.fspath(data),
-            config.teacher.resize,
-            config.teacher.class_map,
-            batch_size,
-            workers,
-            threads,
-            backend,
-            config.compute.device,
-            max_detections,
-            config.compute.evaluation_precision,
-        )
+        if known_by:
+            classes_known_by(os.fspath(known_by), shards)
+        found = program(os.fspath(model), shards, config.teacher.resize, config.teacher.class_map, **options)
+        return with_forgetting(found, os.fspath(known_by), shards, options) if known_by else found
 
 
 @as_the_command("predict")

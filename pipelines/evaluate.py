@@ -40,6 +40,13 @@ def command(
     per_class: Annotated[
         bool, typer.Option("--per-class", help="All classes in the table; otherwise the worst thirty.")
     ] = False,
+    known_by: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="The detector of before: AP of the classes that it knows, of the new ones, and how much was forgotten.",
+        ),
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(parser=local_path, metavar="FOLDER", help="Keep JSON, CSV and pictures there."),
@@ -51,6 +58,7 @@ def command(
 
     from pipelines.inspection import evaluate as program
     from pipelines.inspection.kept import check_kept, keep
+    from pipelines.inspection.known import classes_known_by, forgetting_lines, forgetting_table, with_forgetting
     from pipelines.inspection.tables import class_table, metrics_line, remarks
     from qskd.config.recipe import load
 
@@ -58,16 +66,25 @@ def command(
     program.check_overrides(set or ())
     if out is not None:
         check_kept(out)
+    if known_by:
+        classes_known_by(known_by, data)
     asked = (config.teacher.resize, config.teacher.class_map, batch_size, workers, threads)
     where = config.compute.device, config.compute.evaluation_precision
     if dry_run:
         tell(program.foresee(model, data, *asked, *where))
         return
     result = program.evaluate(model, data, *asked, backend, where[0], max_detections, where[1])  # type: ignore[arg-type]
+    if known_by:
+        options = {"batch_size": batch_size, "workers": workers, "threads": threads, "backend": backend}
+        options |= {"device": where[0], "max_detections": max_detections, "precision": where[1]}
+        result = with_forgetting(result, known_by, data, options)
     tell(metrics_line(result))
     console = Console()
     console.print(class_table(result, per_class, console.width))
     tell(*remarks(result), sep="\n")
+    if result.forgetting is not None:
+        console.print(forgetting_table(result.forgetting))
+        tell(*forgetting_lines(result.forgetting), sep="\n")
     if out is not None:
         tell(f"→ {out}: {', '.join(keep(result, out))}")
 

@@ -35,6 +35,15 @@ def command(
             min=0.0, max=1.0, help="Lowest score, for every class. Otherwise by --like, or 0.5.", show_default=False
         ),
     ] = None,
+    onto: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local_path,
+            metavar="JSON",
+            help="COCO JSON of these pictures (IMAGES: their folder): its objects stay, and the detector labels the classes that "
+            "it has no object of, where they overlap none (CL-DETR's rule): docs/new_classes.md.",
+        ),
+    ] = None,
     on_error: Annotated[
         str, typer.Option(help="stop at a broken or repeated picture, or skip: leave it out and say so.")
     ] = "stop",
@@ -72,6 +81,7 @@ def command(
         device=config.compute.device,
         precision=config.compute.evaluation_precision,
         overwrite=overwrite,
+        onto=onto,
     )
     if dry_run:
         tell(job.make_plan(asked).describe())

@@ -41,7 +41,7 @@ def command(
         typer.Argument(
             parser=local_path,
             help="COCO JSON (instances), YOLO's data.yaml, or a folder with Pascal VOC or a Hugging Face dataset; on a local disk. "
-            "With --unlabeled: a folder of pictures, or a text file that lists some.",
+            "With --unlabeled: a folder of pictures, or a text file that lists some. Or a selection of labelled shards.",
         ),
     ],
     places: Annotated[
@@ -84,6 +84,14 @@ def command(
             help="With --unlabeled: pictures that are in this shard folder too, byte for byte, are broken ones (--on-error).",
         ),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Of shards, or a selection of `qskd select`: gather these too (shards or selections), classes joined by name; "
+            "repeatable.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Turn COCO JSON and a folder of images into Parquet shards, and say what looks wrong in them."""
@@ -97,7 +105,8 @@ def command(
     if dry_run:
         check_uri(destination)
         dataset = opened(
-            *(annotations, images, policy, leave_out or (), drawn, split, classes, box_format, unlabeled, not_in or ())
+            *(annotations, images, policy, leave_out or (), drawn, split, classes, box_format, unlabeled, not_in or ()),
+            also=also or (),
         )
         shards, what = -(-len(dataset) // rows_per_shard), f"{len(dataset.categories)} categories"
         what = "no labels" if unlabeled else what
@@ -124,6 +133,7 @@ def command(
         box_format=box_format,
         unlabeled=unlabeled,
         not_in=not_in or (),
+        also=also or (),
     )
     tell(describe(manifest, destination))
 
@@ -152,10 +162,12 @@ def prepare(
     box_format: str | None = None,
     unlabeled: bool = False,
     not_in: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> Manifest:
     """Write the shards, with a bar to watch unless `quiet`. Raises QskdError at the first problem, or skips and records it; when
     `strict`, for what looks wrong and is not named in `accept` too. leave_out: categories, by name. unlabeled: `annotations` is a
-    folder of pictures, or a list; not_in: shard folders whose pictures it may not have."""
+    folder of pictures, or a list; not_in: shard folders whose pictures it may not have. also: shards or selections
+    that are gathered with `annotations`, which is one of these then."""
     from pipelines.reporting.board import progress
     from qskd.datasets.packing import cores
     from qskd.datasets.shards import write_shards
@@ -163,7 +175,8 @@ def prepare(
     with progress("prepare", quiet=quiet) as row:
         row.stage(f"reading {one_line(annotations.name)}")
         dataset = opened(
-            *(annotations, images, on_error, leave_out, exif, split, classes, box_format, unlabeled, not_in)
+            *(annotations, images, on_error, leave_out, exif, split, classes, box_format, unlabeled, not_in),
+            also=also,
         )
         row.shown.total = len(dataset)
         return write_shards(
@@ -189,10 +202,24 @@ def opened(
     box_format: str | None,
     unlabeled: bool,
     not_in: Sequence[str],
+    also: Sequence[str] = (),
 ) -> SampleSource:
     """The dataset that the options name. QskdError for an option that has nothing to act on."""
+    from qskd.datasets.findings.leaving_out import without
+    from qskd.datasets.gathered import GatheredShards, is_gathered
+
+    if also or (not unlabeled and source.is_file() and is_gathered(source)):
+        of_files = {"--split": split, "--classes": classes, "--box-format": box_format, "--not-in": list(not_in)}
+        of_files |= {
+            "--exif": None if exif == "auto" else exif,
+            "--unlabeled": "given" if unlabeled else None,
+            "IMAGES": images,
+        }
+        for option, value in of_files.items():
+            if value:
+                raise QskdError(option, str(value), "no such thing for shards that are made already", "leave it away")
+        return without(GatheredShards([str(source), *also], on_error), leave_out)
     if not unlabeled:
-        from qskd.datasets.findings.leaving_out import without
         from qskd.datasets.formats.opening import open_dataset
 
         if not_in:

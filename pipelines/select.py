@@ -21,13 +21,15 @@ def command(
     by: Annotated[
         str,
         typer.Option(
-            help="random; uncertainty: of which the teacher says much and is in two minds, balanced over classes; gradients: that "
-            "together teach what all do, with weights."
+            help="random; classes: with objects spread over the classes as in all; uncertainty: of which the teacher says much "
+            "and is in two minds, balanced over classes; gradients: that together teach what all do, with weights."
         ),
     ] = "random",
     recipe: Annotated[
         str | None,
-        typer.Option(help="YAML recipe whose cache has the teacher's outputs of these shards; but for random."),
+        typer.Option(
+            help="YAML recipe whose cache has the teacher's outputs of these shards; not for random, nor for classes if labelled."
+        ),
     ] = None,
     set: Set = None,
     seed: Annotated[int, typer.Option(min=0, help="Of chance.")] = 0,
@@ -38,7 +40,7 @@ def command(
     from pipelines.selecting import job
     from qskd.config.recipe import load
 
-    method = one_of("--by", by, "random", "uncertainty", "gradients")
+    method = one_of("--by", by, "random", "classes", "uncertainty", "gradients")
     config = load(recipe, set or ()) if recipe else None
     asked = job.Request(shards, out, budget, method, seed, config, overwrite)
     if dry_run:

@@ -148,7 +148,12 @@ def test_prepare_predict_evaluate_and_export_give_values_and_print_nothing(
         ("select", ("s", "out.json", True), {}, "budget: True"),
         ("select", ("s", "out.json", "10"), {}, "budget: '10'"),
         ("select", ("s", "out.json", 2.5), {}, "budget: 2.5"),
-        ("select", ("s", "out.json", 3), {"by": "foo"}, "by: 'foo'\n  expected: random or uncertainty or gradients"),
+        (
+            "select",
+            ("s", "out.json", 3),
+            {"by": "foo"},
+            "by: 'foo'\n  expected: random or classes or uncertainty or gradients",
+        ),
         ("predict", ("m", "photo.png"), {"threshold": 2}, "threshold: 2"),
         ("evaluate", ("m", "s"), {"batch_size": "many"}, "batch_size: 'many'"),
         ("export", ("m", "out"), {"size": 0}, "size: 0"),

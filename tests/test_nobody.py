@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,13 +23,16 @@ from pipelines.prepare import prepare
 from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
 from qskd.checks import check_classes
+from qskd.config import DetectionLossConfig
 from qskd.config.recipe import build, to_tree
 from qskd.datasets.classes import NOBODY
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import inherit
+from qskd.distillation.qskd.query_selection import select_queries
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
 from qskd.errors import QskdError
 from qskd.evaluation.agreement import agreement
+from qskd.losses.matching import assign
 from qskd.structures import SILENT_LOGIT, TeacherNeeds
 from qskd.teacher.columns.table import collate, columns_for, decode_batch, encode
 from qskd.teacher.identity import cache_identity
@@ -79,6 +83,36 @@ def test_lapd_is_what_it_would_be_without_the_class_and_gives_it_no_gradient(pai
     assert gradient is not None
     assert gradient[..., :-1].abs().max() > 0
     assert gradient[..., -1].abs().max() == 0
+
+
+@pytest.mark.parametrize("pairing", [each for each in PAIRINGS if each != "global"])
+def test_what_the_teacher_takes_an_object_of_the_class_for_is_not_learnt(pairing: Any) -> None:
+    """An object of a class that the teacher does not know is something else to it, or nothing: neither is true."""
+    given = make_targets([4, 2], classes=CLASSES - 1)
+    labels = given.labels.clone()
+    labels[0, 1::2] = CLASSES - 1
+    labels[1] = CLASSES - 1
+    targets = replace(given, labels=labels)
+    student, teacher = network(targets, 2, 16, seed=1), network(targets, 1, 16, seed=5)
+    teacher[0][..., -1] = SILENT_LOGIT
+    settings = only_predictions(pairing=pairing, student_layers="all")
+    (assignment,) = assign([teacher], targets, DetectionLossConfig())
+    group = select_queries(teacher[1], targets, assignment, settings.selection).object_of_query
+    strange = (labels == CLASSES - 1).expand(1, -1, -1).gather(-1, group.clamp(min=0))
+    assert strange.any()
+    assert not strange[0, 0].all()
+    found = run(settings, targets, student, teacher)
+    for queries, same in ((strange, True), (~strange, False)):
+        moved = teacher[0] + 0.05 * queries.unsqueeze(-1)
+        (again,) = assign([(moved, teacher[1])], targets, DetectionLossConfig())
+        assert torch.equal(again, assignment)
+        other = run(settings, targets, student, (moved, teacher[1]))
+        assert torch.equal(found["lapd_class"].total, other["lapd_class"].total) == same
+    alone = make_targets([2], classes=1)  # nothing but such objects: nothing is taught
+    alone = replace(alone, labels=alone.labels + CLASSES - 1)
+    mine, theirs = network(alone, 1, 16, seed=1), network(alone, 1, 16, seed=5)
+    theirs[0][..., -1] = SILENT_LOGIT
+    assert all(term.total == 0 and term.count == 0 for term in run(settings, alone, mine, theirs).values())
 
 
 def test_a_student_that_inherits_keeps_its_own_row_for_the_class() -> None:

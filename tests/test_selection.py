@@ -31,6 +31,7 @@ from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student, teacher_for_training
 from qskd.selection import gradients
+from qskd.selection.distribution import BEGUN, choose_alike, likeness
 from qskd.selection.matching import RIDGE, WHOLE, match, mismatch, pursue
 from qskd.selection.report import CLASSES, class_table
 from qskd.selection.uncertainty import CONFIDENT, choose_balanced, class_masses
@@ -160,6 +161,35 @@ def test_the_table_counts_what_is_in_all_and_in_the_chosen() -> None:
     assert lines[-1] == "  3 more classes: 3 and 3"
 
 
+def test_exemplars_have_the_distribution_of_all_as_a_slow_greedy_loop_finds_them() -> None:
+    rng = np.random.default_rng(5)
+    rates = [0.9, 0.5, 0.2, 0.1, 0.0]  # nothing of the last
+    objects = [{label: int(n) for label, n in enumerate(rng.poisson(rates)) if n} for _ in range(80)]
+    everything = np.array([sum(image.get(label, 0) for image in objects) for label in range(5)], np.float64)
+    assert everything[3] > 0 == everything[4]
+
+    def score(numbers: list[int]) -> float:
+        own = [sum(objects[number].get(label, 0) for number in numbers) + BEGUN for label in range(4)]
+        return sum(everything[c] / everything.sum() * math.log(own[c] / sum(own)) for c in range(4))
+
+    expected: list[int] = []
+    full = [number for number in range(80) if objects[number]]
+    for _ in range(20):
+        expected.append(
+            max((n for n in full if n not in expected), key=lambda n: (round(score([*expected, n]), 12), -n))
+        )
+    numbers, scores = choose_alike(objects, 20)
+    assert numbers == expected
+    assert scores[-1] == pytest.approx(score(expected))
+    assert scores[-1] == pytest.approx(likeness(everything, everything), abs=2e-3)
+    by_chance = [score(rng.permutation(80)[:20].tolist()) for _ in range(20)]
+    assert scores[-1] > max(by_chance)
+    everyone, _ = choose_alike(objects, 80)
+    assert sorted(everyone) == list(range(80))
+    assert everyone[len(full) :] == [number for number in range(80) if not objects[number]]
+    assert choose_alike([{}, {}], 1)[0] == [0]
+
+
 # --- gradients ------------------------------------------------------------------------------------------------------------
 def test_pursuit_is_what_a_slow_loop_with_another_solver_finds() -> None:
     rng = np.random.default_rng(2)
@@ -266,7 +296,7 @@ def test_mixed_sides_keep_lengths_and_angles_about_as_they_are() -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("by", ["random", "uncertainty", "gradients"])
+@pytest.mark.parametrize("by", ["random", "classes", "uncertainty", "gradients"])
 def test_a_selection_is_written_shown_and_trained_on_from_the_cache_of_all(by: str, work: Path, tmp_path: Path) -> None:  # noqa: F811
     given = cached(work, "cache-select")
     (tmp_path / "recipe.yaml").write_text(to_yaml(given))

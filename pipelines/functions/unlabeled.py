@@ -22,6 +22,7 @@ def label(
     *,
     like: Folder = "",
     threshold: float | None = None,
+    onto: Folder | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     recipe: Recipe = None,
     set: Fields = (),
@@ -47,6 +48,7 @@ def label(
         device=config.compute.device,
         precision=config.compute.evaluation_precision,
         overwrite=overwrite,
+        onto=None if onto is None else Path(onto),
     )
     with unless(False):
         return job.run(asked, quiet=True)
@@ -58,7 +60,7 @@ def select(
     out: Folder,
     budget: int,
     *,
-    by: Literal["random", "uncertainty", "gradients"] = "random",
+    by: Literal["random", "classes", "uncertainty", "gradients"] = "random",
     recipe: Recipe = None,
     set: Fields = (),
     methods: Sequence[Folder] = (),
@@ -66,11 +68,12 @@ def select(
     overwrite: bool = False,
 ) -> Selection:
     """Choose the images that are worth labelling or training on: a file for `data.selection`, and a picture beside it. recipe:
-    whose cache has the teacher's outputs of these shards; but for random. Options as of `qskd select --help`."""
+    whose cache has the teacher's outputs of these shards; random, and classes of labelled ones, need none. Options as of
+    `qskd select --help`."""
     from pipelines.selecting import job
     from qskd.datasets.order.chosen import load_selection
 
-    choice("qskd.select: by", by, "random", "uncertainty", "gradients")
+    choice("qskd.select: by", by, "random", "classes", "uncertainty", "gradients")
     config = None if recipe is None else configuration(recipe, set, methods)
     with unless(False):
         job.run(job.Request(os.fspath(shards), Path(out), budget, by, seed, config, overwrite), quiet=True)

@@ -67,12 +67,14 @@ def evaluate(
     device: str = "auto",
     max_detections: int = 100,
     precision: str = "float32",
+    tell_nobody: bool = True,
 ) -> Evaluation:
     """COCO AP of a Hub name, folder or URI, and all else that `Evaluation` says. resize: None takes the checkpoint's own.
 
     workers: the most detector actors, over the whole cluster; 0 does it all in this process, without Ray. device: of each,
     as `compute.device` has it; precision: as `compute.evaluation_precision`. max_detections: of an image; so many are kept and
-    counted. A metric is -1 where the data has no object to measure it on.
+    counted. A metric is -1 where the data has no object to measure it on. tell_nobody: whether it is warned of
+    classes that are left to nobody, whose objects count as missed.
     """
     manifest = load_manifest(data)
     check_labelled(data, manifest)
@@ -96,7 +98,8 @@ def evaluate(
         row.at(manifest.num_images, doing="computing AP")
         ours, plain = (_chosen(found, choice) for choice in (0, 1))
         truth = ground_truth(data)
-        _say_what_is_left_to_nobody(class_map or {}, manifest, truth)
+        if tell_nobody:
+            _say_what_is_left_to_nobody(class_map or {}, manifest, truth)
         result = evaluate_coco(truth, ours, backend, max_detections)
         return evaluate_in_detail(truth, ours, result, plain if rule else None, rule, max_detections)
 

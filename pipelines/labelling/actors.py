@@ -8,12 +8,13 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from pipelines.cluster.devices import device_of
+from pipelines.labelling.onto import overlapping
 from pipelines.labelling.parts import part_file, read_part, write_part
 from pipelines.reporting.pulse import Pulse
 from qskd.datasets.pictures.joining import pad
@@ -31,11 +32,12 @@ PART = 64  # pictures: what a killed job loses of each process, at most
 
 
 class Picture(TypedDict):
-    """One to label. digest: of its bytes."""
+    """One to label. digest: of its bytes. boxes_xyxy: of the objects that are known, in pixels: what overlaps one is no label."""
 
     id: int
     file_name: str
     digest: str
+    boxes_xyxy: NotRequired[list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Job:
 
     slots: the teacher's logit slot of each class that it knows; category_ids and thresholds: that class's, in the same order.
     root: what file names are relative to. parts: the folder of the parts' files. skip: whether broken pictures are left out.
-    identity: sha256 of all that decides the labels beside the pictures.
+    identity: sha256 of all that decides the labels beside the pictures. most: detections of an image that may become labels.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Job:
     threads: int = 1
     device: str = "auto"
     precision: str = "float32"
+    most: int = MOST
 
     def fingerprint(self, pictures: Sequence[Picture]) -> str:
         """Of a part: the same, the same labels."""
@@ -98,7 +101,8 @@ class LabelActor:
                 batch = pictures[start : start + self.job.batch_size]
                 sizes, found = self._detect(batch, problems)
                 images += sizes
-                annotations += self._annotations(sizes, found)
+                known = {each["id"]: np.array(each.get("boxes_xyxy", []), np.float32) for each in batch}
+                annotations += self._annotations(sizes, found, known)
             write_part(path, fingerprint, images, annotations, problems)
         self.images += len(pictures)
         self.pulse.tell(images=self.images)
@@ -130,13 +134,24 @@ class LabelActor:
         }
         job = self.job
         (found,) = predict_pairs(
-            *(self.detector, arrays, job.preprocessing, job.category_ids, [Pairs(MOST, False)], job.slots, self.device),
+            *(
+                self.detector,
+                arrays,
+                job.preprocessing,
+                job.category_ids,
+                [Pairs(job.most, False)],
+                job.slots,
+                self.device,
+            ),
             precision=job.precision,
         )
         return entries, found
 
-    def _annotations(self, images: Sequence[Mapping[str, Any]], found: Detections) -> list[dict[str, Any]]:
-        """Those that reach their class's threshold, cut to the image; without a number of their own yet."""
+    def _annotations(
+        self, images: Sequence[Mapping[str, Any]], found: Detections, known: Mapping[int, np.ndarray]
+    ) -> list[dict[str, Any]]:
+        """Those that reach their class's threshold and are no known object once more, cut to the image; not numbered yet. known:
+        the objects' boxes of each image."""
         sizes = {each["id"]: (each["width"], each["height"]) for each in images}
         kept = list[dict[str, Any]]()
         for image_id, box, score, category in zip(
@@ -145,6 +160,8 @@ class LabelActor:
             if score < self.threshold[category]:
                 continue
             limits = np.array(sizes[image_id] * 2, np.float64)
+            if overlapping(np.clip(box, 0, limits), known[image_id]).any():
+                continue
             left, top, right, bottom = (round(float(side), 3) for side in np.clip(box.astype(np.float64), 0, limits))
             width, height = round(right - left, 3), round(bottom - top, 3)
             if min(width, height) < 1:  # nothing can be seen in it

@@ -19,7 +19,8 @@ import numpy as np
 from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.inspection.evaluate import evaluate
-from pipelines.labelling.actors import PART, Job, LabelActor, Picture
+from pipelines.labelling.actors import MOST, PART, Job, LabelActor, Picture
+from pipelines.labelling.onto import BEST, JOINED, OVERLAP, LabelledPictures, join_classes, joined, own_classes
 from pipelines.labelling.parts import (
     check_out,
     delete_parts,
@@ -54,7 +55,8 @@ RULE = (
 class Request:
     """What is asked. images: a folder or a list. like: a labelled shard folder, whose categories the labels get; empty: the
     teacher's own classes. threshold: of every class; None: as RULE says. resize, class_map, device, precision: as a recipe has
-    them. workers: the most processes; 0: here, without Ray."""
+    them. workers: the most processes; 0: here, without Ray. onto: a COCO JSON of the pictures (images: their folder), whose objects
+    the labels are joined to; class_map is then of its categories, unless like has it."""
 
     model: str
     images: Path
@@ -70,12 +72,14 @@ class Request:
     device: str = "auto"
     precision: str = "float32"
     overwrite: bool = False
+    onto: Path | None = None
 
 
 @dataclass(frozen=True)
 class Labels:
     """What was written. thresholds: by class name. objects: by class name, those that were kept. mean_score: of these; None of
-    none. empty: images without any. left_out: pictures, with what is wrong with them."""
+    none. empty: images without any. left_out: pictures, with what is wrong with them. own: objects of the dataset that they were
+    joined to; None: of none."""
 
     out: Path
     images: int
@@ -84,13 +88,17 @@ class Labels:
     mean_score: float | None
     empty: int
     left_out: Sequence[Mapping[str, str]]
+    own: int | None = None
 
     def lines(self) -> list[str]:
         """For the terminal."""
         total = sum(self.objects.values())
         sure = "" if self.mean_score is None else f" of mean score {self.mean_score:.2f}"
         each = f"{total / self.images:.1f} an image" if self.images else "none"
-        said = [f"{self.out}: {self.images} images, {total} objects ({each}){sure}; {self.empty} images without any"]
+        beside = "" if self.own is None else f", beside {self.own} of the dataset"
+        said = [
+            f"{self.out}: {self.images} images, {total} objects ({each}){sure}{beside}; {self.empty} images without any"
+        ]
         names = sorted(self.objects, key=lambda name: -self.objects[name])
         said += [f"  {one_line(name)}: {self.objects[name]} at {self.thresholds[name]:.3f} or more" for name in names]
         said += [f"left out: {one_line(each['where'])}: {one_line(each['found'])}" for each in self.left_out[:5]]
@@ -102,17 +110,21 @@ class Plan:
     """What will be done. categories: of the labels; known: those of them that the teacher knows, in `job`'s order."""
 
     request: Request
-    dataset: UnlabeledDataset
+    dataset: UnlabeledDataset | LabelledPictures
     categories: tuple[Category, ...]
     known: tuple[Category, ...]
     job: Job
 
     @property
     def pictures(self) -> list[Picture]:
-        return [
+        found: list[Picture] = [
             {"id": image.id, "file_name": image.file_name, "digest": self.dataset.digests[image.id]}
             for image in self.dataset.listed()
         ]
+        if isinstance(self.dataset, LabelledPictures):
+            for each in found:
+                each["boxes_xyxy"] = self.dataset.boxes_xyxy[each["id"]].tolist()
+        return found
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -121,12 +133,17 @@ class Plan:
     def describe(self) -> str:
         said = f"{self.request.model} on {len(self.dataset)} images of {self.request.images} → {self.request.out}"
         each = ", ".join(f"{one_line(name)} {value:.3f}" for name, value in self.thresholds.items())
-        return f"{said}\nthresholds: {each}"
+        beside = "" if self.request.onto is None else f"\njoined to the objects of {self.request.onto}: {JOINED}"
+        return f"{said}\nthresholds: {each}{beside}"
 
 
 def make_plan(asked: Request) -> Plan:
     """Look at the pictures, the classes and the thresholds. Raises QskdError."""
-    dataset = UnlabeledDataset(asked.images, None, asked.on_error)
+    dataset: UnlabeledDataset | LabelledPictures
+    if asked.onto is None:
+        dataset = UnlabeledDataset(asked.images, None, asked.on_error)
+    else:
+        dataset = LabelledPictures(asked.onto, asked.images, asked.on_error)
     with fetched(asked.model) as folder:
         preprocessing, detector = read_preprocessing(folder, asked.resize), load_detector(folder)
         digests, labels, own_ids = checkpoint_digests(folder), detector.labels, detector.category_ids
@@ -136,19 +153,32 @@ def make_plan(asked: Request) -> Plan:
         categories = data.categories
         slots = map_classes(data.labels, labels, asked.class_map or {}, model_side(asked.model))
     else:
-        if asked.class_map:
+        if asked.class_map and asked.onto is None:
             raise QskdError(
-                "teacher.class_map", "a class map without a dataset", "--like SHARDS, whose classes it maps"
+                "teacher.class_map",
+                "a class map without a dataset",
+                "--like SHARDS or --onto JSON, whose classes it maps",
             )
-        categories, slots = _own_classes(labels, own_ids)
+        categories, slots = own_classes(labels, own_ids)
     pairs = [(one, slot) for one, slot in zip(categories, slots, strict=True) if slot != NOBODY]
     known = tuple(one for one, _ in pairs)
     if silent := [one.name for one in categories if one not in known]:
         log.warning("left to nobody, and never labelled: %s", listing(silent))
     thresholds = tuple(_thresholds(asked, known))
+    own: list[Any] = []
+    if isinstance(dataset, LabelledPictures):
+        keys: Sequence[int] = [slot for _, slot in pairs]
+        # Beside --like the map is of its classes, and the dataset's are those of the same names.
+        explicit = {} if asked.like else asked.class_map or {}
+        union = join_classes(dataset, known, keys, explicit, model_side(asked.model))
+        if union.left:
+            log.warning("labelled in %s, and left to it: %s", asked.onto, listing(union.left))
+        pairs = [(one, pairs[place][1]) for one, place in zip(union.named, union.places, strict=True)]
+        thresholds = tuple(thresholds[place] for place in union.places)
+        categories, known, own = union.categories, union.named, [dataset.sha256, OVERLAP, BEST]
     chosen = [[one.id, one.name, slot] for one, slot in pairs]
     decides = [digests, asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}, chosen, thresholds]
-    identity = hashlib.sha256(json.dumps([*decides, asked.precision]).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([*decides, asked.precision, *own]).encode()).hexdigest()
     job = Job(
         *(asked.model, preprocessing, tuple(slot for _, slot in pairs), tuple(one.id for one in known), thresholds),
         root=str(dataset.root),
@@ -159,16 +189,9 @@ def make_plan(asked: Request) -> Plan:
         threads=asked.threads,
         device=asked.device,
         precision=asked.precision,
+        most=BEST if own else MOST,
     )
     return Plan(asked, dataset, categories, known, job)
-
-
-def _own_classes(labels: Sequence[str], ids: Sequence[int] | None) -> tuple[tuple[Category, ...], tuple[int, ...]]:
-    """The detector's classes as categories; slots without a name of their own are none."""
-    numbers = list(ids or range(len(labels)))
-    slots = [slot for slot, name in enumerate(labels) if name != "N/A"]
-    slots = [slot for slot in slots if labels.index(labels[slot]) == slot]
-    return tuple(Category(numbers[slot], labels[slot]) for slot in slots), tuple(slots)
 
 
 def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
@@ -218,7 +241,10 @@ def run(asked: Request, quiet: bool = False) -> Labels:
                 "run the same command again; on several nodes, with OUT in a folder that all of them share",
             )
         whole = [part for part in said if part is not None]
+        images = [entry for part in whole for entry in part["images"]]
         annotations = [entry for part in whole for entry in part["annotations"]]
+        if isinstance(plan.dataset, LabelledPictures):
+            annotations = joined(images, plan.dataset, annotations)
         problems = [*plan.dataset.problems, *(entry for part in whole for entry in part["problems"])]
         tree = {
             "info": {
@@ -226,10 +252,11 @@ def run(asked: Request, quiet: bool = False) -> Labels:
                 "teacher": asked.model,
                 "threshold_rule": RULE,
                 "thresholds": plan.thresholds,
+                **({} if asked.onto is None else {"joined_to": asked.onto.name, "joined_by": JOINED}),
                 "left_out": [{"where": each["where"], "found": each["found"]} for each in problems],
             },
             "categories": [asdict(one) for one in plan.categories],
-            "images": [entry for part in whole for entry in part["images"]],
+            "images": images,
             "annotations": [{"id": number, **entry} for number, entry in enumerate(annotations, 1)],
         }
         if not tree["images"]:
@@ -242,9 +269,10 @@ def run(asked: Request, quiet: bool = False) -> Labels:
 def _summary(plan: Plan, tree: Mapping[str, Any]) -> Labels:
     names = {one.id: one.name for one in plan.categories}
     counts = dict.fromkeys((one.name for one in plan.known), 0)
-    for entry in tree["annotations"]:
+    ours = [entry for entry in tree["annotations"] if "score" in entry]
+    for entry in ours:
         counts[names[entry["category_id"]]] += 1
-    scores = [entry["score"] for entry in tree["annotations"]]
+    scores = [entry["score"] for entry in ours]
     full = {entry["image_id"] for entry in tree["annotations"]}
     return Labels(
         plan.request.out,
@@ -254,6 +282,7 @@ def _summary(plan: Plan, tree: Mapping[str, Any]) -> Labels:
         float(np.mean(scores)) if scores else None,
         len(tree["images"]) - len(full),
         tree["info"]["left_out"],
+        None if plan.request.onto is None else len(tree["annotations"]) - len(ours),
     )
 
 

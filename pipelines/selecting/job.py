@@ -30,6 +30,7 @@ from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError, writing
 from qskd.from_recipe import make_student, teacher_for_training
 from qskd.redaction import redacted_uri
+from qskd.selection.distribution import choose_alike, likeness
 from qskd.selection.gradients import GradientMaker
 from qskd.selection.matching import match, mismatch, shuffled
 from qskd.selection.report import class_table, ends, ends_picture
@@ -42,7 +43,7 @@ from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources
 from qskd.training.step import Training
 
-By = Literal["random", "uncertainty", "gradients"]
+By = Literal["random", "classes", "uncertainty", "gradients"]
 _AT_ONCE = 64
 _DRAWN = 5  # selections by chance of the same size, that matched gradients are compared with
 
@@ -50,7 +51,7 @@ _DRAWN = 5  # selections by chance of the same size, that matched gradients are 
 @dataclass(frozen=True)
 class Request:
     """shards: a folder, labelled or not. out: the selection's file; its picture is beside it, OUT's name with .png. config: of a
-    recipe whose cache has the teacher's outputs of the folder, for anything but random."""
+    recipe whose cache has the teacher's outputs of the folder, for anything but random, and classes of labelled images."""
 
     shards: str
     out: Path
@@ -93,7 +94,7 @@ def check(asked: Request) -> Manifest:
     if not 0 < asked.budget <= manifest.num_images:
         expected = f"1 to {manifest.num_images}, the images of {redacted_uri(asked.shards)}"
         raise QskdError("--budget", str(asked.budget), expected)
-    if asked.by != "random" and asked.config is None:
+    if asked.config is None and not (asked.by == "random" or (asked.by == "classes" and manifest.labelled)):
         remedy = "--recipe RECIPE, whose teacher.cache.path `qskd cache` has filled; or --by random"
         raise QskdError(f"--by {asked.by}", "no recipe", "a recipe, whose cache has what the teacher says", remedy)
     _check_out(asked, None)
@@ -123,6 +124,8 @@ def run(asked: Request, quiet: bool = False) -> list[str]:
         told = _told(asked, manifest, plan)
         if asked.by == "random":
             choice = by_chance(manifest.num_images, asked.budget, asked.seed)
+        elif asked.by == "classes":
+            choice = by_classes(told, asked.budget)
         elif asked.by == "uncertainty":
             assert plan is not None
             choice = by_uncertainty(plan, asked.budget, row.at)
@@ -187,6 +190,27 @@ def _told(asked: Request, manifest: Manifest, plan: Plan | None) -> Told:
 def by_chance(count: int, budget: int, seed: int) -> Choice:
     numbers = shuffled(count, seed)[:budget].tolist()
     return Choice(numbers, [1.0] * budget, [0.0] * budget)
+
+
+def by_classes(told: Told, budget: int) -> Choice:
+    objects = told.objects or []
+    numbers, scores = choose_alike(objects, budget)
+
+    def counted(images: Sequence[int]) -> NDArray[np.float64]:
+        sums = np.zeros(len(told.labels))
+        for number in images:
+            for label, count in objects[number].items():
+                sums[label] += count
+        return sums
+
+    everything = counted(range(len(objects)))
+    best = likeness(everything, everything)
+    lucky = [likeness(everything, counted(shuffled(len(objects), 1 + n)[:budget].tolist())) for n in range(_DRAWN)]
+    said = (
+        f"distribution over classes: {best - scores[-1]:.5f} nats off that of all (Kullback-Leibler); of as many by chance "
+        f"{best - float(np.mean(lucky)):.5f}"
+    )
+    return Choice(numbers, [1.0] * len(numbers), scores, (said,) if everything.any() else ())
 
 
 def by_uncertainty(plan: Plan, budget: int, at: Callable[[int], None]) -> Choice:

@@ -169,6 +169,21 @@ def map_classes(
     return tuple(slots[name] for name in dataset_labels)
 
 
+def known_classes(
+    dataset_labels: Sequence[str],
+    teacher_labels: Sequence[str] | Mapping[int, str],
+    explicit: Explicit,
+    side: Side = TEACHER,
+) -> tuple[int, ...]:
+    """`map_classes`, but a class that the teacher has no label for is left to nobody; all of them may be."""
+    theirs = Vocabulary(teacher_labels)
+    strange = {name: None for name in dataset_labels if name not in explicit and not theirs.slots(name)}
+    known: dict[str, str | None] = {**strange, **explicit}
+    if set(known) == set(dataset_labels) and not any(label is not None for label in known.values()):
+        return (NOBODY,) * len(dataset_labels)
+    return map_classes(dataset_labels, teacher_labels, known, side)
+
+
 def _unmapped(
     unmapped: Sequence[str],
     dataset: Sequence[str],

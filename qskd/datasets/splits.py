@@ -6,7 +6,7 @@ split. Supercategories say nothing about what a detector is trained on, and are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from qskd.datasets.classes import NOBODY, Explicit, Vocabulary, listing
 from qskd.datasets.manifest import Manifest
@@ -37,6 +37,27 @@ def join_categories(train: Manifest, val: Manifest) -> Slots:
             raise QskdError(val.source, f"{both} of {train.source}", "a class each", _REMEDY)
         slots.append(slot)
     return tuple(slots)
+
+
+def united(
+    ours: Sequence[Category], theirs: Sequence[Category], slots: Sequence[int]
+) -> tuple[tuple[Category, ...], list[int]]:
+    """The union of two datasets' categories, by ascending id, and the id of each of `theirs` in it.
+
+    slots: for each of ours, its place in `theirs`, `NOBODY` where it is none of them: those two are one category, with our id and
+    name. The others of theirs keep their id where it is free, and get one above all where it is not.
+    """
+    owner = {slot: ours[place].id for place, slot in enumerate(slots) if slot != NOBODY}
+    found = {one.id: one for one in ours}
+    following, ids = max((one.id for one in (*ours, *theirs)), default=0) + 1, list[int]()
+    for place, one in enumerate(theirs):
+        number = owner.get(place, one.id)
+        if place not in owner:
+            if number in found:
+                number, following = following, following + 1
+            found[number] = Category(number, one.name, one.supercategory)
+        ids.append(number)
+    return tuple(found[number] for number in sorted(found)), ids
 
 
 def check_splits(

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import CocoResult, evaluate_coco
 from qskd.evaluation.detections import Array, Detections, GroundTruth
+from qskd.evaluation.forgetting import Forgetting
 from qskd.evaluation.matching import NEITHER, RIGHT, WRONG, Verdicts, confusions, judge
 from qskd.evaluation.pairs import Pairs
 from qskd.evaluation.shown import is_measured, measured
@@ -91,7 +92,7 @@ class Evaluation:
     """metrics: COCO's twelve and AP90, as `CocoResult` has them. classes: the worst AP first, those without objects last. best: the
     threshold with the best F1 over all classes together. precision_recall: mean over the classes that have objects, by IoU
     ("0.50", "0.75", "0.50:0.95"). thresholds: "precision", "recall" and "F1" over scores. plain: None where transformers keeps
-    the same pairs. max_detections: kept and counted of an image."""
+    the same pairs. max_detections: kept and counted of an image. forgetting: of old classes, where an old detector was named."""
 
     metrics: dict[str, float]
     classes: tuple[ClassFigures, ...]
@@ -103,6 +104,7 @@ class Evaluation:
     thresholds: dict[str, Curve] | None = None
     plain: Plain | None = None
     max_detections: int = 100
+    forgetting: Forgetting | None = None
 
     @property
     def ap(self) -> float | None:

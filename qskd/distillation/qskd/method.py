@@ -14,7 +14,7 @@ from qskd.distillation.method import Facts, Lesson, Method, Seen, Sight, last_la
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import Side
-from qskd.distillation.qskd.query_selection import select_both, select_queries
+from qskd.distillation.qskd.query_selection import of_known_classes, select_both, select_queries
 from qskd.distillation.qskd.settings import Settings
 from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
@@ -148,9 +148,10 @@ class QSKD(Method):
         if config.predictions.weight > 0:
             # Of a class that the teacher knows nothing of, nothing is learnt: both sides are as sure that it isn't there.
             mine = student.logits[distilled].float().masked_fill(teacher.silent, SILENT_LOGIT)
+            known = of_known_classes(selection, targets, teacher.silent)
             terms |= alignment_terms(
                 Side(mine, boxes[0].float(), own),
-                Side(teacher.logits.detach().float(), boxes[1].detach().float(), selection).layers(theirs),
+                Side(teacher.logits.detach().float(), boxes[1].detach().float(), known).layers(theirs),
                 num_objects=targets.valid.shape[1],
                 num_slots=1 + (config.selection.max_per_object or max(boxes[0].shape[2], boxes[1].shape[2])),
                 config=config.predictions,

@@ -7,7 +7,7 @@ kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -135,6 +135,19 @@ def select_queries(
         slot=place,
     )
     return shuffle(selection, boxes_cxcywh) if config.shuffled else selection
+
+
+def of_known_classes(selection: QuerySelection, targets: Targets, silent: Tensor) -> QuerySelection:
+    """The selection without the groups of objects whose class the teacher knows nothing of: whatever it takes them for is wrong.
+
+    silent: [K] bool (`TeacherRecord.silent`).
+    """
+    if not targets.valid.shape[1]:
+        return selection
+    strange = silent[targets.labels].expand(*selection.slot.shape[:-1], -1)
+    dropped = strange.gather(-1, selection.object_of_query.clamp(min=0))
+    weight, slot = selection.weight.masked_fill(dropped, 0.0), selection.slot.masked_fill(dropped, -1)
+    return replace(selection, weight=weight, slot=slot)
 
 
 def shuffle(selection: QuerySelection, boxes_cxcywh: Tensor) -> QuerySelection:
