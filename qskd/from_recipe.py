@@ -10,7 +10,7 @@ from qskd.config import Config
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import read_annotations
-from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
+from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector, words_for
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.evaluation.detections import GroundTruth
@@ -40,7 +40,7 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     if config.distillation.method == "none":
         return None
     check_teacher(config)
-    detector = load_detector(config.teacher.path)
+    detector = load_detector(config.teacher.path, words=words_for(labels, config.teacher.class_map))
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))
 
@@ -58,7 +58,8 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
         return student, ""
     if not config.teacher.path:
         raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
-    teacher = teacher or load_detector(config.teacher.path)
+    words = words_for(labels, config.teacher.class_map)
+    teacher = teacher or load_detector(config.teacher.path, words=words)
     done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
     if not done.copied:
         fields = [f"student.{name}: {size}, the teacher's" for name, size in fitting_sizes(student, teacher).items()]

@@ -29,6 +29,7 @@ def label(
     workers: int = 0,
     threads: int = 1,
     overwrite: bool = False,
+    classes: Sequence[str] = (),
 ) -> Labels:
     """Label a folder of pictures, or a text file that lists some, by a detector's detections: COCO JSON, with scores; the same
     call again goes on where it was stopped. recipe, set: as of `evaluate`. workers: 0 does it in this process; otherwise the most
@@ -47,6 +48,7 @@ def label(
         device=config.compute.device,
         precision=config.compute.evaluation_precision,
         overwrite=overwrite,
+        classes=tuple(classes),
     )
     with unless(False):
         return job.run(asked, quiet=True)

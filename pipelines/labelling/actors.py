@@ -44,7 +44,7 @@ class Job:
 
     slots: the teacher's logit slot of each class that it knows; category_ids and thresholds: that class's, in the same order.
     root: what file names are relative to. parts: the folder of the parts' files. skip: whether broken pictures are left out.
-    identity: sha256 of all that decides the labels beside the pictures.
+    words: what a teacher that is asked in words is asked. identity: sha256 of all that decides the labels beside the pictures.
     """
 
     model: str
@@ -60,6 +60,7 @@ class Job:
     threads: int = 1
     device: str = "auto"
     precision: str = "float32"
+    words: tuple[str, ...] = ()
 
     def fingerprint(self, pictures: Sequence[Picture]) -> str:
         """Of a part: the same, the same labels."""
@@ -75,7 +76,7 @@ class LabelActor:
         torch.set_num_threads(job.threads)
         self.device = device_of(job.device)
         with fetched(job.model) as folder:
-            self.detector = load_detector(folder).to(self.device).eval()
+            self.detector = load_detector(folder, words=job.words).to(self.device).eval()
         self.pictures = PicturesInFolder(Path(job.root))
         self.threshold = dict(zip(job.category_ids, job.thresholds, strict=True))
 

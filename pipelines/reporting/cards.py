@@ -20,7 +20,7 @@ from qskd.datasets.splits import class_map_for
 from qskd.datasets.unlabeled.joined import training_manifest, unlabeled_manifests
 from qskd.deploy.model_card import Card, Figures, method_titles, read_card, write_card
 from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
-from qskd.detectors import Detector, load_detector
+from qskd.detectors import Detector, load_detector, words_for
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.storage.places import open_folder
@@ -107,8 +107,8 @@ def card_of_run(
     sizes: dict[str, ResizeConfig] = {}
     teacher = _here(config.teacher.path)
     if verb == "distill" and config.distillation.method != "none":
-        name = f"teacher, `{teacher}`"
-        measured[name] = (load_detector(config.teacher.path), teacher_metrics(config))
+        name, words = f"teacher, `{teacher}`", words_for(train.labels, config.teacher.class_map)
+        measured[name] = (load_detector(config.teacher.path, words=words), teacher_metrics(config))
         sizes[name] = teacher_preprocessing(config).resize
     detector = load_detector(student)
     measured["this model"], sizes["this model"] = (detector, metrics), config.student.resize

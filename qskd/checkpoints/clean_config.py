@@ -42,6 +42,7 @@ _CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "use_kernels", "ke
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")  # not "hf-hub:..." or "local-dir:...", which timm reads too
 # One a family may be built on: none has configurations inside its own.
 _BACKBONES = {name for name in MODEL_FOR_BACKBONE_MAPPING_NAMES if name in CONFIG_MAPPING} - {"sapiens2", "tipsv2"}
+_TEXT_MODEL = "bert"
 _BASE = {field.name for field in fields(PreTrainedConfig)}
 
 
@@ -122,7 +123,7 @@ def _check_old_backbone(said: dict[str, Any], where: str) -> None:
     indices = (given or {}).get("out_indices", [])
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
         raise _refused(where, "backbone_kwargs.out_indices", shown(indices), "a list of numbers")
-    if backbone and not said.get("backbone_config") and (timm is False or not FACTS[said["model_type"]].means_timm):
+    if backbone and not said.get("backbone_config") and (timm is False or not _means_timm(said)):
         raise _refused(
             where,
             "backbone",
@@ -130,6 +131,11 @@ def _check_old_backbone(said: dict[str, Any], where: str) -> None:
             "a backbone_config that describes it here",
             "load and save the checkpoint with transformers, where you trust that repository, which writes backbone_config",
         )
+
+
+def _means_timm(said: dict[str, Any]) -> bool:
+    facts = FACTS.get(said["model_type"])
+    return facts is not None and facts.means_timm
 
 
 def _taken(said: dict[str, Any], config_class: Any, where: str, prefix: str = "") -> dict[str, Any]:
@@ -143,6 +149,8 @@ def _taken(said: dict[str, Any], config_class: Any, where: str, prefix: str = ""
         value = said[name]
         if name == "backbone_config":
             clean[name] = _backbone(value, where)
+        elif name == "text_config":
+            clean[name] = _text_model(value, where)
         elif not name.startswith("_"):
             _check_value(value, name, prefix + name, where)
             clean[name] = value
@@ -167,6 +175,19 @@ def _backbone(said: Any, where: str) -> dict[str, Any] | None:
         raise _refused(where, "backbone_config", f"model_type {shown(kind)}", expected)
     _refuse_other_models(said, f"{where}, backbone_config")
     return _taken(said, CONFIG_MAPPING[kind], where, "backbone_config.")
+
+
+def _text_model(said: Any, where: str) -> dict[str, Any] | None:
+    """Of a detector that is asked in words."""
+    if said is None:
+        return None
+    kind = said.get("model_type", _TEXT_MODEL) if isinstance(said, dict) else said
+    if not isinstance(said, dict) or kind != _TEXT_MODEL:
+        raise _refused(
+            where, "text_config", f"model_type {shown(kind)}", f"a {_TEXT_MODEL}, as all that are published have"
+        )
+    _refuse_other_models(said, f"{where}, text_config")
+    return _taken(said, CONFIG_MAPPING[_TEXT_MODEL], where, "text_config.")
 
 
 def _check_value(value: Any, name: str, field: str, where: str, depth: int = 0) -> None:

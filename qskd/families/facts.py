@@ -180,6 +180,9 @@ FACTS: dict[str, Facts] = {
     ),
 }
 
+# Detectors of transformers that can teach and no more, by their model_type -> what people call them.
+TEACHERS_ONLY: dict[str, str] = {"grounding-dino": "Grounding DINO", "mm-grounding-dino": "MM Grounding DINO"}
+
 if TYPE_CHECKING:
     Family = str
 else:

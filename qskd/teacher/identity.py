@@ -9,7 +9,15 @@ from qskd.config import Config, ViewConfig
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import Manifest
 from qskd.datasets.unlabeled.joined import unlabeled_manifests
-from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_config, read_preprocessing
+from qskd.detectors import (
+    Preprocessing,
+    asked_in_words,
+    checkpoint_digests,
+    classes_of,
+    prompt_of,
+    read_preprocessing,
+    words_for,
+)
 from qskd.precision import cached_in
 from qskd.storage.stores import join
 from qskd.structures import TeacherNeeds
@@ -27,7 +35,8 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     """Everything in a recipe that decides the numbers in the cache, by field. Loads no weights (they are read once, for a
     checksum). A cache's own identity says besides what it was computed on (`computed_by`)."""
     seen_as, cache = teacher_preprocessing(config), config.teacher.cache
-    labels = labels_of(read_config(config.teacher.path))
+    words = words_for(data.labels, config.teacher.class_map)
+    labels = classes_of(config.teacher.path, words)
     identity = checkpoint_digests(config.teacher.path) | {
         "codec": CODEC_VERSION,
         "data.train": data.fingerprint,
@@ -36,6 +45,8 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         "teacher.std": seen_as.std,
         "teacher.class_slots": map_classes(data.labels, labels, config.teacher.class_map),
     }
+    if asked_in_words(config.teacher.path):
+        identity["teacher.prompt"] = prompt_of(config.teacher.path, words).texts
     if not data.labelled:  # it decides whose attention is kept
         identity["data.unlabeled_score"] = config.data.unlabeled_score
     # How many views there are, and what is derived from them, changes none of them.
