@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qskd.config import Config
 from qskd.datasets.classes import NOBODY, listing, map_classes, respelled
 from qskd.datasets.manifest import Manifest
-from qskd.detectors import classes_of, read_config, words_for
+from qskd.detectors import read_config, words_for
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
@@ -19,6 +19,7 @@ from qskd.teacher.directions import FILE as DIRECTIONS
 from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
+from qskd.teacher.told.results import teacher_labels
 
 
 def check_teacher(config: Config) -> None:
@@ -168,7 +169,7 @@ def check_classes(config: Config, train: Manifest) -> None:
 
 def _teacher_labels(config: Config, labels: Sequence[str]) -> tuple[str, ...]:
     """By slot; of a teacher that is asked in words, what it is asked for these classes."""
-    return classes_of(config.teacher.path, words_for(labels, config.teacher.class_map))
+    return teacher_labels(config.teacher.path, words_for(labels, config.teacher.class_map))
 
 
 def check_decoder(config: Config) -> None:

@@ -20,6 +20,8 @@ from qskd.teacher.decoder import load_decoder
 from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.told.results import is_results, read_results, teacher_labels
+from qskd.teacher.told.teacher import ToldTeacher
 
 log = logging.getLogger("qskd")
 
@@ -40,9 +42,18 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     if config.distillation.method == "none":
         return None
     check_teacher(config)
-    detector = load_detector(config.teacher.path, words=words_for(labels, config.teacher.class_map))
+    path, words = config.teacher.path, words_for(labels, config.teacher.class_map)
+    if is_results(path):
+        slots = map_classes(labels, teacher_labels(path, words), config.teacher.class_map)
+        return ToldTeacher(read_results(path), load_manifest(config.data.train).categories, slots, config.data.views)
+    detector = load_detector(path, words=words)
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
     return OnlineTeacher(detector, slots, teacher_preprocessing(config))
+
+
+def teacher_to_ask(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
+    """`make_teacher`'s, if it can be shown a picture; None of a file of detections."""
+    return None if is_results(config.teacher.path) else make_teacher(config, labels)
 
 
 def make_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> Detector:

@@ -13,6 +13,7 @@ import transformers as hf
 from asked import KINDS, make_asked
 from checkpoints import change, copied, make
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_detectors import padded_batch
 from test_loader import Pictures
 from test_teacher_cache import cache_config, losses, make_cache, stream_of
@@ -366,3 +367,20 @@ def test_a_cache_of_another_prompt_is_refused_with_both(shards: str, folders: di
     )
     with pytest.raises(QskdError, match=r"teacher\.prompt.*owl"):
         check_cache(changed, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_with_shared_weights_written_out_and_swins_tables_loads_the_same(
+    folders: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    """As older versions of transformers wrote them."""
+    folder = copied(folders[kind], tmp_path / "copy")
+    model = hf.AutoModelForZeroShotObjectDetection.from_pretrained(folder)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    written = load_file(folder / "model.safetensors")
+    assert len(state) > len(written)
+    table = "model.backbone.conv_encoder.model.encoder.layers.0.blocks.0.attention.self.relative_position_index"
+    save_file(state | {table: torch.zeros(16, 16, dtype=torch.int64)}, folder / "model.safetensors", {"format": "pt"})
+    ours, theirs = (load_detector(each, words=CLASSES)(*padded_batch()) for each in (folder, folders[kind]))
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.boxes_cxcywh, theirs.boxes_cxcywh)

@@ -47,6 +47,13 @@ def check_path(path: str | Path, weights: bool = True) -> str:
     if "://" in str(path):
         raise uri_refused(str(path))
     folder = Path(path).expanduser()
+    if folder.is_file() and folder.suffix.lower() == ".json":
+        raise QskdError(
+            str(path),
+            "a JSON file, and no detector that can be run",
+            "a folder saved by transformers, or a Hub name",
+            "detections in such a file can teach: teacher.path of a recipe, with teacher.cache.path (docs/teachers.md)",
+        )
     if not folder.is_dir():
         # "student" is what a run calls its own: a mistyped run, of which no Hub need hear, nor see the user's token.
         named = str(path)
