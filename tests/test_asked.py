@@ -26,16 +26,17 @@ from typer.testing import CliRunner
 import qskd
 from pipelines.cli import app
 from pipelines.health.checkpoint import model_checks
+from pipelines.reporting.cards import figures
 from qskd.checkpoints.clean_config import detector_config
 from qskd.checks import check_cache, check_decoder
-from qskd.config import Config
+from qskd.config import Config, ResizeConfig
 from qskd.config.recipe import build
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
 from qskd.detectors import load_detector
-from qskd.detectors.asked.detector import UNASKED_LOGIT
-from qskd.detectors.asked.prompt import words_for
 from qskd.detectors.student import queries_of
+from qskd.detectors.teachers.asked import UNASKED_LOGIT
+from qskd.detectors.teachers.prompt import words_for
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import METRICS
 from qskd.from_recipe import make_teacher, start_student
@@ -264,6 +265,10 @@ def test_label_evaluate_predict_and_doctor_take_it(shards: str, folders: dict[st
     assert drawn.is_file()
     (one,) = qskd.predict(folder, photos / "a.png", classes=("owl",), threshold=0.0)
     assert set(one.labels) == {"owl"}
+    detector = load_detector(folder, words=CLASSES)
+    (row,), _ = figures({"teacher": (detector, {})}, {"teacher": ResizeConfig(size=64)}, recipe())
+    assert row.parameters == sum(each.numel() for each in detector.parameters())
+    assert row.ms is not None
     checks = {check.name: check for check in model_checks(str(folder))}
     assert checks["family"].found.startswith("Grounding DINO (grounding-dino) on swin")
     assert "asked in words" in checks["classes"].found

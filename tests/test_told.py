@@ -24,7 +24,7 @@ from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
 from qskd.detectors import load_detector
-from qskd.detectors.asked.detector import UNASKED_LOGIT
+from qskd.detectors.teachers.asked import UNASKED_LOGIT
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher, start_student, teacher_to_ask
 from qskd.structures import SILENT_LOGIT, TeacherNeeds

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.health.machine import show
 from pipelines.health.services import Check, guarded
-from qskd.config import FACTS, TEACHERS_ONLY, BackboneConfig
+from qskd.config import BOXES_ALONE, FACTS, TEACHERS_ONLY, BackboneConfig
 from qskd.errors import QskdError
 from qskd.redaction import redacted
 
@@ -75,10 +75,12 @@ def _other(kind: str, folder: str) -> Check:
 
 def _family(loaded: _Loaded) -> Check:
     config, kind = loaded.config, loaded.detector.family
+    title = TEACHERS_ONLY.get(kind) or FACTS[kind].title
+    if kind in BOXES_ALONE:
+        return Check("family", "ok", f"{title} ({kind}), which is no DETR: it says boxes and classes, and has no maps")
     backbone = getattr(config.backbone_config, "model_type", "unknown")
     maps = zip(loaded.detector.memory_strides, loaded.detector.memory_channels, strict=True)
     levels = ", ".join(f"{channels} channels at stride {stride}" for stride, channels in maps)
-    title = TEACHERS_ONLY.get(kind) or FACTS[kind].title
     return Check("family", "ok", f"{title} ({kind}) on {backbone}; maps: {levels}")
 
 
@@ -94,7 +96,7 @@ def _size(loaded: _Loaded) -> Check:
 
 
 def _classes(loaded: _Loaded) -> Check:
-    if loaded.detector.family in TEACHERS_ONLY:
+    if _family_of(loaded).asked_in_words:
         most = loaded.config.max_text_len
         found = f"asked in words, for a dataset's names or --classes, in texts of {most} tokens at most; tried with {_TRIED[0]!r}"
         return Check(
@@ -150,6 +152,9 @@ def _teacher(loaded: _Loaded) -> Check:
         none, some = (_row_bytes(teacher, _shape(loaded), queries) for queries in (0, attended))
     except QskdError as error:
         return Check("as a teacher", "problem", f"{error.where}: {_said(error)}", error.remedy)
+    if not detector.memory_channels:
+        found = f"runs; a cached image takes {bytes_text(none)}; of predictions alone: distillation.features.weight=0"
+        return Check("as a teacher", "ok", found)
     found = (
         f"runs; a cached image takes {bytes_text(none)} in int8, and {bytes_text((some - none) / attended)} for each query "
         "whose attention is kept (those that overlap an object)"

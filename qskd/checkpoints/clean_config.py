@@ -52,8 +52,8 @@ def detector_config(said: dict[str, Any], where: str) -> Any:
     family = find_family(kind, where)
     _refuse_other_models(said, where)
     _check_old_backbone(said, where)
-    config = _build(CONFIG_MAPPING[kind], _taken(spell_out(said), CONFIG_MAPPING[kind], where), where)
-    width = config.d_model if kind != "dab-detr" else config.hidden_size
+    config = _build(CONFIG_MAPPING[kind], _taken(spell_out(said), CONFIG_MAPPING[kind], where, detector=True), where)
+    width = config.hidden_size if kind in ("dab-detr", "yolos") else config.d_model
     parts = dict.fromkeys(("decoder", "decoder_self", "decoder_cross"), width)
     for part, channels in {"encoder": getattr(config, "encoder_hidden_dim", width), **parts}.items():
         heads = getattr(config, f"{part}_attention_heads", 1)
@@ -138,12 +138,13 @@ def _means_timm(said: dict[str, Any]) -> bool:
     return facts is not None and facts.means_timm
 
 
-def _taken(said: dict[str, Any], config_class: Any, where: str, prefix: str = "") -> dict[str, Any]:
+def _taken(
+    said: dict[str, Any], config_class: Any, where: str, prefix: str = "", detector: bool = False
+) -> dict[str, Any]:
     own = {field.name for field in fields(config_class) if field.name not in _BASE}
     own |= {name for name in ("is_encoder_decoder",) if name in config_class.__annotations__}
     own |= set(config_class.attribute_map) - _BASE
-    backbone = not config_class.sub_configs_defaults
-    own |= {"out_features", "out_indices"} if backbone else {"use_timm_backbone"}
+    own |= {"out_features", "out_indices"} if not detector else {"use_timm_backbone"}
     clean: dict[str, Any] = {"model_type": config_class.model_type}
     for name in sorted(own & said.keys()):
         value = said[name]
@@ -161,7 +162,7 @@ def _taken(said: dict[str, Any], config_class: Any, where: str, prefix: str = ""
         raise _refused(where, prefix + "backbone", shown(clean.get("backbone")), expected)
     if clean.get("anchor_image_size") is not None:
         _check_anchors(clean, where)
-    if backbone:
+    if not detector:
         return clean
     return clean | _labels(said, where) | _architectures(said, where) | _category_ids(said, where)
 

@@ -12,7 +12,6 @@ with without_collecting():
         to_pixels,
     )
     from qskd.checkpoints.weights import read_config, uri_refused
-    from qskd.detectors.asked.prompt import words_for
     from qskd.detectors.checkpoint import (
         asked_in_words,
         check_classes,
@@ -26,6 +25,7 @@ with without_collecting():
     from qskd.detectors.detector import Detector, labels_of
     from qskd.detectors.inherit import Inheritance, fitting_sizes, inherit
     from qskd.detectors.student import build_student, describe_student, student_cost
+    from qskd.detectors.teachers.prompt import words_for
     from qskd.families.table import FAMILIES
 
 __all__ = [

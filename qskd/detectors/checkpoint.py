@@ -31,11 +31,12 @@ from qskd.checkpoints.weights import (
     reading,
 )
 from qskd.config import ResizeConfig
-from qskd.detectors.asked.detector import AskedDetector
-from qskd.detectors.asked.prompt import TOKENIZER, Prompt, make_prompt
 from qskd.detectors.backbone import ThawedBatchNorm2d
 from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.norms import keep_precision
+from qskd.detectors.teachers.asked import AskedDetector
+from qskd.detectors.teachers.boxes import BoxesDetector
+from qskd.detectors.teachers.prompt import TOKENIZER, Prompt, make_prompt
 from qskd.errors import QskdError, writing
 from qskd.families.table import FAMILIES, TEACHERS, find_family
 from qskd.quantization import files as quantization
@@ -84,7 +85,9 @@ def load_detector(path_or_name: str | Path, quantised: bool = True, words: Seque
     family.drop_unused(model)
     if quantised and (file := quantisers_file(path)) is not None:
         restore_quantisers(model, file)
-    return (Detector(model) if prompt is None else AskedDetector(model, prompt)).eval()
+    if prompt is not None:
+        return AskedDetector(model, prompt).eval()
+    return (BoxesDetector(model) if family.boxes_alone else Detector(model)).eval()
 
 
 def classes_of(path_or_name: str | Path, words: Sequence[str] = ()) -> tuple[str, ...]:

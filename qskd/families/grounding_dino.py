@@ -1,6 +1,6 @@
 """Grounding DINO (Liu et al., ECCV 2024) and MM Grounding DINO: Deformable DETR's maps and sampled attention, asked in words.
 
-They can teach and no more. What a query says is a logit for each token of a text; `qskd.detectors.asked` makes classes of them.
+They can teach and no more. What a query says is a logit for each token of a text; `qskd.detectors.teachers` makes classes of them.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from qskd.families.rf_detr import RfDetr
 from qskd.families.rt_detr import RTDetr
 from qskd.families.rt_detr_v2 import RTDetrV2
 from qskd.families.table_transformer import TableTransformer
+from qskd.families.yolos import Yolos
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -29,7 +30,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 TEACHERS: dict[str, Family] = {
-    family.name: family for family in (GroundingDino(), MMGroundingDino())
+    family.name: family for family in (GroundingDino(), MMGroundingDino(), Yolos())
 }  # and no students
 
 

@@ -15,7 +15,7 @@ from qskd.datasets.batch import TrainBatch
 from qskd.datasets.classes import NOBODY
 from qskd.datasets.samples import Category
 from qskd.datasets.views import make_view, view_boxes
-from qskd.detectors.asked.detector import UNASKED_LOGIT
+from qskd.detectors.teachers.asked import UNASKED_LOGIT
 from qskd.distillation.method import Facts
 from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, TeacherNeeds, TeacherRecord

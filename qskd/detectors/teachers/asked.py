@@ -14,10 +14,10 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
     generate_masks_with_special_tokens_and_transfer_map,
 )
 
-from qskd.detectors.asked.prompt import Chunk, Prompt
 from qskd.detectors.detector import Detector
 from qskd.detectors.extra_queries import ExtraQueries
 from qskd.detectors.taps import listening
+from qskd.detectors.teachers.prompt import Chunk, Prompt
 from qskd.errors import QskdError
 from qskd.structures import DetectorOutput
 
