@@ -26,6 +26,8 @@ from qskd.datasets.shards import write_shards
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher, start_student
+from qskd.pictures.explain import Subject, explain
+from qskd.pictures.explained import explanation_picture
 from qskd.structures import TeacherNeeds
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.identity import cache_identity
@@ -147,6 +149,15 @@ def test_label_evaluate_predict_doctor_and_the_card_take_it(shards: str, folder:
     assert checks["as a student"].found == "no: it can only teach"
     rows, _ = figures({"teacher": (load_detector(folder), {})}, {"teacher": ResizeConfig(size=64)}, recipe())
     assert rows[0].parameters == sum(p.numel() for p in load_detector(folder).parameters())
+
+
+def test_its_queries_are_explained_and_no_mask_is_drawn(folder: Path) -> None:
+    subject = Subject("a", np.random.default_rng(0).integers(0, 255, (60, 70, 3), np.uint8))
+    config = config_of_folder(folder)
+    shown = explain(subject, config, LABELS, make_teacher(config, LABELS), {})
+    (seen,) = shown.seen
+    assert len(seen.panels(shown)) == 1
+    assert explanation_picture(shown, "YOLOS").ndim == 3
 
 
 def test_its_own_image_processor_is_read_and_odd_sizes_are_refused(folder: Path, tmp_path: Path) -> None:
