@@ -235,21 +235,24 @@ def evaluate(
 
 
 @as_the_command("predict")
-def predict(model: Folder, images: Picture | Sequence[Picture], *, threshold: float = 0.5) -> list[Prediction]:
+def predict(
+    model: Folder, images: Picture | Sequence[Picture], *, threshold: float = 0.5, classes: Sequence[str] = ()
+) -> list[Prediction]:
     """What a detector finds in each image: files, Pillow's pictures, or RGB uint8 arrays [H, W, 3]; one image is a list of one.
-    Writes nothing. threshold: lowest score."""
+    Writes nothing. threshold: lowest score. classes: what a detector that is asked in words is to look for."""
     import numpy as np
     from PIL import Image
 
     from pipelines.inspection.predict import read_image
-    from qskd.detectors import load_detector, read_preprocessing
+    from qskd.detectors import check_classes, load_detector, read_preprocessing
     from qskd.evaluation.inference import predict_image
     from qskd.storage.places import fetched
 
     one = isinstance(images, str | Path | Image.Image | np.ndarray)
     several: Sequence[Any] = [images] if one else images  # type: ignore[assignment]
     with fetched(os.fspath(model)) as folder:
-        detector, preprocessing = load_detector(folder).eval(), read_preprocessing(folder)
+        check_classes(folder, classes)
+        detector, preprocessing = load_detector(folder, words=classes).eval(), read_preprocessing(folder)
     said = []
     for image in several:
         if isinstance(image, Image.Image):

@@ -70,6 +70,15 @@ AllFields = Annotated[
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
 Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector, or of a run.")]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar="A,B,C",
+        help="What a detector that is asked in words (Grounding DINO) is to look for.",
+        show_default=False,
+    ),
+]
 Size = Annotated[
     int | None,
     typer.Option("--size", min=1, max=8192, help="Side of square images, in pixels; otherwise the checkpoint's own."),
@@ -108,6 +117,11 @@ def check_all_fields(*, all_fields: bool, dry_run: bool) -> None:
     """QskdError for --all-fields where it would have no effect."""
     if all_fields and not dry_run:
         raise QskdError("--all-fields", "has no effect without --dry-run", "both, or neither", "add --dry-run")
+
+
+def names_in(given: str | None) -> tuple[str, ...]:
+    """What `--classes cat,dog` names."""
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
 
 
 def one_of(option: str, value: str, *known: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Model, Set, local_path, one_of, run
+from pipelines.command import Classes, DryRun, Model, Set, local_path, names_in, one_of, run
 from pipelines.run.logs import tell
 
 
@@ -62,6 +62,7 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file of other labels of `qskd label`.")
     ] = False,
+    classes: Classes = None,
     dry_run: DryRun = False,
 ) -> None:
     """Label pictures by a detector's detections: COCO JSON, with scores. The same command again goes on where it was stopped."""
@@ -82,6 +83,7 @@ def command(
         precision=config.compute.evaluation_precision,
         overwrite=overwrite,
         onto=onto,
+        classes=names_in(classes),
     )
     if dry_run:
         tell(job.make_plan(asked).describe())

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Model, local_path, run
+from pipelines.command import Classes, DryRun, Model, local_path, names_in, run
 from pipelines.run.logs import tell
 
 
@@ -41,6 +41,7 @@ def command(
             parser=local_path, metavar="PATH", help="COCO JSON whose image and category ids the results carry."
         ),
     ] = None,
+    classes: Classes = None,
     dry_run: DryRun = False,
 ) -> None:
     """Draw a detector's boxes on images and videos; keep them as COCO's results and a table."""
@@ -49,7 +50,7 @@ def command(
     from qskd.printable import shown_path
     from qskd.storage.places import check_uri
 
-    asked = program.request(model, images, out, threshold, pictures, every, annotations)
+    asked = program.request(model, images, out, threshold, pictures, every, annotations, names_in(classes))
     if dry_run:
         check_uri(model)
         tell(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qskd.config import Config
 from qskd.datasets.classes import NOBODY, listing, map_classes, respelled
 from qskd.datasets.manifest import Manifest
-from qskd.detectors import labels_of, read_config
+from qskd.detectors import read_config, words_for
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
@@ -20,6 +20,7 @@ from qskd.teacher.directions import FILE as DIRECTIONS
 from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
+from qskd.teacher.told.results import teacher_labels
 
 
 def check_teacher(config: Config) -> None:
@@ -50,7 +51,7 @@ def check_unlabeled(config: Config, labels: Sequence[str]) -> None:
             "`qskd distill`; or have a teacher label them once: `qskd label TEACHER IMAGES OUT.json`, then `qskd prepare`; or "
             "leave them out: --set data.unlabeled=[]",
         )
-    slots = map_classes(labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+    slots = map_classes(labels, _teacher_labels(config, labels), config.teacher.class_map)
     if silent := [name for name, slot in zip(labels, slots, strict=True) if slot == NOBODY]:
         raise QskdError(
             "data.unlabeled",
@@ -164,7 +165,12 @@ def lacks_directions(config: Config, manifest: CacheManifest) -> bool:
 def check_classes(config: Config, train: Manifest) -> None:
     """QskdError where the teacher does not know all classes. Reads no weights."""
     if config.distillation.method != "none":
-        map_classes(train.labels, labels_of(read_config(config.teacher.path)), config.teacher.class_map)
+        map_classes(train.labels, _teacher_labels(config, train.labels), config.teacher.class_map)
+
+
+def _teacher_labels(config: Config, labels: Sequence[str]) -> tuple[str, ...]:
+    """By slot; of a teacher that is asked in words, what it is asked for these classes."""
+    return teacher_labels(config.teacher.path, words_for(labels, config.teacher.class_map))
 
 
 def check_decoder(config: Config) -> None:
@@ -194,7 +200,7 @@ def class_notices(config: Config, train: Manifest) -> list[str]:
     """What there is to say of classes that the teacher spells otherwise, or knows nothing of. Reads no weights."""
     if config.distillation.method == "none":
         return []
-    labels = labels_of(read_config(config.teacher.path))
+    labels = _teacher_labels(config, train.labels)
     slots = map_classes(train.labels, labels, config.teacher.class_map)
     told = []
     if said := respelled(train.labels, labels, slots):

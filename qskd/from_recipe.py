@@ -10,7 +10,7 @@ from qskd.config import Config
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import read_annotations
-from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
+from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector, words_for
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.evaluation.detections import GroundTruth
@@ -20,6 +20,8 @@ from qskd.teacher.decoder import load_decoder
 from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.told.results import is_results, read_results, teacher_labels
+from qskd.teacher.told.teacher import ToldTeacher
 
 log = logging.getLogger("qskd")
 
@@ -41,9 +43,18 @@ def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
     if config.distillation.method == "none":
         return None
     check_teacher(config)
-    detector = load_detector(config.teacher.path)
+    path, words = config.teacher.path, words_for(labels, config.teacher.class_map)
+    if is_results(path):
+        slots = map_classes(labels, teacher_labels(path, words), config.teacher.class_map)
+        return ToldTeacher(read_results(path), load_manifest(config.data.train).categories, slots, config.data.views)
+    detector = load_detector(path, words=words)
     slots = map_classes(labels, detector.labels, config.teacher.class_map)
     return OnlineTeacher(detector, slots, teacher_preprocessing(config), config.teacher.levels)
+
+
+def teacher_to_ask(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
+    """`make_teacher`'s, if it can be shown a picture; None of a file of detections."""
+    return None if is_results(config.teacher.path) else make_teacher(config, labels)
 
 
 def make_student(config: Config, labels: Sequence[str], teacher: Detector | None = None) -> Detector:
@@ -59,7 +70,8 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
         return student, ""
     if not config.teacher.path:
         raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
-    teacher = teacher or load_detector(config.teacher.path)
+    words = words_for(labels, config.teacher.class_map)
+    teacher = teacher or load_detector(config.teacher.path, words=words)
     done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
     if not done.copied:
         fields = [f"student.{name}: {size}, the teacher's" for name, size in fitting_sizes(student, teacher).items()]

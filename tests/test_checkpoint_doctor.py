@@ -56,10 +56,10 @@ def test_what_cannot_be_used_is_said_with_what_to_do(tmp_path: Path) -> None:
     assert said["images"].status == said["as a teacher"].status == "problem"
     assert "60 x 60 pixels, expected height and width divisible by 8" in said["images"].found
     assert "resize" in said["images"].remedy
-    change(folder, {"model_type": "yolos"})
+    change(folder, {"model_type": "owlvit"})
     (only,) = model_checks(str(folder))
     assert only.status == "problem"
-    assert "'yolos'" in only.found
+    assert "'owlvit'" in only.found
     (gone,) = model_checks(str(tmp_path / "nowhere"))
     assert "no such folder" in gone.found
     hf.ResNetBackbone(hf.ResNetConfig(**{**tiny.STUDENT["backbone"], "layer_type": "basic"})).save_pretrained(

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     ConditionalDetrImageProcessorPil,
-    YolosConfig,
+    OwlViTConfig,
 )
 
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -164,9 +164,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "yolos")
-    YolosConfig().save_pretrained(folder)
-    with pytest.raises(QskdError, match=r"'yolos'\n.*detr, conditional_detr, dab-detr"):
+    folder = saved(tmp_path / "owlvit")
+    OwlViTConfig().save_pretrained(folder)
+    with pytest.raises(QskdError, match=r"'owlvit'\n.*detr, conditional_detr, dab-detr"):
         load_detector(folder)
 
 

@@ -31,6 +31,7 @@ from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.positives import Agreement, mirrored_arrays
+from qskd.teacher.told.teacher import ToldTeacher
 
 # Derived and real positives differ by 0.01 to 0.02 for the package's teacher (docs/cache.md).
 PREDICTIONS_MARGIN = 0.05
@@ -48,6 +49,13 @@ def verify_derived(config: Config, count: int) -> dict[str, float]:
     plan = make_cache_plan(cache_sources(resolve(config, "cache"))[0])
     teacher = make_teacher(plan.config, plan.data.labels)
     assert teacher is not None
+    if isinstance(teacher, ToldTeacher):
+        raise QskdError(
+            "--verify-derived",
+            f"{plan.config.teacher.path}, whose boxes are exact in any view",
+            "a teacher to ask",
+            "leave it out",
+        )
     torch.set_num_threads(plan.config.compute.threads_per_worker or torch.get_num_threads())
     found, views = _of_flips(plan, teacher, count).summary(), plan.config.data.views
     if not views.crop_probability or views.crop_min_scale == 1:
@@ -60,7 +68,7 @@ def look_at_flips(plan: CachePlan, teacher: OnlineTeacher) -> tuple[bool, str] |
     """Whether flips of a few images may be derived, for at most about `SECONDS`, and a sentence that says it. None where the recipe
     derives none, there is no object to look at, or one of the images can't be read: a look stops no job."""
     config = plan.config
-    if config.data.views.derived_taken == "none":
+    if config.data.views.derived_taken == "none" or isinstance(teacher, ToldTeacher):
         return None
     try:
         agreement = _of_flips(plan, teacher, IMAGES, SECONDS)

@@ -23,6 +23,7 @@ from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.positives import positives
+from qskd.teacher.told.teacher import ToldTeacher
 
 log = logging.getLogger("qskd")
 
@@ -62,6 +63,8 @@ class Crops:
 def look_at_crops(plan: CachePlan, teacher: OnlineTeacher) -> Crops | None:
     """Ask the teacher about some images, each as its first cropped view and whole; None where no view is cropped, or one of the
     images can't be read: a look stops no job, which names what is broken when it comes to it."""
+    if isinstance(teacher, ToldTeacher):  # cut and mirrored boxes are what they are
+        return None
     try:
         return _crops(plan, teacher)
     except QskdError:

@@ -41,6 +41,7 @@ from qskd.teacher.manifest import (
     sizes_of,
 )
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.told.checks import check_told
 
 log = logging.getLogger("qskd")
 Unit = tuple[int, int]  # shard, view
@@ -109,6 +110,7 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
     `overwrite`), or no cache at all."""
     check_path(config)
     check_teacher(config)
+    check_told(config)
     check_columns(config)
     check_data(config, ("train",))
     data, path = source_manifest(config.data), config.teacher.cache.path

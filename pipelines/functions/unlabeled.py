@@ -30,6 +30,7 @@ def label(
     workers: int = 0,
     threads: int = 1,
     overwrite: bool = False,
+    classes: Sequence[str] = (),
 ) -> Labels:
     """Label a folder of pictures, or a text file that lists some, by a detector's detections: COCO JSON, with scores; the same
     call again goes on where it was stopped. recipe, set: as of `evaluate`. workers: 0 does it in this process; otherwise the most
@@ -49,6 +50,7 @@ def label(
         precision=config.compute.evaluation_precision,
         overwrite=overwrite,
         onto=None if onto is None else Path(onto),
+        classes=tuple(classes),
     )
     with unless(False):
         return job.run(asked, quiet=True)

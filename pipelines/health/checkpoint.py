@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.health.machine import show
 from pipelines.health.services import Check, guarded
-from qskd.config import FACTS, BackboneConfig
+from qskd.config import BOXES_ALONE, FACTS, TEACHERS_ONLY, BackboneConfig
 from qskd.errors import QskdError
 from qskd.redaction import redacted
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qskd.teacher.online import OnlineTeacher
 
 _BACKBONES = get_args(BackboneConfig.model_fields["type"].annotation)
+_TRIED = ("object",)  # what a detector that is asked in words is asked here
 _SHOWN = 5  # names of classes
 _ATTENDED = 10  # queries whose attention is measured
 
@@ -42,9 +43,9 @@ def model_checks(path: str) -> list[Check]:
         folder = check_path(path, weights=False)
         said, _ = read_said(folder)
         kind = str(said.get("model_type", "unknown"))[:80]
-        if kind not in FACTS:
+        if kind not in FACTS and kind not in TEACHERS_ONLY:
             return [_other(kind, folder)]
-        loaded = _Loaded(load_detector(folder), read_preprocessing(folder))
+        loaded = _Loaded(load_detector(folder, words=_TRIED), read_preprocessing(folder))
     except QskdError as error:
         return [Check("checkpoint", "problem", f"{error.where}: {_said(error)}", error.remedy)]
     steps: list[tuple[str, Callable[[], Check]]] = [
@@ -68,16 +69,19 @@ def _other(kind: str, folder: str) -> Check:
         found = f"a {kind}, which is a backbone: a student can start on it"
         remedy = f"student: {{backbone: {{type: {kind}, init: {redacted(folder)}}}}}, with its sizes"
         return Check("checkpoint", "note", found, remedy)
-    known = f"a detector of {', '.join(FACTS)}, or a backbone: {', '.join(_BACKBONES)}"
+    known = f"a detector of {', '.join([*FACTS, *TEACHERS_ONLY])}, or a backbone: {', '.join(_BACKBONES)}"
     return Check("checkpoint", "problem", f"a model of type {kind!r}, which qskd does not know", f"choose {known}")
 
 
 def _family(loaded: _Loaded) -> Check:
     config, kind = loaded.config, loaded.detector.family
+    title = TEACHERS_ONLY.get(kind) or FACTS[kind].title
+    if kind in BOXES_ALONE:
+        return Check("family", "ok", f"{title} ({kind}), which is no DETR: it says boxes and classes, and has no maps")
     backbone = getattr(config.backbone_config, "model_type", "unknown")
     maps = zip(loaded.detector.memory_strides, loaded.detector.memory_channels, strict=True)
     levels = ", ".join(f"{channels} channels at stride {stride}" for stride, channels in maps)
-    return Check("family", "ok", f"{FACTS[kind].title} ({kind}) on {backbone}; maps: {levels}")
+    return Check("family", "ok", f"{title} ({kind}) on {backbone}; maps: {levels}")
 
 
 def _size(loaded: _Loaded) -> Check:
@@ -92,6 +96,12 @@ def _size(loaded: _Loaded) -> Check:
 
 
 def _classes(loaded: _Loaded) -> Check:
+    if _family_of(loaded).asked_in_words:
+        most = loaded.config.max_text_len
+        found = f"asked in words, for a dataset's names or --classes, in texts of {most} tokens at most; tried with {_TRIED[0]!r}"
+        return Check(
+            "classes", "ok", f"{found}; several texts: as many passes of the whole detector, and as many queries"
+        )
     labels = loaded.detector.labels
     named = [label for label in labels if label != "N/A"]
     more = f", and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
@@ -146,6 +156,9 @@ def _teacher(loaded: _Loaded) -> Check:
         least = _row_bytes(teacher((maps - 1,)), _shape(loaded), 0)
     except QskdError as error:
         return Check("as a teacher", "problem", f"{error.where}: {_said(error)}", error.remedy)
+    if not detector.memory_channels:
+        found = f"runs; a cached image takes {bytes_text(none)}; of predictions alone: distillation.features.weight=0"
+        return Check("as a teacher", "ok", found)
     found = (
         f"runs; a cached image takes {bytes_text(none)} in int8, and {bytes_text((some - none) / attended)} for each query "
         "whose attention is kept (those that overlap an object)"
@@ -173,6 +186,10 @@ def _student(loaded: _Loaded, path: str) -> Check:
     from qskd.checkpoints.timm_resnet import is_dilated
 
     name, detector = "as a student", loaded.detector
+    if detector.family in TEACHERS_ONLY:
+        return Check(
+            name, "note", "no: it can only teach", f"teacher: {{path: {redacted(path)}}}, and a student.family"
+        )
     facts, start = FACTS[detector.family], f"student.init: {redacted(path)}"
     if is_dilated(detector.model):
         return Check(

@@ -17,7 +17,7 @@ from qskd.datasets.classes import NOBODY, Explicit, map_classes, model_side
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import ROWS_PER_GROUP
-from qskd.detectors import Preprocessing, load_detector
+from qskd.detectors import Preprocessing, load_detector, words_for
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import predict_pairs
 from qskd.evaluation.pairs import Pairs, pairs_of_transformers
@@ -71,7 +71,8 @@ class DetectorActor:
         self.starts = np.cumsum([0, *manifest.shard_rows])
         self.device = device_of(job.device)
         with fetched(job.model) as folder:
-            self.detector = load_detector(folder).to(self.device).eval()
+            words = words_for(manifest.labels, job.class_map)
+            self.detector = load_detector(folder, words=words).to(self.device).eval()
         slots = map_classes(manifest.labels, self.detector.labels, job.class_map, model_side(job.model))
         known = [(slot, one.id) for slot, one in zip(slots, manifest.categories, strict=True) if slot != NOBODY]
         self.slots, self.category_ids = ([pair[side] for pair in known] for side in (0, 1))

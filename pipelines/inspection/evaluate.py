@@ -26,7 +26,7 @@ from qskd.config.recipe import parse_override
 from qskd.datasets.classes import Explicit, map_classes, model_side
 from qskd.datasets.findings.splits import beyond_reach
 from qskd.datasets.manifest import Manifest, check_labelled, load_manifest
-from qskd.detectors import load_detector, read_preprocessing
+from qskd.detectors import load_detector, read_preprocessing, words_for
 from qskd.errors import QskdError
 from qskd.evaluation.average_precision import evaluate_coco
 from qskd.evaluation.details import Evaluation, evaluate_in_detail
@@ -82,7 +82,8 @@ def evaluate(
         log.warning("%s has no objects: nothing can be measured on it", data)
     check_shards(data, manifest)
     with fetched(model) as folder:
-        preprocessing, detector = read_preprocessing(folder, resize), load_detector(folder)
+        words = words_for(manifest.labels, class_map)
+        preprocessing, detector = read_preprocessing(folder, resize), load_detector(folder, words=words)
         map_classes(
             manifest.labels, detector.labels, class_map or {}, model_side(model)
         )  # complain before anything starts

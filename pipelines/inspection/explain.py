@@ -26,13 +26,14 @@ from qskd.detectors import Detector, Preprocessing, load_detector, read_preproce
 from qskd.detectors.student import family_of
 from qskd.distillation.find import refuse_strange_methods
 from qskd.errors import QskdError
-from qskd.from_recipe import make_student, make_teacher
+from qskd.from_recipe import make_student, teacher_to_ask
 from qskd.pictures.explain import DatasetDetector, Explanation, explain
 from qskd.pictures.explained import explanation_picture, warning_of
 from qskd.storage.ownership import check_picture
 from qskd.storage.places import fetched, open_folder
 from qskd.storage.stores import join, patiently
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.told.results import is_results
 
 log = logging.getLogger("qskd")
 AFTER = "Student"
@@ -169,9 +170,9 @@ def write_explanations(
     labels = _labels(config, dataset, described, students)
     # Who is in the picture is found before the teacher is loaded: it may be large.
     subjects = [find_subject(image, config, dataset, described, view) for image, _ in pairs]
-    teacher = make_teacher(config, labels)
+    teacher = teacher_to_ask(config, labels)
     if teacher is None:
-        log.warning("%s has no teacher: its pictures are of objects and students only", config.name)
+        log.warning("%s has no teacher that can be asked: its pictures are of objects and students only", config.name)
     else:
         teacher.to(device)
     detectors = {} if before else initial_student(config, labels, device, teacher)
@@ -195,7 +196,7 @@ def _labels(
 ) -> tuple[str, ...]:
     others = [detector.labels for detector in reversed(list(students.values()))]
     found = classes(dataset, described, others)
-    if not found and config.teacher.path:
+    if not found and config.teacher.path and not is_results(config.teacher.path):
         found = tuple(label for label in dict.fromkeys(load_detector(config.teacher.path).labels) if label != "N/A")
     if not found:
         raise QskdError(

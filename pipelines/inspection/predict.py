@@ -20,7 +20,7 @@ from pipelines.inspection.results import Ids, Prediction, check_results, ids_for
 from pipelines.inspection.sources import DRAWN, IMAGE_ENDINGS, files_of, is_video
 from pipelines.inspection.videos import VideoWriter, check_video, check_video_target, frame_rate, frames
 from qskd.datasets.views import decoded
-from qskd.detectors import Detector, Preprocessing, load_detector, read_preprocessing
+from qskd.detectors import Detector, Preprocessing, check_classes, load_detector, read_preprocessing
 from qskd.errors import QskdError, writing
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import predict_image
@@ -102,7 +102,8 @@ def write_picture(pixels: np.ndarray, target: Path, inputs: Sequence[str | Path]
 @dataclass(frozen=True)
 class Request:
     """What is to be predicted. sources: files alone (`files_of`). pictures: whether boxes are drawn. every: of a video each
-    Nth frame is looked at. annotations: COCO JSON with the ids of images and categories."""
+    Nth frame is looked at. annotations: COCO JSON with the ids of images and categories. classes: what a detector that is asked in
+    words is to look for."""
 
     model: str
     sources: tuple[Path, ...]
@@ -111,6 +112,7 @@ class Request:
     pictures: bool = True
     every: int = 1
     annotations: Path | None = None
+    classes: tuple[str, ...] = ()
 
     def targets(self) -> list[tuple[Path, Path]]:
         """As `targets`; looks at all that can be wrong before the detector is loaded."""
@@ -131,9 +133,10 @@ def request(
     pictures: bool = True,
     every: int = 1,
     annotations: Path | None = None,
+    classes: Sequence[str] = (),
 ) -> Request:
     """given: files, folders and patterns."""
-    return Request(model, tuple(files_of(given)), out, threshold, pictures, every, annotations)
+    return Request(model, tuple(files_of(given)), out, threshold, pictures, every, annotations, tuple(classes))
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ def predict_all(asked: Request) -> Iterator[tuple[list[Prediction], tuple[str, .
     JSON and CSV go at the end. An image that can't be read is told and left out; at the end it is a QskdError."""
     pairs = asked.targets()
     with fetched(asked.model) as folder:
-        detector = load_detector(folder).eval().to(device_of("auto"))
+        check_classes(folder, asked.classes)
+        detector = load_detector(folder, words=asked.classes).eval().to(device_of("auto"))
         look = Looking(detector, read_preprocessing(folder), asked.threshold)
     if notice := notice_of(detector.model):
         log.warning("%s: %s", one_line(asked.model), notice)

@@ -46,7 +46,8 @@ class Job:
 
     slots: the teacher's logit slot of each class that it knows; category_ids and thresholds: that class's, in the same order.
     root: what file names are relative to. parts: the folder of the parts' files. skip: whether broken pictures are left out.
-    identity: sha256 of all that decides the labels beside the pictures. most: detections of an image that may become labels.
+    words: what a teacher that is asked in words is asked. identity: sha256 of all that decides the labels beside the pictures.
+    most: detections of an image that may become labels.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Job:
     device: str = "auto"
     precision: str = "float32"
     most: int = MOST
+    words: tuple[str, ...] = ()
 
     def fingerprint(self, pictures: Sequence[Picture]) -> str:
         """Of a part: the same, the same labels."""
@@ -78,7 +80,7 @@ class LabelActor:
         torch.set_num_threads(job.threads)
         self.device = device_of(job.device)
         with fetched(job.model) as folder:
-            self.detector = load_detector(folder).to(self.device).eval()
+            self.detector = load_detector(folder, words=job.words).to(self.device).eval()
         self.pictures = PicturesInFolder(Path(job.root))
         self.threshold = dict(zip(job.category_ids, job.thresholds, strict=True))
 

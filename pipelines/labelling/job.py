@@ -37,7 +37,15 @@ from qskd.datasets.classes import NOBODY, Explicit, listing, map_classes, model_
 from qskd.datasets.manifest import check_labelled, load_manifest
 from qskd.datasets.samples import Category
 from qskd.datasets.unlabeled.pictures import UnlabeledDataset
-from qskd.detectors import checkpoint_digests, load_detector, read_preprocessing
+from qskd.detectors import (
+    asked_in_words,
+    check_classes,
+    checkpoint_digests,
+    load_detector,
+    prompt_of,
+    read_preprocessing,
+    words_for,
+)
 from qskd.errors import QskdError
 from qskd.printable import one_line
 from qskd.storage.places import fetched
@@ -54,9 +62,10 @@ RULE = (
 @dataclass(frozen=True)
 class Request:
     """What is asked. images: a folder or a list. like: a labelled shard folder, whose categories the labels get; empty: the
-    teacher's own classes. threshold: of every class; None: as RULE says. resize, class_map, device, precision: as a recipe has
-    them. workers: the most processes; 0: here, without Ray. onto: a COCO JSON of the pictures (images: their folder), whose objects
-    the labels are joined to; class_map is then of its categories, unless like has it."""
+    teacher's own classes, or `classes`, of one that is asked in words. threshold: of every class; None: as RULE says. resize,
+    class_map, device, precision: as a recipe has them. workers: the most processes; 0: here, without Ray. onto: a COCO JSON of the
+    pictures (images: their folder), whose objects the labels are joined to; class_map is then of its categories, unless like has
+    it."""
 
     model: str
     images: Path
@@ -73,6 +82,7 @@ class Request:
     precision: str = "float32"
     overwrite: bool = False
     onto: Path | None = None
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,11 +154,17 @@ def make_plan(asked: Request) -> Plan:
         dataset = UnlabeledDataset(asked.images, None, asked.on_error)
     else:
         dataset = LabelledPictures(asked.onto, asked.images, asked.on_error)
+    if asked.like and asked.classes:
+        raise QskdError("--classes", "with --like, whose classes are asked for", "one of the two", "leave one out")
+    data = load_manifest(asked.like) if asked.like else None
+    words = asked.classes if data is None else words_for(data.labels, asked.class_map)
     with fetched(asked.model) as folder:
-        preprocessing, detector = read_preprocessing(folder, asked.resize), load_detector(folder)
+        check_classes(folder, asked.classes)
+        preprocessing, detector = read_preprocessing(folder, asked.resize), load_detector(folder, words=words)
         digests, labels, own_ids = checkpoint_digests(folder), detector.labels, detector.category_ids
-    if asked.like:
-        data = load_manifest(asked.like)
+        if asked_in_words(folder):
+            digests["teacher.prompt"] = "\n".join(prompt_of(folder, words).texts)
+    if data is not None:
         check_labelled(asked.like, data)
         categories = data.categories
         slots = map_classes(data.labels, labels, asked.class_map or {}, model_side(asked.model))
@@ -190,6 +206,7 @@ def make_plan(asked: Request) -> Plan:
         device=asked.device,
         precision=asked.precision,
         most=BEST if own else MOST,
+        words=words,
     )
     return Plan(asked, dataset, categories, known, job)
 

@@ -20,11 +20,12 @@ from qskd.datasets.splits import class_map_for
 from qskd.datasets.unlabeled.joined import training_manifest, unlabeled_manifests
 from qskd.deploy.model_card import Card, Figures, method_titles, read_card, write_card
 from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
-from qskd.detectors import Detector, load_detector
+from qskd.detectors import Detector, load_detector, words_for
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.storage.places import open_folder
 from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.told.results import is_results
 from qskd.untrusted import parse_large_json
 
 log = logging.getLogger("qskd")
@@ -107,14 +108,17 @@ def card_of_run(
     sizes: dict[str, ResizeConfig] = {}
     teacher = _here(config.teacher.path)
     if verb == "distill" and config.distillation.method != "none":
-        name = f"teacher, `{teacher}`"
-        measured[name] = (load_detector(config.teacher.path), teacher_metrics(config))
-        sizes[name] = teacher_preprocessing(config).resize
+        name, words = f"teacher, `{teacher}`", words_for(train.labels, config.teacher.class_map)
+        if not is_results(config.teacher.path):
+            measured[name] = (load_detector(config.teacher.path, words=words), teacher_metrics(config))
+            sizes[name] = teacher_preprocessing(config).resize
     detector = load_detector(student)
     measured["this model"], sizes["this model"] = (detector, metrics), config.student.resize
     rows, timing = figures(measured, sizes, config)
     if verb == "distill":
         where = config.card.baseline
+        if not rows[:-1] and is_results(config.teacher.path):
+            rows.insert(0, Figures(f"teacher, detections in `{teacher}`", {}))
         beside = Figures("the same student, no teacher", baseline_metrics(where) if where else {})
         rows.insert(-1, beside)
     card = config.card

@@ -28,7 +28,7 @@ from qskd.datasets.views import View
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.shown import is_measured
-from qskd.from_recipe import make_teacher
+from qskd.from_recipe import teacher_to_ask
 from qskd.pictures.explain import Explanation, explain
 from qskd.pictures.explained import explanation_picture
 from qskd.pictures.plots import curve_plot, draw_boxes, picture_grid
@@ -45,7 +45,7 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
     which a training from the cache has not done."""
     train = training_manifest(config.data)
     started, labels, device = time.perf_counter(), train.labels, device_here(config)
-    teacher = make_teacher(config, labels)
+    teacher = teacher_to_ask(config, labels)
     if teacher is not None:
         teacher.to(device)
     student = load_detector(student_folder), read_preprocessing(student_folder)

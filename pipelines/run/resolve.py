@@ -39,7 +39,7 @@ def resolve(config: Config, verb: str) -> ResolvedConfig:
         path = local_model(os.path.expanduser(path))  # of a run's folder the student's, which is what is recorded
         # A job's working folder is a copy, in the same place for every worker but in another for the next job: a path in
         # it is left relative, or a run could not be continued.
-        return absolute(path) if os.path.isdir(path) and not (in_a_job() and not os.path.isabs(path)) else path
+        return absolute(path) if os.path.exists(path) and not (in_a_job() and not os.path.isabs(path)) else path
 
     places: dict[str, Any] = {"train": absolute(config.data.train), "val": absolute(config.data.val)}
     places["unlabeled"] = tuple(map(absolute, config.data.unlabeled))

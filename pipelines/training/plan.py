@@ -43,6 +43,7 @@ from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, load_cache_manifest
+from qskd.teacher.told.checks import check_told
 
 SLOW_PATH = "run in every training step: the slow path (`qskd cache` runs it once, for all trainings)"
 
@@ -202,6 +203,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
             ]
         if not caches:  # else its identity was compared, classes included
             check_classes(config, train)
+        check_told(config, caches[0] if caches else None)
         check_decoder(config)
         said += class_notices(config, train)
     own = teacher_preprocessing(config).resize if verb == "distill" and not caches else config.student.resize

@@ -42,6 +42,7 @@ _CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "use_kernels", "ke
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")  # not "hf-hub:..." or "local-dir:...", which timm reads too
 # One a family may be built on: none has configurations inside its own.
 _BACKBONES = {name for name in MODEL_FOR_BACKBONE_MAPPING_NAMES if name in CONFIG_MAPPING} - {"sapiens2", "tipsv2"}
+_TEXT_MODEL = "bert"
 _BASE = {field.name for field in fields(PreTrainedConfig)}
 
 
@@ -51,8 +52,8 @@ def detector_config(said: dict[str, Any], where: str) -> Any:
     family = find_family(kind, where)
     _refuse_other_models(said, where)
     _check_old_backbone(said, where)
-    config = _build(CONFIG_MAPPING[kind], _taken(spell_out(said), CONFIG_MAPPING[kind], where), where)
-    width = config.d_model if kind != "dab-detr" else config.hidden_size
+    config = _build(CONFIG_MAPPING[kind], _taken(spell_out(said), CONFIG_MAPPING[kind], where, detector=True), where)
+    width = config.hidden_size if kind in ("dab-detr", "yolos") else config.d_model
     parts = dict.fromkeys(("decoder", "decoder_self", "decoder_cross"), width)
     for part, channels in {"encoder": getattr(config, "encoder_hidden_dim", width), **parts}.items():
         heads = getattr(config, f"{part}_attention_heads", 1)
@@ -122,7 +123,7 @@ def _check_old_backbone(said: dict[str, Any], where: str) -> None:
     indices = (given or {}).get("out_indices", [])
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
         raise _refused(where, "backbone_kwargs.out_indices", shown(indices), "a list of numbers")
-    if backbone and not said.get("backbone_config") and (timm is False or not FACTS[said["model_type"]].means_timm):
+    if backbone and not said.get("backbone_config") and (timm is False or not _means_timm(said)):
         raise _refused(
             where,
             "backbone",
@@ -132,17 +133,25 @@ def _check_old_backbone(said: dict[str, Any], where: str) -> None:
         )
 
 
-def _taken(said: dict[str, Any], config_class: Any, where: str, prefix: str = "") -> dict[str, Any]:
+def _means_timm(said: dict[str, Any]) -> bool:
+    facts = FACTS.get(said["model_type"])
+    return facts is not None and facts.means_timm
+
+
+def _taken(
+    said: dict[str, Any], config_class: Any, where: str, prefix: str = "", detector: bool = False
+) -> dict[str, Any]:
     own = {field.name for field in fields(config_class) if field.name not in _BASE}
     own |= {name for name in ("is_encoder_decoder",) if name in config_class.__annotations__}
     own |= set(config_class.attribute_map) - _BASE
-    backbone = not config_class.sub_configs_defaults
-    own |= {"out_features", "out_indices"} if backbone else {"use_timm_backbone"}
+    own |= {"out_features", "out_indices"} if not detector else {"use_timm_backbone"}
     clean: dict[str, Any] = {"model_type": config_class.model_type}
     for name in sorted(own & said.keys()):
         value = said[name]
         if name == "backbone_config":
             clean[name] = _backbone(value, where)
+        elif name == "text_config":
+            clean[name] = _text_model(value, where)
         elif not name.startswith("_"):
             _check_value(value, name, prefix + name, where)
             clean[name] = value
@@ -153,7 +162,7 @@ def _taken(said: dict[str, Any], config_class: Any, where: str, prefix: str = ""
         raise _refused(where, prefix + "backbone", shown(clean.get("backbone")), expected)
     if clean.get("anchor_image_size") is not None:
         _check_anchors(clean, where)
-    if backbone:
+    if not detector:
         return clean
     return clean | _labels(said, where) | _architectures(said, where) | _category_ids(said, where)
 
@@ -167,6 +176,19 @@ def _backbone(said: Any, where: str) -> dict[str, Any] | None:
         raise _refused(where, "backbone_config", f"model_type {shown(kind)}", expected)
     _refuse_other_models(said, f"{where}, backbone_config")
     return _taken(said, CONFIG_MAPPING[kind], where, "backbone_config.")
+
+
+def _text_model(said: Any, where: str) -> dict[str, Any] | None:
+    """Of a detector that is asked in words."""
+    if said is None:
+        return None
+    kind = said.get("model_type", _TEXT_MODEL) if isinstance(said, dict) else said
+    if not isinstance(said, dict) or kind != _TEXT_MODEL:
+        raise _refused(
+            where, "text_config", f"model_type {shown(kind)}", f"a {_TEXT_MODEL}, as all that are published have"
+        )
+    _refuse_other_models(said, f"{where}, text_config")
+    return _taken(said, CONFIG_MAPPING[_TEXT_MODEL], where, "text_config.")
 
 
 def _check_value(value: Any, name: str, field: str, where: str, depth: int = 0) -> None:

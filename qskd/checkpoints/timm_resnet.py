@@ -64,7 +64,7 @@ def spell_out(said: dict[str, Any]) -> dict[str, Any]:
 
 def find_timm(config: Any) -> TimmResNet | None:
     """The timm ResNet that transformers' configuration names; None for another backbone, timm's or not."""
-    backbone = config.backbone_config
+    backbone: Any = getattr(config, "backbone_config", None)
     if getattr(backbone, "model_type", "") != "timm_backbone" or not _NAME.fullmatch(backbone.backbone or ""):
         return None
     indices = tuple(index if index >= 0 else index + 5 for index in backbone.out_indices)  # timm counts the stem as 0

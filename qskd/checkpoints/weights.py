@@ -47,6 +47,13 @@ def check_path(path: str | Path, weights: bool = True) -> str:
     if "://" in str(path):
         raise uri_refused(str(path))
     folder = Path(path).expanduser()
+    if folder.is_file() and folder.suffix.lower() == ".json":
+        raise QskdError(
+            str(path),
+            "a JSON file, and no detector that can be run",
+            "a folder saved by transformers, or a Hub name",
+            "detections in such a file can teach: teacher.path of a recipe, with teacher.cache.path (docs/teachers.md)",
+        )
     if not folder.is_dir():
         # "student" is what a run calls its own: a mistyped run, of which no Hub need hear, nor see the user's token.
         named = str(path)
@@ -161,10 +168,11 @@ def check_keys(
 
 def check_timm(path: str | Path, config: Any) -> None:
     """Refuse a checkpoint whose backbone is timm's, and no ordinary ResNet, when timm is not there."""
-    if getattr(config.backbone_config, "model_type", "") == "timm_backbone" and not importlib.util.find_spec("timm"):
+    backbone = getattr(config, "backbone_config", None)
+    if getattr(backbone, "model_type", "") == "timm_backbone" and not importlib.util.find_spec("timm"):
         raise QskdError(
             str(path),
-            f"its backbone is timm's {getattr(config.backbone_config, 'backbone', '?')}, and timm is not installed",
+            f"its backbone is timm's {getattr(backbone, 'backbone', '?')}, and timm is not installed",
             "a backbone of transformers, timm's ResNet-18, 34, 50, 101 or 152 (read without timm), or timm",
             "pip install timm (it needs torchvision), or choose another checkpoint",
         )

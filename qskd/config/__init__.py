@@ -20,5 +20,7 @@ from qskd.config.sections import TeacherConfig as TeacherConfig
 from qskd.config.sections import TrackingConfig as TrackingConfig
 from qskd.config.sections import TrainingConfig as TrainingConfig
 from qskd.config.student import StudentConfig as StudentConfig
+from qskd.families.facts import BOXES_ALONE as BOXES_ALONE
 from qskd.families.facts import FACTS as FACTS
+from qskd.families.facts import TEACHERS_ONLY as TEACHERS_ONLY
 from qskd.families.facts import Family as Family

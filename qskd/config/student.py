@@ -12,7 +12,7 @@ from qskd.config.images import ResizeConfig
 from qskd.config.quantization import QuantizationConfig
 from qskd.config.section import Count, Fraction, Layers, Section, Width
 from qskd.config.student_sizes import SizeName, resolve
-from qskd.families.facts import FACTS, Family
+from qskd.families.facts import FACTS, TEACHERS_ONLY, Family
 
 
 class StudentConfig(Section):
@@ -69,6 +69,10 @@ class StudentConfig(Section):
             return given
         made = resolve(given, cls.model_fields["family"].default)
         family, backbone = made.get("family"), made.get("backbone", {})
+        if isinstance(family, str) and family in TEACHERS_ONLY:
+            raise ValueError(
+                f"family {family}: {TEACHERS_ONLY[family]} can only teach (teacher.path); a student is one of {', '.join(FACTS)}"
+            )
         facts = FACTS.get(family) if isinstance(family, str) else None
         if facts is None or not facts.vit or made.get("init") or not isinstance(backbone, Mapping):
             return made

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from qskd.config import ResizeConfig
 from qskd.deploy.export import INPUT, OUTPUTS, Predicting
 from qskd.detectors import FAMILIES, Detector
 from qskd.detectors.cost import Side, alternate, gflops, parameters
+from qskd.families.table import find_family
 from qskd.precision import autocast
 
 WARM_UP = 3
@@ -45,9 +47,22 @@ class Cost:
 
 def cost_of(detector: Detector, size: Size) -> Cost:
     """Counts on the device that the detector is on. Raises QskdError for a size that the family can't take."""
-    FAMILIES[detector.family].check_size(detector.model.config, size.height, size.width)
+    find_family(detector.family, "checkpoint").check_size(detector.model.config, size.height, size.width)
     device = next(detector.parameters()).device
-    return Cost(parameters(detector), gflops(detector.model, torch.zeros(1, 3, size.height, size.width, device=device)))
+    model = detector.model if detector.family in FAMILIES else _AsAsked(detector)
+    return Cost(parameters(detector), gflops(model, torch.zeros(1, 3, size.height, size.width, device=device)))
+
+
+class _AsAsked(nn.Module):
+    """A detector of a kind that can only teach: what it runs of an image, with whatever it was asked."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, pixel_values: torch.Tensor) -> object:
+        mask = torch.ones_like(pixel_values[:, 0], dtype=torch.bool)
+        return self.detector(pixel_values, mask, with_attention=False).logits
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,8 @@ Runner = Callable[[int], Side]  # batch size -> a call that runs that many image
 
 def torch_runner(detector: Detector, size: Size, device: torch.device, precision: str = "float32") -> Runner:
     """transformers' own forward pass, as a user runs a saved detector; the input is on the device already."""
-    model = Predicting(detector.eval().to(device).model)
+    detector = detector.eval().to(device)
+    model = Predicting(detector.model) if detector.family in FAMILIES else _AsAsked(detector)
 
     def runner(batch: int) -> Side:
         pixels = torch.zeros(batch, 3, size.height, size.width, device=device)

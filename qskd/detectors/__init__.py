@@ -12,10 +12,20 @@ with without_collecting():
         to_pixels,
     )
     from qskd.checkpoints.weights import read_config, uri_refused
-    from qskd.detectors.checkpoint import checkpoint_digests, load_detector, replacing, save_detector
+    from qskd.detectors.checkpoint import (
+        asked_in_words,
+        check_classes,
+        checkpoint_digests,
+        classes_of,
+        load_detector,
+        prompt_of,
+        replacing,
+        save_detector,
+    )
     from qskd.detectors.detector import Detector, labels_of
     from qskd.detectors.inherit import Inheritance, fitting_sizes, inherit
     from qskd.detectors.student import build_student, describe_student, student_cost
+    from qskd.detectors.teachers.prompt import words_for
     from qskd.families.table import FAMILIES
 
 __all__ = [
@@ -25,14 +35,18 @@ __all__ = [
     "Detector",
     "Inheritance",
     "Preprocessing",
+    "asked_in_words",
     "build_student",
+    "check_classes",
     "checkpoint_digests",
+    "classes_of",
     "describe_student",
     "fitting_sizes",
     "inherit",
     "labels_of",
     "load_detector",
     "preprocessing_of",
+    "prompt_of",
     "read_config",
     "read_preprocessing",
     "replacing",
@@ -40,4 +54,5 @@ __all__ = [
     "student_cost",
     "to_pixels",
     "uri_refused",
+    "words_for",
 ]

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -32,10 +32,13 @@ from qskd.checkpoints.weights import (
 )
 from qskd.config import ResizeConfig
 from qskd.detectors.backbone import ThawedBatchNorm2d
-from qskd.detectors.detector import Detector
+from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.norms import keep_precision
+from qskd.detectors.teachers.asked import AskedDetector
+from qskd.detectors.teachers.boxes import BoxesDetector
+from qskd.detectors.teachers.prompt import TOKENIZER, Prompt, make_prompt
 from qskd.errors import QskdError, writing
-from qskd.families.table import FAMILIES, find_family
+from qskd.families.table import FAMILIES, TEACHERS, find_family
 from qskd.quantization import files as quantization
 from qskd.quantization.files import restore_quantisers
 from qskd.quantization.model import FIELD
@@ -46,15 +49,17 @@ from qskd.storage.ownership import EXTRA_FILE, check_replaceable, foreign_to_det
 log = logging.getLogger(__name__)
 
 
-def load_detector(path_or_name: str | Path, quantised: bool = True) -> Detector:
+def load_detector(path_or_name: str | Path, quantised: bool = True, words: Sequence[str] = ()) -> Detector:
     """A detector of any supported family from a folder or the Hub, in eval mode, float32.
 
     Only safetensors are read, and every weight must be there and expected. A timm ResNet becomes transformers' own, with
     the same outputs; timm is not needed. A quantised student has its quantisers again, as it was trained; quantised=False: its
-    weights alone, as plain transformers loads them. Raises QskdError otherwise.
+    weights alone, as plain transformers loads them. words: what a detector that has no classes of its own is asked for
+    (`words_for`); of others without effect. Raises QskdError otherwise.
     """
     path, config = check_path(path_or_name), read_config(path_or_name)
     family = find_family(config.model_type, path)
+    prompt = make_prompt(path, config, words) if family.asked_in_words else None
     timm = find_timm(config)
     if timm is None:
         check_timm(path, config)
@@ -80,7 +85,35 @@ def load_detector(path_or_name: str | Path, quantised: bool = True) -> Detector:
     family.drop_unused(model)
     if quantised and (file := quantisers_file(path)) is not None:
         restore_quantisers(model, file)
-    return Detector(model).eval()
+    if prompt is not None:
+        return AskedDetector(model, prompt).eval()
+    return (BoxesDetector(model) if family.boxes_alone else Detector(model)).eval()
+
+
+def classes_of(path_or_name: str | Path, words: Sequence[str] = ()) -> tuple[str, ...]:
+    """Class names by slot, as `load_detector` with the same arguments has them. Reads no weights."""
+    return tuple(words) if asked_in_words(path_or_name) else labels_of(read_config(path_or_name))
+
+
+def check_classes(path_or_name: str | Path, classes: Sequence[str]) -> None:
+    """QskdError where a detector is told what to look for that has classes of its own."""
+    if classes and not asked_in_words(path_or_name):
+        raise QskdError(
+            "--classes",
+            f"{', '.join(classes)}, and {path_or_name}, which has classes of its own",
+            "a detector that is asked in words, such as Grounding DINO",
+            "leave it out",
+        )
+
+
+def prompt_of(path_or_name: str | Path, words: Sequence[str]) -> Prompt:
+    """What such a detector is asked for these words, text by text. Reads its tokenizer, and no weights."""
+    return make_prompt(check_path(path_or_name), read_config(path_or_name), words)
+
+
+def asked_in_words(path_or_name: str | Path) -> bool:
+    """Whether a checkpoint is of a detector that finds what it is asked for, and has no classes of its own. Reads no weights."""
+    return find_family(read_config(path_or_name).model_type, str(path_or_name)).asked_in_words
 
 
 def quantisers_file(path: str) -> Path | None:
@@ -117,8 +150,9 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
         files = weight_files(path)
     said, _ = read_said(path)
     quantisers = quantisers_file(path)
-    if quantisers is not None:  # they decide its outputs as much as the weights do
-        files = [*files, quantisers]
+    with reading(path):
+        tokenizer = checkpoint_file(path, TOKENIZER) if said.get("model_type") in TEACHERS else None
+    files += [file for file in (quantisers, tokenizer) if file is not None]  # they decide its outputs as the weights do
     sums = [_sha256_once(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
     weights = hashlib.sha256("".join(sums).encode()).hexdigest()
     meaning = {key: value for key, value in said.items() if key not in ("transformers_version", "_name_or_path")}

@@ -131,7 +131,7 @@ class Detector(nn.Module):
         asks that once (`qskd.training.step`)."""
         super().train(mode)
         for layer in self._encoder_layers:
-            if not layer.dropout and not getattr(layer, "activation_dropout", 0.0):
+            if not getattr(layer, "dropout", 1.0) and not getattr(layer, "activation_dropout", 0.0):
                 layer.training = False
         return self
 

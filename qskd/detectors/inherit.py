@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qskd.datasets.classes import NOBODY
 from qskd.detectors.detector import Detector
 from qskd.errors import QskdError
+from qskd.families.facts import TEACHERS_ONLY
 from qskd.families.table import find_family
 from qskd.quantization.model import belongs_to_quantiser
 
@@ -115,6 +116,13 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     backbone. Of a teacher of another family only the backbone is copied: its other parts mean other things, whatever their
     shapes. Raises QskdError when that does not fit either.
     """
+    if teacher.family in TEACHERS_ONLY:
+        raise QskdError(
+            "student.inherit",
+            f"a teacher that is a {TEACHERS_ONLY[teacher.family]}, of which no part fits into a student",
+            "a teacher of a family that can be a student",
+            "--set student.inherit=false, and student.backbone.init or student.init for a start",
+        )
     if student.family != teacher.family:
         return _backbone_only(student, teacher)
     mine, theirs = _weights(student.model), _weights(teacher.model)

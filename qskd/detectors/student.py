@@ -22,8 +22,9 @@ from qskd.detectors.cost import gflops, parameters
 from qskd.detectors.detector import Detector
 from qskd.detectors.norms import keep_precision
 from qskd.errors import QskdError
+from qskd.families.facts import TEACHERS_ONLY
 from qskd.families.initialisation import set_class_prior
-from qskd.families.table import find_family
+from qskd.families.table import FAMILIES, find_family
 from qskd.quantization.model import quantise
 
 log = logging.getLogger(__name__)
@@ -100,8 +101,18 @@ def student_cost(config: StudentConfig, classes: int) -> tuple[float, float]:
 
 
 def family_of(config: StudentConfig) -> str:
-    """The family's name; of a student that starts from a checkpoint, the checkpoint's."""
-    return str(read_config(config.init).model_type) if config.init else config.family
+    """The family's name; of a student that starts from a checkpoint, the checkpoint's. QskdError of one that can only teach."""
+    if not config.init:
+        return config.family
+    kind = str(read_config(config.init).model_type)
+    if kind in TEACHERS_ONLY:
+        raise QskdError(
+            "student.init",
+            f"{config.init}, a {TEACHERS_ONLY[kind]}, which can only teach",
+            f"a checkpoint of {', '.join(FAMILIES)}",
+            f"--set teacher.path={config.init}, and a student.family",
+        )
+    return kind
 
 
 def queries_of(config: StudentConfig) -> int:
@@ -133,6 +144,7 @@ def describe_student(config: StudentConfig, classes: int) -> str:
 
 
 def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
+    family_of(config)  # its complaint, before weights are read
     detector = load_detector(config.init, quantised=False)
     if is_dilated(detector.model):
         raise QskdError(

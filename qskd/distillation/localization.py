@@ -23,7 +23,7 @@ from qskd.distillation.qskd.pairing import pair_by_rank
 from qskd.distillation.qskd.query_selection import select_both
 from qskd.distillation.qskd.settings import QuerySelectionConfig
 from qskd.errors import QskdError
-from qskd.families.table import FAMILIES
+from qskd.families.table import FAMILIES, TEACHERS
 from qskd.losses.fine_grained import SIDES, moved_to, rebinned
 from qskd.structures import LossTerm, SideDistributions, TeacherNeeds, TeacherRecord
 
@@ -82,7 +82,7 @@ class Localization(Method):
         super().__init__(settings, student, teacher)
         self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
         for whose, facts in (("student", student), ("teacher", teacher)) if self.weights else ():
-            if facts.family and not FAMILIES[facts.family].side_distributions:
+            if facts.family and not (FAMILIES | TEACHERS)[facts.family].side_distributions:
                 able = ", ".join(name for name, known in FAMILIES.items() if known.side_distributions)
                 raise QskdError(
                     "distillation.method = localization",

@@ -241,11 +241,32 @@ def methods_of(settings: MethodSettings) -> list[tuple[type[Method], MethodSetti
 
 
 def build_method(settings: MethodSettings, student: Facts, teacher: Facts) -> Method | None:
-    """The method, or methods, that the section names; None for "none"."""
+    """The method, or methods, that the section names; None for "none". QskdError where this teacher does not say what they read."""
     if settings.method == NONE:
         return None
     kind = Several if settings.also else find_method(settings.method)
+    needs = kind.needs_of(settings)
+    if asked := unsaid(needs) if not teacher.channels else []:
+        raise QskdError(
+            "distillation.method",
+            f"{settings.method}, which reads {' and '.join(asked)}, of a teacher that says boxes and classes alone",
+            "a method that reads predictions alone, or a teacher that is a DETR",
+            PREDICTIONS_ALONE,
+        )
     return kind(settings, student, teacher)
+
+
+# What to do about a teacher that says boxes and classes alone.
+PREDICTIONS_ALONE = (
+    "--set distillation.features.weight=0: QSKD without AGFD learns from predictions alone (docs/teachers.md)"
+)
+
+
+def unsaid(needs: TeacherNeeds | None) -> list[str]:
+    """What of a method's needs a teacher of boxes and classes alone does not say."""
+    if needs is None:
+        return []
+    return [name for name in ("memory", "attention", "decoder") if getattr(needs, name)] + sorted(needs.columns)
 
 
 def teacher_needs(settings: MethodSettings) -> TeacherNeeds | None:

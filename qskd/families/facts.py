@@ -180,6 +180,14 @@ FACTS: dict[str, Facts] = {
     ),
 }
 
+# Detectors of transformers that can teach and no more, by their model_type -> what people call them.
+TEACHERS_ONLY: dict[str, str] = {
+    "grounding-dino": "Grounding DINO",
+    "mm-grounding-dino": "MM Grounding DINO",
+    "yolos": "YOLOS",
+}
+BOXES_ALONE: frozenset[str] = frozenset({"yolos"})  # of these, those that are no DETR: no memory, no attention
+
 if TYPE_CHECKING:
     Family = str
 else:

@@ -98,6 +98,8 @@ class Family(ABC):
     query_kind: ClassVar[Literal["embedding", "boxes"]] = "embedding"  # what its `Queries` are
     query_has_state: ClassVar[bool] = False  # of "boxes": a query is more than its box
     projects_memory: ClassVar[bool] = True  # its decoder projects what it reads of the memory
+    boxes_alone: ClassVar[bool] = False  # is no DETR: says boxes and classes, and no more
+    asked_in_words: ClassVar[bool] = False  # finds what a prompt names; has no classes of its own
 
     # --- what it can do ---------------------------------------------------------------------------------------------
     def check(self, config: Any) -> None:  # noqa: B027

@@ -13,11 +13,13 @@ from qskd.families.deformable_detr import DeformableDetr
 from qskd.families.deimv2 import Deimv2
 from qskd.families.detr import Detr
 from qskd.families.family import Family
+from qskd.families.grounding_dino import GroundingDino, MMGroundingDino
 from qskd.families.lw_detr import LwDetr
 from qskd.families.rf_detr import RfDetr
 from qskd.families.rt_detr import RTDetr
 from qskd.families.rt_detr_v2 import RTDetrV2
 from qskd.families.table_transformer import TableTransformer
+from qskd.families.yolos import Yolos
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -27,15 +29,20 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+TEACHERS: dict[str, Family] = {
+    family.name: family for family in (GroundingDino(), MMGroundingDino(), Yolos())
+}  # and no students
+
 
 def find_family(model_type: Any, where: str) -> Family:
-    """The family of a configuration's `model_type`; QskdError when there is none."""
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    """The family of a configuration's `model_type`, which may be one that only teaches; QskdError when there is none."""
+    known = FAMILIES | TEACHERS
+    family = known.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise QskdError(
             where,
             f"a model of type {shown(model_type)}",
-            f"one of {', '.join(FAMILIES)}",
+            f"one of {', '.join(known)}",
             "choose a checkpoint of a supported family, or add the family in qskd/families (docs/families.md)",
         )
     return family

@@ -9,17 +9,27 @@ from qskd.config import Config, ViewConfig
 from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import Manifest
 from qskd.datasets.unlabeled.joined import unlabeled_manifests
-from qskd.detectors import Preprocessing, checkpoint_digests, labels_of, read_config, read_preprocessing
+from qskd.detectors import (
+    Preprocessing,
+    asked_in_words,
+    checkpoint_digests,
+    prompt_of,
+    read_preprocessing,
+    words_for,
+)
 from qskd.precision import cached_in
 from qskd.storage.stores import join
 from qskd.structures import TeacherNeeds
 from qskd.teacher.manifest import CODEC_VERSION, COMPUTED
+from qskd.teacher.told.results import UNSEEN, is_results, read_results, teacher_labels
 
 C = TypeVar("C", bound=Config)
 
 
 def teacher_preprocessing(config: Config) -> Preprocessing:
     """How the teacher wants its pixels: as its checkpoint says, unless the recipe says otherwise."""
+    if is_results(config.teacher.path):
+        return UNSEEN
     return read_preprocessing(config.teacher.path, config.teacher.resize)
 
 
@@ -27,8 +37,10 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     """Everything in a recipe that decides the numbers in the cache, by field. Loads no weights (they are read once, for a
     checksum). A cache's own identity says besides what it was computed on (`computed_by`)."""
     seen_as, cache = teacher_preprocessing(config), config.teacher.cache
-    labels = labels_of(read_config(config.teacher.path))
-    identity = checkpoint_digests(config.teacher.path) | {
+    path, words = config.teacher.path, words_for(data.labels, config.teacher.class_map)
+    labels = teacher_labels(path, words)
+    digests = {"teacher.results_sha256": read_results(path).sha256} if is_results(path) else checkpoint_digests(path)
+    identity = digests | {
         "codec": CODEC_VERSION,
         "data.train": data.fingerprint,
         "teacher.resize": seen_as.resize.model_dump(),
@@ -36,6 +48,8 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         "teacher.std": seen_as.std,
         "teacher.class_slots": map_classes(data.labels, labels, config.teacher.class_map),
     }
+    if not is_results(path) and asked_in_words(path):
+        identity["teacher.prompt"] = prompt_of(path, words).texts
     if not data.labelled:  # it decides whose attention is kept
         identity["data.unlabeled_score"] = config.data.unlabeled_score
     # How many views there are, and what is derived from them, changes none of them.

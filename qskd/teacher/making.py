@@ -69,8 +69,7 @@ class CacheMaker:
             return queries_above(known, objects, cache.attention_giou_floor, costs, cache.attention_layers)
 
         with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
-            record: TeacherRecord = self.teacher(batch.images, batch.sizes, self.needs, choose, batch.least)
-        return record
+            return self.teacher.said_of(arrays, batch, self.needs, choose)
 
     def rows(self, arrays: Mapping[str, np.ndarray]) -> list[TeacherRow]:
         """One encoded row for each image. QskdError when the teacher says something that is not finite."""

@@ -31,7 +31,10 @@ FORMAT = "qskd-teacher-cache"
 REMEDY = "make it again: `qskd cache RECIPE --overwrite`, which deletes this cache's own files in teacher.cache.path, nothing else"
 FILE_REMEDY = "delete this file: `qskd cache RECIPE` then makes it again, and no other"
 NOT_OURS = "choose another folder, --set teacher.cache.path=ANOTHER: this file is no cache's, and is left as it is"
-_BY_NAME = {"teacher": ("teacher.weights_sha256", "teacher.config_sha256"), "data": ("data.train",)}
+_BY_NAME = {
+    "teacher": ("teacher.weights_sha256", "teacher.config_sha256", "teacher.results_sha256"),
+    "data": ("data.train",),
+}
 COMPUTED = ("computed.device", "computed.precision")  # "cpu" or "cuda"; "float32" (a GPU's with TF32) or "bfloat16"
 _SHORT = 12  # letters of a checksum that a message shows
 _Size = Annotated[int, Field(gt=0, lt=2**31)]

@@ -3,11 +3,13 @@ from the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qskd.boxes import cxcywh_to_xyxy, pairwise_giou
@@ -87,6 +89,17 @@ class OnlineTeacher(nn.Module):
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """Asked about a training batch, all queries' attention included where attention is needed."""
         record: TeacherRecord = self(batch.teacher_images, batch.teacher_sizes, needs, least=batch.teacher_least)
+        return record
+
+    def said_of(
+        self,
+        arrays: Mapping[str, NDArray[np.generic]],
+        batch: TrainBatch,
+        needs: TeacherNeeds,
+        choose: Choose | None = None,
+    ) -> TeacherRecord:
+        """Of the loader's arrays at the teacher's own resolution, which `batch` was made of."""
+        record: TeacherRecord = self(batch.images, batch.sizes, needs, choose, batch.least)
         return record
 
     def online(self, batch: TrainBatch) -> Online:

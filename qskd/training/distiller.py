@@ -21,11 +21,13 @@ from qskd.config import DetectionLossConfig, MethodSettings, ResizeConfig
 from qskd.config.distillation import DEFAULT, settings_class
 from qskd.datasets.classes import map_classes
 from qskd.datasets.views import resized_size
-from qskd.detectors import Detector, Preprocessing, load_detector, preprocessing_of, read_preprocessing
+from qskd.detectors import Detector, Preprocessing, load_detector, preprocessing_of, read_preprocessing, words_for
 from qskd.detectors.decoding import decode
 from qskd.detectors.taps import Tap
 from qskd.distillation.method import Lesson, Online, build_method
 from qskd.errors import QskdError
+from qskd.families.facts import TEACHERS_ONLY
+from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import combine
 from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, Queries, Targets, TeacherRecord
@@ -50,10 +52,11 @@ def load_teacher(
 ) -> OnlineTeacher:
     """A frozen teacher from a Hub name or folder with safetensors.
 
-    labels: the student's classes, by slot; the teacher's are found by name, or by `class_map` (class: teacher's label).
+    labels: the student's classes, by slot; the teacher's are found by name, or by `class_map` (class: teacher's label). A teacher
+    that is asked in words is asked for these.
     resize: other than its own image processor's. Raises QskdError.
     """
-    detector = load_detector(path)
+    detector = load_detector(path, words=words_for(labels, class_map))
     slots = map_classes(labels, detector.labels, class_map or {})
     return OnlineTeacher(detector, slots, read_preprocessing(path, resize))
 
@@ -113,6 +116,9 @@ class Distiller(nn.Module):
         total_steps: int | None = None,
     ) -> None:
         super().__init__()
+        if (kind := student.config.model_type) in TEACHERS_ONLY:
+            expected = f"a detector of {', '.join(FAMILIES)}"
+            raise QskdError("student", f"a {TEACHERS_ONLY[kind]}, which can only teach", expected)
         auxiliary = getattr(student.config, "auxiliary_loss", False)
         detector = Detector(student)
         student.config.auxiliary_loss = auxiliary  # its owner's loss is its owner's business

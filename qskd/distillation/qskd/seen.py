@@ -121,13 +121,14 @@ def _without_padding(mask: Tensor, valid: Tensor) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class QSKDSeen(Seen):
-    """kept: of the teacher's last layer. mask: computed also where the recipe does not use it."""
+    """kept: of the teacher's last layer. mask: computed also where the recipe does not use it; of no level where the teacher has no
+    attention to show."""
 
     kept: KeptQueries
     mask: Mask
 
     def panels(self, shown: Any) -> Sequence[Panel]:
-        return [selection_panel(self.kept, shown), mask_panel(self.mask, shown)]
+        return [selection_panel(self.kept, shown), *([mask_panel(self.mask, shown)] if self.mask.levels else [])]
 
     def summary(self) -> list[str]:
         said = [f"{self.kept.positives} positive and {self.kept.hard_negatives()} hard negative queries"]
@@ -146,7 +147,7 @@ def ask_teacher(
     """The teacher's record, what the recipe keeps of its last layer (no layer dimension), and that layer's masks, one a map.
 
     ask: from needs, and a choice of the queries whose attention is wanted, to the record. The mask is computed also where
-    the recipe does not use it.
+    the recipe does not use it; a teacher of boxes and classes alone has none.
     """
 
     def keepable(record: TeacherRecord) -> Tensor:
@@ -156,7 +157,8 @@ def ask_teacher(
     (assignment,) = assign([(record.logits[-1:], record.boxes_cxcywh[-1:])], targets, costs)
     selection = select_queries(record.boxes_cxcywh[-1], targets, assignment[-1], settings.selection)
     confidence = record.logits[-1].float().amax(-1).sigmoid()
-    return record, selection, foreground_mask(selection, record, confidence, settings.features)
+    masks = foreground_mask(selection, record, confidence, settings.features) if record.attention else ()
+    return record, selection, masks
 
 
 def see(settings: Settings, needs: TeacherNeeds, sight: Sight) -> QSKDSeen:

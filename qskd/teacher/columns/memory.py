@@ -106,7 +106,8 @@ class Memory(Column):
         for i, sizes in enumerate(shapes.tolist()):
             parts = [m[i, :, :h, :w].ravel() for m, (h, w) in zip(memory, sizes, strict=True)]
             steps_of = np.concatenate([each[i] for each in scales]) if scales else np.zeros(0, np.float32)
-            rows.append({"memory": np.concatenate(parts), "memory_scale": steps_of})
+            cells = np.concatenate(parts) if parts else np.zeros(0, np.int8)
+            rows.append({"memory": cells, "memory_scale": steps_of})
         return rows
 
     def shaped(self, flat: Arrays, sizes: CacheSizes) -> Arrays:

@@ -56,9 +56,9 @@ class Sides(Column):
         }
 
     def check_teacher(self, family: str) -> None:
-        from qskd.families.table import FAMILIES
+        from qskd.families.table import FAMILIES, TEACHERS
 
-        if family in FAMILIES and not FAMILIES[family].side_distributions:
+        if family in TEACHERS or (family in FAMILIES and not FAMILIES[family].side_distributions):
             raise _refused(f"a teacher of family {family}")
 
     def formats(self, precision: str) -> Mapping[str, str]:

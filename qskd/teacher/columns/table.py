@@ -91,7 +91,8 @@ def encode(record: TeacherRecord, image_ids: Sequence[int], precision: str) -> l
 
     with torch.no_grad():
         parts = [torch.stack([part.any(2).sum(1), part.any(1).sum(1)], dim=-1) for part in record.memory_valid]
-        shapes = host(torch.stack(parts, dim=1).int())  # a map's real part is a rectangle at the top left
+        # A map's real part is a rectangle at the top left. A teacher of predictions alone has no map.
+        shapes = host(torch.stack(parts, dim=1).int()) if parts else np.zeros((len(image_ids), 0, 2), np.int32)
         encoded = [
             [dict.fromkeys(column.arrays, _nothing())] * len(image_ids)
             if column.optional and column.name not in record.extra

@@ -1,0 +1,50 @@
+"""What can't be learnt of a teacher that says boxes and classes alone, found before anything starts."""
+
+from __future__ import annotations
+
+from qskd.config import BOXES_ALONE, Config
+from qskd.detectors import read_config
+from qskd.distillation.method import PREDICTIONS_ALONE, teacher_needs, unsaid
+from qskd.errors import QskdError
+from qskd.teacher.manifest import CacheManifest
+from qskd.teacher.told.results import is_results
+
+
+def check_told(config: Config, cache: CacheManifest | None = None) -> None:
+    """QskdError where the recipe asks a teacher for what it does not say. cache: where it is there, the teacher's checkpoint need
+    not be. Reads no weights."""
+    path = config.teacher.path
+    if is_results(path):
+        _check_results(config)
+    elif cache is not None:
+        if cache.sizes.channels:
+            return
+    elif read_config(path).model_type not in BOXES_ALONE:
+        return
+    if asked := unsaid(teacher_needs(config.distillation)):
+        raise QskdError(
+            "teacher.path",
+            f"{path}, which says boxes and classes alone, and distillation.method={config.distillation.method}, which reads "
+            f"its {' and '.join(asked)}",
+            "a method that reads predictions alone, or a teacher that is a DETR",
+            PREDICTIONS_ALONE,
+        )
+    if columns := config.teacher.cache.columns:
+        raise QskdError("teacher.cache.columns", ", ".join(columns), f"none, of {path}", "take them out")
+
+
+def _check_results(config: Config) -> None:
+    path, needs = config.teacher.path, teacher_needs(config.distillation)
+    said = f"{path}, a file of detections"
+    if not config.teacher.cache.path or (needs is not None and needs.online):
+        remedy = "set teacher.cache.path, run `qskd cache RECIPE`, and use a method that reads what a cache holds"
+        raise QskdError("teacher.path", f"{said}, which can't be asked in a training step", "a cache of it", remedy)
+    if config.data.unlabeled:
+        raise QskdError(
+            "data.unlabeled",
+            f"images that {path} knows nothing of: its image ids are those of data.train",
+            "none, with a file of detections as the teacher",
+            "take them out; or make shards of the labels that the file has (`qskd prepare`)",
+        )
+    if config.student.inherit:
+        raise QskdError("student.inherit", f"true, and {said}", "a teacher with layers", "--set student.inherit=false")
