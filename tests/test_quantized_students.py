@@ -305,6 +305,20 @@ def test_a_student_starts_from_another_s_quantised_weights_and_watches_anew(save
         assert belongs_to_quantiser(name) or name not in state or torch.equal(value, state[name])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_that_starts_from_a_folder_learns_with_every_quantiser_on(family: str, saved: Any) -> None:
+    student = {
+        "init": str(saved[family][0]),
+        "resize": {"mode": "square", "size": tiny.SIZE},
+        "quantization": "w4a4-attn8",
+    }
+    training = tiny.make_training(tiny.recipe(student, "distillation.method=none"), None, 5)
+    for seed in range(2):
+        training.train_step(tiny.batch_of(2, 1, seed=seed))
+    found = [each for each in training.student.modules() if isinstance(each, WeightQuantiser | ActivationQuantiser)]
+    assert {each.mode for each in found} == {"on"}
+
+
 def test_quantisers_are_part_of_what_a_checkpoint_is(saved: Any, tmp_path: Path) -> None:
     shutil.copytree(saved["refined"][0], tmp_path / "other")
     steps = load_file(tmp_path / "other" / FILE)
