@@ -19,14 +19,15 @@ def command(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="What may vary: student_architecture, query_groups, loss_weights, or a .py file, whose code is run; "
+            help="What may vary: student_architecture, query_groups, loss_weights, quantization, or a .py file, whose code is run; "
             "repeatable."
         ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Trainings, the recipe's own included.")] = 20,
     algorithm: Annotated[str, typer.Option(help="tpe, random, or pbt (for loss_weights).")] = "tpe",
     objective: Annotated[
-        list[str] | None, typer.Option(help="AP; or AP and one of latency_ms, parameters_m, by a second --objective.")
+        list[str] | None,
+        typer.Option(help="AP; or AP and one of latency_ms, parameters_m, size_mb, by a second --objective."),
     ] = None,
     asha: Annotated[
         bool | None, typer.Option("--asha/--no-asha", help="Stop the hopeless early. Default: where it helps.")

@@ -88,6 +88,12 @@ class SearchSpace:
         """What is asked at the recipe's point, by parameter. Others may be asked elsewhere: spaces are define-by-run."""
         return dict(self._ranges)
 
+    def changes_student(self, bits: bool) -> bool:
+        """Whether a trial may have another student than the recipe. bits: where only its bits differ, too; those leave its
+        parameters, operations and latency in float as they are."""
+        changed = [field for field in self.fields if field == "student" or field.startswith("student.")]
+        return any(bits or not _overlap(field, "student.quantization") for field in changed)
+
     def __call__(self, trial: Trial) -> dict[str, Any]:
         """{"overrides": {dotted field: value}}: what the trial sets."""
         return {OVERRIDES: {field: value for space in self.spaces for field, value in self._ask(space, trial).items()}}

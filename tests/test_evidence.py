@@ -11,9 +11,9 @@ from scipy import stats
 
 from benchmarks import evidence
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import backbone, cells, plan, report, task, teachers
+from benchmarks.evidence import backbone, cells, few_bits, interval, plan, report, task, teachers
 from benchmarks.evidence.cells import RECORDS, Cell, meaning, same
-from benchmarks.evidence.report import Interval
+from benchmarks.evidence.interval import Interval
 from qskd.detectors import load_detector
 
 REPORTED = sorted((RECORDS / "report").glob("*.json"))
@@ -29,8 +29,24 @@ def test_the_interval_is_students() -> None:
 
 def test_gaps_and_differences_are_paired_by_seed() -> None:
     base, mine = {0: 0.2, 1: 0.3, 2: 0.1}, {2: 0.3, 0: 0.3}
-    assert report.paired(mine, base) == pytest.approx([0.1, 0.2])
+    assert interval.paired(mine, base) == pytest.approx([0.1, 0.2])
     assert report.shares(mine, base, 0.5) == pytest.approx([0.1 / 0.3, 0.2 / 0.4])
+
+
+def test_few_bits_are_compared_with_float_of_the_same_teaching() -> None:
+    def row(name: str, *values: float) -> dict[tuple[str, str, str], dict[int, float]]:
+        return {("inherit", name, "short"): dict(enumerate(values))}
+
+    ap = row("none", 0.30, 0.30) | row("qskd", 0.34, 0.34)
+    ap |= row("w4a4_none", 0.205, 0.215) | row("w4a4_qskd", 0.295, 0.305) | row("w2a2_after_qskd", 0.04)
+    said = few_bits.tables(ap, ap, row("w2a2_after_qskd", 0.33), "inherit", "short").split("\n\n")
+    lost, won = said[5].splitlines(), said[7].splitlines()
+    assert lost[0] == "| | QSKD in float, then post-training | no teacher | QSKD |"
+    assert lost[2].startswith("| w4a4-attn8 | | 9.0 ± ")
+    assert "| 4.0 ± " in lost[2]  # of 0.34, not of 0.30
+    assert lost[3] == "| w2a2-attn8 | 29.0 | | |"  # of what it was itself
+    assert won[2] == "| w4a4-attn8 | | | 100 ± 0 % |"  # 0.09 of the 0.09 that were lost without a teacher
+    assert few_bits.tables(row("none", 0.3), row("none", 0.3), {}, "inherit", "short") == ""
 
 
 @pytest.mark.parametrize("path", REPORTED, ids=lambda path: path.stem)

@@ -16,9 +16,10 @@ from transformers import AutoModelForObjectDetection
 
 from qskd.detectors import Detector, checkpoint_digests, load_detector, save_detector
 from qskd.errors import QskdError
-from qskd.quantization.files import FILE, quantisers_of, restore_quantisers
+from qskd.quantization.files import FILE, quantisers_of, read_quantisers, restore_quantisers
 from qskd.quantization.model import activation_quantisers, belongs_to_quantiser, set_mode, weight_quantisers
 from qskd.quantization.quantiser import ActivationQuantiser, SavedActivation, WeightQuantiser
+from qskd.quantization.size import megabytes
 from qskd.training.groups import parameter_groups
 from qskd.training.step import Training
 
@@ -305,6 +306,20 @@ def test_a_student_starts_from_another_s_quantised_weights_and_watches_anew(save
         assert belongs_to_quantiser(name) or name not in state or torch.equal(value, state[name])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_that_starts_from_a_folder_learns_with_every_quantiser_on(family: str, saved: Any) -> None:
+    student = {
+        "init": str(saved[family][0]),
+        "resize": {"mode": "square", "size": tiny.SIZE},
+        "quantization": "w4a4-attn8",
+    }
+    training = tiny.make_training(tiny.recipe(student, "distillation.method=none"), None, 5)
+    for seed in range(2):
+        training.train_step(tiny.batch_of(2, 1, seed=seed))
+    found = [each for each in training.student.modules() if isinstance(each, WeightQuantiser | ActivationQuantiser)]
+    assert {each.mode for each in found} == {"on"}
+
+
 def test_quantisers_are_part_of_what_a_checkpoint_is(saved: Any, tmp_path: Path) -> None:
     shutil.copytree(saved["refined"][0], tmp_path / "other")
     steps = load_file(tmp_path / "other" / FILE)
@@ -348,6 +363,28 @@ def test_a_folder_whose_quantisers_are_damaged_is_refused_by_file(wrong: str, sa
         load_detector(folder)
     assert "quantization" in str(caught.value)
     load_detector(folder, quantised=False)  # the weights are still there
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_size_at_its_bits_is_counted_of_what_is_saved(family: str, saved: Any) -> None:
+    folder = saved[family][0]
+    tensors, bits, _ = read_quantisers(folder / FILE)
+    model = load_detector(folder).model
+    in_float = load_file(folder / "model.safetensors")  # what is shared is there once
+    expected = sum(each.numel() * each.element_size() for each in [*in_float.values(), *tensors.values()])
+    for name in bits:
+        if name.endswith(".weight"):
+            numbers = model.get_parameter(name).numel()
+            expected -= 4 * numbers - numbers * bits[name] // 8
+    assert 1e6 * megabytes(model) == pytest.approx(expected, abs=8 * len(bits))  # batch counters, and what fills a byte
+    assert megabytes(build_student_of(family).model) == pytest.approx(megabytes(model), rel=0.01)
+    plain = AutoModelForObjectDetection.from_pretrained(folder)
+    assert megabytes(plain) > 2 * megabytes(model)
+
+
+def build_student_of(family: str) -> Detector:
+    student = {**FAMILIES[family], "quantization": "w4a3-attn4"}
+    return tiny.silent_student(tiny.recipe(student).student, tiny.LABELS, 0)
 
 
 def test_a_folder_in_float_has_no_such_file(tmp_path: Path) -> None:

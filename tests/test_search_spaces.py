@@ -19,6 +19,7 @@ from tiny import LABELS, batch_of, make_training, random_teacher, recipe, silent
 
 from qskd.checks import check_enough
 from qskd.config import Config
+from qskd.config.quantization import PARTS
 from qskd.config.recipe import build, load, replace_fields
 from qskd.errors import QskdError
 from search_spaces import OVERRIDES, PointTrial, RandomTrial, Range, SearchSpace, load_space, space_names
@@ -173,6 +174,31 @@ def test_an_heir_keeps_the_sizes_that_its_inheritance_needs() -> None:
     assert not any(field.startswith("student.backbone") for o in pretrained.samples(50) for field in o)
 
 
+QUANTIZED: dict[str, Any] = {
+    "float": None,
+    "w8a8": "w8a8",
+    "its parts": {"bits": "w4a3-attn2", "parts": ["backbone", "heads"], "rest_from": 0.3},
+}
+
+
+@pytest.mark.parametrize("own", QUANTIZED)
+def test_bits_are_searched_beside_all_else_and_the_recipe_is_among_them(own: str) -> None:
+    config = build({"student": {"family": "deformable_detr", "quantization": QUANTIZED[own]}})
+    space = load_space("quantization")
+    assert replace_fields(config, space.suggest(PointTrial(space.recipe_point(config)), config), "test") == config
+    together, trials, proposed = study([*THREE, "quantization"], config, trials=200)
+    assert proposed[0] == {}
+    found = [together.config(overrides).student.quantization for overrides in proposed]
+    said = [each for each in found[1:] if each is not None]
+    assert {each.weight_bits for each in said} == {each.attention_bits for each in said} == {8, 4, 3, 2}
+    assert 20 < found.count(None) < 70  # a fifth is in float
+    assert {"backbone", "encoder", "decoder", "heads"} <= {
+        "+".join(sorted(set(PARTS) - {*each.parts})) for each in said
+    }
+    assert {each.rest_from for each in said} == {0.3 if own == "its parts" else 0.0}
+    assert all(together.overrides(trial.params) == each for trial, each in zip(trials, proposed, strict=True))
+
+
 @pytest.mark.parametrize(("warmup", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.95), (0.4, 0.6), (1.0, 0.0)])
 def test_warmup_and_decay_always_fit_into_the_training(warmup: float, decay: float) -> None:
     config = build({"distillation": {"warmup": warmup, "decay": decay}})
@@ -196,6 +222,7 @@ def test_a_term_that_is_off_stays_off_and_layers_are_offered_that_the_cache_hold
     ("name", "tree", "words"),
     [
         ("loss_weights", {"distillation": {"method": "none"}}, "distillation.method = none"),
+        ("quantization", {"student": {"family": "dab-detr"}}, "student.family = dab-detr: "),
         (
             "loss_weights",
             {"distillation": {"features": {"weight": 0}, "predictions": {"weight": 0}}},

@@ -28,14 +28,14 @@ from pipelines.tuning.report.parallel import plot_parallel
 from pipelines.tuning.report.report import GENERATOR, PICTURES, why_none, write_report
 from pipelines.tuning.report.results import SweepSummary, best_row, pareto_front, ranked, short_names
 from pipelines.tuning.report.style import RECIPE_COLOUR
-from pipelines.tuning.report.tables import terminal_table
+from pipelines.tuning.report.tables import IN_FLOAT, terminal_table
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.config.recipe import build, flatten, to_tree, to_yaml
 from search_spaces import RandomTrial, SearchSpace
 
 RECIPE = build({"student": {"queries": 30, "resize": {"size": 64}}, "training": {"epochs": 27}})
-SPACES = ("student_architecture", "query_groups", "loss_weights")
+SPACES = ("student_architecture", "query_groups", "loss_weights", "quantization")
 
 
 def sweep_rows(trials: int, spaces: Sequence[str] = SPACES, seed: int = 0) -> list[TrialRow]:
@@ -55,6 +55,7 @@ def sweep_rows(trials: int, spaces: Sequence[str] = SPACES, seed: int = 0) -> li
             "metrics": {"AP": row.best_ap, "AP50": 1.6 * row.best_ap},
             "latency_ms": 3 + size,
             "parameters_m": size,
+            "size_mb": size * (student.quantization.weight_bits if student.quantization else 32) / 8,
         }
         rows.append(replace(row, **measured if curve else {}, reason="out of memory" if state == "failed" else ""))  # type: ignore[arg-type]
     return rows
@@ -250,9 +251,10 @@ def test_the_table_of_all_trials_reads_back_as_the_sweep_was(
             f"parameters.{name}": str(value) for name, value in trial.parameters.items()
         }
         fields = flatten(to_tree(space.config(trial.overrides)))
-        assert {n: v for n, v in line.items() if n.startswith("fields.")} == {
-            f"fields.{name}": str(fields[name]) for name in space.fields if name != "student.resize.longest"
-        }
+        told = {n.removeprefix("fields."): v for n, v in line.items() if n.startswith("fields.")}
+        assert told == {name: "" if fields.get(name) is None else str(fields[name]) for name in told}
+        sections = {name.rpartition(".")[0] for name in told}  # bits are a section's
+        assert {*space.fields} - {"student.resize.longest"} <= {*told} | sections
     table = (folder / "trials.md").read_text().splitlines()
     assert [int(line.split("|")[1]) for line in table if re.match(r"\| \d", line)] == [t.number for t in ranked(rows)]
     assert sum("failed: out of memory" in line for line in table) == sum(each.state == "failed" for each in rows)
@@ -375,15 +377,32 @@ def test_what_cannot_be_drawn_is_told_instead(
     assert ("qskd distill best.yaml" in said) == (best_row(rows) is not None)
 
 
+def test_bits_have_a_front_of_their_own_and_latency_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
+    rows = [
+        row(number, ap, overrides={"student.quantization": bits} if bits else {}, size_mb=size, latency_ms=3.0 + number)
+        for number, (bits, ap, size) in enumerate([("", 0.3, 0.84), ("w8a8", 0.3, 0.24), ({"bits": "w2a2"}, 0.1, 0.1)])
+    ]
+    written = write_report(tmp_path, rows, RECIPE, "", "A sweep")
+    assert tmp_path / "front_size.png" in written
+    index = "".join(Tags((tmp_path / "index.html").read_text()).words)
+    assert index.count(IN_FLOAT) == 2  # below the table, above the picture
+    assert "0.84 MB" in index
+    assert IN_FLOAT in (tmp_path / "trials.md").read_text()
+    write_report(tmp_path, [replace(each, overrides={}) for each in rows], RECIPE, "", "A sweep")
+    assert not (tmp_path / "front_size.png").exists()
+    assert IN_FLOAT not in (tmp_path / "index.html").read_text()
+
+
 def test_two_hundred_trials_are_drawn_and_absent_parameters_among_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly.js */")
     rows = sweep_rows(200, ("query_groups",), seed=1)
     written = write_report(tmp_path, rows, RECIPE, "", "A sweep")
-    assert len([path for path in written if path.suffix == ".png"]) == len(PICTURES) - 2  # sizes don't vary
+    assert len([path for path in written if path.suffix == ".png"]) == len(PICTURES) - 3  # sizes and bits don't vary
     summary = SweepSummary(tuple(rows), RECIPE)
-    assert [why_none(summary, name) == "" for name in PICTURES].count(False) == 2
+    assert [why_none(summary, name) == "" for name in PICTURES].count(False) == 3
 
 
 def test_the_terminal_shows_the_best_the_recipe_and_a_command_that_can_be_copied() -> None:

@@ -65,8 +65,15 @@ def test_early_stopping_is_on_only_where_it_helps() -> None:
     assert not check_request(request("loss_weights", algorithm="pbt"), epochs(9)).asha
 
 
-def test_two_objectives_have_their_directions() -> None:
+def test_bits_change_the_size_and_no_other_cost() -> None:
+    assert check_request(request("quantization", objectives=("AP", "size_mb")), epochs(9)).modes == ("max", "min")
     for cost in ("latency_ms", "parameters_m"):
+        with pytest.raises(QskdError, match="bits alone change size_mb"):
+            check_request(request("quantization", objectives=("AP", cost)), epochs(9))
+
+
+def test_two_objectives_have_their_directions() -> None:
+    for cost in ("latency_ms", "parameters_m", "size_mb"):
         search = check_request(request("student_architecture", objectives=("AP", cost)), epochs(9))
         assert search.modes == ("max", "min")
         assert f"AP against {cost}" in search.describe()

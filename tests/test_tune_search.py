@@ -426,6 +426,16 @@ def test_costs_are_of_the_student_and_measured_beside_the_recipes() -> None:
     assert found["gflops"] > own["gflops"] > 0
 
 
+def test_bits_change_what_a_student_weighs_and_nothing_else_that_it_costs() -> None:
+    config, device = nine_epochs(), torch.device("cpu")
+    found = {
+        bits: costs(replace_fields(config, {"student.quantization": bits}, "test"), LABELS, device, config, 5.0)
+        for bits in (None, "w8a8", "w2a2-attn8")
+    }
+    assert len({(each["parameters_m"], each["gflops"]) for each in found.values()}) == 1
+    assert found[None]["size_mb"] > found["w8a8"]["size_mb"] > found["w2a2-attn8"]["size_mb"] > 0
+
+
 def test_the_limit_on_parameters_is_a_number_or_the_recipes_own(caplog: pytest.LogCaptureFixture) -> None:
     config, space = nine_epochs(), search_of().space
     own = parameters_m(config, LABELS)

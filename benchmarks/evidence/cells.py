@@ -11,7 +11,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,27 @@ from typing import Any
 import torch
 
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
-from benchmarks.evidence.task import make_config, train_path, unlabeled_path
+from benchmarks.evidence.post_training import quantise_after_training
+from benchmarks.evidence.task import make_config, states_overrides, train_path, unlabeled_path
 from benchmarks.evidence.teachers import OWN
-from pipelines.feed.stream import Share, local_stream
+from pipelines.feed.packing import Arrays
+from pipelines.feed.stream import local_stream
 from pipelines.run.guards import BEGUN_BEFORE
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
 from qskd.config import FACTS, Config
 from qskd.config.recipe import flatten, to_tree
 from qskd.datasets.batch import train_batch
-from qskd.detectors import Detector, Preprocessing
+from qskd.datasets.order.schedule import evaluation_batches
+from qskd.detectors import Detector, Preprocessing, load_detector
+from qskd.detectors.checkpoint import save_detector
 from qskd.evaluation.agreement import agreement
 from qskd.evaluation.average_precision import evaluate_coco
 from qskd.evaluation.detections import Detections
 from qskd.evaluation.inference import predict_batch
 from qskd.families.table import find_family
 from qskd.from_recipe import ground_truth, make_student, make_teacher, teacher_for_training
+from qskd.storage.ownership import EXTRA_FILE
 from qskd.training.step import Training
 
 RECORDS = Path(__file__).parent / "records"
@@ -93,6 +98,7 @@ class Cell:
             f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
             *([f"data.unlabeled=[{unlabeled_path(work, variant.unlabeled)}]"] if variant.unlabeled else []),
             *([f"data.train={train_path(work, variant.train)}"] if variant.train else []),
+            *(states_overrides(work, STUDENTS[self.student]) if variant.states else []),
             *self.extra,  # last: a search may set the number of steps, too
         )
         return make_config(work, self.split, STUDENTS[self.student], overrides, variant.kind)
@@ -156,16 +162,50 @@ def code_version() -> str:
 
 
 def _evaluate(
-    detector: Detector, shares: Iterable[Share], config: Config, truth: Any, ids: list[int]
+    detector: Detector, batches: Iterable[Arrays], config: Config, truth: Any, ids: list[int]
 ) -> dict[str, float]:
     seen_as = Preprocessing(config.student.resize)
-    found = [predict_batch(detector, share.arrays, seen_as, ids) for share in shares]
+    found = [predict_batch(detector, arrays, seen_as, ids) for arrays in batches]
     return {k: round(v, 5) for k, v in evaluate_coco(truth, Detections.concatenate(found)).metrics.items()}
 
 
 def run(cell: Cell, work: Path) -> dict[str, Any]:
     """Train, evaluate after each epoch and at the end, compare with the teacher; write and return the record."""
     torch.set_num_threads(1)
+    record = _quantised_after(cell, work) if VARIANTS[cell.variant].after else _train(cell, work)
+    cell.record.parent.mkdir(parents=True, exist_ok=True)
+    cell.record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return record
+
+
+def _quantised_after(cell: Cell, work: Path) -> dict[str, Any]:
+    """The record of a student that was trained in float and quantised then. The float one is kept, for the other bits."""
+    trained = replace(cell, variant=VARIANTS[cell.variant].after)
+    said = hashlib.sha256(json.dumps(meaning(trained.config(work)), sort_keys=True).encode()).hexdigest()[:8]
+    folder = work / "students" / f"{trained.name}-{said}"
+    if not folder.exists():
+        _train(trained, work, keep=folder)
+    record: dict[str, Any] = json.loads((folder / EXTRA_FILE).read_text())
+    config = cell.config(work)
+    plan = make_plan(config, VARIANTS[cell.variant].kind)
+    student, stream = load_detector(folder), plan.stream
+    training = (share.arrays for share in local_stream(stream) if share.subset == "train")
+    quantise_after_training(student, config, training)
+    loader, held_out = stream.loader(), evaluation_batches(stream.schedule, 0)
+    ids = [category.id for category in plan.train.categories]
+    evaluated = (loader.load("val", batch.rows) for batch in held_out)
+    metrics = _evaluate(student, evaluated, config, ground_truth(config.data.val), ids)
+    changed = {
+        "cell": cell.name,
+        "title": VARIANTS[cell.variant].title,
+        "code": code_version(),
+        "config": meaning(config),
+    }
+    return record | changed | {"metrics": metrics, "float_metrics": record["metrics"]}
+
+
+def _train(cell: Cell, work: Path, keep: Path | None = None) -> dict[str, Any]:
+    """The record of a training. keep: a folder for its student, with the record."""
     config, kind = cell.config(work), VARIANTS[cell.variant].kind
     plan = make_plan(config, kind)
     labels, ids = plan.train.labels, [category.id for category in plan.train.categories]
@@ -186,7 +226,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
             spent_s += time.perf_counter() - started
             continue
         with training.evaluation_weights() as detector:
-            metrics = _evaluate(detector, shares, config, truth, ids)
+            metrics = _evaluate(detector, (share.arrays for share in shares), config, truth, ids)
             alike = agreement(detector, judge, _first_batches(config, plan.stream), config.detection)
         curve.append({"step": training.step, "AP": metrics["AP"], "AP50": metrics["AP50"]} | _rounded(alike))
     training.check_finite()
@@ -203,8 +243,9 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
         "extra": list(cell.extra),
         "config": meaning(config),
     }
-    cell.record.parent.mkdir(parents=True, exist_ok=True)
-    cell.record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    if keep is not None:
+        with training.evaluation_weights() as detector:
+            save_detector(detector, keep, config.student.resize, record)
     return record
 
 
@@ -214,10 +255,6 @@ def _rounded(values: Any) -> dict[str, float]:
 
 def _first_batches(config: Config, stream: Any) -> Iterable[Any]:
     """The first evaluation images, as training batches: their objects are needed."""
-    from dataclasses import replace
-
-    from qskd.datasets.order.schedule import evaluation_batches
-
     loader = replace(
         stream, train_uri=stream.val_uri, teacher_cache="", teacher_columns=(), unlabeled_uris=(), unlabeled_caches=()
     ).loader()

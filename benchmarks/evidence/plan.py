@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.evidence.teachers import MANY, OWN
 
@@ -23,7 +23,10 @@ _ALL_QUERIES = ("distillation.selection.band_weights=[1.0, 1.0]", "distillation.
 class Variant:
     """overrides: of the shared recipe. kind: the verb. time_of: a variant whose wall-clock time it gets, instead of its
     steps (`benchmarks.evidence.clock` measured the ratio). unlabeled: further images, without labels, half of each batch. train: as
-    many labelled images, where they are not the task's own; those are the first of them."""
+    many labelled images, where they are not the task's own; those are the first of them.
+
+    states: the teacher's cache has the queries' states too, in a folder of its own. after: the variant whose student, in float, is
+    quantised once it is trained."""
 
     title: str
     overrides: tuple[str, ...] = ()
@@ -31,6 +34,8 @@ class Variant:
     time_of: str = ""
     unlabeled: int = 0
     train: int = 0
+    states: bool = False
+    after: str = ""
 
 
 VARIANTS = {
@@ -89,6 +94,34 @@ VARIANTS["none_flips_labelled24"] = Variant(
     "no teacher, fresh flips, 18,000 more images with their true labels", (_FLIPS,), "train", train=24_000
 )
 
+# Students of few bits: each number of bits, by each teaching. Recipe and float rows are those of `none` and `qskd`.
+BITS = {"w8a8": "w8a8", "w4a4": "w4a4-attn8", "w3a3": "w3a3-attn8", "w2a2": "w2a2-attn8"}
+_QDETR_WEIGHT = 2.5  # the paper's
+
+
+def _qdetr(alignment: str, threshold: float) -> tuple[str, ...]:
+    fields = {"weight": _QDETR_WEIGHT, "alignment": alignment, "threshold": threshold}
+    return tuple(f"distillation.also.qdetr.{name}={value}" for name, value in fields.items())
+
+
+TAUGHT = {
+    "after_none": Variant("post-training", kind="train", after="none"),
+    "after_qskd": Variant("QSKD in float, then post-training", after="qskd"),
+    "none": Variant("no teacher", kind="train"),
+    "qskd": Variant("QSKD"),
+    "matching": Variant("QSKD and Q-DETR, matching alone", _qdetr("false", 0.6), states=True),
+    "alignment": Variant("QSKD and Q-DETR, alignment alone", _qdetr("true", 0.0), states=True),
+    "qdetr": Variant("QSKD and Q-DETR, both", _qdetr("true", 0.6), states=True),
+}
+FEW_BITS = {
+    f"{short}_{name}": replace(
+        taught, title=f"{bits}: {taught.title}", overrides=(*taught.overrides, f"student.quantization={bits}")
+    )
+    for short, bits in BITS.items()
+    for name, taught in TAUGHT.items()
+}
+VARIANTS |= FEW_BITS
+
 
 @dataclass(frozen=True)
 class Student:
@@ -111,6 +144,7 @@ FRESH = (
     *("none_flips", "qskd_flips", "none_flips_labelled24"),
     *(f"qskd_flips_unlabeled{count // 1000}" for count in NEW_IMAGES),
 )
+LONG_BITS = tuple(f"w4a4_{name}" for name in ("after_none", "none", "qskd", "qdetr"))
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
@@ -129,7 +163,7 @@ _D_FINE = ("student.family=d_fine", *_CHOOSING)
 STUDENTS = {
     "inherit": Student(
         "The quickstart's student, started from its teacher's layers",
-        rows={"short": MECHANISM, "long": (*LONG, *FRESH), "longest": (*PAIR, *FRESH)},
+        rows={"short": (*MECHANISM, *FEW_BITS), "long": (*LONG, *FRESH, *LONG_BITS), "longest": (*PAIR, *FRESH)},
     ),
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",

@@ -6,38 +6,16 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t
-
+from benchmarks.evidence import few_bits
 from benchmarks.evidence.cells import RECORDS
+from benchmarks.evidence.interval import Interval, Scores, paired
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 
 # What rows are compared with: untaught, and QSKD. Of students whose rows have fresh flips, those with them.
 PAIRS = (("none", "qskd"), ("none_flips", "qskd_flips"))
-Scores = dict[int, float]  # by seed
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and the half-width of its 95 % interval; NaN with fewer than two values."""
-
-    mean: float
-    half: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        if len(values) < 2:
-            return cls(values[0] if values else math.nan, math.nan, len(values))
-        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(statistics.fmean(values), half, len(values))
-
-    def show(self, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:
-        spread = "" if math.isnan(self.half) else f" ± {scale * self.half:.{digits}f}"
-        return f"{scale * self.mean:{sign}.{digits}f}{spread}"
 
 
 def read_records() -> list[dict[str, Any]]:
@@ -45,18 +23,17 @@ def read_records() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((RECORDS / "report").glob("*.json"))]
 
 
-def scores(records: Sequence[Mapping[str, Any]], metric: str = "AP") -> dict[tuple[str, str, str], Scores]:
-    """(student, variant, budget) -> seed -> value."""
+def scores(
+    records: Sequence[Mapping[str, Any]], metric: str = "AP", of: str = "metrics"
+) -> dict[tuple[str, str, str], Scores]:
+    """(student, variant, budget) -> seed -> value. of: "float_metrics", what a student had before it was quantised; of the others
+    nothing."""
     found: dict[tuple[str, str, str], Scores] = {}
     for record in records:
         student, variant, budget, seed = record["cell"].split("-")[:4]
-        found.setdefault((student, variant, budget), {})[int(seed.removeprefix("seed"))] = record["metrics"][metric]
+        if of in record:
+            found.setdefault((student, variant, budget), {})[int(seed.removeprefix("seed"))] = record[of][metric]
     return found
-
-
-def paired(a: Scores, b: Scores) -> list[float]:
-    """Differences of the seeds that both have."""
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
 def shares(a: Scores, base: Scores, teacher: float) -> list[float]:
@@ -86,7 +63,7 @@ def table(records: Sequence[Mapping[str, Any]], student: str, budget: str, teach
     ]
     for name, variant in VARIANTS.items():
         mine = ap.get((student, name, budget))
-        if not mine:
+        if not mine or few_bits.is_one(name):
             continue
         cells = [
             variant.title,
@@ -108,7 +85,7 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
 
     ap = scores(records)
     budgets = budgets_of(records, student)
-    names = [name for name in VARIANTS if any((student, name, b) in ap for b in budgets)]
+    names = [name for name in VARIANTS if any((student, name, b) in ap for b in budgets) and not few_bits.is_one(name)]
     drawing = Figure(figsize=(4.6 * len(budgets) + 2.6, 0.36 * len(names) + 1.3), dpi=150, layout="constrained")
     FigureCanvasAgg(drawing)
     panels = drawing.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -145,6 +122,12 @@ def markdown(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]
         parts += [
             f"{BUDGETS[budget]:,} steps:\n\n{table(records, name, budget, teachers[student.teacher])}"
             for budget in budgets
+        ]
+        found = scores(records), scores(records, "AP50"), scores(records, of="float_metrics")
+        parts += [
+            f"#### Few bits\n\n{BUDGETS[budget]:,} steps. {few}"
+            for budget in budgets
+            if (few := few_bits.tables(*found, name, budget))
         ]
     return "\n\n".join(parts) + "\n"
 

@@ -55,6 +55,12 @@ def base_overrides(work: Path, split: str, student: Student) -> list[str]:
     ]
 
 
+def states_overrides(work: Path, student: Student) -> list[str]:
+    """A cache of its own, with the queries' states: a column more would make the shared one another cache."""
+    shared = next(each for each in base_overrides(work, "val", student) if each.startswith("teacher.cache.path="))
+    return [f"{shared}.states", "teacher.cache.columns=[states]"]
+
+
 def make_config(
     work: Path, split: str, student: Student, overrides: Iterable[str] = (), kind: str = "distill"
 ) -> ResolvedConfig:
@@ -81,8 +87,11 @@ def make_task(work: Path, students: Iterable[str], variants: Iterable[str] = ())
             make_backbone(work, work / student.backbone, student.overrides)
         if student.teacher == MANY:
             make_many(work)
-        asked = make_config(work, "val", student, [f"data.unlabeled=[{','.join(map(str, unlabeled))}]"])
-        for config in cache_sources(asked):
+        unlabelled = [f"data.unlabeled=[{','.join(map(str, unlabeled))}]"]
+        asked = cache_sources(make_config(work, "val", student, unlabelled))
+        if any(each.states for each in further):
+            asked = [*asked, make_config(work, "val", student, states_overrides(work, student))]
+        for config in asked:
             if load_cache_manifest(config.teacher.cache.path) is None:
                 torch.set_num_threads(1)
                 manifest = source_manifest(config.data)

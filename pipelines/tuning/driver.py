@@ -71,8 +71,8 @@ def parameters_limit(text: str, config: Config, labels: Sequence[str], space: Se
     if not text:
         return None
     where = "--at-most-parameters"
-    if not any(field == "student" or field.startswith("student.") for field in space.fields):
-        log.warning("%s has no effect: no space changes the student", where)
+    if not space.changes_student(bits=False):
+        log.warning("%s has no effect: no space changes the student's sizes", where)
         return None
     own = parameters_m(config, labels)
     if text == "recipe":

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from qskd.quantization.model import belongs_to_quantiser
+
 Side = Callable[[], object]
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters: frozen ones too, shared ones once, buffers (batch statistics, frozen norms) not."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters: frozen ones too, shared ones once, buffers (batch statistics, frozen norms) and the steps of quantisers
+    not."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not belongs_to_quantiser(name))
 
 
 @contextmanager

@@ -19,13 +19,20 @@ class Exact:
 
     It stands before the module's `forward` on the one instance: its class, the names of its state and what is saved of it stay. A
     context that one hook opens and another closes could not be traced by torch.compile; one around a call can. As with `Tap`, what
-    is put there is a bound method, so that a deep copy has its own.
+    is put there is a bound method, so that a deep copy has its own. The class's forward is looked up when it is called: a layer
+    that is quantised later has another class by then.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.active = False
-        self.inner = module.forward
+        self.module = module
+        self.before = module.__dict__.get("forward")  # what stood there before the class's own
         module.forward = self._forward
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:

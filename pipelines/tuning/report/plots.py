@@ -52,6 +52,7 @@ def about(sweep: SweepSummary, row: TrialRow) -> str:
     facts += [f"AP50 {ap_text(row.metrics['AP50'])}"] if row.metrics.get("AP50", -1) >= 0 else []
     facts += [f"{epochs_text(row.epochs)} epochs"]
     facts += [f"{row.parameters_m:.2f} M parameters"] if row.parameters_m is not None else []
+    facts += [f"{row.size_mb:.3g} MB"] if row.size_mb is not None else []
     facts += [f"{row.latency_ms:.1f} ms"] if row.latency_ms is not None else []
     lines = [head, ", ".join(facts)]
     differs = [] if row.number == RECIPE else [safe_text(text) for text in sweep.differences(row)]

@@ -12,8 +12,25 @@ from pipelines.tuning.report import pictures as sweep_pictures
 from pipelines.tuning.report import plots as sweep_plots
 from pipelines.tuning.report.axes import LEAST_TRIALS
 from pipelines.tuning.report.parallel import draw_parallel, plot_parallel
-from pipelines.tuning.report.results import RECIPE, SweepSummary, ap_text, best_row, boundaries, cost_rows, ranked
-from pipelines.tuning.report.tables import counts_text, html_table, terminal_table, trials_csv, trials_markdown
+from pipelines.tuning.report.results import (
+    RECIPE,
+    SweepSummary,
+    ap_text,
+    best_row,
+    bits_of,
+    boundaries,
+    cost_rows,
+    ranked,
+)
+from pipelines.tuning.report.tables import (
+    IN_FLOAT,
+    counts_text,
+    few_bits,
+    html_table,
+    terminal_table,
+    trials_csv,
+    trials_markdown,
+)
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.errors import QskdError
@@ -74,12 +91,20 @@ PICTURES: dict[str, Picture] = {
     ),
     "front_latency": _front("latency_ms", "AP against latency", "fast"),
     "front_parameters": _front("parameters_m", "AP against parameters", "small"),
+    "front_size": _front("size_mb", "AP against size at its bits", "small"),
     "boundary": Picture(
         "AP over GIoU boundaries",
         "Each trial's boundaries between groups of queries, joined by a line.",
         sweep_pictures.draw_boundary,
         sweep_plots.plot_boundary,
     ),
+}
+
+
+FRONTS = {
+    "front_latency": ("latency", "latency_ms", "ms"),
+    "front_parameters": ("size", "parameters_m", "M"),
+    "front_size": ("number of bytes", "size_mb", "MB"),
 }
 
 
@@ -97,8 +122,10 @@ def why_none(sweep: SweepSummary, name: str) -> str:
         if len(scored) < LEAST_TRIALS:
             return f"There is no picture: it takes {LEAST_TRIALS} trials with an AP, and there are {len(scored)}."
         return "There is no picture: all trials have the same AP."
-    if name in ("front_latency", "front_parameters"):
-        what, cost, unit = ("latency", "latency_ms", "ms") if name == "front_latency" else ("size", "parameters_m", "M")
+    if name == "front_size" and len({bits_of(row, sweep.recipe) for row in sweep.scored}) == 1:
+        return "There is no picture: all trials have the same bits, and their size goes with their parameters."
+    if name in FRONTS:
+        what, cost, unit = FRONTS[name]
         known = {getattr(row, cost) for row in cost_rows(sweep, cost)}
         if not known:
             return f"There is no picture: the {what} of no trial is known."
@@ -137,11 +164,17 @@ def write_report(
             picture.draw(sweep, picture.title, folder / f"{name}.png")
             drawn.append(folder / f"{name}.png")
             plot = sweep_plots.fragment(picture.plot(sweep), name)
-            body = f'<p class="note">{html.escape(picture.caption)}</p><div class="wide">{plot}</div>'
+            caption = (
+                f"{picture.caption} {IN_FLOAT}"
+                if name == "front_latency" and few_bits(sweep.rows, sweep.recipe)
+                else picture.caption
+            )
+            body = f'<p class="note">{html.escape(caption)}</p><div class="wide">{plot}</div>'
             texts[f"{name}.html"] = _page(f"{picture.title}: {title}", f"<h1>{picture.title}</h1>{body}", plotly=True)
         sections.append(f'<section id="of-{name}"><h2>{picture.title}</h2>{body}</section>')
     recipe_text = f"<h2>The best as a recipe</h2><pre>{html.escape(best_config_yaml)}</pre>" if best_config_yaml else ""
     body = f"<h1>{html.escape(title)}</h1>{_summary(sweep)}<h2>Trials</h2>{html_table(rows, recipe)}"
+    body += f'<p class="note">{IN_FLOAT}</p>' if few_bits(rows, recipe) else ""
     body += ("".join(sections) if sweep.scored else f"<h2>Pictures</h2><p>{NO_AP}</p>") + recipe_text
     texts = {"index.html": _page(title, body, plotly=bool(drawn)), **texts}
     for name, text in texts.items():

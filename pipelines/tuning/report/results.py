@@ -16,6 +16,7 @@ from qskd.config.recipe import flatten, to_tree
 from qskd.evaluation.shown import is_measured
 
 RECIPE = 0  # the number of the trial that is the recipe itself
+QUANTIZATION = "student.quantization"
 BOUNDARIES = "distillation.selection.boundaries"
 
 
@@ -117,6 +118,16 @@ def boundaries(row: TrialRow, recipe: Config) -> list[float]:
     """The trial's GIoU boundaries, ascending: its own, or the recipe's."""
     own = flatten(to_tree(recipe)).get(BOUNDARIES, ())
     return [float(each) for each in flatten(row.overrides).get(BOUNDARIES, own)]
+
+
+def bits_of(row: TrialRow, recipe: Config) -> str:
+    """The bits that the trial's student learnt with, as student.quantization says them; empty: in float."""
+    found = flatten(row.overrides)
+    for name in (f"{QUANTIZATION}.bits", QUANTIZATION):
+        if name in found:
+            return str(found[name] or "")
+    own = recipe.student.quantization
+    return own.bits if own is not None else ""
 
 
 def _shown_value(row: TrialRow, name: str, recipe: Config, absent: Any) -> Any:

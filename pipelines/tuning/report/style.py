@@ -13,7 +13,11 @@ RECIPE_COLOUR = "#d55e00"  # vermilion, far from all shades with every kind of c
 INK, FAINT, FAILED = "#212121", "#6e6e6e", "#9e9e9e"
 BAND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 SPACE_COLOURS = ("#2279b5", "#7b4fa3", "#3f7d20", "#b03a6b", "#6b5b3e")
-COSTS = {"latency_ms": "latency of one image, ms", "parameters_m": "parameters, millions"}
+COSTS = {
+    "latency_ms": "latency of one image, ms",
+    "parameters_m": "parameters, millions",
+    "size_mb": "size at its bits, MB",
+}
 AP_LABEL = "AP"
 CROWD = 60  # so many trials are drawn thinner
 ABSENT = -0.13  # where a line passes an axis that its trial has no value on

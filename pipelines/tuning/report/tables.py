@@ -14,6 +14,7 @@ from pipelines.tuning.report.results import (
     RECIPE,
     ap_text,
     best_row,
+    bits_of,
     differences_text,
     epochs_text,
     field_names,
@@ -30,7 +31,15 @@ if TYPE_CHECKING:
 
 
 TERMINAL_TRIALS, TERMINAL_DIFFERENCES = 8, 6
-COLUMNS = ("trial", "state", "AP", "AP50", "epochs", "parameters", "latency")
+COLUMNS = ("trial", "state", "AP", "AP50", "epochs", "parameters", "size", "latency")
+
+
+IN_FLOAT = "Latency is the student's in float, whatever its bits: what fewer save, only a runtime that computes with them can tell."
+
+
+def few_bits(rows: Sequence[TrialRow], recipe: Config) -> bool:
+    """Whether some trial's student has fewer bits than float: its latency needs a word."""
+    return any(bits_of(row, recipe) for row in rows)
 
 
 def counts_text(rows: Sequence[TrialRow]) -> str:
@@ -57,6 +66,7 @@ def _cells(row: TrialRow) -> list[str]:
         ap_text(ap50) if ap50 >= 0 else "–",
         epochs_text(row.epochs),
         f"{row.parameters_m:.2f} M" if row.parameters_m is not None else "–",
+        f"{row.size_mb:.3g} MB" if row.size_mb is not None else "–",
         f"{row.latency_ms:.1f} ms" if row.latency_ms is not None else "–",
     ]
 
@@ -92,6 +102,7 @@ def trials_markdown(rows: Sequence[TrialRow], recipe: Config, title: str) -> str
     lines.append("| " + " | ".join([*COLUMNS, "differs from the recipe"]) + " |")
     lines.append("|" + "|".join("---" if name == "state" else "---:" for name in COLUMNS) + "|---|")
     lines += ["| " + " | ".join(map(cell, [*_cells(row), _said(row, own, names)])) + " |" for row in ranked(rows)]
+    lines += ["", IN_FLOAT] if few_bits(rows, recipe) else []
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +119,7 @@ def trials_csv(rows: Sequence[TrialRow], recipe: Config) -> str:
         "epochs",
         "seconds",
         "parameters_m",
+        "size_mb",
         "gflops",
         "latency_ms",
         "run_id",
@@ -154,6 +166,8 @@ def terminal_table(rows: Sequence[TrialRow], command: str, recipe: Config | None
     reasons = Counter(" ".join(row.reason.split()) or "no reason given" for row in rows if row.state == "failed")
     lines: list[RenderableType] = [Text(counts_text(rows))]
     lines += [Text(f"failed, {count} time{'s' if count > 1 else ''}: {why}") for why, count in reasons.most_common()]
+    if recipe is not None and few_bits(rows, recipe):
+        lines.append(Text(IN_FLOAT))
     if best is not None and command:
         lines.append(Text("\nThe winner at full length:"))
         lines.append(_Command(command))

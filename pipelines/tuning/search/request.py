@@ -12,7 +12,7 @@ from search_spaces import SearchSpace, Space
 
 Algorithm = Literal["tpe", "random", "pbt"]
 Mode = Literal["max", "min"]
-MODES: Mapping[str, Mode] = {"AP": "max", "latency_ms": "min", "parameters_m": "min"}
+MODES: Mapping[str, Mode] = {"AP": "max", "latency_ms": "min", "parameters_m": "min", "size_mb": "min"}
 COSTS = tuple(name for name, mode in MODES.items() if mode == "min")
 REDUCTION = 3  # of so many trials at a rung, one goes on
 
@@ -88,13 +88,13 @@ def _check_objectives(objectives: tuple[str, ...]) -> None:
 
 def _check_cost_varies(request: SearchRequest, space: SearchSpace) -> None:
     """A cost that is the same for all trials is no objective: the front would be a single point."""
-    if not any(field == "student" or field.startswith("student.") for field in space.fields):
+    if not space.changes_student(bits=request.objectives[1] == "size_mb"):
         names = ", ".join(each.name for each in space.spaces)
         raise QskdError(
             f"--objective {request.objectives[1]}",
-            f"{names} leaves the student's architecture as it is: the cost is the same for all trials",
+            f"{names} leaves what decides it as it is: the cost is the same for all trials",
             "a space that sets fields of student",
-            "add --space student_architecture, or search for AP alone",
+            "add --space student_architecture, or search for AP alone (bits alone change size_mb)",
         )
 
 

@@ -1,8 +1,11 @@
-"""What a student costs, measured: parameters, operations, and its latency beside the recipe's own student.
+"""What a student costs, measured: parameters, bytes at its bits, operations, and its latency beside the recipe's own student.
 
 Trials are measured where they train, beside one another. A latency taken there is the machine's load as much as the model's;
 so the recipe's student, timed once before the sweep began, is timed again in turn with each trial's, and the trial's latency
 is the ratio of the two lower quartiles (what preempts either is left out) times that first figure.
+
+Of few bits operations and latency are those of the same student in float: fake quantisation takes longer than float, and what a
+runtime would take in whole numbers, only that runtime can tell.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from qskd.config import Config
 from qskd.detectors import Detector, build_student
 from qskd.detectors.cost import gflops, latency_ms, parameters
+from qskd.quantization.size import megabytes
 
 WARM_UP = 3
 LEAST, MOST, BUDGET_S = 12, 50, 1.5  # timings of each side; the seconds they may take
@@ -37,7 +41,7 @@ def recipe_latency_ms(config: Config, labels: Sequence[str], device: torch.devic
 def costs(
     config: Config, labels: Sequence[str], device: torch.device, recipe: Config, recipe_ms: float
 ) -> dict[str, float]:
-    """parameters_m, gflops and latency_ms of the recipe's student, for one image at its own resolution."""
+    """parameters_m, size_mb, gflops and latency_ms of the recipe's student, for one image at its own resolution."""
     own, student, inputs = _call(config, labels, device)
     reference, _, _ = _call(recipe, labels, device)
     with _one_thread(device):
@@ -45,6 +49,7 @@ def costs(
         times = _in_turn([own, reference], device)
     return {
         "parameters_m": parameters(student) / 1e6,
+        "size_mb": megabytes(build_student(config.student, labels, config.seed)),
         "gflops": counted,
         "latency_ms": recipe_ms * _quartile(times[0]) / _quartile(times[1]),
     }
@@ -57,7 +62,8 @@ def _quartile(times: Sequence[float]) -> float:
 def _call(
     config: Config, labels: Sequence[str], device: torch.device
 ) -> tuple[Callable[[], Any], Detector, tuple[torch.Tensor, torch.Tensor]]:
-    student = build_student(config.student, labels, config.seed).eval().to(device)
+    in_float = config.student.model_copy(update={"quantization": None})
+    student = build_student(in_float, labels, config.seed).eval().to(device)
     resize = config.student.resize
     height, width = resize.size, resize.usual_pixels // resize.size
     pixels = torch.zeros(1, 3, height, width, device=device)

@@ -15,7 +15,8 @@ class TrialRow:
     number: 0 is the recipe itself. state: "stopped" is early, by the scheduler; "failed" has a `reason`.
     parameters: the spaces' answers by name, "space.parameter". overrides: the dotted fields of the recipe they set.
     curve: (epochs trained, AP in 0..1) of every evaluation, in order. metrics: the best evaluation's.
-    latency_ms: of one image on this machine, measured; parameters_m: millions; None where not measured yet.
+    latency_ms: of one image on this machine, measured, in float whatever its bits; parameters_m: millions; size_mb: 10^6 bytes,
+    quantised weights at their bits; None where not measured yet.
     run_id: the MLflow run, a child of the sweep's. seconds: of training, all attempts together. logged: whether that run is known
     to have all rows of its curves.
     """
@@ -28,6 +29,7 @@ class TrialRow:
     metrics: dict[str, float] = field(default_factory=dict)
     latency_ms: float | None = None
     parameters_m: float | None = None
+    size_mb: float | None = None
     gflops: float | None = None
     reason: str = ""
     run_id: str = ""
