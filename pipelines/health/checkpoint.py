@@ -153,7 +153,7 @@ def _teacher(loaded: _Loaded) -> Check:
     try:
         attended = min(_ATTENDED, detector.num_queries)
         none, some = (_row_bytes(teacher(), _shape(loaded), queries) for queries in (0, attended))
-        least = _row_bytes(teacher((maps - 1,)), _shape(loaded), 0)
+        least = _row_bytes(teacher((maps - 1,) if maps > 1 else None), _shape(loaded), 0)
     except QskdError as error:
         return Check("as a teacher", "problem", f"{error.where}: {_said(error)}", error.remedy)
     if not detector.memory_channels:
