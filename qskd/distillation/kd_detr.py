@@ -14,7 +14,7 @@ from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Count, NonNegative
 from qskd.distillation.asked import AsStudent
-from qskd.distillation.maps import mixed
+from qskd.distillation.maps import uniform
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries, TeacherNeeds
 
@@ -100,18 +100,12 @@ class KDDETR(Method):
         """Random boxes, with states of zeros; of an embedding: places between two of the teacher's own, anywhere on the line."""
         number = self.settings.general_points
         if own.embedding is None:
-            drawn = self._uniform(number, 4)
+            drawn = uniform(self.seed, self.steps, number, 4)
             return Queries(places=torch.logit(drawn).clamp(-_LIMIT, _LIMIT)[None])
         rows = own.embedding.detach()[0]
-        one, other, share = self._uniform(number, 3).unbind(1)
+        one, other, share = uniform(self.seed, self.steps, number, 3).unbind(1)
         start, end = (rows[(each * len(rows)).long()] for each in (one, other))
         return Queries(embedding=torch.lerp(start, end, share[:, None])[None])
-
-    def _uniform(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns] in 0..1, below 1: of seed and step, and nothing else."""
-        places = torch.arange(rows * columns, device=self.seed.device)
-        drawn = mixed(mixed(mixed(self.seed) + self.steps) + places)
-        return ((drawn >> 8).float() / 2**24).view(rows, columns)
 
     def _apart(self, said: DetectorOutput, goal: DetectorOutput, silent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three terms of a group of queries, summed over the student's layers and images."""

@@ -169,3 +169,10 @@ def mixed(numbers: Tensor) -> Tensor:
     found = ((found ^ (found >> 16)) * 0x85EBCA6B) & _WORD
     found = ((found ^ (found >> 13)) * 0xC2B2AE35) & _WORD
     return found ^ (found >> 16)
+
+
+def uniform(seed: Tensor, step: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns] in 0..1, below 1: of seed and step, and nothing else."""
+    places = torch.arange(rows * columns, device=seed.device)
+    drawn = mixed(mixed(mixed(seed) + step) + places)
+    return ((drawn >> 8).float() / 2**24).view(rows, columns)
