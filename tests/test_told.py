@@ -257,6 +257,7 @@ def test_features_are_refused_before_anything_starts(shards: str, tmp_path: Path
         ("student.inherit=true", "a teacher with layers"),
         ("data.unlabeled=[photos]", "knows nothing of"),
         ("teacher.cache.columns=[states]", "take them out"),
+        ("teacher.levels=[0]", "which has no maps"),
     ],
 )
 def test_what_a_file_cannot_do_is_named(shards: str, tmp_path: Path, override: str, said: str) -> None:

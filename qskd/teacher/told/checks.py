@@ -29,6 +29,10 @@ def check_told(config: Config, cache: CacheManifest | None = None) -> None:
             "a method that reads predictions alone, or a teacher that is a DETR",
             PREDICTIONS_ALONE,
         )
+    if config.teacher.levels is not None:
+        raise QskdError(
+            "teacher.levels", f"{list(config.teacher.levels)}, of {path}, which has no maps", "null", "take it out"
+        )
     if columns := config.teacher.cache.columns:
         raise QskdError("teacher.cache.columns", ", ".join(columns), f"none, of {path}", "take them out")
 
