@@ -216,7 +216,7 @@ def test_sampling_weights_of_a_head_sum_to_one() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_sums_to_one_and_padding_gets_none(kind: str) -> None:
-    ours = Detector(tiny_model(kind))(*padded_batch())
+    ours = Detector(tiny_model(kind)).eval()(*padded_batch())  # in training it has a gradient (tests/test_d3etr.py)
     for attend in (ours.attend, ours.attend_mean):
         maps = attend(QUERIES)
         total = sum(part.sum((-2, -1)) for part in maps)

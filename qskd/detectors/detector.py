@@ -211,14 +211,14 @@ class Detector(nn.Module):
         pixel_values: [B, 3, H, W] float, normalised, 0 on padding. pixel_mask: [B, H, W] bool, False on padding.
         with_attention=False keeps nothing for `attend`, which then raises. Logits, boxes and query states are float32
         also under autocast; memory and features have the precision that the model ran in. `attend` uses the weights as
-        they are when it is called: call it before the optimizer's step.
+        they are when it is called: call it before the optimizer's step. In training it has a gradient, and is never compiled.
         extra: queries to add for this forward, of families that `denoises`; the model's own do not see them. The output has
-        them in `extra` alone, and keeps nothing for `attend`. least: height and width that each image has at least, as
+        them in `extra` alone. least: height and width that each image has at least, as
         `pixel_mask` says it, where the host knows; without it transformers may ask the device, and wait.
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
         padded, full, run = _size(pixel_values), None, self._run
-        compiled = self._compiled if self.training and torch.is_grad_enabled() else None
+        compiled = self._compiled if self.training and torch.is_grad_enabled() and not with_attention else None
         if compiled is not None:
             # Sizes are fixed, and so is the answer; where images may have padding all the same, a mask is taken as it is.
             full, run = (always if least == padded else None), partial(compiled, self)
@@ -270,12 +270,12 @@ class Detector(nn.Module):
         those that the model made of labels, are in `extra` of what is returned and nowhere else.
         """
         extra = added(outputs)
-        with_attention = with_attention and not extra
         features: tuple[Tensor, ...] = tuple(tap.returned for tap in self._projections)
         memory = self._family.memory([tap.returned for tap in self._memory], [_size(map_) for map_ in features])
         states = [tap.state for tap in self.layer_taps]
         taps = self._cross_attentions if with_attention else []
-        cross = [CrossAttention(tap.module, detached(tap.given)) for tap in taps]
+        learns = self.training and torch.is_grad_enabled()  # a student's, of which a method compares the attention
+        cross = [CrossAttention(tap.module, tap.given if learns else detached(tap.given)) for tap in taps]
 
         # Heads in float32: bf16 has 8 bits, less than a pixel needs.
         with torch.autocast(pixel_mask.device.type, enabled=False):
@@ -287,7 +287,7 @@ class Detector(nn.Module):
         # As transformers shrinks a mask, so that it is the very one that the model has used.
         valid = [functional.interpolate(pixel_mask[None].float(), size=shape)[0].bool() for shape in shapes]
         everywhere = torch.cat([part.flatten(1) for part in valid], dim=1)
-        attend = partial(attention_of, self._family, shapes=shapes, valid=everywhere)
+        attend = partial(attention_of, self._family, shapes=shapes, valid=everywhere, first=extra, learns=learns)
         own = slice(extra - predictions.logits.shape[2], None)  # from the end: proposals are of these alone
         return DetectorOutput(
             logits=predictions.logits[:, :, own],

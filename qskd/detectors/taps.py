@@ -76,10 +76,14 @@ def attention_of(
     *,
     shapes: Sequence[tuple[int, int]],
     valid: Tensor,
+    first: int = 0,
+    learns: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Query indices [B, S] (-1 = none) -> maps [B, S, H, W], float32, averaged over `layers`. No gradient."""
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        wanted = queries.clamp(min=0)
+    """Query indices [B, S] (-1 = none) -> maps [B, S, H, W], float32, averaged over `layers`. first: where the model's own queries
+    begin among those that the layers were given. learns: with gradient, where there is one at all."""
+    learns = learns and torch.is_grad_enabled()
+    with torch.set_grad_enabled(learns), torch.autocast(queries.device.type, enabled=False):
+        wanted = queries.clamp(min=0) + first
         total = torch.zeros((*queries.shape, valid.shape[1]), device=queries.device)
         for layer in layers:
             total += family.attention(layer.module, layer.given, wanted, shapes, valid)

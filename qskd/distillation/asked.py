@@ -1,4 +1,4 @@
-"""The teacher's queries put to the student: through an adapter, where widths or what they mean may differ."""
+"""The teacher's queries put to the student, through an adapter; and what both say of all queries, side by side."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from qskd.distillation.maps import eye_or_orthogonal
-from qskd.distillation.method import Facts
+from qskd.distillation.method import Facts, Lesson
+from qskd.distillation.qskd.pairing import Side
+from qskd.distillation.qskd.query_selection import none_selected
 from qskd.errors import QskdError
-from qskd.structures import Queries
+from qskd.structures import SILENT_LOGIT, DetectorOutput, Queries
 
 
 class AsStudent(nn.Module):
@@ -48,3 +50,16 @@ def check_pair(where: str, student: Facts, teacher: Facts, remedy: str) -> None:
             "two-stage deformable_detr), or both of one family",
             remedy,
         )
+
+
+def both_sides(lesson: Lesson, said: DetectorOutput, mine: list[int], theirs: list[int]) -> tuple[Side, Side]:
+    """Layers of what the student said and of the teacher, of all queries: no selection is asked."""
+    teacher = lesson.teacher
+    # Of a class that the teacher knows nothing of, nothing is learnt: both sides are as sure that it isn't there.
+    logits = said.logits.float().masked_fill(teacher.silent, SILENT_LOGIT)
+    goal, boxes = teacher.logits.detach().float(), teacher.boxes_cxcywh.detach().float()
+    own, other = (
+        Side(values, places, none_selected(places.shape[:-1], places.device)).layers(layers)
+        for values, places, layers in ((logits, said.boxes_cxcywh.float(), mine), (goal, boxes, theirs))
+    )
+    return own, other

@@ -14,17 +14,16 @@ from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config import DetectionLossConfig
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.asked import AsStudent
+from qskd.distillation.asked import AsStudent, both_sides
 from qskd.distillation.kept import places_of
 from qskd.distillation.maps import Meeting, resample
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
-from qskd.distillation.qskd.pairing import Side, pair_globally
-from qskd.distillation.qskd.query_selection import none_selected
+from qskd.distillation.qskd.pairing import pair_globally
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
 from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import detection_terms
-from qskd.structures import SILENT_LOGIT, Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
+from qskd.structures import Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
 
 PAIRS = 100  # (class, query) pairs that make the mask, as in the release
 LEAST = 0.01  # of the mask before it is divided by its maximum, as in the release
@@ -119,22 +118,9 @@ class DETRDistill(Method):
             terms["dd_contrast"] = self._contrast(lesson)
         return {name: term for name, term in terms.items() if name in self.weights}
 
-    def _sides(self, lesson: Lesson, mine: list[int], theirs: list[int]) -> tuple[Side, Side]:
-        """Layers of the student and of the teacher."""
-        student, teacher = lesson.student, lesson.teacher
-        # Of a class that the teacher knows nothing of, nothing is learnt: both sides are as sure that it isn't there.
-        logits = student.logits.float().masked_fill(teacher.silent, SILENT_LOGIT)
-        goal = teacher.logits.detach().float()
-        sides = ((logits, student.boxes_cxcywh.float(), mine), (goal, teacher.boxes_cxcywh.detach().float(), theirs))
-        own, other = (
-            Side(said, boxes, none_selected(boxes.shape[:-1], boxes.device)).layers(layers)
-            for said, boxes, layers in sides
-        )
-        return own, other
-
     def _logits(self, lesson: Lesson) -> dict[str, LossTerm]:
         layers = teacher_layer_of_student(len(lesson.student.logits), len(lesson.teacher.logits), _LOGITS)
-        own, theirs = self._sides(lesson, *layers)
+        own, theirs = both_sides(lesson, lesson.student, *layers)
         found = alignment_terms(own, theirs, num_objects=0, num_slots=0, config=_LOGITS)
         return {name.replace("lapd", "dd"): term for name, term in found.items()}
 
@@ -165,7 +151,7 @@ class DETRDistill(Method):
 
     def _contrast(self, lesson: Lesson) -> LossTerm:
         said, last = lesson.teacher.extra, (len(lesson.student.logits) - 1, len(lesson.teacher.logits) - 1)
-        own, theirs = self._sides(lesson, [last[0]], [last[1]])
+        own, theirs = both_sides(lesson, lesson.student, [last[0]], [last[1]])
         partner = pair_globally(own, theirs)[0]  # [B, Q]
         place = places_of(said["states_queries"], theirs.logits.shape[2]).gather(1, partner.clamp(min=0))
         paired = (partner >= 0) & (place >= 0)

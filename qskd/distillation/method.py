@@ -130,6 +130,7 @@ class Method(nn.Module, ABC):
 
     title: ClassVar[str] = ""  # what the model card says the student was taught with
     citation: ClassVar[str] = ""  # a sentence of the model card: whose method it is, where it is published
+    reads_attention: bool = False  # whether it asks the student's `attend`; it then has a gradient
     # Whether `forward` may be traced by torch.compile: it asks no tensor for a value, and of the targets reads tensors alone.
     traceable: bool = False
 
@@ -197,6 +198,10 @@ class Several(Method):
     @property
     def traceable(self) -> bool:  # type: ignore[override]
         return all(method.traceable for method in self.parts)
+
+    @property
+    def reads_attention(self) -> bool:  # type: ignore[override]
+        return any(method.reads_attention for method in self.parts)
 
     def _methods(self) -> list[tuple[str, Method]]:
         return list(zip(self.names, self.parts, strict=True))  # type: ignore[arg-type]

@@ -152,7 +152,7 @@ class Distiller(nn.Module):
         return self._others[1]
 
     def _taps(self) -> Iterator[Tap]:
-        yield from (self._base, *self.student.taps(with_attention=False))
+        yield from (self._base, *self.student.taps(self.method.reads_attention))
 
     def _listen(self, student: nn.Module, _: Any) -> None:
         """Before each forward: keep what a training one goes through, and nothing of an evaluation."""
@@ -212,7 +212,7 @@ class Distiller(nn.Module):
                     "a forward of the student on the same batch before each call",
                     "call student(**batch) first; student.train()",
                 )
-            output = self.student.read(outputs, mask, with_attention=False)
+            output = self.student.read(outputs, mask, self.method.reads_attention)
             if output.logits.shape[2] > self.student.num_queries:  # groups that only training has (LW-DETR)
                 output = first_queries(output, self.student.num_queries)
         finally:

@@ -116,7 +116,8 @@ class StepModule(nn.Module):
         noised = self.denoising(targets, noise) if self.denoising is not None and noise is not None else None
         groups, others = self.query_groups, None
         with groups.asked(self.student) if groups is not None else nullcontext():
-            output = self.student(pixels, mask, with_attention=False, extra=noised and noised.queries, least=least)
+            looks = self.method is not None and self.method.reads_attention
+            output = self.student(pixels, mask, looks, noised and noised.queries, least)
         if groups is not None:
             output, others = groups.parted(output)
         early, kind = self.student.num_early, self.student.classification
