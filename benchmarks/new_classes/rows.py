@@ -115,6 +115,14 @@ def rule_and_qskd(work: Work, to: Path) -> float:
     return train(work, joined(work), to, STEPS, _taught(work), "distill")
 
 
+def completed(work: Work, to: Path) -> float:
+    return train(work, work.folder / "new", to, STEPS, _taught(work, "data.completed=true"), "distill")
+
+
+def completed_plain(work: Work, to: Path) -> float:
+    return train(work, work.folder / "new", to, STEPS, _taught(work, "data.completed=true", *_PLAIN), "distill")
+
+
 def exemplars(work: Work, to: Path) -> float:
     """The new images and a tenth of the old, which have labels of the old classes alone."""
     old = _chosen(work, work.folder / "old", "old-exemplars")
@@ -155,6 +163,8 @@ ROWS = {
     "rule_without_thresholds": Row("the same, without thresholds (the paper's)", rule_without_thresholds),
     "rule_and_plain": Row("CL-DETR's rule, and plain distillation", rule_and_plain),
     "rule_and_qskd": Row("CL-DETR's rule, and QSKD", rule_and_qskd),
+    "completed": Row("QSKD, labels completed in each step", completed),
+    "completed_plain": Row("plain distillation, labels completed in each step", completed_plain),
     "exemplars": Row("CL-DETR's rule, and a tenth of the old images", exemplars),
     "balanced": Row("the same, then balanced fine-tuning", balanced),
     "joint": Row("joint training: all labels of old and new images", joint),
