@@ -215,9 +215,8 @@ def test_a_labelled_image_is_shown_with_what_completes_its_labels() -> None:
         for parameter in teacher.detector.parameters():
             if parameter.shape == (len(TEACHER_LABELS),):
                 parameter.add_(4.0)
-    plain, completed = (
-        explain(subject(), config(f"data.completed={word}"), LABELS, teacher, {}) for word in ("false", "true")
-    )
+    fields = [("data.unlabeled_score=0.4", f"data.completed={word}") for word in ("false", "true")]
+    plain, completed = (explain(subject(), config(*each), LABELS, teacher, {}) for each in fields)
     count = len(plain.objects.scores)
     assert count == 2
     assert len(completed.objects.scores) > count
