@@ -148,7 +148,9 @@ def test_a_cache_is_of_completed_labels_or_of_plain_ones_and_has_their_attention
     teacher = make_teacher(completed, data.labels)
     assert teacher is not None
     make_cache(completed, teacher, teacher.resize, cache_identity(completed, data))
-    assert "cache" in make_plan(completed, "distill").describe()
+    assert (
+        "completed: beside these, the teacher's predictions of score 0.5" in make_plan(completed, "distill").describe()
+    )
     with pytest.raises(QskdError, match=r"data\.completed"):
         make_plan(plain, "distill")
     loader = make_plan(completed, "distill").stream.loader()
