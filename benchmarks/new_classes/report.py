@@ -58,8 +58,10 @@ def settings() -> dict[str, Any]:
 
 
 def markdown() -> str:
-    """The table; empty without records."""
-    records = [json.loads(path.read_text()) for path in sorted((RECORDS / "report").glob("*.json"))]
+    """The table; until there is a record of the test images, of those that settings were chosen by. Empty without records."""
+    found = sorted((RECORDS / "report").glob("*.json"))
+    said = "" if found else "First figures: the seed and the images (validation) that settings were looked at on.\n\n"
+    records = [json.loads(path.read_text()) for path in found or sorted((RECORDS / "search").glob("*.json"))]
     lines = []
     for name, row in ROWS.items():
         own = [record for record in records if record["row"] == name]
@@ -75,7 +77,7 @@ def markdown() -> str:
         "| --- | --- | --- | --- | --- | --- |",
         f"| the old detector | {Interval.of(list(before.values())).show(100)} | | | | {len(before)} |",
     ]
-    return "\n".join([*head, *lines]) + "\n"
+    return said + "\n".join([*head, *lines]) + "\n"
 
 
 def publish(document: Path) -> str:
