@@ -40,7 +40,15 @@ def check_data(config: Config, fields: Sequence[str]) -> None:
 
 
 def check_unlabeled(config: Config, labels: Sequence[str]) -> None:
-    """QskdError where images without labels would have nobody who says what is in them. Reads no weights."""
+    """QskdError where images without labels, or labels that lack classes, would have nobody who says what is there. Reads no
+    weights."""
+    if config.data.completed and config.distillation.method == "none":
+        raise QskdError(
+            "data.completed",
+            "true, and a training without a teacher",
+            "a teacher, who says what the labels lack",
+            "`qskd distill`; or complete the labels once: `qskd label TEACHER IMAGES OUT.json --onto LABELS.json`",
+        )
     if not config.data.unlabeled:
         return
     if config.distillation.method == "none":

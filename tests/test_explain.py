@@ -209,6 +209,21 @@ def test_an_image_without_labels_is_shown_with_the_pseudo_objects_that_a_trainin
     explanation_picture(said, "about")
 
 
+def test_a_labelled_image_is_shown_with_what_completes_its_labels() -> None:
+    teacher = random_teacher("conditional", seed=9)
+    with torch.no_grad():
+        for parameter in teacher.detector.parameters():
+            if parameter.shape == (len(TEACHER_LABELS),):
+                parameter.add_(4.0)
+    fields = [("data.unlabeled_score=0.4", f"data.completed={word}") for word in ("false", "true")]
+    plain, completed = (explain(subject(), config(*each), LABELS, teacher, {}) for each in fields)
+    count = len(plain.objects.scores)
+    assert count == 2
+    assert len(completed.objects.scores) > count
+    np.testing.assert_allclose(completed.objects.boxes_xyxy[:count], plain.objects.boxes_xyxy, atol=1e-3)
+    np.testing.assert_array_equal(completed.objects.category_ids[:count], plain.objects.category_ids)
+
+
 def test_stand_ins_are_sure_and_each_object_is_there_once() -> None:
     boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.31, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.5, 0.2, 0.1, 0.1]])
     scores = torch.tensor([[0.8, 0.1], [0.9, 0.2], [0.1, 0.6], [0.2, STAND_IN_SCORE - 0.01]])

@@ -106,6 +106,7 @@ class Plan:
             f"student: {describe_student(self.config.student, len(self.train.labels))}",
             f"train: {self.train.num_images} images, {self.train.num_objects} objects, {len(self.train.labels)} classes"
             + _part(schedule.train_chosen),
+            *self._describe_completed(),
             f"val:   {self.val.num_images} images, {self.val.num_objects} objects",
             *self._describe_unlabeled(),
             f"{schedule.total_steps} steps = {schedule.total_steps / schedule.steps_per_epoch:g} epochs of "
@@ -124,6 +125,14 @@ class Plan:
         if self.config.student.inherit:
             lines.append(start_student(self.config, self.train.labels)[1])
         return redacted("\n".join(lines))
+
+    def _describe_completed(self) -> list[str]:
+        if not self.config.data.completed:
+            return []
+        score = self.config.data.unlabeled_score
+        return [
+            f"completed: beside these, the teacher's predictions of score {score:g} or more that overlap none of them"
+        ]
 
     def _describe_unlabeled(self) -> list[str]:
         if not self.unlabeled:

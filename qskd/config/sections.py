@@ -36,6 +36,9 @@ class DataConfig(Section):
     # part of each batch that is drawn from `unlabeled`, rounded to images; an epoch is a pass over `train`, where there is one
     unlabeled_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     unlabeled_score: Annotated[float, Field(gt=0.1, lt=1.0)] = 0.5  # lowest score of a pseudo-object
+    # Labelled images too get the teacher's pseudo-objects, where they overlap no object, and what it half sees is not background:
+    # for labels that lack classes which the teacher knows (docs/new_classes.md).
+    completed: bool = False
     # Files that `qskd select` wrote, of `train` or a folder of `unlabeled` each: of that one only the chosen images are trained on,
     # as often as their weights say. A cache stays that of all.
     selection: tuple[str, ...] = ()

@@ -114,13 +114,15 @@ def _targets(boxes_cxcywh: Tensor, labels: Tensor) -> Targets:
     return Targets(boxes_cxcywh[None], labels[None], torch.ones_like(labels, dtype=torch.bool)[None], (0,), (count,))
 
 
-def _pseudo_objects(record: TeacherRecord, score: float) -> tuple[Tensor, Tensor]:
-    """As `stand_in_objects`, of an image without labels: as a training step has them, which tells none from another."""
-    nothing = (
-        torch.zeros(0, 4, device=record.logits.device),
-        torch.zeros(0, dtype=torch.int64, device=record.logits.device),
-    )
-    found = with_pseudo_objects(replace(_targets(*nothing), labelled=(False,)), record, score)
+def _pseudo_objects(
+    record: TeacherRecord, score: float, beside: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `stand_in_objects`, as a training step has them, which tells none from another: of an image without labels, or beside
+    those of a labelled one (`data.completed`), boxes_cxcywh and labels."""
+    own = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)) if beside is None else beside
+    boxes, labels = (part.to(record.logits.device) for part in own)
+    targets = replace(_targets(boxes, labels), labelled=(beside is not None,))
+    found = with_pseudo_objects(targets, record, score, completed=beside is not None)
     return found.boxes_cxcywh[0], found.labels[0]
 
 
@@ -172,6 +174,10 @@ def explain(
         if subject.boxes_xyxy is None:
             answer = ask(TeacherNeeds())
             taken = _pseudo_objects(answer, score) if subject.unlabeled else stand_in_objects(answer)
+            boxes_cxcywh, object_labels = (part.cpu() for part in taken)
+        elif config.data.completed:
+            beside = boxes_cxcywh, object_labels
+            taken = _pseudo_objects(ask(TeacherNeeds()), config.data.unlabeled_score, beside)
             boxes_cxcywh, object_labels = (part.cpu() for part in taken)
         targets = _targets(boxes_cxcywh.to(device), object_labels.to(device))
         sight = Sight(ask, targets, config.detection, width=size[1], height=size[0])

@@ -64,7 +64,8 @@ class GradientMaker:
 
         hooks = [each.register_forward_hook(keep) for each in self.projectors]
         try:
-            targets = with_pseudo_objects(batch.targets, record, module.config.data.unlabeled_score)
+            data = module.config.data
+            targets = with_pseudo_objects(batch.targets, record, data.unlabeled_score, data.completed)
             terms = module(batch.images, batch.sizes, targets, record, None, None, batch.least)
         finally:
             for hook in hooks:

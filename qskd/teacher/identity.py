@@ -50,8 +50,10 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     }
     if not is_results(path) and asked_in_words(path):
         identity["teacher.prompt"] = prompt_of(path, words).texts
-    if not data.labelled:  # it decides whose attention is kept
+    if not data.labelled or config.data.completed:  # it decides whose attention is kept
         identity["data.unlabeled_score"] = config.data.unlabeled_score
+    if data.labelled and config.data.completed:
+        identity["data.completed"] = True
     # How many views there are, and what is derived from them, changes none of them.
     policy = config.data.views.model_dump(exclude={"count", "derived"})
     if config.data.views.derived_taken == "flip_and_crop":  # the cache's own views are not cropped

@@ -60,12 +60,12 @@ class CacheMaker:
     def ask(self, arrays: Mapping[str, np.ndarray]) -> TeacherRecord:
         """The loader's arrays, at the teacher's resolution -> the teacher's record, with attention of the queries that
         the cache keeps."""
-        cache, costs, score = self.config.teacher.cache, self.config.detection, self.config.data.unlabeled_score
+        cache, costs, data = self.config.teacher.cache, self.config.detection, self.config.data
         batch = train_batch(arrays, self.device)
 
         def choose(record: TeacherRecord) -> torch.Tensor:
             known = TeacherRecord(rounded(record.logits, cache.precision), record.boxes_cxcywh)
-            objects = with_pseudo_objects(batch.targets, known, score)
+            objects = with_pseudo_objects(batch.targets, known, data.unlabeled_score, data.completed)
             return queries_above(known, objects, cache.attention_giou_floor, costs, cache.attention_layers)
 
         with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):

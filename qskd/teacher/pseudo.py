@@ -19,41 +19,52 @@ SAME = 0.7  # IoU from which on what it half sees is a pseudo-object once more, 
 
 
 @torch.no_grad()
-def with_pseudo_objects(targets: Targets, record: TeacherRecord, score: float) -> Targets:
+def with_pseudo_objects(targets: Targets, record: TeacherRecord, score: float, completed: bool = False) -> Targets:
     """The targets, with the teacher's predictions of at least this score as the objects of images without labels, and what it half
-    sees there. Labelled images, and batches of them alone, are as they were. Waits for the device: counts are on the host."""
-    if targets.all_labelled:
+    sees there. completed: labelled images get them beside their own objects, where they overlap none by `SAME`; otherwise labelled
+    images, and batches of them alone, are as they were. Waits for the device: counts are on the host."""
+    if targets.all_labelled and not completed:
         return targets
-    device = targets.boxes_cxcywh.device
+    device, images = targets.boxes_cxcywh.device, len(targets.counts)
+    said = targets.labelled or (True,) * images
+    labelled = torch.tensor(said, device=device)[:, None]
+    own = targets.valid & labelled
     boxes_xyxy = cxcywh_to_xyxy(record.boxes_cxcywh[-1].float()).clamp(0, 1)
     best, labels = record.logits[-1].float().sigmoid().max(-1)  # [B, Q]
-    ours = ~torch.tensor(targets.labelled, device=device)[:, None]
-    seen = ours & (boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all(-1)
+    seen = (boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all(-1) & (~labelled | completed)
+    seen &= ~_same(boxes_xyxy, targets.boxes_cxcywh, own)
     sure, unsure = seen & (best >= score), seen & (best >= UNSURE) & (best < score)
 
     places, counts = _first(sure)
-    slots = max(targets.valid.shape[1], places.shape[1])
-    boxes, own_labels, valid = (_widened(each, slots) for each in (targets.boxes_cxcywh, targets.labels, targets.valid))
-    found = torch.zeros_like(valid)
-    found[:, : places.shape[1]] = torch.arange(places.shape[1], device=device) < counts[:, None]
-    places = _widened(places, slots)
-    theirs = xyxy_to_cxcywh(boxes_xyxy).gather(1, places[..., None].expand(-1, -1, 4)).to(boxes.dtype)
-    boxes = torch.where(ours[..., None], theirs.masked_fill(~found[..., None], 0.0), boxes)
-    own_labels = torch.where(ours, labels.gather(1, places).masked_fill(~found, 0), own_labels)
-    valid = torch.where(ours, found, valid)
+    found = torch.arange(places.shape[1], device=device) < counts[:, None]
+    theirs = xyxy_to_cxcywh(boxes_xyxy).gather(1, places[..., None].expand(-1, -1, 4)).to(targets.boxes_cxcywh.dtype)
+    valid = torch.cat([own, found], dim=1)
+    on_host = zip(targets.counts, said, counts.tolist(), strict=True)
+    totals = tuple((count if known else 0) + pseudo for count, known, pseudo in on_host)
+    order, _ = _first(valid)
+    order = _widened(order, slots) if order.shape[1] < (slots := targets.valid.shape[1]) else order
+    valid = torch.arange(order.shape[1], device=device) < valid.sum(1, keepdim=True)
+    boxes = torch.cat([targets.boxes_cxcywh, theirs], dim=1).gather(1, order[..., None].expand(-1, -1, 4))
+    all_labels = torch.cat([targets.labels, labels.gather(1, places)], dim=1).gather(1, order)
+    boxes, all_labels = boxes.masked_fill(~valid[..., None], 0.0), all_labels.masked_fill(~valid, 0)
 
-    twice = iou(boxes_xyxy.unsqueeze(2), cxcywh_to_xyxy(boxes.float()).unsqueeze(1)) >= SAME
-    half, half_counts = _first(unsure & ~(twice & valid[:, None]).any(-1))
-    on_host = zip(targets.counts, targets.labelled, counts.tolist(), strict=True)
+    half, half_counts = _first(unsure & ~_same(boxes_xyxy, boxes, valid))
     return replace(
         targets,
         boxes_cxcywh=boxes,
-        labels=own_labels,
+        labels=all_labels,
         valid=valid,
-        counts=tuple(own if labelled else pseudo for own, labelled, pseudo in on_host),
+        counts=totals,
         unsure_xyxy=boxes_xyxy.gather(1, half[..., None].expand(-1, -1, 4)),
         unsure=torch.arange(half.shape[1], device=device) < half_counts[:, None],
+        packed=None,
     )
+
+
+def _same(boxes_xyxy: Tensor, objects_cxcywh: Tensor, valid: Tensor) -> Tensor:
+    """[B, Q, 4], [B, M, 4], [B, M] -> [B, Q] bool: the boxes that are some object once more."""
+    overlap = iou(boxes_xyxy.unsqueeze(2), cxcywh_to_xyxy(objects_cxcywh.float()).unsqueeze(1))
+    return ((overlap >= SAME) & valid[:, None]).any(-1)
 
 
 def _first(chosen: Tensor) -> tuple[Tensor, Tensor]:

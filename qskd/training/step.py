@@ -204,13 +204,14 @@ class Training:
 
     def _objects(self, batch: TrainBatch, record: TeacherRecord | None) -> Targets:
         """What is to be found in the images: what was labelled, else what the teacher is sure of."""
-        if batch.targets.all_labelled:
+        completed = self.config.data.completed
+        if batch.targets.all_labelled and not completed:
             return batch.targets
         if record is None:
             raise QskdError(
                 "data.unlabeled", "images without labels, and no teacher", "a distillation", "`qskd distill`"
             )
-        return with_pseudo_objects(batch.targets, record, self.config.data.unlabeled_score)
+        return with_pseudo_objects(batch.targets, record, self.config.data.unlabeled_score, completed)
 
     def _boosts(self, batch: TrainBatch) -> tuple[Tensor, ...]:
         if self.module.method is None:
