@@ -20,6 +20,7 @@ from qskd.teacher.decoder import load_decoder
 from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.told.checks import not_to_be_asked
 from qskd.teacher.told.results import is_results, read_results, teacher_labels
 from qskd.teacher.told.teacher import ToldTeacher
 
@@ -29,6 +30,8 @@ log = logging.getLogger("qskd")
 def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | None:
     """The teacher the recipe names; as its cache remembers it, where there is one; None for plain training."""
     if config.distillation.method == "none" or not config.teacher.cache.path:
+        if config.distillation.method != "none" and is_results(config.teacher.path):
+            raise not_to_be_asked(config.teacher.path)
         return make_teacher(config, labels)
     path = cache_sources(config)[0].teacher.cache.path  # all are of the same teacher and sizes
     reader, needs = TeacherCacheReader(path), teacher_needs(config.distillation)

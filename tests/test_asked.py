@@ -166,7 +166,9 @@ def test_several_texts_say_what_each_says_alone(short: Path) -> None:
         assert torch.allclose(memory, torch.stack([alone.memory[level] for *_, alone in parts]).mean(0))
 
 
-def test_the_text_model_is_asked_once_and_let_go_of(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_model_is_asked_once_and_let_go_of_and_the_backbone_once_an_image(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward, calls = BertModel.forward, list[int]()
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,10 +177,15 @@ def test_the_text_model_is_asked_once_and_let_go_of(short: Path, monkeypatch: py
 
     monkeypatch.setattr(BertModel, "forward", counted)
     detector = load_detector(short, words=DATA)
+    seen = list[int]()
+    backbone = detector.backbone.model
+    backbone.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[operator]
     with torch.no_grad():
+        detector(*padded_batch())  # the first one also looks how coarse its maps are
+        seen.clear()
         detector(*padded_batch())
-        detector(*padded_batch())
-    assert len(calls) == len(detector.prompt.chunks)  # type: ignore[attr-defined]
+    assert len(calls) == len(detector.prompt.chunks) > 1  # type: ignore[attr-defined]
+    assert len(seen) == 1  # for all texts
     assert not [name for name, _ in detector.named_parameters() if "text_backbone" in name]
 
 
@@ -354,6 +361,13 @@ def test_the_published_sizes_are_taken_whole_and_other_text_models_refused(kind:
     for part in ("backbone_config", "text_config"):
         sizes = {name: value for name, value in said[part].items() if isinstance(value, int | list)}
         assert {name: clean[part][name] for name in sizes} == sizes
+    for field in ("auto_map", "custom_pipelines", "_name_or_path", "use_kernels"):
+        odd = {**said, "text_config": {**said["text_config"], field: {"AutoModel": "org/repo--code.Model"}}}
+        assert not hasattr(detector_config(odd, "config.json").text_config, field) or field == "_name_or_path"
+    for field in ("quantization_config", "attn_implementation"):
+        odd = {**said, "text_config": {**said["text_config"], field: "org/kernel"}}
+        with pytest.raises(QskdError, match=field):
+            detector_config(odd, "config.json")
     with pytest.raises(QskdError, match=r"text_config: model_type 'roberta'"):
         detector_config({**said, "text_config": {"model_type": "roberta"}}, "config.json")
 

@@ -15,6 +15,9 @@ from test_loader import Pictures
 from test_teacher_cache import losses, make_cache, stream_of
 from tiny import STUDENT, make_training
 
+from pipelines.run.resolve import resolve
+from pipelines.tuning.calibration import calibrate
+from pipelines.tuning.driver import plan_without_cache
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.checks import check_cache
 from qskd.config import Config, ResizeConfig
@@ -26,7 +29,7 @@ from qskd.datasets.shards import write_shards
 from qskd.detectors import load_detector
 from qskd.detectors.teachers.asked import UNASKED_LOGIT
 from qskd.errors import QskdError
-from qskd.from_recipe import make_teacher, start_student, teacher_to_ask
+from qskd.from_recipe import make_teacher, start_student, teacher_for_training, teacher_to_ask
 from qskd.structures import SILENT_LOGIT, TeacherNeeds
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher
@@ -253,7 +256,6 @@ def test_features_are_refused_before_anything_starts(shards: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("teacher.cache.path=", "can't be asked in a training step"),
         ("student.inherit=true", "a teacher with layers"),
         ("data.unlabeled=[photos]", "knows nothing of"),
         ("teacher.cache.columns=[states]", "take them out"),
@@ -273,7 +275,9 @@ def test_it_is_no_detector_to_run(shards: str, tmp_path: Path) -> None:
     assert teacher_to_ask(config, DATA) is None
     with pytest.raises(QskdError, match="can't be asked about pictures"):
         teacher_of(config)(torch.zeros(1, 8, 8, 3), torch.tensor([[8, 8]]), TeacherNeeds())
-    with pytest.raises(QskdError):
+    with pytest.raises(QskdError, match="can't be asked in a training step"):
+        teacher_for_training(config_of(shards, path, "teacher.cache.path="), DATA)
+    with pytest.raises(QskdError, match="no detector that can be run"):
         start_student(config_of(shards, path, "student.inherit=true"), DATA)
 
 
@@ -324,6 +328,15 @@ def test_a_class_that_is_left_to_nobody_is_silent(shards: str, tmp_path: Path) -
         path = write(tmp_path / "r.json", form)
         record = asked(config_of(shards, path, "teacher.class_map={nine: null}"), [(0, 0, 0), (0, 3, 0)])
         assert record.silent.tolist() == [False, False, True]
+
+
+def test_a_sweep_is_planned_without_its_cache(shards: str, tmp_path: Path) -> None:
+    """Which is made before its trials: that a recipe has none yet is no fault."""
+    path = write(tmp_path / "r.json", entries(objects_of()))
+    config = resolve(config_of(shards, path, f"data.val={shards}", f"output={tmp_path}/runs"), "distill")
+    assert plan_without_cache(config).train.num_images == COUNT
+    with pytest.raises(QskdError, match="leave --dry-run out"):
+        calibrate(config)
 
 
 def test_another_file_is_another_cache(shards: str, tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ def test_features_inheritance_and_a_student_are_refused_by_name(shards: str, fol
     with pytest.raises(QskdError, match="YOLOS, of which no part fits"):
         start_student(config_of(shards, folder, "student.inherit=true"), load_manifest(shards).labels)
     with pytest.raises(QskdError, match="YOLOS, which can only teach"):
+        qskd.export(folder, folder.parent / "out", size=64)
+    with pytest.raises(QskdError, match="YOLOS, which can only teach"):
         start_student(recipe({"init": str(folder)}), LABELS)
 
 

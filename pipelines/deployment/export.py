@@ -42,6 +42,7 @@ from qskd.detectors import (
     FAMILIES,
     Detector,
     Preprocessing,
+    check_saveable,
     load_detector,
     read_preprocessing,
     replacing,
@@ -207,6 +208,7 @@ def _export(model: str, named: str, out: Path, options: ExportOptions, console: 
     image_files(options.images)  # complain now
     options.variants.check(model, options.onnx, options.exporter, seen_as)
     detector = load_detector(model)
+    check_saveable(detector, named)
     FAMILIES[detector.family].check_size(detector.model.config, seen_as.resize.size, seen_as.resize.size)
     with replacing(out, options.overwrite) as fresh:
         save_detector(detector, fresh, seen_as.resize, read_facts(model), seen_as.mean, seen_as.std)

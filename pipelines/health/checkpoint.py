@@ -100,7 +100,9 @@ def _classes(loaded: _Loaded) -> Check:
         most = loaded.config.max_text_len
         found = f"asked in words, for a dataset's names or --classes, in texts of {most} tokens at most; tried with {_TRIED[0]!r}"
         return Check(
-            "classes", "ok", f"{found}; several texts: as many passes of the whole detector, and as many queries"
+            "classes",
+            "ok",
+            f"{found}; of several texts each is a pass of all but the backbone, with queries of its own",
         )
     labels = loaded.detector.labels
     named = [label for label in labels if label != "N/A"]

@@ -45,7 +45,7 @@ from qskd.config import Config
 from qskd.config.recipe import load, shown_fields, to_yaml
 from qskd.errors import QskdError
 from qskd.evaluation.shown import measured, scores_text
-from qskd.from_recipe import make_teacher, start_student
+from qskd.from_recipe import start_student, teacher_for_training
 from qskd.storage.scratch import scratch_folder
 
 log = logging.getLogger("qskd")
@@ -146,7 +146,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     if verb == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         stage("loading the teacher")
-        make_teacher(config, plan.train.labels)  # its complaints belong here, not in a worker's log
+        teacher_for_training(config, plan.train.labels)  # its complaints belong here, not in a worker's log
     if config.student.inherit:
         stage("building the student")
     # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.

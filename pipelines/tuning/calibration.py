@@ -31,6 +31,7 @@ from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import TeacherRow, columns_for
 from qskd.teacher.directions import flat_directions
 from qskd.teacher.making import CacheMaker
+from qskd.teacher.told.results import is_results
 from qskd.training.step import Training
 
 
@@ -70,6 +71,13 @@ def calibrate(config: ResolvedConfig, budget_s: float = 2.0) -> Calibration:
     budget_s: for each of the two kinds of step, after one to wake up; a step that takes longer is measured once. Raises
     QskdError when data or teacher are missing, or the recipe has no distillation.
     """
+    if is_results(config.teacher.path):
+        raise QskdError(
+            "--dry-run",
+            f"a sweep whose teacher is a file of detections, {config.teacher.path}: costs are measured with one that can be asked",
+            "a detector",
+            "leave --dry-run out; `qskd distill RECIPE --dry-run` says what one training takes",
+        )
     config = _with_enough_cached(config)
     plan = make_plan(config, "distill")
     with as_a_worker(config):

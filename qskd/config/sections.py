@@ -83,7 +83,8 @@ class TeacherCacheConfig(Section):
 class TeacherConfig(Section):
     """The large detector."""
 
-    path: str = ""  # a Hub name, a folder that transformers can load, or a run's
+    # a Hub name, a folder that transformers can load, or a run's; a file of detections, with a cache (docs/teachers.md)
+    path: str = ""
     cache: TeacherCacheConfig = TeacherCacheConfig()
     # Of a teacher of several memory maps those that are taught and cached, by number, 0 the finest; null: all. A student of one map
     # learns from one: of an RT-DETR's three the coarsest has a twentieth of the bytes (docs/cache.md).
@@ -93,7 +94,8 @@ class TeacherConfig(Section):
     ) = None
     resize: ResizeConfig | None = None  # null: what the checkpoint's own image processor says
     # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ; null leaves a
-    # category to nobody: the teacher says nothing of it, and what it says is not learnt.
+    # category to nobody: the teacher says nothing of it, and what it says is not learnt. Of a teacher that is asked in words
+    # (Grounding DINO) it is what it is asked for the category.
     class_map: dict[str, str | None] = Field(default={})
 
 

@@ -15,6 +15,7 @@ with without_collecting():
     from qskd.detectors.checkpoint import (
         asked_in_words,
         check_classes,
+        check_saveable,
         checkpoint_digests,
         classes_of,
         load_detector,
@@ -38,6 +39,7 @@ __all__ = [
     "asked_in_words",
     "build_student",
     "check_classes",
+    "check_saveable",
     "checkpoint_digests",
     "classes_of",
     "describe_student",

@@ -38,6 +38,7 @@ from qskd.detectors.teachers.asked import AskedDetector
 from qskd.detectors.teachers.boxes import BoxesDetector
 from qskd.detectors.teachers.prompt import TOKENIZER, Prompt, make_prompt
 from qskd.errors import QskdError, writing
+from qskd.families.facts import TEACHERS_ONLY
 from qskd.families.table import FAMILIES, TEACHERS, find_family
 from qskd.quantization import files as quantization
 from qskd.quantization.files import restore_quantisers
@@ -224,6 +225,17 @@ def _replace_own(fresh: Path, target: Path) -> None:
         os.replace(fresh / name, target / name)
 
 
+def check_saveable(detector: Detector, where: str) -> None:
+    """QskdError of a detector that can only teach: its checkpoint is there already, and no student can be made of it."""
+    if detector.family in TEACHERS_ONLY:
+        raise QskdError(
+            where,
+            f"a {TEACHERS_ONLY[detector.family]}, which can only teach",
+            f"a detector of {', '.join(FAMILIES)}",
+            "distil a student from it (teacher.path), and save or export that",
+        )
+
+
 def save_detector(
     detector: Detector,
     folder: str | Path,
@@ -240,6 +252,7 @@ def save_detector(
     appears whole or not at all; one that qskd made is replaced, any other that is not empty is refused (QskdError). durable:
     see `replacing`.
     """
+    check_saveable(detector, str(folder))
     if is_dilated(detector.model):
         raise QskdError(
             str(folder),

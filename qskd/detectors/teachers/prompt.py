@@ -67,7 +67,7 @@ def make_prompt(path: str, config: Any, words: Sequence[str]) -> Prompt:
     if not words:
         raise QskdError(
             path,
-            f"a {config.model_type}, which finds what it is asked for, and it is asked for nothing",
+            f"{config.model_type}, which finds what it is asked for, and it is asked for nothing",
             "the names of classes: a dataset's (--like SHARDS, a recipe's data), or --classes 'cat,dog'",
             "it can label, be cached, teach, be evaluated and predict; it can't be a student or exported: distil a student from it",
         )

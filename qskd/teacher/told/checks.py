@@ -37,12 +37,21 @@ def check_told(config: Config, cache: CacheManifest | None = None) -> None:
         raise QskdError("teacher.cache.columns", ", ".join(columns), f"none, of {path}", "take them out")
 
 
+def not_to_be_asked(path: str) -> QskdError:
+    """Of a file of detections, in a training without a cache of it."""
+    return QskdError(
+        "teacher.path",
+        f"{path}, a file of detections, which can't be asked in a training step",
+        "a cache of it",
+        "set teacher.cache.path, run `qskd cache RECIPE`, and use a method that reads what a cache holds",
+    )
+
+
 def _check_results(config: Config) -> None:
     path, needs = config.teacher.path, teacher_needs(config.distillation)
     said = f"{path}, a file of detections"
-    if not config.teacher.cache.path or (needs is not None and needs.online):
-        remedy = "set teacher.cache.path, run `qskd cache RECIPE`, and use a method that reads what a cache holds"
-        raise QskdError("teacher.path", f"{said}, which can't be asked in a training step", "a cache of it", remedy)
+    if needs is not None and needs.online:
+        raise not_to_be_asked(path)
     if config.data.unlabeled:
         raise QskdError(
             "data.unlabeled",
