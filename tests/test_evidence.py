@@ -135,6 +135,17 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     task.make_task(work, ("scratch",), ("qskd_flips_unlabeled6",))
     unlabelled = cells.run(Cell("scratch", "qskd_flips_unlabeled6", "short", 7), work)
     assert unlabelled["config"]["data"]["unlabeled"] == ["unlabeled16"]
+    task.make_task(work, ("scratch",), ("w4a4_qdetr",))
+    for variant in ("w4a4_after_none", "w2a2_after_none", "w4a4_qdetr"):
+        cell = Cell("scratch", variant, "short", 7)
+        found[variant] = cells.run(cell, work)
+        assert cells.finished(cell, work) == json.loads(cell.record.read_text())
+        assert found[variant]["config"]["student"]["quantization"]["bits"] == f"{variant[:4]}-attn8"
+    assert (
+        found["w4a4_after_none"]["float_metrics"] == found["none"]["metrics"]
+    )  # the same training, quantised after it
+    assert len(list((work / "students").iterdir())) == 1  # trained once for all bits
+    assert "qdetr" in found["w4a4_qdetr"]["losses_of_last_epoch"]
     changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
     assert cells.finished(changed, work) is None
     program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)
