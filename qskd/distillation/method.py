@@ -255,7 +255,10 @@ def build_method(settings: MethodSettings, student: Facts, teacher: Facts) -> Me
 
 
 # What to do about a teacher that says boxes and classes alone.
-PREDICTIONS_ALONE = "--set distillation.features.weight=0: QSKD without AGFD learns from the last layer's predictions alone (docs/teachers.md)"
+PREDICTIONS_ALONE = (
+    "--set distillation.features.weight=0: QSKD without AGFD learns from the last layer's predictions alone "
+    "(docs/teachers.md)"
+)
 
 
 def unsaid(needs: TeacherNeeds | None) -> list[str]:
