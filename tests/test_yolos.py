@@ -125,6 +125,9 @@ def test_cached_and_online_give_the_same_losses_of_predictions(shards: str, fold
 def test_features_inheritance_and_a_student_are_refused_by_name(shards: str, folder: Path) -> None:
     with pytest.raises(QskdError, match=r"(?s)says boxes and classes alone.*features\.weight=0"):
         check_told(config_of(shards, folder, "distillation.features.weight=1"))
+    every = ("distillation.predictions.teacher_layers=same_index", "distillation.predictions.student_layers=all")
+    with pytest.raises(QskdError, match="reads its every layer"):
+        check_told(config_of(shards, folder, *every))
     with pytest.raises(QskdError, match="YOLOS can only teach"):
         recipe({"family": "yolos"})
     with pytest.raises(QskdError, match="YOLOS, of which no part fits"):

@@ -263,7 +263,8 @@ def build_method(settings: MethodSettings, student: Facts, teacher: Facts) -> Me
 
 # What to do about a teacher that says boxes and classes alone.
 PREDICTIONS_ALONE = (
-    "--set distillation.features.weight=0: QSKD without AGFD learns from predictions alone (docs/teachers.md)"
+    "--set distillation.features.weight=0: QSKD without AGFD learns from the last layer's predictions alone "
+    "(docs/teachers.md)"
 )
 
 
@@ -271,7 +272,13 @@ def unsaid(needs: TeacherNeeds | None) -> list[str]:
     """What of a method's needs a teacher of boxes and classes alone does not say."""
     if needs is None:
         return []
-    return [name for name in ("memory", "attention", "decoder") if getattr(needs, name)] + sorted(needs.columns)
+    asked = {
+        "memory": needs.memory,
+        "attention": needs.attention,
+        "decoder": needs.decoder,
+        "every layer": needs.all_layers,
+    }
+    return [name for name, is_asked in asked.items() if is_asked] + sorted(needs.columns)
 
 
 def teacher_needs(settings: MethodSettings) -> TeacherNeeds | None:
