@@ -47,7 +47,8 @@ def check_unlabeled(config: Config, labels: Sequence[str]) -> None:
             "data.completed",
             "true, and a training without a teacher",
             "a teacher, who says what the labels lack",
-            "`qskd distill`; or complete the labels once: `qskd label TEACHER IMAGES OUT.json --onto LABELS.json`",
+            "`qskd distill`; or complete the labels once: `qskd label TEACHER IMAGES OUT.json --onto LABELS.json`; or "
+            "leave it out: --set data.completed=false",
         )
     if not config.data.unlabeled:
         return

@@ -57,6 +57,8 @@ def test_labelled_images_keep_their_objects_and_get_what_overlaps_none() -> None
     assert without.unsure is not None
     assert without.unsure.tolist() == [[False], [False], [True]]
     assert with_pseudo_objects(batch_of(2).targets, said(queries), 0.5).unsure is None  # as it was
+    nothing = TeacherRecord(torch.zeros(1, 0, 5, 3), torch.zeros(1, 0, 5, 4))  # a worker's share of a small batch
+    assert with_pseudo_objects(batch_of().targets, nothing, 0.5, completed=True).counts == ()
 
 
 def test_it_is_what_a_slow_loop_makes_of_many_images() -> None:

@@ -149,6 +149,7 @@ def test_other_ground_truth_is_other_labels_and_what_is_no_coco_json_is_refused(
     fewer = tmp_path / "fewer.json"
     fewer.write_text(json.dumps({**tree, "annotations": tree["annotations"][1:]}))
     refused(lambda: labels(root, out, onto=fewer), "labels of another run", tmp_path)
+    refused(lambda: labels(root, out, onto=out, overwrite=True), "is the file of --onto", tmp_path)
     (tmp_path / "data.yaml").write_bytes(NOTES)
     refused(lambda: labels(root, tmp_path / "b.json", onto=tmp_path / "data.yaml"), "a .yaml file", tmp_path)
 

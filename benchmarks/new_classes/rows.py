@@ -123,6 +123,11 @@ def completed_plain(work: Work, to: Path) -> float:
     return train(work, work.folder / "new", to, STEPS, _taught(work, "data.completed=true", *_PLAIN), "distill")
 
 
+def completed_lapd(work: Work, to: Path) -> float:
+    fields = ("data.completed=true", "data.unlabeled_score=0.3", "distillation.features.weight=0")
+    return train(work, work.folder / "new", to, STEPS, _taught(work, *fields), "distill")
+
+
 def exemplars(work: Work, to: Path) -> float:
     """The new images and a tenth of the old, which have labels of the old classes alone."""
     old = _chosen(work, work.folder / "old", "old-exemplars")
@@ -165,6 +170,7 @@ ROWS = {
     "rule_and_qskd": Row("CL-DETR's rule, and QSKD", rule_and_qskd),
     "completed": Row("QSKD, labels completed in each step", completed),
     "completed_plain": Row("plain distillation, labels completed in each step", completed_plain),
+    "completed_lapd": Row("QSKD's predictions alone, labels completed from a score of 0.3", completed_lapd),
     "exemplars": Row("CL-DETR's rule, and a tenth of the old images", exemplars),
     "balanced": Row("the same, then balanced fine-tuning", balanced),
     "joint": Row("joint training: all labels of old and new images", joint),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -227,6 +228,10 @@ def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
 def run(asked: Request, quiet: bool = False) -> Labels:
     """Label all pictures and write the JSON. Killed at any moment and run again, it keeps every whole part and does the rest."""
     check_out(asked.out, overwrite=True)  # before minutes are spent on thresholds
+    if asked.onto is not None and os.path.realpath(asked.onto) == os.path.realpath(asked.out):
+        raise QskdError(
+            str(asked.out), "is the file of --onto, too", "another file", "choose another name; nothing was written"
+        )
     plan = make_plan(asked)
     pictures, job = plan.pictures, plan.job
     fingerprint = job.fingerprint(pictures)

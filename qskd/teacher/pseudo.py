@@ -27,7 +27,7 @@ def with_pseudo_objects(targets: Targets, record: TeacherRecord, score: float, c
         return targets
     device, images = targets.boxes_cxcywh.device, len(targets.counts)
     said = targets.labelled or (True,) * images
-    labelled = torch.tensor(said, device=device)[:, None]
+    labelled = torch.tensor(said, dtype=torch.bool, device=device)[:, None]
     own = targets.valid & labelled
     boxes_xyxy = cxcywh_to_xyxy(record.boxes_cxcywh[-1].float()).clamp(0, 1)
     best, labels = record.logits[-1].float().sigmoid().max(-1)  # [B, Q]
