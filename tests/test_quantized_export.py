@@ -20,8 +20,8 @@ from pipelines.inspection.predict import predict_all, request
 from pipelines.tracking.student_pyfunc import Student
 from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches
 from qskd.deploy.model_card import Card, Figures, write_card
+from qskd.deploy.parity.sure import check_sure, require_some
 from qskd.deploy.qdq import TOLERANCE, notice_of_onnx, tolerance_of
-from qskd.deploy.sure import check_sure, require_some
 from qskd.detectors import load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_image

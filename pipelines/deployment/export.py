@@ -36,9 +36,9 @@ from qskd.deploy.export import (
     together,
 )
 from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, read_facts, write_card
+from qskd.deploy.parity.sure import AMONG, check_sure, require_some
 from qskd.deploy.qdq import notice_of_onnx, tolerance_of
 from qskd.deploy.speed import Size, compare_speed, cost_of, onnx_runner, torch_runner
-from qskd.deploy.sure import AMONG, check_sure, require_some
 from qskd.detectors import (
     FAMILIES,
     Detector,

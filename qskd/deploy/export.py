@@ -179,7 +179,7 @@ class Parity:
     """The largest absolute differences of one batch, PyTorch against onnxruntime.
 
     logits; probabilities, of classes; boxes, in 0..1 of the image. reordered: queries that stand in another place. compared: how
-    many of them, where it is not all (`qskd.deploy.sure`).
+    many of them, where it is not all (`qskd.deploy.parity.sure`).
     """
 
     name: str

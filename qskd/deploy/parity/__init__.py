@@ -1,0 +1,1 @@
+"""How an exported graph is held to the student that it was made of, where not all of their outputs can be alike."""
