@@ -18,14 +18,14 @@ from pipelines.deployment.variants import VariantOptions
 from pipelines.health.checkpoint import model_checks
 from pipelines.inspection.predict import predict_all, request
 from pipelines.tracking.student_pyfunc import Student
-from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches
+from qskd.deploy.export import check_parity, check_sure, export_onnx, open_session, random_batches
 from qskd.deploy.model_card import Card, Figures, write_card
-from qskd.deploy.parity.sure import check_sure, require_some
 from qskd.deploy.qdq import TOLERANCE, notice_of_onnx, tolerance_of
 from qskd.detectors import load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_image
 from qskd.quantization.files import FILE, read_quantisers
+from qskd.quantization.parity import require_some
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -92,7 +92,7 @@ def test_of_chosen_queries_the_sure_ones_are_compared_and_a_wrong_graph_is_told(
     nothing = check_sure(detector, open_session(file), "random", images)
     assert nothing.compared == 0  # it has learnt nothing
     with pytest.raises(QskdError, match="nothing to compare by"):
-        require_some([nothing], "rt_detr")
+        require_some(nothing.compared, nothing.batch, "rt_detr")
     for head in detector.model.model.decoder.class_embed:
         with torch.no_grad():
             head.bias.add_(3.0)
@@ -100,7 +100,7 @@ def test_of_chosen_queries_the_sure_ones_are_compared_and_a_wrong_graph_is_told(
     found = check_sure(detector, open_session(file), "random", images)
     assert found.compared > 20
     assert found.worst < TOLERANCE
-    require_some([nothing, found], "rt_detr")
+    require_some(found.compared, found.batch, "rt_detr")
     model = onnx.load(str(file))
     stored = {each.name for each in model.graph.initializer}
     steps = [n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]

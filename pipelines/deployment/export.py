@@ -28,6 +28,7 @@ from qskd.deploy.export import (
     Exporter,
     Parity,
     check_parity,
+    check_sure,
     detect_program,
     export_onnx,
     open_session,
@@ -36,7 +37,6 @@ from qskd.deploy.export import (
     together,
 )
 from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, read_facts, write_card
-from qskd.deploy.parity.sure import AMONG, check_sure, require_some
 from qskd.deploy.qdq import notice_of_onnx, tolerance_of
 from qskd.deploy.speed import Size, compare_speed, cost_of, onnx_runner, torch_runner
 from qskd.detectors import (
@@ -52,6 +52,7 @@ from qskd.detectors import (
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.printable import escaped, one_line
+from qskd.quantization.parity import AMONG, require_some
 from qskd.storage.ownership import check_replaceable, listed, same_file
 from qskd.storage.places import fetched
 
@@ -270,7 +271,7 @@ def _add_onnx(
     if chance:
         compared = sum(parity.compared for parity in found)
         console.print(f"{AMONG}: {compared} queries; which others are chosen is chance", markup=False, soft_wrap=True)
-        require_some(found, detector.family)
+        require_some(compared, sum(parity.batch for parity in found), detector.family)
     require_parity(found, detector.family, tolerance)
     said = ""
     if options.rounds:

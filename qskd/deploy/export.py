@@ -26,6 +26,7 @@ from qskd.deploy.onnx_detect import probabilities_of
 from qskd.deploy.qdq import store_whole_numbers
 from qskd.detectors import FAMILIES, Detector
 from qskd.errors import QskdError
+from qskd.quantization.parity import least_different, sure_differences
 
 OPSET = 18  # 16 brought grid_sample, which every sampled attention is made of; 17 layer normalisation
 INPUT, OUTPUTS = "pixel_values", ("logits", "pred_boxes")
@@ -179,7 +180,7 @@ class Parity:
     """The largest absolute differences of one batch, PyTorch against onnxruntime.
 
     logits; probabilities, of classes; boxes, in 0..1 of the image. reordered: queries that stand in another place. compared: how
-    many of them, where it is not all (`qskd.deploy.parity.sure`).
+    many of them, where it is not all (`check_sure`).
     """
 
     name: str
@@ -265,6 +266,23 @@ def check_parity(detector: Detector, session: Any, batches: Sequence[tuple[str, 
         compare(name, *outputs_of_both(detector, session, pixels), detector.family, detector.chooses_queries)
         for name, pixels in batches
     ]
+
+
+def check_sure(detector: Detector, session: Any, name: str, batches: Sequence[tuple[str, Tensor]]) -> Parity:
+    """Of all batches together, the largest differences of the sure queries that differ least (`qskd.quantization.parity`)."""
+    rows, images, moved = [], 0, 0
+    for _, pixels in batches:
+        both = [
+            (*outputs, probabilities_of(outputs[0], detector.family))
+            for outputs in outputs_of_both(detector, session, pixels)
+        ]
+        for first, second in zip(*(zip(*outputs, strict=True) for outputs in both), strict=True):
+            order, found = sure_differences(first, second)
+            images, moved = images + 1, moved + int((order != np.arange(len(order))).sum())
+            rows.append(found)
+    kept = least_different(np.concatenate(rows))
+    logits, boxes, probabilities = kept.max(0).tolist() if len(kept) else (0.0, 0.0, 0.0)
+    return Parity(name, images, logits, probabilities, boxes, moved, len(kept))
 
 
 def random_batches(size: int, sizes: Sequence[int], seed: int = 0) -> list[tuple[str, Tensor]]:
