@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 from test_quantized_students import trained
 
@@ -17,13 +18,14 @@ from pipelines.deployment.variants import VariantOptions
 from pipelines.health.checkpoint import model_checks
 from pipelines.inspection.predict import predict_all, request
 from pipelines.tracking.student_pyfunc import Student
-from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches
+from qskd.deploy.export import check_parity, check_sure, export_onnx, open_session, random_batches
 from qskd.deploy.model_card import Card, Figures, write_card
 from qskd.deploy.qdq import TOLERANCE, notice_of_onnx, tolerance_of
 from qskd.detectors import load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_image
 from qskd.quantization.files import FILE, read_quantisers
+from qskd.quantization.parity import require_some
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -81,6 +83,32 @@ def test_eight_bits_are_quantize_linear_with_the_learned_steps(family: str, tmp_
     found = check_parity(detector, open_session(file), random_batches(tiny.SIZE, (1,) * 4))
     # Of a network that has learnt nothing, two queries of all but equal scores may change places, and an image is lost by it.
     assert sorted(each.worst for each in found)[2] < TOLERANCE
+
+
+def test_of_chosen_queries_the_sure_ones_are_compared_and_a_wrong_graph_is_told(tmp_path: Path) -> None:
+    detector, file = load_detector(saved("rt_detr", "w8a8", tmp_path / "student")), tmp_path / "model.onnx"
+    images = random_batches(tiny.SIZE, (1,) * 6)
+    export_onnx(detector, file, tiny.SIZE)
+    nothing = check_sure(detector, open_session(file), "random", images)
+    assert nothing.compared == 0  # it has learnt nothing
+    with pytest.raises(QskdError, match="nothing to compare by"):
+        require_some(nothing.compared, nothing.batch, "rt_detr")
+    for head in detector.model.model.decoder.class_embed:
+        with torch.no_grad():
+            head.bias.add_(3.0)
+    export_onnx(detector, file, tiny.SIZE)
+    found = check_sure(detector, open_session(file), "random", images)
+    assert found.compared > 20
+    assert found.worst < TOLERANCE
+    require_some(found.compared, found.batch, "rt_detr")
+    model = onnx.load(str(file))
+    stored = {each.name for each in model.graph.initializer}
+    steps = [n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]
+    constants = {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"}
+    step = constants[steps[len(steps) // 2]]
+    step.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(step), step.name))
+    onnx.save(model, str(file))
+    assert check_sure(detector, open_session(file), "random", images).worst > TOLERANCE
 
 
 def test_fewer_bits_are_the_same_in_float_and_it_is_said(tmp_path: Path) -> None:

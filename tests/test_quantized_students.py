@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection
 
-from qskd.detectors import Detector, checkpoint_digests, load_detector, save_detector
+from qskd.detectors import Detector, build_student, checkpoint_digests, load_detector, save_detector
 from qskd.errors import QskdError
 from qskd.quantization.files import FILE, quantisers_of, read_quantisers, restore_quantisers
 from qskd.quantization.model import activation_quantisers, belongs_to_quantiser, set_mode, weight_quantisers
@@ -405,3 +405,20 @@ def test_modes_can_be_set_for_all() -> None:
     training = trained("detr")
     set_mode(training.student.model, "off")
     assert {each.mode for each in activation_quantisers(training.student.model).values()} == {"off"}
+
+
+@pytest.mark.parametrize(
+    ("said", "warns"),
+    [
+        ({"quantization": "w8a8"}, True),
+        ({"quantization": {"bits": "w8a8", "rest_from": 0.5}}, False),
+        ({"quantization": {"bits": "w8a8", "parts": ["backbone"]}}, False),
+        ({"quantization": "w8a8", "inherit": True}, False),
+        ({}, False),
+    ],
+)
+def test_ranges_of_layers_that_begin_at_random_are_warned_of(
+    said: dict[str, Any], warns: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    build_student(tiny.recipe({**FAMILIES["detr"], **said}).student, tiny.LABELS, 0)
+    assert any("student.quantization.rest_from = 0" in str(each.message) for each in recwarn) == warns

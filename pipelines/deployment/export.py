@@ -28,6 +28,7 @@ from qskd.deploy.export import (
     Exporter,
     Parity,
     check_parity,
+    check_sure,
     detect_program,
     export_onnx,
     open_session,
@@ -52,6 +53,7 @@ from qskd.detectors import (
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.printable import escaped, one_line
+from qskd.quantization.parity import AMONG, require_some
 from qskd.storage.ownership import check_replaceable, listed, same_file
 from qskd.storage.places import fetched
 
@@ -254,13 +256,24 @@ def _add_onnx(
     (folder / "detect.py").write_text(detect_program(), encoding="utf-8")
     session = open_session(file, options.threads)
     sizes = DYNAMIC_SIZES if options.dynamic_batch else (options.batch_size,) * 3
-    found = check_parity(detector, session, random_batches(size, sizes))
+    batches = {"random": random_batches(size, sizes)}
     if options.images:
-        photographs = real_batches(image_files(options.images), seen_as, options.batch or 1)
-        found.append(together("photographs", check_parity(detector, session, photographs)))
-    if notice := notice_of_onnx(detector.model):
+        batches["photographs"] = real_batches(image_files(options.images), seen_as, options.batch or 1)
+    notice = notice_of_onnx(detector.model)
+    chance = detector.chooses_queries and bool(notice)
+    if chance:
+        found = [check_sure(detector, session, name, those) for name, those in batches.items()]
+    else:
+        found = check_parity(detector, session, batches["random"])
+        if options.images:
+            found.append(together("photographs", check_parity(detector, session, batches["photographs"])))
+    if notice:
         console.print(escaped(notice), markup=False, soft_wrap=True)
     console.print(parity_table(found, tolerance))
+    if chance:
+        compared = sum(parity.compared for parity in found)
+        console.print(f"{AMONG}: {compared} queries; which others are chosen is chance", markup=False, soft_wrap=True)
+        require_some(compared, sum(parity.batch for parity in found), detector.family)
     require_parity(found, detector.family, tolerance)
     said = ""
     if options.rounds:
@@ -268,4 +281,4 @@ def _add_onnx(
         console.print(said, soft_wrap=True)
     worst = together("", found)
     differences = (worst.batch, worst.logits, worst.probabilities, worst.boxes)
-    return OnnxFacts(options.batch, size, *differences, said)
+    return OnnxFacts(options.batch, size, *differences, said, AMONG if chance else "")

@@ -17,7 +17,7 @@ from pipelines.tuning.trial.costs import parameters_m
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
-from qskd.config.recipe import to_tree
+from qskd.config.recipe import flatten, to_tree
 from qskd.errors import QskdError
 from qskd.evaluation.shown import score_text
 
@@ -124,7 +124,7 @@ class Sweep:
             what = (
                 "goes on"
                 if again
-                else ", ".join(f"{k.rpartition('.')[2]} {_short(v)}" for k, v in row.overrides.items())
+                else ", ".join(f"{k.rpartition('.')[2]} {_short(v)}" for k, v in flatten(row.overrides).items())
             )
             tell(f"trial {row.number}: {what or 'the recipe'}")
         return job

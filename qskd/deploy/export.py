@@ -26,6 +26,7 @@ from qskd.deploy.onnx_detect import probabilities_of
 from qskd.deploy.qdq import store_whole_numbers
 from qskd.detectors import FAMILIES, Detector
 from qskd.errors import QskdError
+from qskd.quantization.parity import least_different, sure_differences
 
 OPSET = 18  # 16 brought grid_sample, which every sampled attention is made of; 17 layer normalisation
 INPUT, OUTPUTS = "pixel_values", ("logits", "pred_boxes")
@@ -178,7 +179,8 @@ def open_session(file: Path, threads: int = 1, device: torch.device | str = "cpu
 class Parity:
     """The largest absolute differences of one batch, PyTorch against onnxruntime.
 
-    logits; probabilities, of classes; boxes, in 0..1 of the image. reordered: queries that stand in another place.
+    logits; probabilities, of classes; boxes, in 0..1 of the image. reordered: queries that stand in another place. compared: how
+    many of them, where it is not all (`check_sure`).
     """
 
     name: str
@@ -187,6 +189,7 @@ class Parity:
     probabilities: float
     boxes: float
     reordered: int = 0
+    compared: int = -1
 
     @property
     def worst(self) -> float:
@@ -241,22 +244,45 @@ def likeness(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.nd
     return np.asarray(linear_sum_assignment(cdist(*features, "chebyshev"))[1])
 
 
+def outputs_of_both(
+    detector: Detector, session: Any, pixels: Tensor
+) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+    """Logits and boxes of pixel_values [B, 3, S, S] by PyTorch, and by onnxruntime."""
+    with torch.inference_mode():
+        mine = [value.numpy() for value in Predicting(detector.eval().model)(pixels)]
+    try:
+        return mine, session.run(list(OUTPUTS), {INPUT: pixels.numpy()})
+    except Exception as error:
+        raise QskdError(
+            f"{detector.family} as ONNX",
+            f"onnxruntime fails on {len(pixels)} image(s): {str(error).splitlines()[0][:300]}",
+            remedy="the other --exporter, or without --dynamic-batch; docs/export.md has what was tried",
+        ) from error
+
+
 def check_parity(detector: Detector, session: Any, batches: Sequence[tuple[str, Tensor]]) -> list[Parity]:
     """PyTorch against onnxruntime on each (name, pixel_values [B, 3, S, S])."""
-    model, found = Predicting(detector.eval().model), []
-    for name, pixels in batches:
-        with torch.inference_mode():
-            mine = [value.numpy() for value in model(pixels)]
-        try:
-            theirs = session.run(list(OUTPUTS), {INPUT: pixels.numpy()})
-        except Exception as error:
-            raise QskdError(
-                f"{detector.family} as ONNX",
-                f"onnxruntime fails on {len(pixels)} image(s): {str(error).splitlines()[0][:300]}",
-                remedy="the other --exporter, or without --dynamic-batch; docs/export.md has what was tried",
-            ) from error
-        found.append(compare(name, mine, theirs, detector.family, detector.chooses_queries))
-    return found
+    return [
+        compare(name, *outputs_of_both(detector, session, pixels), detector.family, detector.chooses_queries)
+        for name, pixels in batches
+    ]
+
+
+def check_sure(detector: Detector, session: Any, name: str, batches: Sequence[tuple[str, Tensor]]) -> Parity:
+    """Of all batches together, the largest differences of the sure queries that differ least (`qskd.quantization.parity`)."""
+    rows, images, moved = [], 0, 0
+    for _, pixels in batches:
+        both = [
+            (*outputs, probabilities_of(outputs[0], detector.family))
+            for outputs in outputs_of_both(detector, session, pixels)
+        ]
+        for first, second in zip(*(zip(*outputs, strict=True) for outputs in both), strict=True):
+            order, found = sure_differences(first, second)
+            images, moved = images + 1, moved + int((order != np.arange(len(order))).sum())
+            rows.append(found)
+    kept = least_different(np.concatenate(rows))
+    logits, boxes, probabilities = kept.max(0).tolist() if len(kept) else (0.0, 0.0, 0.0)
+    return Parity(name, images, logits, probabilities, boxes, moved, len(kept))
 
 
 def random_batches(size: int, sizes: Sequence[int], seed: int = 0) -> list[tuple[str, Tensor]]:

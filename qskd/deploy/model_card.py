@@ -55,7 +55,7 @@ logits, pred_boxes = session.run(["logits", "pred_boxes"], {{"pixel_values": pix
 found = boxes_of(logits, pred_boxes, original_heights_and_widths, "{family}", threshold=0.5)
 ```
 
-Largest difference to PyTorch, over {images} images: class probabilities {probabilities:.1e}, boxes {boxes:.1e} (of the
+Largest difference to PyTorch, over {images} images{among}: class probabilities {probabilities:.1e}, boxes {boxes:.1e} (of the
 image), logits {logits:.1e}. {latency}
 """
 
@@ -75,7 +75,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What `qskd export` found. batch: None for any number. latency: a sentence, or empty."""
+    """What `qskd export` found. batch: None for any number. latency: a sentence, or empty. among: which queries the differences are
+    of, where not of all."""
 
     batch: int | None
     size: int
@@ -84,6 +85,7 @@ class OnnxFacts:
     probabilities: float
     boxes: float
     latency: str = ""
+    among: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ def render(card: Card, pictures: Sequence[str] = (), quantised: bool = False) ->
         parts.append(classes_section(card.evaluation, pictures))
     if card.onnx is not None:
         facts = asdict(card.onnx) | {"batch": "any number" if card.onnx.batch is None else card.onnx.batch}
+        facts["among"] = f", {card.onnx.among}" if card.onnx.among else ""
         facts["latency"] = card.onnx.latency or "Its latency was not measured."
         parts += ["## ONNX\n", ONNX.format(family=card.family, **facts)]
     if card.variants is not None and (text := variants_section(card.variants)):

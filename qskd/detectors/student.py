@@ -43,6 +43,7 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
         find_family(model.config.model_type, "student").prepare_student(model)
         if config.quantization is not None:  # before the detector takes hold of any layer's forward
             quantise(model, model.config.model_type, config.quantization)
+            _warn_of_random_ranges(config)
         detector = Detector(model).train()
     if config.init:
         seen_as = read_preprocessing(config.init, config.resize)
@@ -53,6 +54,17 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
         frozen = 0  # the family's own is of ResNets
     _set_backbone(detector.backbone, trunk, config, frozen)
     return detector
+
+
+def _warn_of_random_ranges(config: StudentConfig) -> None:
+    """A network that has learnt nothing has other ranges than it will have."""
+    bits = config.quantization
+    if bits is None or bits.rest_from or bits.parts == ("backbone",) or config.init or config.inherit:
+        return
+    _warn(
+        "student.quantization.rest_from = 0: layers that begin at random are quantised from the start, with the ranges of a "
+        "network that has learnt nothing. At 8 bits an RT-DETR had an AP of 0.267 so, 0.387 with rest_from: 0.5, and 0.389 in float"
+    )
 
 
 def _from_sizes(config: StudentConfig, labels: Sequence[str]) -> Any:
