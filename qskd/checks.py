@@ -243,10 +243,19 @@ def check_enough(config: Config) -> None:
             "matched ones)",
             f"raise the boundaries, or make a cache with a lower floor: --set teacher.cache.attention_giou_floor={low:g}",
         )
-    if needs.memory and not needs.attended and cache.cells == ATTENDED:
-        expected = "features that are compared in attended cells alone, which is all that the cache keeps"
+    if cache.cells == ATTENDED:
         whole = "make a cache with --set teacher.cache.cells=all"
-        raise refused("memory", expected, f"set features.background: 0, or {whole}" if needs.attention else whole)
+        if needs.memory and not needs.attended:
+            expected = "features that are compared in attended cells alone, which is all that the cache keeps"
+            background = needs.reasons.get("memory", ("", ""))[0].endswith("background")
+            raise refused("memory", expected, f"set it to 0, or {whole}" if background else whole)
+        if config.data.views.derived_taken == "flip_and_crop":
+            raise QskdError(
+                "data.views.derived",
+                "flip_and_crop, and a cache of attended cells (teacher.cache.cells): what is cropped and resampled reads further",
+                "flip, or none",
+                f"--set data.views.derived=flip; or {whole}",
+            )
     serves = {cache.attention_layers} | ({"last"} if cache.attention_layers == "all" else set())
     if needs.attention and needs.attention_layers not in serves:
         both = " teacher.cache.all_layers=true" if needs.attention_layers == "all" else ""

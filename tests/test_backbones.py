@@ -7,17 +7,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from pydantic import ValidationError
-from tiny import EASY_SELECTION, LABELS, STUDENT, batch_of, own, random_teacher, silent_student
+from tiny import EASY_SELECTION, LABELS, SIZE, STUDENT, arrays, own, random_teacher, silent_student
 from torch import nn
 
 from pipelines.run.resolve import resolve
 from pipelines.training.notices import notices
 from qskd.config import FACTS, Config, StudentConfig
 from qskd.config.backbone import FREE, KINDS, BackboneConfig
+from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches, require_parity
 from qskd.detectors import build_student, load_detector, save_detector
 from qskd.detectors.backbone import backbone_config, sized_by_init
@@ -62,6 +64,13 @@ def sized(kind: str, family: str = "conditional_detr", **changes: Any) -> Studen
     return StudentConfig.model_validate(fields)
 
 
+def batch(patch: int) -> TrainBatch:
+    """Of sides that are whole patches."""
+    given = arrays([2, 0, 3])
+    side = SIZE // patch * patch if patch else SIZE
+    return train_batch({**given, "images": given["images"][:, :side, :side], "sizes": np.minimum(given["sizes"], side)})
+
+
 def test_every_backbone_that_a_recipe_may_name_is_tried() -> None:
     assert {kind for kind, _ in READERS} == set(SIZES) == set(PUBLISHED)
 
@@ -77,7 +86,7 @@ def test_a_student_learns_on_any_backbone_and_plain_transformers_reads_it_alike(
     before = {name: value.clone() for name, value in student.backbone.named_parameters() if value.requires_grad}
     training = Training(config, student, teacher, 2, torch.device("cpu"))
     for _ in range(2):
-        training.train_step(batch_of(2, 0, 3))
+        training.train_step(batch(KINDS[kind].patch))
     after = dict(student.backbone.named_parameters())
     assert [name for name in before if after[name].grad is None] == []  # DDP waits for each
     assert sum(not after[name].equal(before[name]) for name in before) > 0.9 * len(before)
@@ -260,3 +269,48 @@ def test_a_plain_vit_sees_whole_patches_at_every_size_that_it_is_trained_at() ->
     tree = {"student": sized("dinov2").model_dump(), "augmentation": {"scales": [0.8, 1.0]}}
     (said,) = [said for said in notices(Config.model_validate(tree), 1.0) if "augmentation.scales" in said]
     assert "the student sees 84 to 112 pixels" in said
+
+
+def test_sides_that_a_plain_vit_would_cut_are_refused_wherever_it_comes_from(tmp_path: Path) -> None:
+    config = sized("dinov2")
+    save_detector(silent_student(config, LABELS, seed=0).eval(), tmp_path, config.resize)
+    images, mask = torch.zeros(1, 3, SIDE, SIDE + 2), torch.ones(1, SIDE, SIDE + 2, dtype=torch.bool)
+    with pytest.raises(QskdError, match=r"divisible by 14.*cut off"):
+        load_detector(tmp_path)(images, mask)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"type": "dinov3_vit", "hidden_sizes": [30], "depths": [2]}, "30 is no multiple of 4"),
+        ({"type": "convnext", "hidden_sizes": [8] * 6, "depths": [1] * 6}, "a convnext of 6 stages needs images of 128 pixels"),
+    ],
+)
+def test_what_could_not_be_built_or_run_is_said_before(made: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        StudentConfig.model_validate({**STUDENT, "backbone": made, "resize": {"size": 64}})
+
+
+def test_heads_of_a_dinov3_have_channels_in_fours() -> None:
+    made = sized("dinov3_vit", backbone={"hidden_sizes": [20]})
+    images, mask = torch.zeros(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+    assert silent_student(made, LABELS, seed=0)(images, mask).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("other", [{"patch_size": 2}, {"num_channels": 1}])
+def test_a_checkpoint_of_other_strides_or_channels_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    shape = backbone_config(BackboneConfig.model_validate({"type": "convnext", **STAGES}), 1)
+    (name, value), *_ = other.items()
+    setattr(shape, name, value)
+    shape.save_pretrained(tmp_path)
+    with pytest.raises(QskdError, match=f"{name} {value}"):
+        build_student(sized("convnext", backbone={"init": str(tmp_path)}), LABELS, seed=0)
+
+
+def test_layer_decay_without_effect_is_said_of_a_checkpoint_too(tmp_path: Path) -> None:
+    for kind, heard in (("convnextv2", 1), ("dinov2", 0)):
+        config = sized(kind)
+        save_detector(silent_student(config, LABELS, seed=0).eval(), tmp_path / kind, config.resize)
+        tree = {"student": {"init": str(tmp_path / kind)}, "training": {"backbone_layer_decay": 0.5}}
+        said = notices(Config.model_validate(tree), 1.0)
+        assert len([each for each in said if "backbone_layer_decay" in each]) == heard

@@ -199,12 +199,19 @@ def test_what_reads_other_cells_is_refused_with_the_field(tmp_path: Path) -> Non
     cache: dict[str, Any] = {"cells": "attended", "attention_giou_floor": 0.0}
     check_enough(Config.model_validate({"teacher": {"cache": cache}}))
     for section, words in (
-        ({"features": {"background": 0.1}}, r"features\.background: 0, or make a cache"),
-        ({"method": "mimic"}, r"make a cache with --set teacher\.cache\.cells=all"),
-        ({"also": {"mimic": {}}}, r"teacher\.cache\.cells=all"),
+        ({"features": {"background": 0.1}}, r"(?s)features\.background: 0\.1.*set it to 0, or make a cache"),
+        ({"method": "mimic"}, r"(?s)distillation\.method: mimic.*make a cache with --set teacher\.cache\.cells=all"),
+        ({"also": {"mimic": {}}}, r"(?s)also\.mimic\.method: mimic.*do: make a cache"),
     ):
         with pytest.raises(QskdError, match=words):
             check_enough(Config.model_validate({"teacher": {"cache": cache}, "distillation": section}))
+
+
+def test_crops_of_attended_cells_are_refused_for_they_read_further() -> None:
+    tree = {"teacher": {"cache": {"cells": "attended", "attention_giou_floor": 0.0}}}
+    views = {"views": {"derived": "flip_and_crop", "crop_probability": 0.5}}
+    with pytest.raises(QskdError, match=r"derived=flip; or make a cache"):
+        check_enough(Config.model_validate({**tree, "data": views}))
 
 
 def test_a_student_too_coarse_for_the_kept_cells_is_refused() -> None:

@@ -86,7 +86,7 @@ def test_what_cannot_be_tried_here_has_a_reason_and_the_plan_stands(
         assert foresee_time(on_gpus) == "time: not known: compute.device is cuda, and there is no GPU here"
     for shard in (here / "train").glob("*.parquet"):
         shard.write_bytes(b"damaged")
-    assert foresee_time(plan).startswith("time: not known: a step could not be tried here: ")
+    assert foresee_time(plan).startswith("time: not known: a step was refused here:\n")
 
 
 def test_a_dry_run_shows_what_differs_from_the_defaults_first_and_all_fields_when_asked(

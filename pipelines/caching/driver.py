@@ -33,7 +33,7 @@ from pipelines.reporting.watch import CountWatch
 from pipelines.reporting.words import duration_text
 from pipelines.run.logs import say, start_logs
 from pipelines.run.resolve import resolve
-from qskd.checks import lacks_directions
+from qskd.checks import check_enough, lacks_directions
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
@@ -65,8 +65,18 @@ class CacheResult:
 
 def foresee(config: Config, overwrite: bool = False) -> str:
     """What `--dry-run` prints: what there is, and what the rest will cost, tried on a few images."""
-    plans = make_cache_plans(resolve(config, "cache"), overwrite)
+    config = resolve(config, "cache")
+    plans = make_cache_plans(config, overwrite)
+    _say_if_unread(config)
     return "\n".join(_foresee(plan) for plan in plans)
+
+
+def _say_if_unread(config: Config) -> None:
+    """A loud word where the recipe's own method could not read the cache; other recipes may."""
+    try:
+        check_enough(config)
+    except QskdError as error:
+        log.warning("the recipe's own `qskd distill` can't read this cache: %s", error)
 
 
 def _foresee(plan: CachePlan) -> str:
@@ -89,6 +99,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     """Compute what is missing. Killed at any moment and run again, it keeps every whole file and computes the rest."""
     config = resolve(config, "cache")
     plans = make_cache_plans(config, overwrite)
+    _say_if_unread(config)
     if any(plan.todo for plan in plans):
         check_address()
     start_logs(run=config.name)

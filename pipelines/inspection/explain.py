@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
+from PIL import Image
 from pyarrow import fs
 
 from pipelines.cluster.devices import device_here
@@ -133,6 +134,10 @@ def targets(images: Sequence[str], out: Path | None, inputs: Sequence[str | Path
     where that would replace an image, another of `inputs`, or a file that qskd did not draw."""
     if out is not None and len(images) > 1:
         raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
+    known = Image.registered_extensions()
+    if out is not None and known.get(out.suffix.lower()) not in Image.SAVE:
+        found = "a picture of this name can't be written: nobody knows of what kind"
+        raise QskdError(str(out), found, "a name that ends as pictures do: .png, .jpg", f"--out {out}.png")
 
     def beside(image: str) -> Path:
         path = Path(image)

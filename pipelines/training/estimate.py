@@ -25,6 +25,7 @@ from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import Detector
 from qskd.distillation.method import teacher_needs
+from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_pairs
 from qskd.evaluation.pairs import Pairs
 from qskd.from_recipe import make_student, make_teacher, teacher_for_training
@@ -168,6 +169,8 @@ def foresee_time(plan: Plan) -> str:
     if not reason:
         try:
             return estimate(plan).describe(plan)
+        except QskdError as error:  # what the training itself would say, most likely
+            reason = f"a step was refused here:\n  {error}"
         except Exception as error:
             reason = f"a step could not be tried here: {type(error).__name__}: {str(error).splitlines()[0]}"
     return f"time: not known: {reason}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from qskd.config import FACTS, Config
+from qskd.config.backbone import KINDS
+from qskd.detectors import read_config
 from qskd.detectors.student import family_of
 from qskd.training.module import compiles_whole
 
@@ -43,8 +45,9 @@ def notices(config: Config, epochs: float) -> list[str]:
     if not (student.init or student.inherit or student.backbone.init or config.detection.dense_weight):
         found.append(f"student.backbone {RANDOM_BACKBONE}")
     decay = config.training.backbone_layer_decay
-    if decay not in (None, 1.0) and not (student.init or student.backbone.is_vit):
-        found.append(f"training.backbone_layer_decay = {decay:g} has no effect: a {student.backbone.type} is no ViT")
+    backbone = read_config(student.init).backbone_config.model_type if student.init else student.backbone.type
+    if decay not in (None, 1.0) and backbone in KINDS and not KINDS[backbone].patch:
+        found.append(f"training.backbone_layer_decay = {decay:g} has no effect: a {backbone} is no ViT")
     if facts.hybrid and facts.batch_norms and config.compute.workers > 1:
         found.append(
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "

@@ -90,6 +90,10 @@ class BackboneConfig(Section):
         if self.is_vit:
             if len(self.hidden_sizes) != 1:
                 raise ValueError(f"a ViT has one width: hidden_sizes has {len(self.hidden_sizes)}")
+            if self.type == "dinov3_vit" and self.hidden_sizes[0] % 4:
+                raise ValueError(
+                    f"a dinov3_vit turns channels in fours: its width {self.hidden_sizes[0]} is no multiple of 4"
+                )
             if not self.kind.family and len(self.depths) != 1:
                 raise ValueError(
                     f"a {self.type} gives one map: depths has {len(self.depths)} numbers of layers, not one"

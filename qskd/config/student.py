@@ -137,6 +137,10 @@ class StudentConfig(Section):
                 f"{who} needs images whose sides are multiples of {backbone.why_unit}{unit}: "
                 f"set resize: {{mode: square, size: {max(round(size / unit), 1) * unit}}}"
             )
+        if backbone.type in ("convnext", "convnextv2", "dinov3_convnext") and size < unit:
+            raise ValueError(
+                f"a {backbone.type} of {len(backbone.depths)} stages needs images of {unit} pixels, resize.size is {size}"
+            )
         if facts.hybrid and (cells := self.cells(size)) < self.queries:
             raise ValueError(
                 f"{self.family} chooses queries among the cells of its maps: queries {self.queries} are more than the "

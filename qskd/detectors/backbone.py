@@ -42,8 +42,18 @@ def _heads(width: int) -> int:
     return width // 64 if width % 64 == 0 else gcd(width, 6)
 
 
+def _rotary_heads(width: int) -> int:
+    """Of DINOv3's: as `_heads`, but that its embeddings of places need heads of a multiple of 4 channels."""
+    return next(count for count in (_heads(width), *range(6, 0, -1)) if width % (4 * count) == 0)
+
+
 def _sizes(config: BackboneConfig) -> dict[str, Any]:
-    """What of the recipe's sizes transformers' configuration of this type has, under its names."""
+    """What of the recipe's sizes transformers' configuration of this type has, under its names; and what all have that can be
+    built."""
+    return {"num_channels": 3, **_sizes_of(config)}
+
+
+def _sizes_of(config: BackboneConfig) -> dict[str, Any]:
     widths, depths, kind = list(config.hidden_sizes), list(config.depths), config.type
     if kind in ("resnet", "rt_detr_resnet"):
         stem = {"layer_type": config.layer_type, "embedding_size": config.embedding_size}
@@ -52,14 +62,16 @@ def _sizes(config: BackboneConfig) -> dict[str, Any]:
         stages = {"stage_out_channels": widths, "stage_num_blocks": depths, "hidden_sizes": widths, "depths": depths}
         return stages | {"embedding_size": config.embedding_size}
     if not config.is_vit:
-        return {"hidden_sizes": widths, "depths": depths}
+        stem = {} if kind == "dinov3_convnext" else {"patch_size": 4}
+        return {"hidden_sizes": widths, "depths": depths, **stem}
     (width,), ends = widths, list(accumulate(depths))
     layers = {"hidden_size": width, "num_hidden_layers": ends[-1]}
     if kind == "lw_detr_vit":
         windows = [layer for layer in range(ends[-1]) if layer + 1 not in ends]
         layers["num_attention_heads"] = gcd(width, 12)  # 12, as published, where they divide the width
         return layers | {"window_block_indices": _PUBLISHED[1] if config.depths == _PUBLISHED[0] else windows}
-    layers |= {"num_attention_heads": _heads(width), "patch_size": config.kind.patch}
+    heads = _rotary_heads(width) if kind == "dinov3_vit" else _heads(width)
+    layers |= {"num_attention_heads": heads, "patch_size": config.kind.patch}
     return layers | ({"num_windows": config.kind.windows} if kind == "rf_detr_dinov2" else {})
 
 

@@ -211,6 +211,9 @@ class Several(Method):
         found: TeacherNeeds | None = None
         for path, part in parts_of(settings).items():
             needs = find_method(part.method).needs_of(part)
+            if needs.memory and not needs.attended:
+                everywhere = ("method", f"{part.method}, which reads the memory of all cells")
+                needs = replace(needs, reasons={"memory": everywhere, **needs.reasons})
             needs = replace(
                 needs, reasons={need: (f"{path}{where}", asked) for need, (where, asked) in needs.reasons.items()}
             )

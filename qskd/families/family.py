@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.config import StudentConfig
-from qskd.config.backbone import KINDS
-from qskd.families.places import fixed_places
+from qskd.families.places import check_whole_patches, fixed_places, patch_of
 from qskd.quantization.layers import QuantisedLinear
 from qskd.structures import Classification, Queries, SideDistributions
 
@@ -107,12 +106,11 @@ class Family(ABC):
 
     def image_unit(self, config: Any) -> int:
         """What the sides of images are multiples of, in pixels: of a plain ViT whole patches, for it cuts off what is left over."""
-        backbone = config.backbone_config
-        kind = KINDS.get(getattr(backbone, "model_type", ""))
-        return int(backbone.patch_size) if kind is not None and kind.patch and not kind.family else 1
+        return patch_of(config.backbone_config)
 
-    def check_size(self, config: Any, height: int, width: int) -> None:  # noqa: B027
+    def check_size(self, config: Any, height: int, width: int) -> None:
         """Raise QskdError for a batch of images, padding included, of a size that the model can't take."""
+        check_whole_patches(self.name, self.image_unit(config), height, width)
 
     def chooses_queries(self, config: Any) -> bool:
         """Whether queries are chosen in each image: a query's number then says nothing of what it asks."""

@@ -1,4 +1,4 @@
-"""A ViT's embeddings of places, for images of one size."""
+"""A plain ViT's patches, and its embeddings of places."""
 
 from __future__ import annotations
 
@@ -8,6 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qskd.config.backbone import KINDS
+from qskd.errors import QskdError
+
+
+def patch_of(backbone: Any) -> int:
+    """The side of a plain ViT's patches, pixels; 1 for other backbones. backbone: transformers' configuration of one."""
+    kind = KINDS.get(getattr(backbone, "model_type", ""))
+    return int(backbone.patch_size) if kind is not None and kind.patch and not kind.family else 1
+
+
+def check_whole_patches(name: str, unit: int, height: int, width: int) -> None:
+    """QskdError where an image's sides are no multiples of `unit`."""
+    if height % unit or width % unit:
+        raise QskdError(
+            f"{name} images",
+            f"{height} x {width} pixels",
+            f"height and width divisible by {unit}, the side of its ViT's patches: it would cut off what is left over",
+            f"set resize: {{mode: square, size: {max(unit, round(height / unit) * unit)}}}",
+        )
 
 
 @contextmanager

@@ -95,6 +95,11 @@ class QSKD(Method):
         if attention:
             reasons["attention_giou_floor"] = ("selection", reach)
             reasons["attention_layers"] = ("features.attention_layers", features.attention_layers)
+        if features.weight > 0 and (features.background > 0 or not attention):
+            reasons["memory"] = (
+                "features.background",
+                f"{features.background:g}, which compares features in every cell",
+            )
         if every_layer:
             asked = "same_index, which needs every decoder layer of the teacher"
             reasons["all_layers"] = ("predictions.teacher_layers", asked)
