@@ -283,7 +283,10 @@ def test_sides_that_a_plain_vit_would_cut_are_refused_wherever_it_comes_from(tmp
     ("made", "words"),
     [
         ({"type": "dinov3_vit", "hidden_sizes": [30], "depths": [2]}, "30 is no multiple of 4"),
-        ({"type": "convnext", "hidden_sizes": [8] * 6, "depths": [1] * 6}, "a convnext of 6 stages needs images of 128 pixels"),
+        (
+            {"type": "convnext", "hidden_sizes": [8] * 6, "depths": [1] * 6},
+            "a convnext of 6 stages needs images of 128 pixels",
+        ),
     ],
 )
 def test_what_could_not_be_built_or_run_is_said_before(made: dict[str, Any], words: str) -> None:
