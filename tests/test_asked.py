@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import qskd
 from pipelines.cli import app
 from pipelines.health.checkpoint import model_checks
+from pipelines.inspection.predict import predict_all, request
 from pipelines.reporting.cards import figures
 from qskd.checkpoints.clean_config import detector_config
 from qskd.checks import check_cache, check_decoder
@@ -281,6 +282,17 @@ def test_label_evaluate_predict_and_doctor_take_it(shards: str, folders: dict[st
     assert "asked in words" in checks["classes"].found
     assert checks["as a teacher"].status == "ok", checks["as a teacher"]
     assert checks["as a student"].found == "no: it can only teach"
+
+
+def test_categories_of_what_was_asked_for_are_said_to_be_numbered_as_asked(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    list(predict_all(request(str(folders["grounding-dino"]), [tmp_path / "a.png"], out, 0.0, classes=("cat", "dog"))))
+    assert {one["category_id"] for one in json.loads((out / "detections.json").read_text())} <= {0, 1}
+    assert "category_id is the number of the class in --classes, from 0" in caplog.text
+    assert "config.json" not in caplog.text
 
 
 def test_another_prompt_is_another_labelling(folders: dict[str, Path], tmp_path: Path) -> None:

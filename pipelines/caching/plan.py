@@ -42,6 +42,7 @@ from qskd.teacher.manifest import (
 )
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.told.checks import check_told
+from qskd.teacher.told.fits import fit_notices
 
 log = logging.getLogger("qskd")
 Unit = tuple[int, int]  # shard, view
@@ -115,6 +116,8 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
     check_data(config, ("train",))
     data, path = source_manifest(config.data), config.teacher.cache.path
     check_shards(config.data.train, data)
+    for notice in fit_notices(config):
+        log.warning(notice)
     identity = cache_identity(config, data)
     if overwrite:
         replaceable_cache(path)

@@ -169,7 +169,7 @@ def predict_all(asked: Request) -> Iterator[tuple[list[Prediction], tuple[str, .
     if notice := notice_of(detector.model):
         log.warning("%s: %s", one_line(asked.model), notice)
     keeps = is_folder(asked.out)
-    ids = ids_for(detector, asked.sources, asked.annotations) if keeps else Ids({}, {})
+    ids = ids_for(detector, asked.sources, asked.annotations, asked.classes) if keeps else Ids({}, {})
     done: list[Prediction] = []
     broken: list[QskdError] = []
     for path, target in pairs:

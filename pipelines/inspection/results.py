@@ -56,16 +56,17 @@ class Ids:
         return self.images[one.source] + (one.frame or 0)
 
 
-def ids_for(detector: Detector, sources: Sequence[Path], annotations: Path | None) -> Ids:
+def ids_for(detector: Detector, sources: Sequence[Path], annotations: Path | None, classes: Sequence[str] = ()) -> Ids:
     """Of the dataset: those of `annotations` (COCO JSON) where given, for every source then must be in it. Otherwise categories are
     numbered as the detector's config.json says, or by label; images by their file names, where those are numbers as COCO's are,
-    or from 1 on in their order."""
+    or from 1 on in their order. classes: what a detector was asked for, which are its labels then."""
     if annotations is not None:
         images, categories = _read(annotations)
         return Ids(_named(images, sources, annotations), _matched(detector, categories, annotations))
     own = detector.category_ids
     if own is None:
-        log.warning("the detector keeps no category ids: category_id is the number of the label in its config.json")
+        place = "class in --classes, from 0" if classes else "label in its config.json"
+        log.warning("the detector keeps no category ids: category_id is the number of the %s", place)
     numbers = [int(path.stem) if path.stem.isdecimal() and not is_video(path) else -1 for path in sources]
     right = len(set(numbers)) == len(numbers) and all(0 <= number < 2**53 for number in numbers)
     paths = dict(zip(sources, numbers, strict=True)) if right else _counted(sources)

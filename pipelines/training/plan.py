@@ -44,6 +44,7 @@ from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, load_cache_manifest
 from qskd.teacher.told.checks import check_told
+from qskd.teacher.told.fits import fit_notices
 
 SLOW_PATH = "run in every training step: the slow path (`qskd cache` runs it once, for all trainings)"
 
@@ -213,6 +214,8 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         if not caches:  # else its identity was compared, classes included
             check_classes(config, train)
         check_told(config, caches[0] if caches else None)
+        if not caches:  # a cache that is there was made of a file that was looked at
+            said += fit_notices(config)
         check_decoder(config)
         said += class_notices(config, train)
     own = teacher_preprocessing(config).resize if verb == "distill" and not caches else config.student.resize

@@ -37,7 +37,7 @@ def is_results(path: str) -> bool:
 @dataclass(frozen=True, eq=False)
 class Results:
     """The detections of a file, by image; of an image the best first. image_ids: int64 [N], ascending. boxes_xyxy: float32 [N, 4],
-    pixels. scores: float32 [N]. category_ids: int64 [N].
+    pixels. scores: float32 [N]. category_ids: int64 [N]. flat: entries beside these, without width or height above 0.
 
     categories: name by id, and sizes: (width, height) by image, of a file that has them; None of COCO's results, whose ids are the
     dataset's own.
@@ -51,6 +51,7 @@ class Results:
     category_ids: NDArray[np.int64]
     categories: Mapping[int, str] | None
     sizes: Mapping[int, tuple[int, int]] | None
+    flat: int = 0
 
     @property
     def queries(self) -> int:
@@ -156,7 +157,7 @@ class _Columns:
     """Detections as they are read, 40 bytes each: a COCO training set has ten million."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.count = path, 0
+        self.path, self.count, self.flat = path, 0, 0
         self.images, self.categories, self.numbers = array("q"), array("q"), array("f")
 
     def add(self, entries: Iterator[Any] | Sequence[Any]) -> None:
@@ -173,7 +174,9 @@ class _Columns:
             if not (_is_number(score) and 0 <= score <= 1):
                 raise self._refused(entry, "score: 0 to 1, how sure the detector is")
             left, top, width, height = box
-            if width > 0 and height > 0:  # of nothing nobody learns where it is
+            if not (width > 0 and height > 0):  # of nothing nobody learns where it is
+                self.flat += 1
+            else:
                 self.images.append(image)
                 self.categories.append(category)
                 self.numbers.extend((left, top, left + width, top + height, score))
@@ -191,7 +194,7 @@ class _Columns:
             raise QskdError(self.path, f"category_id {strange[0]}", f"one of its categories: {sorted(categories)[:20]}")
         order = np.lexsort((-numbers[:, 4], images))
         images, kinds, numbers = images[order], kinds[order], numbers[order]
-        return Results(self.path, sha256, images, numbers[:, :4], numbers[:, 4], kinds, categories, sizes)
+        return Results(self.path, sha256, images, numbers[:, :4], numbers[:, 4], kinds, categories, sizes, self.flat)
 
 
 def _is_id(value: Any) -> TypeGuard[int]:

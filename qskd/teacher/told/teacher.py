@@ -21,6 +21,7 @@ from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, TeacherNeeds, TeacherRecord
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import Choose, OnlineTeacher
+from qskd.teacher.told.fits import of_other_classes, of_other_images
 from qskd.teacher.told.results import UNSEEN, Results
 
 _SURE = 1e-6  # a score of 0 or 1 has no finite logit
@@ -93,21 +94,20 @@ class ToldTeacher(OnlineTeacher):
         results, part = self.results, self.results.of(image_id)
         listed = (results.sizes or {}).get(image_id, (width, height))
         if listed != (width, height):
-            raise self._of_others(
-                image_id, f"{listed[0]} x {listed[1]} pixels there, {width} x {height} in the dataset"
+            raise of_other_images(
+                results.path, image_id, f"{listed[0]} x {listed[1]} pixels there, {width} x {height} in the dataset"
             )
         corners, kinds = results.boxes_xyxy[part], results.category_ids[part].tolist()
         inside = np.clip(corners, 0, np.array([width, height, width, height], np.float32))
         within = np.asarray((inside[:, 2:] > inside[:, :2]).all(1))
         if len(corners) and not within.any():
-            raise self._of_others(image_id, f"no box within its {width} x {height} pixels")
+            raise of_other_images(results.path, image_id, f"no box within its {width} x {height} pixels")
         scores, kept = np.clip(results.scores[part].astype(np.float64), _SURE, 1 - _SURE), list[int]()
         queries = dict[bytes, int]()  # an entry of each class with the same box: one query
         logits = np.full((len(corners), self.classes), UNASKED_LOGIT, np.float32)
         for number, kind in enumerate(kinds):
             if kind not in self.known:
-                found, expected = f"image {image_id}: category_id {kind}", f"the dataset's ids: {self.known[:20]}"
-                raise QskdError(results.path, found, expected, "give the ids that the detector's classes have there")
+                raise of_other_classes(results.path, image_id, kind, self.known)
             if kind not in self.places or not within[number]:
                 continue
             query = queries.setdefault(corners[number].tobytes(), len(queries))
@@ -120,11 +120,3 @@ class ToldTeacher(OnlineTeacher):
         seen_as = make_view(self.views, image_id, view)
         seen, still = view_boxes(inside[kept], width, height, seen_as, self.views.min_visible)
         return logits[: len(kept)][still], seen
-
-    def _of_others(self, image_id: int, found: str) -> QskdError:
-        return QskdError(
-            self.results.path,
-            f"image {image_id}: {found}",
-            "detections of the very images of data.train, by their ids",
-            "run the detector on the images that the shards were made of, with their ids",
-        )
