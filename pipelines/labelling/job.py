@@ -12,8 +12,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +30,11 @@ from pipelines.labelling.parts import (
     read_part,
     write_labels,
 )
+from pipelines.labelling.request import Labels as Labels
+from pipelines.labelling.request import Request as Request
 from pipelines.reporting.board import Row, progress
 from pipelines.reporting.watch import CountWatch
-from qskd.config import ResizeConfig
-from qskd.datasets.classes import NOBODY, Explicit, listing, map_classes, model_side
+from qskd.datasets.classes import NOBODY, listing, map_classes, model_side
 from qskd.datasets.manifest import check_labelled, load_manifest
 from qskd.datasets.samples import Category
 from qskd.datasets.unlabeled.pictures import UnlabeledDataset
@@ -58,62 +58,6 @@ RULE = (
     "with --threshold that score for every class; else, with --like, the score at which a class's F1 (IoU 0.5) is the best on "
     f"those images, for classes with {FEWEST} objects there or more; else {USUAL:g}"
 )
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked. images: a folder or a list. like: a labelled shard folder, whose categories the labels get; empty: the
-    teacher's own classes, or `classes`, of one that is asked in words. threshold: of every class; None: as RULE says. resize,
-    class_map, device, precision: as a recipe has them. workers: the most processes; 0: here, without Ray. onto: a COCO JSON of the
-    pictures (images: their folder), whose objects the labels are joined to; class_map is then of its categories, unless like has
-    it."""
-
-    model: str
-    images: Path
-    out: Path
-    like: str = ""
-    threshold: float | None = None
-    on_error: Literal["stop", "skip"] = "stop"
-    resize: ResizeConfig | None = None
-    class_map: Explicit | None = None
-    batch_size: int = 16
-    workers: int = 1
-    threads: int = 1
-    device: str = "auto"
-    precision: str = "float32"
-    overwrite: bool = False
-    onto: Path | None = None
-    classes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What was written. thresholds: by class name. objects: by class name, those that were kept. mean_score: of these; None of
-    none. empty: images without any. left_out: pictures, with what is wrong with them. own: objects of the dataset that they were
-    joined to; None: of none."""
-
-    out: Path
-    images: int
-    thresholds: Mapping[str, float]
-    objects: Mapping[str, int]
-    mean_score: float | None
-    empty: int
-    left_out: Sequence[Mapping[str, str]]
-    own: int | None = None
-
-    def lines(self) -> list[str]:
-        """For the terminal."""
-        total = sum(self.objects.values())
-        sure = "" if self.mean_score is None else f" of mean score {self.mean_score:.2f}"
-        each = f"{total / self.images:.1f} an image" if self.images else "none"
-        beside = "" if self.own is None else f", beside {self.own} of the dataset"
-        said = [
-            f"{self.out}: {self.images} images, {total} objects ({each}){sure}{beside}; {self.empty} images without any"
-        ]
-        names = sorted(self.objects, key=lambda name: -self.objects[name])
-        said += [f"  {one_line(name)}: {self.objects[name]} at {self.thresholds[name]:.3f} or more" for name in names]
-        said += [f"left out: {one_line(each['where'])}: {one_line(each['found'])}" for each in self.left_out[:5]]
-        return said + ([f"left out: {len(self.left_out) - 5} more"] if len(self.left_out) > 5 else [])
 
 
 @dataclass(frozen=True)
