@@ -139,7 +139,7 @@ def test_shards_that_are_read_are_not_written_to_under_whatever_name(
     for options in (["--overwrite"], ["--overwrite", "--dry-run"]):
         before = tree(tmp_path)
         said = CliRunner().invoke(app, ["prepare", *words, *options])
-        assert f"{told} {old}, which is read" in str(said.exception)
+        assert f"{told} the folder {old}, whose shards are read" in str(said.exception)
         assert tree(tmp_path) == before
 
 
@@ -148,7 +148,7 @@ def test_shards_of_a_store_that_are_read_are_not_written_to(root: Path) -> None:
     prepare(root / "old-coco/annotations.json", root / "old-coco/images", folder, quiet=True)
     before = load_manifest(folder).fingerprint
     for out in ("memory://gathered/old/", "memory://gathered/%6fld", "memory://gathered", f"{folder}/deeper"):
-        with pytest.raises(QskdError, match=f"{folder}, which is read"):
+        with pytest.raises(QskdError, match=f"{folder}, whose shards are read"):
             prepare(root / "new", None, out, also=[folder], overwrite=True, quiet=True)
     assert load_manifest(folder).fingerprint == before
     made = prepare(root / "new", None, f"{folder}-and-new", also=[folder], quiet=True)  # beside it

@@ -95,9 +95,9 @@ def check_not_read(destination: str, read: Iterable[str]) -> None:
     """QskdError where a folder that is written is, contains or lies in one of those that are read for it."""
     for folder in read:
         if relation := relation_of(destination, folder):
-            found = f"{relation} {redacted(folder)}, which is read: what is written would take its place"
-            remedy = "choose another folder, also with --overwrite; nothing was written"
-            raise QskdError(redacted(destination), found, "a folder apart from all that is read", remedy)
+            found = f"{relation} the folder {redacted(folder)}, whose shards are read: new ones would take their place"
+            remedy = "choose another folder (--overwrite does not help); nothing was written"
+            raise QskdError(redacted(destination), found, "a folder apart from all shards that are read", remedy)
 
 
 def relation_of(one: str, other: str) -> str:
