@@ -97,7 +97,7 @@ def command(
     """Turn COCO JSON and a folder of images into Parquet shards, and say what looks wrong in them."""
     from qskd.datasets.findings.finding import refuse
     from qskd.datasets.shards import outlined
-    from qskd.storage.places import check_uri
+    from qskd.storage.places import check_not_read, check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
     drawn = one_of("--exif", exif, "auto", "upright", "stored")
@@ -108,6 +108,7 @@ def command(
             *(annotations, images, policy, leave_out or (), drawn, split, classes, box_format, unlabeled, not_in or ()),
             also=also or (),
         )
+        check_not_read(destination, getattr(dataset, "read_shards", ()))
         shards, what = -(-len(dataset) // rows_per_shard), f"{len(dataset.categories)} categories"
         what = "no labels" if unlabeled else what
         tell(f"{len(dataset)} images, {what} → {shards} shard(s) in {destination}")
@@ -238,7 +239,9 @@ def opened(
     for option, value in of_labels.items():
         if value:
             raise QskdError(option, str(value), "no such thing for pictures without labels", "leave it away")
-    return UnlabeledDataset(source, images, on_error, pictures_in(not_in))
+    pictures = UnlabeledDataset(source, images, on_error, pictures_in(not_in))
+    pictures.read_shards += tuple(not_in)
+    return pictures
 
 
 def describe(manifest: Manifest, destination: str) -> str:

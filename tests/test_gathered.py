@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from strangers import refused
+from strangers import refused, tree
 from typer.testing import CliRunner
 
 import qskd
@@ -112,3 +113,43 @@ def test_what_is_no_labelled_shards_is_refused_by_name(root: Path, tmp_path: Pat
     text = (tmp_path / "few.json").read_text()
     (tmp_path / "few.json").write_text(text.replace(load_manifest(str(old)).fingerprint, "0" * 64))
     refused(lambda: qskd.prepare(tmp_path / "few.json", None, tmp_path / "out"), "fingerprint is another", tmp_path)
+
+
+@pytest.mark.parametrize("spelling", ["is", "link", "uri", "inside", "around"])
+@pytest.mark.parametrize("kind", ["source", "also", "selection", "also a selection", "left out of", "not in"])
+def test_shards_that_are_read_are_not_written_to_under_whatever_name(
+    kind: str, spelling: str, root: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "data/old"
+    shutil.copytree(root / "old", old)
+    few, pictures = tmp_path / "few.json", root / "new-coco/images"
+    qskd.select(old, few, 4)
+    (tmp_path / "link").symlink_to(old)
+    told = {"is": "is", "link": "is", "uri": "is", "inside": "lies in", "around": "contains"}[spelling]
+    places = {"is": old, "link": tmp_path / "link", "uri": f"file://{tmp_path}/data/%6fld", "inside": old / "new"}
+    out = str(places.get(spelling, tmp_path / "data"))
+    words = {
+        "source": [str(old), out, "--also", str(root / "new")],
+        "also": [str(root / "new"), out, "--also", str(old)],
+        "selection": [str(few), out],
+        "also a selection": [str(root / "new"), out, "--also", str(few)],
+        "left out of": [str(few), out, "--leave-out", EASY[0]],
+        "not in": ["--unlabeled", str(pictures), out, "--not-in", str(old)],
+    }[kind]
+    for options in (["--overwrite"], ["--overwrite", "--dry-run"]):
+        before = tree(tmp_path)
+        said = CliRunner().invoke(app, ["prepare", *words, *options])
+        assert f"{told} the folder {old}, whose shards are read" in str(said.exception)
+        assert tree(tmp_path) == before
+
+
+def test_shards_of_a_store_that_are_read_are_not_written_to(root: Path) -> None:
+    folder = "memory://gathered/old"
+    prepare(root / "old-coco/annotations.json", root / "old-coco/images", folder, quiet=True)
+    before = load_manifest(folder).fingerprint
+    for out in ("memory://gathered/old/", "memory://gathered/%6fld", "memory://gathered", f"{folder}/deeper"):
+        with pytest.raises(QskdError, match=f"{folder}, whose shards are read"):
+            prepare(root / "new", None, out, also=[folder], overwrite=True, quiet=True)
+    assert load_manifest(folder).fingerprint == before
+    made = prepare(root / "new", None, f"{folder}-and-new", also=[folder], quiet=True)  # beside it
+    assert made.num_images == 100

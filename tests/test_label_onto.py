@@ -17,8 +17,10 @@ from pipelines.labelling import job
 from pipelines.labelling.onto import BEST, OVERLAP, LabelledPictures, join_classes
 from pipelines.prepare import prepare
 from qskd.datasets.classes import Side
+from qskd.datasets.pictures.facts import Seen, stored_boxes, turned_boxes
 from qskd.datasets.samples import Category
 from qskd.datasets.shapes import EASY, TWINS, make_shapes
+from qskd.datasets.shards import ShardReader
 from qskd.detectors import load_detector, read_preprocessing
 from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_image
@@ -46,8 +48,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def labels(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    asked = {"threshold": 0.0, "workers": 0, "onto": root / "new.json", **changes}
-    job.run(job.Request(str(TEACHER), root / "images", out, **asked), quiet=True)
+    asked = {"images": root / "images", "threshold": 0.0, "workers": 0, "onto": root / "new.json", **changes}
+    job.run(job.Request(str(TEACHER), out=out, **asked), quiet=True)
     return dict(json.loads(out.read_text()))
 
 
@@ -118,8 +120,9 @@ def test_a_second_detector_joins_its_classes_to_those_of_the_first(root: Path, t
     (tmp_path / "half.json").write_text(json.dumps({**said, "annotations": kept, "categories": categories}))
     both = labels(root, tmp_path / "both.json", onto=tmp_path / "half.json", threshold=0.3)
     names = {one["id"]: one["name"] for one in both["categories"]}
-    assert {names[one["category_id"]] for one in both["annotations"] if "score" in one} <= set(EASY[:4])
-    assert [one["bbox"] for one in both["annotations"] if "score" not in one] == [one["bbox"] for one in kept]
+    assert both["annotations"][: len(kept)] == kept  # with the first's scores
+    assert {names[one["category_id"]] for one in both["annotations"][len(kept) :]} <= set(EASY[:4])
+    assert both["info"]["joined_to_info"]["fingerprint"] == said["info"]["fingerprint"]
     assert set(names.values()) == {*TWINS, *EASY}
 
 
@@ -159,3 +162,105 @@ def test_the_function_says_how_many_objects_are_the_datasets(root: Path, tmp_pat
     assert said.own == len(json.loads((root / "new.json").read_text())["annotations"])
     assert sum(said.objects.values()) > IMAGES / 2
     assert f"beside {said.own} of the dataset" in said.lines()[0]
+
+
+def test_all_that_the_datasets_json_says_stays_as_it_is(root: Path, tmp_path: Path) -> None:
+    tree = json.loads((root / "new.json").read_text())
+    tree |= {
+        "info": {"description": "twins", "teacher": "Ms Frizzle", "version": 1.5},
+        "licenses": [{"id": 3, "name": "CC"}],
+        "out": {"custom": None},
+    }
+    for number, one in enumerate(reversed(tree["annotations"])):
+        left, top, width, height = one["bbox"]
+        outline = [left, top, left + width, top, left + width / 3, top + height]
+        one |= {
+            "id": 3 * number + 2,
+            "segmentation": [outline],
+            "keypoints": [1, 2, 2],
+            "num_keypoints": 1,
+            "mine": "ü",
+        }
+    del tree["annotations"][0]["bbox"]  # read from its outline
+    tree["annotations"][1] |= {"score": 0.25, "bbox": [float(one) + 1e-7 for one in tree["annotations"][1]["bbox"]]}
+    tree["annotations"].sort(key=lambda one: one["id"])
+    tree["images"] = [{**one, "license": 3, "coco_url": f"x/{one['id']}"} for one in reversed(tree["images"])]
+    tree["categories"] = [
+        {**one, "supercategory": "a  b", "skeleton": [[1, 2]]} for one in reversed(tree["categories"])
+    ]
+    (tmp_path / "rich.json").write_text(json.dumps(tree))
+    asked = job.Request(
+        str(TEACHER), root / "images", tmp_path / "out.json", onto=tmp_path / "rich.json", threshold=0.3, workers=0
+    )
+    told = job.run(asked, quiet=True)
+    said = json.loads(asked.out.read_text())
+    count = len(tree["annotations"])
+    assert said["annotations"][:count] == tree["annotations"]
+    assert said["categories"][: len(tree["categories"])] == tree["categories"]
+    assert {key: said[key] for key in ("images", "licenses", "out")} == {
+        key: tree[key] for key in ("images", "licenses", "out")
+    }
+    assert said["info"]["teacher"] == str(TEACHER)
+    assert said["info"].items() >= {"description": "twins", "version": 1.5}.items()
+    assert said["info"]["joined_to_info"] == {"teacher": "Ms Frizzle"}
+    added = said["annotations"][count:]
+    assert len({one["id"] for one in said["annotations"]}) == count + len(added)
+    assert (told.own, sum(told.objects.values())) == (count, len(added))
+    assert job.run(asked, quiet=True) == told  # finished already
+    assert prepare(asked.out, root / "images", str(tmp_path / "shards"), quiet=True).num_objects == count + len(added)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+def test_a_turned_pictures_labels_join_boxes_that_are_on_its_stored_pixels(orientation: int) -> None:
+    """Such a picture's entries stay as they are, so that the labels must be where `qskd prepare` reads those."""
+    seen = Seen(60, 40, orientation, False, "")
+    box_xyxy = np.array([[3, 5, 20, 9]], np.float32)
+    on_stored = stored_boxes(box_xyxy, seen.upright, orientation)
+    np.testing.assert_array_equal(turned_boxes(on_stored, seen.stored, orientation), box_xyxy)
+
+
+def test_a_picture_that_is_stored_turned_gets_the_labels_of_the_upright_one(root: Path, tmp_path: Path) -> None:
+    tree = json.loads((root / "new.json").read_text())
+    (tmp_path / "images").mkdir()
+    exif = Image.Exif()
+    exif[274] = 6
+    for one in tree["images"]:
+        upright = Image.open(root / "images" / one["file_name"]).convert("RGB").crop((0, 0, 64, 48))
+        one |= {"file_name": f"{one['id']}.png", "width": 48, "height": 64}
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "images" / one["file_name"], exif=exif)
+    tree["annotations"] = [{**one, "bbox": [1, 2, 3, 4], "area": 12} for one in tree["annotations"][:1]]
+    (tmp_path / "stored.json").write_text(json.dumps(tree))
+    said = labels(root, tmp_path / "out.json", onto=tmp_path / "stored.json", threshold=0.3, images=tmp_path / "images")
+    assert said["images"] == tree["images"]
+    assert said["annotations"][0] == tree["annotations"][0]
+    asked = job.Request(str(TEACHER), tmp_path / "images", tmp_path / "plain.json", threshold=0.3, workers=0)
+    job.run(asked, quiet=True)
+    plain = json.loads(asked.out.read_text())  # of the upright pictures
+    names = {one["id"]: one["file_name"] for one in plain["images"]}
+    expected = {(names[one["image_id"]], one["score"]): one["bbox"] for one in plain["annotations"]}
+    prepare(tmp_path / "out.json", tmp_path / "images", str(tmp_path / "shards"), quiet=True)
+    reader, seen = ShardReader(str(tmp_path / "shards")), 0
+    for sample in reader.read(0, range(reader.manifest.num_images)):
+        scores = [one.get("score") for one in said["annotations"] if one["image_id"] == sample.image_id]
+        for score, (left, top, right, bottom) in zip(scores, sample.boxes_xyxy.tolist(), strict=True):
+            if score is not None:
+                bbox = expected[sample.file_name, score]
+                assert [left, top, right - left, bottom - top] == pytest.approx(bbox, abs=0.01)
+                seen += 1
+    assert seen > 10
+
+
+def test_what_is_left_out_of_the_datasets_json_is_not_joined(root: Path, tmp_path: Path) -> None:
+    tree = json.loads((root / "new.json").read_text())
+    one, two, three = tree["annotations"][:3]
+    one["bbox"] = [1, 2, -3, 4]
+    two["area"] = -5.0
+    three |= {"image_id": 10**6}
+    (tmp_path / "broken.json").write_text(json.dumps(tree))
+    said = labels(root, tmp_path / "out.json", onto=tmp_path / "broken.json", threshold=0.5, on_error="skip")
+    ids = {one["id"]: one for one in tree["annotations"]}
+    own = [each for each in said["annotations"] if "score" not in each]
+    assert own == [{key: value for key, value in two.items() if key != "area"}, *tree["annotations"][3:]]
+    assert not {each["id"] for each in said["annotations"] if "score" in each} & (ids.keys() - {one["id"], three["id"]})
+    assert len(said["info"]["left_out"]) == 3
+    assert prepare(tmp_path / "out.json", root / "images", str(tmp_path / "shards"), quiet=True).problems == ()

@@ -19,7 +19,6 @@ from torch import Tensor
 from pipelines.deployment.variants import Asked, VariantOptions, add_variants
 from pipelines.inspection.predict import read_image
 from pipelines.run.ownership import enclosing_run
-from pipelines.run.places import place_of
 from qskd.config import ResizeConfig
 from qskd.datasets.views import View, view_image
 from qskd.deploy.card_evaluation import PICTURES
@@ -55,7 +54,7 @@ from qskd.errors import QskdError
 from qskd.printable import escaped, one_line
 from qskd.quantization.parity import AMONG, require_some
 from qskd.storage.ownership import check_replaceable, listed, same_file
-from qskd.storage.places import fetched
+from qskd.storage.places import fetched, place_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MOST_IMAGES = 16  # of a folder

@@ -20,7 +20,7 @@ from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.inspection.evaluate import evaluate
 from pipelines.labelling.actors import MOST, PART, Job, LabelActor, Picture
-from pipelines.labelling.onto import BEST, JOINED, OVERLAP, LabelledPictures, join_classes, joined, own_classes
+from pipelines.labelling.onto import BEST, JOINED, LabelledPictures, join_classes, own_classes
 from pipelines.labelling.parts import (
     check_out,
     delete_parts,
@@ -136,7 +136,7 @@ def make_plan(asked: Request) -> Plan:
             log.warning("labelled in %s, and left to it: %s", asked.onto, listing(union.left))
         pairs = [(one, pairs[place][1]) for one, place in zip(union.named, union.places, strict=True)]
         thresholds = tuple(thresholds[place] for place in union.places)
-        categories, known, own = union.categories, union.named, [dataset.sha256, OVERLAP, BEST]
+        categories, known, own = union.categories, union.named, dataset.decides
     chosen = [[one.id, one.name, slot] for one, slot in pairs]
     decides = [digests, asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}, chosen, thresholds]
     identity = hashlib.sha256(json.dumps([*decides, asked.precision, *own]).encode()).hexdigest()
@@ -207,12 +207,9 @@ def run(asked: Request, quiet: bool = False) -> Labels:
                 "run the same command again; on several nodes, with OUT in a folder that all of them share",
             )
         whole = [part for part in said if part is not None]
-        images = [entry for part in whole for entry in part["images"]]
-        annotations = [entry for part in whole for entry in part["annotations"]]
-        if isinstance(plan.dataset, LabelledPictures):
-            annotations = joined(images, plan.dataset, annotations)
+        annotations = (entry for part in whole for entry in part["annotations"])
         problems = [*plan.dataset.problems, *(entry for part in whole for entry in part["problems"])]
-        tree = {
+        tree: dict[str, Any] = {
             "info": {
                 "fingerprint": fingerprint,
                 "teacher": asked.model,
@@ -222,31 +219,32 @@ def run(asked: Request, quiet: bool = False) -> Labels:
                 "left_out": [{"where": each["where"], "found": each["found"]} for each in problems],
             },
             "categories": [asdict(one) for one in plan.categories],
-            "images": images,
+            "images": [entry for part in whole for entry in part["images"]],
             "annotations": [{"id": number, **entry} for number, entry in enumerate(annotations, 1)],
         }
         if not tree["images"]:
             raise QskdError(str(asked.images), "no picture could be read", "at least one", "see what is said of each")
-        write_labels(asked.out, *tree.values())  # type: ignore[arg-type]
+        if isinstance(plan.dataset, LabelledPictures):
+            tree = plan.dataset.with_labels(tree)
+        write_labels(asked.out, tree)
         delete_parts(asked.out)
     return _summary(plan, tree)
 
 
 def _summary(plan: Plan, tree: Mapping[str, Any]) -> Labels:
-    names = {one.id: one.name for one in plan.categories}
-    counts = dict.fromkeys((one.name for one in plan.known), 0)
-    ours = [entry for entry in tree["annotations"] if "score" in entry]
+    names, counts = {one.id: one.name for one in plan.categories}, dict.fromkeys((one.name for one in plan.known), 0)
+    ids = set(plan.job.category_ids)  # the dataset's objects are of other categories, and may have scores, too
+    ours = [entry for entry in tree["annotations"] if entry["category_id"] in ids]
     for entry in ours:
         counts[names[entry["category_id"]]] += 1
     scores = [entry["score"] for entry in ours]
-    full = {entry["image_id"] for entry in tree["annotations"]}
     return Labels(
         plan.request.out,
         len(tree["images"]),
         plan.thresholds,
         counts,
         float(np.mean(scores)) if scores else None,
-        len(tree["images"]) - len(full),
+        len(tree["images"]) - len({entry["image_id"] for entry in tree["annotations"]}),
         tree["info"]["left_out"],
         None if plan.request.onto is None else len(tree["annotations"]) - len(ours),
     )

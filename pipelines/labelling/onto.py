@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipelines.labelling.given import GivenCoco, put_beside
 from qskd.boxes import iou
 from qskd.datasets.classes import NOBODY, Explicit, Side, known_classes, listing
-from qskd.datasets.coco import read_coco
 from qskd.datasets.formats.columns import ListedImage
+from qskd.datasets.pictures.facts import Seen, seen_by_header
 from qskd.datasets.samples import Category, Problem
 from qskd.datasets.splits import united
 from qskd.errors import QskdError
 
+KEPT = "all"  # of the dataset's JSON; before, its boxes alone
 BEST = 10  # (query, class) pairs of an image that may become labels: CL-DETR's K
 OVERLAP = 0.7  # IoU with an object of the dataset from which on a prediction is none: CL-DETR's
 JOINED = (
@@ -36,42 +38,39 @@ JOINED = (
 class LabelledPictures:
     """A COCO JSON's images and objects, each picture looked at once, as `qskd prepare` reads them: upright, in pixels.
 
-    A broken entry or picture stops, or is left out and recorded. objects: the entries of each image's annotations, by image id,
-    with the box as `boxes_xyxy` [n, 4] beside them.
+    A broken entry or picture stops, or is left out and recorded. given: the JSON as it is. boxes_xyxy: [n, 4] of each image's
+    objects, by image id. stored: the pictures whose boxes are on the stored pixels in the JSON, by image id.
     """
 
     def __init__(self, source: Path, images: Path, on_error: Literal["stop", "skip"]) -> None:
         if source.suffix.lower() not in (".json", ""):
             raise QskdError(f"--onto {source}", f"a {source.suffix} file", "COCO JSON, of the pictures to label")
-        dataset = read_coco(source, images, on_error)
+        self.given = dataset = GivenCoco(source, images, on_error)
         self.root, self.categories, self.sha256 = images.resolve(), dataset.categories, dataset.source_sha256
         self.digests: dict[int, str] = {}
-        self.objects: dict[int, list[dict[str, Any]]] = {}
         self.boxes_xyxy: dict[int, NDArray[np.float32]] = {}
+        self.stored: dict[int, Seen] = {}
+        self.labelled = set[int]()
         self._listed: list[ListedImage] = []
         for sample in dataset.samples():
             self._listed.append(ListedImage(sample.image_id, sample.file_name, sample.width, sample.height))
             self.digests[sample.image_id] = hashlib.sha256(sample.encoded).hexdigest()
             self.boxes_xyxy[sample.image_id] = sample.boxes_xyxy
-            columns = sample.boxes_xyxy.tolist(), sample.category_ids.tolist(), sample.area.tolist(), sample.iscrowd
-            self.objects[sample.image_id] = [
-                {
-                    "image_id": sample.image_id,
-                    "category_id": category,
-                    "bbox": [round(side, 3) for side in (left, top, right - left, bottom - top)],
-                    "area": round(area, 3),
-                    "iscrowd": int(crowd),
-                }
-                for (left, top, right, bottom), category, area, crowd in zip(*columns, strict=True)
-            ]
+            self.labelled.update(sample.category_ids.tolist())
+            if sample.picture and sample.picture.boxes_turned and (seen := seen_by_header(sample.encoded)):
+                self.stored[sample.image_id] = seen
         self.problems: Sequence[Problem] = dataset.problems
-        self.labelled = {entry["category_id"] for own in self.objects.values() for entry in own}
+        self.decides = [self.sha256, OVERLAP, BEST, KEPT]  # with the detector, what is written
 
     def __len__(self) -> int:
         return len(self._listed)
 
     def listed(self) -> list[ListedImage]:
         return self._listed
+
+    def with_labels(self, ours: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON with these labels beside its own: `put_beside`."""
+        return put_beside(self.given, ours, self.stored)
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,3 @@ def own_classes(labels: Sequence[str], ids: Sequence[int] | None) -> tuple[tuple
     slots = [slot for slot, name in enumerate(labels) if name != "N/A"]
     slots = [slot for slot in slots if labels.index(labels[slot]) == slot]
     return tuple(Category(numbers[slot], labels[slot]) for slot in slots), tuple(slots)
-
-
-def joined(
-    images: Sequence[Mapping[str, Any]], dataset: LabelledPictures, theirs: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
-    """All annotations, image by image: the dataset's own, then the detector's, which have scores."""
-    added: dict[int, list[Mapping[str, Any]]] = {}
-    for entry in theirs:
-        added.setdefault(entry["image_id"], []).append(entry)
-    return [entry for one in images for entry in (*dataset.objects[one["id"]], *added.get(one["id"], ()))]

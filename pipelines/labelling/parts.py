@@ -17,6 +17,8 @@ from qskd.storage.ownership import head_says, own_json
 
 PART_FORMAT, VERSION = "qskd-labels-part", 1
 _PART = re.compile(r"part-\d{5,}\.json")
+MADE_BY = {"made_by": "qskd label"}  # the first of `info`
+_LISTS = ("categories", "images", "annotations")
 _HEAD = '{"info": {"made_by": "qskd label"'  # how a file of ours begins
 
 
@@ -78,21 +80,16 @@ def finished(out: Path, fingerprint: str) -> Mapping[str, Any] | None:
     return info if isinstance(info, dict) and info.get("fingerprint") == fingerprint else None
 
 
-def write_labels(
-    out: Path,
-    info: Mapping[str, Any],
-    categories: Sequence[Mapping[str, Any]],
-    images: Iterable[Mapping[str, Any]],
-    annotations: Iterable[Mapping[str, Any]],
-) -> None:
-    """COCO JSON, an entry a line; it appears whole."""
+def write_labels(out: Path, tree: Mapping[str, Any]) -> None:
+    """COCO JSON, of `info`, the lists and what else there is, an entry of a list a line; it appears whole."""
 
     def lines(entries: Iterable[Mapping[str, Any]]) -> str:
         return ",\n".join(json.dumps(entry) for entry in entries)
 
-    head = json.dumps({"made_by": "qskd label", **info})
-    text = f'{{"info": {head},\n"categories": [\n{lines(categories)}\n],\n"images": [\n{lines(images)}\n],\n'
-    text += f'"annotations": [\n{lines(annotations)}\n]}}\n'
+    text = f'{{"info": {json.dumps({**MADE_BY, **tree["info"]})}'
+    text += "".join(f',\n"{key}": [\n{lines(tree[key])}\n]' for key in _LISTS)
+    others = {key: value for key, value in tree.items() if key not in ("info", *_LISTS)}
+    text += "".join(f",\n{json.dumps(key)}: {json.dumps(value)}" for key, value in others.items()) + "}\n"
     assert text.startswith(_HEAD)
     with writing(out):
         publish_bytes(text.encode(), fs.LocalFileSystem(), str(out))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from pipelines.run.folder import storage_path
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.redaction import redacted
-from qskd.storage.ownership import same_file
+from qskd.storage.places import relation_of
 from qskd.storage.stores import join
 
 
@@ -29,7 +27,7 @@ def check_places(config: Config, verb: str) -> None:
         for field, path in {**read, "teacher.cache.path": config.teacher.cache.path}.items():
             _check_apart("output/name", run, field, path, "--set name=... or --set output=...")
         for what, path in {"the working folder": os.getcwd(), "the home folder": os.path.expanduser("~")}.items():
-            if "://" not in run and (relation := _relation(run, path)) in ("is", "contains"):
+            if "://" not in run and (relation := relation_of(run, path)) in ("is", "contains"):
                 raise QskdError(
                     "output/name",
                     f"{run} {relation} {what}",
@@ -44,39 +42,9 @@ def check_places(config: Config, verb: str) -> None:
 
 
 def _check_apart(field: str, path: str, other_field: str, other: str, remedy: str) -> None:
-    if other and (relation := _relation(path, other)):
+    if other and (relation := relation_of(path, other)):
         found = f"{redacted(path)} {relation} {other_field}"
         found += "" if relation == "is" else f" ({redacted(other)})"
         raise QskdError(
             field, found, "a folder of its own: what is written there, or deleted, is not to touch the other", remedy
         )
-
-
-def _relation(one: str, other: str) -> str:
-    """How a folder stands to another: "is", "contains", "lies in", or "" for apart."""
-    first, second = place_of(one), place_of(other)
-    if isinstance(first, Path) and isinstance(second, Path):
-        if same_file(first, second):
-            return "is"
-        if any(same_file(first, parent) for parent in second.parents):
-            return "contains"
-        return "lies in" if any(same_file(second, parent) for parent in first.parents) else ""
-    if isinstance(first, Path) or isinstance(second, Path):
-        return ""
-    if first == second:
-        return "is"
-    if second[: len(first)] == first:
-        return "contains"
-    return "lies in" if first[: len(second)] == second else ""
-
-
-def place_of(path: str) -> Path | tuple[str, ...]:
-    """A local folder, links followed; the scheme, host and names of a URI. Stores decode %61, and of a chain (`a::b`) the last
-    link is the place."""
-    if "://" not in path:
-        return Path(os.path.realpath(os.path.expanduser(path)))
-    parts = urlsplit(path.rpartition("::")[2])
-    if parts.scheme in ("file", "local"):
-        return Path(os.path.realpath(unquote(f"{parts.netloc}{parts.path}")))
-    names = [name for name in os.path.normpath(f"/{unquote(parts.path)}").split("/") if name]
-    return ({"gcs": "gs"}.get(parts.scheme, parts.scheme), parts.netloc.rpartition("@")[2], *names)

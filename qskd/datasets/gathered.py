@@ -47,6 +47,7 @@ class GatheredShards:
 
     def __init__(self, sources: Sequence[str], on_error: OnError) -> None:
         self._parts = [_Part(source) for source in sources]
+        self.read_shards = [part.reader.uri for part in self._parts]
         self.source = " + ".join(Path(source).name for source in sources)
         said = json.dumps([part.fingerprint for part in self._parts])
         self.source_sha256 = hashlib.sha256(said.encode()).hexdigest()

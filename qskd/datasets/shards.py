@@ -44,7 +44,7 @@ from qskd.printable import one_line
 from qskd.storage.files import UNFINISHED, publish, read_bytes, remove, sha256_of
 from qskd.storage.ownership import head_says
 from qskd.storage.parquet import ParquetFiles
-from qskd.storage.places import open_folder
+from qskd.storage.places import check_not_read, open_folder
 from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
 
@@ -61,7 +61,8 @@ class SampleSource(Protocol):
     A source may also have `findings` (read then too): what looks wrong in it and samples can't show, see
     `qskd.datasets.findings`; `listed_objects`: how many annotations it lists, broken ones included; and `outline()`: its samples
     without pictures (`encoded` empty), from which most of what looks wrong is told before any picture is read. `labelled`: False
-    where nobody has said what is in the images; it then has no categories.
+    where nobody has said what is in the images; it then has no categories. `read_shards`: shard folders that it reads, apart from
+    which its own must be written.
     """
 
     source: str
@@ -89,12 +90,14 @@ def write_shards(
     size allow it; the shards are the same. strict: QskdError when something looks wrong (see
     `qskd.datasets.findings`) that `accept` does not name; no manifest is then written.
 
-    progress: called with (images looked at, images the source lists). Raises QskdError when `destination` holds shards
-    of another source and `overwrite` is False, or a manifest.json that qskd did not write; shards of the same source are made
-    again. Only shards that the old manifest names are deleted. Whatever fails on the way, what was there before stays whole.
+    progress: called with (images looked at, images the source lists). Raises QskdError when `destination` is, contains or lies in
+    shards that the source reads, holds shards of another source and `overwrite` is False, or a manifest.json that qskd did not
+    write; shards of the same source are made again. Only shards that the old manifest names are deleted. Whatever fails on the
+    way, what was there before stays whole.
     """
     destination = str(destination)
     filesystem, root = open_folder(destination)
+    check_not_read(destination, getattr(dataset, "read_shards", ()))
     with writing(destination):
         old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
     if strict:

@@ -1,4 +1,4 @@
-"""Folders on any file system: a path or a URI opened, and a model's folder fetched.
+"""Folders on any file system: a path or a URI opened, a model's folder fetched, and how two of them stand to each other.
 
 Folders may be local paths, URIs of pyarrow's file systems or, failing those, of fsspec's.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -17,6 +19,7 @@ import pyarrow.fs as pafs
 from qskd.errors import QskdError
 from qskd.redaction import STORE_REMEDY, redacted, redacted_uri, secret_in
 from qskd.storage.models import local_model, model_place
+from qskd.storage.ownership import same_file
 from qskd.storage.scratch import scratch_folder
 from qskd.storage.stores import patiently
 
@@ -86,3 +89,42 @@ def fetched(uri: str) -> Iterator[str]:
         except QskdError as error:  # it names the copy, which the user never saw
             words = (error.where, error.found, error.expected, error.remedy)
             raise QskdError(*(word.replace(str(local), redacted(uri)) for word in words)) from None
+
+
+def check_not_read(destination: str, read: Iterable[str]) -> None:
+    """QskdError where a folder that is written is, contains or lies in one of those that are read for it."""
+    for folder in read:
+        if relation := relation_of(destination, folder):
+            found = f"{relation} the folder {redacted(folder)}, whose shards are read: new ones would take their place"
+            remedy = "choose another folder (--overwrite does not help); nothing was written"
+            raise QskdError(redacted(destination), found, "a folder apart from all shards that are read", remedy)
+
+
+def relation_of(one: str, other: str) -> str:
+    """How a folder stands to another: "is", "contains", "lies in", or "" for apart."""
+    first, second = place_of(one), place_of(other)
+    if isinstance(first, Path) and isinstance(second, Path):
+        if same_file(first, second):
+            return "is"
+        if any(same_file(first, parent) for parent in second.parents):
+            return "contains"
+        return "lies in" if any(same_file(second, parent) for parent in first.parents) else ""
+    if isinstance(first, Path) or isinstance(second, Path):
+        return ""
+    if first == second:
+        return "is"
+    if second[: len(first)] == first:
+        return "contains"
+    return "lies in" if first[: len(second)] == second else ""
+
+
+def place_of(path: str) -> Path | tuple[str, ...]:
+    """A local folder, links followed; the scheme, host and names of a URI. Stores decode %61, and of a chain (`a::b`) the last
+    link is the place."""
+    if "://" not in path:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    parts = urlsplit(path.rpartition("::")[2])
+    if parts.scheme in ("file", "local"):
+        return Path(os.path.realpath(unquote(f"{parts.netloc}{parts.path}")))
+    names = [name for name in os.path.normpath(f"/{unquote(parts.path)}").split("/") if name]
+    return ({"gcs": "gs"}.get(parts.scheme, parts.scheme), parts.netloc.rpartition("@")[2], *names)

@@ -48,7 +48,7 @@ class WithoutCategories:
             self._dropped = dict.fromkeys(self._out, 0)
         if name == "took":
             return self._took
-        if name in ("findings", "listed_objects", "others_say", "parts"):
+        if name in ("findings", "listed_objects", "others_say", "parts", "read_shards"):
             return getattr(self._source, name)
         raise AttributeError(name)
 

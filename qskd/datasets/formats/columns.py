@@ -59,6 +59,11 @@ class ObjectColumns:
         self._areas.frombytes(areas.astype(np.float32).tobytes())
         self._crowds.frombytes(crowds.astype(np.int8).tobytes())
 
+    @property
+    def added(self) -> int:
+        """Objects so far, before `group`."""
+        return len(self._positions)
+
     def group(self, images: int) -> None:
         """Nothing can be added after this. images: how many there are."""
         positions = np.asarray(self._positions, np.int64)

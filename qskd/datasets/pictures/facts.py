@@ -197,3 +197,8 @@ def turned_boxes(boxes_xyxy: NDArray[np.float32], stored: Size, orientation: int
     if orientation in (3, 4, 7, 8):
         top, bottom = height - bottom, height - top
     return np.stack([left, top, right, bottom], axis=1).astype(np.float32)
+
+
+def stored_boxes(boxes_xyxy: NDArray[np.float32], upright: Size, orientation: int) -> NDArray[np.float32]:
+    """Boxes [N, 4] on the upright picture -> on the stored pixels: as `turned_boxes` of the turn back."""
+    return turned_boxes(boxes_xyxy, upright, {6: 8, 8: 6}.get(orientation, orientation))

@@ -32,6 +32,7 @@ class UnlabeledDataset(ImportedDataset):
     """
 
     labelled = False
+    read_shards: tuple[str, ...] = ()  # those that a selection is of, and that `known` was read from
 
     def __init__(
         self, source: Path, root: Path | None, on_error: OnError, known: Mapping[int, str] | None = None
@@ -107,7 +108,9 @@ class UnlabeledDataset(ImportedDataset):
             return
         text = read_text(self._path, _EXPECTED, _LARGEST_LIST)
         if is_selection(text[:200].encode()):
-            for image in Selection.from_json(text, str(self._path)).images:
+            selection = Selection.from_json(text, str(self._path))
+            self.read_shards = (selection.shards,)
+            for image in selection.images:
                 yield (
                     f"{self._path}: image {image.image_id} ({shown_value(image.file_name)})",
                     self._relative(image.file_name),
