@@ -104,7 +104,7 @@ def run(
         )
     print(f"\n| student | teacher | {' | '.join(TERMS)} |\n| --- | --- |{' ---: |' * len(TERMS)}")
     for student, teacher in itertools.product(students, teachers):
-        size = ["student.resize.size=64"] if FACTS[student].vit else []  # whole windows
+        size = ["student.resize.size=64"] if FACTS[student].vit == "lw_detr_vit" else []  # whole windows
         fields = [*STUDENT, *ALIKE, *size, levels(student), f"teacher.path={folder / teacher}"]
         own = make_config(shards, student, steps[1], fields)
         found = curves(own, "distill")
