@@ -111,18 +111,18 @@ def make_cache_plan(config: Config, overwrite: bool = False) -> CachePlan:
     `overwrite`), or no cache at all."""
     check_path(config)
     check_teacher(config)
-    check_told(config)
     check_columns(config)
     check_data(config, ("train",))
     data, path = source_manifest(config.data), config.teacher.cache.path
     check_shards(config.data.train, data)
+    existing = None if overwrite else load_cache_manifest(path)
+    check_told(config, existing)
     for notice in fit_notices(config):
         log.warning(notice)
     identity = cache_identity(config, data)
     if overwrite:
         replaceable_cache(path)
         return CachePlan(config, data, identity, None, {})
-    existing = load_cache_manifest(path)
     if existing is not None:
         check_identity(existing, identity, path, cache_names(config))
         if existing.batch_size != config.teacher.cache.batch_size:

@@ -261,8 +261,9 @@ class Family(ABC):
     def for_one_size(self, model: Any, height: int, width: int) -> AbstractContextManager[None]:
         """Within it the model takes images of this size alone, and what depends on the size alone is a constant: a graph need not
         compute it."""
-        embeddings = getattr(self.trunk(model), "embeddings", None)
-        return fixed_places(embeddings, height, width) if hasattr(embeddings, "position_embeddings") else nullcontext()
+        embeddings: Any = getattr(self.trunk(model), "embeddings", None)
+        fits = hasattr(embeddings, "interpolate_pos_encoding")
+        return fixed_places(embeddings, height, width) if fits else nullcontext()
 
     def prepare_student(self, model: Any) -> None:  # noqa: B027
         """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random
