@@ -45,9 +45,10 @@ def notices(config: Config, epochs: float) -> list[str]:
     if not (student.init or student.inherit or student.backbone.init or config.detection.dense_weight):
         found.append(f"student.backbone {RANDOM_BACKBONE}")
     decay = config.training.backbone_layer_decay
-    backbone = read_config(student.init).backbone_config.model_type if student.init else student.backbone.type
-    if decay not in (None, 1.0) and backbone in KINDS and not KINDS[backbone].patch:
-        found.append(f"training.backbone_layer_decay = {decay:g} has no effect: a {backbone} is no ViT")
+    if decay not in (None, 1.0):
+        backbone = read_config(student.init).backbone_config.model_type if student.init else student.backbone.type
+        if backbone in KINDS and not KINDS[backbone].patch:
+            found.append(f"training.backbone_layer_decay = {decay:g} has no effect: a {backbone} is no ViT")
     if facts.hybrid and facts.batch_norms and config.compute.workers > 1:
         found.append(
             f"a {family} has batch normalisation outside its backbone: each of the {config.compute.workers} workers "

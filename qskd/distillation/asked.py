@@ -1,16 +1,18 @@
-"""The teacher's queries put to the student, through an adapter; and what both say of all queries, side by side."""
+"""Asking teacher and student the same queries: the methods that do, the adapter, and what both say of all queries, side by side."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qskd.distillation.maps import eye_or_orthogonal
-from qskd.distillation.method import Facts, Lesson
+from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import none_selected
 from qskd.errors import QskdError
-from qskd.structures import SILENT_LOGIT, DetectorOutput, Queries
+from qskd.structures import SILENT_LOGIT, DetectorOutput, Queries, TeacherNeeds
 
 
 class AsStudent(nn.Module):
@@ -33,6 +35,30 @@ class AsStudent(nn.Module):
             with torch.autocast(own.device.type, enabled=False):  # reference points are read from an embedding
                 said = self.adapter(own.detach().float())
         return Queries(places=queries.places, states=said) if queries.embedding is None else Queries(embedding=said)
+
+
+class AskingBoth(Method):
+    """A method that asks both decoders queries which are drawn anew in each step, of `seed` and `steps` alone. A subclass adds one
+    to `steps`."""
+
+    steps: Tensor
+    seed: Tensor
+
+    @classmethod
+    def needs_of(cls, settings: Any) -> TeacherNeeds:
+        asked = bool(settings.weight_fields())
+        return TeacherNeeds(memory=asked, decoder=asked)
+
+    def __init__(self, settings: Any, student: Facts, teacher: Facts) -> None:
+        super().__init__(settings, student, teacher)
+        self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
+        if not self.weights:
+            return
+        where, remedy = f"distillation.method = {settings.method}", "choose such a student, or another method"
+        self.asked = AsStudent(where, student, teacher, remedy)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # Of torch's own random state, which is the run's seed when a training builds its method: alike on every worker.
+        self.register_buffer("seed", torch.randint(2**31, ()))
 
 
 def check_pair(where: str, student: Facts, teacher: Facts, remedy: str) -> None:

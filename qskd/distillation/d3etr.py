@@ -91,13 +91,19 @@ class D3ETR(Method):
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
         terms: dict[str, LossTerm] = {}
         student, layers = lesson.student, (len(lesson.student.logits), len(lesson.teacher.logits))
+        pairs = (
+            teacher_layer_of_student(*layers, _ADAPTIVE)
+            if self.needs.all_layers
+            else ([layers[0] - 1], [layers[1] - 1])
+        )
+        own, theirs = both_sides(lesson, student, *pairs)
+        partner = pair_globally(own, theirs)  # [L, B, Q], of each of the student's queries
         if self.needs.all_layers:
-            own, theirs = both_sides(lesson, student, *teacher_layer_of_student(*layers, _ADAPTIVE))
-            terms |= _named("d3", alignment_terms(own, theirs, 0, 0, _ADAPTIVE))
+            terms |= _named("d3", alignment_terms(own, theirs, 0, 0, _ADAPTIVE, partner))
         if self.needs.decoder:
             terms |= self._fixed(lesson, layers)
         if self.reads_attention:
-            terms["d3_attention"] = self._attention(lesson, layers)
+            terms["d3_attention"] = self._attention(lesson, partner[-1])
         return {name: term for name, term in terms.items() if name in self.weights}
 
     def _fixed(self, lesson: Lesson, layers: tuple[int, int]) -> dict[str, LossTerm]:
@@ -113,13 +119,12 @@ class D3ETR(Method):
             terms = {name: replace(term, total=term.total + none) for name, term in terms.items()}
         return _named("d3_fixed", terms)
 
-    def _attention(self, lesson: Lesson, layers: tuple[int, int]) -> LossTerm:
+    def _attention(self, lesson: Lesson, partner: Tensor) -> LossTerm:
+        """partner: [B, Q], the teacher's query of each of the student's in the last layer, -1 = none."""
         student, teacher = lesson.student, lesson.teacher
         kept = teacher.attention_queries
         assert kept is not None
-        own, theirs = both_sides(lesson, student, [layers[0] - 1], [layers[1] - 1])
-        partner = pair_globally(own, theirs)[0]  # [B, Q], of each of the student's
-        mine = places_of(partner, theirs.logits.shape[2])  # [B, Q'], of each of the teacher's
+        mine = places_of(partner, teacher.logits.shape[2])  # [B, Q'], the student's query of each of the teacher's
         last = (kept >= 0) & (kept < mine.shape[1])  # a cache of all layers has others behind
         asked = torch.where(last, mine.gather(1, kept.clamp(0, mine.shape[1] - 1)), -1)
         onto = student.memory_valid[0]

@@ -13,10 +13,10 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Count, NonNegative
-from qskd.distillation.asked import AsStudent
+from qskd.distillation.asked import AskingBoth
 from qskd.distillation.maps import uniform
-from qskd.distillation.method import Facts, Lesson, Method
-from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries, TeacherNeeds
+from qskd.distillation.method import Lesson
+from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries
 
 _LIMIT = 4.6  # of a random box's logits: sides and centre from 0.01 to 0.99
 
@@ -39,7 +39,7 @@ class Settings(MethodSettings):
         return {f"kd_{part}": field for part, field in fields.items() if getattr(self, field) > 0}
 
 
-class KDDETR(Method):
+class KDDETR(AskingBoth):
     """The terms "kd_class", "kd_l1", "kd_giou": summed over both groups and the student's decoder layers, of each image the mean
     over queries, weighted by w = max_c p_T, of T^2 KL(softmax(c_T / T) || softmax(c_S / T)), |b_S - b_T|_1 and 1 - GIoU(b_S, b_T);
     c_T, b_T: what the teacher's last layer says.
@@ -50,24 +50,6 @@ class KDDETR(Method):
     title = "KD-DETR"
     citation = "The student answers the teacher's queries and random ones as the teacher does (KD-DETR: Wang et al., CVPR 2024).\n"
     settings: Settings
-    steps: Tensor
-    seed: Tensor
-
-    @classmethod
-    def needs_of(cls, settings: Settings) -> TeacherNeeds:
-        asked = bool(settings.weight_fields())
-        return TeacherNeeds(memory=asked, decoder=asked)
-
-    def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
-        super().__init__(settings, student, teacher)
-        self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
-        if not self.weights:
-            return
-        remedy = "choose such a student, or another method"
-        self.asked = AsStudent("distillation.method = kd-detr", student, teacher, remedy)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        # Of torch's own random state, which is the run's seed when a training builds its method: alike on every worker.
-        self.register_buffer("seed", torch.randint(2**31, ()))
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
         if not self.weights:

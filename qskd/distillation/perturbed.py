@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.asked import AsStudent
+from qskd.distillation.asked import AskingBoth
 from qskd.distillation.maps import uniform
-from qskd.distillation.method import Facts, Lesson, Method
-from qskd.structures import DetectorOutput, LossTerm, Queries, TeacherNeeds
+from qskd.distillation.method import Lesson
+from qskd.structures import DetectorOutput, LossTerm, Queries
 
 _LEAST = 1e-3  # of a moved box's sides and centre, and of what is left to 1
 
@@ -37,7 +37,7 @@ class Settings(MethodSettings):
         return {f"perturbed_{part}": field for part, field in parts.items() if getattr(self, field) > 0}
 
 
-class Perturbed(Method):
+class Perturbed(AskingBoth):
     """The terms "perturbed_class" and "perturbed_boxes": of each image the mean over queries q, weighted by max_c p_T, of
 
         |(o_S(q') - o_S(q)) - (o_T(q') - o_T(q))|^2 / move^2
@@ -52,24 +52,6 @@ class Perturbed(Method):
         "Mind the Gap in Distilling StyleGANs (Xu et al., ECCV 2022, [arXiv 2208.08840](https://arxiv.org/abs/2208.08840)).\n"
     )
     settings: Settings
-    steps: Tensor
-    seed: Tensor
-
-    @classmethod
-    def needs_of(cls, settings: Settings) -> TeacherNeeds:
-        asked = bool(settings.weight_fields())
-        return TeacherNeeds(memory=asked, decoder=asked)
-
-    def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
-        super().__init__(settings, student, teacher)
-        self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
-        if not self.weights:
-            return
-        remedy = "choose such a student, or another method"
-        self.asked = AsStudent("distillation.method = perturbed", student, teacher, remedy)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        # Of torch's own random state, which is the run's seed when a training builds its method: alike on every worker.
-        self.register_buffer("seed", torch.randint(2**31, ()))
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
         if not self.weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.distillation.qskd.pairing import (
@@ -46,8 +47,28 @@ def teacher_layer_of_student(
     return students, [round(layer * (teacher_layers - 1) / (student_layers - 1)) for layer in students]
 
 
-def alignment_terms(
+def _partners(
     student: Side, teacher: Side, num_objects: int, num_slots: int, config: PredictionDistillationConfig
+) -> Tensor:
+    """[L, B, Q_s] int64: the teacher's query of each of the student's, -1 = none."""
+    if config.pairing == "global":
+        return pair_globally(student, teacher)
+    if config.pairing == "index":
+        return pair_by_index(student, teacher)
+    if config.pairing == "image":
+        return pair_over_image(student, teacher, num_objects, num_slots)
+    if config.pairing == "hungarian":
+        return pair_by_assignment(student, teacher, num_objects, num_slots)
+    return pair_by_rank(student.selection, teacher.selection, num_objects, num_slots)
+
+
+def alignment_terms(
+    student: Side,
+    teacher: Side,
+    num_objects: int,
+    num_slots: int,
+    config: PredictionDistillationConfig,
+    partner: Tensor | None = None,
 ) -> dict[str, LossTerm]:
     """The LAPD terms (METHODS 1.3, our reconstruction), over the pairs (s, t) of all L layers:
 
@@ -66,19 +87,11 @@ def alignment_terms(
     Each counts pairs / L (or, with `divide_by: weights`, the sum of w_t / L), so that a term's value is L times the mean
     over all pairs of all layers: the sum over layers of the layers' means when they have equally many pairs, and near it
     when not. Only the student gets a gradient.
-    Without pairs the terms are 0 and attached to the graph.
+    Without pairs the terms are 0 and attached to the graph. partner: of `pair_globally`, where it is known already.
     """
     goal_logits, goal_boxes = teacher.logits.detach(), teacher.boxes_cxcywh.detach()
-    if config.pairing == "global":
-        partner = pair_globally(student, teacher)
-    elif config.pairing == "index":
-        partner = pair_by_index(student, teacher)
-    elif config.pairing == "image":
-        partner = pair_over_image(student, teacher, num_objects, num_slots)
-    elif config.pairing == "hungarian":
-        partner = pair_by_assignment(student, teacher, num_objects, num_slots)
-    else:
-        partner = pair_by_rank(student.selection, teacher.selection, num_objects, num_slots)
+    if partner is None:
+        partner = _partners(student, teacher, num_objects, num_slots, config)
     unpaired, query = partner < 0, partner.clamp(min=0)
 
     # Indexed by student query, not by (object, slot): never more than Q_s rows, and nothing of the student is gathered.
