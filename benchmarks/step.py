@@ -47,7 +47,7 @@ WARM_UP = 2  # steps: the first ones allocate
 # Values that are read on a CPU and not on a GPU, by file and function.
 CPU_ONLY = {  # asked on a CPU alone
     "qskd/losses/dense_head.py forward": "one_hot looks at its labels only there",
-    "qskd/distillation/maps.py resampler": "asks whether there is anything to do only there",
+    "qskd/distillation/shared/maps.py resampler": "asks whether there is anything to do only there",
 }
 
 REMAIN = {

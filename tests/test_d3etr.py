@@ -18,10 +18,10 @@ from qskd.datasets.batch import train_batch
 from qskd.detectors import to_pixels
 from qskd.detectors.decoding import decode
 from qskd.detectors.extra_queries import ExtraQueries
-from qskd.distillation.asked import both_sides
 from qskd.distillation.d3etr import on_one_map
 from qskd.distillation.method import Lesson, build_method
 from qskd.distillation.qskd.pairing import pair_globally
+from qskd.distillation.shared.asked import both_sides
 from qskd.errors import QskdError
 from qskd.structures import DetectorOutput, Queries
 from qskd.teacher.online import facts_of, queries_above

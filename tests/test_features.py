@@ -14,12 +14,12 @@ from torch import Tensor
 
 from qskd.config import DetectionLossConfig, ResizeConfig
 from qskd.detectors import Preprocessing
-from qskd.distillation.maps import pair_levels, resample
 from qskd.distillation.method import Facts, Lesson
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
 from qskd.distillation.qskd.method import QSKD
 from qskd.distillation.qskd.query_selection import QuerySelection, select_queries
 from qskd.distillation.qskd.settings import FeatureDistillationConfig, QuerySelectionConfig, Settings
+from qskd.distillation.shared.maps import pair_levels, resample
 from qskd.errors import QskdError
 from qskd.losses.detection_loss import combine, detection_terms, detection_weights
 from qskd.losses.matching import assign

@@ -11,7 +11,7 @@ from pipelines.run.guards import check_same_run
 from qskd.config import Config
 from qskd.config.recipe import build, to_yaml
 from qskd.distillation.qskd.settings import Settings
-from qskd.distillation.ramp import distillation_factor
+from qskd.distillation.shared.ramp import distillation_factor
 from qskd.errors import QskdError
 from qskd.training.step import Training
 

@@ -19,8 +19,8 @@ from pipelines.run.resolve import resolve
 from qskd.config import Config, ViewConfig
 from qskd.datasets.batch import train_batch
 from qskd.datasets.views import derived_crop
-from qskd.distillation.maps import resample
 from qskd.distillation.method import teacher_needs
+from qskd.distillation.shared.maps import resample
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
 from qskd.structures import TeacherRecord

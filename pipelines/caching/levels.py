@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipelines.caching.plan import CachePlan
 from qskd.config import StudentConfig
-from qskd.distillation.maps import pair_levels
 from qskd.distillation.method import Facts
+from qskd.distillation.shared.maps import pair_levels
 from qskd.families.table import find_family
 from qskd.teacher.online import OnlineTeacher
 

@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.maps import Meeting
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.maps import Meeting
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, Targets, TeacherNeeds
 

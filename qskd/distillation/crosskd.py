@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.maps import projector, resample
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.maps import projector, resample
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherNeeds
 

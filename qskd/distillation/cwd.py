@@ -10,8 +10,8 @@ from pydantic import Field
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.maps import Meeting
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.maps import Meeting
 from qskd.structures import LossTerm, TeacherNeeds
 
 _NOWHERE = -1e30  # a logit whose softmax is 0; of -inf the divergence would be NaN

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.asked import AsStudent, both_sides
-from qskd.distillation.kept import places_of
-from qskd.distillation.maps import resample
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import pair_globally
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
+from qskd.distillation.shared.asked import AsStudent, both_sides
+from qskd.distillation.shared.kept import places_of
+from qskd.distillation.shared.maps import resample
 from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
 
 _ADAPTIVE = PredictionDistillationConfig(pairing="global", pair_weight="uniform", teacher_layers="same_index")

@@ -14,13 +14,13 @@ from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config import DetectionLossConfig
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.asked import AsStudent, both_sides
-from qskd.distillation.kept import places_of
-from qskd.distillation.maps import Meeting, resample
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import pair_globally
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
+from qskd.distillation.shared.asked import AsStudent, both_sides
+from qskd.distillation.shared.kept import places_of
+from qskd.distillation.shared.maps import Meeting, resample
 from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import detection_terms
 from qskd.structures import Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord

@@ -24,7 +24,7 @@ from qskd.errors import QskdError
 from qskd.plug_ins import tell_code_is_run
 
 FOLDERS = "QSKD_METHODS"  # environment variable: folders with methods of the user's, as PATH has them
-NOT_METHODS = ("asked", "find", "kept", "maps", "method", "ramp", "unfaded")
+NOT_METHODS = ("find", "method", "shared")
 CONTRACT = "a class Settings(MethodSettings) and one subclass of qskd.distillation.method.Method; see docs/methods.md"
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Count, NonNegative
-from qskd.distillation.asked import AskingBoth
-from qskd.distillation.maps import uniform
 from qskd.distillation.method import Lesson
+from qskd.distillation.shared.asked import AskingBoth
+from qskd.distillation.shared.maps import uniform
 from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries
 
 _LIMIT = 4.6  # of a random box's logits: sides and centre from 0.01 to 0.99

@@ -17,11 +17,11 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.kept import places_of
 from qskd.distillation.method import Facts, Lesson, Method, last_layer
 from qskd.distillation.qskd.pairing import pair_by_rank
 from qskd.distillation.qskd.query_selection import select_both
 from qskd.distillation.qskd.settings import QuerySelectionConfig
+from qskd.distillation.shared.kept import places_of
 from qskd.errors import QskdError
 from qskd.families.table import FAMILIES, TEACHERS
 from qskd.losses.fine_grained import SIDES, moved_to, rebinned

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from qskd.config.distillation import NONE, MethodSettings, parts_of
 from qskd.distillation.find import CONTRACT, module_of
-from qskd.distillation.ramp import distillation_factor
-from qskd.distillation.unfaded import boosted
+from qskd.distillation.shared.ramp import distillation_factor
+from qskd.distillation.shared.unfaded import boosted
 from qskd.errors import QskdError
 from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherNeeds, TeacherRecord
 
@@ -77,7 +77,7 @@ class Lesson:
     student_assignment [L, B, M], teacher_assignment [L', B, M]: the query of each object, by bipartite matching
     (`qskd.losses.matching.assign`), -1 = none. online, decoder: only where `needs` asked for them. ask_student: what the student's
     own decoder says of its memory when it is asked other queries, which see none of its own; with gradient. boosts: for each
-    method of the recipe, in their order, [B]: what each image's gradient is multiplied by (`qskd.distillation.unfaded`).
+    method of the recipe, in their order, [B]: what each image's gradient is multiplied by (`qskd.distillation.shared.unfaded`).
     """
 
     student: DetectorOutput

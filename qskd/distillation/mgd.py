@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Fraction, NonNegative
-from qskd.distillation.maps import Meeting, mixed
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.maps import Meeting, mixed
 from qskd.structures import LossTerm, TeacherNeeds
 
 

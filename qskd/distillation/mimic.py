@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.maps import Meeting
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.maps import Meeting
 from qskd.structures import LossTerm, TeacherNeeds
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.asked import AskingBoth
-from qskd.distillation.maps import uniform
 from qskd.distillation.method import Lesson
+from qskd.distillation.shared.asked import AskingBoth
+from qskd.distillation.shared.maps import uniform
 from qskd.structures import DetectorOutput, LossTerm, Queries
 
 _LEAST = 1e-3  # of a moved box's sides and centre, and of what is left to 1

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.maps import Meeting
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.maps import Meeting
 from qskd.structures import LossTerm, TeacherNeeds
 
 _EPS = 1e-5  # on the variance, as norms have it: the gradient of a channel that is the same everywhere stays small

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from qskd.boxes import cxcywh_to_xyxy, pairwise_giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Fraction, NonNegative
-from qskd.distillation.maps import eye_or_orthogonal
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.maps import eye_or_orthogonal
 from qskd.structures import LossTerm, Targets, TeacherNeeds
 
 EPS = 1e-5  # of the alignment, as in the paper

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
-from qskd.distillation.kept import places_of
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.kept import places_of
 from qskd.structures import LossTerm, TeacherNeeds
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, giou, iou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Fraction, NonNegative
-from qskd.distillation.maps import Meeting
 from qskd.distillation.method import Facts, Lesson, Method, last_layer
+from qskd.distillation.shared.maps import Meeting
 from qskd.structures import SILENT_LOGIT, LossTerm, Targets, TeacherNeeds
 
 

@@ -15,7 +15,7 @@ from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config import DetectionLossConfig
 from qskd.datasets.batch import TrainBatch
 from qskd.detectors import Detector, to_pixels
-from qskd.distillation.maps import pair_levels, resample
+from qskd.distillation.shared.maps import pair_levels, resample
 from qskd.losses.matching import assign
 from qskd.structures import DetectorOutput, TeacherNeeds, TeacherRecord
 from qskd.teacher.online import OnlineTeacher

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qskd.datasets.batch import TrainBatch
-from qskd.distillation.maps import Projector
+from qskd.distillation.shared.maps import Projector
 from qskd.errors import QskdError
 from qskd.structures import TeacherRecord
 from qskd.teacher.pseudo import with_pseudo_objects

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from qskd.distillation.maps import resample, whole_region
+from qskd.distillation.shared.maps import resample, whole_region
 from qskd.structures import SILENT_LOGIT, TeacherRecord
 
 _TINY = 1e-12

@@ -25,7 +25,7 @@ from qskd.datasets.batch import parts_of as parts_of
 from qskd.datasets.batch import train_batch as train_batch
 from qskd.detectors import Detector
 from qskd.distillation.method import Online
-from qskd.distillation.unfaded import boosts_of
+from qskd.distillation.shared.unfaded import boosts_of
 from qskd.errors import QskdError
 from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine_with_values

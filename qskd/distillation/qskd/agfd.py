@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qskd.distillation.maps import pair_levels, projector, resampler
 from qskd.distillation.qskd.query_selection import QuerySelection
 from qskd.distillation.qskd.settings import FeatureDistillationConfig
 from qskd.distillation.qskd.whitening import metric
+from qskd.distillation.shared.maps import pair_levels, projector, resampler
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherRecord
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from qskd.distillation.maps import pair_levels
 from qskd.distillation.method import Facts, Lesson, Method, Seen, Sight, last_layer
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import of_known_classes, select_both, select_queries
 from qskd.distillation.qskd.settings import Settings
+from qskd.distillation.shared.maps import pair_levels
 from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
 

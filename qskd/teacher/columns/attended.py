@@ -2,7 +2,7 @@
 
 A mask of AGFD without background is 0 in every other cell, so that what was said there counts for nothing. With their eight
 neighbours the kept cells are all that bilinear interpolation reads where it makes such a mask more than 0, on a grid that is at
-least half as fine (`qskd.distillation.maps.resampler`).
+least half as fine (`qskd.distillation.shared.maps.resampler`).
 """
 
 from __future__ import annotations

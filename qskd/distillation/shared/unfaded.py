@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qskd.config.distillation import MethodSettings, parts_of
-from qskd.distillation.ramp import falling
+from qskd.distillation.shared.ramp import falling
 from qskd.structures import Attend, DetectorOutput, Targets
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qskd.distillation.maps import eye_or_orthogonal
 from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import none_selected
+from qskd.distillation.shared.maps import eye_or_orthogonal
 from qskd.errors import QskdError
 from qskd.structures import SILENT_LOGIT, DetectorOutput, Queries, TeacherNeeds
 
