@@ -193,8 +193,8 @@ class TeacherRecord:
     memory: maps [B, C, H, W], finest first; empty when no method asked for them.
     memory_valid: [B, H, W] bool for each.
     attention_queries: [B, A] int64, the queries whose attention is known, -1 = none. Holds at least every query whose
-        GIoU with some object reaches the floor that was asked for. Where every layer's attention was asked for, Q * n is
-        added to a query of the n-th layer before the last: what reads the last layer alone passes by what is past Q.
+        GIoU with some object reaches the floor that was asked for. Where every layer's attention was asked for, query i
+        of the layer n before the last is numbered n * Q + i: numbers below Q are the last layer's.
     attention: [B, A, H, W] for each memory map; a query sums to 1 over all of the teacher's maps.
     extra: what further columns hold, by their names (`qskd.teacher.columns`), [B, ...] each.
     derived: [B] bool, whether it was said of another view of the image, and made into one of this (`data.views.derived`); None
@@ -298,8 +298,8 @@ class LossTerm:
 
     total: scalar with gradient. count: scalar without one (numbers of boxes, pairs, images). The term's value is
     total / max(mean of count over workers, floor / workers): as on one worker with the whole batch.
-    rest: a second count, of what the term leaves out. A term with one is divided by `with_rest`'s count, of both averaged over
-    workers: a mean whose weight beside the mean of the rest goes by the roots of the two counts (D-FINE's DDF).
+    rest: a second count, of what another term takes. Two means are then added with the weights sqrt(count) and sqrt(rest), over
+    their sum (D-FINE's DDF); `with_rest` gives the divisor that does this, of both counts averaged over workers.
     """
 
     total: Tensor

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -167,3 +168,8 @@ def _inner(node: yaml.Node) -> list[yaml.Node]:
     if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(node.value)} characters")
     return []
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """A finite number, and not a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -91,7 +91,7 @@ def giou_table(boxes_cxcywh: Tensor, objects_cxcywh: Tensor) -> list[list[float]
 
 
 def slow_selection(boxes: Tensor, targets: Targets, assignment: Tensor, config: QuerySelectionConfig) -> dict[str, Any]:
-    """METHODS 1.3 GQS for boxes [B, Q, 4], assignment [B, M]: the fields of QuerySelection as nested lists."""
+    """equations.md 1.3 GQS for boxes [B, Q, 4], assignment [B, M]: the fields of QuerySelection as nested lists."""
     result: dict[str, Any] = {name: [] for name in ("object_of_query", "giou", "is_positive", "band", "weight")}
     for image, count in enumerate(targets.counts):
         queries = range(boxes.shape[1])

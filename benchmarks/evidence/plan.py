@@ -96,7 +96,8 @@ VARIANTS["none_flips_labelled24"] = Variant(
 
 # Students of few bits: each number of bits, by each teaching. Recipe and float rows are those of `none` and `qskd`.
 BITS = {"w8a8": "w8a8", "w4a4": "w4a4-attn8", "w3a3": "w3a3-attn8", "w2a2": "w2a2-attn8"}
-# Chosen on seed 100: w4a4 29.2 with 0.1, 28.9 with 0.5, 26.2 with the paper's 2.5 (29.7 without Q-DETR), w2a2 15.5 with 0.1, 14.4 with 0.5 (15.4).
+# Chosen on seed 100: w4a4 29.2 with 0.1, 28.9 with 0.5, 26.2 with the paper's 2.5 (29.7 without Q-DETR); w2a2 15.5 with 0.1,
+# 14.4 with 0.5 (15.4).
 _QDETR_WEIGHT = 0.1
 
 

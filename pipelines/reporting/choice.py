@@ -25,8 +25,8 @@ from qskd.storage.stores import patiently
 def choose(
     config: Config, last: Best, best: Best | None, history: Sequence[Mapping[str, Any]], total_steps: int
 ) -> Chosen:
-    """Which student becomes the run's. last: of the last checkpoint. best: the one that is kept. history: of all reports, those
-    of before there was a best/ among them."""
+    """Which student becomes the run's: of equally good ones that of the last checkpoint, and `best_step` is the first's. last: of
+    the last checkpoint. best: the one that is kept. history: of all reports, those of before there was a best/ among them."""
     better = best if best is not None and best.ap is not None and (last.ap is None or best.ap > last.ap) else None
     taken = better if better is not None and config.training.result == "best" else last
     seen = [*(Best(entry["step"], entry["evaluation"]) for entry in history), *([best] if best else []), last]
@@ -62,8 +62,9 @@ def take_student(
 def details_of(
     chosen: Chosen, config: Config, folder: Folder, train: Manifest, val: Manifest, last: str
 ) -> Evaluation | None:
-    """All that an evaluation of the run's student says. A training looks at its last step's so closely, and knows no earlier that
-    it is the last: another student is evaluated again, and the run's folder keeps what that says. None for a run of before.
+    """All that an evaluation of the run's student says. Training evaluates its planned last step alone in this detail. If the run's
+    student is of another step, or patience stopped the run, it is evaluated again, and the run's folder keeps the details. None if
+    the folder has none: a run of an older version.
 
     last: the last step's student, as a folder or URI that all nodes can read, which no scratch folder is.
     """

@@ -131,7 +131,7 @@ class Worker:
             if subset == "train":
                 self.train(part)
                 continue
-            if not self.training.whole:  # it would be better than it will be, and count as the best
+            if not self.training.whole:  # not yet quantised as planned: its AP is too good, and would win as the best
                 collections.deque(part, maxlen=0)
                 self.report(epoch, None)
                 continue

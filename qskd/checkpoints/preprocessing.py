@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qskd.config import ResizeConfig
 from qskd.errors import QskdError
 from qskd.families.table import find_family
 from qskd.precision import channels_first
+from qskd.untrusted import is_number
 
 log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
@@ -138,7 +138,7 @@ def _checked(said: Any, file: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6 and math.isfinite(value)
+    return is_number(value) and abs(value) < 1e6
 
 
 def _channels(values: Any) -> Channels:

@@ -146,7 +146,7 @@ def _table(section: type[Section]) -> str:
 def _linked(text: str) -> str:
     """References to other pages as links, as seen from docs/."""
     text = re.sub(r"\bdocs/(\w+)\.md", r"[\1](\1.md)", text)
-    return re.sub(r"\bMETHODS (\d[\d.]*)", r"[METHODS \1](equations.md)", text)
+    return re.sub(r"\bequations\.md (\d[\d.]*)", r"[equations.md \1](equations.md)", text)
 
 
 def reference() -> str:

@@ -1,6 +1,6 @@
 """Adversarial feature alignment: a critic tells the teacher's features of objects from the student's, which learn to pass for them.
 
-METHODS2 2.10. From Adversarial Score Distillation (arXiv 2312.00739) is a critic that is trained on both of its terms in every
+From Adversarial Score Distillation (arXiv 2312.00739) is a critic that is trained on both of its terms in every
 step; that it looks at memory, is conditioned on class and box, and its form, are ours.
 """
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
 from qskd.distillation.method import Facts, Lesson, Method
+from qskd.distillation.shared.classes import soft_cross_entropy
 from qskd.distillation.shared.maps import projector, resample
 from qskd.errors import QskdError
+from qskd.losses.detection_loss import PARTS
 from qskd.structures import LossTerm, TeacherNeeds
 
 
@@ -30,7 +31,7 @@ class Settings(MethodSettings):
     teacher_forcing: bool = True
 
     def weight_fields(self) -> dict[str, str]:
-        fields = {part: f"{part}_weight" for part in ("class", "l1", "giou")}
+        fields = {part: f"{part}_weight" for part in PARTS}
         return {f"cross_{part}": field for part, field in fields.items() if getattr(self, field) > 0}
 
 
@@ -80,10 +81,7 @@ class CrossKD(Method):
         goal = answer.output
         known = (~teacher.silent).float()
         logits, wanted = said.logits.float(), goal.logits.float().sigmoid()
-        classes = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        if self.settings.class_gamma:
-            # Below 1 a power's gradient is infinite at 0, where both agree.
-            classes = classes * (wanted - logits.sigmoid()).abs().clamp(min=1e-6) ** self.settings.class_gamma
+        classes = soft_cross_entropy(logits, wanted, self.settings.class_gamma)
         weight = (wanted * known).amax(-1)  # [L, B, Q]
         mine, theirs = said.boxes_cxcywh.float(), goal.boxes_cxcywh.float()
         overlap = giou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs))

@@ -1,6 +1,6 @@
 """D3ETR (Chen et al., IJCAI 2024): the student's decoder learns the teacher's predictions and cross-attention, by two matchings.
 
-METHODS2 1.2 has what was seen of it: the matchings, the terms and their weights. Its attention is compared head by head, and its
+docs/methods.md has what was seen of it: the matchings, the terms and their weights. Its attention is compared head by head, and its
 self-attention too; a cache keeps cross-attention alone, the mean over heads, of the queries near objects. So that is compared here.
 """
 
@@ -20,11 +20,11 @@ from qskd.distillation.qskd.settings import PredictionDistillationConfig
 from qskd.distillation.shared.asked import AsStudent, both_sides
 from qskd.distillation.shared.kept import places_of
 from qskd.distillation.shared.maps import resample
+from qskd.losses.detection_loss import PARTS
 from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
 
 _ADAPTIVE = PredictionDistillationConfig(pairing="global", pair_weight="uniform", teacher_layers="same_index")
 _FIXED = _ADAPTIVE.model_copy(update={"pairing": "index"})
-_PARTS = ("class", "l1", "giou")
 
 
 class Settings(MethodSettings):
@@ -38,9 +38,9 @@ class Settings(MethodSettings):
     attention_weight: NonNegative = 1000.0  # of the mean squared error of cross-attention, as in TPRD's port
 
     def weight_fields(self) -> dict[str, str]:
-        fields = {f"d3_{part}": f"{part}_weight" for part in _PARTS}
+        fields = {f"d3_{part}": f"{part}_weight" for part in PARTS}
         if self.fixed:
-            fields |= {f"d3_fixed_{part}": f"{part}_weight" for part in _PARTS}
+            fields |= {f"d3_fixed_{part}": f"{part}_weight" for part in PARTS}
         return {
             term: field
             for term, field in (fields | {"d3_attention": "attention_weight"}).items()
@@ -49,7 +49,7 @@ class Settings(MethodSettings):
 
 
 class D3ETR(Method):
-    """Of adaptive matching "d3_class", "d3_l1", "d3_giou": LAPD's terms (METHODS 1.3) of all queries, student layer k with the
+    """Of adaptive matching "d3_class", "d3_l1", "d3_giou": LAPD's terms (equations.md 1.3) of all queries, student layer k with the
     teacher's at its place, paired by one assignment a layer; of fixed matching "d3_fixed_class", ...: the same of the teacher's
     own queries in the student's decoder, each with itself. And
 

@@ -1,7 +1,7 @@
 """DETRDistill (Chang et al., ICCV 2023): predictions of all queries, features where the teacher's good queries point, and the
 teacher's queries put to the student with the teacher's assignment.
 
-METHODS 2 says what is the paper's, what its release has, and what is left out or ours.
+equations.md 2 says what is the paper's, what its release has, and what is left out or ours.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class Settings(MethodSettings):
 
 
 class DETRDistill(Method):
-    """The terms "dd_class", "dd_l1", "dd_giou" (LAPD's, METHODS 1.3, but that every query of layer k is paired with one of layer
-    k of the teacher by one assignment, and every pair counts alike), "dd_features",
-    "dd_prior" and "dd_contrast":
+    """The terms "dd_class", "dd_l1", "dd_giou" (LAPD's, equations.md 1.3, but that every query of layer k is paired with one of
+    layer k of the teacher by one assignment, and every pair counts alike), "dd_features", "dd_prior" and "dd_contrast":
 
         features   mean over images of sum over maps of mean over positions and channels of (psi phi(F_S) - psi F_T)^2
                    psi = max(sum_n s_n cos(q_n, F_T), 0.01) over its largest value in the map

@@ -15,7 +15,9 @@ from qskd.config.distillation import MethodSettings
 from qskd.config.section import Count, NonNegative
 from qskd.distillation.method import Lesson
 from qskd.distillation.shared.asked import AskingBoth
+from qskd.distillation.shared.classes import shares_by_confidence
 from qskd.distillation.shared.maps import uniform
+from qskd.losses.detection_loss import PARTS
 from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries
 
 _LIMIT = 4.6  # of a random box's logits: sides and centre from 0.01 to 0.99
@@ -35,7 +37,7 @@ class Settings(MethodSettings):
     giou_weight: NonNegative = 2.0  # of 1 - GIoU
 
     def weight_fields(self) -> dict[str, str]:
-        fields = {part: f"{part}_weight" for part in ("class", "l1", "giou")}
+        fields = {part: f"{part}_weight" for part in PARTS}
         return {f"kd_{part}": field for part, field in fields.items() if getattr(self, field) > 0}
 
 
@@ -93,8 +95,7 @@ class KDDETR(AskingBoth):
         """The three terms of a group of queries, summed over the student's layers and images."""
         heat = self.settings.temperature
         theirs, boxes = goal.logits[-1].float(), goal.boxes_cxcywh[-1].float()
-        weight = theirs.sigmoid().amax(-1)  # [B, Q]
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-8)
+        weight = shares_by_confidence(theirs)
         mine = said.logits.float().masked_fill(silent, SILENT_LOGIT)
         wanted = (theirs / heat).log_softmax(-1).expand_as(mine)
         apart = F.kl_div((mine / heat).log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)

@@ -31,7 +31,7 @@ _LEAST = 1e-5  # chance of every bin: at a high temperature a chance of 1e-8, wh
 
 
 class Settings(MethodSettings):
-    """Localization distillation (docs/equations.md): the distributions of box sides towards the teacher's, between D-FINE
+    """Localization distillation (docs/methods.md): the distributions of box sides towards the teacher's, between D-FINE
     detectors."""
 
     method: str = "localization"

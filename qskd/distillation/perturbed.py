@@ -1,6 +1,6 @@
 """How answers change when queries move: the student's must change as the teacher's do.
 
-METHODS2 2.9. From Mind the Gap in Distilling StyleGANs (Xu et al., ECCV 2022) is the idea of a loss on how outputs move along
+From Mind the Gap in Distilling StyleGANs (Xu et al., ECCV 2022) is the idea of a loss on how outputs move along
 latent directions; queries in the place of latents, and the form, are ours.
 """
 
@@ -16,6 +16,7 @@ from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
 from qskd.distillation.method import Lesson
 from qskd.distillation.shared.asked import AskingBoth
+from qskd.distillation.shared.classes import shares_by_confidence
 from qskd.distillation.shared.maps import uniform
 from qskd.structures import DetectorOutput, LossTerm, Queries
 
@@ -63,8 +64,7 @@ class Perturbed(AskingBoth):
         theirs = changes(own.output, lesson.decoder.ask(lesson.teacher, moved).output)
         asked = (lesson.ask_student(self.asked(queries)) for queries in (own.decoded.queries, moved))
         mine = changes(*asked)
-        weight = own.output.logits[-1].float().sigmoid().amax(-1)  # [B, Q]
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-8)
+        weight = shares_by_confidence(own.output.logits[-1])
         apart = [(one - other) / self.settings.move for one, other in zip(mine, theirs, strict=True)]
         apart[0] = apart[0].masked_fill(lesson.teacher.silent, 0.0)
         self.steps += 1

@@ -1,7 +1,7 @@
 """Q-DETR's terms (Xu et al., CVPR 2023): the student's queries that lie on objects have the teacher's features.
 
-METHODS2 2.5 has the equations. The paper rectifies queries inside a quantised network, and keeps that in it; here it is a part of
-training alone, since a saved student is plain transformers. That, the last layer's states for the paper's co-attended
+docs/methods.md has the equations. The paper rectifies queries inside a quantised network, and keeps that in it; here it is a
+part of training alone, since a saved student is plain transformers. That, the last layer's states for the paper's co-attended
 features, and the teacher's queries whose states a cache keeps, are this project's reading.
 """
 

@@ -1,6 +1,6 @@
 """QSKD as its published re-implementation reads it (TPRD, arXiv 2609.19964): `qskd` with other settings.
 
-Both readings are others' than the paper's authors'; METHODS 5 says what is whose.
+Both readings are others' than the paper's authors'; equations.md 5 says what is whose.
 """
 
 from __future__ import annotations

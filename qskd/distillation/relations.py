@@ -1,7 +1,7 @@
 """How the objects of an image stand to one another in a decoder's eyes: relations between query states, in both networks.
 
 The implicit knowledge of Explicit and Implicit Knowledge Distillation via Unlabeled Data (arXiv 2302.08771), of which only the
-abstract was at hand; the form for detection is ours (METHODS2 2.7).
+abstract was at hand; the form for detection is ours (docs/methods.md).
 """
 
 from __future__ import annotations

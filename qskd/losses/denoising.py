@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qskd.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from qskd.config import DetectionLossConfig
 from qskd.detectors.extra_queries import ExtraQueries
-from qskd.losses.detection_loss import detection_terms
+from qskd.losses.detection_loss import PARTS, detection_terms
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.pairs import own_pairs
 from qskd.structures import Classification, ExtraPredictions, LossTerm, Targets
@@ -140,7 +140,7 @@ def denoising_terms(
     assignment = groups.assignment.expand(early + layers, -1, -1)
     by_layer = detection_terms(logits, boxes, groups.targets, assignment, config, classification, early)
     terms: dict[str, LossTerm] = {}
-    for kind in ("class", "l1", "giou"):
+    for kind in PARTS:
         mine = [term for name, term in by_layer.items() if name.split("_")[0] == kind]
         terms[PREFIX + kind] = LossTerm(torch.stack([term.total for term in mine]).sum(), mine[0].count)
     if found.sides is not None:

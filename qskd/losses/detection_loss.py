@@ -21,7 +21,7 @@ from qskd.losses.pairs import Pairs, own_pairs
 from qskd.losses.unsure import left_out
 from qskd.structures import Classification, LossTerm, Targets
 
-_NAMES = ("class", "l1", "giou")
+PARTS = ("class", "l1", "giou")
 VARIFOCAL_ALPHA = 0.75  # of RT-DETR, RT-DETRv2 and D-FINE in transformers (focal_loss_alpha); gamma is 2
 MATCHABILITY_GAMMA = 1.5  # of DEIM and DEIMv2 (configs/base/deimv2.yml); focal_loss_gamma in transformers, there 2
 IOU_AWARE_ALPHA = 0.25  # of LW-DETR in transformers (focal_alpha); gamma is 2
@@ -32,7 +32,7 @@ NO_OBJECT_WEIGHT = 0.1  # of DETR (Carion et al., ECCV 2020); transformers' eos_
 def term_names(supervised: int, early: int = 0) -> list[tuple[str, str, str]]:
     """Names of the class, L1 and GIoU terms of the `early` predictions and of the `supervised` decoder layers: the last
     layer's are without a number, the others' numbered from 0."""
-    last: tuple[str, str, str] = _NAMES
+    last: tuple[str, str, str] = PARTS
     suffixes = [*(f"early_{number}" for number in range(early)), *(str(layer) for layer in range(supervised - 1))]
     return [*((f"class_{suffix}", f"l1_{suffix}", f"giou_{suffix}") for suffix in suffixes), last]
 

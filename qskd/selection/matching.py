@@ -1,7 +1,7 @@
 """Few images that teach what all of them do: weights above 0, such that their gradients add up to the mean of all.
 
 Orthogonal matching pursuit with non-negative least squares, as GradMatch has it (Killamsetty et al., ICML 2021). Importance-Aware
-Adaptive Dataset Distillation (arXiv 2401.15863) weighs network parameters; these weights are of images (METHODS2 2.8).
+Adaptive Dataset Distillation (arXiv 2401.15863) weighs network parameters; these weights are of images (docs/select.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Images of which the teacher says much and is in two minds about it, balanced over the classes that it sees there.
 
 The selection of Explicit and Implicit Knowledge Distillation via Unlabeled Data (arXiv 2302.08771), of which only the abstract
-was at hand, in a form for detection that is ours (METHODS2 2.7).
+was at hand, in a form for detection that is ours (docs/select.md).
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     identity |= {f"data.views.{k}": v for k, v in policy.items()}
     if config.teacher.levels is not None:  # all of them is what a cache of before there was a choice has
         identity["teacher.levels"] = config.teacher.levels
-    # Without further columns, and with all cells, a cache is what it was before there could be others.
+    # Defaults are left out, so that caches of before there was a choice keep their fingerprint.
     left_out = {
         "path",
         "batch_size",

@@ -26,11 +26,10 @@ from qskd.detectors.exact import Exact, exactly
 from qskd.errors import QskdError
 from qskd.families.family import GroupParts
 from qskd.families.table import FAMILIES
-from qskd.losses.detection_loss import detection_terms
+from qskd.losses.detection_loss import PARTS, detection_terms
 from qskd.structures import Classification, DetectorOutput, LossTerm, Targets
 
 _START_NOISE = 0.5  # of the spread of the student's own queries: the others start about where those are, and differ
-_PARTS = ("class", "l1", "giou")
 Predictions = tuple[Tensor, Tensor]  # logits [N, B, Q, K], boxes_cxcywh [N, B, Q, 4]
 
 
@@ -44,10 +43,10 @@ class QueryGroups(nn.Module):
         """own: [Q, D], the embedding of the student's own queries."""
         super().__init__()
         self.count, self.queries, self.config = count, queries, config
-        self.names = {part: f"groups_{part}" for part in _PARTS}
+        self.names = {part: f"groups_{part}" for part in PARTS}
         values = (config.class_weight, config.l1_weight, config.giou_weight)
         self.weights = {
-            self.names[part]: config.query_group_weight * value for part, value in zip(_PARTS, values, strict=True)
+            self.names[part]: config.query_group_weight * value for part, value in zip(PARTS, values, strict=True)
         }
         self.others = nn.Parameter(_about(own, count).flatten(0, 1))
 

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qskd.config import Config
-from qskd.datasets.batch import TrainBatch as TrainBatch
-from qskd.datasets.batch import parts_of as parts_of
-from qskd.datasets.batch import train_batch as train_batch
+from qskd.datasets.batch import TrainBatch
 from qskd.detectors import Detector
 from qskd.distillation.method import Online
 from qskd.distillation.shared.unfaded import boosts_of

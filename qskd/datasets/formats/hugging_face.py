@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from qskd.datasets.pictures.reader import Pictures, Stamp
 from qskd.datasets.samples import Problem, first_problems
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
+from qskd.untrusted import is_number
 
 _OBJECTS = ("objects", "annotations", "object")
 _BOXES = ("bbox", "bboxes", "box", "boxes")
@@ -248,7 +248,7 @@ class HuggingFaceDataset(ImportedDataset):
 
     def _box(self, value: Any, width: int, height: int) -> list[float]:
         """The four numbers, in pixels and in the order that they have."""
-        if not isinstance(value, list) or len(value) != 4 or not all(_is_number(part) for part in value):
+        if not isinstance(value, list) or len(value) != 4 or not all(is_number(part) for part in value):
             raise ValueError(f"bbox {shown_value(value)} is not four finite numbers")
         numbers, box_format = [float(part) for part in value], self._box_format or "xywh"
         self._boxes.append((*numbers, width, height))
@@ -310,10 +310,6 @@ def _class_label(features: Any) -> Any:
         return features.get("names")
     inner = [features[key] for key in (*_CLASSES, "feature") if key in features]
     return next((found for each in inner if (found := _class_label(each))), None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _encoded(value: Any) -> bytes:

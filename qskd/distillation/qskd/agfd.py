@@ -1,6 +1,6 @@
 """Attention-Guided Feature Distillation: the student's memory must agree where the teacher's selected queries look.
 
-METHODS 1.3 AGFD, our reconstruction. The paper's (as METHODS 1.1 has it): a foreground mask, generated under the
+equations.md 1.3 AGFD, our reconstruction. The paper's (as equations.md 1.1 has it): a foreground mask, generated under the
 guidance of the selected queries, steers feature distillation.
 """
 
@@ -35,13 +35,12 @@ def foreground_mask(
         m = sum over kept queries i of weight_i * w_i * A_i;  M = max(m / max(m), background)
 
     w_i is the teacher's max_c p_i ("confidence", [B, Q]), confidence^gamma * max(0, GIoU_i)^(1 - gamma) ("quality", the
-    score METHODS 2 recalls of DETRDistill), 1 + GIoU_i ("giou"), or 1. The maximum runs over all the image's maps; it cancels in
-    a loss that divides by the mask's sum, but sets what `background` is a share of. A query whose attention is not in the
+    score equations.md 2 recalls of DETRDistill), 1 + GIoU_i ("giou"), or 1. The maximum runs over all the image's maps; it cancels
+    in a loss that divides by the mask's sum, but sets what `background` is a share of. A query whose attention is not in the
     record adds nothing; an image without objects has a mask of zeros.
 
     selection, confidence: of the teacher's last layer, without layer dimension; of all L with `attention_layers: all`.
-    METHODS 1.3 AGFD, our reconstruction. The projectors, one for each student map that meets one of the teacher's (`projector` says
-    how they begin), are for training only and belong to this module, never to the exported student.
+    equations.md 1.3 AGFD, our reconstruction.
     """
     if teacher.attention_queries is None or not teacher.attention:
         raise QskdError(
@@ -67,7 +66,7 @@ def foreground_mask(
 def _masks(
     weight: Tensor, teacher: TeacherRecord, config: FeatureDistillationConfig, before: int = 0
 ) -> tuple[Tensor, ...]:
-    """One layer's, the `before`-th before the last. weight: [B, Q]."""
+    """Of the layer `before` layers before the last. weight: [B, Q]."""
     assert teacher.attention_queries is not None
     query = teacher.attention_queries - before * weight.shape[1]
     known = (query >= 0) & (query < weight.shape[1])
@@ -92,10 +91,10 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         L = sum_p M_p * mean_c (phi(F_S)_p - F_T,p)^2 / sum_p M_p,   for each image over all its levels and valid
         positions
 
-    With `mask_weighting: squared` the mean over all cells of M_p^2 * mean_c (...)^2 instead, as TPRD has it (METHODS 5).
+    With `mask_weighting: squared` the mean over all cells of M_p^2 * mean_c (...)^2 instead, as TPRD has it (equations.md 5).
 
-    METHODS 1.3 AGFD, our reconstruction. The projectors, one for each student map that meets one of the teacher's (`projector` says
-    how they begin), are for training only and belong to this module, never to the exported student.
+    equations.md 1.3 AGFD, our reconstruction. The projectors, one for each student map that meets one of the teacher's
+    (`projector` says how they begin), are for training only and belong to this module, never to the exported student.
     """
 
     def __init__(

@@ -1,13 +1,12 @@
 """Local Alignment Prediction Distillation: the student's selected queries learn from the teacher's, object by object.
 
-METHODS 1.3 LAPD, our reconstruction. The paper's (as METHODS 1.1 has it): the selection is applied to both networks'
+equations.md 1.3 LAPD, our reconstruction. The paper's (as equations.md 1.1 has it): the selection is applied to both networks'
 predictions and gives the pairing, which spares the global bipartite matching between student and teacher.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
@@ -20,6 +19,7 @@ from qskd.distillation.qskd.pairing import (
     pair_over_image,
 )
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
+from qskd.distillation.shared.classes import soft_cross_entropy
 from qskd.errors import QskdError
 from qskd.structures import LossTerm
 
@@ -31,7 +31,7 @@ def teacher_layer_of_student(
 ) -> tuple[list[int], list[int]]:
     """Student layers to distil and the teacher layer each learns from, as two lists of equal length.
 
-    "same_index" (DETRDistill, METHODS 2) spreads the student's layers evenly over the teacher's: l -> round(l * (L_t -
+    "same_index" (DETRDistill, equations.md 2) spreads the student's layers evenly over the teacher's: l -> round(l * (L_t -
     1) / (L_s - 1)). It needs every teacher layer, so a record of one is an error when several student layers ask.
     """
     students = list(range(student_layers)) if config.student_layers == "all" else [student_layers - 1]
@@ -70,19 +70,19 @@ def alignment_terms(
     config: PredictionDistillationConfig,
     partner: Tensor | None = None,
 ) -> dict[str, LossTerm]:
-    """The LAPD terms (METHODS 1.3, our reconstruction), over the pairs (s, t) of all L layers:
+    """The LAPD terms (equations.md 1.3, our reconstruction), over the pairs (s, t) of all L layers:
 
         lapd_class  sum of w_t * sum over classes of |p_t - p_s|^gamma * BCE(p_s, p_t),   p = sigmoid(c)
         lapd_l1     sum of w_t * |b_s - b_t|_1, over the four cxcywh numbers
         lapd_giou   sum of w_t * (1 - GIoU(b_s, b_t))
 
     w_t is the selection weight of the teacher's query (1 with the `global` pairing, which asks no selection), times its
-    max_c sigmoid(c_t) when `pair_weight` is "confidence" (KD-DETR's weight, METHODS 3). Both sides have L layers; the
+    max_c sigmoid(c_t) when `pair_weight` is "confidence" (KD-DETR's weight, equations.md 3). Both sides have L layers; the
     teacher's queries may differ in number. num_slots: at least 1 + the largest number of hard negatives of an object, on
     either side.
 
-    gamma is `class_gamma`: 0 in METHODS 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020). The sum over
-    classes leaves out those that `kept_classes` drops.
+    gamma is `class_gamma`: 0 in equations.md 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020). The sum
+    over classes leaves out those that `kept_classes` drops.
 
     Each counts pairs / L (or, with `divide_by: weights`, the sum of w_t / L), so that a term's value is L times the mean
     over all pairs of all layers: the sum over layers of the layers' means when they have equally many pairs, and near it
@@ -105,10 +105,7 @@ def alignment_terms(
 
     mine = student.boxes_cxcywh
     count = (weight.sum() if config.divide_by == "weights" else (~unpaired).sum().float()) / len(partner)
-    classes = F.binary_cross_entropy_with_logits(student.logits, goal, reduction="none")
-    if config.class_gamma:
-        # Below 1 a power's gradient is infinite at 0, where student and teacher agree.
-        classes = classes * (goal - student.logits.sigmoid()).abs().clamp(min=1e-6) ** config.class_gamma
+    classes = soft_cross_entropy(student.logits, goal, config.class_gamma)
     if 0 < config.kept_classes < goal.shape[-1]:
         # The smallest of the likeliest, not their places: equally likely ones are kept together.
         least = goal.topk(config.kept_classes, dim=-1).values[..., -1:].clamp(max=LIKELY)

@@ -1,6 +1,6 @@
 """QSKD (arXiv 2409.06443): query selection, and the two distillation losses that it guides, as one method.
 
-What is the paper's and what is our reconstruction is marked in docs/equations.md (METHODS 1) and in the three modules that this
+What is the paper's and what is our reconstruction is marked in docs/equations.md, section 1, and in the three modules that this
 one sums.
 """
 

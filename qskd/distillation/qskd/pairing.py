@@ -1,7 +1,7 @@
 """Which teacher query each student query learns from: inside an object's group (LAPD), or over the whole image.
 
-METHODS 1.3 LAPD, our reconstruction: positives with positives, hard negatives in order of GIoU or by a small assignment.
-The global pairing is the rival's (DETRDistill, METHODS 2), kept to be compared with.
+equations.md 1.3 LAPD, our reconstruction: positives with positives, hard negatives in order of GIoU or by a small assignment.
+The global pairing is the rival's (DETRDistill, equations.md 2), kept to be compared with.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _costs(logits: Tensor, goal: Tensor, boxes: Tensor, goal_boxes: Tensor, clas
 def pair_by_assignment(student: Side, teacher: Side, num_objects: int, num_slots: int) -> Tensor:
     """Like `pair_by_rank`, but the hard negatives of a group are paired by the cheapest assignment.
 
-    The cost is 2 * BCE + 5 * L1 - 2 * GIoU (METHODS 1.3's option, our reconstruction), inside a group only. Waits for
+    The cost is 2 * BCE + 5 * L1 - 2 * GIoU (ours), inside a group only. Waits for
     the device: the groups' sizes, the tables and the costs go to the host, one small solve for each (layer, image,
     object).
     """
@@ -128,7 +128,7 @@ def pair_over_image(student: Side, teacher: Side, num_objects: int, num_slots: i
     """Like `pair_by_rank`, but the hard negatives are paired whatever their objects, by the cheapest assignment of all the
     image's on the one side to all on the other. What is left over has no partner.
 
-    The cost is BCE + 5 * L1 - 2 * GIoU, as in TPRD's re-implementation of QSKD (METHODS 5). L * B solves a step, with a wait
+    The cost is BCE + 5 * L1 - 2 * GIoU, as in TPRD's re-implementation of QSKD (equations.md 5). L * B solves a step, with a wait
     for the device.
     """
     partner = pair_by_rank(student.selection, teacher.selection, num_objects, num_slots)
@@ -145,7 +145,7 @@ def pair_over_image(student: Side, teacher: Side, num_objects: int, num_slots: i
 
 def pair_by_index(student: Side, teacher: Side) -> Tensor:
     """Query i with query i, where the teacher's is kept: [L, B, Q] int64, -1 = none. For a student that started with the
-    teacher's queries (`student.inherit`), whose query i asks what the teacher's asks (KD-DETR's idea, METHODS 3).
+    teacher's queries (`student.inherit`), whose query i asks what the teacher's asks (KD-DETR's idea, equations.md 3).
 
     Raises QskdError when the numbers of queries differ.
     """
@@ -165,7 +165,7 @@ def pair_globally(student: Side, teacher: Side) -> Tensor:
     """The teacher query of each student query in one assignment over the whole image: [L, B, Q_s] int64, -1 = none.
 
     No selection is asked: all queries take part, but for absent ones of the teacher, as in DETRDistill's released code
-    (METHODS 2, Logits), at its costs of BCE + 5 * L1 - 2 * GIoU. This is the matching QSKD does without: L * B solves of
+    (equations.md 2, Logits), at its costs of BCE + 5 * L1 - 2 * GIoU. This is the matching QSKD does without: L * B solves of
     Q_s x Q_t a step, with a wait for the device.
     """
     goal = teacher.logits.sigmoid()

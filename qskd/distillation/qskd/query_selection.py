@@ -1,6 +1,6 @@
 """Group Query Selection: which of a network's queries are worth distilling, and to which object each belongs.
 
-METHODS 1.3 GQS, our reconstruction. The paper's (as METHODS 1.1 has it): positives come from bipartite matching, the
+equations.md 1.3 GQS, our reconstruction. The paper's (as equations.md 1.1 has it): positives come from bipartite matching, the
 other queries are split into hard and easy negatives by GIoU with the objects, and positives plus hard negatives are
 kept.
 """
@@ -72,14 +72,14 @@ def select_queries(
     config: QuerySelectionConfig,
     absent: Tensor | None = None,
 ) -> QuerySelection:
-    """Group a network's queries by object, band them by GIoU, weight each band (METHODS 1.3 GQS, our reconstruction).
+    """Group a network's queries by object, band them by GIoU, weight each band (equations.md 1.3 GQS, our reconstruction).
 
     boxes_cxcywh: [..., B, Q, 4] in 0..1, any float type; assignment: [..., B, M] query of each object, -1 = none.
     absent: [..., B, Q] bool, queries that can't be kept, none of which is assigned (`TeacherRecord.absent`).
 
     1. A query's group is the object of largest GIoU (ties: the first); a positive is in the group of its own object.
     2. Its band is the number of `config.boundaries` its GIoU reaches. With `relative` they are fractions of the best
-       GIoU that any query of the image has with the object (Q-DETR's rule, METHODS 4); an object that none reaches with
+       GIoU that any query of the image has with the object (Q-DETR's rule, equations.md 4); an object that none reaches with
        a GIoU above 0 then keeps no hard negative.
     3. A positive weighs `positive_weight`, any other query its band's weight.
     4. Of the others with a weight, an object keeps the `max_per_object` of largest GIoU (ties: the lower index; 0 =

@@ -11,7 +11,7 @@ from qskd.config.section import Fraction, NonNegative, Section
 
 
 class QuerySelectionConfig(Section):
-    """Group Query Selection (METHODS 1.3 GQS; our reconstruction, the paper's boundaries are not known).
+    """Group Query Selection (equations.md 1.3 GQS; our reconstruction, the paper's boundaries are not known).
 
     Ascending GIoU `boundaries` cut queries into bands; `band_weights` has one weight more than there are boundaries, lowest
     band first; 0 drops a band. Positives (bipartite matches) have their own weight, whatever their GIoU.
@@ -45,7 +45,7 @@ class QuerySelectionConfig(Section):
 
 
 class FeatureDistillationConfig(Section):
-    """Attention-Guided Feature Distillation (METHODS 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
+    """Attention-Guided Feature Distillation (equations.md 1.3 AGFD; our reconstruction). Weight 0 turns it off."""
 
     # chosen by search on the quickstart's task (benchmarks/evidence); the guess before it was 1 to 10
     weight: NonNegative = 50.0
@@ -59,12 +59,12 @@ class FeatureDistillationConfig(Section):
     # normalised: each cell counts M, divided by the mask's sum in the image; squared: it counts M^2, divided by all cells, as
     # the mean of (M F_S - M F_T)^2 does (TPRD)
     mask_weighting: Literal["normalised", "squared"] = "normalised"
-    # alpha of whitened AGFD (METHODS 1.4, ours): an error counts variance^-alpha of its direction in the teacher's memory, as
+    # alpha of whitened AGFD (equations.md 1.4, ours): an error counts variance^-alpha of its direction in the teacher's memory, as
     # `qskd cache` finds them; 0 = every direction alike, 1 = as much of each
     whitening: NonNegative = 0.0
     whitened_share: Annotated[float, Field(gt=0, le=1)] = 0.97  # of the variance: as few directions are kept as hold it
     # Each channel's error (with whitening, each direction's) has a learned importance w, of mean 1: it counts w error - log w
-    # (METHODS 1.5; the idea of learned importance weights is IADD's)
+    # (equations.md 1.5; the idea of learned importance weights is IADD's)
     importance: bool = False
     # What an image's loss counts whose memory is derived from another view's (`data.views.derived`): 1 = as much as a real one's,
     # 0 = nothing, so that AGFD learns from real views alone; 1 - memory_unexplained (`qskd cache --verify-derived`) goes between
@@ -75,7 +75,7 @@ class FeatureDistillationConfig(Section):
 
 
 class PredictionDistillationConfig(Section):
-    """Local Alignment Prediction Distillation (METHODS 1.3 LAPD; our reconstruction). Weight 0 turns it off."""
+    """Local Alignment Prediction Distillation (equations.md 1.3 LAPD; our reconstruction). Weight 0 turns it off."""
 
     weight: NonNegative = 1.0  # of all three terms
     class_weight: NonNegative = 1.0  # of the classes' BCE

@@ -1,4 +1,4 @@
-"""Whitened AGFD: an error counts by how seldom the teacher's memory varies in its direction. Ours (METHODS 1.4)."""
+"""Whitened AGFD: an error counts by how seldom the teacher's memory varies in its direction. Ours (equations.md 1.4)."""
 
 from __future__ import annotations
 

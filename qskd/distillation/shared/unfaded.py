@@ -17,8 +17,8 @@ from qskd.structures import Attend, DetectorOutput, Targets
 
 
 def boosts_of(settings: MethodSettings, targets: Targets, step: int, total_steps: int) -> tuple[Tensor, ...]:
-    """For each method of a recipe, [B]: 1 for labelled images, for others what makes `decay_unlabeled` of `decay`. Empty where
-    nothing is to be scaled."""
+    """For each method of a recipe, [B]: 1 for labelled images; for the others the ratio of the two schedules, so that they follow
+    `decay_unlabeled` instead of `decay`. Empty where nothing is to be scaled."""
     parts = list(parts_of(settings).values())
     if targets.all_labelled or all(part.decay == part.decay_unlabeled for part in parts):
         return ()

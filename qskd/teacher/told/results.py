@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from qskd.detectors import Preprocessing, classes_of
 from qskd.errors import QskdError
 from qskd.printable import one_line
 from qskd.storage.files import sha256_of
-from qskd.untrusted import parse_large_json
+from qskd.untrusted import is_number, parse_large_json
 
 ENDING = ".json"
 MOST_BOXES = 300  # of an image, the best: as many as a DETR has queries
@@ -171,7 +170,7 @@ class _Columns:
                 raise self._refused(entry, "image_id and category_id, whole numbers")
             if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_side, box)):
                 raise self._refused(entry, "bbox: left, top, width and height in pixels")
-            if not (_is_number(score) and 0 <= score <= 1):
+            if not (is_number(score) and 0 <= score <= 1):
                 raise self._refused(entry, "score: 0 to 1, how sure the detector is")
             left, top, width, height = box
             if not (width > 0 and height > 0):  # of nothing nobody learns where it is
@@ -201,9 +200,5 @@ def _is_id(value: Any) -> TypeGuard[int]:
     return type(value) is int and abs(value) < 2**62
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_side(value: Any) -> bool:
-    return _is_number(value) and abs(value) <= _LONGEST_SIDE
+    return is_number(value) and abs(value) <= _LONGEST_SIDE
