@@ -1,11 +1,24 @@
-"""Importing much at once."""
+"""Importing: what may not be there, and much at once."""
 
 from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from qskd.errors import QskdError
+
+
+def need(package: str, where: str = "qskd export") -> Any:
+    """A package of ONNX, which is optional; QskdError when it is not installed. where: what needs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        remedy = "in the project's folder: pip install -e '.[export]'"
+        raise QskdError(where, f"no {package}", "onnx, onnxruntime", remedy) from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.health.machine import show
 from pipelines.health.services import Check, guarded
-from qskd.config import BOXES_ALONE, FACTS, TEACHERS_ONLY, BackboneConfig
+from qskd.config import BOXES_ALONE, FACTS, ONNX, TEACHERS_ONLY, BackboneConfig
 from qskd.errors import QskdError
 from qskd.redaction import redacted
 
@@ -36,13 +36,17 @@ class _Loaded:
 
 def model_checks(path: str) -> list[Check]:
     """Everything that is said of a checkpoint, in order; ends at the first thing without which nothing more can be said."""
+    from qskd.checkpoints.graphs import is_graph
     from qskd.checkpoints.weights import check_path, read_said
     from qskd.detectors import load_detector, read_preprocessing
 
     try:
-        folder = check_path(path, weights=False)
-        said, _ = read_said(folder)
-        kind = str(said.get("model_type", "unknown"))[:80]
+        if is_graph(path):
+            folder, kind = path, ONNX
+        else:
+            folder = check_path(path, weights=False)
+            said, _ = read_said(folder)
+            kind = str(said.get("model_type", "unknown"))[:80]
         if kind not in FACTS and kind not in TEACHERS_ONLY:
             return [_other(kind, folder)]
         loaded = _Loaded(load_detector(folder, words=_TRIED), read_preprocessing(folder))
@@ -76,6 +80,9 @@ def _other(kind: str, folder: str) -> Check:
 def _family(loaded: _Loaded) -> Check:
     config, kind = loaded.config, loaded.detector.family
     title = TEACHERS_ONLY.get(kind) or FACTS[kind].title
+    if kind == ONNX:
+        found = f"a {title}; it says boxes and classes, and has no maps; computed by onnxruntime, on the CPU"
+        return Check("family", "ok", found)
     if kind in BOXES_ALONE:
         return Check("family", "ok", f"{title} ({kind}), which is no DETR: it says boxes and classes, and has no maps")
     backbone = getattr(config.backbone_config, "model_type", "unknown")
@@ -89,6 +96,9 @@ def _size(loaded: _Loaded) -> Check:
     from qskd.quantization.model import notice_of
 
     model, detector = loaded.detector.model, loaded.detector
+    if detector.family == ONNX:
+        numbers = f"{model.graph.numbers / 1e6:.1f} M numbers stored"
+        return Check("size", "ok", f"{numbers}, {detector.num_queries} boxes of an image at most")
     sizes = f"{parameters(model) / 1e6:.1f} M parameters, {detector.num_layers} decoder layers"
     chosen = "chosen in each image" if detector.chooses_queries else "learned"
     notice = notice_of(model)

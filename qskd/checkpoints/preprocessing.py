@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from qskd.checkpoints.files import checkpoint_file
+from qskd.checkpoints.graph_words import words_file
+from qskd.checkpoints.graphs import is_graph, read_graph
 from qskd.checkpoints.json_files import read_json_file, shown
 from qskd.checkpoints.weights import check_path, read_config
 from qskd.config import ResizeConfig
@@ -49,8 +51,31 @@ def read_preprocessing(folder_or_name: str | Path, resize: ResizeConfig | None =
     resize: instead of the processor's own, which is then not read. Raises QskdError when the processor asks for something
     that is not done here.
     """
+    if is_graph(folder_or_name):
+        return _of_graph(folder_or_name, resize)
     where = check_path(folder_or_name, weights=False)
     return _preprocessing(_processor(where), where, resize)
+
+
+def _of_graph(path: str | Path, resize: ResizeConfig | None) -> Preprocessing:
+    """What an ONNX file is to be given. QskdError where it does not take images of this size."""
+    graph = read_graph(path)
+    if graph.words is None:
+        found = read_preprocessing(Path(graph.file).expanduser().parent, resize)
+    else:
+        own = graph.words.resizing(graph.side, str(words_file(path)))
+        found = Preprocessing(resize or own, graph.words.mean, graph.words.std)
+        if graph.letterbox and found.resize != own:
+            raise QskdError("teacher.resize", f"another size than {path} says", "its own", "leave it out")
+    sides = {found.resize.size, *(() if found.resize.mode == "square" else (found.resize.longest,))}
+    if graph.side is not None and (sides != {graph.side} or (found.resize.mode != "square" and not graph.letterbox)):
+        raise QskdError(
+            str(path),
+            f"images of {found.resize.mode} {found.resize.size}",
+            f"squares of {graph.side} pixels, which its input {shown(graph.given)} says",
+            "leave teacher.resize out; or export the detector for this size",
+        )
+    return found
 
 
 def preprocessing_of(processor: Any) -> Preprocessing:

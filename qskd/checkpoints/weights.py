@@ -24,6 +24,7 @@ from qskd.checkpoints.files import (
     read_weights,
     weight_files,
 )
+from qskd.checkpoints.graphs import is_graph, read_graph
 from qskd.checkpoints.json_files import first_line, read_json_file
 from qskd.errors import QskdError
 from qskd.redaction import redacted
@@ -53,6 +54,13 @@ def check_path(path: str | Path, weights: bool = True) -> str:
             "a JSON file, and no detector that can be run",
             "a folder saved by transformers, or a Hub name",
             "detections in such a file can teach: teacher.path of a recipe, with teacher.cache.path (docs/teachers.md)",
+        )
+    if is_graph(path):
+        raise QskdError(
+            str(path),
+            "an ONNX file, of which no part can be a student's",
+            "a folder saved by transformers, or a Hub name",
+            "a detector in an ONNX file can teach, label, predict and be evaluated (docs/teachers.md)",
         )
     if not folder.is_dir():
         # "student" is what a run calls its own: a mistyped run, of which no Hub need hear, nor see the user's token.
@@ -89,7 +97,10 @@ def read_said(path: str) -> tuple[dict[str, Any], str]:
 
 
 def read_config(path_or_name: str | Path) -> Any:
-    """transformers' configuration of a checkpoint of any supported family, clean (`clean_config`). Reads no weights."""
+    """transformers' configuration of a checkpoint of any supported family, clean (`clean_config`), or what stands for it of an ONNX
+    file. Reads no weights."""
+    if is_graph(path_or_name):
+        return read_graph(path_or_name).config
     return detector_config(*read_said(check_path(path_or_name, weights=False)))
 
 

@@ -22,5 +22,6 @@ from qskd.config.sections import TrainingConfig as TrainingConfig
 from qskd.config.student import StudentConfig as StudentConfig
 from qskd.families.facts import BOXES_ALONE as BOXES_ALONE
 from qskd.families.facts import FACTS as FACTS
+from qskd.families.facts import ONNX as ONNX
 from qskd.families.facts import TEACHERS_ONLY as TEACHERS_ONLY
 from qskd.families.facts import Family as Family

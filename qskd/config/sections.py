@@ -83,7 +83,8 @@ class TeacherCacheConfig(Section):
 class TeacherConfig(Section):
     """The large detector."""
 
-    # a Hub name, a folder that transformers can load, or a run's; a file of detections, with a cache (docs/teachers.md)
+    # a Hub name, a folder that transformers can load, or a run's; an ONNX file, or a file of detections, with a cache
+    # (docs/teachers.md)
     path: str = ""
     cache: TeacherCacheConfig = TeacherCacheConfig()
     # Of a teacher of several memory maps those that are taught and cached, by number, 0 the finest; null: all. A student of one map

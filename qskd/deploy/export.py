@@ -5,7 +5,6 @@ Images have one fixed square size and no mask. What comes before and after the g
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 import warnings
@@ -25,7 +24,9 @@ from qskd.deploy import onnx_detect
 from qskd.deploy.onnx_detect import probabilities_of
 from qskd.deploy.qdq import store_whole_numbers
 from qskd.detectors import FAMILIES, Detector
+from qskd.detectors.teachers.session import open_session as open_session
 from qskd.errors import QskdError
+from qskd.imports import need
 from qskd.quantization.parity import least_different, sure_differences
 
 OPSET = 18  # 16 brought grid_sample, which every sampled attention is made of; 17 layer normalisation
@@ -65,16 +66,6 @@ def standing_alone(module: ModuleType) -> str:
 
 def _text(module: ModuleType) -> str:
     return Path(module.__file__ or "").read_text(encoding="utf-8")
-
-
-def need(package: str) -> Any:
-    """An optional package; QskdError when it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise QskdError(
-            "qskd export", f"no {package}", "onnx, onnxruntime", "in the project's folder: pip install -e '.[export]'"
-        ) from None
 
 
 @contextmanager
@@ -151,28 +142,6 @@ def _state_shapes(file: Path, detector: Detector, size: int, batch: int | None) 
     store_whole_numbers(model)
     onnx.save(model, str(file))
     onnx.checker.check_model(str(file))
-
-
-def open_session(file: Path, threads: int = 1, device: torch.device | str = "cpu") -> Any:
-    """An onnxruntime session on so many threads; on cuda where its build has that, else a QskdError."""
-    onnxruntime = need("onnxruntime")
-    wanted = "CUDAExecutionProvider" if torch.device(device).type == "cuda" else "CPUExecutionProvider"
-    if wanted not in onnxruntime.get_available_providers():
-        raise QskdError(
-            "onnxruntime",
-            f"providers {onnxruntime.get_available_providers()}",
-            wanted,
-            "install onnxruntime-gpu in place of onnxruntime, or --device cpu",
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3  # errors: it warns of every constant that it leaves for later
-    try:
-        return onnxruntime.InferenceSession(str(file), options, providers=[wanted])
-    except Exception as error:
-        raise QskdError(
-            str(file), f"onnxruntime can't run it: {str(error).splitlines()[0][:300]}", remedy="try --exporter dynamo"
-        ) from error
 
 
 @dataclass(frozen=True)

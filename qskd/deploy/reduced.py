@@ -23,9 +23,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qskd.deploy.export import INPUT, need
+from qskd.deploy.export import INPUT
 from qskd.detectors import FAMILIES, Detector
 from qskd.errors import QskdError
+from qskd.imports import need
 from qskd.storage.scratch import scratch_folder
 
 MULTIPLIES = ("Conv", "Gemm", "MatMul")

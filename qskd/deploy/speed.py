@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from qskd.config import ResizeConfig
+from qskd.config import ONNX, ResizeConfig
 from qskd.deploy.export import INPUT, OUTPUTS, Predicting
 from qskd.detectors import FAMILIES, Detector
 from qskd.detectors.cost import Side, alternate, gflops, parameters
+from qskd.errors import QskdError
 from qskd.families.table import find_family
 from qskd.precision import autocast
 
@@ -47,6 +48,9 @@ class Cost:
 
 def cost_of(detector: Detector, size: Size) -> Cost:
     """Counts on the device that the detector is on. Raises QskdError for a size that the family can't take."""
+    if detector.family == ONNX:
+        found = "an ONNX file, whose operations are not counted, and which PyTorch does not time"
+        raise QskdError(detector.family, found, "a checkpoint of transformers")
     find_family(detector.family, "checkpoint").check_size(detector.model.config, size.height, size.width)
     device = next(detector.parameters()).device
     model = detector.model if detector.family in FAMILIES else _AsAsked(detector)

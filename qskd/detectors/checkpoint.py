@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from qskd.checkpoints.files import checkpoint_file, read_weights, weight_files
+from qskd.checkpoints.graphs import is_graph, read_graph
 from qskd.checkpoints.json_files import shown
 from qskd.checkpoints.preprocessing import Channels, Preprocessing
 from qskd.checkpoints.timm_resnet import dilate, find_timm, is_dilated, rename, resnet_config
@@ -36,6 +37,7 @@ from qskd.detectors.detector import Detector, labels_of
 from qskd.detectors.norms import keep_precision
 from qskd.detectors.teachers.asked import AskedDetector
 from qskd.detectors.teachers.boxes import BoxesDetector
+from qskd.detectors.teachers.graph import GraphDetector
 from qskd.detectors.teachers.prompt import TOKENIZER, Prompt, make_prompt
 from qskd.errors import QskdError, writing
 from qskd.families.facts import TEACHERS_ONLY
@@ -58,6 +60,8 @@ def load_detector(path_or_name: str | Path, quantised: bool = True, words: Seque
     weights alone, as plain transformers loads them. words: what a detector that has no classes of its own is asked for
     (`words_for`); of others without effect. Raises QskdError otherwise.
     """
+    if is_graph(path_or_name):
+        return GraphDetector(read_graph(path_or_name)).eval()
     path, config = check_path(path_or_name), read_config(path_or_name)
     family = find_family(config.model_type, path)
     prompt = make_prompt(path, config, words) if family.asked_in_words else None
@@ -146,6 +150,8 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
 
     The version of transformers that wrote the configuration, and the place it was read from, don't count.
     """
+    if is_graph(path_or_name):
+        return _graph_digests(path_or_name)
     path = check_path(path_or_name)
     with reading(path):
         files = weight_files(path)
@@ -159,6 +165,16 @@ def checkpoint_digests(path_or_name: str | Path) -> dict[str, str]:
     meaning = {key: value for key, value in said.items() if key not in ("transformers_version", "_name_or_path")}
     with reading(path):  # what can be read may lie too deep to be written
         config = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+    return {"teacher.weights_sha256": weights, "teacher.config_sha256": config}
+
+
+def _graph_digests(path: str | Path) -> dict[str, str]:
+    """Of an ONNX file, and of all that is said of it."""
+    graph, file = read_graph(path), Path(path).expanduser()
+    found = file.stat()
+    meaning = (graph.labels, graph.softmax, graph.boxes, graph.units, graph.outputs, graph.letterbox)
+    config = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+    weights = _sha256_once(file, found.st_size, found.st_mtime_ns)
     return {"teacher.weights_sha256": weights, "teacher.config_sha256": config}
 
 

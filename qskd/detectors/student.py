@@ -137,6 +137,7 @@ def queries_of(config: StudentConfig) -> int:
 def describe_student(config: StudentConfig, classes: int) -> str:
     """Its sizes and what they come to, in a line or two."""
     backbone, resize = config.backbone, config.resize
+    family_of(config)  # its complaint of a start that can only teach
     try:
         cost = "{:.2f} M parameters, {:.2f} GFLOPs an image".format(*student_cost(config, classes))
     except QskdError as error:  # a checkpoint that can't be reached, say: training will complain of it

@@ -180,13 +180,16 @@ FACTS: dict[str, Facts] = {
     ),
 }
 
-# Detectors of transformers that can teach and no more, by their model_type -> what people call them.
+ONNX = "onnx"  # what stands for the model_type of a detector in an ONNX file, which says nothing of its kind
+
+# Detectors that can teach and no more, by their model_type -> what people call them.
 TEACHERS_ONLY: dict[str, str] = {
     "grounding-dino": "Grounding DINO",
     "mm-grounding-dino": "MM Grounding DINO",
     "yolos": "YOLOS",
+    ONNX: "detector in an ONNX file",
 }
-BOXES_ALONE: frozenset[str] = frozenset({"yolos"})  # of these, those that are no DETR: no memory, no attention
+BOXES_ALONE: frozenset[str] = frozenset({"yolos", ONNX})  # of these, those that are no DETR: no memory, no attention
 
 if TYPE_CHECKING:
     Family = str

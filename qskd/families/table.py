@@ -15,6 +15,7 @@ from qskd.families.detr import Detr
 from qskd.families.family import Family
 from qskd.families.grounding_dino import GroundingDino, MMGroundingDino
 from qskd.families.lw_detr import LwDetr
+from qskd.families.onnx_file import OnnxFile
 from qskd.families.rf_detr import RfDetr
 from qskd.families.rt_detr import RTDetr
 from qskd.families.rt_detr_v2 import RTDetrV2
@@ -30,7 +31,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 TEACHERS: dict[str, Family] = {
-    family.name: family for family in (GroundingDino(), MMGroundingDino(), Yolos())
+    family.name: family for family in (GroundingDino(), MMGroundingDino(), Yolos(), OnnxFile())
 }  # and no students
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import YolosForObjectDetection, YolosImageProcessorPil
 
-from qskd.config import StudentConfig
 from qskd.errors import QskdError
-from qskd.families.family import Family, Predictions
+from qskd.families.boxes_alone import BoxesAlone
 
 
-class Yolos(Family):
+class Yolos(BoxesAlone):
     name = "yolos"
     model_class = YolosForObjectDetection
     processor_class = YolosImageProcessorPil
-    masks_padding = False
     classification = "softmax"
     no_object_rows = 1
-    boxes_alone = True
 
     def check(self, config: Any) -> None:
         sides, patch = config.image_size, config.patch_size
@@ -43,29 +39,9 @@ class Yolos(Family):
                 self.name, f"images of {height} x {width} pixels", f"sides of {config.patch_size} at least, one patch"
             )
 
-    def projections(self, model: Any) -> list[nn.Module]:
-        return []
-
     def class_heads(self, model: Any) -> list[nn.Linear]:
         return [model.class_labels_classifier.layers[-1]]
 
     def backbone(self, model: Any) -> nn.Module:
         vit: nn.Module = model.vit
         return vit
-
-    def predict(self, model: Any, outputs: Any, layer_states: Sequence[Tensor]) -> Predictions:
-        self._refuse()
-
-    def attention(
-        self, module: Any, given: dict[str, Any], queries: Tensor, shapes: Sequence[tuple[int, int]], valid: Tensor
-    ) -> Tensor:
-        self._refuse()
-
-    def student_config(self, config: StudentConfig, backbone: Any, labels: Sequence[str]) -> Any:
-        self._refuse()
-
-    def initialise(self, model: Any) -> None:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise QskdError(self.name, "asked for what only a DETR has", "its boxes and classes, which is all that it says")

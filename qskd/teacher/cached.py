@@ -11,11 +11,11 @@ import torch
 from qskd.config import ResizeConfig
 from qskd.datasets.batch import TrainBatch
 from qskd.distillation.method import Facts, Online
-from qskd.structures import SILENT_LOGIT, TeacherNeeds, TeacherRecord
+from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import blank_extra, decode_batch
 from qskd.teacher.crops import cropped
 from qskd.teacher.manifest import CacheSizes
-from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.online import OnlineTeacher, without_places
 
 if TYPE_CHECKING:
     from qskd.teacher.decoder import TeacherDecoder
@@ -71,7 +71,7 @@ class CachedTeacher:
         if batch.cached:
             said, crops_xyxy = decode_batch(batch.cached), batch.cached.get("teacher_crops_xyxy")
             said = said if crops_xyxy is None else cropped(said, crops_xyxy, self.min_visible)
-            return said if self.sizes.channels else _without_places(said)
+            return said if self.sizes.channels else without_places(said)
         return self.blank(len(batch.images), batch.images.device, needs)
 
     def online(self, batch: TrainBatch) -> Online | None:
@@ -92,12 +92,6 @@ class CachedTeacher:
             extra=blank_extra(images, self.sizes, device, needs),
             attention=(torch.zeros(images, 1, side, side, device=device),) * len(self.sizes.channels),
         )
-
-
-def _without_places(record: TeacherRecord) -> TeacherRecord:
-    """Of a teacher of predictions alone, whose images have fewer boxes than there are places for: those that say nothing of any
-    class are absent."""
-    return replace(record, absent=(record.logits <= SILENT_LOGIT / 2).all(-1))
 
 
 Teacher = OnlineTeacher | CachedTeacher

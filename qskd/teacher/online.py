@@ -145,6 +145,8 @@ class OnlineTeacher(nn.Module):
                 for name, value in column.taken(output).items()
             },
         )
+        if not self.detector.memory_channels:
+            record = without_places(record)
         if not needs.attention:
             return record
         if choose is None:
@@ -163,6 +165,12 @@ class OnlineTeacher(nn.Module):
         if self.knows_all:
             return logits.index_select(-1, slots)
         return logits.index_select(-1, slots.clamp(min=0)).masked_fill(slots == NOBODY, SILENT_LOGIT)
+
+
+def without_places(record: TeacherRecord) -> TeacherRecord:
+    """Of a teacher of predictions alone, whose images have fewer boxes than there are places for: those that say nothing of any
+    class are absent."""
+    return replace(record, absent=(record.logits <= SILENT_LOGIT / 2).all(-1))
 
 
 def facts_of(detector: Detector, resize: ResizeConfig) -> Facts:

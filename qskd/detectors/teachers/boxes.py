@@ -84,13 +84,13 @@ class BoxesDetector(Detector):
             memory_valid=(),
             features=(),
             query_states=states,
-            attend=_nowhere,
-            attend_mean=_nowhere,
+            attend=nowhere,
+            attend_mean=nowhere,
             no_object=none[None],
-            attend_each=_nowhere,
+            attend_each=nowhere,
         )
 
 
-def _nowhere(queries: Tensor) -> tuple[Tensor, ...]:
+def nowhere(queries: Tensor) -> tuple[Tensor, ...]:
     """It has no map to look at."""
     return ()

@@ -1,0 +1,239 @@
+"""A detector in an ONNX file, run by onnxruntime and seen as any other: boxes and classes, and nothing besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qskd.checkpoints.graph_words import words_file
+from qskd.checkpoints.graphs import Graph
+from qskd.checkpoints.json_files import first_line
+from qskd.detectors.extra_queries import ExtraQueries
+from qskd.detectors.teachers.asked import UNASKED_LOGIT
+from qskd.detectors.teachers.boxes import BoxesDetector, nowhere
+from qskd.detectors.teachers.session import open_session
+from qskd.errors import QskdError
+from qskd.families.detr import from_softmax
+from qskd.structures import SILENT_LOGIT, DetectorOutput
+
+Floats = NDArray[np.float32]
+Size = tuple[int, int]  # width and height
+Said = tuple[
+    Floats, Floats, Floats | None
+]  # logits [Q, K], boxes_cxcywh [Q, 4] and, of a softmax, log-probability of none [Q]
+GREY = 114 / 255  # what ultralytics puts around a picture
+_SURE = 1e-6  # a score of 0 or 1 has no finite logit
+_SEEN = 0.05  # a box of less is not looked at when its coordinates are
+_FEW = 10  # boxes: fewer may lie anywhere
+
+
+class _Graph(nn.Module):
+    """Stands where other detectors have a model of transformers. It has no numbers: its weights are onnxruntime's."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph, self.config = graph, graph.config
+        self.at = nn.Parameter(torch.empty(0), requires_grad=False)  # the device that images come from
+
+
+class GraphDetector(BoxesDetector):
+    """What a graph says of pictures, in `DetectorOutput`'s terms; computed on the CPU, wherever the pictures are.
+
+    Where it says boxes, scores and labels, a box is a query, the best first, and the score is its class's probability; of equal
+    boxes each one's in its class. Of other classes it says `UNASKED_LOGIT`. An image has as many queries as the graph may give
+    boxes; those that it did not give say `SILENT_LOGIT` of every class.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(_Graph(graph))
+        self.graph = graph
+        self._session = open_session(
+            Path(graph.file).expanduser(), torch.get_num_threads(), remedy="export it again, for this onnxruntime"
+        )
+        self._half = any(each.type == "tensor(float16)" for each in self._session.get_inputs())
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor,
+        with_attention: bool = True,
+        extra: ExtraQueries | None = None,
+        least: tuple[int, int] | None = None,
+    ) -> DetectorOutput:
+        if extra is not None:
+            raise ValueError(f"{self.family} takes no further queries")
+        device, batch = pixel_values.device, len(pixel_values)
+        pixels = pixel_values.detach().float().cpu().numpy()
+        mask = pixel_mask.cpu()
+        sizes = list(zip(mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist(), strict=True))
+        pictures, corners = [], []
+        for image, (height, width) in zip(pixels, sizes, strict=True):
+            picture, corner = self._framed(image[:, :height, :width])
+            pictures.append(picture)
+            corners.append(corner)
+        found: dict[int, Said] = {}
+        for size in dict.fromkeys(picture.shape for picture in pictures):
+            own = [number for number, picture in enumerate(pictures) if picture.shape == size]
+            for part in self._batches(own):
+                said = self._ask(np.stack([pictures[number] for number in part]))
+                scales = np.array([[*corners[n], *sizes[n][::-1]] for n in part], np.float32)
+                found |= dict(zip(part, self._read(said, scales, (size[2], size[1])), strict=True))
+        parts = zip(*(found[number] for number in range(batch)), strict=True)
+        logits, boxes, none = (torch.from_numpy(np.stack(part)).to(device) for part in parts)
+        return DetectorOutput(
+            logits=logits[None],
+            boxes_cxcywh=boxes[None],
+            memory=(),
+            memory_valid=(),
+            features=(),
+            query_states=logits.new_zeros(batch, self.num_queries, 0),
+            attend=nowhere,
+            attend_mean=nowhere,
+            no_object=none[None] if self.graph.softmax else None,
+            attend_each=nowhere,
+        )
+
+    def _framed(self, image: Floats) -> tuple[Floats, tuple[int, int]]:
+        """An image as the graph takes it, and where in it its left top corner lies (x, y)."""
+        height, width = image.shape[-2:]
+        side = self.graph.side
+        words = self.graph.words
+        if words is None or not self.graph.letterbox:
+            if side is not None and (height, width) != (side, side):
+                raise QskdError(
+                    self.graph.file, f"an image of {height} x {width} pixels", f"{side} x {side}", "leave the size out"
+                )
+            return image, (0, 0)
+        side = words.size or side or max(height, width)
+        left, top = round((side - width) / 2 - 0.1), round((side - height) / 2 - 0.1)
+        grey = (GREY - np.array(words.mean)) / np.array(words.std)
+        framed = np.tile(grey.astype(np.float32)[:, None, None], (1, side, side))
+        framed[:, top : top + height, left : left + width] = image
+        return framed, (left, top)
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Images of one size, as many at a time as the graph takes."""
+        graph = self.graph
+        most = graph.batch or len(numbers) if graph.rank == 4 and graph.batched else 1
+        for first in range(0, len(numbers), most):
+            yield numbers[first : first + most]
+
+    def _ask(self, pictures: Floats) -> list[Floats]:
+        """The outputs, in the form's order, each with a batch in front. pictures: [b, 3, h, w]."""
+        graph, count = self.graph, len(pictures)
+        full = pictures
+        if graph.rank == 4 and graph.batch and count < graph.batch:  # a graph of a fixed batch wants it full
+            full = np.concatenate([pictures, np.repeat(pictures[-1:], graph.batch - count, axis=0)])
+        given: dict[str, Any] = {graph.given: full.astype(np.float16 if self._half else np.float32, copy=False)}
+        if graph.rank == 3:
+            given[graph.given] = given[graph.given][0]
+        if graph.sizes_input:  # boxes in pixels of what it sees
+            given[graph.sizes_input] = np.tile(np.array([pictures.shape[:1:-1]], np.int64), (len(full), 1))
+        try:
+            said = self._session.run(list(graph.outputs), given)
+        except Exception as error:
+            shape = " x ".join(map(str, full.shape))
+            raise QskdError(graph.file, f"onnxruntime fails on images {shape}: {first_line(error)}") from error
+        dims = {"logits": (3, 3), "rows": (3,), "scored": (3, 2), "detections": (3, 2, 2)}[graph.form]
+        return [
+            (each[None] if each.ndim == dim - 1 else each)[:count].astype(np.float32, copy=False)
+            for each, dim in zip(said, dims, strict=True)
+        ]
+
+    def _read(self, said: Sequence[Floats], frames: Floats, size: Size) -> Iterator[Said]:
+        """Of each image. frames: [b, 4], left, top, width and height of the image in what the graph has seen, of this size."""
+        graph = self.graph
+        if graph.form == "logits":
+            logits, boxes = said
+            expected = len(graph.labels) + graph.softmax
+            if logits.shape[-1] != expected:
+                raise QskdError(graph.file, f"{logits.shape[-1]} logits of a box", f"{expected}", "name each class")
+            none = np.zeros(logits.shape[:2], np.float32)
+            if graph.softmax:
+                logits, none = (each.numpy() for each in from_softmax(torch.from_numpy(logits)))
+            for number, frame in enumerate(frames):
+                seen = _relative(self._corners(boxes[number], size), frame)
+                yield logits[number], _as_cxcywh(seen), none[number]
+            return
+        boxes, scores, labels = said[0][..., :4], said[0][..., -2 if graph.form == "rows" else -1], said[-1]
+        if graph.form == "rows":
+            labels = labels[..., 5]
+        elif graph.form == "detections":
+            scores = said[1]
+        self._check(boxes, scores, labels)
+        for number, frame in enumerate(frames):
+            yield self._queries(boxes[number], scores[number], labels[number], frame, size)
+
+    def _queries(self, boxes: Floats, scores: Floats, labels: Floats, frame: Floats, size: Size) -> Said:
+        """Of one image."""
+        corners = np.asarray(np.clip(_relative(self._corners(boxes, size), frame), 0, 1), np.float32)
+        there = (scores > 0) & (corners[:, 2:] > corners[:, :2]).all(1)
+        logits = np.full((self.num_queries, len(self.graph.labels)), SILENT_LOGIT, np.float32)
+        seen = np.tile(np.array([0.5, 0.5, 0, 0], np.float32), (self.num_queries, 1))
+        queries = dict[bytes, int]()
+        sure = np.clip(scores.astype(np.float64), _SURE, 1 - _SURE)
+        for row in np.flatnonzero(there)[np.argsort(-scores[there], kind="stable")]:
+            query = queries.setdefault(corners[row].tobytes(), len(queries))
+            if query >= self.num_queries:
+                break
+            if logits[query, 0] == SILENT_LOGIT:
+                logits[query], seen[query] = UNASKED_LOGIT, _as_cxcywh(corners[row])
+            label = int(labels[row])
+            logits[query, label] = max(logits[query, label], np.log(sure[row] / (1 - sure[row])))
+        return logits, seen, np.zeros(self.num_queries, np.float32)
+
+    def _corners(self, boxes: Floats, size: Size) -> Floats:
+        """Boxes as the graph writes them -> xyxy in pixels of what it has seen."""
+        if self.graph.units == "relative":
+            boxes = np.asarray(boxes * np.tile(np.array(size, np.float32), 2), np.float32)
+        first: Floats = boxes[..., :2]
+        second: Floats = boxes[..., 2:4]
+        if self.graph.boxes == "xywh":
+            second = first + second
+        elif self.graph.boxes == "cxcywh":
+            first, second = np.asarray(first - second / 2), np.asarray(first + second / 2)
+        return np.concatenate([first, second], -1)
+
+    def _check(self, boxes: Floats, scores: Floats, labels: Floats) -> None:
+        """QskdError where what it says is not what is said of it."""
+        graph, remedy = self.graph, f"correct {words_file(self.graph.file).name}, or the export"
+        if not (np.isfinite(scores).all() and (scores <= 1 + 1e-3).all()):
+            raise QskdError(graph.file, f"a score of {float(np.nanmax(scores)):g}", "scores of 0 to 1", remedy)
+        there = scores > 0
+        known = np.array([name != "N/A" for name in graph.labels])
+        right = (labels >= 0) & (labels < len(known))
+        right[right] = known[labels[right].astype(np.int64)]
+        if (there & ~right).any():
+            found = f"a box of label {labels[there & ~right][0]:g}"
+            listed = f"labels that have a name: {np.flatnonzero(known).tolist()[:20]}"
+            raise QskdError(graph.file, found, listed, remedy)
+        seen = boxes[scores >= _SEEN]
+        if len(seen) < _FEW:
+            return
+        first, second = seen[:, :2], seen[:, 2:]
+        if graph.boxes == "xyxy" and (second <= first).any(1).mean() > 0.5:
+            raise QskdError(graph.file, "boxes whose right bottom corner is not right and below", "xyxy", remedy)
+        largest = float(np.abs(seen).max())
+        if graph.units == "pixels" and largest <= 1.5:
+            raise QskdError(graph.file, f"no coordinate above {largest:.2f}", "pixels", f"units: relative? {remedy}")
+        if graph.units == "relative" and largest > 3:
+            raise QskdError(
+                graph.file, f"coordinates up to {largest:.0f}", "shares of the picture", f"units: pixels? {remedy}"
+            )
+
+
+def _relative(corners: Floats, frame: Floats) -> Floats:
+    """xyxy in pixels of what the graph has seen -> shares of the image that lies at `frame` in it."""
+    corner, size = np.tile(frame[:2], 2), np.tile(frame[2:], 2)
+    return np.asarray((corners - corner) / size, np.float32)
+
+
+def _as_cxcywh(corners: Floats) -> Floats:
+    first, second = corners[..., :2], corners[..., 2:]
+    return np.concatenate([(first + second) / 2, second - first], -1)

@@ -1,0 +1,408 @@
+"""A detector in an ONNX file as a teacher: what is told of it is what it does, in every form that files have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from test_loader import Pictures
+from test_teacher_cache import losses, make_cache, stream_of
+from tiny import STUDENT
+
+import qskd
+from pipelines.demo.quickstart import TEACHER
+from pipelines.health.checkpoint import model_checks
+from pipelines.reporting.cards import figures
+from qskd.boxes import cxcywh_to_xyxy
+from qskd.checks import check_cache
+from qskd.config import Config, ResizeConfig
+from qskd.config.recipe import apply_overrides, build
+from qskd.datasets.manifest import load_manifest
+from qskd.datasets.shards import write_shards
+from qskd.deploy.export import export_onnx
+from qskd.detectors import checkpoint_digests, describe_student, load_detector, read_preprocessing
+from qskd.errors import QskdError
+from qskd.from_recipe import make_teacher, start_student
+from qskd.structures import SILENT_LOGIT, TeacherNeeds
+from qskd.teacher.cached import CachedTeacher
+from qskd.teacher.identity import cache_identity
+from qskd.teacher.told.checks import check_told
+
+torch.set_num_threads(1)
+SIDE, QUERIES = 64, 30
+WORDS: dict[str, Any] = {
+    **{"classes": {"1": "three", "2": "eight", "4": "nine"}, "boxes": "xyxy", "units": "pixels"},
+    **{"resize": "square", "mean": [0, 0, 0], "std": [1, 1, 1]},
+}
+# Of every picture: x0, y0, x1, y1 in pixels, score, label.
+ROWS = np.array(
+    [[8, 16, 40, 48, 0.9, 1], [8, 16, 40, 48, 0.4, 2], [32, 0, 64, 32, 0.7, 4], [0, 0, 0, 0, 0, 0]], np.float32
+)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's detector of shapes beside its own ONNX file, of any batch."""
+    folder = tmp_path_factory.mktemp("own")
+    for file in TEACHER.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    export_onnx(load_detector(TEACHER), folder / "model.onnx", SIDE, batch=None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("shards"))
+    write_shards(Pictures(22), path, rows_per_shard=8, rows_per_group=3)
+    return path
+
+
+def said(folder: Path, words: Mapping[str, Any] | None = None, name: str = "other.onnx") -> Path:
+    file = folder / name
+    if words is not None:
+        (folder / f"{name}.json").write_text(json.dumps(words))
+    return file
+
+
+def by_hand(own: Path, folder: Path) -> Path:
+    """The same network as somebody else writes it: pixels in 0..1 in; corners in pixels, scores, and labels from 1 out."""
+    model = onnx.load(str(own / "model.onnx"))
+    graph, looks = model.graph, read_preprocessing(own)
+    for name, value in {
+        "mean": np.array(looks.mean, np.float32).reshape(1, 3, 1, 1),
+        "std": np.array(looks.std, np.float32).reshape(1, 3, 1, 1),
+        **{"half": np.float32(0.5), "side": np.float32(SIDE), "from_one": np.int64(1)},
+        **{"two": np.array([2, 2]), "last": np.array([-1])},
+    }.items():
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    node, network = helper.make_node, list(graph.node)
+    graph.input[0].name = "images"
+    del graph.node[:], graph.output[:]
+    graph.node.extend(
+        [
+            node("Sub", ["images", "mean"], ["shifted"]),
+            node("Div", ["shifted", "std"], ["pixel_values"]),
+            *network,
+            node("Split", ["pred_boxes", "two"], ["centre", "size"], axis=-1),
+            node("Mul", ["size", "half"], ["half_size"]),
+            node("Sub", ["centre", "half_size"], ["low"]),
+            node("Add", ["centre", "half_size"], ["high"]),
+            node("Concat", ["low", "high"], ["corners"], axis=-1),
+            node("Mul", ["corners", "side"], ["boxes"]),
+            node("Sigmoid", ["logits"], ["probabilities"]),
+            node("ReduceMax", ["probabilities", "last"], ["scores"], keepdims=0),
+            node("ArgMax", ["logits"], ["best"], axis=-1, keepdims=0),
+            node("Add", ["best", "from_one"], ["labels"]),
+        ]
+    )
+    number, real = TensorProto.INT64, TensorProto.FLOAT
+    for name, kind, shape in (("labels", number, ()), ("boxes", real, (4,)), ("scores", real, ())):
+        graph.output.append(helper.make_tensor_value_info(name, kind, ["n", QUERIES, *shape]))
+    onnx.save(model, str(folder / "hand.onnx"))
+    names = {str(slot + 1): name for slot, name in enumerate(load_detector(own).labels)}
+    return said(folder, WORDS | {"classes": names}, "hand.onnx")
+
+
+def small(
+    file: Path,
+    rows: np.ndarray = ROWS,
+    form: str = "detections",
+    shape: Sequence[int | str] = ("n", 3, SIDE, SIDE),
+    kind: int = TensorProto.FLOAT,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A graph that says `rows` of every picture (of a batch of one where it has no batch), each score times the picture's mean."""
+    node, factor = helper.make_node, np.array([0, 0, 0, 0, 1, 0], np.float32)
+    stored = [("rows", rows[None]), ("factor", factor), ("other", 1 - factor), ("parts", np.array([4, 1, 1]))]
+    stored.append(("pixel_axes", np.array([-3, -2, -1])))
+    nodes = [
+        node("ReduceMean", ["images", "pixel_axes"], ["mean"], keepdims=1),
+        node("Cast", ["mean"], ["bright"], to=TensorProto.FLOAT),
+        node("Squeeze", ["bright", "flat"], ["each"]),
+        node("Mul", ["each", "factor"], ["scaled"]),
+        node("Add", ["scaled", "other"], ["times"]),
+        node("Mul", ["rows", "times"], ["output0"]),
+    ]
+    stored.append(("flat", np.array([1] if len(shape) == 4 else [], np.int64)))
+    batch = shape[0] if len(shape) == 4 else 1
+    outputs = [("output0", [batch, len(rows), 6])]
+    if form != "rows":
+        nodes.append(node("Split", ["output0", "parts"], ["boxes", "score", "label"], axis=-1))
+        stored.append(("end", np.array([-1])))
+        nodes.append(node("Squeeze", ["label", "end"], ["labels"]))
+        if form == "scored":
+            nodes.append(node("Concat", ["boxes", "score"], ["dets"], axis=-1))
+            outputs = [("dets", [batch, len(rows), 5]), ("labels", [batch, len(rows)])]
+        else:
+            nodes.append(node("Squeeze", ["score", "end"], ["scores"]))
+            outputs = [("boxes", [batch, len(rows), 4]), ("scores", [batch, len(rows)]), ("labels", [batch, len(rows)])]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("images", kind, list(shape))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(size)) for name, size in outputs],
+        [numpy_helper.from_array(value, name) for name, value in stored],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    for key, value in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, str(file))
+    return file
+
+
+def ask(file: Path, pixels: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> Any:
+    given = torch.ones(1, 3, SIDE, SIDE) if pixels is None else pixels
+    with torch.no_grad():
+        return load_detector(file)(given, torch.ones(given[:, 0].shape, dtype=torch.bool) if mask is None else mask)
+
+
+def config_of(shards: str, file: Path, *overrides: str) -> Config:
+    tree: dict[str, Any] = {
+        "data": {"train": shards, "views": {"count": 2, "crop_probability": 0.5}},
+        "teacher": {"path": str(file)},
+        "student": STUDENT,
+        "distillation": {"features": {"weight": 0}, "selection": {"boundaries": [-0.9], "band_weights": [0.0, 1.0]}},
+    }
+    return build(apply_overrides(tree, overrides))
+
+
+def test_our_own_export_says_what_its_checkpoint_says(own: Path) -> None:
+    graph, whole = load_detector(own / "model.onnx"), load_detector(own)
+    pixels, mask = torch.randn(3, 3, SIDE, SIDE), torch.ones(3, SIDE, SIDE, dtype=torch.bool)
+    with torch.no_grad():
+        mine, theirs = graph(pixels, mask), whole(pixels, mask)
+    assert (mine.logits.sigmoid() - theirs.logits[-1:].sigmoid()).abs().max() < 1e-4
+    assert (mine.boxes_cxcywh - theirs.boxes_cxcywh[-1:]).abs().max() < 1e-4
+    assert (graph.labels, graph.category_ids) == (whole.labels, whole.category_ids)
+    assert read_preprocessing(own / "model.onnx") == read_preprocessing(own)
+
+
+def test_corners_in_pixels_and_labels_from_one_are_the_same_detector(own: Path, tmp_path: Path) -> None:
+    hand, whole = load_detector(by_hand(own, tmp_path)), load_detector(own)
+    looks, bright = read_preprocessing(own), torch.rand(2, 3, SIDE, SIDE)
+    mask = torch.ones(2, SIDE, SIDE, dtype=torch.bool)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (looks.mean, looks.std))
+    with torch.no_grad():
+        mine, theirs = hand(bright, mask), whole((bright - mean) / std, mask)
+    assert hand.labels[1:] == whole.labels
+    best = theirs.logits[-1].sigmoid().amax(-1)  # [B, Q]: of each query its best class alone is said
+    order = best.argsort(-1, descending=True)
+    assert torch.allclose(mine.logits[0].sigmoid().amax(-1), best.gather(1, order), atol=1e-4)
+    assert torch.equal(mine.logits[0].argmax(-1) - 1, theirs.logits[-1].argmax(-1).gather(1, order))
+    clipped = cxcywh_to_xyxy(theirs.boxes_cxcywh[-1]).clamp(0, 1).gather(1, order[..., None].expand(-1, -1, 4))
+    assert torch.allclose(cxcywh_to_xyxy(mine.boxes_cxcywh[0]), clipped, atol=1e-4)
+
+
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "boxes, scores, labels": ({}, {}),
+    "one picture at a time": ({"shape": (3, SIDE, SIDE)}, {}),
+    "a fixed batch": ({"shape": (2, 3, SIDE, SIDE)}, {}),
+    "any size": ({"shape": ("n", 3, "h", "w")}, {"size": SIDE}),
+    "float16": ({"kind": TensorProto.FLOAT16}, {}),
+    "mmdetection's": ({"form": "scored"}, {}),
+    "rows": ({"form": "rows"}, {"boxes": None}),
+    "left, top, width, height": (
+        {"rows": np.concatenate([ROWS[:, :2], ROWS[:, 2:4] - ROWS[:, :2], ROWS[:, 4:]], 1)},
+        {"boxes": "xywh"},
+    ),
+    "relative": ({"rows": ROWS / [SIDE, SIDE, SIDE, SIDE, 1, 1]}, {"units": "relative"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_says_the_same(form: str, tmp_path: Path) -> None:
+    made, words = FORMS[form]
+    made = made | ({"rows": made["rows"].astype(np.float32)} if "rows" in made else {})
+    file = said(tmp_path, {name: value for name, value in (WORDS | words).items() if value is not None})
+    found = ask(small(file, **made), torch.ones(3, 3, SIDE, SIDE))
+    assert found.logits.shape == (1, 3, 4, 5)
+    assert torch.allclose(found.boxes_cxcywh[0, :, :2], torch.tensor([[0.375, 0.5, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5]]))
+    first, second = found.logits[0, 1, :2].sigmoid()  # two classes of one box are one query
+    assert [round(first[label].item(), 3) for label in (1, 2, 4)] == [0.9, 0.4, 0.0]
+    assert [round(second[label].item(), 3) for label in (1, 2, 4)] == [0.0, 0.0, 0.7]
+    assert (found.logits[0, :, 2:] == SILENT_LOGIT).all()
+    assert found.memory == found.attend(torch.zeros(1, 1, dtype=torch.int64)) == ()
+
+
+def test_ultralytics_metadata_is_read_and_pictures_are_framed_in_grey(tmp_path: Path) -> None:
+    names = {0: "", 1: "three", 2: "eight", 3: "", 4: "nine"}
+    told = {
+        "description": "Ultralytics YOLO11n model",
+        "task": "detect",
+        "names": str(names),
+        "imgsz": f"[{SIDE}, {SIDE}]",
+    }
+    file = small(tmp_path / "yolo.onnx", form="rows", metadata=told)
+    assert read_preprocessing(file).resize == ResizeConfig(mode="shortest_edge", size=SIDE, longest=SIDE)
+    assert load_detector(file).labels[1:3] == ("three", "eight")
+    pixels, mask = torch.zeros(1, 3, 32, SIDE), torch.ones(1, 32, SIDE, dtype=torch.bool)
+    pixels[..., :] = 1.0
+    found = ask(file, pixels, mask)  # 64 x 32, with 16 rows of grey above and below
+    assert torch.allclose(found.boxes_cxcywh[0, 0, 0], torch.tensor([0.375, 0.5, 0.5, 1.0]))
+    grey = (1 + 114 / 255) / 2
+    assert found.logits[0, 0, 0, 1].sigmoid() == pytest.approx(0.9 * grey, abs=1e-4)
+
+
+def test_an_image_is_seen_without_its_padding(tmp_path: Path) -> None:
+    words = WORDS | {"resize": "shortest_edge", "size": 32, "longest": 80}
+    file = small(said(tmp_path, words), shape=("n", 3, "h", "w"))
+    pixels, mask = torch.zeros(2, 3, 64, 80), torch.zeros(2, 64, 80, dtype=torch.bool)
+    for image, (height, width) in enumerate([(64, 64), (48, 80)]):
+        pixels[image, :, :height, :width], mask[image, :height, :width] = 1, True
+    found = ask(file, pixels, mask)
+    assert torch.allclose(found.logits[0, :, 0, 1].sigmoid(), torch.tensor(0.9), atol=1e-4)
+    assert torch.allclose(found.boxes_cxcywh[0, 1, 0], torch.tensor([24 / 80, 32 / 48, 32 / 80, 32 / 48]))
+
+
+def test_cached_and_online_give_the_same_losses_and_boxes_that_are_not_there_teach_nothing(
+    shards: str, tmp_path: Path
+) -> None:
+    file = small(said(tmp_path, WORDS))
+    config = config_of(shards, file, f"teacher.cache.path={tmp_path}/cache", "teacher.cache.precision=float32")
+    data = load_manifest(shards)
+    teacher = make_teacher(config, data.labels)
+    assert teacher is not None
+    check_told(config)
+    record = teacher(
+        torch.full((1, SIDE, SIDE, 3), 255, dtype=torch.uint8), torch.tensor([[SIDE, SIDE]]), TeacherNeeds()
+    )
+    assert record.absent[0, 0].tolist() == [False, False, True, True]
+    online = losses(config, teacher, stream_of(shards, "", None))
+    assert "agfd" not in online[0]
+    assert max(terms["lapd_giou"] for terms in online) > 0
+    manifest = make_cache(config, teacher, teacher.resize, cache_identity(config, data))
+    check_told(config, check_cache(config, data))
+    stream = stream_of(shards, config.teacher.cache.path, None)
+    for mine, theirs in zip(losses(config, CachedTeacher(manifest.sizes), stream), online, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+def test_a_cache_is_of_the_file_and_of_all_that_is_said_of_it(shards: str, tmp_path: Path) -> None:
+    file, data = small(said(tmp_path, WORDS)), load_manifest(shards)
+    first = cache_identity(config_of(shards, file), data)
+    assert first == cache_identity(config_of(shards, file), data)
+    for words in ({"classes": {"1": "nine", "2": "eight", "4": "three"}}, {"boxes": "xywh"}, {"mean": [0.5, 0.5, 0.5]}):
+        said(tmp_path, WORDS | words)
+        assert cache_identity(config_of(shards, file), data) != first
+    said(tmp_path, WORDS)
+    digests = checkpoint_digests(file)
+    small(file, ROWS[::-1].copy())
+    assert checkpoint_digests(file)["teacher.weights_sha256"] != digests["teacher.weights_sha256"]
+
+
+def test_features_inheritance_a_student_and_an_export_are_refused_by_name(shards: str, tmp_path: Path) -> None:
+    file = small(said(tmp_path, WORDS))
+    with pytest.raises(QskdError, match=r"(?s)says boxes and classes alone.*features\.weight=0"):
+        check_told(config_of(shards, file, "distillation.features.weight=1"))
+    with pytest.raises(QskdError, match="in an ONNX file, of which no part fits"):
+        start_student(config_of(shards, file, "student.inherit=true"), load_manifest(shards).labels)
+    for start in (start_student, lambda config, labels: describe_student(config.student, len(labels))):
+        with pytest.raises(QskdError, match="in an ONNX file, which can only teach"):
+            start(build({"student": {"init": str(file)}}), ("three",))
+    with pytest.raises(QskdError, match="in an ONNX file, which can only teach"):
+        qskd.export(file, tmp_path / "out", size=SIDE)
+    backbone = {"type": "resnet", "init": str(file), "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+    with pytest.raises(QskdError, match="an ONNX file, of which no part can be a student's"):
+        start_student(build({"student": STUDENT | {"backbone": backbone}}), ("three",))
+
+
+def test_label_evaluate_predict_doctor_and_the_card_take_it(shards: str, tmp_path: Path) -> None:
+    file, photos = small(said(tmp_path, WORDS)), tmp_path / "photos"
+    photos.mkdir()
+    picture = np.full((128, SIDE, 3), 255, np.uint8)
+    Image.fromarray(picture).save(photos / "a.png")
+    labels = qskd.label(file, photos, tmp_path / "out.json", like=shards, threshold=0.5)
+    assert labels.objects == {"three": 1, "eight": 0, "nine": 1}
+    assert qskd.evaluate(file, shards, workers=0).metrics["AP"] >= 0
+    (one,) = qskd.predict(file, picture, threshold=0.5)
+    assert (one.labels, one.boxes_xyxy.tolist()) == (("three", "nine"), [[8, 32, 40, 96], [32, 0, 64, 64]])
+    checks = {check.name: check for check in model_checks(str(file))}
+    assert "in an ONNX file" in checks["family"].found
+    assert "of predictions alone" in checks["as a teacher"].found
+    assert checks["as a student"].found == "no: it can only teach"
+    rows, _ = figures({"teacher": (load_detector(file), {"AP": 0.5})}, {"teacher": ResizeConfig(size=64)}, build({}))
+    assert (rows[0].metrics, rows[0].parameters) == ({"AP": 0.5}, None)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
+    "nothing said": ({}, None, r'(?s)how its pictures are made.*other\.onnx\.json.*"classes": \["cat", "dog"\]'),
+    "a field missing": ({}, {"std": None}, "std: Field required"),
+    "a field of no meaning": ({}, {"means": 1}, "means: Extra inputs"),
+    "boxes not said": ({}, {"boxes": None}, "without boxes"),
+    "a size that the graph does not take": ({}, {"size": 32}, "squares of 64 pixels"),
+    "no size at all": ({"shape": ("n", 3, "h", "w")}, {}, "no size, and a graph that takes any"),
+    "two sides": ({"shape": ("n", 3, 32, 64)}, {}, "32 x 64 pixels"),
+    "bytes": ({"kind": TensorProto.DOUBLE}, {}, "of double"),
+    "an output of another name": ({}, {"outputs": ["boxes", "scores", "number"]}, "number, which it does not have"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_said_or_not_so_is_refused_before_it_runs(what: str, tmp_path: Path) -> None:
+    made, words, message = REFUSED[what]
+    told = None if words is None else {name: value for name, value in (WORDS | words).items() if value is not None}
+    file = said(tmp_path, told)
+    if what == "bytes":  # no graph of onnxruntime's own: it is not opened
+        model = onnx.load(str(small(file)))
+        model.graph.input[0].type.tensor_type.elem_type = made["kind"]
+        onnx.save(model, str(file))
+    else:
+        small(file, **made)
+    with pytest.raises(QskdError, match=message):
+        read_preprocessing(file)
+
+
+def test_raw_candidates_weights_elsewhere_and_what_is_no_graph_are_refused(tmp_path: Path) -> None:
+    file = said(tmp_path, WORDS)
+    raw = np.zeros((1, 84, 8400), np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["raw"], ["output0"])],
+        "yolo",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, [1, 84, 8400])],
+        [numpy_helper.from_array(raw, "raw")],
+    )
+    model = helper.make_model(graph, ir_version=8)
+    onnx.save(model, str(file))
+    with pytest.raises(QskdError, match=r"(?s)raw candidates.*nms=True"):
+        load_detector(file)
+    onnx.save(model, str(file), save_as_external_data=True, location="elsewhere.bin")
+    with pytest.raises(QskdError, match="weights that lie in another file"):
+        load_detector(file)
+    file.write_bytes(b"no graph")
+    with pytest.raises(QskdError, match="no ONNX file"):
+        load_detector(file)
+    with pytest.raises(QskdError, match="No such file"):
+        load_detector(tmp_path / "none.onnx")
+
+
+def with_column(column: int, value: float) -> np.ndarray:
+    rows = ROWS.copy()
+    rows[0, column] = value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "message"),
+    [
+        (with_column(5, 3), {}, "a box of label 3"),
+        (with_column(5, 9), {}, "a box of label 9"),
+        (with_column(4, 40), {}, "a score of 40"),
+        (np.tile(ROWS[:3], (4, 1)), {"units": "relative"}, "coordinates up to 64"),
+        (np.tile(ROWS[:3], (4, 1)) / [64, 64, 64, 64, 1, 1], {}, r"no coordinate above 1\.00"),
+        (np.tile(ROWS[:3, [2, 3, 0, 1, 4, 5]], (4, 1)), {}, "not right and below"),
+    ],
+)
+def test_answers_that_are_not_what_is_said_of_them_are_refused(
+    rows: np.ndarray, words: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(QskdError, match=message):
+        ask(small(said(tmp_path, WORDS | words), rows.astype(np.float32)))
