@@ -245,7 +245,10 @@ def test_architectures_on_any_backbone_are_searched_and_built(kind: str) -> None
 def test_a_student_of_eight_bits_on_any_backbone_learns_and_its_folder_and_graph_say_the_same(
     kind: str, tmp_path: Path
 ) -> None:
-    tree = {"student": sized(kind, quantization="w8a8").model_dump(), "distillation": {"method": "none"}}
+    tree = {
+        "student": sized(kind, quantization={"bits": "w8a8", "rest_from": 0}).model_dump(),
+        "distillation": {"method": "none"},
+    }
     config = Config.model_validate(tree)
     training = Training(config, silent_student(config.student, LABELS, seed=0), None, 4, torch.device("cpu"))
     for _ in range(2):

@@ -270,6 +270,6 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
         facts += f" of {os.cpu_count()} cores"
     found = Benchmark(facts, counted, rows, busy, tuple(notes))
     if options.out is not None:
-        how = f"{options.threads} thread(s); {'busy' if busy else 'idle'} machine"
+        how = f"{options.threads} thread(s){', busy machine' if busy else ''}"
         write_picture(draw(points_of(found), how), options.out, [])
     return found

@@ -20,6 +20,7 @@ from qskd.printable import one_line
 # Full is float32; the less of a mark is filled, the fewer bits.
 FILLS = {"float32": "full", "float16": "left", BFLOAT16: "bottom", "int8": "none"}
 MARKS = {ONNXRUNTIME: "s", OPENVINO: "^"}
+_LEAST_AP = 0.04  # that the axis spans: differences of a thousandth are chance and must not fill the picture
 _WIDE = 8  # an axis of a wider range than this is logarithmic
 
 
@@ -69,8 +70,11 @@ def draw(points: Sequence[Point], how: str) -> np.ndarray:
     for axes, (label, cost) in zip(panels, costs, strict=True):
         _panel(axes, points, models, cost)
         axes.set_xlabel(label)
+    low, high = min(point.ap for point in points), max(point.ap for point in points)
+    rim = max(0.12 * (high - low), (_LEAST_AP - (high - low)) / 2)
+    panels[0].set_ylim(max(0.0, low - rim), high + rim)
     panels[0].set_ylabel("AP")
-    panels[0].set_title("AP against time and size of each exported file", loc="left", fontweight="bold")
+    panels[0].set_title("Exported files: AP against time and size", loc="left", fontweight="bold")
     figure.legend(handles=_legend(points, models), loc="outside right upper", frameon=False, labelcolor=_rgb(INK))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -108,7 +112,6 @@ def _panel(axes: Any, points: Sequence[Point], models: Sequence[str], cost: Call
         axes.set_xscale("log")
     else:
         axes.set_xlim(0, 1.06 * max(x))
-    axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_rgb(FAINT))
     axes.tick_params(colors=_rgb(FAINT))
@@ -128,4 +131,4 @@ def _legend(points: Sequence[Point], models: Sequence[str]) -> list[Any]:
     found = found if len(models) > 1 else []
     found += [entry(name, grey, name, "float32") for name in MARKS if any(point.runtime == name for point in points)]
     found += [entry(name, grey, "", name) for name in FILLS if any(point.precision == name for point in points)]
-    return [*found, Line2D([], [], color="0.7", lw=1.2, label="no other is better\nfor as little")]
+    return [*found, Line2D([], [], color="0.7", lw=1.2, label="Pareto front")]
