@@ -5,11 +5,12 @@ python -m pipelines.benchmark teacher runs/NAME/student
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Size, one_of, run
+from pipelines.command import DryRun, Size, local_path, one_of, run
 from pipelines.run.logs import tell
 
 
@@ -32,6 +33,14 @@ def command(
     evaluate: Annotated[
         str | None, typer.Option(metavar="SHARDS", help="Labelled shards to measure AP on, in every runtime.")
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local_path,
+            metavar="PATH",
+            help="Picture to write: AP of every exported file against its time and its size. With --exported and --evaluate.",
+        ),
+    ] = None,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, each model in a process of its own.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 20,
     limit_s: Annotated[
@@ -41,6 +50,7 @@ def command(
 ) -> None:
     """Parameters, FLOPs, milliseconds and memory of detectors, timed in turn so that their ratios hold; AP and size of exports."""
     from pipelines.deployment import benchmark as program
+    from pipelines.deployment.found import show
 
     options = program.BenchmarkOptions(
         batches=tuple(sorted(set(batch or (1, 2, 4, 8)))),
@@ -51,6 +61,7 @@ def command(
         onnx=onnx,
         exported=exported,
         evaluate=evaluate,
+        out=out,
         memory=memory,
         rounds=rounds,
         limit_s=limit_s,
@@ -58,7 +69,7 @@ def command(
     if dry_run:
         tell(program.foresee(models, options))
         return
-    program.show(program.benchmark(models, options))
+    show(program.benchmark(models, options))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def suggest(trial: Trial, config: Config) -> dict[str, Any]:
     ):
         word = own.bits  # w8a8 is how it says w8a8-attn8
     section: dict[str, Any] = {"bits": word, "parts": [part for part in PARTS if part not in left]}
-    if own is not None and own.rest_from:
+    if own is not None and own.rest_from is not None:
         section["rest_from"] = own.rest_from
     return {"student.quantization": section}
 

@@ -21,11 +21,12 @@ from qskd.config import FACTS, Config, StudentConfig
 from qskd.config.backbone import FREE, KINDS, BackboneConfig
 from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.deploy.export import check_parity, export_onnx, open_session, random_batches, require_parity
+from qskd.deploy.qdq import TOLERANCE
 from qskd.detectors import build_student, load_detector, save_detector
 from qskd.detectors.backbone import backbone_config, sized_by_init
 from qskd.errors import QskdError
 from qskd.families.table import find_family
-from qskd.quantization.model import belongs_to_quantiser
+from qskd.quantization.model import activation_quantisers
 from qskd.training.step import Training
 from search_spaces import student_architecture
 from search_spaces._trials import RandomTrial
@@ -239,12 +240,33 @@ def test_architectures_on_any_backbone_are_searched_and_built(kind: str) -> None
     assert ("student.backbone.embedding_size" in fields) == KINDS[kind].embeds
 
 
-@pytest.mark.parametrize("kind", ["hgnet_v2", "convnextv2", "dinov2"])
-def test_few_bits_reach_any_backbone(kind: str) -> None:
-    student = silent_student(sized(kind, quantization="w8a8"), LABELS, seed=0)
-    images, mask = torch.randn(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
-    assert torch.isfinite(student(images, mask).logits).all()
-    assert any("backbone" in name and belongs_to_quantiser(name) for name, _ in student.named_parameters())
+# One of each kind of layers: convolutions with batch norms, those of ConvNeXt, and the attention of two ViTs.
+@pytest.mark.parametrize("kind", ["hgnet_v2", "convnextv2", "dinov2", "dinov3_vit"])
+def test_a_student_of_eight_bits_on_any_backbone_learns_and_its_folder_and_graph_say_the_same(
+    kind: str, tmp_path: Path
+) -> None:
+    tree = {
+        "student": sized(kind, quantization={"bits": "w8a8", "rest_from": 0}).model_dump(),
+        "distillation": {"method": "none"},
+    }
+    config = Config.model_validate(tree)
+    training = Training(config, silent_student(config.student, LABELS, seed=0), None, 4, torch.device("cpu"))
+    for _ in range(2):
+        training.train_step(batch(KINDS[kind].patch))
+    inside = activation_quantisers(training.student.backbone)
+    assert inside
+    assert {each.mode for each in inside.values()} == {"on"}
+    assert bool(KINDS[kind].patch) == any(name.endswith(".attention") for name in inside)  # of queries with keys
+    student = training.student.eval()
+    save_detector(student, tmp_path, config.student.resize)
+    loaded = load_detector(tmp_path).eval()
+    images, mask = torch.randn(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
+    with torch.inference_mode():
+        mine, again = student(images, mask), loaded(images, mask)
+    torch.testing.assert_close(mine.boxes_cxcywh, again.boxes_cxcywh, atol=1e-5, rtol=0)
+    export_onnx(loaded, tmp_path / "model.onnx", SIDE)
+    found = check_parity(loaded, open_session(tmp_path / "model.onnx"), random_batches(SIDE, (1, 1)))
+    require_parity(found, kind, TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit"])

@@ -14,8 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.deployment.benchmark import BenchmarkOptions, benchmark, graph_of, input_size, names_of, show
+from pipelines.deployment.benchmark import BenchmarkOptions, benchmark, graph_of, input_size, names_of
 from pipelines.deployment.export import ExportOptions, export
+from pipelines.deployment.found import show
 from qskd.config import ResizeConfig
 from qskd.deploy.memory import peak_memory
 from qskd.deploy.speed import Size, compare_speed, cost_of, torch_runner

@@ -49,6 +49,35 @@ def test_few_bits_are_compared_with_float_of_the_same_teaching() -> None:
     assert few_bits.tables(row("none", 0.3), row("none", 0.3), {}, "inherit", "short") == ""
 
 
+def test_the_goals_of_few_bits_stand_beside_what_came_out() -> None:
+    ap = {
+        ("inherit", name, "short"): dict(enumerate(values))
+        for name, values in {
+            "none": (0.30, 0.31),
+            "qskd": (0.34, 0.34),
+            "w8a8_qskd": (0.339, 0.338),
+            "w4a4_none": (0.20, 0.21),
+            "w4a4_qskd": (0.30, 0.31),
+            "w4a4_alignment": (0.29,),
+            "w4a4_qdetr": (0.28,),
+        }.items()
+    }
+    rows = [line.split(" | ")[1:] for line in few_bits.goals(ap, "inherit", "short").splitlines()[2:]]
+    assert rows[0] == ["w8a8", "QSKD", "0.2 ± 0.6 AP", "2", "yes, not told |"]
+    assert rows[1] == ["w4a4-attn8", "QSKD", "3.5 ± 6.4 AP", "2", "no, not told |"]
+    both, alone = "QSKD and Q-DETR, both", "QSKD and Q-DETR, alignment alone"
+    assert rows[2:4] == [  # of QSKD in float
+        ["w4a4-attn8", alone, "5.0 AP", "1", "no, not told |"],
+        ["w4a4-attn8", both, "6.0 AP", "1", "no, not told |"],
+    ]
+    assert rows[4] == ["w4a4-attn8", "QSKD", "100 ± 0 %", "2", "yes |"]
+    assert rows[-2:] == [  # than all queries, and than none
+        ["w4a4-attn8", both, "-1.0 AP", "1", "no, not told |"],
+        ["w4a4-attn8", both, "-2.0 AP", "1", "no, not told |"],
+    ]
+    assert few_bits.goals({}, "inherit", "short") == ""
+
+
 @pytest.mark.parametrize("path", REPORTED, ids=lambda path: path.stem)
 def test_a_committed_record_is_of_the_recipe_as_it_is_today(path: Path) -> None:
     record = json.loads(path.read_text())

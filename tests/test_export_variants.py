@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,10 +21,12 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.demo.quickstart import TEACHER
-from pipelines.deployment.benchmark import BenchmarkOptions, benchmark, show
+from pipelines.deployment.benchmark import BenchmarkOptions, benchmark
 from pipelines.deployment.benchmark import foresee as foresee_benchmark
 from pipelines.deployment.calibration import Calibration, images_to_calibrate
 from pipelines.deployment.export import ExportOptions, export, foresee
+from pipelines.deployment.found import show
+from pipelines.deployment.tradeoff import points_of
 from pipelines.deployment.variants import VariantOptions
 from pipelines.inspection.evaluate import evaluate
 from pipelines.prepare import prepare
@@ -33,11 +36,12 @@ from qskd.deploy import onnx_detect
 from qskd.deploy.export import check_parity, export_onnx, random_batches, require_parity
 from qskd.deploy.model_card import read_card
 from qskd.deploy.reduced import MULTIPLIES, PLACES, Census, nodes_of, placing_parts, quantize_int8, to_float16
-from qskd.deploy.runtimes import need_openvino, open_variant, session_of_openvino, to_openvino
+from qskd.deploy.runtimes import as_stored, need_openvino, open_variant, session_of_openvino, to_openvino
 from qskd.deploy.side_by_side import Pictures, side_by_side
 from qskd.deploy.variants import FLOAT16, FLOAT32, INT8, OPENVINO_FLOAT32, OPENVINO_INT8, VARIANTS
 from qskd.detectors import FAMILIES, Detector, Preprocessing, save_detector
 from qskd.errors import QskdError
+from qskd.storage.ownership import is_own_picture
 
 torch.set_num_threads(1)
 
@@ -78,6 +82,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     found = quantize_int8(detector, folder / FLOAT32.file, folder / INT8.file, noise(3, 1))
     to_float16(detector, folder / FLOAT32.file, folder / FLOAT16.file)
     return Made(folder, detector, found)
+
+
+def test_a_precision_is_what_the_file_holds_whatever_its_name(made: Made, tmp_path: Path) -> None:
+    for variant in (FLOAT32, FLOAT16, INT8):
+        assert as_stored(variant, made.folder) == variant
+    shutil.copy(made.folder / INT8.file, tmp_path / FLOAT32.file)
+    assert as_stored(FLOAT32, tmp_path).name == INT8.name
 
 
 def test_every_family_has_int8_and_float16_within_bounds_and_boxes_stay_float(made: Made) -> None:
@@ -125,6 +136,7 @@ def test_openvino_computes_every_family_and_its_int8_as_onnxruntime_does(made: M
         gaps = side_by_side(made.detector, runs, pictures, 1)[second.name].differences
         assert gaps is not None
         assert max(gaps.mean_box, gaps.mean_probability) < (0.1 if made.detector.family in CHOOSING else most), second
+    assert as_stored(OPENVINO_INT8, tmp_path) == OPENVINO_INT8
     assert OPENVINO_INT8.bytes_in(tmp_path) > (tmp_path / OPENVINO_INT8.file).stat().st_size
 
 
@@ -138,7 +150,7 @@ def test_an_export_for_openvino_runs_there_and_in_detect(tmp_path: Path) -> None
     assert card is not None
     assert card.variants is not None
     first, *others = card.variants.facts
-    assert {fact.variant for fact in others} >= {OPENVINO_FLOAT32}
+    assert {fact.variant for fact in others} >= {OPENVINO_FLOAT32}  # float16 in the file, float32 at work
     assert first.variant == FLOAT32
     Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.png")
     here, there = (
@@ -216,11 +228,17 @@ def test_a_graph_that_detect_cannot_read_is_named_and_no_picture_is_blamed(
             onnx_detect.detect(exported, photo, 0.3, model)
 
 
-def test_a_benchmark_of_what_is_no_export_is_refused_by_the_dry_run_too(exported: Path, tmp_path: Path) -> None:
+def test_a_benchmark_that_can_not_be_is_refused_by_the_dry_run_too(
+    exported: Path, shards: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(stranger := tmp_path / "stranger.png")
     wrong = [
         (exported, {"exported": True, "onnx": True}, "given with --exported"),
         (exported, {"exported": True, "evaluate": str(tmp_path / "nosuch")}, "nosuch"),
         (TEACHER, {"exported": True}, "no model.onnx"),
+        (exported, {"exported": True, "out": tmp_path / "new.png"}, "without --evaluate"),
+        (exported, {"exported": True, "evaluate": str(shards), "out": tmp_path / "new.txt"}, "new.txt"),
+        (exported, {"exported": True, "evaluate": str(shards), "out": stranger}, "qskd did not draw it"),
     ]
     for model, options, said in wrong:
         for ask in (foresee_benchmark, benchmark):
@@ -237,8 +255,11 @@ def test_a_broken_picture_to_calibrate_with_is_named_at_once(tmp_path: Path) -> 
             foresee(str(TEACHER), tmp_path / "out", options)
 
 
-def test_benchmark_measures_every_file_of_an_export(exported: Path, shards: Path) -> None:
-    options = BenchmarkOptions(batches=(1,), exported=True, evaluate=str(shards), memory=False, rounds=1)
+def test_benchmark_measures_every_file_of_an_export_and_draws_them(
+    exported: Path, shards: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "new" / "ap.png"
+    options = BenchmarkOptions(batches=(1,), exported=True, evaluate=str(shards), out=picture, memory=False, rounds=1)
     found = benchmark([str(exported)], options)
     card = read_card(exported)
     assert card is not None
@@ -247,6 +268,13 @@ def test_benchmark_measures_every_file_of_an_export(exported: Path, shards: Path
     torch_row, *rows = found.rows
     assert (torch_row.runtime, [timing.batch for timing in torch_row.timings]) == ("PyTorch", [1, 2])
     assert {row.runtime for row in rows} == set(said)
+    assert is_own_picture(picture)
+    first = torch_row.timings[1].ms_per_image
+    assert [(point.precision, point.runtime, point.ms, point.megabytes) for point in points_of(found)] == [
+        (row.variant.computes, "onnxruntime", row.timings[0].ratio * first, row.bytes / 1e6)
+        for row in rows
+        if row.variant
+    ]
     for row in rows:
         assert [timing.batch for timing in row.timings] == [2]  # all that its graph takes
         assert row.bytes == said[row.runtime].bytes

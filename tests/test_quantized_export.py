@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,20 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from rich.console import Console
 from test_quantized_students import trained
 
+from pipelines.deployment.benchmark import BenchmarkOptions, benchmark
 from pipelines.deployment.export import ExportOptions, export
 from pipelines.deployment.variants import VariantOptions
 from pipelines.health.checkpoint import model_checks
 from pipelines.inspection.predict import predict_all, request
 from pipelines.tracking.student_pyfunc import Student
 from qskd.deploy.export import check_parity, check_sure, export_onnx, open_session, random_batches
-from qskd.deploy.model_card import Card, Figures, write_card
+from qskd.deploy.model_card import Card, Figures, read_card, write_card
 from qskd.deploy.qdq import TOLERANCE, notice_of_onnx, tolerance_of
+from qskd.deploy.runtimes import as_stored, runnable, session_of_openvino, to_openvino
+from qskd.deploy.variants import FLOAT32, OPENVINO_BFLOAT16, OPENVINO_FLOAT32
 from qskd.detectors import load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.evaluation.inference import predict_image
@@ -39,7 +45,7 @@ def saved(family: str, bits: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("asked", [{"int8": True, "calibration": ("photos",)}, {"float16": True}, {"openvino": True}])
+@pytest.mark.parametrize("asked", [{"int8": True, "calibration": ("photos",)}, {"float16": True}])
 def test_a_student_of_few_bits_is_not_rounded_once_more(asked: dict[str, Any], tmp_path: Path) -> None:
     folder = saved("detr", "w8a8", tmp_path / "student")
     with pytest.raises(QskdError, match="would round what is rounded already"):
@@ -83,6 +89,33 @@ def test_eight_bits_are_quantize_linear_with_the_learned_steps(family: str, tmp_
     found = check_parity(detector, open_session(file), random_batches(tiny.SIZE, (1,) * 4))
     # Of a network that has learnt nothing, two queries of all but equal scores may change places, and an image is lost by it.
     assert sorted(each.worst for each in found)[2] < TOLERANCE
+    assert as_stored(FLOAT32, tmp_path).name == "int8 onnxruntime"
+    if find_spec("openvino"):
+        to_openvino(file, tmp_path / OPENVINO_FLOAT32.file)
+        assert runnable([OPENVINO_FLOAT32, OPENVINO_BFLOAT16], tmp_path) == [
+            replace(OPENVINO_FLOAT32, weights="int8", computes="int8")
+        ]
+        session = session_of_openvino(tmp_path / OPENVINO_FLOAT32.file, 1)
+        found = check_parity(detector, session, random_batches(tiny.SIZE, (1,) * 4))
+        assert sorted(each.worst for each in found)[2] < TOLERANCE
+
+
+def test_a_student_of_eight_bits_is_called_so_in_its_card_and_its_benchmark(tmp_path: Path) -> None:
+    folder, openvino = saved("detr", "w8a8", tmp_path / "student"), find_spec("openvino") is not None
+    Image.new("RGB", (80, 60), "red").save(photo := tmp_path / "photo.png")
+    options = ExportOptions(rounds=0, images=(photo,), variants=VariantOptions(openvino=openvino))
+    out = export(str(folder), tmp_path / "out", options, Console(quiet=True))
+    names = ["int8 onnxruntime", *(["int8 OpenVINO"] if openvino else [])]
+    card = read_card(out)
+    assert card is not None
+    if openvino:
+        assert card.variants is not None
+        assert [fact.variant.name for fact in card.variants.facts] == names
+        assert "| openvino_model.xml | int8 |" in (out / "README.md").read_text()
+    for asked, said in ({"exported": True}, names), ({"onnx": True}, names[:1]):
+        found = benchmark([str(out)], BenchmarkOptions(batches=(1,), memory=False, rounds=1, **asked))
+        assert [row.runtime for row in found.rows] == ["PyTorch", *said]
+        assert "PyTorch rounds in float" in found.notes[0]
 
 
 def test_of_chosen_queries_the_sure_ones_are_compared_and_a_wrong_graph_is_told(tmp_path: Path) -> None:

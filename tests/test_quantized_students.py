@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection
 
+from qskd.config import StudentConfig
 from qskd.detectors import Detector, build_student, checkpoint_digests, load_detector, save_detector
 from qskd.errors import QskdError
 from qskd.quantization.files import FILE, quantisers_of, read_quantisers, restore_quantisers
-from qskd.quantization.model import activation_quantisers, belongs_to_quantiser, set_mode, weight_quantisers
+from qskd.quantization.model import activation_quantisers, belongs_to_quantiser, part_of, set_mode, weight_quantisers
 from qskd.quantization.quantiser import ActivationQuantiser, SavedActivation, WeightQuantiser
 from qskd.quantization.size import megabytes
 from qskd.training.groups import parameter_groups
@@ -35,7 +36,8 @@ WHOLE = torch.ones(2, tiny.SIZE, tiny.SIZE, dtype=torch.bool)
 
 
 def begin(family: str, quantization: Any = "w4a4-attn8", *options: str, total: int = 5) -> Training:
-    student = {**FAMILIES[family], "quantization": quantization}
+    bits = {"bits": quantization} if isinstance(quantization, str) else quantization or {}
+    student = {**FAMILIES[family], "quantization": {"rest_from": 0, **bits} if bits else None}
     return tiny.make_training(tiny.recipe(student, "distillation.method=none", *options), None, total)
 
 
@@ -407,10 +409,24 @@ def test_modes_can_be_set_for_all() -> None:
     assert {each.mode for each in activation_quantisers(training.student.model).values()} == {"off"}
 
 
+def test_all_is_quantised_at_once_where_layers_are_trained_and_halfway_where_they_begin_at_random() -> None:
+    for said, step in (({}, 50), ({"inherit": True}, 0), ({"init": "somewhere"}, 0)):
+        for own, expected in ((None, step), (0, 0), (0.25, 25), (7, 7)):
+            bits = {"bits": "w8a8"} if own is None else {"bits": "w8a8", "rest_from": own}
+            taken = StudentConfig.model_validate({**said, "quantization": bits}).quantization_taken
+            assert taken is not None
+            assert taken.rest_step(100) == expected
+    student = tiny.recipe({**FAMILIES["detr"], "quantization": "w8a8"})
+    training = tiny.make_training(tiny.recipe(student.student.model_dump(), "distillation.method=none"), None, 20)
+    assert {part_of(name) for name, step in training.stages.begins.items() if step == 0} == {"backbone"}
+    assert set(training.stages.begins.values()) == {0, 10}
+
+
 @pytest.mark.parametrize(
     ("said", "warns"),
     [
-        ({"quantization": "w8a8"}, True),
+        ({"quantization": {"bits": "w8a8", "rest_from": 0}}, True),
+        ({"quantization": "w8a8"}, False),
         ({"quantization": {"bits": "w8a8", "rest_from": 0.5}}, False),
         ({"quantization": {"bits": "w8a8", "parts": ["backbone"]}}, False),
         ({"quantization": "w8a8", "inherit": True}, False),

@@ -144,10 +144,12 @@ def same(recorded: dict[str, Any], config: Config) -> bool:
         if name in _OF_FAMILIES and not getattr(family, _OF_FAMILIES[name]):
             then[name] = now[name] = None  # without effect on this student
     facts = FACTS[config.student.family]
-    own = {
+    own: dict[str, Any] = {
         "detection.query_groups": facts.query_groups,
         "training.backbone_layer_decay": facts.layer_decay if facts.vit else 1.0,
     }
+    if bits := config.student.quantization_taken:
+        own["student.quantization.rest_from"] = bits.rest_from
     for name, value in own.items():
         for tree in (then, now):
             tree[name] = value if tree[name] is None else tree[name]

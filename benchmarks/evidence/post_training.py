@@ -18,7 +18,7 @@ CALIBRATION_BATCHES = 32  # four times what a training begins with: nothing repa
 def quantise_after_training(detector: Detector, config: Config, batches: Iterable[Mapping[str, Any]]) -> None:
     """Quantise a detector in place, with the bits and in the places of `student.quantization`. batches: a loader's, of training
     images."""
-    bits = config.student.quantization
+    bits = config.student.quantization_taken
     assert bits is not None
     quantise(detector.model, detector.family, bits)
     stages = Stages(detector.model, bits, total_steps=1_000)

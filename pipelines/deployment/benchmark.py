@@ -8,21 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from pipelines.deployment.export import square
+from pipelines.deployment.found import ONNX, TORCH, Benchmark, Row
+from pipelines.deployment.tradeoff import draw, points_of
 from pipelines.deployment.variants import evaluate_runs
+from pipelines.inspection.predict import write_picture
 from qskd.datasets.manifest import check_labelled, load_manifest
 from qskd.deploy.export import export_onnx, open_session
 from qskd.deploy.memory import peak_memory
-from qskd.deploy.runtimes import Run, has_bfloat16, open_variant, run_of, run_of_torch
+from qskd.deploy.qdq import is_quantised
+from qskd.deploy.runtimes import BFLOAT16, Run, as_stored, exported_variants, open_variant, run_of, run_of_torch
 from qskd.deploy.speed import (
     Cost,
     Runner,
@@ -35,24 +36,24 @@ from qskd.deploy.speed import (
     torch_runner,
     usual_size,
 )
-from qskd.deploy.variants import FLOAT32, OPENVINO_BFLOAT16, Variant, there
+from qskd.deploy.variants import FLOAT32, Variant
 from qskd.detectors import Detector, load_detector, read_preprocessing
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
-from qskd.evaluation.shown import score_text
-from qskd.printable import one_line
+from qskd.quantization.model import notice_of
+from qskd.storage.ownership import check_picture
 from qskd.storage.places import fetched
 from qskd.storage.scratch import scratch_folder
 
-TORCH, ONNX = "PyTorch", "onnxruntime"
+FAKE = f"{TORCH} rounds in float there, which takes longer than float alone: what its bits cost and save is its files' to say."
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
     """batches: images at a time. size: side of square images; None: each model's own. onnx: onnxruntime beside PyTorch.
     exported: every file that `qskd export` wrote, a graph of a fixed batch at that batch alone. evaluate: labelled shards that
-    AP is measured on, or None. memory: peak memory too, each model in a process of its own. limit_s: of timing, for each batch
-    size."""
+    AP is measured on, or None. out: a picture of AP against time and size, or None. memory: peak memory too, each model in a
+    process of its own. limit_s: of timing, for each batch size."""
 
     batches: tuple[int, ...] = (1, 2, 4, 8)
     size: int | None = None
@@ -62,6 +63,7 @@ class BenchmarkOptions:
     onnx: bool = False
     exported: bool = False
     evaluate: str | None = None
+    out: Path | None = None
     memory: bool = True
     rounds: int = 20
     limit_s: float = 30.0
@@ -75,19 +77,6 @@ class BenchmarkOptions:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model in one runtime. memory: batch size -> bytes; empty where it was not measured. bytes: on disk, 0 where there is no
-    file. metrics: of `qskd.evaluation`, empty where not measured."""
-
-    name: str
-    runtime: str
-    timings: list[Timing]
-    memory: dict[int, int]
-    bytes: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Subject:
     """One model in one runtime, to be measured. source: a folder or a graph's file. batch: the only one that it takes, or None."""
 
@@ -97,16 +86,6 @@ class Subject:
     batch: int | None = None
     variant: Variant | None = None
     run: Run | None = None
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What was found. facts: device, threads, precision in words."""
-
-    facts: str
-    models: dict[str, tuple[str, Size, Cost]]  # name -> family, size of its input, cost
-    rows: list[Row]
-    busy: str = ""  # `qskd.detectors.cost.busy_note`, when timing ended
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:
@@ -145,7 +124,8 @@ def foresee(models: Sequence[str], options: BenchmarkOptions) -> str:
     for name, model in names_of(models).items():
         with fetched(model) as folder:
             if options.exported:
-                exported_variants(folder)
+                check_exported(folder)
+                exported_variants(Path(folder))
             lines.append(f"{name}: {model}, images of {input_size(folder, options.size)}")
     batches = ", ".join(map(str, options.batches))
     said = f"{runtimes} on {options.torch_device()}, batches of {batches}, {options.threads} thread(s)"
@@ -158,31 +138,35 @@ def check(options: BenchmarkOptions) -> None:
         raise QskdError("--onnx", "given with --exported, which times each file of an export", "one of them")
     if options.evaluate is not None:
         check_labelled(options.evaluate, load_manifest(options.evaluate))
+    if options.out is not None:
+        if not options.exported or options.evaluate is None:
+            asked = "a picture of AP against time and size of exported files"
+            raise QskdError("--out", f"{asked}, without --exported or without --evaluate", "both")
+        if options.out.suffix.lower() != ".png":
+            raise QskdError("--out", str(options.out), "a name that ends in .png")
+        check_picture(options.out, [])
 
 
-def exported_variants(folder: str | Path) -> list[Variant]:
-    """Of an exported folder. QskdError where it is none."""
-    found = there(Path(folder))
-    if FLOAT32 not in found:
+def check_exported(folder: str | Path) -> None:
+    """QskdError where it is no exported folder."""
+    if not (Path(folder) / FLOAT32.file).is_file():
         raise QskdError(
             str(folder), f"no {FLOAT32.file}", "a folder of `qskd export`", "export it, or leave --exported away"
         )
-    return [one for one in found if one != OPENVINO_BFLOAT16 or has_bfloat16()]
 
 
 def exported_subjects(model: str, options: BenchmarkOptions) -> dict[str, Subject]:
     """By runtime, those of an exported folder's files. QskdError where it has none, or they are of another size."""
     folder, found = Path(model), dict[str, Subject]()
-    variants = exported_variants(folder)
+    check_exported(folder)
     first, _, _, side = open_session(folder / FLOAT32.file).get_inputs()[0].shape
     if options.size not in (None, side):
         raise QskdError("--size", f"{options.size}", f"{side}, which the graphs of {model} take", "leave --size away")
-    for variant in variants:
+    for variant in exported_variants(folder):
         run = open_variant(variant, folder, options.threads)
         batch = first if isinstance(first, int) else None
-        found[variant.name] = Subject(
-            run_runner(run, side), folder / variant.file, Size(side, side), batch, variant, run
-        )
+        name = variant.name if variant.name not in found else f"{variant.name}, {variant.file}"
+        found[name] = Subject(run_runner(run, side), folder / variant.file, Size(side, side), batch, variant, run)
     return found
 
 
@@ -197,7 +181,9 @@ def _subjects(
     if options.onnx:
         file, side = graph_of(model, detector, options, scratch)
         session = open_session(file, options.threads, device)
-        found[ONNX] = Subject(onnx_runner(session, side), file, side, run=run_of(session))
+        stored = as_stored(replace(FLOAT32, file=file.name), file.parent)
+        name = ONNX if stored.computes == FLOAT32.computes else stored.name
+        found[name] = Subject(onnx_runner(session, side), file, side, run=run_of(session))
     return found
 
 
@@ -218,7 +204,7 @@ def _memory(
     graph = str(subject.source).endswith((".onnx", ".xml"))
     if not options.memory or (graph and device.type == "cuda"):  # onnxruntime does not tell
         return {}
-    if subject.variant == OPENVINO_BFLOAT16:  # the same file as float32's
+    if subject.variant is not None and subject.variant.computes == BFLOAT16:  # the same file as float32's
         return {}
     how = (options.threads, str(device), options.precision)
     return peak_memory(subject.source, subject.size.height, subject.size.width, batches, *how)
@@ -255,11 +241,14 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
     counted: dict[str, tuple[str, Size, Cost]] = {}
     subjects: dict[tuple[str, str], Subject] = {}
     metrics: dict[tuple[str, str], Mapping[str, float]] = {}
+    notes = []
     with ExitStack() as copies:
         scratch = copies.enter_context(scratch_folder("benchmark"))
         for name, uri in named.items():
             model = copies.enter_context(fetched(uri))
             detector, size = load_detector(model), input_size(model, options.size)
+            if is_quantised(detector.model):
+                notes.append(f"{name} is {notice_of(detector.model)}. {FAKE}")
             counted[name] = (detector.family, size, cost_of(detector, size))
             own = _subjects(model, detector, options, scratch, device)
             subjects |= {(name, runtime): one for runtime, one in own.items()}
@@ -274,46 +263,13 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
         for label, key in labels.items():
             subject, batches = subjects[key], [timing.batch for timing in timed[label]]
             memory = _memory(subject, batches, options, device)
-            rows.append(Row(*key, timed[label], memory, _bytes(subject), metrics.get(key, {})))
-    facts = f"{device}, {options.precision}, {options.threads} thread(s)"
+            rows.append(Row(*key, timed[label], memory, _bytes(subject), metrics.get(key, {}), subject.variant))
+    precision = f"{TORCH} in {options.precision}" if options.exported else options.precision
+    facts = f"{device}, {precision}, {options.threads} thread(s)"
     if device.type == "cpu":
         facts += f" of {os.cpu_count()} cores"
-    return Benchmark(facts, counted, rows, busy)
-
-
-def show(found: Benchmark, console: Console | None = None) -> None:
-    """Two tables: what does not depend on the machine, and what does."""
-    console = console or Console()
-    costs = Table(title="parameters, and operations of one image (a multiply-add is two)")
-    for column in ("model", "family", "input", "parameters", "GFLOPs"):
-        costs.add_column(column, justify="right" if column in ("parameters", "GFLOPs") else "left", overflow="fold")
-    for name, (family, size, cost) in found.models.items():
-        costs.add_row(Text(one_line(name)), family, str(size), f"{cost.parameters / 1e6:.2f} M", f"{cost.gflops:.3g}")
-    console.print(costs)
-    if any(row.metrics for row in found.rows) or len({row.runtime for row in found.rows} - {TORCH, ONNX}):
-        files = Table(title="size on disk, and COCO AP where it was measured")
-        for column in ("model", "runtime", "MB", "AP", "AP50", "AP75"):
-            files.add_column(column, justify="left" if column in ("model", "runtime") else "right", overflow="fold")
-        for row in found.rows:
-            scores = [score_text(row.metrics.get(name)) if row.metrics else "–" for name in ("AP", "AP50", "AP75")]
-            megabytes = f"{row.bytes / 1e6:.2f}" if row.bytes else "–"
-            files.add_row(Text(one_line(row.name)), row.runtime, megabytes, *scores)
-        console.print(files)
-    first = found.rows[0]
-    times = Table(
-        title=f"{found.facts}; medians; ratio: of time to {escape(one_line(first.name))}'s in {first.runtime}"
-    )
-    for column in ("model", "runtime", "batch", "ms/image", "images/s", "ratio", "peak MB"):
-        times.add_column(column, justify="left" if column in ("model", "runtime") else "right", overflow="fold")
-    for row in found.rows:
-        for timing in row.timings:
-            memory = row.memory.get(timing.batch)
-            cells = [f"{timing.ms_per_image:.2f}", f"{timing.images_per_s:.1f}", f"{timing.ratio:.2f}"]
-            peak = "–" if memory is None else f"{memory / 1e6:.0f}"
-            head = Text(one_line(row.name)), row.runtime, str(timing.batch)
-            times.add_row(*head, *cells, peak, end_section=timing is row.timings[-1])
-    console.print(times)
-    if not all(row.memory for row in found.rows):
-        console.print("–: not measured")
-    if found.busy:
-        console.print(found.busy)
+    found = Benchmark(facts, counted, rows, busy, tuple(notes))
+    if options.out is not None:
+        how = f"{options.threads} thread(s){', busy machine' if busy else ''}"
+        write_picture(draw(points_of(found), how), options.out, [])
+    return found

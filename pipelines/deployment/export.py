@@ -217,7 +217,7 @@ def _export(model: str, named: str, out: Path, options: ExportOptions, console: 
         found = None
         if options.variants.any:
             photographs = image_files(options.images)
-            how = (seen_as, options.batch, photographs, options.rounds, options.threads)
+            how = (seen_as, options.batch, photographs, options.rounds, options.threads, options.tolerance)
             found = add_variants(detector, fresh, Asked(named, options.variants, *how), console)
         card = replace(card_of(model, named, detector, seen_as, onnx), variants=found)
         if card.evaluation is not None:

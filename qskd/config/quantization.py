@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,8 +24,8 @@ class QuantizationConfig(Section):
     # What is quantised: backbone, encoder (the projections before it too), decoder, heads.
     parts: tuple[Part, ...] = PARTS
     # When what is no backbone begins to be quantised, where both are: a share of the training below 1, or a step from 1 on. 0: at
-    # once.
-    rest_from: float = Field(default=0.0, ge=0.0)
+    # once. null: 0 for a student that starts from trained layers (init, inherit), 0.5 for one whose layers begin at random.
+    rest_from: Annotated[float, Field(ge=0.0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -50,8 +50,8 @@ class QuantizationConfig(Section):
 
     @field_validator("rest_from")
     @classmethod
-    def _whole_step(cls, at: float) -> float:
-        if at >= 1 and at != int(at):
+    def _whole_step(cls, at: float | None) -> float | None:
+        if at is not None and at >= 1 and at != int(at):
             raise ValueError(f"{at:g}: a share of the training below 1, or a whole number of steps")
         return at
 
@@ -73,7 +73,8 @@ class QuantizationConfig(Section):
         return int(found[1]), int(found[2]), int(found[3] or 8)
 
     def rest_step(self, total_steps: int) -> int:
-        """The step (0-based) at which what is no backbone begins."""
+        """The step (0-based) at which what is no backbone begins; of null the first (`StudentConfig.quantization_taken`)."""
+        at = self.rest_from or 0.0
         if "backbone" not in self.parts:
             return 0
-        return int(self.rest_from if self.rest_from >= 1 else self.rest_from * total_steps)
+        return int(at if at >= 1 else at * total_steps)

@@ -14,6 +14,8 @@ from qskd.config.section import Count, Fraction, Layers, Section, Width
 from qskd.config.student_sizes import SizeName, resolve
 from qskd.families.facts import FACTS, TEACHERS_ONLY, Family
 
+_REST_OF_RANDOM = 0.5  # docs/quantization.md has what came of 0 and of this
+
 
 class StudentConfig(Section):
     """The small detector. `init` starts from a whole detector instead; the sizes below must then be left alone, and `resize`
@@ -112,6 +114,15 @@ class StudentConfig(Section):
             return self.frozen_stages
         pretrained = bool(self.init or (self.backbone.init and "resnet" in self.backbone.type)) and not self.inherit
         return FACTS[family].frozen_stages if pretrained else 0
+
+    @property
+    def quantization_taken(self) -> QuantizationConfig | None:
+        """With a number for `rest_from`. Ranges begin as those of the network that is watched: of random layers they are wrong for
+        the one that it becomes."""
+        bits = self.quantization
+        if bits is None or bits.rest_from is not None:
+            return bits
+        return bits.model_copy(update={"rest_from": 0.0 if self.init or self.inherit else _REST_OF_RANDOM})
 
     def cells(self, size: int) -> int:
         """Cells of a square image's maps, of all levels."""

@@ -73,6 +73,11 @@ def _leave_unused(graph: Any, names: set[str]) -> None:
         graph.initializer.remove(stored)
 
 
+def is_quantised(model: Any) -> bool:
+    """Whether a model of transformers has quantisers at work."""
+    return bool(quantisers_of(model)[1])
+
+
 def tolerance_of(model: Any, asked: float) -> float:
     """How far a detector's ONNX may be from it, in probabilities and boxes. model: transformers'. QskdError for a student of fewer
     than 8 bits where no more than `TOLERANCE` is asked for: one number that goes to another of 16 levels moves a probability by

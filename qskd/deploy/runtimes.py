@@ -5,18 +5,27 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qskd.deploy.export import INPUT, OUTPUTS, Predicting, open_session
-from qskd.deploy.variants import OPENVINO_BFLOAT16, Variant
+from qskd.deploy.export import INPUT, OUTPUTS, Predicting, need, open_session
+from qskd.deploy.variants import OPENVINO, Variant, there
 from qskd.detectors import Detector
 from qskd.errors import QskdError
 
+BFLOAT16 = "bfloat16"
+# Numbers that a weight may be stored as, by the names of either runtime's files; all others are indices.
+_STORED = {
+    **{"f32": "float32", "f16": "float16", "bf16": BFLOAT16, "i8": "int8", "u8": "int8"},
+    **{"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": BFLOAT16, "INT8": "int8", "UINT8": "int8"},
+}
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # pixel_values [B, 3, S, S] -> logits, boxes
 
 
@@ -36,6 +45,59 @@ def need_openvino() -> Any:
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16 itself, as OpenVINO sees it."""
     return "BF16" in need_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def exported_variants(folder: Path) -> list[Variant]:
+    """Those that a folder holds and this machine can run, each as its file is (`as_stored`)."""
+    return runnable(there(folder), folder)
+
+
+def runnable(variants: Sequence[Variant], folder: Path) -> list[Variant]:
+    """These, as their files in `folder` are; without bfloat16 where the CPU has none, or the file whole numbers instead."""
+    found = []
+    for variant in variants:
+        own = as_stored(variant, folder)
+        if variant.computes != BFLOAT16 or (own.computes == BFLOAT16 and has_bfloat16()):
+            found.append(own)
+    return found
+
+
+def as_stored(variant: Variant, folder: Path) -> Variant:
+    """The variant, with the precision that its file in `folder` has, whatever its name: that of most of its weights. A student that
+    was trained with 8 bits has whole numbers in model.onnx. QskdError for a file that can't be read."""
+    file = folder / variant.file
+    sizes: Counter[str] = Counter()
+    for kind, count in _constants_of_openvino(file) if file.suffix == ".xml" else _constants_of_onnx(file):
+        if kind in _STORED:
+            sizes[_STORED[kind]] += count
+    weights = sizes.most_common(1)[0][0] if sizes else variant.weights
+    # OpenVINO is told what to compute in; onnxruntime computes in what is stored.
+    asked = weights if weights == "int8" or variant.runtime != OPENVINO else variant.computes
+    return replace(variant, weights=weights, computes=asked)
+
+
+def _constants_of_onnx(file: Path) -> Iterator[tuple[str, int]]:
+    """Type and count of numbers, of each constant; of whole numbers of 8 bits those that DequantizeLinear makes numbers of."""
+    onnx = need("onnx")
+    try:
+        graph = onnx.load(str(file)).graph
+    except Exception as error:  # protobuf has its own
+        raise QskdError(str(file), f"can't be read as a graph: {error}", "what `qskd export` wrote") from None
+    scaled = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for stored in graph.initializer:
+        kind = onnx.TensorProto.DataType.Name(stored.data_type)
+        if "INT" not in kind or stored.name in scaled:
+            yield kind, prod(stored.dims)
+
+
+def _constants_of_openvino(file: Path) -> Iterator[tuple[str, int]]:
+    try:
+        operations = need_openvino().Core().read_model(str(file)).get_ops()
+    except RuntimeError as error:
+        raise QskdError(str(file), f"can't be read as a graph: {_reason(error)}", "what `qskd export` wrote") from None
+    for each in operations:
+        if each.get_type_name() == "Constant":
+            yield each.get_output_element_type(0).get_type_name(), prod(each.get_output_shape(0))
 
 
 def run_of(session: Any) -> Run:
@@ -64,7 +126,7 @@ def open_variant(variant: Variant, folder: Path, threads: int = 1) -> Run:
     """The variant's file in this folder, on the CPU. Raises QskdError where the runtime can't run it."""
     file = folder / variant.file
     if file.suffix == ".xml":
-        return run_of(session_of_openvino(file, threads, "bf16" if variant == OPENVINO_BFLOAT16 else "f32"))
+        return run_of(session_of_openvino(file, threads, "bf16" if variant.computes == BFLOAT16 else "f32"))
     return run_of(open_session(file, threads))
 
 

@@ -13,7 +13,8 @@ ONNXRUNTIME, OPENVINO = "onnxruntime", "OpenVINO"
 
 @dataclass(frozen=True)
 class Variant:
-    """file: the name in the exported folder. weights: what they are stored as. computes: what the runtime computes in."""
+    """file: the name in the exported folder. weights: what most of them are stored as. computes: what the runtime computes in.
+    Those below are a float detector's; `qskd.deploy.runtimes.as_stored` looks into the file."""
 
     file: str
     runtime: str
@@ -42,7 +43,7 @@ VARIANTS = (FLOAT32, FLOAT16, INT8, OPENVINO_FLOAT32, OPENVINO_BFLOAT16, OPENVIN
 
 @dataclass(frozen=True)
 class Differences:
-    """To float32 in onnxruntime, over all queries of `images` images. reordered: queries that stand in another place."""
+    """To model.onnx in onnxruntime, over all queries of `images` images. reordered: queries that stand in another place."""
 
     images: int
     largest_probability: float
@@ -66,7 +67,7 @@ class VariantFacts:
 
 @dataclass(frozen=True)
 class VariantsFound:
-    """facts: float32 in onnxruntime first. notes: sentences: how they were made and measured."""
+    """facts: model.onnx in onnxruntime first. notes: sentences: how they were made and measured."""
 
     facts: tuple[VariantFacts, ...]
     notes: tuple[str, ...] = ()

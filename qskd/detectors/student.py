@@ -41,8 +41,8 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
         torch.manual_seed(seed)
         model = _from_checkpoint(config, labels) if config.init else _from_sizes(config, labels)
         find_family(model.config.model_type, "student").prepare_student(model)
-        if config.quantization is not None:  # before the detector takes hold of any layer's forward
-            quantise(model, model.config.model_type, config.quantization)
+        if config.quantization_taken is not None:  # before the detector takes hold of any layer's forward
+            quantise(model, model.config.model_type, config.quantization_taken)
             _warn_of_random_ranges(config)
         detector = Detector(model).train()
     if config.init:
@@ -58,12 +58,13 @@ def build_student(config: StudentConfig, labels: Sequence[str], seed: int) -> De
 
 def _warn_of_random_ranges(config: StudentConfig) -> None:
     """A network that has learnt nothing has other ranges than it will have."""
-    bits = config.quantization
+    bits = config.quantization_taken
     if bits is None or bits.rest_from or bits.parts == ("backbone",) or config.init or config.inherit:
         return
     _warn(
         "student.quantization.rest_from = 0: layers that begin at random are quantised from the start, with the ranges of a "
-        "network that has learnt nothing. At 8 bits an RT-DETR had an AP of 0.267 so, 0.387 with rest_from: 0.5, and 0.389 in float"
+        "network that has learnt nothing. At 8 bits an RT-DETR had an AP of 0.267 so, 0.387 with rest_from: 0.5, and 0.389 in "
+        "float; a Deformable DETR 0.022 and 0.171 (docs/quantization.md)"
     )
 
 

@@ -84,7 +84,7 @@ class Training:
         )
         # Asked in every step: to go through all modules for them takes as long as to use them.
         self._learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        bits = config.student.quantization
+        bits = config.student.quantization_taken
         self.stages = Stages(student.model, bits, total_steps) if bits is not None else None
         self.step_module = self._gathering()
         self._averaged: tuple[list[Tensor], list[Tensor]] | None = None
