@@ -301,7 +301,7 @@ def test_the_cache_of_several_is_known_by_each_of_them_and_its_losses_are_the_on
     shards: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     path, data = str(tmp_path / "cache"), load_manifest(shards)
-    cache = ("path=" + path, "precision=float32", "attention_giou_floor=-0.9")
+    cache = ("path=" + path, "precision=float32", "attention_giou_floor=-0.9", "cells=attended")
     fields = tuple(f"teacher.cache.{field}" for field in cache)
     config = config_of(shards, folders, *fields)
     teacher = make_teacher(config, data.labels)
