@@ -26,14 +26,14 @@ from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.classes import NOBODY
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
-from qskd.detectors import save_detector
+from qskd.detectors import load_detector, save_detector
 from qskd.distillation.qskd.lapd import terms_together
 from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import none_selected
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
 from qskd.distillation.shared.apart import apart, deaf, matched, matches_apart, prediction
 from qskd.errors import QskdError
-from qskd.from_recipe import make_teacher
+from qskd.from_recipe import make_teacher, start_student
 from qskd.losses.matching import assign
 from qskd.pictures.explain import Subject, explain
 from qskd.structures import SILENT_LOGIT, TeacherNeeds, TeacherRecord
@@ -319,6 +319,9 @@ def test_the_cache_of_several_is_known_by_each_of_them_and_its_losses_are_the_on
     for mine, theirs in zip(cached, online, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
 
+    training = make_training(config, CachedTeacher(kept.sizes))
+    assert all(value == 0 for value in training.train_step(train_batch(arrays([]))).values())  # a worker's empty share
+
     check_cache(config, data)
     renamed = config_of(shards, folders, *fields).model_dump()
     renamed["teacher"]["also"] = {"other_name": renamed["teacher"]["also"]["new"]}
@@ -403,6 +406,17 @@ def test_a_class_that_no_teacher_knows_is_left_to_nobody_in_words_or_refused(
     assert "class_map" in str(told.value)
     left = members_of(config_of(shards, folders, "teacher.class_map={twelve: null}"), labels)
     assert [each.classes(labels) for each in left] == [["eight"], ["nine"]]
+
+
+def test_a_student_inherits_the_first_s_layers_and_its_own_classes_rows(shards: str, folders: dict[str, Path]) -> None:
+    config, labels = config_of(shards, folders, "student.inherit=true", "student.queries=9"), ("nine", "three", "eight")
+    student, told = start_student(config, labels)
+    assert f"parts of {folders['first']}" in told
+    first = load_detector(folders["first"]).model.state_dict()
+    head = next(name for name in first if "class_label" in name and name.endswith("weight"))
+    rows = student.model.state_dict()[head]
+    assert torch.equal(rows[[2, 1]], first[head])
+    assert not torch.equal(rows[0], first[head][0])
 
 
 def test_teachers_of_two_sizes_teach_at_one_that_the_recipe_says(shards: str, folders: dict[str, Path]) -> None:
