@@ -89,9 +89,7 @@ class CacheManifest:
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": CODEC_VERSION, "fingerprint": self.fingerprint}
         tree = asdict(self)
-        if (
-            not self.sizes.parts
-        ):  # so that what reads caches of before there could be several teachers reads this one too
+        if not self.sizes.parts:  # a cache of one teacher is written as before there could be several
             del tree["sizes"]["parts"]
         return json.dumps(head | tree, indent=1)
 
