@@ -48,10 +48,11 @@ def command(
     """
     from pipelines.inspection import explain as program
     from qskd.printable import shown_path
+    from qskd.teacher.several.members import teachers_named
 
     source = program.read_source(recipe_or_run, set or ())
     if dry_run:
-        tell(f"student: {source.student or 'none yet'}; teacher: {source.config.teacher.path or 'none'}")
+        tell(f"student: {source.student or 'none yet'}; teacher: {teachers_named(source.config) or 'none'}")
         tell("\n".join(f"{shown_path(image)} → {shown_path(target)}" for image, target in program.targets(images, out)))
         return
     for path, shown in program.write_explanations(source, images, annotations, before, out, threshold, view):

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from qskd.config import Config
-from qskd.datasets.classes import NOBODY, listing, map_classes, respelled
+from qskd.datasets.classes import listing, respelled
 from qskd.datasets.manifest import Manifest
-from qskd.detectors import read_config, words_for
+from qskd.detectors import read_config
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
@@ -20,7 +20,8 @@ from qskd.teacher.directions import FILE as DIRECTIONS
 from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
-from qskd.teacher.told.results import teacher_labels
+from qskd.teacher.several.checks import check_several_teachers
+from qskd.teacher.several.members import Member, members_of, told_of
 
 
 def check_teacher(config: Config) -> None:
@@ -60,8 +61,7 @@ def check_unlabeled(config: Config, labels: Sequence[str]) -> None:
             "`qskd distill`; or have a teacher label them once: `qskd label TEACHER IMAGES OUT.json`, then `qskd prepare`; or "
             "leave them out: --set data.unlabeled=[]",
         )
-    slots = map_classes(labels, _teacher_labels(config, labels), config.teacher.class_map)
-    if silent := [name for name, slot in zip(labels, slots, strict=True) if slot == NOBODY]:
+    if silent := _nobody_s(members_of(config, labels), labels):
         raise QskdError(
             "data.unlabeled",
             f"images of which nobody says where there is {listing(silent)}: teacher.class_map leaves that to nobody",
@@ -174,12 +174,12 @@ def lacks_directions(config: Config, manifest: CacheManifest) -> bool:
 def check_classes(config: Config, train: Manifest) -> None:
     """QskdError where the teacher does not know all classes. Reads no weights."""
     if config.distillation.method != "none":
-        map_classes(train.labels, _teacher_labels(config, train.labels), config.teacher.class_map)
+        members_of(config, train.labels)
 
 
-def _teacher_labels(config: Config, labels: Sequence[str]) -> tuple[str, ...]:
-    """By slot; of a teacher that is asked in words, what it is asked for these classes."""
-    return teacher_labels(config.teacher.path, words_for(labels, config.teacher.class_map))
+def _nobody_s(members: Sequence[Member], labels: Sequence[str]) -> list[str]:
+    known = {name for each in members for name in each.classes(labels)}
+    return [name for name in labels if name not in known]
 
 
 def check_decoder(config: Config) -> None:
@@ -199,6 +199,7 @@ def check_decoder(config: Config) -> None:
 def check_columns(config: Config) -> None:
     """QskdError where the recipe's cache is to keep, or its method reads, what no teacher of this family can say. Reads no
     weights."""
+    check_several_teachers(config)
     needs, kept = teacher_needs(config.distillation), config.teacher.cache.columns
     for column in COLUMNS:
         if column.name in kept or (column.optional and needs is not None and column.asked(needs)):
@@ -209,12 +210,12 @@ def class_notices(config: Config, train: Manifest) -> list[str]:
     """What there is to say of classes that the teacher spells otherwise, or knows nothing of. Reads no weights."""
     if config.distillation.method == "none":
         return []
-    labels = _teacher_labels(config, train.labels)
-    slots = map_classes(train.labels, labels, config.teacher.class_map)
-    told = []
-    if said := respelled(train.labels, labels, slots):
-        told.append(f"classes that the teacher spells otherwise: {said}")
-    if silent := [name for name, slot in zip(train.labels, slots, strict=True) if slot == NOBODY]:
+    members = members_of(config, train.labels)
+    told = told_of(members, train.labels)
+    for each in members:
+        if said := respelled(train.labels, each.labels, each.slots):
+            told.append(f"classes that {'the teacher' if len(members) == 1 else each.path} spells otherwise: {said}")
+    if silent := _nobody_s(members, train.labels):
         told.append(
             f"teacher.class_map leaves to nobody: {listing(silent)}; the student learns these from objects alone"
         )

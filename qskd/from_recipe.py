@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from qskd.checks import check_teacher
 from qskd.config import Config
-from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import read_annotations
-from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector, words_for
+from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.evaluation.detections import GroundTruth
@@ -18,10 +17,13 @@ from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.decoder import load_decoder
 from qskd.teacher.directions import load_directions
-from qskd.teacher.identity import cache_sources, teacher_preprocessing
+from qskd.teacher.identity import cache_sources, teacher_preprocessing, teachers_preprocessing
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.several.checks import check_several_teachers
+from qskd.teacher.several.members import members_of
+from qskd.teacher.several.together import TeachersTogether
 from qskd.teacher.told.checks import not_to_be_asked
-from qskd.teacher.told.results import is_results, read_results, teacher_labels
+from qskd.teacher.told.results import is_results, read_results
 from qskd.teacher.told.teacher import ToldTeacher
 
 log = logging.getLogger("qskd")
@@ -42,17 +44,20 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
-    """The teacher the recipe names, or None for plain training."""
+    """The teacher the recipe names, several as one; or None for plain training."""
     if config.distillation.method == "none":
         return None
     check_teacher(config)
-    path, words = config.teacher.path, words_for(labels, config.teacher.class_map)
-    if is_results(path):
-        slots = map_classes(labels, teacher_labels(path, words), config.teacher.class_map)
-        return ToldTeacher(read_results(path), load_manifest(config.data.train).categories, slots, config.data.views)
-    detector = load_detector(path, words=words)
-    slots = map_classes(labels, detector.labels, config.teacher.class_map)
-    return OnlineTeacher(detector, slots, teacher_preprocessing(config), config.teacher.levels)
+    check_several_teachers(config)
+    members = members_of(config, labels)
+    if is_results(path := config.teacher.path):
+        categories = load_manifest(config.data.train).categories
+        return ToldTeacher(read_results(path), categories, members[0].slots, config.data.views)
+    teachers = [
+        OnlineTeacher(load_detector(each.path, words=each.words), each.slots, seen_as, each.levels)
+        for each, seen_as in zip(members, teachers_preprocessing(config), strict=True)
+    ]
+    return TeachersTogether(teachers) if len(teachers) > 1 else teachers[0]
 
 
 def teacher_to_ask(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:
@@ -73,9 +78,9 @@ def start_student(config: Config, labels: Sequence[str], teacher: Detector | Non
         return student, ""
     if not config.teacher.path:
         raise QskdError("student.inherit", "teacher.path is empty", "a teacher", "--set teacher.path=...")
-    words = words_for(labels, config.teacher.class_map)
-    teacher = teacher or load_detector(config.teacher.path, words=words)
-    done = inherit(student, teacher, map_classes(labels, teacher.labels, config.teacher.class_map))
+    first = members_of(config, labels)[0]
+    teacher = teacher or load_detector(first.path, words=first.words)
+    done = inherit(student, teacher, first.slots)
     if not done.copied:
         fields = [f"student.{name}: {size}, the teacher's" for name, size in fitting_sizes(student, teacher).items()]
         raise QskdError(

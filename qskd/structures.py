@@ -201,6 +201,8 @@ class TeacherRecord:
         where nothing was.
     absent: [L', B, Q] bool, queries that a derived crop has dropped: they say `SILENT_LOGIT` of every class, and are of no object;
         None where nothing was cropped.
+    parts: of several teachers (`qskd.distillation.shared.apart`) how many queries and maps each has, one after another; empty: it
+        is of one.
     """
 
     logits: Tensor
@@ -212,6 +214,7 @@ class TeacherRecord:
     extra: dict[str, Tensor] = field(default_factory=dict)
     derived: Tensor | None = None
     absent: Tensor | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def silent(self) -> Tensor:

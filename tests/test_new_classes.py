@@ -50,10 +50,10 @@ def test_rows_run_from_images_to_records(
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/new_classes.md").write_text(f"{report._BEGIN}\n{report._END}\n")
     monkeypatch.setattr(program, "ROOT", tmp_path)
-    named = ["finetuning", "balanced", "joint"]
+    named = ["finetuning", "two_teachers_alone", "balanced", "joint"]
     words = ["--work", str(tmp_path / "work"), "--seeds", "0", "--rows", *named]
     assert program.main(words) == 0
-    assert capsys.readouterr().out.count("forgotten") == 4
+    assert capsys.readouterr().out.count("forgotten") == 5
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "records/report").glob("*.json")}
     assert set(records) == {f"{name}-seed0" for name in named}
     assert "| fine-tuning alone |" in (tmp_path / "docs/new_classes.md").read_text()
@@ -63,5 +63,6 @@ def test_rows_run_from_images_to_records(
     work = tmp_path / "work"
     assert load_manifest(str(work / "old-easy")).labels == EASY
     assert load_manifest(str(work / "new")).labels == EASY + TWINS
+    assert load_manifest(str(work / "new-twins")).labels == TWINS
     assert load_manifest(str(work / "joint")).num_images == 40
     assert load_manifest(str(work / "seed0/balanced")).num_images == 8

@@ -14,6 +14,7 @@ from benchmarks.new_classes.task import (
     LEARNING_RATE,
     STEPS,
     Work,
+    second_detector,
     train,
 )
 from pipelines.labelling.job import Request
@@ -128,6 +129,25 @@ def completed_lapd(work: Work, to: Path) -> float:
     return train(work, work.folder / "new", to, STEPS, _taught(work, *fields), "distill")
 
 
+def _two_teachers(work: Work, *more: str) -> list[str]:
+    """The old detector and one of the twins, each for its own classes."""
+    second = f"teacher.also.twins.path={second_detector(work)}"
+    return _begin(work, f"teacher.path={work.old}", second, "distillation.decay=0", *_PLAIN, *more)
+
+
+def two_teachers(work: Work, to: Path) -> float:
+    return train(work, work.folder / "new", to, STEPS, _two_teachers(work, "data.completed=true"), "distill")
+
+
+def two_teachers_alone(work: Work, to: Path) -> float:
+    """On the new images without their labels."""
+    shards = work.folder / "new-unlabeled"
+    if not (shards / "manifest.json").exists():
+        prepare(work.folder / "new-coco/images", None, str(shards), quiet=True, unlabeled=True)
+    fields = _two_teachers(work, "data.train=", f"data.unlabeled=[{shards}]")
+    return train(work, work.folder / "new", to, STEPS, fields, "distill")
+
+
 def exemplars(work: Work, to: Path) -> float:
     """The new images and a tenth of the old, which have labels of the old classes alone."""
     old = _chosen(work, work.folder / "old", "old-exemplars")
@@ -171,6 +191,8 @@ ROWS = {
     "completed": Row("QSKD, labels completed in each step", completed),
     "completed_plain": Row("plain distillation, labels completed in each step", completed_plain),
     "completed_lapd": Row("QSKD's predictions alone, labels completed from a score of 0.3", completed_lapd),
+    "two_teachers": Row("two teachers: the same, and a detector of the twins", two_teachers),
+    "two_teachers_alone": Row("two teachers, on images without any label", two_teachers_alone),
     "exemplars": Row("CL-DETR's rule, and a tenth of the old images", exemplars),
     "balanced": Row("the same, then balanced fine-tuning", balanced),
     "joint": Row("joint training: all labels of old and new images", joint),

@@ -37,6 +37,13 @@ OLD_STEPS, STEPS, BALANCED_STEPS = 2400, 600, 120
 LEARNING_RATE, BALANCED_LEARNING_RATE = 1e-3, 2e-4
 EXEMPLARS = IMAGES // 10  # CL-DETR keeps a tenth
 
+_FRESH = (  # a detector that begins with a backbone alone
+    "student.backbone={embedding_size: 24, hidden_sizes: [24, 48], depths: [1, 1]}",
+    f"student.backbone.init={BACKBONE}",
+    "detection.dense_weight=1.0",
+    "training.learning_rate=3.0e-3",
+)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -77,14 +84,20 @@ def make_task(work: Work) -> None:
         parts = [str(work.folder / f"{name}-all") for name in ("old", "new")]
         prepare(Path(parts[0]), None, str(work.folder / "joint"), quiet=True, also=parts[1:])
     if not work.old.exists():
-        backbone = "student.backbone={embedding_size: 24, hidden_sizes: [24, 48], depths: [1, 1]}"
-        begin = [
-            backbone,
-            f"student.backbone.init={BACKBONE}",
-            "detection.dense_weight=1.0",
-            f"data.val={work.folder}/old-val",
-        ]
-        train(work, work.folder / "old-easy", work.old, OLD_STEPS, [*begin, "training.learning_rate=3.0e-3"])
+        train(work, work.folder / "old-easy", work.old, OLD_STEPS, [*_FRESH, f"data.val={work.folder}/old-val"])
+
+
+def second_detector(work: Work) -> Path:
+    """One of the twins alone, as the old one is of the easy shapes: of the new images, from the same backbone."""
+    to = work.folder / f"twins-seed{work.seed}"
+    for name, source in (("new-twins", "new"), ("twins-val", "val")):
+        if not (work.folder / name / "manifest.json").exists():
+            coco = work.folder / f"{source}-coco"
+            shards = str(work.folder / name)
+            prepare(coco / "annotations.json", coco / "images", shards, leave_out=EASY, quiet=True)
+    if not to.exists():
+        train(work, work.folder / "new-twins", to, OLD_STEPS, [*_FRESH, f"data.val={work.folder}/twins-val"])
+    return to
 
 
 def _part(annotations: Path, to: Path, classes: Sequence[str]) -> Path:

@@ -30,7 +30,7 @@ def look_at_levels(plan: CachePlan, teacher: OnlineTeacher) -> str:
     """A sentence where the recipe's student learns from some of the teacher's maps alone, and all are to be kept; else nothing."""
     config, facts = plan.config, teacher.facts
     read = levels_read(config.student, facts)
-    if config.teacher.levels is not None or len(read) == len(facts.channels):
+    if facts.parts or config.teacher.levels is not None or len(read) == len(facts.channels):
         return ""
     numbers = [width * cells for width, cells in zip(facts.channels, facts.cells, strict=True)]
     share = sum(numbers[level] for level in read) / sum(numbers)

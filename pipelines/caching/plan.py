@@ -41,6 +41,7 @@ from qskd.teacher.manifest import (
     sizes_of,
 )
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.several.members import teachers_named
 from qskd.teacher.told.checks import check_told
 from qskd.teacher.told.fits import fit_notices
 
@@ -87,7 +88,7 @@ class CachePlan:
     def describe(self) -> str:
         views, done = self.config.data.views.count, self.images(list(self.done))
         asked = f"{self.data.num_images} images x {views} view(s) of {self.config.data.train}"
-        return f"{self.config.teacher.path} on {asked}: {self.images(self.units)} in all, {done} there already → {self.path}"
+        return f"{teachers_named(self.config)} on {asked}: {self.images(self.units)} in all, {done} there already → {self.path}"
 
 
 def make_cache_plans(config: Config, overwrite: bool = False) -> list[CachePlan]:

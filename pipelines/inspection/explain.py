@@ -34,6 +34,7 @@ from qskd.storage.ownership import check_picture
 from qskd.storage.places import fetched, open_folder
 from qskd.storage.stores import join, patiently
 from qskd.teacher.online import OnlineTeacher
+from qskd.teacher.several.members import paths_of
 from qskd.teacher.told.results import is_results
 
 log = logging.getLogger("qskd")
@@ -114,8 +115,9 @@ def about(config: Config, teacher: OnlineTeacher | None, before: str = "") -> st
     """One line on whose picture it is."""
     parts = [f"recipe {config.name}"]
     if teacher is not None:
-        name = "/".join(PurePosixPath(config.teacher.path).parts[-2:])
-        parts.append(f"teacher {name}: {teacher.detector.family}, {teacher.detector.num_queries} queries")
+        names = " and ".join("/".join(PurePosixPath(path).parts[-2:]) for path in paths_of(config).values())
+        which = f"teachers {names}: " if config.teacher.also else f"teacher {names}: {teacher.detector.family}, "
+        parts.append(f"{which}{teacher.facts.queries} queries")
     parts.append(f"student: {family_of(config.student)}, {how_it_began(config)}")
     return "  ·  ".join([*parts, *([f"before: {before}"] if before else [])])
 
@@ -202,7 +204,8 @@ def _labels(
     others = [detector.labels for detector in reversed(list(students.values()))]
     found = classes(dataset, described, others)
     if not found and config.teacher.path and not is_results(config.teacher.path):
-        found = tuple(label for label in dict.fromkeys(load_detector(config.teacher.path).labels) if label != "N/A")
+        known = [label for path in paths_of(config).values() for label in load_detector(path).labels]
+        found = tuple(label for label in dict.fromkeys(known) if label != "N/A")
     if not found:
         raise QskdError(
             "data.val", "empty, and no student or teacher names classes", "shards, annotations or a teacher"

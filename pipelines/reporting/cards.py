@@ -20,11 +20,13 @@ from qskd.datasets.splits import class_map_for
 from qskd.datasets.unlabeled.joined import training_manifest, unlabeled_manifests
 from qskd.deploy.model_card import Card, Figures, method_titles, read_card, write_card
 from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
-from qskd.detectors import Detector, load_detector, words_for
+from qskd.detectors import Detector, load_detector
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
+from qskd.evaluation.forgetting import mean_of
 from qskd.storage.places import open_folder
 from qskd.teacher.identity import teacher_preprocessing
+from qskd.teacher.several.members import Member, members_of, teachers_named
 from qskd.teacher.told.results import is_results
 from qskd.untrusted import parse_large_json
 
@@ -55,22 +57,29 @@ def baseline_metrics(folder: str) -> dict[str, float]:
         return {}
 
 
-def teacher_metrics(config: Config) -> dict[str, float]:
-    """AP of the teacher on the validation images, where the recipe asks for that."""
+def teacher_metrics(config: Config, member: Member | None = None) -> dict[str, float]:
+    """AP of the teacher on the validation images, where the recipe asks for that. member: of several this one's, of its own
+    classes."""
     if not config.card.evaluate_teacher:
         return {}
     stage("evaluating the teacher")
     compute, seen_as = config.compute, teacher_preprocessing(config).resize
     threads = compute.threads_per_worker or 1
     data = training_manifest(config.data), load_manifest(config.data.val)
-    teacher = (config.teacher.path, config.data.val, seen_as, class_map_for(config.teacher.class_map, *data))
-    return evaluate(
+    path, class_map, own = config.teacher.path, config.teacher.class_map, list[str]()
+    if member is not None:
+        path, own = member.path, member.classes(data[0].labels)
+        class_map = {name: member.class_map.get(name, name) if name in own else None for name in data[0].labels}
+    teacher = (path, config.data.val, seen_as, class_map_for(class_map, *data))
+    found = evaluate(
         *teacher,
         workers=compute.workers,
         threads=threads,
         device=compute.device,
         precision=compute.evaluation_precision,  # as the student is
-    ).metrics
+        tell_nobody=member is None,
+    )
+    return found.metrics if member is None else mean_of(found, own)
 
 
 def figures(
@@ -106,11 +115,14 @@ def card_of_run(
     """student: its folder. metrics: of the last evaluation."""
     measured: dict[str, tuple[Detector, Mapping[str, float]]] = {}
     sizes: dict[str, ResizeConfig] = {}
-    teacher = _here(config.teacher.path)
-    if verb == "distill" and config.distillation.method != "none":
-        name, words = f"teacher, `{teacher}`", words_for(train.labels, config.teacher.class_map)
-        if not is_results(config.teacher.path):
-            measured[name] = (load_detector(config.teacher.path, words=words), teacher_metrics(config))
+    teacher = _here(teachers_named(config))
+    if verb == "distill" and config.distillation.method != "none" and not is_results(config.teacher.path):
+        members = members_of(config, train.labels)
+        for each in members:
+            of = "" if len(members) == 1 else f" of {len(each.classes(train.labels))} classes"
+            name = f"teacher{of}, `{_here(each.path)}`"
+            found = teacher_metrics(config, each if of else None)
+            measured[name] = (load_detector(each.path, words=each.words), found)
             sizes[name] = teacher_preprocessing(config).resize
     detector = load_detector(student)
     measured["this model"], sizes["this model"] = (detector, metrics), config.student.resize

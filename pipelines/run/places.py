@@ -10,6 +10,7 @@ from qskd.errors import QskdError
 from qskd.redaction import redacted
 from qskd.storage.places import relation_of
 from qskd.storage.stores import join
+from qskd.teacher.several.members import paths_of
 
 
 def check_places(config: Config, verb: str) -> None:
@@ -19,7 +20,8 @@ def check_places(config: Config, verb: str) -> None:
     read = {"data.train": config.data.train, "data.val": config.data.val}
     read |= {f"data.unlabeled[{number}]": path for number, path in enumerate(config.data.unlabeled)}
     read |= {f"data.selection[{number}]": path for number, path in enumerate(config.data.selection)}
-    models = {"teacher.path": config.teacher.path, "student.init": init, "student.backbone.init": backbone}
+    models = {"student.init": init, "student.backbone.init": backbone}
+    models |= paths_of(config)
     models["card.baseline"] = config.card.baseline
     read |= {field: path for field, path in models.items() if os.path.isdir(os.path.expanduser(path)) or "://" in path}
     run = join(storage_path(config), config.name)  # no store is asked

@@ -46,7 +46,11 @@ def resolve(config: Config, verb: str) -> ResolvedConfig:
     places["selection"] = tuple(map(absolute, config.data.selection))
     update: dict[str, Any] = {"data": config.data.model_copy(update=places)}
     cache = config.teacher.cache.model_copy(update={"path": absolute(config.teacher.cache.path)})
-    teacher = {"cache": cache, "path": model("teacher.path", config.teacher.path)}
+    teacher: dict[str, Any] = {"cache": cache, "path": model("teacher.path", config.teacher.path)}
+    teacher["also"] = {
+        name: each.model_copy(update={"path": model(f"teacher.also.{name}.path", each.path)})
+        for name, each in config.teacher.also.items()
+    }
     update["teacher"] = config.teacher.model_copy(update=teacher)
     backbone = config.student.backbone
     start = backbone.model_copy(update={"init": model("student.backbone.init", backbone.init)})

@@ -43,6 +43,7 @@ from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, load_cache_manifest
+from qskd.teacher.several.members import teachers_named
 from qskd.teacher.told.checks import check_told
 from qskd.teacher.told.fits import fit_notices
 
@@ -121,7 +122,9 @@ class Plan:
             how = f"its outputs from {cache}" if self.stream.teacher_cache else SLOW_PATH
             if self.cache_is_missing:
                 how = f"its outputs from {cache}, where no cache is yet. To be made first: {cache_command}"
-            lines.insert(0, f"teacher: {self.config.teacher.path}, {how}")
+            several = bool(self.config.teacher.also)
+            how = how.replace("its outputs", "their outputs", 1) if several else how
+            lines.insert(0, f"teacher{'s' if several else ''}: {teachers_named(self.config)}, {how}")
         lines += [f"notice: {notice}" for notice in self.notices]
         if self.config.student.inherit:
             lines.append(start_student(self.config, self.train.labels)[1])

@@ -15,6 +15,7 @@ from qskd.config.sections import ComputeConfig as ComputeConfig
 from qskd.config.sections import Config as Config
 from qskd.config.sections import DataConfig as DataConfig
 from qskd.config.sections import DetectionLossConfig as DetectionLossConfig
+from qskd.config.sections import FurtherTeacherConfig as FurtherTeacherConfig
 from qskd.config.sections import TeacherCacheConfig as TeacherCacheConfig
 from qskd.config.sections import TeacherConfig as TeacherConfig
 from qskd.config.sections import TrackingConfig as TrackingConfig

@@ -69,7 +69,7 @@ def sections_of(section: type[Section], path: str = "") -> Iterator[tuple[str, t
     for name, field in section.model_fields.items():
         if (inner := _section_in(field.annotation)) is None:
             continue
-        inside = f"{path}.{name}".lstrip(".")
+        inside = f"{path}.{name}".lstrip(".") + (".NAME" if get_origin(field.annotation) is dict else "")
         if inner is not MethodSettings:
             yield from sections_of(inner, inside)
             continue
@@ -134,7 +134,8 @@ def _table(section: type[Section]) -> str:
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             continue  # a table of its own
-        if name in MethodSettings.model_fields and section not in (MethodSettings, settings_class(DEFAULT)):
+        of_a_method = issubclass(section, MethodSettings) and section not in (MethodSettings, settings_class(DEFAULT))
+        if of_a_method and name in MethodSettings.model_fields:
             continue  # what every method has is in the default one's table
         if section.__base__ not in (Section, MethodSettings) and name not in section.__annotations__:
             continue  # of a section that is another one's with other defaults: what differs alone

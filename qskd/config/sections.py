@@ -80,24 +80,47 @@ class TeacherCacheConfig(Section):
         return self
 
 
+Levels = (
+    Annotated[tuple[Annotated[int, Field(ge=0, lt=64)], ...], Field(min_length=1), AfterValidator(_ascending)] | None
+)
+
+
+class FurtherTeacherConfig(Section):
+    """A teacher beside the first one, which knows other classes (docs/new_classes.md). It sees the pictures as the first does."""
+
+    path: Annotated[str, Field(min_length=1)]  # a detector, as `teacher.path`; no file of detections
+    levels: Levels = None  # as `teacher.levels`, of its own maps
+    # As `teacher.class_map`. Classes of the dataset that it has no label for need no entry: another teacher knows them.
+    class_map: dict[str, str | None] = Field(default={})
+
+
 class TeacherConfig(Section):
     """The large detector."""
 
     # a Hub name, a folder that transformers can load, or a run's; an ONNX file, or a file of detections, with a cache
     # (docs/teachers.md)
     path: str = ""
+    # More teachers, each a section under a name, for classes that the ones before it don't know: each class is taught by the first
+    # that has a label for it, and of it the others are silent. For qskd and qskd-tprd (docs/new_classes.md).
+    also: dict[str, FurtherTeacherConfig] = Field(default_factory=dict)
     cache: TeacherCacheConfig = TeacherCacheConfig()
     # Of a teacher of several memory maps those that are taught and cached, by number, 0 the finest; null: all. A student of one map
     # learns from one: of an RT-DETR's three the coarsest has a twentieth of the bytes (docs/cache.md).
-    levels: (
-        Annotated[tuple[Annotated[int, Field(ge=0, lt=64)], ...], Field(min_length=1), AfterValidator(_ascending)]
-        | None
-    ) = None
+    levels: Levels = None
     resize: ResizeConfig | None = None  # null: what the checkpoint's own image processor says
     # Dataset category name: the teacher's label (or its logit slot as text, "17"), where the names differ; null leaves a
     # category to nobody: the teacher says nothing of it, and what it says is not learnt. Of a teacher that is asked in words
     # (Grounding DINO) it is what it is asked for the category.
     class_map: dict[str, str | None] = Field(default={})
+
+    @model_validator(mode="after")
+    def _also_after_a_first(self) -> TeacherConfig:
+        for name in self.also:
+            if not self.path:
+                raise ValueError(f"also.{name} stands beside a first teacher: set path")
+            if not name.isidentifier():
+                raise ValueError(f"also.{name}: a name of letters, digits and underscores")
+        return self
 
 
 class DetectionLossConfig(Section):

@@ -45,10 +45,11 @@ _SPELLINGS = {
 
 @dataclass(frozen=True)
 class Side:
-    """Whose labels are asked, and what a message about them is about."""
+    """Whose labels are asked, what a message about them is about, and the field with the class map."""
 
     name: str = "teacher"
     where: str = _FIELD
+    field: str = _FIELD
 
 
 TEACHER = Side()
@@ -160,11 +161,11 @@ def map_classes(
     if ambiguous:
         found = f"several slots of the {side.name} go by the name of {listing(ambiguous)}"
         first = one_line(ambiguous[0].rpartition(" (slots")[0])
-        remedy = f'choose one: its exact label, or its slot number in quotes, e.g. {_FIELD}: {{{first}: "7"}}'
+        remedy = f'choose one: its exact label, or its slot number in quotes, e.g. {side.field}: {{{first}: "7"}}'
         raise _problem(side, found, dataset_labels, theirs, remedy)
     _refuse_shared_slots(dataset_labels, theirs, slots, explicit_slots, side)
     if all(slot == NOBODY for slot in slots.values()):
-        found = f"{_FIELD} leaves every class of the dataset to nobody"
+        found = f"{side.field} leaves every class of the dataset to nobody"
         raise _problem(side, found, dataset_labels, theirs, "take out the entries of classes that it knows")
     return tuple(slots[name] for name in dataset_labels)
 
@@ -251,7 +252,7 @@ def _explicit_slots(dataset: Sequence[str], theirs: Vocabulary, explicit: Explic
     unknown_classes = [name for name in explicit if name not in dataset]
     if unknown_classes:
         found = f"entries for classes the dataset does not have: {listing(unknown_classes)}"
-        raise _problem(side, found, dataset, theirs, f"correct the left side of {_FIELD}; {sides}")
+        raise _problem(side, found, dataset, theirs, f"correct the left side of {side.field}; {sides}")
     slots: dict[str, int] = {}
     for name, label in explicit.items():
         if label is None:
@@ -262,11 +263,11 @@ def _explicit_slots(dataset: Sequence[str], theirs: Vocabulary, explicit: Explic
             candidates = [int(label)]
         if not candidates:
             found = f"{one_line(name)}: {one_line(label)}, but the {side.name} has no label {one_line(label)}"
-            raise _problem(side, found, dataset, theirs, f"correct the right side of {_FIELD}; {sides}")
+            raise _problem(side, found, dataset, theirs, f"correct the right side of {side.field}; {sides}")
         if len(candidates) > 1:
             slots_there = ", ".join(map(str, candidates))
             found = f"{one_line(name)}: {one_line(label)}, but the {side.name} has that label at slots {slots_there}"
-            remedy = f'give the slot in quotes, e.g. {_FIELD}: {{{one_line(name)}: "{candidates[0]}"}}'
+            remedy = f'give the slot in quotes, e.g. {side.field}: {{{one_line(name)}: "{candidates[0]}"}}'
             raise _problem(side, found, dataset, theirs, remedy)
         slots[name] = candidates[0]
     return slots
@@ -285,7 +286,7 @@ def _refuse_shared_slots(
             label = theirs.names[slots[name]]
             both = f"{one_line(other)} and {one_line(name)} both reach"
             found = f"{both} the {side.name}'s slot {slots[name]} ({one_line(label)})"
-            remedy = f"if that is meant, write both in {_FIELD}; else name another label for one of them"
+            remedy = f"if that is meant, write both in {side.field}; else name another label for one of them"
             raise _problem(side, found, dataset, theirs, remedy)
 
 

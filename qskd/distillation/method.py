@@ -37,7 +37,7 @@ class Facts:
     its cache knows). query_kind, query_width: what the `Queries` of its decoder are, "embedding" or "boxes", and the width of the
     embedding or of the states beside the boxes (0: there are none); of a cached teacher known only where a method asks for its
     decoder. reads_raw_memory: of a student, as a `Detector` has it. attended: of a teacher whose cache has the memory of attended
-    cells alone.
+    cells alone. parts: of several teachers, as `TeacherRecord` has it (`qskd.distillation.shared.apart`).
     """
 
     channels: tuple[int, ...]
@@ -52,6 +52,7 @@ class Facts:
     query_width: int = 0
     reads_raw_memory: bool = False
     attended: bool = False
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def needs_of(cls, settings: Any) -> TeacherNeeds:
         """What the teacher's record must hold, known before anything is built."""
+
+    @classmethod
+    def one_teacher(cls, settings: Any) -> str:
+        """Why it can learn from one teacher alone, in words; empty: several may teach (`TeacherRecord.parts`)."""
+        return f"{settings.method}, which compares the student with what one teacher says"
 
     @abstractmethod
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
@@ -261,7 +267,25 @@ def build_method(settings: MethodSettings, student: Facts, teacher: Facts) -> Me
             "a method that reads predictions alone, or a teacher that is a DETR",
             PREDICTIONS_ALONE,
         )
+    if teacher.parts:
+        check_several(settings)
     return kind(settings, student, teacher)
+
+
+def check_several(settings: MethodSettings) -> None:
+    """QskdError where one of the recipe's methods can't learn from several teachers."""
+    for path, part in parts_of(settings).items():
+        kind = find_method(part.method)
+        needs = kind.needs_of(part)
+        why = f"{part.method}, which asks the teacher itself" if needs.online else ""
+        why = why or (f"{part.method}, which asks the teacher's decoder" if needs.decoder else kind.one_teacher(part))
+        if why:
+            raise QskdError(
+                f"distillation.{path}method",
+                f"{why}, and several teachers (teacher.also)",
+                "a method that learns from each teacher by itself: qskd, qskd-tprd",
+                "--set distillation.method=qskd; or label with one of the detectors (`qskd label --onto`) and learn from the other",
+            )
 
 
 # What to do about a teacher that says boxes and classes alone.

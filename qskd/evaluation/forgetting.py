@@ -67,6 +67,13 @@ def forgetting(now: Evaluation, before: Evaluation, known: Collection[str], know
     )
 
 
+def mean_of(found: Evaluation, classes: Collection[str]) -> dict[str, float]:
+    """AP and AP50 of some classes alone, means over those with objects; nothing where there are none."""
+    group = _group(one for one in found.classes if one.name in classes)
+    named = {"AP": group.ap, "AP50": group.ap50}
+    return {name: value for name, value in named.items() if value is not None}
+
+
 def _group(classes: Iterable[ClassFigures]) -> Group:
     own = list(classes)
     ap, ap50 = (_mean(values) for values in ([one.ap for one in own], [one.ap50 for one in own]))

@@ -18,7 +18,9 @@ from qskd.boxes import cxcywh_to_xyxy, giou
 from qskd.config import DetectionLossConfig
 from qskd.structures import Classification, OnItsWay, Targets
 
-Prediction = tuple[Tensor, Tensor]  # logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]
+# logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]; of several teachers also [Q, K] bool, which queries know nothing of a class
+Prediction = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+_STRANGE = 1e6  # above every cost: an object comes to a query that knows nothing of its class where no other is left
 
 
 def packed_positions(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -79,10 +81,13 @@ def all_costs(
 ) -> tuple[list[tuple[int, ...]], Tensor]:
     """The costs of all networks, one after the other, flat, and the sizes [L, N, Q] of each."""
     image, slot = positions_of(targets)
-    costs = [
-        matching_costs(*prediction, targets, image, slot, config, kind)
-        for prediction, kind in zip(predictions, classifications, strict=True)
-    ]
+    costs = []
+    for prediction, kind in zip(predictions, classifications, strict=True):
+        logits, boxes_cxcywh, *strange = prediction
+        cost = matching_costs(logits, boxes_cxcywh, targets, image, slot, config, kind)
+        for deaf in strange:
+            cost = cost.masked_fill(deaf[:, targets.labels[image, slot]].T, _STRANGE)
+        costs.append(cost)
     return [tuple(cost.shape) for cost in costs], torch.cat([cost.flatten() for cost in costs])
 
 
@@ -95,7 +100,8 @@ def assign(
     """Give each object the query that costs least in a one-to-one assignment, for each layer of each network. What the device
     can do before the answer is there is given to it between `begin_assigning` and the call of what that returns.
 
-    predictions: (logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]) of each network; L and Q may differ between them.
+    predictions: (logits [L, B, Q, K], boxes_cxcywh [L, B, Q, 4]) of each network; L and Q may differ between them. Of several
+    teachers in one (`qskd.distillation.shared.apart.prediction`) also which queries know nothing of which class.
     classifications: which class cost (`matching_costs`) the first networks have; "focal" for those it does not name.
     Returns for each network the query indices [L, B, M] int64 on the predictions' device; -1 in the padding, and for
     the objects left over when an image has more objects than queries.
@@ -117,7 +123,7 @@ def begin_assigning(
     """`assign` in two: the costs begin their way to the host; the function that is returned waits for them and gives the result.
     costs_of: `all_costs`, or what computes the same."""
     device, slots = targets.boxes_cxcywh.device, targets.valid.shape[1]
-    shapes = [(len(logits), len(targets.counts), slots) for logits, _ in predictions]
+    shapes = [(len(each[0]), len(targets.counts), slots) for each in predictions]
     if not sum(targets.counts):
         return lambda: [torch.full(shape, -1, dtype=torch.int64, device=device) for shape in shapes]
     kinds = [*classifications, *["focal"] * (len(predictions) - len(classifications))]

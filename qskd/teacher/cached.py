@@ -54,6 +54,7 @@ class CachedTeacher:
             *(sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes),
             directions=self.directions,
             attended=self.attended,
+            parts=sizes.parts,
         )
         if self.decoder is None:
             return known
@@ -69,7 +70,8 @@ class CachedTeacher:
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """What came with the batch."""
         if batch.cached:
-            said, crops_xyxy = decode_batch(batch.cached), batch.cached.get("teacher_crops_xyxy")
+            said = replace(decode_batch(batch.cached), parts=self.sizes.parts)
+            crops_xyxy = batch.cached.get("teacher_crops_xyxy")
             said = said if crops_xyxy is None else cropped(said, crops_xyxy, self.min_visible)
             return said if self.sizes.channels else without_places(said)
         return self.blank(len(batch.images), batch.images.device, needs)
@@ -91,6 +93,7 @@ class CachedTeacher:
             attention_queries=torch.full((images, 1), -1, dtype=torch.int64, device=device),
             extra=blank_extra(images, self.sizes, device, needs),
             attention=(torch.zeros(images, 1, side, side, device=device),) * len(self.sizes.channels),
+            parts=self.sizes.parts,
         )
 
 

@@ -6,7 +6,6 @@ import json
 from typing import Any, TypeVar
 
 from qskd.config import Config, ViewConfig
-from qskd.datasets.classes import map_classes
 from qskd.datasets.manifest import Manifest
 from qskd.datasets.unlabeled.joined import unlabeled_manifests
 from qskd.detectors import (
@@ -15,41 +14,56 @@ from qskd.detectors import (
     checkpoint_digests,
     prompt_of,
     read_preprocessing,
-    words_for,
 )
+from qskd.errors import QskdError
 from qskd.precision import cached_in
 from qskd.storage.stores import join
 from qskd.structures import TeacherNeeds
 from qskd.teacher.manifest import CODEC_VERSION, COMPUTED
-from qskd.teacher.told.results import UNSEEN, is_results, read_results, teacher_labels
+from qskd.teacher.several.members import Member, members_of, paths_of, teachers_named
+from qskd.teacher.told.results import UNSEEN, is_results, read_results
 
 C = TypeVar("C", bound=Config)
 
 
 def teacher_preprocessing(config: Config) -> Preprocessing:
-    """How the teacher wants its pixels: as its checkpoint says, unless the recipe says otherwise."""
+    """How the teacher, the first of several, wants its pixels: as its checkpoint says, unless the recipe says otherwise."""
+    return teachers_preprocessing(config)[0]
+
+
+def teachers_preprocessing(config: Config) -> tuple[Preprocessing, ...]:
+    """Of each teacher of the recipe, all at one size. QskdError where their checkpoints say others, and the recipe none."""
     if is_results(config.teacher.path):
-        return UNSEEN
-    return read_preprocessing(config.teacher.path, config.teacher.resize)
+        return (UNSEEN,)
+    paths = paths_of(config)
+    found = [read_preprocessing(path, config.teacher.resize) for path in paths.values()]
+    for (field, path), each in zip(paths.items(), found, strict=True):
+        if each.resize != found[0].resize:
+            first = found[0].resize
+            longest = f", longest: {first.longest}" if first.mode == "shortest_edge" else ""
+            raise QskdError(
+                field,
+                f"{path}, which is given pictures resized: {each.resize}, beside {config.teacher.path}: {first}",
+                "teachers that are given the same pictures",
+                f"say which, for all: --set 'teacher.resize={{mode: {first.mode}, size: {first.size}{longest}}}'",
+            )
+    return tuple(found)
 
 
 def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
     """Everything in a recipe that decides the numbers in the cache, by field. Loads no weights (they are read once, for a
     checksum). A cache's own identity says besides what it was computed on (`computed_by`)."""
-    seen_as, cache = teacher_preprocessing(config), config.teacher.cache
-    path, words = config.teacher.path, words_for(data.labels, config.teacher.class_map)
-    labels = teacher_labels(path, words)
-    digests = {"teacher.results_sha256": read_results(path).sha256} if is_results(path) else checkpoint_digests(path)
-    identity = digests | {
+    (first, *others), cache = members_of(config, data.labels), config.teacher.cache
+    seen_as, *seen_by_others = teachers_preprocessing(config)
+    identity: dict[str, Any] = {
         "codec": CODEC_VERSION,
         "data.train": data.fingerprint,
         "teacher.resize": seen_as.resize.model_dump(),
-        "teacher.mean": seen_as.mean,
-        "teacher.std": seen_as.std,
-        "teacher.class_slots": map_classes(data.labels, labels, config.teacher.class_map),
     }
-    if not is_results(path) and asked_in_words(path):
-        identity["teacher.prompt"] = prompt_of(path, words).texts
+    identity |= _of_teacher(first, seen_as)
+    for number, (member, seen) in enumerate(zip(others, seen_by_others, strict=True), 1):  # their names decide nothing
+        own = _of_teacher(member, seen) | ({"teacher.levels": member.levels} if member.levels is not None else {})
+        identity |= {field.replace("teacher.", f"teacher.also.{number}.", 1): value for field, value in own.items()}
     if not data.labelled or config.data.completed:  # it decides whose attention is kept
         identity["data.unlabeled_score"] = config.data.unlabeled_score
     if data.labelled and config.data.completed:
@@ -77,6 +91,19 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         json.dumps(identity)
     )  # lists for tuples, to compare with what a manifest says
     return as_stored
+
+
+def _of_teacher(member: Member, seen_as: Preprocessing) -> dict[str, Any]:
+    path, in_file = member.path, is_results(member.path)
+    found: dict[str, Any] = {
+        **({"teacher.results_sha256": read_results(path).sha256} if in_file else checkpoint_digests(path)),
+        "teacher.mean": seen_as.mean,
+        "teacher.std": seen_as.std,
+        "teacher.class_slots": member.slots,
+    }
+    if not in_file and asked_in_words(path):
+        found["teacher.prompt"] = prompt_of(path, member.words).texts
+    return found
 
 
 def cache_sources(config: C) -> list[C]:
@@ -108,7 +135,7 @@ def computed_by(config: Config, device: str) -> dict[str, str]:
 
 def cache_names(config: Config) -> dict[str, str]:
     """What the recipe calls the teacher and the data, for `CacheManifest.made_with`."""
-    return {"teacher": config.teacher.path, "data": config.data.train}
+    return {"teacher": teachers_named(config), "data": config.data.train}
 
 
 def cached_needs(config: Config) -> TeacherNeeds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class CacheMaker:
         batch = train_batch(arrays, self.device)
 
         def choose(record: TeacherRecord) -> torch.Tensor:
-            known = TeacherRecord(rounded(record.logits, cache.precision), record.boxes_cxcywh)
+            known = replace(record, logits=rounded(record.logits, cache.precision))
             objects = with_pseudo_objects(batch.targets, known, data.unlabeled_score, data.completed)
             return queries_above(known, objects, cache.attention_giou_floor, costs, cache.attention_layers)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -35,6 +36,7 @@ _BY_NAME = {
     "teacher": ("teacher.weights_sha256", "teacher.config_sha256", "teacher.results_sha256"),
     "data": ("data.train",),
 }
+_ALSO = re.compile(r"^teacher\.also\.\d+\.")  # before the same fields of further teachers
 COMPUTED = ("computed.device", "computed.precision")  # "cpu" or "cuda"; "float32" (a GPU's with TF32) or "bfloat16"
 _SHORT = 12  # letters of a checksum that a message shows
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
@@ -43,7 +45,7 @@ _Size = Annotated[int, Field(gt=0, lt=2**31)]
 @dataclass(frozen=True)
 class CacheSizes:
     """What is the same in every row. channels: the width of each memory map, finest first. cells: of each, in an image of the
-    usual size; caches of before this was asked don't say."""
+    usual size; caches of before this was asked don't say. parts: as `TeacherRecord` has it."""
 
     __pydantic_config__ = STRICT
 
@@ -52,6 +54,7 @@ class CacheSizes:
     classes: _Size
     channels: tuple[_Size, ...]
     cells: tuple[float, ...] = ()
+    parts: tuple[tuple[_Size, Count], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ class CacheManifest:
 
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": CODEC_VERSION, "fingerprint": self.fingerprint}
-        return json.dumps(head | asdict(self), indent=1)
+        tree = asdict(self)
+        if not self.sizes.parts:  # a cache of one teacher is written as before there could be several
+            del tree["sizes"]["parts"]
+        return json.dumps(head | tree, indent=1)
 
     @staticmethod
     def from_json(text: str | bytes, where: str) -> CacheManifest:
@@ -187,7 +193,8 @@ def _named(manifest: CacheManifest, expected: Mapping[str, Any], asked: Mapping[
     """Whose outputs they are and of which data, by name, where their checksums differ: those say nothing to people."""
     said = []
     for what, fields in _BY_NAME.items():
-        if what not in asked or all(manifest.identity.get(name) == expected.get(name) for name in fields):
+        names = [name for name in {*manifest.identity, *expected} if _ALSO.sub("teacher.", name) in fields]
+        if what not in asked or all(manifest.identity.get(name) == expected.get(name) for name in names):
             continue
         cached = manifest.made_with.get(what)
         if cached is None:

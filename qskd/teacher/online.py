@@ -18,9 +18,10 @@ from qskd.datasets.batch import TrainBatch
 from qskd.datasets.classes import NOBODY
 from qskd.detectors import Detector, Preprocessing, to_pixels
 from qskd.distillation.method import Facts, Online
+from qskd.distillation.shared.apart import deaf, matched, prediction
 from qskd.errors import QskdError
 from qskd.losses.matching import assign
-from qskd.structures import SILENT_LOGIT, Targets, TeacherNeeds, TeacherRecord
+from qskd.structures import SILENT_LOGIT, Attend, Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.decoder import TeacherDecoder
 from qskd.teacher.manifest import CacheSizes
@@ -130,6 +131,20 @@ class OnlineTeacher(nn.Module):
         all queries', for which of them a method keeps depends on the matching, which has not been done yet. least: see
         `Detector.forward`.
         """
+        record, attend = self.said(images, sizes, needs, least)
+        if attend is None:
+            return record
+        if choose is None:
+            known = record.logits.shape[2] * (len(record.logits) if needs.attention_layers == "all" else 1)
+            queries = torch.arange(known, device=images.device).expand(len(images), -1)
+        else:
+            queries = choose(record)
+        return replace(record, attention_queries=queries, attention=attend(queries))
+
+    def said(
+        self, images: Tensor, sizes: Tensor, needs: TeacherNeeds, least: tuple[int, int] | None
+    ) -> tuple[TeacherRecord, Attend | None]:
+        """The record without attention, and what gives that of certain queries, where `needs` asks for any."""
         pixels, mask = to_pixels(images, sizes, self.preprocessing.mean, self.preprocessing.std)
         output = self.detector(pixels, mask, with_attention=needs.attention, least=least)
         layers = slice(None) if needs.all_layers else slice(-1, None)
@@ -148,16 +163,11 @@ class OnlineTeacher(nn.Module):
         if not self.detector.memory_channels:
             record = without_places(record)
         if not needs.attention:
-            return record
-        if choose is None:
-            known = self.detector.num_queries * (len(record.logits) if needs.attention_layers == "all" else 1)
-            queries = torch.arange(known, device=images.device).expand(len(images), -1)
-        else:
-            queries = choose(record)
+            return record, None
         ways = {"last": output.attend, "mean": output.attend_mean, "all": output.attend_each}
         attend = ways[needs.attention_layers]
         assert attend is not None
-        return replace(record, attention_queries=queries, attention=self._kept(attend(queries)))
+        return record, lambda queries: self._kept(attend(queries))
 
     def _of_dataset(self, logits: Tensor) -> Tensor:
         """[..., K'] -> [..., K], in the dataset's class order."""
@@ -194,17 +204,22 @@ def queries_above(
     record: TeacherRecord, targets: Targets, floor: float, costs: DetectionLossConfig, attention_layers: str = "last"
 ) -> Tensor:
     """The last layer's queries that GQS could keep at any boundary from `floor` up: those whose GIoU with some object
-    reaches it, and the matched ones. [B, A] int64, ascending, -1 in the padding.
+    reaches it, and the matched ones; of several teachers objects of their own classes. [B, A] int64, ascending, -1 in the padding.
 
     attention_layers "all": of every layer's, numbered as in `TeacherRecord.attention_queries`."""
     part = slice(None) if attention_layers == "all" else slice(-1, None)
     boxes = record.boxes_cxcywh[part].float().flip(0)  # the last layer first
-    (matched,) = assign([(record.logits[part].flip(0), boxes)], targets, costs)
+    record = replace(record, logits=record.logits[part].flip(0), boxes_cxcywh=boxes, absent=None)
+    (pairs,) = assign([prediction(record)], targets, costs)
+    pairs = matched(record, pairs, targets)
     keep = torch.zeros(boxes.shape[:3], dtype=torch.bool, device=boxes.device)
     if targets.valid.shape[1]:
         overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets.boxes_cxcywh.float()))
-        keep = ((overlap >= floor) & targets.valid[:, None]).any(-1)
-        spare = torch.where(matched < 0, boxes.shape[2], matched)
+        seen = (overlap >= floor) & targets.valid[:, None]
+        if record.parts:
+            seen &= ~deaf(record)[:, targets.labels].transpose(0, 1)
+        keep = seen.any(-1)
+        spare = torch.where(pairs < 0, boxes.shape[2], pairs)
         padded = torch.cat([keep, keep.new_zeros(*keep.shape[:2], 1)], dim=2).scatter(2, spare, True)
         keep = padded[..., :-1]
     keep = keep.transpose(0, 1).flatten(1)

@@ -4,7 +4,7 @@ records are, one of them derived."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config import DetectionLossConfig
+from qskd.distillation.shared.apart import matched, prediction
 from qskd.losses.matching import assign
 from qskd.structures import Targets, TeacherRecord
 
@@ -30,14 +31,15 @@ class Positives:
 @torch.no_grad()
 def positives(record: TeacherRecord, targets: Targets, costs: DetectionLossConfig) -> Positives:
     """Of the last layer, by the detection loss's own matching."""
-    (pairs,) = assign([(record.logits[-1:], record.boxes_cxcywh[-1:])], targets, costs)
+    last = replace(record, logits=record.logits[-1:], boxes_cxcywh=record.boxes_cxcywh[-1:], absent=None)
+    (pairs,) = assign([prediction(last)], targets, costs)
     known = (~record.silent)[targets.labels] & targets.valid
-    matched = torch.where(known, pairs[-1], -1)
-    image, slot = (matched >= 0).nonzero(as_tuple=True)
-    query, label = matched[image, slot], targets.labels[image, slot]
-    found = cxcywh_to_xyxy(record.boxes_cxcywh[-1][image, query].float())
+    found = torch.where(known, matched(last, pairs, targets)[-1], -1)
+    image, slot = (found >= 0).nonzero(as_tuple=True)
+    query, label = found[image, slot], targets.labels[image, slot]
+    theirs = cxcywh_to_xyxy(record.boxes_cxcywh[-1][image, query].float())
     true = cxcywh_to_xyxy(targets.boxes_cxcywh[image, slot].float())
-    return Positives(matched, iou(found, true), record.logits[-1][image, query, label].float().sigmoid())
+    return Positives(found, iou(theirs, true), record.logits[-1][image, query, label].float().sigmoid())
 
 
 def mirrored_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:

@@ -6,6 +6,7 @@ up, is kept as boxes of which nothing is known: no loss says that there is backg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,8 @@ SAME = 0.7  # IoU from which on what it half sees is a pseudo-object once more, 
 def with_pseudo_objects(targets: Targets, record: TeacherRecord, score: float, completed: bool = False) -> Targets:
     """The targets, with the teacher's predictions of at least this score as the objects of images without labels, and what it half
     sees there. completed: labelled images get them beside their own objects, where they overlap none by `SAME`; otherwise labelled
-    images, and batches of them alone, are as they were. Waits for the device: counts are on the host."""
+    images, and batches of them alone, are as they were. Of several teachers' predictions at one place (IoU `SAME`) the surest is
+    the object: each takes another's objects for something of its own. Waits for the device: counts are on the host."""
     if targets.all_labelled and not completed:
         return targets
     device, images = targets.boxes_cxcywh.device, len(targets.counts)
@@ -33,7 +35,10 @@ def with_pseudo_objects(targets: Targets, record: TeacherRecord, score: float, c
     best, labels = record.logits[-1].float().sigmoid().max(-1)  # [B, Q]
     seen = (boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all(-1) & (~labelled | completed)
     seen &= ~_same(boxes_xyxy, targets.boxes_cxcywh, own)
-    sure, unsure = seen & (best >= score), seen & (best >= UNSURE) & (best < score)
+    sure = seen & (best >= score)
+    if record.parts:
+        sure &= ~_outdone(boxes_xyxy, best, sure, record.parts)
+    unsure = seen & (best >= UNSURE) & ~sure
 
     places, counts = _first(sure)
     found = torch.arange(places.shape[1], device=device) < counts[:, None]
@@ -59,6 +64,17 @@ def with_pseudo_objects(targets: Targets, record: TeacherRecord, score: float, c
         unsure=torch.arange(half.shape[1], device=device) < half_counts[:, None],
         packed=None,
     )
+
+
+def _outdone(boxes_xyxy: Tensor, best: Tensor, sure: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
+    """[B, Q] bool: where another teacher is surer of what it sees at the same place (as sure: one that is named before)."""
+    counts = torch.tensor([queries for queries, _ in parts], device=best.device)
+    whose = torch.arange(len(parts), device=best.device).repeat_interleave(counts, output_size=best.shape[1])
+    same = iou(boxes_xyxy.unsqueeze(2), boxes_xyxy.unsqueeze(1)) >= SAME  # [B, Q, Q]
+    surer = best.unsqueeze(1) > best.unsqueeze(2)
+    first = (best.unsqueeze(1) == best.unsqueeze(2)) & (whose[None] < whose[:, None])
+    rival = sure.unsqueeze(1) & (whose[None] != whose[:, None])
+    return (same & rival & (surer | first)).any(-1)
 
 
 def _same(boxes_xyxy: Tensor, objects_cxcywh: Tensor, valid: Tensor) -> Tensor:

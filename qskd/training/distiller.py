@@ -25,6 +25,7 @@ from qskd.detectors import Detector, Preprocessing, load_detector, preprocessing
 from qskd.detectors.decoding import decode
 from qskd.detectors.taps import Tap
 from qskd.distillation.method import Lesson, Online, build_method
+from qskd.distillation.shared.apart import matched, prediction
 from qskd.errors import QskdError
 from qskd.families.facts import TEACHERS_ONLY
 from qskd.families.table import FAMILIES
@@ -177,8 +178,9 @@ class Distiller(nn.Module):
         record: TeacherRecord = self.teacher(images, sizes, self.method.needs)
         online = Online(self.teacher, images, sizes) if self.method.needs.online else None
         kind = self.student.classification
-        sides = [(student.logits, student.boxes_cxcywh), (record.logits, record.boxes_cxcywh)]
+        sides = [(student.logits, student.boxes_cxcywh), prediction(record)]
         own, theirs = assign(sides, targets, self.costs, [kind])
+        theirs = matched(record, theirs, targets)
         ask = partial(self._ask, student, mask, scale)
         terms = self.method(Lesson(student, record, targets, own, theirs, online, self._decoder, ask))
         weights = self.method.weights

@@ -20,6 +20,7 @@ from qskd.config import FACTS, Config, DetectionLossConfig
 from qskd.detectors import Detector, to_pixels
 from qskd.detectors.decoding import decode
 from qskd.distillation.method import Lesson, Method, Online, Several, build_method
+from qskd.distillation.shared.apart import matched, prediction
 from qskd.errors import QskdError
 from qskd.losses.denoising import Denoising, Groups, Noise, denoising_terms, denoising_weights
 from qskd.losses.dense_head import DENSE_WEIGHTS, DenseHead
@@ -125,10 +126,10 @@ class StepModule(nn.Module):
         if output.early_logits is not None and output.early_boxes_cxcywh is not None:
             logits = torch.cat([output.early_logits, logits])
             boxes = torch.cat([output.early_boxes_cxcywh, boxes])
-        predictions = [(logits, boxes), *([others] if others is not None else [])]
+        predictions: list[Any] = [(logits, boxes), *([others] if others is not None else [])]
         kinds = [kind] * len(predictions)
         if teacher is not None:
-            predictions.append((teacher.logits, teacher.boxes_cxcywh))
+            predictions.append(prediction(teacher))
         parts, targets = self.parts, replace(targets, packed=positions_of(targets))
         finish = begin_assigning(predictions, targets, self.config.detection, kinds, parts.costs)
         dense: dict[str, LossTerm] = {}
@@ -139,7 +140,7 @@ class StepModule(nn.Module):
         terms |= dense
         if self.method is not None and teacher is not None:
             ask = partial(self._ask_student, output, mask)
-            theirs = teacher.matched(assignments[-1])
+            theirs = matched(teacher, assignments[-1], targets)
             lesson = Lesson(output, teacher, targets, assignments[0][early:], theirs, online, self.decoder, ask, boosts)
             terms |= parts.method(self.method, lesson)
         return terms

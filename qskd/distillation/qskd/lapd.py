@@ -6,6 +6,9 @@ predictions and gives the pairing, which spares the global bipartite matching be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -84,27 +87,74 @@ def alignment_terms(
     gamma is `class_gamma`: 0 in equations.md 1.3; above it, the modulation of quality focal loss (Li et al., NeurIPS 2020). The sum
     over classes leaves out those that `kept_classes` drops.
 
+    Several teachers (`terms_together`): each has a part in the sum, of its own classes.
+
     Each counts pairs / L (or, with `divide_by: weights`, the sum of w_t / L), so that a term's value is L times the mean
     over all pairs of all layers: the sum over layers of the layers' means when they have equally many pairs, and near it
     when not. Only the student gets a gradient.
     Without pairs the terms are 0 and attached to the graph. partner: of `pair_globally`, where it is known already.
     """
-    goal_logits, goal_boxes = teacher.logits.detach(), teacher.boxes_cxcywh.detach()
     if partner is None:
         partner = _partners(student, teacher, num_objects, num_slots, config)
+    learnt = _learnt(student, teacher, partner, config)
+    count = (learnt.weight.sum() if config.divide_by == "weights" else learnt.paired.sum().float()) / len(partner)
+    return {name: LossTerm((learnt.weight * loss).sum(), count) for name, loss in learnt.losses.items()}
+
+
+def terms_together(
+    sides: Sequence[tuple[Side, Side]], num_objects: int, num_slots: int, config: PredictionDistillationConfig
+) -> dict[str, LossTerm]:
+    """`alignment_terms` of several teachers, each with the student as it learns from it: (student, teacher).
+
+    A query of the student may have a partner of each (with pairings over the image). It learns each teacher's classes of that
+    one's partner, but its box of the surest partner alone (the largest max_c sigmoid(c_t); ties: the first): two boxes would draw
+    it to a place between them. A term counts queries with a partner, or the largest of their weights.
+    """
+    learnt = [
+        _learnt(own, theirs, _partners(own, theirs, num_objects, num_slots, config), config) for own, theirs in sides
+    ]
+    layers = len(learnt[0].weight)
+    weights, paired = torch.stack([each.weight for each in learnt]), torch.stack([each.paired for each in learnt])
+    count = (weights.amax(0).sum() if config.divide_by == "weights" else paired.any(0).sum().float()) / layers
+    surest = torch.stack([each.sure.masked_fill(~each.paired, -1.0) for each in learnt]).argmax(0)
+    terms = {}
+    for name in learnt[0].losses:
+        shares = [
+            each.weight if name == "lapd_class" else each.weight * (surest == number)
+            for number, each in enumerate(learnt)
+        ]
+        total = torch.stack(
+            [(share * each.losses[name]).sum() for share, each in zip(shares, learnt, strict=True)]
+        ).sum()
+        terms[name] = LossTerm(total, count)
+    return terms
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """Of each of the student's queries [L, B, Q_s]: whether it has a partner, what that counts, how sure the partner is, and the
+    losses by term."""
+
+    paired: Tensor
+    weight: Tensor
+    sure: Tensor
+    losses: dict[str, Tensor]
+
+
+def _learnt(student: Side, teacher: Side, partner: Tensor, config: PredictionDistillationConfig) -> _Learnt:
+    goal_logits, goal_boxes = teacher.logits.detach(), teacher.boxes_cxcywh.detach()
     unpaired, query = partner < 0, partner.clamp(min=0)
 
     # Indexed by student query, not by (object, slot): never more than Q_s rows, and nothing of the student is gathered.
     goal = goal_logits.gather(2, query.unsqueeze(-1).expand(*query.shape, goal_logits.shape[-1])).sigmoid()
     theirs = goal_boxes.gather(2, query.unsqueeze(-1).expand(*query.shape, 4))
     chosen = torch.ones_like(teacher.selection.weight) if config.pairing == "global" else teacher.selection.weight
-    weight = chosen.gather(2, query)
+    weight, sure = chosen.gather(2, query), goal.amax(-1)
     if config.pair_weight == "confidence":
-        weight = weight * goal.amax(-1)
+        weight = weight * sure
     weight = weight.masked_fill(unpaired, 0.0)
 
     mine = student.boxes_cxcywh
-    count = (weight.sum() if config.divide_by == "weights" else (~unpaired).sum().float()) / len(partner)
     classes = soft_cross_entropy(student.logits, goal, config.class_gamma)
     if 0 < config.kept_classes < goal.shape[-1]:
         # The smallest of the likeliest, not their places: equally likely ones are kept together.
@@ -115,4 +165,4 @@ def alignment_terms(
         "lapd_l1": (mine - theirs).abs().sum(-1),
         "lapd_giou": 1 - giou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs)),
     }
-    return {name: LossTerm((weight * loss).sum(), count) for name, loss in losses.items()}
+    return _Learnt(~unpaired, weight, sure, losses)

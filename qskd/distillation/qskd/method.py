@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
 
 from qskd.distillation.method import Facts, Lesson, Method, Seen, Sight, last_layer
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation, foreground_mask
-from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
+from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student, terms_together
 from qskd.distillation.qskd.pairing import Side
-from qskd.distillation.qskd.query_selection import of_known_classes, select_both, select_queries
-from qskd.distillation.qskd.settings import Settings
+from qskd.distillation.qskd.query_selection import QuerySelection, of_known_classes, select_both, select_queries
+from qskd.distillation.qskd.settings import FeatureDistillationConfig, Settings
+from qskd.distillation.shared.apart import apart, facts_apart, matches_apart
 from qskd.distillation.shared.maps import pair_levels
 from qskd.errors import QskdError
-from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
+from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds, TeacherRecord
 
 COARSEST = 2.1  # twice, and what sizes that are no multiples of a stride make of it
 CITATION = """\
@@ -56,18 +61,10 @@ class QSKD(Method):
             )
         features, predictions = settings.features, settings.predictions
         self.features: AttentionGuidedFeatureDistillation | None = None
+        self.further_features = nn.ModuleList()  # of each teacher after the first
         if features.weight > 0:
-            pairs = pair_levels(student.cells, teacher.cells) if student.cells and teacher.cells else None
-            if teacher.attended:
-                _check_fine(student, teacher, pairs or [])
-            self.features = AttentionGuidedFeatureDistillation(
-                student.channels,
-                teacher.channels,
-                features,
-                pairs,
-                teacher.directions,
-                student.reads_raw_memory,
-            )
+            self.features, *further = (_features(features, student, each) for each in facts_apart(teacher))
+            self.further_features.extend(further)
             self.weights["agfd"] = features.weight
             if features.importance:
                 self.weights["agfd_importance"] = features.weight
@@ -80,6 +77,12 @@ class QSKD(Method):
     def traceable(self) -> bool:  # type: ignore[override]
         """But for pairings that are solved on the host."""
         return not self.settings.predictions.weight or self.settings.predictions.pairing in ("rank", "index")
+
+    @classmethod
+    def one_teacher(cls, settings: Settings) -> str:
+        if settings.predictions.weight > 0 and settings.predictions.pairing == "index":
+            return "predictions.pairing: index, by which query i learns from query i of one teacher"
+        return ""
 
     @classmethod
     def needs_of(cls, settings: Settings) -> TeacherNeeds:
@@ -130,6 +133,8 @@ class QSKD(Method):
         if not self.needs.all_layers:
             teacher, teacher_assignment = last_layer(teacher), teacher_assignment[-1:]
         config = self.settings
+        if teacher.parts:
+            return self._of_several(lesson, teacher, teacher_assignment)
         if config.predictions.weight == 0:
             selection = select_queries(
                 teacher.boxes_cxcywh, targets, teacher_assignment, config.selection, teacher.absent
@@ -141,13 +146,7 @@ class QSKD(Method):
             assignments = student_assignment[distilled], teacher_assignment
             own, selection = select_both(boxes, targets, assignments, config.selection, teacher.absent)
         if self.features is not None:
-            mask = None
-            if self.needs.attention:
-                logits, guide = teacher.logits, selection
-                if config.features.attention_layers != "all":
-                    logits, guide = logits[-1], selection[-1]
-                mask = foreground_mask(guide, teacher, logits.detach().float().amax(-1).sigmoid(), config.features)
-            terms["agfd"] = self.features(student.memory, student.memory_valid, teacher, mask)
+            terms["agfd"] = self._agfd(self.features, lesson, teacher, selection)
             if config.features.importance:
                 terms["agfd_importance"] = self.features.preference()
         if config.predictions.weight > 0:
@@ -162,6 +161,74 @@ class QSKD(Method):
                 config=config.predictions,
             )
         return terms
+
+    def _agfd(
+        self,
+        features: AttentionGuidedFeatureDistillation,
+        lesson: Lesson,
+        teacher: TeacherRecord,
+        selection: QuerySelection,
+    ) -> LossTerm:
+        mask = None
+        if self.needs.attention:
+            logits, guide = teacher.logits, selection
+            if self.settings.features.attention_layers != "all":
+                logits, guide = logits[-1], selection[-1]
+            sure = logits.detach().float().amax(-1).sigmoid()
+            mask = foreground_mask(guide, teacher, sure, self.settings.features)
+        term: LossTerm = features(lesson.student.memory, lesson.student.memory_valid, teacher, mask)
+        return term
+
+    def _of_several(self, lesson: Lesson, teacher: TeacherRecord, assignment: Tensor) -> dict[str, LossTerm]:
+        """Each teacher's queries are selected about the objects of its own classes; the student's about all, so that those at
+        another teacher's objects learn nothing of this one."""
+        config, targets, student = self.settings, lesson.targets, lesson.student
+        terms: dict[str, LossTerm] = {}
+        parts = apart(teacher)
+        selections = [
+            select_queries(
+                part.boxes_cxcywh, targets, given, config.selection, part.absent, part.silent[targets.labels]
+            )
+            for part, given in zip(parts, matches_apart(teacher, assignment), strict=True)
+        ]
+        if self.features is not None:
+            modules = [self.features, *self.further_features]
+            found = [self._agfd(*each) for each in zip(modules, [lesson] * len(parts), parts, selections, strict=True)]
+            # Each is a mean over the images that its teacher has something to show in: so together, over both.
+            terms["agfd"] = LossTerm(
+                torch.stack([each.total for each in found]).sum(), torch.stack([each.count for each in found]).sum()
+            )
+            if config.features.importance:
+                leanings = [each.preference() for each in modules]
+                terms["agfd_importance"] = replace(
+                    leanings[0], total=torch.stack([each.total for each in leanings]).sum()
+                )
+        if config.predictions.weight > 0:
+            ours, theirs = teacher_layer_of_student(len(student.logits), len(teacher.logits), config.predictions)
+            distilled = slice(ours[0], None)
+            boxes = student.boxes_cxcywh[distilled].float()
+            own = select_queries(boxes.detach(), targets, lesson.student_assignment[distilled], config.selection)
+            logits = student.logits[distilled].float()
+            sides = [
+                (
+                    Side(logits.masked_fill(part.silent, SILENT_LOGIT), boxes, own),
+                    Side(part.logits.detach().float(), part.boxes_cxcywh.detach().float(), selection).layers(theirs),
+                )
+                for part, selection in zip(parts, selections, strict=True)
+            ]
+            most = max(side.logits.shape[2] for pair in sides for side in pair)
+            slots = 1 + (config.selection.max_per_object or most)
+            terms |= terms_together(sides, targets.valid.shape[1], slots, config.predictions)
+        return terms
+
+
+def _features(config: FeatureDistillationConfig, student: Facts, teacher: Facts) -> AttentionGuidedFeatureDistillation:
+    pairs = pair_levels(student.cells, teacher.cells) if student.cells and teacher.cells else None
+    if teacher.attended:
+        _check_fine(student, teacher, pairs or [])
+    return AttentionGuidedFeatureDistillation(
+        student.channels, teacher.channels, config, pairs, teacher.directions, student.reads_raw_memory
+    )
 
 
 def _check_fine(student: Facts, teacher: Facts, pairs: Sequence[tuple[int, int]]) -> None:

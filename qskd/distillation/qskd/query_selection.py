@@ -71,11 +71,13 @@ def select_queries(
     assignment: Tensor,
     config: QuerySelectionConfig,
     absent: Tensor | None = None,
+    strange: Tensor | None = None,
 ) -> QuerySelection:
     """Group a network's queries by object, band them by GIoU, weight each band (equations.md 1.3 GQS, our reconstruction).
 
     boxes_cxcywh: [..., B, Q, 4] in 0..1, any float type; assignment: [..., B, M] query of each object, -1 = none.
     absent: [..., B, Q] bool, queries that can't be kept, none of which is assigned (`TeacherRecord.absent`).
+    strange: [B, M] bool, objects that are passed over, as if they were not there: of classes that this network knows nothing of.
 
     1. A query's group is the object of largest GIoU (ties: the first); a positive is in the group of its own object.
     2. Its band is the number of `config.boundaries` its GIoU reaches. With `relative` they are fractions of the best
@@ -93,16 +95,20 @@ def select_queries(
     queries, objects = (cxcywh_to_xyxy(boxes.float()) for boxes in (boxes_cxcywh, targets.boxes_cxcywh))
     overlaps = torch.full((*shape[:-1], slots, shape[-1]), -2.0, device=boxes_cxcywh.device)  # [..., B, M, Q]
     overlaps[..., image, slot, :] = giou(queries[..., image, :, :], objects[image, slot].unsqueeze(1))
+    theirs = targets.valid
+    if strange is not None:
+        theirs = theirs & ~strange
+        overlaps = overlaps.masked_fill(strange.unsqueeze(-1), -2.0)
 
     # Positives: the object of each query, by scattering the inverse; a spare last column takes the unmatched objects.
-    columns, assignment = shape[-1] + 1, assignment.masked_fill(~targets.valid, -1)
+    columns, assignment = shape[-1] + 1, assignment.masked_fill(~theirs, -1)
     owner = torch.full((*shape[:-1], columns), -1, dtype=torch.int64, device=boxes_cxcywh.device)
     every = torch.arange(slots, device=owner.device).expand_as(assignment)
     owner = owner.scatter_(-1, assignment % columns, every)[..., :-1]  # -1 % columns is the last
     is_positive = owner >= 0
     group = torch.where(is_positive, owner, overlaps.argmax(-2))
     overlap = overlaps.gather(-2, group.unsqueeze(-2)).squeeze(-2).clamp(min=-1)  # no object at all: -1, in band 0
-    has_object = targets.valid[:, :1]  # valid objects come first
+    has_object = targets.valid[:, :1] if strange is None else theirs.any(1, keepdim=True)  # valid objects come first
 
     thresholds = torch.tensor(config.boundaries, dtype=torch.float32).to(overlap.device, non_blocking=True)
     keepable = has_object & ~is_positive

@@ -10,16 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.config import DetectionLossConfig
-from qskd.distillation.method import Seen, Sight
+from qskd.distillation.method import Seen, Sight, last_layer
 from qskd.distillation.qskd.agfd import foreground_mask
 from qskd.distillation.qskd.drawn import mask_panel, selection_panel
 from qskd.distillation.qskd.query_selection import QuerySelection, select_queries
 from qskd.distillation.qskd.settings import QuerySelectionConfig, Settings
+from qskd.distillation.shared.apart import apart, matched, matches_apart, prediction
 from qskd.losses.matching import assign
 from qskd.pictures.panels import Panel
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
@@ -154,11 +156,17 @@ def ask_teacher(
         return queries_above(record, targets, settings.selection.floor, costs, needs.attention_layers)
 
     record = ask(replace(needs, attention=True), keepable)
-    (assignment,) = assign([(record.logits[-1:], record.boxes_cxcywh[-1:])], targets, costs)
-    selection = select_queries(record.boxes_cxcywh[-1], targets, assignment[-1], settings.selection)
-    confidence = record.logits[-1].float().amax(-1).sigmoid()
-    masks = foreground_mask(selection, record, confidence, settings.features) if record.attention else ()
-    return record, selection, masks
+    (assignment,) = assign([prediction(last_layer(record))], targets, costs)
+    given = matches_apart(record, matched(last_layer(record), assignment, targets)[-1])
+    selections, masks = list[QuerySelection](), list[Tensor]()
+    for part, matches in zip(apart(record), given, strict=True):
+        strange = part.silent[targets.labels] if record.parts else None
+        chosen = select_queries(part.boxes_cxcywh[-1], targets, matches, settings.selection, strange=strange)
+        confidence = part.logits[-1].float().amax(-1).sigmoid()
+        masks += foreground_mask(chosen, part, confidence, settings.features) if part.attention else ()
+        selections.append(chosen)
+    named = {name: [getattr(each, name) for each in selections] for name in vars(selections[0])}
+    return record, QuerySelection(**{name: torch.cat(each, -1) for name, each in named.items()}), tuple(masks)
 
 
 def see(settings: Settings, needs: TeacherNeeds, sight: Sight) -> QSKDSeen:

@@ -1,0 +1,1 @@
+"""Several teachers in one recipe (`teacher.also`): whose a class is, and their answers as one."""
