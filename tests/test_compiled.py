@@ -16,7 +16,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from qskd.config import FACTS, StudentConfig
+from qskd.config import StudentConfig
 from qskd.detectors import Detector
 from qskd.detectors.exact import Exact
 from qskd.training.module import compile_step, compiles_whole
