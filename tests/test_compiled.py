@@ -16,7 +16,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from qskd.config import FACTS, StudentConfig
+from qskd.config import StudentConfig
 from qskd.detectors import Detector
 from qskd.detectors.exact import Exact
 from qskd.training.module import compile_step, compiles_whole
@@ -34,8 +34,8 @@ def _nothing_compiled_before() -> Iterator[None]:
 
 
 def sizes_of(family: str) -> dict[str, Any]:
-    levels = {"feature_levels": 2} if FACTS[family].hybrid or family == "deformable_detr" else {}
-    return {**tiny.STUDENT, "family": family, "resize": SQUARE, "decoder_layers": 2 if levels else 1, **levels}
+    own = tiny.own(family, levels=2 if family == "deformable_detr" else 1)
+    return {**tiny.STUDENT, **own, "resize": SQUARE, "decoder_layers": 2 if own["feature_levels"] > 1 else 1}
 
 
 def forward_and_gradients(student: Detector, autocast: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -71,7 +71,7 @@ def test_under_autocast_a_student_is_one_graph_with_the_same_outputs_and_gradien
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["conditional_detr", "deformable_detr", "d_fine"])
+@pytest.mark.parametrize("family", ["conditional_detr", "deformable_detr", "d_fine", "rf_detr"])
 def test_a_student_is_one_graph_with_the_same_outputs_and_gradients(family: str) -> None:
     compare_forwards(family, False, "eager")
 

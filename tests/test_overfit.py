@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.overfit import SAMPLE, choose, main, make_config, make_shards, overfit
+from benchmarks.overfit import FAMILIES, SAMPLE, choose, main, make_config, make_shards, overfit
 from qskd.errors import QskdError
 from qskd.from_recipe import ground_truth
 
@@ -89,6 +89,13 @@ def test_a_student_that_learned_nothing_fails_the_proof_and_is_kept_where_that_i
     assert main(["--family", "deformable_detr", "--steps", "1", "--count", "1", "--out", str(kept)]) == 1
     assert "FAILED: AP50" in capsys.readouterr().out
     assert (kept / "model.safetensors").is_file()
+
+
+def test_every_family_has_its_own_dropout_but_one_that_could_not_learn_by_heart_with_it() -> None:
+    taken = {family: make_config("shards", family).student.dropout for family in FAMILIES}
+    assert taken.pop("table-transformer") == 0
+    assert set(taken.values()) == {None}
+    assert make_config("shards", "table-transformer", overrides=["student.dropout=0.1"]).student.dropout == 0.1
 
 
 def test_missing_annotations_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
