@@ -232,6 +232,64 @@ def test_each_form_says_the_same(form: str, tmp_path: Path) -> None:
     assert found.memory == found.attend(torch.zeros(1, 1, dtype=torch.int64)) == ()
 
 
+def said_by(
+    file: Path, nodes: list[Any], stored: Mapping[str, np.ndarray], outputs: Mapping[str, Sequence[Any]], sizes: bool
+) -> Path:
+    """A graph of these nodes, with the input of sizes that RT-DETR's own export has, or without."""
+    given = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, SIDE, SIDE])]
+    given += [helper.make_tensor_value_info("orig_target_sizes", TensorProto.INT64, ["n", 2])] if sizes else []
+    graph = helper.make_graph(
+        nodes,
+        "said",
+        given,
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in stored.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), str(file))
+    return file
+
+
+def test_boxes_that_are_scaled_to_a_given_size_are_those_of_the_picture(tmp_path: Path) -> None:
+    """As RT-DETR's and D-FINE's own exports have them: labels, boxes, scores, in this order."""
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["orig_target_sizes"], ["size"], to=TensorProto.FLOAT),
+        node("Concat", ["size", "size"], ["sizes"], axis=1),
+        node("Unsqueeze", ["sizes", "one"], ["scale"]),
+        node("Mul", ["shares", "scale"], ["boxes"]),
+        node(
+            "ReduceSum", ["scale", "last"], ["total"], keepdims=0
+        ),  # 256 of each: for scores and labels of every picture
+        node("Mul", ["total", "of_scores"], ["scores"]),
+        node("Mul", ["total", "of_labels"], ["labels"]),
+    ]
+    stored = {
+        **{"one": np.array([1]), "last": np.array([-1]), "shares": ROWS[None, :3, :4] / SIDE},
+        **{"of_scores": ROWS[None, :3, 4] / 256, "of_labels": ROWS[None, :3, 5] / 256},
+    }
+    shapes = {"labels": ["n", 3], "boxes": ["n", 3, 4], "scores": ["n", 3]}
+    found = ask(said_by(said(tmp_path, WORDS), nodes, stored, shapes, True), torch.ones(2, 3, SIDE, SIDE))
+    assert torch.allclose(found.boxes_cxcywh[0, :, :2], torch.tensor([[0.375, 0.5, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5]]))
+    assert found.logits[0, :, 0, [1, 2]].sigmoid().flatten().tolist() == pytest.approx([0.9, 0.4] * 2, abs=1e-4)
+
+
+def test_logits_of_every_class_are_taken_as_they_are(tmp_path: Path) -> None:
+    """RF-DETR's own export: `dets`, centre and size in shares, and `labels`, which are logits."""
+    logits, boxes = np.linspace(-4, 4, 15, dtype=np.float32).reshape(1, 3, 5), np.full((1, 3, 4), 0.25, np.float32)
+    nodes = [helper.make_node("Identity", [name], [out]) for name, out in (("a", "dets"), ("b", "labels"))]
+    words = {name: WORDS[name] for name in ("classes", "resize", "mean", "std")}
+    file = said_by(
+        said(tmp_path, words), nodes, {"a": boxes, "b": logits}, {"dets": [1, 3, 4], "labels": [1, 3, 5]}, False
+    )
+    found = ask(file)
+    assert np.array_equal(found.logits[0], logits)
+    assert np.allclose(found.boxes_cxcywh[0], boxes, atol=1e-6)
+    assert load_detector(file).labels == ("N/A", "three", "eight", "N/A", "nine")
+    said(tmp_path, words | {"classes": {"5": "three"}})
+    with pytest.raises(QskdError, match="a name for label 5, and a detector of 5 logits"):
+        load_detector(file)
+
+
 def test_ultralytics_metadata_is_read_and_pictures_are_framed_in_grey(tmp_path: Path) -> None:
     names = {0: "", 1: "three", 2: "eight", 3: "", 4: "nine"}
     told = {

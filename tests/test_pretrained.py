@@ -20,9 +20,18 @@ from test_detectors_checkpoint import batch
 
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, Preprocessing
 from qskd.checkpoints.timm_resnet import TimmResNet, dilate, rename, resnet_config
-from qskd.config import StudentConfig
+from qskd.config import BackboneConfig, StudentConfig
+from qskd.config.recipe import build
 from qskd.datasets.classes import map_classes
-from qskd.detectors import build_student, load_detector, read_config, read_preprocessing, save_detector
+from qskd.detectors import (
+    build_student,
+    describe_student,
+    load_detector,
+    read_config,
+    read_preprocessing,
+    save_detector,
+)
+from qskd.detectors.backbone import sized_by_init
 from qskd.errors import QskdError
 
 torch.set_num_threads(1)
@@ -308,3 +317,23 @@ def test_reading_a_configuration_needs_no_weights(tmp_path: Path) -> None:
     publish(detector("detr"), tmp_path, "detr")
     (tmp_path / "model.safetensors").unlink()
     assert read_config(tmp_path).num_labels == 91
+
+
+def test_a_student_on_timms_network_is_refused_with_the_reason_and_what_to_take(tmp_path: Path) -> None:
+    """Wherever it is asked for, whether timm is there or not: the saved student would need it."""
+    reason = r"(?s)would need timm, and torchvision, wherever it is loaded.*transformers' own: resnet, .*hgnet_v2"
+    for kind in ("timm_backbone", "timm_wrapper"):
+        with pytest.raises(QskdError, match=reason):
+            build({"student": {"backbone": {"type": kind}}})
+    publish(detector("detr"), tmp_path, "detr", **OLD | {"backbone": "mobilenetv3_small_100"})
+    start = build({"student": {"init": str(tmp_path)}}).student
+    for ask in (lambda: build_student(start, ("one",), 0), lambda: describe_student(start, 1)):
+        with pytest.raises(QskdError, match=rf"(?s)timm's mobilenetv3_small_100.*{reason[4:]}"):
+            ask()
+    for said in (
+        {"architecture": "mobilenetv3_small_100"},
+        {"model_type": "timm_wrapper", "architecture": "resnet50d"},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        with pytest.raises(QskdError, match=reason):
+            sized_by_init(BackboneConfig(init=str(tmp_path)))

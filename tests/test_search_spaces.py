@@ -336,6 +336,13 @@ def test_one_cache_serves_all_trials(tmp_path: Path) -> None:
     with pytest.raises(QskdError, match="raise the boundaries"):
         SearchSpace([floor], with_cache)
     SearchSpace([floor], Config())
+    levels = own_space(
+        tmp_path, "teacher.levels", {"rate": 1}, "{FIELDS[0]: [trial.suggest_categorical('rate', (0, 1))]}"
+    )
+    with pytest.raises(QskdError, match=r"(?s)teacher\.levels, which the cached.*one cache for all trials"):
+        SearchSpace([levels], load(None, ["teacher.cache.path=cache", "teacher.levels=[1]"]))
+    online = SearchSpace([levels], load(None, ["teacher.levels=[1]"]))
+    assert {tuple(found.get("teacher.levels", ())) for found in online.samples(9)} <= {(), (0,), (1,)}
 
 
 def test_names_that_are_no_space_are_told(tmp_path: Path) -> None:

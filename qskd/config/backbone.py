@@ -50,6 +50,12 @@ KINDS: dict[str, Kind] = {
 }
 FREE = tuple(name for name, kind in KINDS.items() if not kind.family)
 
+TIMM = ("timm_backbone", "timm_wrapper", "timm")  # transformers' names of what it has timm build
+NO_TIMM = (
+    "a student on timm's network would need timm, and torchvision, wherever it is loaded; students stand on transformers' own: "
+    f"{', '.join(FREE)}; timm's ResNet-18 to 152 are read as resnet where they are in a detector (docs/students.md)"
+)
+
 if TYPE_CHECKING:
     Name = str
 else:
@@ -80,6 +86,8 @@ class BackboneConfig(Section):
     @classmethod
     def _of_its_kind(cls, given: Any) -> Any:
         kind = given.get("type") if isinstance(given, Mapping) else None
+        if kind in TIMM:
+            raise ValueError(f"type {kind}: {NO_TIMM}")
         if not isinstance(kind, str) or kind not in KINDS or "resnet" in kind:
             return given
         own: dict[str, Any] = {"hidden_sizes": KINDS[kind].hidden_sizes, "depths": KINDS[kind].depths}

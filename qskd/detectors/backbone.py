@@ -16,6 +16,7 @@ from qskd.checkpoints.clean_config import backbone_config_of
 from qskd.checkpoints.json_files import shown
 from qskd.checkpoints.weights import check_keys, check_path, load_model, read_said
 from qskd.config import BackboneConfig
+from qskd.config.backbone import NO_TIMM, TIMM
 from qskd.detectors.norms import EPS, is_frozen_norm
 from qskd.errors import QskdError
 
@@ -102,6 +103,10 @@ def _of_checkpoint(config: BackboneConfig) -> tuple[BackboneConfig, Any]:
     """`sized_by_init`, and the checkpoint's configuration. QskdError for another type of backbone."""
     path = check_path(config.init, weights=False)
     said, where = read_said(path)
+    if said.get("model_type") in TIMM or (
+        "architecture" in said and "model_type" not in said
+    ):  # timm's own config.json
+        raise QskdError(config.init, "a checkpoint of timm", f"a backbone of model type {config.type!r}", NO_TIMM)
     if said.get("model_type") != config.type:
         raise QskdError(
             config.init,

@@ -12,9 +12,10 @@ from torch import nn
 
 from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import read_preprocessing
-from qskd.checkpoints.timm_resnet import is_dilated
+from qskd.checkpoints.timm_resnet import find_timm, is_dilated
 from qskd.checkpoints.weights import read_config
 from qskd.config import StudentConfig
+from qskd.config.backbone import NO_TIMM, TIMM
 from qskd.datasets.classes import Vocabulary
 from qskd.detectors.backbone import backbone_config, first_stages, load_backbone, thaw_norms
 from qskd.detectors.checkpoint import load_detector
@@ -104,6 +105,7 @@ def student_cost(config: StudentConfig, classes: int) -> tuple[float, float]:
     For an aspect ratio of 1.5 where `resize` keeps ratios. The weights, which don't matter, are not made ready to learn.
     """
     resize = config.resize
+    family_of(config)  # its complaint
     with torch.random.fork_rng(devices=[]):
         model = (
             load_detector(config.init).model if config.init else _unlearned(config, [str(i) for i in range(classes)])
@@ -114,10 +116,15 @@ def student_cost(config: StudentConfig, classes: int) -> tuple[float, float]:
 
 
 def family_of(config: StudentConfig) -> str:
-    """The family's name; of a student that starts from a checkpoint, the checkpoint's. QskdError of one that can only teach."""
+    """The family's name; of a student that starts from a checkpoint, the checkpoint's. QskdError of one that can only teach, and of
+    one that stands on a network of timm's."""
     if not config.init:
         return config.family
-    kind = str(read_config(config.init).model_type)
+    start = read_config(config.init)
+    kind, backbone = str(start.model_type), getattr(start, "backbone_config", None)
+    if getattr(backbone, "model_type", "") in TIMM and find_timm(start) is None:
+        found = f"{config.init}, whose backbone is timm's {getattr(backbone, 'backbone', '?')}"
+        raise QskdError("student.init", found, "a detector on a backbone of transformers", NO_TIMM)
     if kind in TEACHERS_ONLY:
         raise QskdError(
             "student.init",
@@ -138,10 +145,11 @@ def queries_of(config: StudentConfig) -> int:
 def describe_student(config: StudentConfig, classes: int) -> str:
     """Its sizes and what they come to, in a line or two."""
     backbone, resize = config.backbone, config.resize
-    family_of(config)  # its complaint of a start that can only teach
     try:
         cost = "{:.2f} M parameters, {:.2f} GFLOPs an image".format(*student_cost(config, classes))
     except QskdError as error:  # a checkpoint that can't be reached, say: training will complain of it
+        if error.where == "student.init":  # and one that can't be a start
+            raise
         cost = f"parameters and GFLOPs not known: {error.where}: {error.found}"
     side = f"{resize.size} x {resize.size}" if resize.mode == "square" else f"{resize.size}/{resize.longest}"
     what = f"{config.init}'s sizes"
