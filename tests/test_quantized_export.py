@@ -105,6 +105,7 @@ def test_a_student_of_eight_bits_is_called_so_in_its_card_and_its_benchmark(tmp_
     Image.new("RGB", (80, 60), "red").save(photo := tmp_path / "photo.png")
     options = ExportOptions(rounds=0, images=(photo,), variants=VariantOptions(openvino=openvino))
     out = export(str(folder), tmp_path / "out", options, Console(quiet=True))
+    assert "`model.onnx`, whose weights are int8, takes" in (out / "README.md").read_text()
     names = ["int8 onnxruntime", *(["int8 OpenVINO"] if openvino else [])]
     card = read_card(out)
     assert card is not None

@@ -94,5 +94,12 @@ def test_the_dry_run_says_the_sizes_and_what_they_come_to() -> None:
     assert "resnet of 1-1-1-1 basic layers of 32-64-128-256 channels, width 64, 1 + 2 layers" in said
     assert "30 queries, images 320 x 320" in said
     assert re.search(r"\n  1\.\d\d M parameters, 1\.\d\d GFLOPs an image", said)
+    for bits, told in (("w8a8", "from 50% of the training on"), ("{bits: w8a8, rest_from: 7}", "from step 7 on")):
+        fields = ["student.family=detr", f"student.quantization={bits}"]
+        assert f", w8a8 (all but its backbone {told}; not evaluated before)" in describe_student(
+            load(None, fields).student, 3
+        )
+    fields = ["student.family=detr", "student.inherit=true", "student.quantization=w8a8"]
+    assert ", w8a8, images" in describe_student(load(None, fields).student, 3)
     unreachable = describe_student(StudentConfig(init="./nowhere"), 3)
     assert "not known: ./nowhere: no such folder" in unreachable

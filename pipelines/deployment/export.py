@@ -37,7 +37,9 @@ from qskd.deploy.export import (
 )
 from qskd.deploy.model_card import Card, Figures, OnnxFacts, is_hub_name, read_card, read_facts, write_card
 from qskd.deploy.qdq import notice_of_onnx, tolerance_of
+from qskd.deploy.runtimes import as_stored
 from qskd.deploy.speed import Size, compare_speed, cost_of, onnx_runner, torch_runner
+from qskd.deploy.variants import FLOAT32
 from qskd.detectors import (
     FAMILIES,
     Detector,
@@ -280,4 +282,5 @@ def _add_onnx(
         console.print(said, soft_wrap=True)
     worst = together("", found)
     differences = (worst.batch, worst.logits, worst.probabilities, worst.boxes)
-    return OnnxFacts(options.batch, size, *differences, said, AMONG if chance else "")
+    weights = as_stored(FLOAT32, folder).weights
+    return OnnxFacts(options.batch, size, *differences, said, AMONG if chance else "", weights)

@@ -37,9 +37,9 @@ MADE = {"distill": "distilled from a teacher with {}", "train": "trained without
 
 
 ONNX = """\
-`model.onnx` takes `pixel_values` [{batch}, 3, {size}, {size}] (RGB, resized to a square, normalised as
-`preprocessor_config.json` says) and returns `logits` and `pred_boxes` of every query. No mask, and no post-processing: that
-is in `detect.py`, which needs numpy, onnxruntime and Pillow only:
+`model.onnx`, whose weights are {weights}, takes `pixel_values` [{batch}, 3, {size}, {size}] (RGB, resized to a square,
+normalised as `preprocessor_config.json` says) and returns `logits` and `pred_boxes` of every query. No mask, and no
+post-processing: that is in `detect.py`, which needs numpy, onnxruntime and Pillow only:
 
 ```
 python detect.py photo.jpg --threshold 0.5
@@ -86,6 +86,7 @@ class OnnxFacts:
     boxes: float
     latency: str = ""
     among: str = ""
+    weights: str = "float32"  # most of them
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qskd.checkpoints.timm_resnet import find_timm, is_dilated
 from qskd.checkpoints.weights import read_config
 from qskd.config import StudentConfig
 from qskd.config.backbone import NO_TIMM, TIMM
+from qskd.config.quantization import QuantizationConfig
 from qskd.datasets.classes import Vocabulary
 from qskd.detectors.backbone import backbone_config, first_stages, load_backbone, thaw_norms
 from qskd.detectors.checkpoint import load_detector
@@ -161,8 +162,18 @@ def describe_student(config: StudentConfig, classes: int) -> str:
             f"{config.encoder_layers} + {config.decoder_layers} layers, {config.heads} heads, ffn {config.ffn_width}, "
             f"{config.queries} queries"
         )
-    bits = f", {config.quantization.bits}" if config.quantization is not None else ""
-    return f"{what}{bits}, images {side}\n  {cost}"
+    return f"{what}{_bits_said(config.quantization_taken)}, images {side}\n  {cost}"
+
+
+def _bits_said(bits: QuantizationConfig | None) -> str:
+    """And when all of them begin, where that is not at once: until then there is no AP."""
+    if bits is None:
+        return ""
+    at = bits.rest_from or 0.0
+    if not at or "backbone" not in bits.parts:
+        return f", {bits.bits}"
+    when = f"step {at:g}" if at >= 1 else f"{at:.0%} of the training"
+    return f", {bits.bits} (all but its backbone from {when} on; not evaluated before)"
 
 
 def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
