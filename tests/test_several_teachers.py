@@ -17,6 +17,7 @@ from test_unlabeled import nobody_s, said
 from tiny import FAMILIES, arrays, make_training, random_teacher, recipe, silent_student
 from torch import Tensor
 
+from pipelines.reporting.cards import card_of_run
 from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
 from qskd.checks import check_cache
@@ -389,6 +390,15 @@ def test_a_dry_run_names_all_teachers_and_whose_each_class_is(shards: str, folde
     assert f"notice: {folders['first']} teaches [three, eight]" in text
     assert f"notice: {folders['second']} teaches [nine]" in text
     assert "taught by the one that is named first: [eight]" in text
+
+
+def test_the_model_card_has_a_row_for_each_teacher(shards: str, folders: dict[str, Path]) -> None:
+    config, data = config_of(shards, folders, "card.evaluate_teacher=false"), load_manifest(shards)
+    card = card_of_run(config, "distill", data, data, folders["ten"], {"AP": 0.5})
+    names = [row.name for row in card.rows]
+    assert names[:2] == [f"teacher of 2 classes, `{folders['first']}`", f"teacher of 1 class, `{folders['second']}`"]
+    assert all(row.parameters for row in card.rows[:2])
+    assert card.teacher == f"{folders['first']} and {folders['second']}"
 
 
 def test_an_image_is_explained_by_all_of_them(shards: str, folders: dict[str, Path]) -> None:
