@@ -17,6 +17,7 @@ from test_unlabeled import nobody_s, said
 from tiny import FAMILIES, arrays, make_training, random_teacher, recipe, silent_student
 from torch import Tensor
 
+from pipelines.reporting.cards import card_of_run
 from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
 from qskd.checks import check_cache
@@ -26,7 +27,8 @@ from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.classes import NOBODY
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
-from qskd.detectors import load_detector, save_detector
+from qskd.detectors import load_detector, save_detector, to_pixels
+from qskd.distillation.method import Lesson
 from qskd.distillation.qskd.lapd import terms_together
 from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import none_selected
@@ -47,6 +49,7 @@ from qskd.teacher.several.together import TeachersTogether
 
 NEEDS = TeacherNeeds(memory=True, attention=True, attention_giou_floor=-1.0)
 FIRST, SECOND = (3, 5, NOBODY), (NOBODY, NOBODY, 1)  # of LABELS in TEACHER_LABELS: cat and dog, owl
+MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 OTHER = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
 
 
@@ -224,12 +227,42 @@ def test_of_several_partners_a_query_learns_every_class_and_the_surest_s_box() -
     boxes = (first, second)
     sides = [(Side(mine[n], own, none), Side(said_[n], boxes[n], none)) for n in range(2)]
     config = PredictionDistillationConfig(pairing="global", pair_weight="uniform")
-    terms = terms_together(sides, 1, 1, config)
+    nowhere = torch.zeros(1, 1, 1, dtype=torch.bool)
+    terms = terms_together(sides, [nowhere, nowhere], 1, 1, config)
     goal = torch.tensor([-2.0, 1.5]).sigmoid()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits.flatten(), goal, reduction="sum")
     torch.testing.assert_close(terms["lapd_class"].total, expected)
     torch.testing.assert_close(terms["lapd_l1"].total, (own - second).abs().sum())
     assert [float(term.count) for term in terms.values()] == [1, 1, 1]
+    at_first_s = terms_together(sides, [nowhere, ~nowhere], 1, 1, config)  # at an object that the second does not know
+    torch.testing.assert_close(at_first_s["lapd_l1"].total, (own - first).abs().sum())
+    alone = torch.nn.functional.binary_cross_entropy_with_logits(logits[..., 0], goal[:1].view(1, 1, 1))
+    torch.testing.assert_close(at_first_s["lapd_class"].total, alone)
+
+
+@pytest.mark.parametrize("pairing", ["rank", "hungarian", "image", "global"])
+def test_a_student_s_query_at_an_object_learns_nothing_of_a_teacher_that_does_not_know_it(pairing: str) -> None:
+    """Neither that it is background, nor what that teacher takes it for: the gradient in its classes is 0."""
+    members = two()
+    batch, together = of_classes([[2, 2]]), TeachersTogether(members)
+    training = make_training(recipe(FAMILIES["refined"], f"distillation.predictions.pairing={pairing}"), together)
+    method = training.module.method
+    assert method is not None
+    record = together.record(batch, method.needs)
+    (own, theirs) = assign(
+        [(torch.zeros(2, 1, 6, 3), torch.rand(2, 1, 6, 4) * 0.3 + 0.3), prediction(record)],
+        batch.targets,
+        recipe().detection,
+    )
+    at = torch.zeros(2, 1, 6, dtype=torch.bool).scatter(2, own, True)
+    output = training.student(*to_pixels(batch.images, batch.sizes, *MEAN_STD), with_attention=False)
+    logits = torch.zeros(2, 1, 6, 3, requires_grad=True)
+    boxes = torch.rand(2, 1, 6, 4) * 0.3 + 0.3
+    lesson = Lesson(replace(output, logits=logits, boxes_cxcywh=boxes), record, batch.targets, own, theirs)
+    method(lesson)["lapd_class"].total.backward()
+    assert logits.grad is not None
+    assert logits.grad[at][:, :2].abs().max() == 0
+    assert logits.grad[at][:, 2].abs().max() > 0
 
 
 def test_of_two_pseudo_objects_at_one_place_the_surer_teacher_s_stays() -> None:
@@ -357,6 +390,15 @@ def test_a_dry_run_names_all_teachers_and_whose_each_class_is(shards: str, folde
     assert f"notice: {folders['first']} teaches [three, eight]" in text
     assert f"notice: {folders['second']} teaches [nine]" in text
     assert "taught by the one that is named first: [eight]" in text
+
+
+def test_the_model_card_has_a_row_for_each_teacher(shards: str, folders: dict[str, Path]) -> None:
+    config, data = config_of(shards, folders, "card.evaluate_teacher=false"), load_manifest(shards)
+    card = card_of_run(config, "distill", data, data, folders["ten"], {"AP": 0.5})
+    names = [row.name for row in card.rows]
+    assert names[:2] == [f"teacher of 2 classes, `{folders['first']}`", f"teacher of 1 class, `{folders['second']}`"]
+    assert all(row.parameters for row in card.rows[:2])
+    assert card.teacher == f"{folders['first']} and {folders['second']}"
 
 
 def test_an_image_is_explained_by_all_of_them(shards: str, folders: dict[str, Path]) -> None:

@@ -191,7 +191,7 @@ ROWS = {
     "completed": Row("QSKD, labels completed in each step", completed),
     "completed_plain": Row("plain distillation, labels completed in each step", completed_plain),
     "completed_lapd": Row("QSKD's predictions alone, labels completed from a score of 0.3", completed_lapd),
-    "two_teachers": Row("two teachers: the same, and a detector of the twins", two_teachers),
+    "two_teachers": Row("two teachers, the second of the twins: plain distillation, labels completed", two_teachers),
     "two_teachers_alone": Row("two teachers, on images without any label", two_teachers_alone),
     "exemplars": Row("CL-DETR's rule, and a tenth of the old images", exemplars),
     "balanced": Row("the same, then balanced fine-tuning", balanced),

@@ -119,7 +119,8 @@ def card_of_run(
     if verb == "distill" and config.distillation.method != "none" and not is_results(config.teacher.path):
         members = members_of(config, train.labels)
         for each in members:
-            of = "" if len(members) == 1 else f" of {len(each.classes(train.labels))} classes"
+            own = len(each.classes(train.labels))
+            of = "" if len(members) == 1 else f" of {own} {'class' if own == 1 else 'classes'}"
             name = f"teacher{of}, `{_here(each.path)}`"
             found = teacher_metrics(config, each if of else None)
             measured[name] = (load_detector(each.path, words=each.words), found)

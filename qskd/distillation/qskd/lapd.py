@@ -102,17 +102,23 @@ def alignment_terms(
 
 
 def terms_together(
-    sides: Sequence[tuple[Side, Side]], num_objects: int, num_slots: int, config: PredictionDistillationConfig
+    sides: Sequence[tuple[Side, Side]],
+    strange: Sequence[Tensor],
+    num_objects: int,
+    num_slots: int,
+    config: PredictionDistillationConfig,
 ) -> dict[str, LossTerm]:
-    """`alignment_terms` of several teachers, each with the student as it learns from it: (student, teacher).
+    """`alignment_terms` of several teachers, each with the student as it learns from it: (student, teacher). strange: for each
+    [L, B, Q_s] bool, the student's queries at objects that this teacher knows nothing of, which learn nothing of it.
 
     A query of the student may have a partner of each (with pairings over the image). It learns each teacher's classes of that
     one's partner, but its box of the surest partner alone (the largest max_c sigmoid(c_t); ties: the first): two boxes would draw
     it to a place between them. A term counts queries with a partner, or the largest of their weights.
     """
-    learnt = [
-        _learnt(own, theirs, _partners(own, theirs, num_objects, num_slots, config), config) for own, theirs in sides
-    ]
+    learnt = []
+    for (own, theirs), left_out in zip(sides, strange, strict=True):
+        partner = _partners(own, theirs, num_objects, num_slots, config).masked_fill(left_out, -1)
+        learnt.append(_learnt(own, theirs, partner, config))
     layers = len(learnt[0].weight)
     weights, paired = torch.stack([each.weight for each in learnt]), torch.stack([each.paired for each in learnt])
     count = (weights.amax(0).sum() if config.divide_by == "weights" else paired.any(0).sum().float()) / layers

@@ -216,9 +216,11 @@ class QSKD(Method):
                 )
                 for part, selection in zip(parts, selections, strict=True)
             ]
+            known = [of_known_classes(own, targets, part.silent) for part in parts]
+            strange = [(own.slot >= 0) & (each.slot < 0) for each in known]
             most = max(side.logits.shape[2] for pair in sides for side in pair)
             slots = 1 + (config.selection.max_per_object or most)
-            terms |= terms_together(sides, targets.valid.shape[1], slots, config.predictions)
+            terms |= terms_together(sides, strange, targets.valid.shape[1], slots, config.predictions)
         return terms
 
 
