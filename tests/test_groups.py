@@ -214,4 +214,17 @@ def test_a_run_of_today_leaves_to_the_family_what_its_recipe_leaves_to_it(tmp_pa
     folder = written(config, old=False)
     assert as_begun(folder, config) == config
     check_same_run(folder, config)
-    assert replace_fields(config, BEGUN_BEFORE, "test") != config
+    before = {name: old for name, old in BEGUN_BEFORE.items() if "quantization" not in name}
+    assert replace_fields(config, before, "test") != config
+
+
+def test_a_run_of_few_bits_of_before_is_quantised_from_where_it_was(tmp_path: Path) -> None:
+    config = recipe({"quantization": "w8a8"}, f"output={tmp_path}")
+    assert config.student.quantization is not None
+    assert config.student.quantization.rest_from is None
+    folder, tree = Folder(config), to_tree(config)
+    tree["student"]["quantization"]["rest_from"] = 0.0  # the default of then
+    folder.write_record("config.yaml", yaml.safe_dump(tree))
+    begun = as_begun(folder, config)
+    assert begun == replace_fields(config, {"student.quantization.rest_from": 0.0}, "test")
+    check_same_run(folder, begun)

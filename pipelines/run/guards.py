@@ -33,6 +33,7 @@ BEGUN_BEFORE = {
     "detection.ddf_weight": 0.0,
     "detection.query_groups": 1,
     "training.backbone_layer_decay": 1.0,
+    "student.quantization.rest_from": 0.0,
 }
 DATA = "data.json"  # fingerprints of the shards that a run was begun on
 
@@ -90,7 +91,7 @@ def as_begun(folder: Folder, config: C) -> C:
     if not folder.exists("config.yaml"):
         return config
     before, now = flatten(_recorded(folder)), flatten(to_tree(config))
-    kept = {name: before.get(name, old) for name, old in BEGUN_BEFORE.items() if now[name] is None}
+    kept = {name: before.get(name, old) for name, old in BEGUN_BEFORE.items() if now.get(name, "") is None}
     kept = {name: value for name, value in kept.items() if value is not None}
     if not kept:
         return config
