@@ -24,7 +24,7 @@ from pipelines.health.checkpoint import model_checks
 from pipelines.reporting.cards import figures
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.checks import check_cache
-from qskd.config import Config, ResizeConfig
+from qskd.config import Config, ResizeConfig, StudentConfig
 from qskd.config.recipe import apply_overrides, build
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
