@@ -192,6 +192,7 @@ def test_an_export_whose_classes_share_a_softmax_says_it_too(tmp_path: Path) -> 
     shake(whole, 1)
     save_detector(whole, tmp_path / "out", config.resize)
     export_onnx(whole, tmp_path / "out" / "model.onnx", SIDE)
+    assert not any(module.training for module in whole.modules())  # an export leaves it in evaluation mode
     pixels, mask = torch.randn(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
     with torch.no_grad():
         mine, theirs = load_detector(tmp_path / "out" / "model.onnx")(pixels, mask), whole(pixels, mask)
