@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from test_loader import Pictures
 from test_teacher_cache import losses, make_cache, stream_of
-from tiny import STUDENT
+from tiny import STUDENT, shake, silent_student
+from tiny import own as own_fields
 
 import qskd
 from pipelines.demo.quickstart import TEACHER
@@ -23,12 +24,12 @@ from pipelines.health.checkpoint import model_checks
 from pipelines.reporting.cards import figures
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.checks import check_cache
-from qskd.config import Config, ResizeConfig
+from qskd.config import Config, ResizeConfig, StudentConfig
 from qskd.config.recipe import apply_overrides, build
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
 from qskd.deploy.export import export_onnx
-from qskd.detectors import checkpoint_digests, describe_student, load_detector, read_preprocessing
+from qskd.detectors import checkpoint_digests, describe_student, load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher, start_student
 from qskd.structures import SILENT_LOGIT, TeacherNeeds
@@ -185,6 +186,23 @@ def test_our_own_export_says_what_its_checkpoint_says(own: Path) -> None:
     assert read_preprocessing(own / "model.onnx") == read_preprocessing(own)
 
 
+def test_an_export_whose_classes_share_a_softmax_says_it_too(tmp_path: Path) -> None:
+    config = StudentConfig.model_validate(STUDENT | own_fields("detr"))
+    whole = silent_student(config, ("three", "eight"), 0).eval()
+    shake(whole, 1)
+    save_detector(whole, tmp_path / "out", config.resize)
+    export_onnx(whole, tmp_path / "out" / "model.onnx", SIDE)
+    assert not any(module.training for module in whole.modules())  # an export leaves it in evaluation mode
+    pixels, mask = torch.randn(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
+    with torch.no_grad():
+        mine, theirs = load_detector(tmp_path / "out" / "model.onnx")(pixels, mask), whole(pixels, mask)
+    assert mine.no_object is not None
+    assert theirs.no_object is not None
+    assert torch.allclose(mine.logits.sigmoid(), theirs.logits[-1:].sigmoid(), atol=1e-4)
+    assert torch.allclose(mine.no_object, theirs.no_object[-1:], atol=1e-3)
+    assert torch.allclose(mine.boxes_cxcywh, theirs.boxes_cxcywh[-1:], atol=1e-4)
+
+
 def test_corners_in_pixels_and_labels_from_one_are_the_same_detector(own: Path, tmp_path: Path) -> None:
     hand, whole = load_detector(by_hand(own, tmp_path)), load_detector(own)
     looks, bright = read_preprocessing(own), torch.rand(2, 3, SIDE, SIDE)
@@ -307,6 +325,22 @@ def test_ultralytics_metadata_is_read_and_pictures_are_framed_in_grey(tmp_path: 
     assert torch.allclose(found.boxes_cxcywh[0, 0, 0], torch.tensor([0.375, 0.5, 0.5, 1.0]))
     grey = (1 + 114 / 255) / 2
     assert found.logits[0, 0, 0, 1].sigmoid() == pytest.approx(0.9 * grey, abs=1e-4)
+
+
+@pytest.mark.parametrize("names", ["{0: 'a'", "[1]", "{}", "{'x': 'a'}", "{1000000: 'a'}"])
+def test_metadata_that_can_not_be_read_says_nothing(names: str, tmp_path: Path) -> None:
+    told = {"author": "Ultralytics", "task": "detect", "names": names, "imgsz": "64"}
+    with pytest.raises(QskdError, match="nothing says what its labels are called"):
+        read_preprocessing(small(tmp_path / "yolo.onnx", form="rows", metadata=told))
+
+
+def test_the_folder_of_a_detector_that_is_asked_in_words_lends_its_graph_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "grounding-dino"}))
+    nodes = [helper.make_node("Identity", [name], [name + "s"]) for name in ("logit", "pred_boxe")]
+    stored = {"logit": np.zeros((1, 3, 256), np.float32), "pred_boxe": np.zeros((1, 3, 4), np.float32)}
+    file = said_by(tmp_path / "model.onnx", nodes, stored, {"logits": [1, 3, 256], "pred_boxes": [1, 3, 4]}, False)
+    with pytest.raises(QskdError, match="asked in words"):
+        load_detector(file)
 
 
 def test_an_image_is_seen_without_its_padding(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from qskd.checkpoints.clean_config import CATEGORY_IDS, detector_config
 from qskd.checkpoints.graph_words import REMEDY, GraphWords, read_words, words_file
 from qskd.checkpoints.json_files import first_line, read_json_file
-from qskd.config import FACTS, ONNX
+from qskd.config import ONNX
 from qskd.errors import QskdError
+from qskd.families.table import find_family
 from qskd.imports import need
 
 ENDING = ".onnx"
@@ -127,11 +128,15 @@ def _read(file: Path, path: str, _: tuple[int, ...]) -> Graph:
     words = read_words(file)
     form: Form
     names: tuple[str, ...]
-    softmax, ids = False, None
+    softmax, ids, most = False, None, MOST_BOXES
     if words is None and outputs.keys() >= set(_OURS) and (config_file := file.parent / "config.json").is_file():
         config = detector_config(read_json_file(config_file), str(config_file))
+        family = find_family(config.model_type, str(config_file))
+        if family.asked_in_words:
+            raise QskdError(path, "a detector that is asked in words", "one with classes of its own", "use its folder")
         form, names, written = "logits", _OURS, ("cxcywh", "relative")
-        softmax, ids = FACTS[config.model_type].softmax, getattr(config, CATEGORY_IDS, None)
+        softmax, ids = family.no_object_rows == 1, getattr(config, CATEGORY_IDS, None)
+        most = family.num_queries(config)
         labels = tuple(str(config.id2label.get(label, _UNREAD)) for label in range(config.num_labels))
     else:
         form, names = _form(path, outputs, words)
@@ -146,7 +151,7 @@ def _read(file: Path, path: str, _: tuple[int, ...]) -> Graph:
         written = _boxes(path, words, form)
         labels = _slots(path, words, outputs[names[0]][-1:]) if form == "logits" else words.labels
     boxes = outputs[names[form == "logits"]]
-    queries = (boxes[-2] if len(boxes) > 1 else None) or MOST_BOXES
+    queries = (boxes[-2] if len(boxes) > 1 else None) or most
     return Graph(
         file=path,
         form=form,
@@ -264,14 +269,15 @@ def _ultralytics(said: Mapping[str, str], form: Form, side: int | None) -> Graph
         return None
     try:
         names, sides = ast.literal_eval(said["names"][:100_000]), ast.literal_eval(said.get("imgsz", "[]")[:100])
-        named = {int(label): str(name) for label, name in names.items()}
-    except (ValueError, SyntaxError, TypeError, AttributeError, KeyError, RecursionError, MemoryError):
+        words = {
+            "classes": {str(int(label)): str(name) for label, name in names.items()},
+            "boxes": "xyxy",
+            "units": "pixels",
+        }
+        looks = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "resize": "letterbox"}
+        return GraphWords.model_validate(words | looks | {"size": side or (sides[0] if sides else None)})
+    except (ValueError, SyntaxError, TypeError, AttributeError, LookupError, RecursionError, MemoryError):
         return None
-    size = side or (sides[0] if isinstance(sides, list) and sides and isinstance(sides[0], int) else None)
-    return GraphWords.model_validate(
-        {"classes": {str(label): name for label, name in named.items()}, "boxes": "xyxy", "units": "pixels"}
-        | {"resize": "letterbox", "size": size, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    )
 
 
 def _boxes(path: str, words: GraphWords, form: Form) -> tuple[str, str]:

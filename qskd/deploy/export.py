@@ -113,7 +113,10 @@ def export_onnx(
     try:
         sized = FAMILIES[detector.family].for_one_size(detector.eval().model, size, size)
         with _quiet(), torch.no_grad(), sized:
-            torch.onnx.export(Predicting(detector.model), (images,), str(file), **named)
+            predicting = Predicting(
+                detector.model
+            ).eval()  # the exporter gives back the mode that it finds, to all in it
+            torch.onnx.export(predicting, (images,), str(file), **named)
             _state_shapes(file, detector, size, batch)
     except Exception as error:
         cause = error.__cause__ or error  # dynamo wraps the reason in advice

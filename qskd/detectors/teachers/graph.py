@@ -152,8 +152,11 @@ class GraphDetector(BoxesDetector):
         if graph.form == "logits":
             logits, boxes = said
             expected = len(graph.labels) + graph.softmax
-            if logits.shape[-1] != expected:
-                raise QskdError(graph.file, f"{logits.shape[-1]} logits of a box", f"{expected}", "name each class")
+            if logits.shape[-2:] != (self.num_queries, expected):
+                found, wanted = " x ".join(map(str, logits.shape[-2:])), f"{self.num_queries} x {expected}"
+                raise QskdError(
+                    graph.file, f"{found} logits", f"{wanted}, boxes and classes", "state them in the graph's shapes"
+                )
             none = np.zeros(logits.shape[:2], np.float32)
             if graph.softmax:
                 logits, none = (each.numpy() for each in from_softmax(torch.from_numpy(logits)))
