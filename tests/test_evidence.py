@@ -63,17 +63,17 @@ def test_the_goals_of_few_bits_stand_beside_what_came_out() -> None:
         }.items()
     }
     rows = [line.split(" | ")[1:] for line in few_bits.goals(ap, "inherit", "short").splitlines()[2:]]
-    assert rows[0] == ["w8a8", "QSKD", "0.2 ± 0.6 AP", "2", "yes, not told |"]
-    assert rows[1] == ["w4a4-attn8", "QSKD", "3.5 ± 6.4 AP", "2", "no, not told |"]
+    assert rows[0] == ["w8a8", "QSKD", "0.2 ± 0.6 AP", "2", "yes, within chance |"]
+    assert rows[1] == ["w4a4-attn8", "QSKD", "3.5 ± 6.4 AP", "2", "no, within chance |"]
     both, alone = "QSKD and Q-DETR, both", "QSKD and Q-DETR, alignment alone"
     assert rows[2:4] == [  # of QSKD in float
-        ["w4a4-attn8", alone, "5.0 AP", "1", "no, not told |"],
-        ["w4a4-attn8", both, "6.0 AP", "1", "no, not told |"],
+        ["w4a4-attn8", alone, "5.0 AP", "1", "no, within chance |"],
+        ["w4a4-attn8", both, "6.0 AP", "1", "no, within chance |"],
     ]
     assert rows[4] == ["w4a4-attn8", "QSKD", "100 ± 0 %", "2", "yes |"]
     assert rows[-2:] == [  # than all queries, and than none
-        ["w4a4-attn8", both, "-1.0 AP", "1", "no, not told |"],
-        ["w4a4-attn8", both, "-2.0 AP", "1", "no, not told |"],
+        ["w4a4-attn8", both, "-1.0 AP", "1", "no, within chance |"],
+        ["w4a4-attn8", both, "-2.0 AP", "1", "no, within chance |"],
     ]
     assert few_bits.goals({}, "inherit", "short") == ""
 

@@ -34,7 +34,7 @@ class Goal:
     most: float = math.inf
 
 
-NOT_TOLD = "not told: the 95 % interval holds both, or there is one seed"
+NOT_TOLD = "within chance: the 95 % interval holds both answers, or there is one seed"
 TEACHINGS = ("qskd", "matching", "alignment", "qdetr")
 GOALS = (
     Goal("loses at most 0.2 AP against float of the same teaching", "w8a8", TEACHINGS, "lost", most=0.2),
@@ -76,7 +76,7 @@ def won_back_of(ap: Found, student: str, budget: str, short: str, taught: str) -
 
 def goals(ap: Found, student: str, budget: str) -> str:
     """What was asked for beside what came out, a row each, as Markdown; empty where no such student was trained. "yes" and "no"
-    are of the mean; "not told" where its interval holds both, and of one seed."""
+    are of the mean; "within chance" where its interval holds both, and of one seed."""
     lines = ["| goal | bits | taught by | came out | seeds | reached |", "| --- | --- | --- | --- | --- | --- |"]
     for goal in GOALS:
         for taught in goal.taught:
@@ -109,7 +109,7 @@ def _reached(goal: Goal, came: Interval) -> str:
         return ""
     within = [goal.least <= each <= goal.most for each in (came.mean, came.mean - came.half, came.mean + came.half)]
     word = "yes" if within[0] else "no"
-    return word if not math.isnan(came.half) and len(set(within)) == 1 else f"{word}, not told"
+    return word if not math.isnan(came.half) and len(set(within)) == 1 else f"{word}, within chance"
 
 
 def tables(ap: Found, ap50: Found, before: Found, student: str, budget: str) -> str:
