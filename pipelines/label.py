@@ -74,13 +74,10 @@ def command(
     check_overrides(set or ())
     asked = job.Request(
         *(model, images, out, like, threshold, one_of("--on-error", on_error, "stop", "skip")),
-        resize=config.teacher.resize,
-        class_map=config.teacher.class_map,
+        **job.as_recipe(config),
         batch_size=batch_size,
         workers=workers,
         threads=threads,
-        device=config.compute.device,
-        precision=config.compute.evaluation_precision,
         overwrite=overwrite,
         onto=onto,
         classes=names_in(classes),

@@ -41,13 +41,10 @@ def label(
     config = configuration(recipe, set, ())
     asked = job.Request(
         *(os.fspath(model), Path(images), Path(out), os.fspath(like), threshold, on_error),
-        resize=config.teacher.resize,
-        class_map=config.teacher.class_map,
+        **job.as_recipe(config),
         batch_size=batch_size,
         workers=workers,
         threads=threads,
-        device=config.compute.device,
-        precision=config.compute.evaluation_precision,
         overwrite=overwrite,
         onto=None if onto is None else Path(onto),
         classes=tuple(classes),

@@ -32,6 +32,7 @@ from pipelines.labelling.parts import (
 )
 from pipelines.labelling.request import Labels as Labels
 from pipelines.labelling.request import Request as Request
+from pipelines.labelling.request import as_recipe as as_recipe
 from pipelines.reporting.board import Row, progress
 from pipelines.reporting.watch import CountWatch
 from qskd.datasets.classes import NOBODY, listing, map_classes, model_side

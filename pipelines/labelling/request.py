@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from qskd.config import ResizeConfig
+from qskd.config import Config, ResizeConfig
 from qskd.datasets.classes import Explicit
 from qskd.printable import one_line
 
@@ -36,6 +36,16 @@ class Request:
     overwrite: bool = False
     onto: Path | None = None
     classes: tuple[str, ...] = ()
+
+
+def as_recipe(config: Config) -> dict[str, Any]:
+    """The fields of a `Request` that a recipe says."""
+    return {
+        "resize": config.teacher.resize,
+        "class_map": config.teacher.class_map,
+        "device": config.compute.device,
+        "precision": config.compute.evaluation_precision,
+    }
 
 
 @dataclass(frozen=True)
