@@ -64,3 +64,9 @@ def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 def pairwise_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """[..., N, 4], [..., M, 4] -> [..., N, M] GIoU of all pairs, float32."""
     return giou(a_xyxy.unsqueeze(-2), b_xyxy.unsqueeze(-3))
+
+
+def extent_wh(valid: Tensor) -> Tensor:
+    """[B, H, W], 1 or True in a rectangle at the top left (what is left is padding) -> its width and height, [B, 2] int64."""
+    real = valid.bool()
+    return torch.stack([real.any(1).sum(1), real.any(2).sum(1)], -1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qskd.boxes import extent_wh
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import NonNegative
 from qskd.distillation.method import Facts, Lesson, Method
@@ -112,7 +113,7 @@ class Adversarial(Method):
 
 def at_centres(map_: Tensor, valid: Tensor, targets: Targets) -> Tensor:
     """[B, H, W, C], with `valid` [B, H, W] 1 in a rectangle at the top left -> [B, M, C], bilinear, at the objects' centres."""
-    cells = torch.stack([valid.amax(1).sum(1), valid.amax(2).sum(1)], -1)[:, None]  # width and height of the rectangle
+    cells = extent_wh(valid)[:, None]
     whole = torch.tensor([map_.shape[2], map_.shape[1]], device=map_.device)
     at = targets.boxes_cxcywh.float()[..., :2] * cells  # in cells
     at = torch.minimum(at.clamp(min=0.5), cells - 0.5) / whole * 2 - 1

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qskd.boxes import cxcywh_to_xyxy, giou, iou
+from qskd.boxes import cxcywh_to_xyxy, extent_wh, giou, iou
 from qskd.config.distillation import MethodSettings
 from qskd.config.section import Fraction, NonNegative
 from qskd.distillation.method import Facts, Lesson, Method, last_layer
@@ -135,15 +135,12 @@ def near_objects(targets: Targets, valid: Tensor) -> Tensor:
     """[B, H, W] float32: at each cell that is no padding the sum of a Gaussian for each object, about its centre, with
     deviations of a quarter of its width and height, half a cell at the least. valid: [B, H, W], 1 in a rectangle at the top
     left."""
-    sizes = torch.stack([valid.amax(1).sum(1), valid.amax(2).sum(1)], -1).clamp(min=1)[
-        :, None, :, None
-    ]  # width, height
+    sizes = extent_wh(valid).clamp(min=1)[:, None, :, None]
     centre, size = targets.boxes_cxcywh.float()[..., None].split(2, 2)  # [B, M, 2, 1]
     parts = []
     for axis, cells in enumerate((valid.shape[2], valid.shape[1])):
-        at = (torch.arange(cells, device=valid.device) + 0.5) / sizes[
-            :, :, axis
-        ]  # [B, 1, cells], relative to the image
+        # [B, 1, cells], relative to the image
+        at = (torch.arange(cells, device=valid.device) + 0.5) / sizes[:, :, axis]
         deviation = torch.maximum(size[:, :, axis] / 4, 0.5 / sizes[:, :, axis])
         away = (at - centre[:, :, axis]) / deviation
         parts.append(torch.exp(-0.5 * away**2) * targets.valid[..., None])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qskd.boxes import cxcywh_to_xyxy, giou
+from qskd.boxes import cxcywh_to_xyxy, extent_wh, giou
 from qskd.losses.detection_loss import unlabelled_focal
 from qskd.losses.unsure import in_unsure
 from qskd.structures import LossTerm, Targets
@@ -23,8 +23,7 @@ CENTRAL_PART = 0.6  # of a box's width and height: cells in it belong to the obj
 def cell_centres(valid: Tensor) -> Tensor:
     """[B, H, W] bool of real (unpadded) cells -> [B, H*W, 2] centres x, y relative to each image's real part."""
     height, width = valid.shape[-2:]
-    rows = valid.any(2).sum(1).clamp(min=1)[:, None, None]
-    columns = valid.any(1).sum(1).clamp(min=1)[:, None, None]
+    columns, rows = extent_wh(valid).clamp(min=1)[:, :, None, None].unbind(1)
     y = (torch.arange(height, device=valid.device)[None, :, None] + 0.5) / rows
     x = (torch.arange(width, device=valid.device)[None, None, :] + 0.5) / columns
     return torch.stack([x.expand(len(valid), height, width), y.expand(len(valid), height, width)], -1).flatten(1, 2)
@@ -61,7 +60,7 @@ class DenseHead(nn.Module):
         logits = self.classes(features).flatten(2).transpose(1, 2).float()
         raw = self.boxes(features).flatten(2).transpose(1, 2).float()
         centres = cell_centres(valid)
-        cell_size = 1.0 / torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], -1).clamp(min=1)
+        cell_size = 1.0 / extent_wh(valid).clamp(min=1)
         owner = cells_of_objects(centres, cell_size, targets)
         owned = (owner >= 0) & valid.flatten(1)
         count = owned.sum().float()

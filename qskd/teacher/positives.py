@@ -14,6 +14,7 @@ from torch import Tensor
 from qskd.boxes import cxcywh_to_xyxy, iou
 from qskd.config import DetectionLossConfig
 from qskd.distillation.shared.apart import matched, prediction
+from qskd.losses.dense_head import cell_centres
 from qskd.losses.matching import assign
 from qskd.structures import Targets, TeacherRecord
 
@@ -110,11 +111,7 @@ def _looks(record: TeacherRecord, matched: Tensor) -> tuple[Tensor, Tensor] | No
 
 def _in_objects(valid: Tensor, targets: Targets) -> Tensor:
     """[B, H, W] bool: the cells of the real part whose centre lies in some object."""
-    sizes = torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], dim=-1).clamp(min=1)  # width, height
-    grid_y, grid_x = torch.meshgrid(
-        *(torch.arange(n, device=valid.device) + 0.5 for n in valid.shape[1:]), indexing="ij"
-    )
-    centres = torch.stack([grid_x, grid_y], dim=-1)[None] / sizes[:, None, None]
+    centres = cell_centres(valid).unflatten(1, valid.shape[1:])
     corners = cxcywh_to_xyxy(targets.boxes_cxcywh.float())[:, :, None, None]
     within = (centres[:, None] >= corners[..., :2]) & (centres[:, None] <= corners[..., 2:])
     return (within.all(-1) & targets.valid[:, :, None, None]).any(1) & valid

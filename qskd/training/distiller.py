@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from qskd.boxes import extent_wh
 from qskd.config import DetectionLossConfig, MethodSettings, ResizeConfig
 from qskd.config.distillation import DEFAULT, settings_class
 from qskd.datasets.classes import map_classes
@@ -72,7 +73,7 @@ def targets_of(labels: Sequence[Mapping[str, Any]], pixel_mask: Tensor) -> tuple
     device, batch = pixel_mask.device, len(labels)
     if batch != len(pixel_mask):
         raise QskdError("labels", f"of {batch} images", f"of the {len(pixel_mask)} images of pixel_values")
-    real = torch.stack([pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)], 1).float()  # height, width
+    real = extent_wh(pixel_mask).flip(-1).float()  # height, width
     said = [each.get("size") for each in labels]
     frames = [real[i] if size is None else torch.as_tensor(size, device=device).float() for i, size in enumerate(said)]
     scale = ((torch.stack(frames) if frames else real) / real).flip(1).repeat(1, 2)  # x, y, x, y
@@ -228,7 +229,7 @@ class Distiller(nn.Module):
         own = self.preprocessing
         mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (own.mean, own.std))
         plain = 255 * (pixels.float() * std + mean)
-        sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], 1)
+        sizes = extent_wh(mask).flip(-1)
         if self.teacher.resize != own.resize:
             pictures = []
             for picture, (height, width) in zip(plain, sizes.tolist(), strict=True):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qskd.boxes import extent_wh
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from qskd.detectors.detector import Detector
 from qskd.detectors.extra_queries import ExtraQueries
@@ -58,7 +59,7 @@ class BoxesDetector(Detector):
         batch, unit = len(pixel_values), self._family.image_unit(self.model.config)
         sizes = [tuple(pixel_values.shape[-2:])] * batch
         if least != sizes[0]:  # else the host knows that none is padded
-            real = torch.stack([pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)], 1)
+            real = extent_wh(pixel_mask).flip(-1)
             sizes = [(int(height), int(width)) for height, width in real.tolist()]
         found: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         for height, width in dict.fromkeys(sizes):

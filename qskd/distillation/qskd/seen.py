@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qskd.boxes import cxcywh_to_xyxy
+from qskd.boxes import cxcywh_to_xyxy, extent_wh
 from qskd.config import DetectionLossConfig
 from qskd.distillation.method import Seen, Sight, last_layer
 from qskd.distillation.qskd.agfd import foreground_mask
@@ -117,7 +117,7 @@ def make_mask(levels: tuple[NDArray[np.float32], ...], boxes_xyxy: NDArray[np.fl
 
 def _without_padding(mask: Tensor, valid: Tensor) -> NDArray[np.float32]:
     """[1, H, W] and where it is no padding (a rectangle at the top left) -> that rectangle, [h, w]."""
-    height, width = int(valid[0].any(1).sum()), int(valid[0].any(0).sum())
+    width, height = extent_wh(valid)[0].tolist()
     return np.asarray(mask[0, :height, :width].float().cpu().numpy())
 
 

@@ -10,17 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qskd.boxes import extent_wh
 from qskd.errors import QskdError
 
 if TYPE_CHECKING:
     from qskd.distillation.method import Facts, Lesson
 
 _WORD = 0xFFFFFFFF
-
-
-def _extent(valid: Tensor) -> Tensor:
-    """[B, H, W] bool, a rectangle at the top left -> its width and height in cells, [B, 2] float32."""
-    return torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], dim=-1).clamp(min=1).float()
 
 
 def resample(map_: Tensor, valid: Tensor, onto_valid: Tensor, region_xyxy: Tensor | None = None) -> Tensor:
@@ -42,7 +38,7 @@ def resampler(valid: Tensor, onto_valid: Tensor, region_xyxy: Tensor | None = No
     if alike and region_xyxy is None and may_ask and torch.equal(valid, onto_valid):
         return Tensor.float  # asking a GPU would mean waiting for it, asking in a graph to leave it
     dense = max(1, math.ceil(max(rows / height, columns / width) / 2))
-    source, target = _extent(valid), _extent(onto_valid)
+    source, target = (extent_wh(each).clamp(min=1).float() for each in (valid, onto_valid))
     axes = []
     for axis, (cells, whole) in enumerate(((width, columns), (height, rows))):
         centre = (torch.arange(cells * dense, device=valid.device) + 0.5) / dense  # in target cells

@@ -89,8 +89,10 @@ def encode(record: TeacherRecord, image_ids: Sequence[int], precision: str) -> l
     """
     import torch
 
+    from qskd.boxes import extent_wh
+
     with torch.no_grad():
-        parts = [torch.stack([part.any(2).sum(1), part.any(1).sum(1)], dim=-1) for part in record.memory_valid]
+        parts = [extent_wh(part).flip(-1) for part in record.memory_valid]
         # A map's real part is a rectangle at the top left. A teacher of predictions alone has no map.
         shapes = host(torch.stack(parts, dim=1).int()) if parts else np.zeros((len(image_ids), 0, 2), np.int32)
         encoded = [
