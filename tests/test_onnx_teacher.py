@@ -22,7 +22,9 @@ from tiny import own as own_fields
 
 import qskd
 from pipelines.demo.quickstart import TEACHER
+from pipelines.deployment.export import ExportOptions, foresee
 from pipelines.health.checkpoint import model_checks
+from pipelines.inspection.results import ids_for
 from pipelines.reporting.cards import figures
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.checks import check_cache
@@ -37,6 +39,8 @@ from qskd.from_recipe import make_teacher, start_student
 from qskd.structures import SILENT_LOGIT, TeacherNeeds
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.identity import cache_identity, teachers_preprocessing
+from qskd.teacher.several.checks import check_several_teachers
+from qskd.teacher.several.members import members_of
 from qskd.teacher.told.checks import check_told
 
 torch.set_num_threads(1)
@@ -408,7 +412,9 @@ def test_features_inheritance_a_student_and_an_export_are_refused_by_name(shards
         start_student(build({"student": STUDENT | {"backbone": backbone}}), ("three",))
 
 
-def test_label_evaluate_predict_doctor_and_the_card_take_it(shards: str, tmp_path: Path) -> None:
+def test_label_evaluate_predict_doctor_and_the_card_take_it(
+    shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file, photos = small(said(tmp_path, WORDS)), tmp_path / "photos"
     photos.mkdir()
     picture = np.full((128, SIDE, 3), 255, np.uint8)
@@ -417,13 +423,18 @@ def test_label_evaluate_predict_doctor_and_the_card_take_it(shards: str, tmp_pat
     assert labels.objects == {"three": 1, "eight": 0, "nine": 1}
     assert qskd.evaluate(file, shards, workers=0).metrics["AP"] >= 0
     (one,) = qskd.predict(file, picture, threshold=0.5)
+    caplog.clear()
+    assert ids_for(load_detector(file), [photos / "a.png"], None).categories[4] == 4
+    assert caplog.messages == ["the detector keeps no category ids: category_id is the number of the label"]
     assert (one.labels, one.boxes_xyxy.tolist()) == (("three", "nine"), [[8, 32, 40, 96], [32, 0, 64, 64]])
     checks = {check.name: check for check in model_checks(str(file))}
     assert "in an ONNX file" in checks["family"].found
     assert "of predictions alone" in checks["as a teacher"].found
     assert checks["as a student"].found == "no: it can only teach"
-    rows, _ = figures({"teacher": (load_detector(file), {"AP": 0.5})}, {"teacher": ResizeConfig(size=64)}, build({}))
-    assert (rows[0].metrics, rows[0].parameters) == ({"AP": 0.5}, None)
+    rows, _ = figures(
+        {"teacher": (load_detector(file), {"AP": 0.5})}, {"teacher": read_preprocessing(file).resize}, build({})
+    )
+    assert (rows[0].metrics, rows[0].parameters, rows[0].input) == ({"AP": 0.5}, None, "64 x 64")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
@@ -437,7 +448,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
         r"(?s)mean: 123\.7, of pixels in 0\.\.255.*divide mean and std by 255",
     ),
     "a std of bytes": ({}, {"std": [255, 255, 255]}, "std: 255, of pixels in"),
-    "a size that the graph does not take": ({}, {"size": 32}, "squares of 64 pixels"),
+    "a size that the graph does not take": (
+        {},
+        {"size": 32},
+        r"(?s)other\.onnx\.json: size: 32.*squares of 64 pixels.*leave size out",
+    ),
     "no size at all": ({"shape": ("n", 3, "h", "w")}, {}, "no size, and a graph that takes any"),
     "two sides": ({"shape": ("n", 3, 32, 64)}, {}, "32 x 64 pixels"),
     "bytes": ({"kind": TensorProto.DOUBLE}, {}, "of double"),
@@ -480,8 +495,46 @@ def test_raw_candidates_weights_elsewhere_and_what_is_no_graph_are_refused(tmp_p
     file.write_bytes(b"no graph")
     with pytest.raises(QskdError, match="no ONNX file"):
         load_detector(file)
+    file.write_bytes(b"")
+    with pytest.raises(QskdError, match="an empty file"):
+        load_detector(file)
+    said(tmp_path, name="broken.onnx.json").write_text("{classes: 1}")
+    with pytest.raises(QskdError, match=r"(?s)broken\.onnx\.json.*it is written by hand: correct it"):
+        load_detector(small(tmp_path / "broken.onnx"))
     with pytest.raises(QskdError, match="No such file"):
         load_detector(tmp_path / "none.onnx")
+
+
+def test_an_onnx_file_that_a_recipe_names_and_that_is_not_there_is_named_with_its_field(
+    shards: str, tmp_path: Path
+) -> None:
+    file, labels = small(said(tmp_path, WORDS)), load_manifest(shards).labels
+    missing = tmp_path / "none.onnx"
+    for check in (check_told, teachers_preprocessing, lambda config: members_of(config, labels)):
+        with pytest.raises(QskdError, match=r"teacher\.path: .*none\.onnx: can't be read: No such file"):
+            check(config_of(shards, missing))
+    for check in (check_several_teachers, teachers_preprocessing, lambda config: members_of(config, labels)):
+        with pytest.raises(QskdError, match=r"teacher\.also\.b\.path: .*none\.onnx: can't be read"):
+            check(config_of(shards, file, f"teacher.also.b.path={missing}", "teacher.class_map={nine: null}"))
+
+
+def test_our_own_graph_without_its_folder_s_files_names_them(own: Path, tmp_path: Path) -> None:
+    file = said(tmp_path, name="model.onnx")
+    file.write_bytes((own / "model.onnx").read_bytes())
+    with pytest.raises(QskdError, match=r"no config\.json beside it[\s\S]*preprocessor_config\.json"):
+        load_detector(file)
+
+
+def test_of_a_letterboxed_file_no_size_is_proposed_for_an_export_and_the_card_has_its_square(tmp_path: Path) -> None:
+    file = small(said(tmp_path, WORDS | {"resize": "letterbox"}))
+    for size in (None, SIDE):
+        with pytest.raises(QskdError, match="can only teach"):
+            qskd.export(file, tmp_path / "out", size=size)
+    with pytest.raises(QskdError, match="can only teach"):
+        foresee(str(file), tmp_path / "out", ExportOptions())
+    rows, _ = figures({"teacher": (load_detector(file), {})}, {"teacher": read_preprocessing(file).resize}, build({}))
+    assert rows[0].input == f"{SIDE} x {SIDE}"  # filled up to a square
+    assert "--size" not in {check.name: check for check in model_checks(str(file))}["images"].found
 
 
 def with_column(column: int, value: float) -> np.ndarray:

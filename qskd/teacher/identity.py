@@ -21,7 +21,7 @@ from qskd.precision import cached_in
 from qskd.storage.stores import join
 from qskd.structures import TeacherNeeds
 from qskd.teacher.manifest import CODEC_VERSION, COMPUTED
-from qskd.teacher.several.members import Member, members_of, paths_of, teachers_named
+from qskd.teacher.several.members import Member, members_of, of_field, paths_of, teachers_named
 from qskd.teacher.told.results import UNSEEN, is_results, read_results
 
 C = TypeVar("C", bound=Config)
@@ -37,7 +37,10 @@ def teachers_preprocessing(config: Config) -> tuple[Preprocessing, ...]:
     if is_results(config.teacher.path):
         return (UNSEEN,)
     paths = paths_of(config)
-    found = [read_preprocessing(path, config.teacher.resize) for path in paths.values()]
+    found: list[Preprocessing] = []
+    for field, path in paths.items():
+        with of_field(field, path):
+            found.append(read_preprocessing(path, config.teacher.resize))
     for (field, path), each in zip(paths.items(), found, strict=True):
         if each.resize != found[0].resize:
             raise QskdError(
