@@ -86,8 +86,8 @@ def read_graph(path: str | Path) -> Graph:
         marks = [(found := each.stat()).st_mtime_ns + found.st_size if each.is_file() else 0 for each in beside]
         size, changed_ns = (found := file.stat()).st_size, found.st_mtime_ns
     except OSError as error:
-        found = f"can't be read: {error.strerror or error}"
-        raise QskdError(str(path), found, "a detector in an ONNX file", "name one that is there") from None
+        what = f"can't be read: {error.strerror or error}"
+        raise QskdError(str(path), what, "a detector in an ONNX file", "name one that is there") from None
     if not size:
         raise QskdError(str(path), "an empty file", "a detector in an ONNX file", "copy or download it again")
     return _read(file, str(path), (size, changed_ns, *marks))
