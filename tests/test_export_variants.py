@@ -237,7 +237,11 @@ def test_a_benchmark_that_can_not_be_is_refused_by_the_dry_run_too(
         (exported, {"exported": True, "evaluate": str(tmp_path / "nosuch")}, "nosuch"),
         (TEACHER, {"exported": True}, "no model.onnx"),
         (exported, {"exported": True, "out": tmp_path / "new.png"}, "without --evaluate"),
-        (exported, {"exported": True, "evaluate": str(shards), "out": tmp_path / "new.txt"}, "new.txt"),
+        (
+            exported,
+            {"exported": True, "evaluate": str(shards), "out": tmp_path / "new.txt"},
+            r"(?s)new\.txt.*what to do: --out .*new\.png",
+        ),
         (exported, {"exported": True, "evaluate": str(shards), "out": stranger}, "qskd did not draw it"),
     ]
     for model, options, said in wrong:

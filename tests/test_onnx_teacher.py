@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from tiny import own as own_fields
 
 import qskd
 from pipelines.demo.quickstart import TEACHER
+from pipelines.deployment.export import ExportOptions, foresee
 from pipelines.health.checkpoint import model_checks
+from pipelines.inspection.results import ids_for
 from pipelines.reporting.cards import figures
 from qskd.boxes import cxcywh_to_xyxy
 from qskd.checks import check_cache
@@ -34,7 +38,9 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher, start_student
 from qskd.structures import SILENT_LOGIT, TeacherNeeds
 from qskd.teacher.cached import CachedTeacher
-from qskd.teacher.identity import cache_identity
+from qskd.teacher.identity import cache_identity, teachers_preprocessing
+from qskd.teacher.several.checks import check_several_teachers
+from qskd.teacher.several.members import members_of
 from qskd.teacher.told.checks import check_told
 
 torch.set_num_threads(1)
@@ -406,7 +412,9 @@ def test_features_inheritance_a_student_and_an_export_are_refused_by_name(shards
         start_student(build({"student": STUDENT | {"backbone": backbone}}), ("three",))
 
 
-def test_label_evaluate_predict_doctor_and_the_card_take_it(shards: str, tmp_path: Path) -> None:
+def test_label_evaluate_predict_doctor_and_the_card_take_it(
+    shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file, photos = small(said(tmp_path, WORDS)), tmp_path / "photos"
     photos.mkdir()
     picture = np.full((128, SIDE, 3), 255, np.uint8)
@@ -415,13 +423,18 @@ def test_label_evaluate_predict_doctor_and_the_card_take_it(shards: str, tmp_pat
     assert labels.objects == {"three": 1, "eight": 0, "nine": 1}
     assert qskd.evaluate(file, shards, workers=0).metrics["AP"] >= 0
     (one,) = qskd.predict(file, picture, threshold=0.5)
+    caplog.clear()
+    assert ids_for(load_detector(file), [photos / "a.png"], None).categories[4] == 4
+    assert caplog.messages == ["the detector keeps no category ids: category_id is the number of the label"]
     assert (one.labels, one.boxes_xyxy.tolist()) == (("three", "nine"), [[8, 32, 40, 96], [32, 0, 64, 64]])
     checks = {check.name: check for check in model_checks(str(file))}
     assert "in an ONNX file" in checks["family"].found
     assert "of predictions alone" in checks["as a teacher"].found
     assert checks["as a student"].found == "no: it can only teach"
-    rows, _ = figures({"teacher": (load_detector(file), {"AP": 0.5})}, {"teacher": ResizeConfig(size=64)}, build({}))
-    assert (rows[0].metrics, rows[0].parameters) == ({"AP": 0.5}, None)
+    rows, _ = figures(
+        {"teacher": (load_detector(file), {"AP": 0.5})}, {"teacher": read_preprocessing(file).resize}, build({})
+    )
+    assert (rows[0].metrics, rows[0].parameters, rows[0].input) == ({"AP": 0.5}, None, "64 x 64")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
@@ -429,7 +442,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "a field missing": ({}, {"std": None}, "std: Field required"),
     "a field of no meaning": ({}, {"means": 1}, "means: Extra inputs"),
     "boxes not said": ({}, {"boxes": None}, "without boxes"),
-    "a size that the graph does not take": ({}, {"size": 32}, "squares of 64 pixels"),
+    "a mean of bytes": (
+        {},
+        {"mean": [123.7, 116.3, 103.5]},
+        r"(?s)mean: 123\.7, of pixels in 0\.\.255.*divide mean and std by 255",
+    ),
+    "a std of bytes": ({}, {"std": [255, 255, 255]}, "std: 255, of pixels in"),
+    "a size that the graph does not take": (
+        {},
+        {"size": 32},
+        r"(?s)other\.onnx\.json: size: 32.*squares of 64 pixels.*leave size out",
+    ),
     "no size at all": ({"shape": ("n", 3, "h", "w")}, {}, "no size, and a graph that takes any"),
     "two sides": ({"shape": ("n", 3, 32, 64)}, {}, "32 x 64 pixels"),
     "bytes": ({"kind": TensorProto.DOUBLE}, {}, "of double"),
@@ -472,8 +495,46 @@ def test_raw_candidates_weights_elsewhere_and_what_is_no_graph_are_refused(tmp_p
     file.write_bytes(b"no graph")
     with pytest.raises(QskdError, match="no ONNX file"):
         load_detector(file)
+    file.write_bytes(b"")
+    with pytest.raises(QskdError, match="an empty file"):
+        load_detector(file)
+    said(tmp_path, name="broken.onnx.json").write_text("{classes: 1}")
+    with pytest.raises(QskdError, match=r"(?s)broken\.onnx\.json.*it is written by hand: correct it"):
+        load_detector(small(tmp_path / "broken.onnx"))
     with pytest.raises(QskdError, match="No such file"):
         load_detector(tmp_path / "none.onnx")
+
+
+def test_an_onnx_file_that_a_recipe_names_and_that_is_not_there_is_named_with_its_field(
+    shards: str, tmp_path: Path
+) -> None:
+    file, labels = small(said(tmp_path, WORDS)), load_manifest(shards).labels
+    missing = tmp_path / "none.onnx"
+    for check in (check_told, teachers_preprocessing, lambda config: members_of(config, labels)):
+        with pytest.raises(QskdError, match=r"teacher\.path: .*none\.onnx: can't be read: No such file"):
+            check(config_of(shards, missing))
+    for check in (check_several_teachers, teachers_preprocessing, lambda config: members_of(config, labels)):
+        with pytest.raises(QskdError, match=r"teacher\.also\.b\.path: .*none\.onnx: can't be read"):
+            check(config_of(shards, file, f"teacher.also.b.path={missing}", "teacher.class_map={nine: null}"))
+
+
+def test_our_own_graph_without_its_folder_s_files_names_them(own: Path, tmp_path: Path) -> None:
+    file = said(tmp_path, name="model.onnx")
+    file.write_bytes((own / "model.onnx").read_bytes())
+    with pytest.raises(QskdError, match=r"no config\.json beside it[\s\S]*preprocessor_config\.json"):
+        load_detector(file)
+
+
+def test_of_a_letterboxed_file_no_size_is_proposed_for_an_export_and_the_card_has_its_square(tmp_path: Path) -> None:
+    file = small(said(tmp_path, WORDS | {"resize": "letterbox"}))
+    for size in (None, SIDE):
+        with pytest.raises(QskdError, match="can only teach"):
+            qskd.export(file, tmp_path / "out", size=size)
+    with pytest.raises(QskdError, match="can only teach"):
+        foresee(str(file), tmp_path / "out", ExportOptions())
+    rows, _ = figures({"teacher": (load_detector(file), {})}, {"teacher": read_preprocessing(file).resize}, build({}))
+    assert rows[0].input == f"{SIDE} x {SIDE}"  # filled up to a square
+    assert "--size" not in {check.name: check for check in model_checks(str(file))}["images"].found
 
 
 def with_column(column: int, value: float) -> np.ndarray:
@@ -498,3 +559,108 @@ def test_answers_that_are_not_what_is_said_of_them_are_refused(
 ) -> None:
     with pytest.raises(QskdError, match=message):
         ask(small(said(tmp_path, WORDS | words), rows.astype(np.float32)))
+
+
+def of_logits(folder: Path, logits: np.ndarray, boxes: np.ndarray, **words: Any) -> Path:
+    """A graph in RF-DETR's form that says these of every picture. logits: [Q, 5]; boxes: [Q, 4]."""
+    stored = {"a": boxes.astype(np.float32)[None], "b": logits.astype(np.float32)[None]}
+    nodes = [helper.make_node("Identity", [name], [out]) for name, out in (("a", "dets"), ("b", "labels"))]
+    shapes = {"dets": [1, len(boxes), 4], "labels": [1, len(logits), 5]}
+    asked = {name: WORDS[name] for name in ("classes", "resize", "mean", "std")} | words
+    return said_by(said(folder, asked), nodes, stored, shapes, False)
+
+
+UNSURE = np.linspace(-8, -3, 15).reshape(3, 5)
+SURE_FIRST = np.concatenate([np.full((1, 5), 2.0), UNSURE[1:]])
+SHARES = np.array([[0.5, 0.5, 0.25, 0.25], [0.25, 0.25, 0.5, 0.5], [0.75, 0.5, 0.125, 0.25]])
+NAN_AT_ONE = np.where(np.arange(12).reshape(3, 4) == 0, np.nan, SHARES)
+
+
+@pytest.mark.parametrize(
+    ("logits", "boxes", "words", "message"),
+    [
+        (
+            1 / (1 + np.exp(-UNSURE)),
+            SHARES,
+            {},
+            r"(?s)labels: each of 3 queries' numbers lies in 0 to 1.*without the sigmoid",
+        ),
+        (UNSURE, SHARES * SIDE, {}, r"(?s)coordinates up to 48.*shares of the picture.*units: pixels\?"),
+        (SURE_FIRST, np.concatenate([SHARES[:1] * SIDE, SHARES[1:]]), {}, "coordinates up to 32"),
+        (UNSURE, SHARES, {"units": "pixels"}, r"(?s)no coordinate above 0\.75.*units: relative\?"),
+        (
+            SURE_FIRST,
+            np.concatenate([SHARES[:1], SHARES[1:] * SIDE]),
+            {"units": "pixels"},
+            r"no coordinate above 0\.50",
+        ),
+        (np.where(UNSURE < -7, np.nan, UNSURE), SHARES, {}, "labels: nan among its numbers"),
+        (UNSURE, NAN_AT_ONE, {}, "dets: nan among its numbers"),
+    ],
+)
+def test_logits_and_their_boxes_that_can_not_be_what_is_said_of_them_are_refused(
+    logits: np.ndarray, boxes: np.ndarray, words: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = of_logits(tmp_path, logits, boxes, **words)
+    with pytest.raises(QskdError, match=message):
+        ask(file)
+    checks = {check.name: check for check in model_checks(str(file))}
+    assert checks["as a teacher"].status == "problem"
+
+
+def test_boxes_far_outside_of_queries_that_found_nothing_are_no_fault(tmp_path: Path) -> None:
+    far = np.concatenate([SHARES[:1], SHARES[1:] * SIDE])
+    assert np.allclose(ask(of_logits(tmp_path, SURE_FIRST, far)).boxes_cxcywh[0, 0], far, atol=1e-4)
+
+
+def test_a_box_or_score_that_is_no_number_is_refused_where_it_counts(tmp_path: Path) -> None:
+    file = said(tmp_path, WORDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(QskdError, match="a score of nan"):
+            ask(small(file, with_column(4, np.nan)))
+        with pytest.raises(QskdError, match="boxes: nan among its numbers"):
+            ask(small(file, with_column(0, np.nan)))
+    padded = ROWS.copy()
+    padded[3, :4] = np.nan  # a score of 0: no box
+    assert torch.isfinite(ask(small(file, padded)).boxes_cxcywh).all()
+
+
+def test_outputs_of_other_shapes_are_taken_or_refused_with_theirs(tmp_path: Path) -> None:
+    file, node = small(said(tmp_path, WORDS)), helper.make_node
+    plain, whole = ask(file), onnx.load(str(file))
+
+    def changed(name: str, ways: list[Any], shape: Sequence[Any], **stored: Any) -> Path:
+        model = onnx.ModelProto()
+        model.CopyFrom(whole)
+        model.graph.node.extend(ways)
+        model.graph.initializer.extend(numpy_helper.from_array(np.array(each), at) for at, each in stored.items())
+        (output,) = (each for each in model.graph.output if each.name == name)
+        output.CopyFrom(helper.make_tensor_value_info(f"{name}_2", TensorProto.FLOAT, shape))
+        onnx.save(model, str(file))
+        said(
+            tmp_path, WORDS | {"outputs": [f"{one}_2" if one == name else one for one in ("boxes", "scores", "labels")]}
+        )
+        return file
+
+    for name in ("labels", "scores"):
+        again = ask(changed(name, [node("Unsqueeze", [name, "end"], [f"{name}_2"])], ["n", 4, 1]))
+        assert torch.equal(again.logits, plain.logits)
+    fewer = changed("scores", [node("Slice", ["scores", "a", "b", "c"], ["scores_2"])], ["n", 3], a=[0], b=[3], c=[1])
+    with pytest.raises(QskdError, match=r"(?s)other\.onnx.*boxes \[1, 4, 4\], scores_2 \[1, 3\].*scores_2 \[B, N\]"):
+        ask(fewer)
+
+
+def test_remedies_for_teachers_of_unlike_framing_are_of_use(shards: str, tmp_path: Path) -> None:
+    boxed = WORDS | {"resize": "letterbox"}
+    square = small(said(tmp_path, WORDS, "square.onnx"))
+    also = small(said(tmp_path, boxed, "boxed.onnx"))
+    with pytest.raises(QskdError, match=r"(?s)boxed\.onnx.*no teacher\.resize suits them all.*Export one again"):
+        teachers_preprocessing(config_of(shards, square, f"teacher.also.b.path={also}"))
+    free = small(said(tmp_path, WORDS | {"size": 32}, "free.onnx"), shape=("n", 3, "h", "w"))
+    for first, second in ((free, square), (square, free)):
+        with pytest.raises(QskdError, match=r"--set 'teacher\.resize=") as refused:
+            teachers_preprocessing(config_of(shards, first, f"teacher.also.b.path={second}"))
+        (asked,) = re.findall(r"--set '(.*)'", refused.value.remedy)
+        found = teachers_preprocessing(config_of(shards, first, f"teacher.also.b.path={second}", asked))
+        assert [each.resize.size for each in found] == [SIDE, SIDE]

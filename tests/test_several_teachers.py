@@ -27,6 +27,7 @@ from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.classes import NOBODY
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
+from qskd.deploy.model_card import render
 from qskd.detectors import load_detector, save_detector, to_pixels
 from qskd.distillation.method import Lesson
 from qskd.distillation.qskd.lapd import terms_together
@@ -399,6 +400,10 @@ def test_the_model_card_has_a_row_for_each_teacher(shards: str, folders: dict[st
     assert names[:2] == [f"teacher of 2 classes, `{folders['first']}`", f"teacher of 1 class, `{folders['second']}`"]
     assert all(row.parameters for row in card.rows[:2])
     assert card.teacher == f"{folders['first']} and {folders['second']}"
+    text = render(card)
+    assert "distilled from 2 teachers with QSKD" in text
+    assert f"| teachers | {card.teacher} |" in text
+    assert "distilled from a teacher with QSKD" in render(replace(card, teachers=1))
 
 
 def test_an_image_is_explained_by_all_of_them(shards: str, folders: dict[str, Path]) -> None:

@@ -143,7 +143,9 @@ def check(options: BenchmarkOptions) -> None:
             asked = "a picture of AP against time and size of exported files"
             raise QskdError("--out", f"{asked}, without --exported or without --evaluate", "both")
         if options.out.suffix.lower() != ".png":
-            raise QskdError("--out", str(options.out), "a name that ends in .png")
+            raise QskdError(
+                "--out", str(options.out), "a name that ends in .png", f"--out {options.out.with_suffix('.png')}"
+            )
         check_picture(options.out, [])
 
 

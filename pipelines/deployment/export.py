@@ -46,6 +46,7 @@ from qskd.detectors import (
     Preprocessing,
     check_saveable,
     load_detector,
+    read_config,
     read_preprocessing,
     replacing,
     save_detector,
@@ -155,6 +156,7 @@ def foresee(model: str, out: Path, options: ExportOptions) -> str:
     """What `--dry-run` prints."""
     with fetched(model) as folder:
         check_out(model, out, options.overwrite)
+        check_saveable(read_config(folder).model_type, model)
         seen_as, images = square(folder, options.size), image_files(options.images)
         options.variants.check(str(folder), options.onnx, options.exporter, seen_as)
         size = seen_as.resize.size
@@ -207,11 +209,11 @@ def export(model: str, out: Path, options: ExportOptions, console: Console | Non
 
 def _export(model: str, named: str, out: Path, options: ExportOptions, console: Console) -> Path:
     """model: a Hub name or a local folder; named: as the user named it."""
+    check_saveable(read_config(model).model_type, named)
     seen_as = square(model, options.size)
     image_files(options.images)  # complain now
     options.variants.check(model, options.onnx, options.exporter, seen_as)
     detector = load_detector(model)
-    check_saveable(detector, named)
     FAMILIES[detector.family].check_size(detector.model.config, seen_as.resize.size, seen_as.resize.size)
     with replacing(out, options.overwrite) as fresh:
         save_detector(detector, fresh, seen_as.resize, read_facts(model), seen_as.mean, seen_as.std)

@@ -136,7 +136,7 @@ def _images(loaded: _Loaded) -> Check:
         _family_of(loaded).check_size(loaded.config, height, width)
     except QskdError as error:
         return Check("images", "problem", f"{size}: {_said(error)}", error.remedy)
-    exported = "" if square else "; ONNX has one square size: --size N"
+    exported = "" if square or loaded.detector.family in TEACHERS_ONLY else "; ONNX has one square size: --size N"
     return Check("images", "ok", f"{size}{exported}")
 
 

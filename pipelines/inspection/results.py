@@ -16,6 +16,7 @@ from typing import Any
 from pyarrow import fs
 
 from pipelines.inspection.sources import is_video
+from qskd.config import ONNX
 from qskd.detectors import Detector
 from qskd.errors import QskdError, writing
 from qskd.evaluation.detections import Detections
@@ -65,7 +66,8 @@ def ids_for(detector: Detector, sources: Sequence[Path], annotations: Path | Non
         return Ids(_named(images, sources, annotations), _matched(detector, categories, annotations))
     own = detector.category_ids
     if own is None:
-        place = "class in --classes, from 0" if classes else "label in its config.json"
+        label = "label" if detector.family == ONNX else "label in its config.json"
+        place = "class in --classes, from 0" if classes else label
         log.warning("the detector keeps no category ids: category_id is the number of the %s", place)
     numbers = [int(path.stem) if path.stem.isdecimal() and not is_video(path) else -1 for path in sources]
     right = len(set(numbers)) == len(numbers) and all(0 <= number < 2**53 for number in numbers)

@@ -13,20 +13,20 @@ import yaml
 from pipelines.cluster.devices import device_here
 from pipelines.inspection.evaluate import evaluate
 from pipelines.reporting.board import stage
-from qskd.config import Config, ResizeConfig
+from qskd.config import ONNX, Config, ResizeConfig
 from qskd.config.recipe import changes
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.splits import class_map_for
 from qskd.datasets.unlabeled.joined import training_manifest, unlabeled_manifests
 from qskd.deploy.model_card import Card, Figures, method_titles, read_card, write_card
-from qskd.deploy.speed import Timing, compare_speed, cost_of, torch_runner, usual_size
+from qskd.deploy.speed import Size, Timing, compare_speed, cost_of, torch_runner, usual_size
 from qskd.detectors import Detector, load_detector
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.evaluation.forgetting import mean_of
 from qskd.storage.places import open_folder
 from qskd.teacher.identity import teacher_preprocessing
-from qskd.teacher.several.members import Member, members_of, teachers_named
+from qskd.teacher.several.members import Member, members_of, paths_of, teachers_named
 from qskd.teacher.told.results import is_results
 from qskd.untrusted import parse_large_json
 
@@ -91,11 +91,13 @@ def figures(
     runners = {}
     for name, (detector, metrics) in detectors.items():
         size = usual_size(sizes[name])
+        if detector.family == ONNX and detector.model.graph.letterbox:  # filled up to a square
+            size = Size(sizes[name].size, sizes[name].size)
         try:
             cost = cost_of(detector, size)
         except QskdError as error:
             log.warning("model card: %s was not measured: %s", name, error)
-            rows.append(Figures(name, metrics))
+            rows.append(Figures(name, metrics, input=str(size)))
             continue
         runners[name] = torch_runner(detector, size, device)
         rows.append(Figures(name, metrics, cost.parameters, cost.gflops, input=str(size)))
@@ -148,6 +150,7 @@ def card_of_run(
         unlabeled_images=sum(each.num_images for each in unlabeled_manifests(config.data)),
         val_images=val.num_images,
         teacher=teacher,
+        teachers=len(paths_of(config)),
         teacher_licence=card.teacher_licence,
         licence=card.licence,
         timing=timing,

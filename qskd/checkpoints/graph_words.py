@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qskd.checkpoints.json_files import read_json_file
 from qskd.config import ResizeConfig
@@ -14,8 +14,9 @@ from qskd.config.section import Pixels, Section
 from qskd.errors import QskdError
 
 _UNREAD = "N/A"
-_Three = tuple[float, float, float]
-_Above = Annotated[float, Field(gt=0.0)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Three = tuple[_Number, _Number, _Number]
+_Above = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 _EXAMPLE = (
     '{"classes": ["cat", "dog"], "boxes": "xyxy", "units": "pixels", "resize": "square", "size": 640, '
     '"mean": [0, 0, 0], "std": [1, 1, 1]}'
@@ -23,7 +24,7 @@ _EXAMPLE = (
 REMEDY = (
     f"write it, as {_EXAMPLE}, with what is true of this detector: classes by label from 0, or by number "
     '({"1": "cat"}); boxes xyxy, xywh or cxcywh; units pixels (of the picture that it is given) or relative; resize square, '
-    "letterbox or shortest_edge; mean and std of pixels in 0..1 (docs/teachers.md)"
+    "letterbox or shortest_edge; mean and std of pixels in 0..1, those of 0..255 divided by 255 (docs/teachers.md)"
 )
 
 
@@ -45,6 +46,13 @@ class GraphWords(Section):
     longest: Pixels = 1333
     mean: _Three
     std: tuple[_Above, _Above, _Above]
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _of_shares(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if (most := max(value)) > 1:
+            raise ValueError(f"{most:g}, of pixels in 0..255 it seems: divide mean and std by 255")
+        return value
 
     @model_validator(mode="after")
     def _named(self) -> GraphWords:
@@ -92,7 +100,7 @@ def read_words(path: str | Path) -> GraphWords | None:
     file = words_file(path)
     if not file.is_file():
         return None
-    said: dict[str, Any] = read_json_file(file)
+    said: dict[str, Any] = read_json_file(file, remedy=f"it is written by hand: correct it, or {REMEDY}")
     try:
         return GraphWords.model_validate(said)
     except ValidationError as error:

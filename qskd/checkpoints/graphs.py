@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from qskd.checkpoints.clean_config import CATEGORY_IDS, detector_config
+from qskd.checkpoints.graph_forms import OURS, Form, boxes_of, form_of
 from qskd.checkpoints.graph_words import REMEDY, GraphWords, read_words, words_file
 from qskd.checkpoints.json_files import first_line, read_json_file
 from qskd.config import ONNX
@@ -21,19 +22,7 @@ from qskd.imports import need
 ENDING = ".onnx"
 MOST_BOXES = 300  # of an image, the best, where the graph does not say how many it gives
 _UNREAD = "N/A"  # a slot without a name
-_OURS = ("logits", "pred_boxes")  # transformers' own, as `qskd export` names them
-_NAMES = {
-    "boxes": ("boxes", "bboxes", "dets", "pred_boxes"),
-    "scores": ("scores",),
-    "labels": ("labels", "classes", "label_ids"),
-}
 _SIZES = "orig_target_sizes"  # of RT-DETR's and D-FINE's own exports: what boxes are scaled to
-_FORMS = (
-    "boxes, scores and labels; or rows of six numbers (x0, y0, x1, y1, score, label); or what `qskd export` writes, "
-    "logits and pred_boxes"
-)
-
-Form = Literal["logits", "detections", "scored", "rows"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,10 @@ def read_graph(path: str | Path) -> Graph:
         marks = [(found := each.stat()).st_mtime_ns + found.st_size if each.is_file() else 0 for each in beside]
         size, changed_ns = (found := file.stat()).st_size, found.st_mtime_ns
     except OSError as error:
-        raise QskdError(str(path), f"can't be read: {error.strerror or error}", "a detector in an ONNX file") from None
+        what = f"can't be read: {error.strerror or error}"
+        raise QskdError(str(path), what, "a detector in an ONNX file", "name one that is there") from None
+    if not size:
+        raise QskdError(str(path), "an empty file", "a detector in an ONNX file", "copy or download it again")
     return _read(file, str(path), (size, changed_ns, *marks))
 
 
@@ -129,17 +121,17 @@ def _read(file: Path, path: str, _: tuple[int, ...]) -> Graph:
     form: Form
     names: tuple[str, ...]
     softmax, ids, most = False, None, MOST_BOXES
-    if words is None and outputs.keys() >= set(_OURS) and (config_file := file.parent / "config.json").is_file():
+    if words is None and outputs.keys() >= set(OURS) and (config_file := file.parent / "config.json").is_file():
         config = detector_config(read_json_file(config_file), str(config_file))
         family = find_family(config.model_type, str(config_file))
         if family.asked_in_words:
             raise QskdError(path, "a detector that is asked in words", "one with classes of its own", "use its folder")
-        form, names, written = "logits", _OURS, ("cxcywh", "relative")
+        form, names, written = "logits", OURS, ("cxcywh", "relative")
         softmax, ids = family.no_object_rows == 1, getattr(config, CATEGORY_IDS, None)
         most = family.num_queries(config)
         labels = tuple(str(config.id2label.get(label, _UNREAD)) for label in range(config.num_labels))
     else:
-        form, names = _form(path, outputs, words)
+        form, names = form_of(path, outputs, words)
         words = words or _ultralytics(said, form, side)
         if words is None:
             raise QskdError(
@@ -148,7 +140,7 @@ def _read(file: Path, path: str, _: tuple[int, ...]) -> Graph:
                 f"{words_file(path)}, beside it",
                 REMEDY,
             )
-        written = _boxes(path, words, form)
+        written = boxes_of(path, words, form)
         labels = _slots(path, words, outputs[names[0]][-1:]) if form == "logits" else words.labels
     boxes = outputs[names[form == "logits"]]
     queries = (boxes[-2] if len(boxes) > 1 else None) or most
@@ -228,41 +220,6 @@ def _side(path: str, given: str, sides: tuple[int | None, ...]) -> int | None:
     return fixed[0]
 
 
-def _form(
-    path: str, outputs: Mapping[str, tuple[int | None, ...]], words: GraphWords | None
-) -> tuple[Form, tuple[str, ...]]:
-    """How it answers, and its outputs in that form's order."""
-    if words is not None and words.outputs:
-        if strange := [name for name in words.outputs if name not in outputs]:
-            found = f"outputs: {strange[0]}, which it does not have"
-            raise QskdError(str(words_file(path)), found, f"of {', '.join(outputs)}")
-        named = dict(zip(("boxes", "scores", "labels"), words.outputs, strict=True))
-    else:
-        low = {name.lower(): name for name in outputs}
-        named = {part: low[name] for part, names in _NAMES.items() for name in names[::-1] if name in low}
-    if {"boxes", "scores", "labels"} <= named.keys():
-        return "detections", (named["boxes"], named["scores"], named["labels"])
-    if named.keys() == {
-        "boxes",
-        "labels",
-    }:  # of a name's two meanings: mmdetection's boxes have the score in a fifth column
-        boxes, labels = outputs[named["boxes"]], outputs[named["labels"]]
-        if boxes[-1:] == (5,):
-            return "scored", (named["boxes"], named["labels"])
-        if boxes[-1:] == (4,) and len(labels) == len(boxes):  # RF-DETR's own export: logits of every class
-            return "logits", (named["labels"], named["boxes"])
-    if len(outputs) == 1 and (only := next(iter(outputs.items())))[1][-1:] == (6,):
-        return "rows", (only[0],)
-    listed = ", ".join(f"{name} {list(shape)}" for name, shape in outputs.items())
-    raw = [shape for shape in outputs.values() if len(shape) == 3 and (shape[2] or 0) > 1000]
-    remedy = (
-        "these are a YOLO's raw candidates: export it with suppression, `yolo export format=onnx nms=True`"
-        if len(outputs) == 1 and raw
-        else f'export it so; or say which outputs these are: "outputs": [BOXES, SCORES, LABELS] in {words_file(Path(path)).name}'
-    )
-    raise QskdError(path, f"outputs: {listed[:300]}", _FORMS, remedy)
-
-
 def _ultralytics(said: Mapping[str, str], form: Form, side: int | None) -> GraphWords | None:
     """What the metadata says that ultralytics writes into its exports; None of others'."""
     if form != "rows" or "ultralytics" not in " ".join(said.values()).lower() or said.get("task") != "detect":
@@ -278,16 +235,6 @@ def _ultralytics(said: Mapping[str, str], form: Form, side: int | None) -> Graph
         return GraphWords.model_validate(words | looks | {"size": side or (sides[0] if sides else None)})
     except (ValueError, SyntaxError, TypeError, AttributeError, LookupError, RecursionError, MemoryError):
         return None
-
-
-def _boxes(path: str, words: GraphWords, form: Form) -> tuple[str, str]:
-    """How its boxes are written, and in which units; what the form of its outputs decides need not be said."""
-    boxes = words.boxes or {"logits": "cxcywh", "rows": "xyxy"}.get(form)
-    units = words.units or ("relative" if form == "logits" else None)
-    if boxes is None or units is None:
-        found = " and ".join(name for name, value in (("boxes", boxes), ("units", units)) if value is None)
-        raise QskdError(str(words_file(path)), f"without {found}", "how its boxes are written", REMEDY)
-    return boxes, units
 
 
 def _slots(path: str, words: GraphWords, last: tuple[int | None, ...]) -> tuple[str, ...]:

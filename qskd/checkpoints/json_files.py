@@ -38,9 +38,10 @@ def first_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:300]) + ("..." if len(text) > 300 else "")
 
 
-def read_json_file(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The object that a JSON file holds. QskdError where it holds something else, or is larger than `most_bytes`."""
-    where, remedy = str(path), SAVE_AGAIN
+def read_json_file(path: str | Path, most_bytes: int = MOST_BYTES, remedy: str = SAVE_AGAIN) -> dict[str, Any]:
+    """The object that a JSON file holds. QskdError, with this remedy, where it holds something else, or is larger than
+    `most_bytes`."""
+    where = str(path)
 
     def refused(found: str) -> QskdError:
         return QskdError(where, found, f"a JSON object of at most {most_bytes // 2**20} MiB", remedy)

@@ -69,12 +69,16 @@ def _of_graph(path: str | Path, resize: ResizeConfig | None) -> Preprocessing:
             raise QskdError("teacher.resize", f"another size than {path} says", "its own", "leave it out")
     sides = {found.resize.size, *(() if found.resize.mode == "square" else (found.resize.longest,))}
     if graph.side is not None and (sides != {graph.side} or (found.resize.mode != "square" and not graph.letterbox)):
-        raise QskdError(
-            str(path),
-            f"images of {found.resize.mode} {found.resize.size}",
-            f"squares of {graph.side} pixels, which its input {shown(graph.given)} says",
-            "leave teacher.resize out; or export the detector for this size",
+        expected = f"squares of {graph.side} pixels, which its input {shown(graph.given)} says"
+        if resize is None and graph.words is not None:
+            remedy = f"leave size out: the graph takes {graph.side} alone"
+            raise QskdError(str(words_file(path)), f"size: {graph.words.size}", expected, remedy)
+        remedy = (
+            f"export it again; or, in a recipe, teacher.resize: {{mode: square, size: {graph.side}}}"
+            if resize is None
+            else "leave teacher.resize out; or export the detector for this size"
         )
+        raise QskdError(str(path), f"images of {found.resize.mode} {found.resize.size}", expected, remedy)
     return found
 
 

@@ -33,7 +33,7 @@ from qskd.untrusted import parse_large_json, parse_yaml
 CARD_FILE = "README.md"
 SHOWN = ("AP", "AP50", "AP75")
 NOT_STATED = "not stated"
-MADE = {"distill": "distilled from a teacher with {}", "train": "trained without a teacher", "": "exported"}
+MADE = {"distill": "distilled from {teachers} with {methods}", "train": "trained without a teacher", "": "exported"}
 
 
 ONNX = """\
@@ -115,6 +115,7 @@ class Card:
     chosen: Chosen | None = None  # which of its training's students this model is
     unlabeled_images: int = 0  # of the training: those that the teacher alone said something of
     variants: VariantsFound | None = None  # the exported files, side by side
+    teachers: int = 1  # how many `teacher` names
 
 
 _CARD = TypeAdapter(Card)
@@ -214,7 +215,8 @@ def render(card: Card, pictures: Sequence[str] = (), quantised: bool = False) ->
     measured_on = "" if card.val_images is None else f"AP is COCO's, on {card.val_images} validation images. "
     taught = _methods(card) if card.kind == "distill" else []
     made = MADE[card.kind if taught or card.kind != "distill" else "train"].format(
-        " and ".join(title for title, _ in taught)
+        teachers="a teacher" if card.teachers == 1 else f"{card.teachers} teachers",
+        methods=" and ".join(title for title, _ in taught),
     )
     parts = [
         front_matter(card),
@@ -283,12 +285,13 @@ def _licences(card: Card) -> str:
         "| --- | --- | --- |",
         f"| data | {card.data or NOT_STATED}{images} | {card.data_licence or NOT_STATED} |",
     ]
+    named = "teacher" if card.teachers == 1 else "teachers"
     if card.kind == "distill":
-        lines.append(f"| teacher | {card.teacher or NOT_STATED} | {card.teacher_licence or NOT_STATED} |")
+        lines.append(f"| {named} | {card.teacher or NOT_STATED} | {card.teacher_licence or NOT_STATED} |")
     lines.append(f"| this model | | {card.licence or NOT_STATED} |")
     note = (
         ""
         if card.licence
-        else "\nWhoever publishes this model states its licence; those of the data and of the teacher bear on it.\n"
+        else f"\nWhoever publishes this model states its licence; those of the data and of the {named} bear on it.\n"
     )
     return "\n".join(lines) + "\n" + note

@@ -241,12 +241,12 @@ def _replace_own(fresh: Path, target: Path) -> None:
         os.replace(fresh / name, target / name)
 
 
-def check_saveable(detector: Detector, where: str) -> None:
+def check_saveable(family: str, where: str) -> None:
     """QskdError of a detector that can only teach: its checkpoint is there already, and no student can be made of it."""
-    if detector.family in TEACHERS_ONLY:
+    if family in TEACHERS_ONLY:
         raise QskdError(
             where,
-            f"a {TEACHERS_ONLY[detector.family]}, which can only teach",
+            f"a {TEACHERS_ONLY[family]}, which can only teach",
             f"a detector of {', '.join(FAMILIES)}",
             "distil a student from it (teacher.path), and save or export that",
         )
@@ -268,7 +268,7 @@ def save_detector(
     appears whole or not at all; one that qskd made is replaced, any other that is not empty is refused (QskdError). durable:
     see `replacing`.
     """
-    check_saveable(detector, str(folder))
+    check_saveable(detector.family, str(folder))
     if is_dilated(detector.model):
         raise QskdError(
             str(folder),

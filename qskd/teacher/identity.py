@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from qskd.config import Config, ViewConfig
@@ -20,7 +21,7 @@ from qskd.precision import cached_in
 from qskd.storage.stores import join
 from qskd.structures import TeacherNeeds
 from qskd.teacher.manifest import CODEC_VERSION, COMPUTED
-from qskd.teacher.several.members import Member, members_of, paths_of, teachers_named
+from qskd.teacher.several.members import Member, members_of, of_field, paths_of, teachers_named
 from qskd.teacher.told.results import UNSEEN, is_results, read_results
 
 C = TypeVar("C", bound=Config)
@@ -36,18 +37,35 @@ def teachers_preprocessing(config: Config) -> tuple[Preprocessing, ...]:
     if is_results(config.teacher.path):
         return (UNSEEN,)
     paths = paths_of(config)
-    found = [read_preprocessing(path, config.teacher.resize) for path in paths.values()]
+    found: list[Preprocessing] = []
+    for field, path in paths.items():
+        with of_field(field, path):
+            found.append(read_preprocessing(path, config.teacher.resize))
     for (field, path), each in zip(paths.items(), found, strict=True):
         if each.resize != found[0].resize:
-            first = found[0].resize
-            longest = f", longest: {first.longest}" if first.mode == "shortest_edge" else ""
             raise QskdError(
                 field,
-                f"{path}, which is given pictures resized: {each.resize}, beside {config.teacher.path}: {first}",
+                f"{path}, which is given pictures resized: {each.resize}, beside {config.teacher.path}: {found[0].resize}",
                 "teachers that are given the same pictures",
-                f"say which, for all: --set 'teacher.resize={{mode: {first.mode}, size: {first.size}{longest}}}'",
+                _same_pictures(list(paths.values()), found),
             )
     return tuple(found)
+
+
+def _same_pictures(paths: Sequence[str], found: Sequence[Preprocessing]) -> str:
+    """What to do where teachers are given different pictures: an ONNX file may take one size, framed in one way, alone."""
+    for resize in (each.resize for each in found):
+        try:
+            for path in paths:
+                read_preprocessing(path, resize)
+        except QskdError:
+            continue
+        longest = f", longest: {resize.longest}" if resize.mode == "shortest_edge" else ""
+        return f"say which, for all: --set 'teacher.resize={{mode: {resize.mode}, size: {resize.size}{longest}}}'"
+    return (
+        "no teacher.resize suits them all: an ONNX file takes the size and the framing that it was exported with alone. Export "
+        "one again so that they agree (one size; square beside square, or letterbox beside letterbox), or name one of them alone"
+    )
 
 
 def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qskd.checkpoints.graph_words import words_file
 from qskd.checkpoints.graphs import Graph
 from qskd.checkpoints.json_files import first_line
 from qskd.detectors.extra_queries import ExtraQueries
+from qskd.detectors.teachers.answers import as_batch, check_boxes, check_logits
 from qskd.detectors.teachers.asked import UNASKED_LOGIT
 from qskd.detectors.teachers.boxes import BoxesDetector, nowhere
 from qskd.detectors.teachers.session import open_session
@@ -29,8 +29,6 @@ Said = tuple[
 ]  # logits [Q, K], boxes_cxcywh [Q, 4] and, of a softmax, log-probability of none [Q]
 GREY = 114 / 255  # what ultralytics puts around a picture
 _SURE = 1e-6  # a score of 0 or 1 has no finite logit
-_SEEN = 0.05  # a box of less is not looked at when its coordinates are
-_FEW = 10  # boxes: fewer may lie anywhere
 
 
 class _Graph(nn.Module):
@@ -140,23 +138,14 @@ class GraphDetector(BoxesDetector):
         except Exception as error:
             shape = " x ".join(map(str, full.shape))
             raise QskdError(graph.file, f"onnxruntime fails on images {shape}: {first_line(error)}") from error
-        dims = {"logits": (3, 3), "rows": (3,), "scored": (3, 2), "detections": (3, 2, 2)}[graph.form]
-        return [
-            (each[None] if each.ndim == dim - 1 else each)[:count].astype(np.float32, copy=False)
-            for each, dim in zip(said, dims, strict=True)
-        ]
+        return [each[:count] for each in as_batch(graph, said, len(full))]
 
     def _read(self, said: Sequence[Floats], frames: Floats, size: Size) -> Iterator[Said]:
         """Of each image. frames: [b, 4], left, top, width and height of the image in what the graph has seen, of this size."""
         graph = self.graph
         if graph.form == "logits":
             logits, boxes = said
-            expected = len(graph.labels) + graph.softmax
-            if logits.shape[-2:] != (self.num_queries, expected):
-                found, wanted = " x ".join(map(str, logits.shape[-2:])), f"{self.num_queries} x {expected}"
-                raise QskdError(
-                    graph.file, f"{found} logits", f"{wanted}, boxes and classes", "state them in the graph's shapes"
-                )
+            check_logits(graph, logits, boxes)
             none = np.zeros(logits.shape[:2], np.float32)
             if graph.softmax:
                 logits, none = (each.numpy() for each in from_softmax(torch.from_numpy(logits)))
@@ -169,7 +158,7 @@ class GraphDetector(BoxesDetector):
             labels = labels[..., 5]
         elif graph.form == "detections":
             scores = said[1]
-        self._check(boxes, scores, labels)
+        check_boxes(graph, boxes, scores, labels)
         for number, frame in enumerate(frames):
             yield self._queries(boxes[number], scores[number], labels[number], frame, size)
 
@@ -202,33 +191,6 @@ class GraphDetector(BoxesDetector):
         elif self.graph.boxes == "cxcywh":
             first, second = np.asarray(first - second / 2), np.asarray(first + second / 2)
         return np.concatenate([first, second], -1)
-
-    def _check(self, boxes: Floats, scores: Floats, labels: Floats) -> None:
-        """QskdError where what it says is not what is said of it."""
-        graph, remedy = self.graph, f"correct {words_file(self.graph.file).name}, or the export"
-        if not (np.isfinite(scores).all() and (scores <= 1 + 1e-3).all()):
-            raise QskdError(graph.file, f"a score of {float(np.nanmax(scores)):g}", "scores of 0 to 1", remedy)
-        there = scores > 0
-        known = np.array([name != "N/A" for name in graph.labels])
-        right = (labels >= 0) & (labels < len(known))
-        right[right] = known[labels[right].astype(np.int64)]
-        if (there & ~right).any():
-            found = f"a box of label {labels[there & ~right][0]:g}"
-            listed = f"labels that have a name: {np.flatnonzero(known).tolist()[:20]}"
-            raise QskdError(graph.file, found, listed, remedy)
-        seen = boxes[scores >= _SEEN]
-        if len(seen) < _FEW:
-            return
-        first, second = seen[:, :2], seen[:, 2:]
-        if graph.boxes == "xyxy" and (second <= first).any(1).mean() > 0.5:
-            raise QskdError(graph.file, "boxes whose right bottom corner is not right and below", "xyxy", remedy)
-        largest = float(np.abs(seen).max())
-        if graph.units == "pixels" and largest <= 1.5:
-            raise QskdError(graph.file, f"no coordinate above {largest:.2f}", "pixels", f"units: relative? {remedy}")
-        if graph.units == "relative" and largest > 3:
-            raise QskdError(
-                graph.file, f"coordinates up to {largest:.0f}", "shares of the picture", f"units: pixels? {remedy}"
-            )
 
 
 def _relative(corners: Floats, frame: Floats) -> Floats:

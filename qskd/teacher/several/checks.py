@@ -6,7 +6,7 @@ from qskd.config import BOXES_ALONE, Config
 from qskd.detectors import read_config
 from qskd.distillation.method import PREDICTIONS_ALONE, check_several, teacher_needs, unsaid
 from qskd.errors import QskdError
-from qskd.teacher.several.members import paths_of
+from qskd.teacher.several.members import of_field, paths_of
 from qskd.teacher.told.results import is_results
 
 
@@ -32,7 +32,9 @@ def check_several_teachers(config: Config) -> None:
         )
     needs = teacher_needs(config.distillation)
     for field, path in paths_of(config).items():
-        if read_config(path).model_type in BOXES_ALONE and (asked := unsaid(needs)):
+        with of_field(field, path):
+            kind = read_config(path).model_type
+        if kind in BOXES_ALONE and (asked := unsaid(needs)):
             raise QskdError(
                 field,
                 f"{path}, which says boxes and classes alone, and distillation.method={config.distillation.method}, which "

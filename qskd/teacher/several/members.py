@@ -6,7 +6,8 @@ one teacher, and every object is one teacher's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qskd.config import Config
@@ -48,12 +49,24 @@ def teachers_named(config: Config) -> str:
     return f"{', '.join(before)} and {last}" if before else last
 
 
+@contextmanager
+def of_field(field: str, path: str) -> Iterator[None]:
+    """What is said of a checkpoint's path alone gets the field of the recipe that names it."""
+    try:
+        yield
+    except QskdError as error:
+        if error.where != path:
+            raise
+        raise QskdError(field, f"{path}: {error.found}", error.expected, error.remedy) from error
+
+
 def members_of(config: Config, labels: Sequence[str]) -> tuple[Member, ...]:
     """labels: the dataset's classes. QskdError where a class is nobody's and isn't left to nobody, or a teacher has no class."""
     teacher = config.teacher
     if not teacher.also:
         words = words_for(labels, teacher.class_map)
-        theirs = teacher_labels(teacher.path, words)
+        with of_field("teacher.path", teacher.path):
+            theirs = teacher_labels(teacher.path, words)
         slots = map_classes(labels, theirs, teacher.class_map)
         return (Member("teacher", teacher.path, teacher.class_map, teacher.levels, words, theirs, slots),)
     given = {"teacher": (teacher.path, teacher.class_map, teacher.levels)}
@@ -64,7 +77,8 @@ def members_of(config: Config, labels: Sequence[str]) -> tuple[Member, ...]:
         side = Side(where=f"{field}.class_map", field=f"{field}.class_map")
         mine: dict[str, str | None] = {**class_map, **taken}
         words = words_for(labels, mine)
-        theirs, everything = teacher_labels(path, words), teacher_labels(path, words_for(labels, class_map))
+        with of_field(f"{field}.path", path):
+            theirs, everything = teacher_labels(path, words), teacher_labels(path, words_for(labels, class_map))
         known = known_classes(labels, everything, class_map, side)  # its entries are right, whoever has the classes
         slots = known_classes(labels, theirs, mine, side)
         shared = [name for name, slot in zip(labels, known, strict=True) if name in taken and slot != NOBODY]

@@ -7,6 +7,7 @@ from qskd.detectors import read_config
 from qskd.distillation.method import PREDICTIONS_ALONE, teacher_needs, unsaid
 from qskd.errors import QskdError
 from qskd.teacher.manifest import CacheManifest
+from qskd.teacher.several.members import of_field
 from qskd.teacher.told.results import is_results
 
 
@@ -19,8 +20,11 @@ def check_told(config: Config, cache: CacheManifest | None = None) -> None:
     elif cache is not None:
         if cache.sizes.channels:
             return
-    elif read_config(path).model_type not in BOXES_ALONE:
-        return
+    else:
+        with of_field("teacher.path", path):
+            kind = read_config(path).model_type
+        if kind not in BOXES_ALONE:
+            return
     if asked := unsaid(teacher_needs(config.distillation)):
         raise QskdError(
             "teacher.path",
