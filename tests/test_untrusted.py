@@ -163,7 +163,7 @@ def test_log_lines_and_results_show_control_characters(capsys: pytest.CaptureFix
 
 def test_what_looks_like_markup_in_a_path_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     from pipelines.demo.quickstart import quickstart
-    from pipelines.deployment.benchmark import Benchmark, Row, show
+    from pipelines.deployment.found import Benchmark, Row, show
     from qskd.deploy.speed import Cost, Size, Timing
 
     quickstart(Path("/x/[/red]odd[bold]"), dry_run=True)
