@@ -139,7 +139,7 @@ def same(recorded: dict[str, Any], config: Config) -> bool:
     family, known = find_family(config.student.family, "student.family"), flatten(recorded)
     then, now = (flatten(meaning(each)) for each in (Config.model_validate(recorded), config))
     for name, old in BEGUN_BEFORE.items():
-        if name not in known:
+        if name not in known and name in now:  # the field of a section that is not there is none
             then[name] = old
         if name in _OF_FAMILIES and not getattr(family, _OF_FAMILIES[name]):
             then[name] = now[name] = None  # without effect on this student
