@@ -171,5 +171,8 @@ def _inner(node: yaml.Node) -> list[yaml.Node]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """A finite number, and not a boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that a float can hold, and not a boolean."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of 400 digits
+        return False

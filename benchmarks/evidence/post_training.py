@@ -21,7 +21,8 @@ def quantise_after_training(detector: Detector, config: Config, batches: Iterabl
     bits = config.student.quantization_taken
     assert bits is not None
     quantise(detector.model, detector.family, bits)
-    stages = Stages(detector.model, bits, total_steps=1_000)
+    at_once = bits.model_copy(update={"rest_from": 0.0})  # all layers are trained, wherever they began
+    stages = Stages(detector.model, at_once, total_steps=1_000)
     watching = activation_quantisers(detector.model).values()
     for each in watching:
         each.train()
