@@ -44,10 +44,7 @@ def form_of(
         named = {part: low[name] for part, names in _NAMES.items() for name in names[::-1] if name in low}
     if {"boxes", "scores", "labels"} <= named.keys():
         return "detections", (named["boxes"], named["scores"], named["labels"])
-    if named.keys() == {
-        "boxes",
-        "labels",
-    }:  # of a name's two meanings: mmdetection's boxes have the score in a fifth column
+    if named.keys() == {"boxes", "labels"}:  # two meanings: mmdetection's boxes have the score in a fifth column
         boxes, labels = outputs[named["boxes"]], outputs[named["labels"]]
         if boxes[-1:] == (5,):
             return "scored", (named["boxes"], named["labels"])

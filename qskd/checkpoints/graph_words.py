@@ -11,9 +11,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from qskd.checkpoints.json_files import read_json_file
 from qskd.config import ResizeConfig
 from qskd.config.section import Pixels, Section
+from qskd.datasets.classes import UNNAMED
 from qskd.errors import QskdError
 
-_UNREAD = "N/A"
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Three = tuple[_Number, _Number, _Number]
 _Above = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -69,8 +69,8 @@ class GraphWords(Section):
         """Class names by label; "N/A" where a label has none."""
         if isinstance(self.classes, dict):
             named = {int(label): name for label, name in self.classes.items()}
-            return tuple(named.get(label, _UNREAD) for label in range(max(named) + 1))
-        return tuple(_UNREAD if name is None else name for name in self.classes)
+            return tuple(named.get(label, UNNAMED) for label in range(max(named) + 1))
+        return tuple(UNNAMED if name is None else name for name in self.classes)
 
     def resizing(self, side: int | None, where: str) -> ResizeConfig:
         """How pictures are made for it. side: of the images that the graph takes, where it says so."""

@@ -15,13 +15,13 @@ from qskd.checkpoints.graph_forms import OURS, Form, boxes_of, form_of
 from qskd.checkpoints.graph_words import REMEDY, GraphWords, read_words, words_file
 from qskd.checkpoints.json_files import first_line, read_json_file
 from qskd.config import ONNX
+from qskd.datasets.classes import UNNAMED
 from qskd.errors import QskdError
 from qskd.families.table import find_family
 from qskd.imports import need
 
 ENDING = ".onnx"
 MOST_BOXES = 300  # of an image, the best, where the graph does not say how many it gives
-_UNREAD = "N/A"  # a slot without a name
 _SIZES = "orig_target_sizes"  # of RT-DETR's and D-FINE's own exports: what boxes are scaled to
 
 
@@ -63,7 +63,7 @@ class Graph:
     @property
     def config(self) -> Any:
         """What stands for the configuration of a checkpoint of transformers."""
-        named = {label: name for label, name in enumerate(self.labels) if name != _UNREAD}
+        named = {label: name for label, name in enumerate(self.labels) if name != UNNAMED}
         said: dict[str, Any] = {
             "model_type": ONNX,
             "id2label": named,
@@ -129,7 +129,7 @@ def _read(file: Path, path: str, _: tuple[int, ...]) -> Graph:
         form, names, written = "logits", OURS, ("cxcywh", "relative")
         softmax, ids = family.no_object_rows == 1, getattr(config, CATEGORY_IDS, None)
         most = family.num_queries(config)
-        labels = tuple(str(config.id2label.get(label, _UNREAD)) for label in range(config.num_labels))
+        labels = tuple(str(config.id2label.get(label, UNNAMED)) for label in range(config.num_labels))
     else:
         form, names = form_of(path, outputs, words)
         words = words or _ultralytics(said, form, side)
@@ -243,4 +243,4 @@ def _slots(path: str, words: GraphWords, last: tuple[int | None, ...]) -> tuple[
     if len(labels) > count:
         found = f"classes: a name for label {len(labels) - 1}, and a detector of {count} logits"
         raise QskdError(str(words_file(path)), found, f"labels below {count}", "correct the numbers")
-    return (*labels, *(_UNREAD,) * (count - len(labels)))
+    return (*labels, *(UNNAMED,) * (count - len(labels)))

@@ -19,6 +19,7 @@ import yaml
 from qskd.errors import QskdError
 from qskd.printable import escaped, one_line
 
+UNNAMED = "N/A"  # what COCO's 91-slot heads call a slot that is no class's
 NOBODY = -1  # the slot of a class that `class_map` leaves to nobody
 Explicit = Mapping[str, str | None]
 _FIELD = "teacher.class_map"
@@ -98,7 +99,7 @@ class Vocabulary:
     def without(self, taken: Iterable[int]) -> list[str]:
         """Labels of slots that are not `taken`, each once; what stands for no class ("N/A") is left out."""
         used = set(taken)
-        return list(dict.fromkeys(name for slot, name in self.names.items() if slot not in used and name != "N/A"))
+        return list(dict.fromkeys(name for slot, name in self.names.items() if slot not in used and name != UNNAMED))
 
 
 def _forms(name: str) -> tuple[str, str, str]:

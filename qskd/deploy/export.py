@@ -113,9 +113,8 @@ def export_onnx(
     try:
         sized = FAMILIES[detector.family].for_one_size(detector.eval().model, size, size)
         with _quiet(), torch.no_grad(), sized:
-            predicting = Predicting(
-                detector.model
-            ).eval()  # the exporter gives back the mode that it finds, to all in it
+            # The exporter gives back the mode that it finds, to all in it.
+            predicting = Predicting(detector.model).eval()
             torch.onnx.export(predicting, (images,), str(file), **named)
             _state_shapes(file, detector, size, batch)
     except Exception as error:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qskd.deploy.export import INPUT, OUTPUTS, Predicting, need, open_session
+from qskd.deploy.export import INPUT, OUTPUTS, Predicting, open_session
 from qskd.deploy.variants import OPENVINO, Variant, there
 from qskd.detectors import Detector
 from qskd.errors import QskdError
+from qskd.imports import need
 
 BFLOAT16 = "bfloat16"
 # Numbers that a weight may be stored as, by the names of either runtime's files; all others are indices.

@@ -15,6 +15,7 @@ from torch.nn import functional
 from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.config import ResizeConfig
+from qskd.datasets.classes import UNNAMED
 from qskd.detectors.exact import Exact, exactly
 from qskd.detectors.extra_queries import ExtraQueries, QueryInlet, added
 from qskd.detectors.taps import CrossAttention, Tap, attention_of, attention_of_each, detached, listening, not_kept
@@ -309,4 +310,4 @@ class Detector(nn.Module):
 
 def labels_of(config: Any) -> tuple[str, ...]:
     """Class names by slot; slots that a configuration leaves unnamed are "N/A", as COCO's 91-slot heads call them."""
-    return tuple(str(config.id2label.get(slot, "N/A")) for slot in range(config.num_labels))
+    return tuple(str(config.id2label.get(slot, UNNAMED)) for slot in range(config.num_labels))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qskd.checkpoints.graph_words import words_file
 from qskd.checkpoints.graphs import Graph
+from qskd.datasets.classes import UNNAMED
 from qskd.errors import QskdError
 
 Floats = NDArray[np.float32]
@@ -90,7 +91,7 @@ def check_boxes(graph: Graph, boxes: Floats, scores: Floats, labels: Floats) -> 
     there = scores > 0
     if not np.isfinite(boxes[there]).all():
         _refuse_infinite(graph, graph.outputs[0], boxes[there], "export it again, in float32")
-    known = np.array([name != "N/A" for name in graph.labels])
+    known = np.array([name != UNNAMED for name in graph.labels])
     right = (labels >= 0) & (labels < len(known))
     right[right] = known[labels[right].astype(np.int64)]
     if (there & ~right).any():

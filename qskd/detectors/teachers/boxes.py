@@ -78,18 +78,23 @@ class BoxesDetector(Detector):
         logits, none, boxes, states = (
             torch.stack(part) for part in zip(*(found[n] for n in range(batch)), strict=True)
         )
-        return DetectorOutput(
-            logits=logits[None],
-            boxes_cxcywh=boxes[None],
-            memory=(),
-            memory_valid=(),
-            features=(),
-            query_states=states,
-            attend=nowhere,
-            attend_mean=nowhere,
-            no_object=none[None],
-            attend_each=nowhere,
-        )
+        return boxes_alone(logits, boxes, states, none)
+
+
+def boxes_alone(logits: Tensor, boxes_cxcywh: Tensor, states: Tensor, no_object: Tensor | None) -> DetectorOutput:
+    """[B, Q, K], [B, Q, 4], [B, Q, C] and [B, Q] of the one layer there is, without any map."""
+    return DetectorOutput(
+        logits=logits[None],
+        boxes_cxcywh=boxes_cxcywh[None],
+        memory=(),
+        memory_valid=(),
+        features=(),
+        query_states=states,
+        attend=nowhere,
+        attend_mean=nowhere,
+        no_object=None if no_object is None else no_object[None],
+        attend_each=nowhere,
+    )
 
 
 def nowhere(queries: Tensor) -> tuple[Tensor, ...]:

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qskd.boxes import extent_wh
 from qskd.checkpoints.graphs import Graph
 from qskd.checkpoints.json_files import first_line
 from qskd.detectors.extra_queries import ExtraQueries
 from qskd.detectors.teachers.answers import as_batch, check_boxes, check_logits
 from qskd.detectors.teachers.asked import UNASKED_LOGIT
-from qskd.detectors.teachers.boxes import BoxesDetector, nowhere
+from qskd.detectors.teachers.boxes import BoxesDetector, boxes_alone
 from qskd.detectors.teachers.session import open_session
 from qskd.errors import QskdError
 from qskd.families.detr import from_softmax
@@ -24,9 +25,8 @@ from qskd.structures import SILENT_LOGIT, DetectorOutput
 
 Floats = NDArray[np.float32]
 Size = tuple[int, int]  # width and height
-Said = tuple[
-    Floats, Floats, Floats | None
-]  # logits [Q, K], boxes_cxcywh [Q, 4] and, of a softmax, log-probability of none [Q]
+# logits [Q, K], boxes_cxcywh [Q, 4] and, of a softmax, log-probability of none [Q]
+Said = tuple[Floats, Floats, Floats | None]
 GREY = 114 / 255  # what ultralytics puts around a picture
 _SURE = 1e-6  # a score of 0 or 1 has no finite logit
 
@@ -68,8 +68,7 @@ class GraphDetector(BoxesDetector):
             raise ValueError(f"{self.family} takes no further queries")
         device, batch = pixel_values.device, len(pixel_values)
         pixels = pixel_values.detach().float().cpu().numpy()
-        mask = pixel_mask.cpu()
-        sizes = list(zip(mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist(), strict=True))
+        sizes = [(height, width) for width, height in extent_wh(pixel_mask).tolist()]
         pictures, corners = [], []
         for image, (height, width) in zip(pixels, sizes, strict=True):
             picture, corner = self._framed(image[:, :height, :width])
@@ -84,18 +83,8 @@ class GraphDetector(BoxesDetector):
                 found |= dict(zip(part, self._read(said, scales, (size[2], size[1])), strict=True))
         parts = zip(*(found[number] for number in range(batch)), strict=True)
         logits, boxes, none = (torch.from_numpy(np.stack(part)).to(device) for part in parts)
-        return DetectorOutput(
-            logits=logits[None],
-            boxes_cxcywh=boxes[None],
-            memory=(),
-            memory_valid=(),
-            features=(),
-            query_states=logits.new_zeros(batch, self.num_queries, 0),
-            attend=nowhere,
-            attend_mean=nowhere,
-            no_object=none[None] if self.graph.softmax else None,
-            attend_each=nowhere,
-        )
+        states = logits.new_zeros(batch, self.num_queries, 0)
+        return boxes_alone(logits, boxes, states, none if self.graph.softmax else None)
 
     def _framed(self, image: Floats) -> tuple[Floats, tuple[int, int]]:
         """An image as the graph takes it, and where in it its left top corner lies (x, y)."""

@@ -1,8 +1,8 @@
 """Several teachers in one record: their queries stand one after another, and so do their memory maps.
 
-Each class is one teacher's (`qskd.teacher.members`): of all others the record is silent at that teacher's queries. So an object is
-matched among the queries of the teacher whose class it is, and what is learnt of a teacher is what it would teach alone of its own
-classes' objects. A record, or facts, of one teacher are their own only part.
+Each class is one teacher's (`qskd.teacher.several.members`): of all others the record is silent at that teacher's queries. So
+an object is matched among the queries of the teacher whose class it is, and what is learnt of a teacher is what it would teach
+alone of its own classes' objects. A record, or facts, of one teacher are their own only part.
 """
 
 from __future__ import annotations
