@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -299,3 +300,24 @@ def test_a_worker_of_the_tests_ray_is_forked_and_has_what_ray_started_it_with(cl
     given.pop("PYTHONBREAKPOINT", None)  # of the driver; Ray gives its workers another
     assert given.items() <= environment.items()
     assert (environment["RAY_ONE_OF_ITS_OWN"], folder) == ("1", started.cwd())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")
+def test_forked_workers_draw_ids_of_their_own(cluster: str) -> None:  # noqa: F811
+    """Else one's objects are another's: Ray knows them by ids that a process draws."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Drawing:
+        def ids(self) -> tuple[int, list[str]]:
+            drawn = [ray.UniqueID.from_random().hex()]
+            thread = threading.Thread(target=lambda: drawn.append(ray.UniqueID.from_random().hex()))
+            thread.start()
+            thread.join()
+            return os.getppid(), drawn
+
+    found = ray.get([each.ids.remote() for each in [Drawing.remote() for _ in range(2)]])
+    parents = {parent for parent, _ in found}
+    assert len(parents) == 1
+    assert any("fork_server.py" in word for word in psutil.Process(parents.pop()).cmdline())
+    assert len({each for _, drawn in found for each in drawn}) == 4

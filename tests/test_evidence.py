@@ -138,7 +138,7 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "evidence.md").write_text(marks)
     monkeypatch.setattr(program, "ROOT", tmp_path)
-    monkeypatch.setattr(teachers, "STEPS", 2)
+    monkeypatch.setitem(teachers.STEPS, teachers.MANY, 2)
     monkeypatch.setattr(backbone, "IMAGES", backbone.IMAGES.model_copy(update={"images": 32}))
     work = tmp_path / "work"
     task.make_task(work, ("scratch", "many", "near"))

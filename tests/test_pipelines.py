@@ -89,9 +89,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(fork_server: str) -> Iterator[str]:
-    """Of one file: a Ray that idles until the last test's end takes as much as starting another. Its workers are forked; those of a
-    Ray that a program starts, and of a cluster of nodes (test_two_workers, test_ray_job), begin as users' do. Two forked workers of
-    test_ray_job once had each other's rows: forked processes may draw the same ids."""
+    """Of one file: a Ray that idles until the last test's end takes as much as starting another. Its workers are forked."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:

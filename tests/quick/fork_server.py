@@ -27,7 +27,7 @@ import socket
 import struct
 import sys
 import types
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 OTHERS = """
@@ -118,10 +118,23 @@ def prepare(first: Request, modules: str) -> None:
     os.environ.clear()
     os.environ.update(first["environment"], JE_ARROW_MALLOC_CONF="background_thread:false")  # Arrow's would be a thread
     sys.path[0] = os.path.dirname(first["words"][0])  # all are of one program; Ray puts something before it
-    for module in modules.split():
-        importlib.import_module(module)
+    with no_id_is_drawn() if modules is RAYS else contextlib.nullcontext():
+        for module in modules.split():
+            importlib.import_module(module)
     gc.collect()
     gc.freeze()
+
+
+@contextlib.contextmanager
+def no_id_is_drawn() -> Iterator[None]:
+    """Ray seeds its generator of ids when the first is drawn, and all that are forked after that draw the same ones: two workers of
+    a training once had each other's rows. What its libraries draw as they are loaded, one for each class of actors, comes from
+    the system instead (test_cache_job)."""
+    actor: Any = importlib.import_module("ray.actor")
+    drawn = actor.ActorClassID
+    actor.ActorClassID = types.SimpleNamespace(from_random=lambda: drawn(os.urandom(drawn.size())))
+    yield
+    actor.ActorClassID = drawn
 
 
 def ours(connection: socket.socket) -> bool:
