@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
 from benchmarks.evidence.post_training import quantise_after_training
-from benchmarks.evidence.task import make_config, states_overrides, train_path, unlabeled_path
+from benchmarks.evidence.task import cache_overrides, make_config, train_path, unlabeled_path
 from benchmarks.evidence.teachers import OWN
 from pipelines.feed.packing import Arrays
 from pipelines.feed.stream import local_stream
@@ -98,7 +98,7 @@ class Cell:
             f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
             *([f"data.unlabeled=[{unlabeled_path(work, variant.unlabeled)}]"] if variant.unlabeled else []),
             *([f"data.train={train_path(work, variant.train)}"] if variant.train else []),
-            *(states_overrides(work, STUDENTS[self.student]) if variant.states else []),
+            *cache_overrides(work, STUDENTS[self.student], variant),
             *self.extra,  # last: a search may set the number of steps, too
         )
         return make_config(work, self.split, STUDENTS[self.student], overrides, variant.kind)
@@ -120,6 +120,8 @@ def meaning(config: Config) -> dict[str, Any]:
     if kept["distillation"]["method"] == "none":
         kept["distillation"] = {"method": "none"}
     kept["teacher"] = {"cache": cache, "resize": tree["teacher"]["resize"]}
+    if tree["teacher"]["levels"] is not None:
+        kept["teacher"]["levels"] = tree["teacher"]["levels"]
     if (teacher := Path(tree["teacher"]["path"]).name) not in ("", OWN):
         kept["teacher"]["path"] = teacher
     return json.loads(json.dumps(kept))

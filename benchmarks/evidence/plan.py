@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from benchmarks.evidence.teachers import MANY, OWN
+from benchmarks.evidence.teachers import MANY, MAPS, OWN
 
 # The recipe all cells share is the quickstart's own (pipelines/assets/quickstart.yaml): its defaults are judged here.
 REPORT_SEEDS = (0, 1, 2, 3, 4)  # on the test split
@@ -25,7 +25,8 @@ class Variant:
     steps (`benchmarks.evidence.clock` measured the ratio). unlabeled: further images, without labels, half of each batch. train: as
     many labelled images, where they are not the task's own; those are the first of them.
 
-    states: the teacher's cache has the queries' states too, in a folder of its own. after: the variant whose student, in float, is
+    states: the teacher's cache has the queries' states too, in a folder of its own. levels: the teacher's maps that are cached and
+    taught, in a folder of its own; empty: all. after: the variant whose student, in float, is
     quantised once it is trained."""
 
     title: str
@@ -35,6 +36,7 @@ class Variant:
     unlabeled: int = 0
     train: int = 0
     states: bool = False
+    levels: tuple[int, ...] = ()
     after: str = ""
 
 
@@ -82,6 +84,7 @@ VARIANTS |= {
     for what, (title, *fields) in OTHERWISE.items()
     for name, kind in (("none", "train"), ("qskd", "distill"))
 }
+VARIANTS["qskd_flips_coarse"] = Variant("QSKD, fresh flips, without the teacher's finest map", (_FLIPS,), levels=(1,))
 # New images: what a teacher says of them, and what their true labels would have given.
 NEW_IMAGES = (6_000, 18_000, 48_000)
 VARIANTS |= {
@@ -187,6 +190,12 @@ STUDENTS = {
     ),
     "rtdetr": Student(
         "RT-DETR, random layers", _RT_DETR, {"short": tuple(each for each in _TRAINING if "no_sides" not in each)}
+    ),
+    "maps": Student(
+        "RT-DETR, random layers, of an RT-DETR with two maps",
+        (*_RT_DETR, "distillation.features.background=0"),
+        {"short": ("none_flips", "qskd_flips", "qskd_flips_coarse")},
+        MAPS,
     ),
     "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING}),
     "conditional": Student(

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.evidence.backbone import make_backbone
-from benchmarks.evidence.plan import STUDENTS, VARIANTS, Student
-from benchmarks.evidence.teachers import MANY, OWN, make_many, teacher_path
+from benchmarks.evidence.plan import STUDENTS, VARIANTS, Student, Variant
+from benchmarks.evidence.teachers import OWN, make_teacher_folder, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.prepare import prepare
@@ -55,10 +55,15 @@ def base_overrides(work: Path, split: str, student: Student) -> list[str]:
     ]
 
 
-def states_overrides(work: Path, student: Student) -> list[str]:
-    """A cache of its own, with the queries' states: a column more would make the shared one another cache."""
+def cache_overrides(work: Path, student: Student, variant: Variant) -> list[str]:
+    """A cache of its own, where a variant asks for what the shared one is not: the queries' states, or fewer maps."""
     shared = next(each for each in base_overrides(work, "val", student) if each.startswith("teacher.cache.path="))
-    return [f"{shared}.states", "teacher.cache.columns=[states]"]
+    if variant.states:
+        return [f"{shared}.states", "teacher.cache.columns=[states]"]
+    if variant.levels:
+        kept = ",".join(map(str, variant.levels))
+        return [f"{shared}.levels{kept.replace(',', '')}", f"teacher.levels=[{kept}]"]
+    return []
 
 
 def make_config(
@@ -85,12 +90,12 @@ def make_task(work: Path, students: Iterable[str], variants: Iterable[str] = ())
     for student in (STUDENTS[name] for name in students):
         if student.backbone:
             make_backbone(work, work / student.backbone, student.overrides)
-        if student.teacher == MANY:
-            make_many(work)
+        if student.teacher != OWN:
+            make_teacher_folder(work, student.teacher)
         unlabelled = [f"data.unlabeled=[{','.join(map(str, unlabeled))}]"]
         asked = cache_sources(make_config(work, "val", student, unlabelled))
-        if any(each.states for each in further):
-            asked = [*asked, make_config(work, "val", student, states_overrides(work, student))]
+        own = {tuple(cache_overrides(work, student, each)) for each in further} - {()}
+        asked = [*asked, *(make_config(work, "val", student, fields) for fields in sorted(own))]
         for config in asked:
             if load_cache_manifest(config.teacher.cache.path) is None:
                 torch.set_num_threads(1)

@@ -1,8 +1,9 @@
-"""The teachers of the evidence: the package's own, of 30 queries, and one of 300, as many as detectors on COCO have.
+"""The teachers of the evidence: the package's own, of 30 queries and one map, and two that are made from it on the same images.
 
-The package's has six queries an object, which leaves one hard negative; so it can't say whether hard negatives help. The other
-goes on from its weights with 270 queries more, which begin spread over the image (`qskd.detectors.inherit`), on the same images.
-It is made when a cell first needs it (half an hour on one core) and is not part of the package.
+The package's has six queries an object, which leaves one hard negative; so it can't say whether hard negatives help. The second
+goes on from its weights with 270 queries more, which begin spread over the image (`qskd.detectors.inherit`): as many as detectors
+on COCO have. An RT-DETR of two maps starts from the package's backbone and learns the rest: of it one can leave a map out.
+Both are made when a cell first needs them (half an hour on one core) and are not part of the package.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.demo.quickstart import TEACHER
+from pipelines.demo.quickstart import TEACHER, TRAIN
 from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.training.plan import make_plan
@@ -21,9 +22,17 @@ from qskd.detectors import save_detector
 from qskd.from_recipe import make_student
 from qskd.training.step import Training
 
-OWN, MANY = "shapes_teacher", "teacher300"
+OWN, MANY, MAPS = "shapes_teacher", "teacher300", "teacher_maps"
 RECIPE = Path(__file__).resolve().parents[2] / "configs/shapes_teacher.yaml"
-STEPS = 3000
+STEPS = {MANY: 3000, MAPS: 4500}
+FIELDS = {
+    MANY: ("student.queries=300", "training.learning_rate=1.0e-3"),
+    # An RT-DETR as its own defaults have it (`plan.STUDENTS["rtdetr"]`), of the package's teacher's size.
+    MAPS: (
+        *("student.family=rt_detr", "student.feature_levels=2", "student.encoder_layers=1", "student.dropout=null"),
+        *("student.frozen_stages=null", "training.undecayed=null", "training.sampling_learning_rate_scale=null"),
+    ),
+}
 
 
 def teacher_path(work: Path, name: str) -> Path:
@@ -31,29 +40,29 @@ def teacher_path(work: Path, name: str) -> Path:
     return TEACHER if name == OWN else work / name
 
 
-def recipe(work: Path) -> ResolvedConfig:
-    """Of the second teacher: the first one's own recipe, begun from its weights, with ten times the queries."""
+def recipe(work: Path, name: str) -> ResolvedConfig:
+    """Of a teacher that is made: the package's own recipe, begun from its weights where shapes fit, with other fields."""
+    epochs = -(-STEPS[name] // (TRAIN.images // 16))
     fields = [
         f"data.train={work}/train",
         f"data.val={work}/val",
         f"teacher.path={TEACHER}",
         "student.inherit=true",
-        "student.queries=300",
-        "training.epochs=8",
-        f"training.max_steps={STEPS}",
-        "training.evaluate_every_epochs=8",
-        "training.learning_rate=1.0e-3",
+        f"training.epochs={epochs}",
+        f"training.max_steps={STEPS[name]}",
+        f"training.evaluate_every_epochs={epochs}",
+        *FIELDS[name],
     ]
     return resolve(load(RECIPE, fields), "train")
 
 
-def make_many(work: Path) -> Path:
-    """Train the second teacher, in this process with one thread; kept when it is there already."""
-    folder = teacher_path(work, MANY)
+def make_teacher_folder(work: Path, name: str) -> Path:
+    """Train one of them, in this process with one thread; kept when it is there already."""
+    folder = teacher_path(work, name)
     if folder.exists():
         return folder
     torch.set_num_threads(1)
-    config = recipe(work)
+    config = recipe(work, name)
     plan = make_plan(config, "train")
     student = make_student(config, plan.train.labels)
     training = Training(config, student, None, plan.stream.schedule.total_steps, torch.device("cpu"))
@@ -63,7 +72,7 @@ def make_many(work: Path) -> Path:
             continue
         loss.append(float(training.train_step(train_batch(share.arrays))["total"]))
         if training.step % 250 == 0:
-            print(f"{MANY}: step {training.step}/{STEPS}  loss {sum(loss) / len(loss):.3f}", flush=True)
+            print(f"{name}: step {training.step}/{STEPS[name]}  loss {sum(loss) / len(loss):.3f}", flush=True)
             loss.clear()
     training.check_finite()
     with training.evaluation_weights() as detector:
