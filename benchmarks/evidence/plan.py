@@ -26,8 +26,8 @@ class Variant:
     many labelled images, where they are not the task's own; those are the first of them.
 
     states: the teacher's cache has the queries' states too, in a folder of its own. levels: the teacher's maps that are cached and
-    taught, in a folder of its own; empty: all. after: the variant whose student, in float, is
-    quantised once it is trained."""
+    taught, in a folder of its own; empty: all. told: the teacher as a file that says boxes and classes alone, "onnx" or "json".
+    after: the variant whose student, in float, is quantised once it is trained."""
 
     title: str
     overrides: tuple[str, ...] = ()
@@ -37,6 +37,7 @@ class Variant:
     train: int = 0
     states: bool = False
     levels: tuple[int, ...] = ()
+    told: str = ""
     after: str = ""
 
 
@@ -85,6 +86,9 @@ VARIANTS |= {
     for name, kind in (("none", "train"), ("qskd", "distill"))
 }
 VARIANTS["qskd_flips_coarse"] = Variant("QSKD, fresh flips, without the teacher's finest map", (_FLIPS,), levels=(1,))
+# A teacher that can only be asked, or has been: its graph with the logits of every query, or its boxes of score 0.05 and up.
+VARIANTS["told_onnx"] = Variant("LAPD alone, the teacher an ONNX file with all logits", (_NO_FEATURES,), told="onnx")
+VARIANTS["told_json"] = Variant("LAPD alone, the teacher a file of detections", (_NO_FEATURES,), told="json")
 # New images: what a teacher says of them, and what their true labels would have given.
 NEW_IMAGES = (6_000, 18_000, 48_000)
 VARIANTS |= {
@@ -173,7 +177,7 @@ STUDENTS = {
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",
         ("student.inherit=false",),
-        {"short": MAIN, "long": PAIR},
+        {"short": (*MAIN, "told_onnx", "told_json"), "long": PAIR},
     ),
     "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
     "near": Student(

@@ -15,11 +15,14 @@ from benchmarks.evidence.plan import STUDENTS, VARIANTS, Student, Variant
 from benchmarks.evidence.teachers import OWN, make_teacher_folder, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
+from pipelines.inspection.predict import predict_all, request
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig, resolve
 from qskd.config.recipe import load
 from qskd.datasets.shapes import make_shapes
 from qskd.datasets.unlabeled.joined import source_manifest
+from qskd.deploy.export import export_onnx
+from qskd.detectors import load_detector
 from qskd.from_recipe import make_teacher
 from qskd.teacher.identity import cache_identity, cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import load_cache_manifest
@@ -55,9 +58,20 @@ def base_overrides(work: Path, split: str, student: Student) -> list[str]:
     ]
 
 
+def told_path(work: Path, student: Student, form: str) -> Path:
+    """Where what a teacher says is: its export as ONNX, or COCO results of the training images."""
+    folder = work / f"told.{student.teacher}"
+    return folder / ("model.onnx" if form == "onnx" else "detections.json")
+
+
 def cache_overrides(work: Path, student: Student, variant: Variant) -> list[str]:
     """A cache of its own, where a variant asks for what the shared one is not: the queries' states, or fewer maps."""
     shared = next(each for each in base_overrides(work, "val", student) if each.startswith("teacher.cache.path="))
+    if variant.told:
+        return [
+            *(f"{shared}.{variant.told}", f"teacher.path={told_path(work, student, variant.told)}"),
+            *("teacher.cache.attention_giou_floor=0.3", "teacher.cache.all_layers=false"),
+        ]
     if variant.states:
         return [f"{shared}.states", "teacher.cache.columns=[states]"]
     if variant.levels:
@@ -94,6 +108,8 @@ def make_task(work: Path, students: Iterable[str], variants: Iterable[str] = ())
             make_teacher_folder(work, student.teacher)
         unlabelled = [f"data.unlabeled=[{','.join(map(str, unlabeled))}]"]
         asked = cache_sources(make_config(work, "val", student, unlabelled))
+        for form in sorted({each.told for each in further} - {""}):
+            _tell(work, student, form)
         own = {tuple(cache_overrides(work, student, each)) for each in further} - {()}
         asked = [*asked, *(make_config(work, "val", student, fields) for fields in sorted(own))]
         for config in asked:
@@ -103,6 +119,23 @@ def make_task(work: Path, students: Iterable[str], variants: Iterable[str] = ())
                 teacher = make_teacher(config, manifest.labels)
                 assert teacher is not None
                 make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))
+
+
+def _tell(work: Path, student: Student, form: str) -> None:
+    """Write what the teacher says, if it is not there."""
+    teacher, told = teacher_path(work, student.teacher), told_path(work, student, form)
+    if told.exists():
+        return
+    if form == "onnx":
+        told.parent.mkdir(exist_ok=True)
+        for name in ("config.json", "preprocessor_config.json"):
+            (told.parent / name).write_bytes((teacher / name).read_bytes())
+        export_onnx(load_detector(teacher), told, make_config(work, "val", student).student.resize.size, batch=None)
+        return
+    annotations, images = work / "train-coco/annotations.json", work / "train-coco/images"
+    asked = request(str(teacher), [images], told.parent, 0.05, annotations=annotations, pictures=False)
+    for _ in predict_all(asked):
+        pass
 
 
 def _unlabeled(work: Path, count: int) -> Path:
