@@ -26,6 +26,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
+import forked
 import pytest
 import torch
 
@@ -39,6 +40,14 @@ LONGEST = (
     *("two_workers", "pipelines", "ray_job", "tune_trials", "tune", "cache_job", "compiled"),
     *("family_students", "export", "evidence", "untrusted_checkpoints", "training_distributed"),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One for all of xdist's workers, which are begun after this."""
+    if not hasattr(config, "workerinput"):
+        server = forked.fork_server()
+        server.__enter__()
+        config.add_cleanup(functools.partial(server.__exit__, None, None, None))
 
 
 def pytest_collection_finish() -> None:
@@ -94,14 +103,6 @@ def no_ray_is_left() -> Iterator[None]:
         import ray
 
         ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def fork_server() -> Iterator[str]:
-    import forked
-
-    with forked.fork_server() as name:
-        yield name
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import psutil
+from forked import processes_of_ray, server_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def listeners(root: psutil.Process) -> set[tuple[str, str]]:
-    """(process, address) of all that listens for TCP, or has a UDP port, among a process and its descendants."""
+    """(process, address) of all that listens for TCP, or has a UDP port, among a process and those of its Ray."""
     found = set()
-    for process in (root, *root.children(recursive=True)):
+    for process in (root, *processes_of_ray(root)):
         try:
             title = " ".join(process.cmdline()[:3])
             for each in process.net_connections("inet"):
@@ -36,6 +37,7 @@ def is_loopback(address: str) -> bool:
 def begin(recipe: Path, home: Path) -> subprocess.Popen[bytes]:
     """`qskd distill` with a Ray of its own, in a fresh home. What it says is in `out` and `err` beside the recipe."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/quick'}", "HOME": str(home)}
+    environment["QSKD_FORK_SERVER"] = server_name()
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         environment.pop(name, None)
     with (recipe.parent / "out").open("wb") as out, (recipe.parent / "err").open("wb") as err:

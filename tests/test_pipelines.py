@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forked import processes_of_ray
+from forked import processes_of_ray, server_name
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -88,12 +88,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(fork_server: str) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """Of one file: a Ray that idles until the last test's end takes as much as starting another. Its workers are forked."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QSKD_FORK_SERVER", fork_server)  # Ray's processes keep it: they start the workers
+        patch.setenv("QSKD_FORK_SERVER", server_name())  # Ray's processes keep it: they start the workers
         start_ray()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

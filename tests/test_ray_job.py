@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("moto", reason="moto (the S3 server of this test) is not installed: pip install -e '.[dev]'")
 
 import psutil
+from forked import server_name
 from object_store import ENVIRONMENT, ObjectStore, object_store
 from test_pipelines import SIZES
 
@@ -60,7 +61,7 @@ def store() -> Iterator[ObjectStore]:
 
 
 @pytest.fixture(scope="module")
-def cluster(store: ObjectStore, fork_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def cluster(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A head without CPUs for work, and a node that has some. `.environment`, `.address`, `.metrics_port` of the node."""
     folder = Path("/tmp") / f"qskd-job-{os.getpid()}"  # short: sockets' names have a limit
     folder.mkdir()
@@ -72,7 +73,7 @@ def cluster(store: ObjectStore, fork_server: str, tmp_path_factory: pytest.TempP
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # as on a cluster of others, whose nodes may go away
-        "QSKD_FORK_SERVER": fork_server,  # the nodes keep it: they start the workers
+        "QSKD_FORK_SERVER": server_name(),  # the nodes keep it: they start the workers
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node that is told to end would wait half a minute for its work
     }  # fmt: skip
     for name in ("RAY_ADDRESS", SWITCH):  # the other tests' own Ray, in this process, is of loopback alone

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from forked import processes_of_ray
 from programs import begin, is_loopback, listeners
 from test_pipelines import cluster, config, in_stretches, without_ray, work  # noqa: F401  (fixtures)
 
@@ -51,7 +52,7 @@ def stopped(work: Path, cluster: str) -> SimpleNamespace:
         seen |= listeners(root)
         time.sleep(0.5)
     seen |= listeners(root)
-    family = root.children(recursive=True)
+    family = processes_of_ray(root)
     process.send_signal(signal.SIGTERM)
     code = process.wait(100)
     mend_list(folder)  # it may have been ended within Ray's writing

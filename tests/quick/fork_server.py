@@ -8,9 +8,9 @@ forked from here, has them, and runs Ray's own program from the first line on, u
 ends, so does the one that waits.
 
 The environment says what an import finds: each has a process of its own that imports under it. What is not Ray's is imported once
-for all whose other variables are the same; Ray's libraries once for each job, whose number they read as they are loaded. What
-our own code needs, it has to import by itself. Where anything is otherwise (a thread that a fork would lose, a server that is
-gone), the connection is closed, and the worker goes on as it was started.
+for all in which the variables that it reads are the same; Ray's libraries once for each job, whose number they read as they are
+loaded. What our own code needs, it has to import by itself. Where anything is otherwise (a thread that a fork would lose, a server
+that is gone), the connection is closed, and the worker goes on as it was started.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ RAYS = """
 ray._private.node ray._private.parameter ray._private.async_compat ray._private.runtime_env.setup_hook
 ray.data ray.train.torch ray.tune
 """
+# How the variables begin that imports read. (HOME is one: of a cache that no test has a use for.)
+READ = ("PYTHON", "LD_", "TMPDIR", "OMP_", "MKL_", "ARROW_", "TORCH", "HF_", "TRANSFORMERS_", "MLFLOW_")
 OF_ONE = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "PL_DISABLE_FORK", "PYTEST_CURRENT_TEST"}  # no import reads them
 MESSAGE_BYTES = 1 << 20
 Request = dict[str, Any]
@@ -87,7 +89,7 @@ def serve(requests: Requests, level: int) -> Request:
         kept = {
             name: value
             for name, value in sorted(request["environment"].items())
-            if name not in OF_ONE and (level or not name.startswith("RAY_"))
+            if name not in OF_ONE and (level or name.startswith(READ))
         }
         key = json.dumps(kept)
         if level == 2:
@@ -103,6 +105,9 @@ def serve(requests: Requests, level: int) -> Request:
                     each.close()
                 for handle in files:
                     os.close(handle)
+                if level:  # psutil finds by it whose workers its children are
+                    with open("/proc/self/comm", "w") as name:
+                        name.write(f"rays {request['environment']['RAY_RAYLET_PID']}")
                 prepare(request, RAYS if level else OTHERS)
                 return serve(passed_on(theirs), level + 1)
             theirs.close()
