@@ -167,22 +167,15 @@ def test_a_job_that_fails_again_and_again_ends_with_the_reason(
     assert len(tries) == (3 if kind == "of Ray's" else 1)
 
 
-def test_a_killed_job_one_of_whose_actors_died_goes_on_to_the_same_bytes(
-    work: Path,  # noqa: F811
-    cluster: str,  # noqa: F811
-    cached: dict[str, str],
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "cache"
-    killed = config(work, "killed", f"teacher.cache.path={folder}")
-    (tmp_path / "killed.yaml").write_text(to_yaml(killed))
+def kill_on_the_way(recipe: Path, folder: Path, cluster: str) -> dict[str, int]:  # noqa: F811
+    """Begin the job, kill an actor of it after its first file, and the job after the next; what is left, with its times."""
 
     def files() -> set[Path]:
         return set(folder.glob("*.parquet"))
 
     with killing("TeacherActor", files) as victims:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cache_teacher", str(tmp_path / "killed.yaml")],
+            [sys.executable, "-m", "pipelines.cache_teacher", str(recipe)],
             env=os.environ | {"RAY_ADDRESS": cluster},
             start_new_session=True,
         )
@@ -195,7 +188,22 @@ def test_a_killed_job_one_of_whose_actors_died_goes_on_to_the_same_bytes(
     assert victims
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=400)
-    kept = {path.name: path.stat().st_mtime_ns for path in files()}
+    return {path.name: path.stat().st_mtime_ns for path in files()}
+
+
+def test_a_killed_job_one_of_whose_actors_died_goes_on_to_the_same_bytes(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    cached: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "cache"
+    killed = config(work, "killed", f"teacher.cache.path={folder}")
+    (tmp_path / "killed.yaml").write_text(to_yaml(killed))
+    kept = kill_on_the_way(tmp_path / "killed.yaml", folder, cluster)
+    if len(kept) == 6:  # on a busy machine this process may come to look when all is done
+        shutil.rmtree(folder)
+        kept = kill_on_the_way(tmp_path / "killed.yaml", folder, cluster)
     assert 0 < len(kept) < 6
     result = run(killed)
     assert 0 < result.images < result.total
