@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -32,6 +33,12 @@ import torch
 
 runpy.run_path(str(Path(__file__).parent / "quick" / "sitecustomize.py"))  # this process has begun without it
 torch.set_num_threads(1)
+# transformers compiles a hundred patterns for each folder that it loads, others for other families, and `re` keeps 512 of all.
+vars(re)["_MAXCACHE"] = 1 << 14
+if not torch.accelerator.is_available():
+    # Seeding also notes, for three kinds of device that are not there, by which calls it was reached. Under pytest these are many,
+    # and to write them down is 7 % of a small training step.
+    torch.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
 
 
 # The files that take longest, in CPU seconds from 150 to 20: with a file for each worker in turn, one of them started last would

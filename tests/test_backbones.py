@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from pathlib import Path
@@ -27,6 +28,7 @@ from qskd.detectors.backbone import backbone_config, sized_by_init
 from qskd.errors import QskdError
 from qskd.families.table import find_family
 from qskd.quantization.model import activation_quantisers
+from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
 from search_spaces import student_architecture
 from search_spaces._trials import RandomTrial
@@ -40,12 +42,13 @@ SIZES: dict[str, dict[str, Any]] = {
     if "resnet" not in name
 }
 SIDE = 112  # pixels: whole patches of 14 and of 16, and whole cells of stride 16
+ONE_MAP = ("detr", "conditional_detr")  # is what they read; they may have one decoder layer
 READERS = {  # of each backbone: a family that reads one map, and of those of stages one that reads several
-    **{(name, "conditional_detr"): 1 for name in SIZES},
+    **{(name, "detr"): 1 for name in SIZES},
     **{(name, "d_fine"): 2 for name in SIZES if not KINDS[name].patch},
     ("hgnet_v2", "deimv2"): 2,
     ("convnextv2", "deformable_detr"): 2,
-    ("dinov3_vit", "detr"): 1,
+    ("dinov3_vit", "conditional_detr"): 1,
 }
 PUBLISHED = {
     "hgnet_v2": hf.HGNetV2ForImageClassification,
@@ -58,11 +61,17 @@ PUBLISHED = {
 }
 
 
-def sized(kind: str, family: str = "conditional_detr", **changes: Any) -> StudentConfig:
+def sized(kind: str, family: str = "detr", **changes: Any) -> StudentConfig:
     resize = {"mode": "square", "size": SIDE}
     backbone = {**SIZES[kind], **changes.pop("backbone", {})}
-    fields = {**STUDENT, **own(family, levels=2), "backbone": backbone, "resize": resize, **changes}
+    layers = {"decoder_layers": 1} if family in ONE_MAP else {}  # it is the backbone that is tried
+    fields = {**STUDENT, **layers, **own(family, levels=2), "backbone": backbone, "resize": resize, **changes}
     return StudentConfig.model_validate(fields)
+
+
+@functools.cache
+def teacher() -> OnlineTeacher:
+    return random_teacher()
 
 
 def batch(patch: int) -> TrainBatch:
@@ -83,9 +92,9 @@ def test_a_student_learns_on_any_backbone_and_plain_transformers_reads_it_alike(
     config = Config.model_validate(
         {"student": sized(kind, family).model_dump(), "distillation": {"selection": EASY_SELECTION}}
     )
-    student, teacher = silent_student(config.student, LABELS, seed=0), random_teacher()
+    student = silent_student(config.student, LABELS, seed=0)
     before = {name: value.clone() for name, value in student.backbone.named_parameters() if value.requires_grad}
-    training = Training(config, student, teacher, 2, torch.device("cpu"))
+    training = Training(config, student, teacher(), 2, torch.device("cpu"))
     for _ in range(2):
         training.train_step(batch(KINDS[kind].patch))
     after = dict(student.backbone.named_parameters())
@@ -109,7 +118,7 @@ def test_a_student_learns_on_any_backbone_and_plain_transformers_reads_it_alike(
 def test_a_published_backbone_gives_its_weights_and_what_it_has_not_begins_anew(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    family = find_family("conditional_detr", "here")
+    family = find_family("detr", "here")
     shape = family.trunk(silent_student(sized(kind), LABELS, seed=0).model).config
     torch.manual_seed(5)
     model = PUBLISHED[kind](shape).eval()
@@ -207,7 +216,7 @@ def test_first_stages_are_frozen_where_there_are_stages_and_only_when_asked(tmp_
 
     save_detector(silent_student(sized("dinov2"), LABELS, seed=0), tmp_path, sized("dinov2").resize)
     started = silent_student(StudentConfig(init=str(tmp_path), resize=sized("dinov2").resize), LABELS, seed=0)
-    assert FACTS["conditional_detr"].frozen_stages == 1  # of a ResNet
+    assert FACTS["detr"].frozen_stages == 1  # of a ResNet
     held = [name for name, value in started.backbone.named_parameters() if not value.requires_grad]
     assert [name.rpartition(".")[2] for name in held] == ["mask_token"]
 
@@ -274,7 +283,7 @@ def test_the_layers_of_a_plain_vit_learn_the_slower_the_earlier_they_are_where_i
     tree = {"student": sized(kind).model_dump(), "training": {"learning_rate": 1.0, "backbone_layer_decay": 0.5}}
     config = Config.model_validate({**tree, "distillation": {"selection": EASY_SELECTION}})
     student = silent_student(config.student, LABELS, seed=0)
-    training = Training(config, student, random_teacher(), 2, torch.device("cpu"))
+    training = Training(config, student, teacher(), 2, torch.device("cpu"))
     named = {id(value): name for name, value in student.backbone.named_parameters()}
     rates = {named[id(p)]: g["scale"] for g in training.optimizer.param_groups for p in g["params"] if id(p) in named}
     first, last = (next(rate for name, rate in rates.items() if f"layer.{layer}." in name) for layer in (0, 1))
@@ -287,7 +296,7 @@ def test_the_layers_of_a_plain_vit_learn_the_slower_the_earlier_they_are_where_i
 
 def test_a_plain_vit_sees_whole_patches_at_every_size_that_it_is_trained_at() -> None:
     student = silent_student(sized("dinov2"), LABELS, seed=0)
-    assert find_family("conditional_detr", "here").image_unit(student.model.config) == 14
+    assert find_family("detr", "here").image_unit(student.model.config) == 14
     tree = {"student": sized("dinov2").model_dump(), "augmentation": {"scales": [0.8, 1.0]}}
     (said,) = [said for said in notices(Config.model_validate(tree), 1.0) if "augmentation.scales" in said]
     assert "the student sees 84 to 112 pixels" in said

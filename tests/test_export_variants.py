@@ -1,17 +1,14 @@
-"""INT8, float16 and OpenVINO: how far each is from float32, what is left in float, what is written, refused and measured."""
+"""INT8, float16 and OpenVINO: what is written, refused and measured. How far each is from float32: test_export_graphs.py."""
 
 from __future__ import annotations
 
 import io
-import shutil
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from PIL import Image
@@ -33,111 +30,24 @@ from pipelines.prepare import prepare
 from qskd.config import ResizeConfig
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.deploy import onnx_detect
-from qskd.deploy.export import check_parity, export_onnx, random_batches, require_parity
+from qskd.deploy.export import random_batches
 from qskd.deploy.model_card import read_card
-from qskd.deploy.reduced import MULTIPLIES, PLACES, Census, nodes_of, placing_parts, quantize_int8, to_float16
-from qskd.deploy.runtimes import as_stored, need_openvino, open_variant, session_of_openvino, to_openvino
+from qskd.deploy.runtimes import need_openvino
 from qskd.deploy.side_by_side import Pictures, side_by_side
-from qskd.deploy.variants import FLOAT16, FLOAT32, INT8, OPENVINO_FLOAT32, OPENVINO_INT8, VARIANTS
-from qskd.detectors import FAMILIES, Detector, Preprocessing, save_detector
+from qskd.deploy.variants import FLOAT16, FLOAT32, INT8, OPENVINO_FLOAT32, VARIANTS
+from qskd.detectors import Preprocessing, save_detector
 from qskd.errors import QskdError
 from qskd.storage.ownership import is_own_picture
 
 torch.set_num_threads(1)
 
-# One of each family: that of Deformable DETR with refined boxes, as all its students here.
-KINDS = {
-    FAMILIES[random_detector(kind).family].name: kind for kind in ("conditional", "detr", "table", "dab", "refined")
-} | {kind: kind for kind in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr")}
 needs_openvino = pytest.mark.skipif(  # importorskip would import it, and let it post what `need_openvino` switches off
     find_spec("openvino") is None, reason="an optional runtime: pip install -e '.[openvino]'"
 )
-CHOOSING = (
-    "rt_detr",
-    "rt_detr_v2",
-    "d_fine",
-    "deimv2",
-    "lw_detr",
-    "rf_detr",
-)  # random scores are all alike: others are chosen
 
 
 def noise(count: int, seed: int) -> list[np.ndarray]:
     return [pixels.numpy() for _, pixels in random_batches(SIZE, (1,) * count, seed)]
-
-
-@dataclass(frozen=True)
-class Made:
-    folder: Path
-    detector: Detector
-    census: Census
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A detector of each family as float32, INT8 and float16."""
-    detector, folder = random_detector(KINDS[request.param]), tmp_path_factory.mktemp("made")
-    assert detector.family == request.param
-    export_onnx(detector, folder / FLOAT32.file, SIZE)
-    found = quantize_int8(detector, folder / FLOAT32.file, folder / INT8.file, noise(3, 1))
-    to_float16(detector, folder / FLOAT32.file, folder / FLOAT16.file)
-    return Made(folder, detector, found)
-
-
-def test_a_precision_is_what_the_file_holds_whatever_its_name(made: Made, tmp_path: Path) -> None:
-    for variant in (FLOAT32, FLOAT16, INT8):
-        assert as_stored(variant, made.folder) == variant
-    shutil.copy(made.folder / INT8.file, tmp_path / FLOAT32.file)
-    assert as_stored(FLOAT32, tmp_path).name == INT8.name
-
-
-def test_every_family_has_int8_and_float16_within_bounds_and_boxes_stay_float(made: Made) -> None:
-    tmp_path, detector, found, family = made.folder, made.detector, made.census, made.detector.family
-    assert INT8.bytes_in(tmp_path) < 0.8 * FLOAT32.bytes_in(tmp_path)
-
-    graph = onnx.load(str(tmp_path / INT8.file)).graph
-    assert {node.domain for node in graph.node} == {""}
-    integers = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    placing = set(nodes_of(graph, placing_parts(detector)))
-    kept = [node for node in graph.node if node.op_type in MULTIPLIES and node.name in placing]
-    assert len(kept) == sum(found.in_float[PLACES].values()) >= 3
-    assert not [node.name for node in kept if node.input[1] in integers]
-    total = sum(node.op_type in MULTIPLIES for node in graph.node)
-    assert f"INT8: {sum(found.int8.values())} of {total} nodes" in found.text
-    assert sum(found.int8.values()) > 0.6 * total
-
-    runs = {variant.name: open_variant(variant, tmp_path) for variant in (FLOAT32, FLOAT16, INT8)}
-    measured = side_by_side(detector, runs, [Pictures(pixels) for pixels in noise(4, 2)], 1)
-    assert measured[FLOAT32.name].differences is None
-    half, int8 = (measured[variant.name].differences for variant in (FLOAT16, INT8))
-    assert half is not None
-    assert int8 is not None
-    assert (half.images, int8.images) == (4, 4)
-    assert 0 < half.mean_probability < int8.mean_probability < (0.05 if family in CHOOSING else 0.02)
-    assert 0 < max(half.mean_box, int8.mean_box) < (0.1 if family in CHOOSING else 0.01)
-    if family not in CHOOSING:
-        assert half.mean_box < int8.mean_box
-        assert max(half.largest_box, half.largest_probability) < 5e-3
-        assert max(int8.largest_box, int8.largest_probability) < 0.1
-
-
-@needs_openvino
-def test_openvino_computes_every_family_and_its_int8_as_onnxruntime_does(made: Made) -> None:
-    tmp_path = made.folder
-    session = session_of_openvino(tmp_path / FLOAT32.file, 1)
-    require_parity(check_parity(made.detector, session, random_batches(SIZE, (1, 1))), made.detector.family)
-    to_openvino(tmp_path / INT8.file, tmp_path / OPENVINO_INT8.file)
-    pictures, pairs = [Pictures(pixels) for pixels in noise(2, 2)], [(INT8, OPENVINO_INT8, 0.01)]
-    if made.detector.family in ("conditional_detr", "dab-detr"):  # whose places suffer most when they are rounded
-        to_openvino(tmp_path / FLOAT16.file, tmp_path / OPENVINO_FLOAT32.file)
-        pairs.append((FLOAT32, OPENVINO_FLOAT32, 1e-3))
-    for first, second, most in pairs:
-        runs = {variant.name: open_variant(variant, tmp_path) for variant in (first, second)}
-        gaps = side_by_side(made.detector, runs, pictures, 1)[second.name].differences
-        assert gaps is not None
-        assert max(gaps.mean_box, gaps.mean_probability) < (0.1 if made.detector.family in CHOOSING else most), second
-    assert as_stored(OPENVINO_INT8, tmp_path) == OPENVINO_INT8
-    assert OPENVINO_INT8.bytes_in(tmp_path) > (tmp_path / OPENVINO_INT8.file).stat().st_size
 
 
 @needs_openvino

@@ -45,9 +45,9 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
     torch.manual_seed(seed)
     model: Any
     if kind == "lw_detr":
-        model = hf.LwDetrForObjectDetection(lw_detr_config())
+        model = hf.LwDetrForObjectDetection(lw_detr_config(decoder_layers=layers))
     elif kind == "rf_detr":
-        model = hf.RfDetrForObjectDetection(rf_detr_config())
+        model = hf.RfDetrForObjectDetection(rf_detr_config(decoder_layers=layers))
     elif kind == "detr":
         model = hf.DetrForObjectDetection(hf.DetrConfig(d_model=32, **sizes))
     elif kind == "table":

@@ -79,37 +79,14 @@ def test_each_family_learns_with_every_quantiser_on(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["conditional_detr", "refined"])
 def test_groups_of_queries_learn_through_the_same_quantisers(family: str) -> None:
-    training = trained(family, "w4a4", "detection.query_groups=3")
+    training = trained(family, "w4a4", "detection.query_groups=3", steps=2)
     training.check_finite()
     learning = [each for each in training.module.parameters() if each.requires_grad]
     assert not [each for each in learning if each.grad is None]
 
 
-def test_the_first_and_the_last_layers_and_what_says_where_have_eight_bits() -> None:
-    said: dict[str, dict[str, int]] = {}
-    for family in FAMILIES:
-        training = trained(family, "w3a2-attn4", steps=1)
-        said[family] = quantisers_of(training.student.model)[1]
-    eight = {
-        family: {name.rpartition(".")[0] for name, bits in each.items() if bits == 8} for family, each in said.items()
-    }
-    stem = "model.backbone.model.embedder.embedder.convolution"
-    assert eight["detr"] == {stem, "class_labels_classifier", "bbox_predictor.layers.2"}
-    assert eight["conditional_detr"] == eight["detr"] | {"model.decoder.ref_point_head.layers.1"}
-    sampled = ("encoder.layers.0.self_attn", "decoder.layers.0.encoder_attn", "decoder.layers.1.encoder_attn")
-    offsets = {f"model.{part}.sampling_offsets" for part in sampled}
-    assert offsets <= eight["refined"]
-    assert "model.reference_points" in eight["refined"]
-    for family, each in said.items():
-        kinds = {
-            name.rpartition(".")[2]: bits for name, bits in each.items() if name.rpartition(".")[0] not in eight[family]
-        }
-        expected = {"weight": 3, "input": 2, "query": 4, "key": 4, "attention": 4, "value": 4}
-        assert kinds == expected, family
-
-
 def test_parts_that_are_not_named_stay_in_float() -> None:
-    training = trained("rt_detr", {"bits": "w4a4", "parts": ["encoder", "heads"]})
+    training = trained("rt_detr", {"bits": "w4a4", "parts": ["encoder", "heads"]}, steps=1)
     parts = {name.partition(".layers")[0].partition(".weight")[0] for name in quantisers_of(training.student.model)[1]}
     assert not [name for name in parts if "backbone" in name]
     assert [name for name in parts if name.startswith("model.decoder.") and "_embed" not in name] == []
@@ -139,22 +116,22 @@ def test_a_stage_that_would_never_come_is_refused() -> None:
         begin("refined", {"bits": "w4a4", "rest_from": 4}, total=5)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_stopped_training_goes_on_exactly_whatever_the_stage(stop: int, tmp_path: Path) -> None:
+def test_a_stopped_training_goes_on_exactly_whatever_the_stage(tmp_path: Path) -> None:
     """Twenty steps would watch two: it is stopped while the backbone is watched, after that, and while the rest is."""
     quantization = {"bits": "w4a4-attn8", "rest_from": 2}
     options = ("training.ema_decay=0.9", "student.dropout=0.1")
-    whole = begin("refined", quantization, *options, total=20)
-    for seed in range(6):
+    whole, steps, stops = begin("refined", quantization, *options, total=20), 5, (1, 2, 3)
+    for seed in range(steps):
         whole.train_step(tiny.batch_of(2, 1, seed=seed))
-        if seed + 1 == stop:
-            save_file(whole.state(), tmp_path / "state.safetensors")
-    again = begin("refined", quantization, *options, total=20)
-    again.load_state(load_file(tmp_path / "state.safetensors"), stop)
-    for seed in range(stop, 6):
-        again.train_step(tiny.batch_of(2, 1, seed=seed))
-    tiny.assert_equal(again.state(), whole.state())
+        if seed + 1 in stops:
+            save_file(whole.state(), tmp_path / f"{seed + 1}.safetensors")
     assert whole.whole
+    for stop in stops:
+        again = begin("refined", quantization, *options, total=20)
+        again.load_state(load_file(tmp_path / f"{stop}.safetensors"), stop)
+        for seed in range(stop, steps):
+            again.train_step(tiny.batch_of(2, 1, seed=seed))
+        tiny.assert_equal(again.state(), whole.state())
 
 
 def test_quantisers_learn_at_the_full_rate_and_without_weight_decay() -> None:
@@ -214,7 +191,7 @@ def test_under_autocast_quantisers_count_in_float32(monkeypatch: pytest.MonkeyPa
         return real(x, *rest)
 
     monkeypatch.setattr(torch, "_fake_quantize_learnable_per_tensor_affine", noted)
-    training = trained("rt_detr", "w4a4", "compute.precision=bfloat16")
+    training = trained("rt_detr", "w4a4", "compute.precision=bfloat16", steps=2)
     training.check_finite()
     assert kinds == {torch.float32}
 
@@ -222,12 +199,16 @@ def test_under_autocast_quantisers_count_in_float32(monkeypatch: pytest.MonkeyPa
 # ---- the folder
 
 
+BITS = "w3a2-attn4"
+Saved = dict[str, tuple[Path, list[Tensor], list[Tensor]]]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Tensor], list[Tensor]]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """By family: a folder, what its student said, and what it said with its activations in float."""
     found = {}
     for family in FAMILIES:
-        training = trained(family, "w4a3-attn4", "training.ema_decay=0.9")
+        training = trained(family, BITS, "training.ema_decay=0.9")
         folder = tmp_path_factory.mktemp("students") / family
         with training.evaluation_weights() as student:
             save_detector(student, folder, training.config.student.resize)
@@ -239,8 +220,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lis
     return found
 
 
+def test_the_first_and_the_last_layers_and_what_says_where_have_eight_bits(saved: Saved) -> None:
+    said = {family: read_quantisers(folder / FILE)[1] for family, (folder, _, _) in saved.items()}
+    eight = {
+        family: {name.rpartition(".")[0] for name, bits in each.items() if bits == 8} for family, each in said.items()
+    }
+    stem = "model.backbone.model.embedder.embedder.convolution"
+    assert eight["detr"] == {stem, "class_labels_classifier", "bbox_predictor.layers.2"}
+    assert eight["conditional_detr"] == eight["detr"] | {"model.decoder.ref_point_head.layers.1"}
+    sampled = ("encoder.layers.0.self_attn", "decoder.layers.0.encoder_attn", "decoder.layers.1.encoder_attn")
+    offsets = {f"model.{part}.sampling_offsets" for part in sampled}
+    assert offsets <= eight["refined"]
+    assert "model.reference_points" in eight["refined"]
+    for family, each in said.items():
+        kinds = {
+            name.rpartition(".")[2]: bits for name, bits in each.items() if name.rpartition(".")[0] not in eight[family]
+        }
+        expected = {"weight": 3, "input": 2, "query": 4, "key": 4, "attention": 4, "value": 4}
+        assert kinds == expected, family
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_student_says_what_it_said_in_training(family: str, saved: Any) -> None:
+def test_a_saved_student_says_what_it_said_in_training(family: str, saved: Saved) -> None:
     folder, said, in_float = saved[family]
     assert not torch.allclose(said[0], in_float[0], atol=1e-3)  # activations' bits do matter
     for found, expected in zip(detect(load_detector(folder)), said, strict=True):
@@ -248,7 +249,7 @@ def test_a_saved_student_says_what_it_said_in_training(family: str, saved: Any) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_transformers_loads_the_quantised_weights_and_no_more(family: str, saved: Any) -> None:
+def test_plain_transformers_loads_the_quantised_weights_and_no_more(family: str, saved: Saved) -> None:
     folder, said, in_float = saved[family]
     model, info = AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
@@ -271,14 +272,14 @@ def test_plain_transformers_loads_the_quantised_weights_and_no_more(family: str,
     assert (boxes - said[1][-1]).abs().max() <= 1e-5
 
 
-def test_what_was_loaded_is_saved_again_as_it_was(saved: Any, tmp_path: Path) -> None:
+def test_what_was_loaded_is_saved_again_as_it_was(saved: Saved, tmp_path: Path) -> None:
     folder, said, _ = saved["refined"]
     loaded = load_detector(folder)
     save_detector(loaded, tmp_path / "again", tiny.recipe().student.resize)
     for file in ("model.safetensors", FILE):
         tiny.assert_equal(load_file(tmp_path / "again" / file), load_file(folder / file))
     assert (detect(load_detector(tmp_path / "again"))[0] - said[0]).abs().max() <= 1e-5
-    assert json.loads((folder / "config.json").read_text())["qskd_quantization"]["bits"] == "w4a3-attn4"
+    assert json.loads((folder / "config.json").read_text())["qskd_quantization"]["bits"] == BITS
 
 
 def test_a_student_that_is_partly_quantised_is_saved_as_it_is(tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_a_student_that_is_partly_quantised_is_saved_as_it_is(tmp_path: Path) ->
     assert (detect(loaded)[0] - said[0]).abs().max() <= 1e-5
 
 
-def test_a_student_starts_from_another_s_quantised_weights_and_watches_anew(saved: Any) -> None:
+def test_a_student_starts_from_another_s_quantised_weights_and_watches_anew(saved: Saved) -> None:
     folder = saved["refined"][0]
     student = {"init": str(folder), "resize": {"size": tiny.SIZE}}
     plain = tiny.silent_student(tiny.recipe().student.model_validate(student), tiny.LABELS, 0)
@@ -309,7 +310,7 @@ def test_a_student_starts_from_another_s_quantised_weights_and_watches_anew(save
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_student_that_starts_from_a_folder_learns_with_every_quantiser_on(family: str, saved: Any) -> None:
+def test_a_student_that_starts_from_a_folder_learns_with_every_quantiser_on(family: str, saved: Saved) -> None:
     student = {
         "init": str(saved[family][0]),
         "resize": {"mode": "square", "size": tiny.SIZE},
@@ -322,7 +323,7 @@ def test_a_student_that_starts_from_a_folder_learns_with_every_quantiser_on(fami
     assert {each.mode for each in found} == {"on"}
 
 
-def test_quantisers_are_part_of_what_a_checkpoint_is(saved: Any, tmp_path: Path) -> None:
+def test_quantisers_are_part_of_what_a_checkpoint_is(saved: Saved, tmp_path: Path) -> None:
     shutil.copytree(saved["refined"][0], tmp_path / "other")
     steps = load_file(tmp_path / "other" / FILE)
     name = next(each for each in steps if each.endswith("input.step"))
@@ -340,7 +341,7 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("wrong", ["gone", "cut", "of another", "zero point", "no step", "bits", "nan"])
-def test_a_folder_whose_quantisers_are_damaged_is_refused_by_file(wrong: str, saved: Any, tmp_path: Path) -> None:
+def test_a_folder_whose_quantisers_are_damaged_is_refused_by_file(wrong: str, saved: Saved, tmp_path: Path) -> None:
     folder = tmp_path / "student"
     shutil.copytree(saved["refined"][0], folder)
     file = folder / FILE
@@ -368,7 +369,7 @@ def test_a_folder_whose_quantisers_are_damaged_is_refused_by_file(wrong: str, sa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_size_at_its_bits_is_counted_of_what_is_saved(family: str, saved: Any) -> None:
+def test_the_size_at_its_bits_is_counted_of_what_is_saved(family: str, saved: Saved) -> None:
     folder = saved[family][0]
     tensors, bits, _ = read_quantisers(folder / FILE)
     model = load_detector(folder).model
@@ -385,7 +386,7 @@ def test_the_size_at_its_bits_is_counted_of_what_is_saved(family: str, saved: An
 
 
 def build_student_of(family: str) -> Detector:
-    student = {**FAMILIES[family], "quantization": "w4a3-attn4"}
+    student = {**FAMILIES[family], "quantization": BITS}
     return tiny.silent_student(tiny.recipe(student).student, tiny.LABELS, 0)
 
 
@@ -396,7 +397,7 @@ def test_a_folder_in_float_has_no_such_file(tmp_path: Path) -> None:
     assert "qskd_quantization" not in json.loads((tmp_path / "student" / "config.json").read_text())
 
 
-def test_a_quantised_student_s_folder_is_qskd_s_own_and_is_replaced(saved: Any, tmp_path: Path) -> None:
+def test_a_quantised_student_s_folder_is_qskd_s_own_and_is_replaced(saved: Saved, tmp_path: Path) -> None:
     shutil.copytree(saved["refined"][0], tmp_path / "student")
     float_student = tiny.silent_student(tiny.recipe().student, tiny.LABELS, 0)
     save_detector(float_student, tmp_path / "student", tiny.recipe().student.resize)
@@ -404,7 +405,8 @@ def test_a_quantised_student_s_folder_is_qskd_s_own_and_is_replaced(saved: Any, 
 
 
 def test_modes_can_be_set_for_all() -> None:
-    training = trained("detr")
+    training = trained("detr", steps=1)
+    assert {each.mode for each in activation_quantisers(training.student.model).values()} == {"on"}
     set_mode(training.student.model, "off")
     assert {each.mode for each in activation_quantisers(training.student.model).values()} == {"off"}
 

@@ -29,7 +29,10 @@ def shown(value: Any) -> str:
 
 def is_printable(text: str, most: int) -> bool:
     """Whether a terminal, a file of lines and a log can have it as it is: at most `most` characters, and none of control."""
-    return len(text) <= most and not any(unicodedata.category(one) in _NOT_PRINTED for one in text)
+    if len(text) > most:
+        return False
+    # Python's own answer takes a fortieth of the time, but is no for joiners, private characters and such, too.
+    return text.isprintable() or not any(unicodedata.category(one) in _NOT_PRINTED for one in text)
 
 
 def first_line(error: BaseException) -> str:
