@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import runpy
 import shutil
@@ -31,6 +32,8 @@ import torch
 
 runpy.run_path(str(Path(__file__).parent / "quick" / "sitecustomize.py"))  # this process has begun without it
 torch.set_num_threads(1)
+# pytest listens to loggers that pass nothing on, and to one that is listened to torch's compiler writes down all that it does.
+logging.getLogger("torch.__trace").propagate = True
 
 
 # The files that take longest, in CPU seconds from 150 to 20: with a file for each worker in turn, one of them started last would
