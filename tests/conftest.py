@@ -49,6 +49,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     if "qskd.families.conditional_detr" in sys.modules:
         fit_once()
+    if "pipelines.training.estimate" in sys.modules:  # a dry run tries steps for three seconds
+        sys.modules["pipelines.training.estimate"].BUDGET_S = 0.1  # type: ignore[attr-defined]
     if "typer.testing" in sys.modules:  # it reads the signatures of all verbs each time that one is run: 30 ms
         runner: Any = sys.modules["typer.testing"]
         runner._get_command = functools.cache(runner._get_command)
