@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import re
 import runpy
@@ -39,6 +40,8 @@ if not torch.accelerator.is_available():
     # Seeding also notes, for three kinds of device that are not there, by which calls it was reached. Under pytest these are many,
     # and to write them down is 7 % of a small training step.
     torch.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+# pytest listens to loggers that pass nothing on, and to one that is listened to torch's compiler writes down all that it does.
+logging.getLogger("torch.__trace").propagate = True
 
 
 # The files that take longest, in CPU seconds from 150 to 20: with a file for each worker in turn, one of them started last would
@@ -62,6 +65,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     if "qskd.families.conditional_detr" in sys.modules:
         fit_once()
+    if "pipelines.training.estimate" in sys.modules:  # a dry run tries steps for three seconds
+        sys.modules["pipelines.training.estimate"].BUDGET_S = 0.1  # type: ignore[attr-defined]
     if "typer.testing" in sys.modules:  # it reads the signatures of all verbs each time that one is run: 30 ms
         runner: Any = sys.modules["typer.testing"]
         runner._get_command = functools.cache(runner._get_command)

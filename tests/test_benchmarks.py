@@ -17,7 +17,8 @@ from qskd.datasets import packing
 COMMANDS = {
     "detection_loss": ["--quick"],
     "evaluation": ["--quick"],
-    "loader": ["--quick", "--no-ray"],  # Ray takes half a minute to start; test_pipelines streams through it
+    # Two batches in this process. Ray takes half a minute to start, and more batches; test_pipelines streams through it.
+    "loader": ["--no-ray", "--synthetic", "--images", "32", "--rounds", "1"],
     "pixels": ["--quick"],
 }
 

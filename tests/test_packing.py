@@ -120,10 +120,15 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(
-    source: tuple[Path, Path | None], to: Path, processes: int, on_error: Any = "stop", leave_out: tuple[str, ...] = ()
+    source: tuple[Path, Path | None],
+    to: Path,
+    processes: int,
+    on_error: Any = "stop",
+    leave_out: tuple[str, ...] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     dataset = without(open_dataset(source[0], source[1], on_error), leave_out)
-    return write_shards(dataset, str(to), rows_per_shard=50, rows_per_group=16, processes=processes)
+    return write_shards(dataset, str(to), 50, 16, progress=progress, processes=processes)
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -136,6 +141,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_shards_and_manifest_are_the_same_byte_for_byte_with_helpers(
     kind: Callable[[Path], tuple[Path, Path | None]], tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From a thread, as in a notebook, or in a Ray job's driver. Progress comes in steps of a part and reaches the end."""
     (tmp_path / "data").mkdir()
     source = kind(tmp_path / "data")
     asked: list[str] = []
@@ -147,9 +153,14 @@ def test_shards_and_manifest_are_the_same_byte_for_byte_with_helpers(
     )  # type: ignore[func-returns-value]
     make(source, tmp_path / "one", 1)
     assert asked == []
-    make(source, tmp_path / "two", 2)
+    seen: list[tuple[int, int]] = []
+    thread = threading.Thread(target=lambda: make(source, tmp_path / "two", 2, progress=lambda *at: seen.append(at)))
+    thread.start()
+    thread.join(60)
     assert_same(tmp_path / "one", tmp_path / "two")
     assert {"examine", "write"} == set(asked)
+    assert seen[-1] == (COUNT, COUNT)
+    assert kind is embedded or seen == [(64, COUNT), (128, COUNT), (COUNT, COUNT)]
     verify(str(tmp_path / "two"))
 
 
@@ -174,18 +185,6 @@ def test_broken_pictures_and_categories_left_out_are_the_same_with_helpers(tmp_p
         QskdError, match=r"image 4 \(001.jpg\): file_name .* is a link to"
     ):  # refused even when skipping
         make(source, tmp_path / "stopped", 2, "skip")
-
-
-def test_progress_comes_in_steps_of_a_part_and_reaches_the_end_from_a_thread_too(tmp_path: Path, few: None) -> None:
-    """As in a notebook, or in a Ray job's driver."""
-    seen: list[tuple[int, int]] = []
-    dataset = open_dataset(*coco(tmp_path))
-    options: dict[str, Any] = {"progress": lambda *at: seen.append(at), "processes": 2}
-    thread = threading.Thread(target=lambda: write_shards(dataset, str(tmp_path / "s"), 50, 16, **options))
-    thread.start()
-    thread.join(60)
-    assert seen == [(64, COUNT), (128, COUNT), (COUNT, COUNT)]
-    verify(str(tmp_path / "s"))
 
 
 def test_a_helper_that_is_killed_is_an_error_that_leaves_nothing(

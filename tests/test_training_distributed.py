@@ -25,6 +25,7 @@ from qskd.config import Config
 from qskd.datasets.batch import TrainBatch, parts_of, train_batch
 from qskd.datasets.order.schedule import split
 from qskd.errors import QskdError
+from qskd.teacher.online import OnlineTeacher
 from qskd.training.patience import Patience
 from qskd.training.step import Training
 
@@ -73,8 +74,14 @@ def share_of(counts: tuple[int, ...], seed: int, world_size: int, rank: int) -> 
     return train_batch(own | {"boxes_cxcywh": own["boxes_cxcywh"][:, :most], "labels": own["labels"][:, :most]})
 
 
+@functools.cache
+def the_teacher() -> OnlineTeacher:
+    """Which no training changes (test_training), and which takes longer to build than to ask for all batches."""
+    return random_teacher("conditional")
+
+
 def start(config: Config) -> Training:
-    teacher = random_teacher("conditional") if config.distillation.method != "none" else None
+    teacher = the_teacher() if config.distillation.method != "none" else None
     return make_training(config, teacher, len(BATCHES))
 
 

@@ -51,9 +51,9 @@ def free_memory(device: torch.device) -> None:
 
 def step_ms(step: Callable[[], Any], device: torch.device, steps: int) -> float:
     """Median over three rounds of `steps` steps; the clock is read when the device has finished a round, so that the host may
-    run ahead within one, as in training. On a CPU, where its time says nothing, a single round."""
+    run ahead within one, as in training. On a CPU, where its time says nothing, a single round, not warmed up."""
     on_gpu = device.type == "cuda"
-    for _ in range(3 if on_gpu else 1):
+    for _ in range(3 if on_gpu else 0):
         step()
     rounds = []
     for _ in range(3 if on_gpu else 1):
