@@ -202,7 +202,7 @@ def test_benchmark_measures_every_file_of_an_export_and_draws_them(
 
 
 def source(folder: Path) -> str:
-    save_detector(random_detector("conditional"), folder, ResizeConfig(size=SIZE))
+    save_detector(random_detector("detr"), folder, ResizeConfig(size=SIZE))
     return str(folder)
 
 

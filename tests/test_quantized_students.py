@@ -24,10 +24,11 @@ from qskd.quantization.size import megabytes
 from qskd.training.groups import parameter_groups
 from qskd.training.step import Training
 
+ONE = {"decoder_layers": 1}  # of Deformable DETR there are two at least
 FAMILIES: dict[str, dict[str, Any]] = {
-    "detr": tiny.own("detr"),
-    "conditional_detr": tiny.own("conditional_detr"),
-    "rt_detr": {**tiny.own("rt_detr"), "resize": {"mode": "square", "size": tiny.SIZE}},
+    "detr": {**tiny.own("detr"), **ONE},
+    "conditional_detr": {**tiny.own("conditional_detr"), **ONE},
+    "rt_detr": {**tiny.own("rt_detr"), **ONE, "resize": {"mode": "square", "size": tiny.SIZE}},
     "deformable": dict(tiny.FAMILIES["deformable"]),
     "refined": dict(tiny.FAMILIES["refined"]),
 }
@@ -263,7 +264,7 @@ def test_plain_transformers_loads_the_quantised_weights_and_no_more(family: str,
             assert (levels - levels.round()).abs().max() < 1e-3
             assert len(levels.round().unique()) <= 256
             checked += 1
-    assert checked == sum(name.endswith("weight.step") for name in steps) > 30
+    assert checked == sum(name.endswith("weight.step") for name in steps) > 20
     for found, expected in zip(detect(load_detector(folder, quantised=False)), in_float, strict=True):
         assert (found - expected).abs().max() <= 1e-5
     restore_quantisers(model.eval(), folder / FILE)
