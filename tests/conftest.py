@@ -48,7 +48,7 @@ logging.getLogger("torch.__trace").propagate = True
 # decide the end. `evidence` and `untrusted_checkpoints` wait more than they compute.
 LONGEST = (
     *("two_workers", "pipelines", "ray_job", "tune_trials", "tune", "cache_job", "compiled"),
-    *("export_graphs", "family_students", "evidence", "untrusted_checkpoints", "training_distributed"),
+    *("export_graphs", "evidence", "untrusted_checkpoints", "training_distributed"),
 )
 
 
