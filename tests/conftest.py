@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,9 @@ import torch
 
 runpy.run_path(str(Path(__file__).parent / "quick" / "sitecustomize.py"))  # this process has begun without it
 torch.set_num_threads(1)
+# A suite that is begun in the background ignores Ctrl-C, and so would all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # transformers compiles a hundred patterns for each folder that it loads, others for other families, and `re` keeps 512 of all.
 vars(re)["_MAXCACHE"] = 1 << 14
 if not torch.accelerator.is_available():
