@@ -26,6 +26,7 @@ HYBRID = ["rt_detr", "rt_detr_v2", "discrete", "d_fine", *DEIMV2]
 SAMPLED = [*HYBRID, "lw_detr", "rf_detr"]
 ONE_MAP = [*DENSE, "rf_detr"]
 KINDS = [*DENSE, *SAMPLED]
+ONE_BLOCK = 0.34  # of three, in each stage of a hybrid encoder
 
 
 def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
@@ -59,7 +60,8 @@ def tiny_model(kind: str, seed: int = 0, layers: int = 3) -> Any:
         model = hf.RTDetrForObjectDetection(hf.RTDetrConfig(**sizes, **hybrid))
     elif kind == "d_fine":
         # Its convolutions stand on the encoder's width; without a projection the decoder reads the encoder's own maps.
-        wide = {"encoder_hidden_dim": 32, "decoder_in_channels": [32, 32], "decoder_n_points": [3, 5]}
+        wide: dict[str, Any] = {"encoder_hidden_dim": 32, "decoder_in_channels": [32, 32], "decoder_n_points": [3, 5]}
+        wide["depth_mult"] = ONE_BLOCK
         model = hf.DFineForObjectDetection(hf.DFineConfig(**sizes, **{**hybrid, **wide}))
     elif kind in DEIMV2:
         model = hf.Deimv2ForObjectDetection(deimv2_config(kind, {**sizes, **hybrid}))
@@ -78,6 +80,7 @@ def deimv2_config(kind: str, sizes: dict[str, Any]) -> Any:
     """As published: a whole encoder on convolutions with a box head a layer; one map made two, one box head, no gates; a ViT with
     convolutions beside it."""
     sizes = {**sizes, "encoder_hidden_dim": 32, "decoder_in_channels": [32, 32], "decoder_n_points": [3, 5]}
+    sizes["depth_mult"] = ONE_BLOCK
     if kind == "deimv2 lite":
         backbone = hf.ResNetConfig(
             **{"layer_type": "basic", "depths": [1, 1], "hidden_sizes": [8, 16]},
