@@ -138,7 +138,8 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "evidence.md").write_text(marks)
     monkeypatch.setattr(program, "ROOT", tmp_path)
-    monkeypatch.setitem(teachers.STEPS, teachers.MANY, 2)
+    for name in (teachers.MANY, teachers.MAPS):
+        monkeypatch.setitem(teachers.STEPS, name, 2)
     monkeypatch.setattr(backbone, "IMAGES", backbone.IMAGES.model_copy(update={"images": 32}))
     work = tmp_path / "work"
     task.make_task(work, ("scratch", "many", "near"))
@@ -175,6 +176,16 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     )  # the same training, quantised after it
     assert len(list((work / "students").iterdir())) == 1  # trained once for all bits
     assert "qdetr" in found["w4a4_qdetr"]["losses_of_last_epoch"]
+    told = ("told_onnx", "told_json")
+    task.make_task(work, ("scratch",), told)
+    for variant in told:
+        found[variant] = cells.run(Cell("scratch", variant, "short", 7), work)
+        assert "lapd_class" in found[variant]["losses_of_last_epoch"]
+        assert found[variant]["losses_of_last_epoch"].get("agfd", 0) == 0
+        assert found[variant]["config"]["teacher"]["path"].startswith(("model.onnx", "detections.json"))
+    task.make_task(work, ("maps",), ("qskd_flips_coarse",))
+    coarse = cells.run(Cell("maps", "qskd_flips_coarse", "short", 7), work)
+    assert coarse["config"]["teacher"] == coarse["config"]["teacher"] | {"path": teachers.MAPS, "levels": [1]}
     changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
     assert cells.finished(changed, work) is None
     program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)

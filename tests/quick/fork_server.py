@@ -106,8 +106,8 @@ def serve(requests: Requests, level: int) -> Request:
                 for handle in files:
                     os.close(handle)
                 if level:  # psutil finds by it whose workers its children are
-                    with open("/proc/self/comm", "w") as name:
-                        name.write(f"rays {request['environment']['RAY_RAYLET_PID']}")
+                    with open("/proc/self/comm", "w") as title:
+                        title.write(f"rays {request['environment']['RAY_RAYLET_PID']}")
                 prepare(request, RAYS if level else OTHERS)
                 return serve(passed_on(theirs), level + 1)
             theirs.close()
