@@ -12,6 +12,7 @@ from qskd.datasets.shards import ShardReader
 from qskd.teacher.cache import write_rows
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import CacheManifest, file_name, save_cache_manifest, shard_names
+from qskd.teacher.memory.basis import in_basis, sampled, save_bases
 from qskd.teacher.online import OnlineTeacher
 
 
@@ -20,11 +21,16 @@ def make_cache(
 ) -> CacheManifest:
     """What the job does. identity: None names only the precision, enough for a reader that checks nothing else."""
     reader, views, cache = ShardReader(config.data.train), config.data.views, config.teacher.cache
-    maker = CacheMaker(config, teacher, torch.device("cpu"))
-    loader = BatchLoader(config.data.train, "", views, resize)
+    cpu, loader = torch.device("cpu"), BatchLoader(config.data.train, "", views, resize)
+    bases = CacheMaker(config, teacher, cpu).bases_of(
+        loader.load("train", rows) for rows in sampled(reader, cache.batch_size)
+    )
+    maker = CacheMaker(config, teacher, cpu, bases)
     names = shard_names(reader.manifest)
     said = identity or {"teacher.cache.precision": cache.precision, "teacher.cache.cells": cache.cells}
-    manifest = CacheManifest(said, teacher.sizes(cache.all_layers), cache.batch_size, names, {})
+    manifest = in_basis(CacheManifest(said, teacher.sizes(cache.all_layers), cache.batch_size, names, {}), bases)
+    if bases:
+        save_bases(cache.path, bases, manifest)
     for view in range(views.count):
         files = []
         for shard, name in enumerate(names):

@@ -16,10 +16,11 @@ from qskd.storage.ownership import listed
 from qskd.teacher.columns.attended import ATTENDED
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.decoder import check_decodes
-from qskd.teacher.directions import FILE as DIRECTIONS
-from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
+from qskd.teacher.memory.basis import cached_basis
+from qskd.teacher.memory.directions import FILE as DIRECTIONS
+from qskd.teacher.memory.directions import load_directions
 from qskd.teacher.several.checks import check_several_teachers
 from qskd.teacher.several.members import Member, members_of, told_of
 
@@ -154,6 +155,7 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
         check_identity(manifest, cache_identity(config, train), path, cache_names(config))
     check_views(manifest, views, path)
     check_cache_files(path, manifest, views)
+    cached_basis(path, manifest)
     if lacks_directions(config, manifest):
         raise QskdError(
             path,

@@ -16,8 +16,9 @@ from qskd.evaluation.detections import GroundTruth
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.decoder import load_decoder
-from qskd.teacher.directions import load_directions
 from qskd.teacher.identity import cache_sources, teacher_preprocessing, teachers_preprocessing
+from qskd.teacher.memory.basis import cached_basis
+from qskd.teacher.memory.directions import load_directions
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.several.checks import check_several_teachers
 from qskd.teacher.several.members import members_of
@@ -40,7 +41,10 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     manifest = reader.manifest
     directions = load_directions(path, manifest) if needs is not None and needs.directions else None
     decoder = load_decoder(config, labels, manifest) if needs is not None and needs.decoder else None
-    return CachedTeacher(manifest.sizes, directions or (), decoder, config.data.views.min_visible, reader.attended)
+    return CachedTeacher(
+        *(manifest.sizes, directions or (), decoder, config.data.views.min_visible, reader.attended),
+        bases=cached_basis(path, manifest),
+    )
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

@@ -20,12 +20,14 @@ import psutil
 import pytest
 from forked import processes_of_ray
 from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F401  (fixtures)
+from test_unlabeled_shards import draw
 
 from pipelines.caching import driver as cache_teacher
 from pipelines.caching.driver import foresee, run
 from pipelines.caching.plan import CachePlan
 from pipelines.caching.verify import complain, verify
 from pipelines.cluster.room import actors_that_fit
+from pipelines.prepare import prepare
 from pipelines.training import driver as distill
 from qskd.config import Config
 from qskd.config.recipe import load, to_yaml
@@ -54,7 +56,9 @@ def config(work: Path, name: str, *overrides: str) -> Config:  # noqa: F811
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +295,40 @@ def test_actors_that_want_every_cpu_leave_one_for_decoding_and_a_broken_picture_
     manifest = load_cache_manifest(str(tmp_path / "cache"))
     assert manifest is not None
     assert not manifest.views
+
+
+def test_memory_along_few_directions_is_kept_in_one_basis_however_often_the_job_is_begun(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare(draw(tmp_path / "pool", 5), None, str(tmp_path / "free"), quiet=True, unlabeled=True)
+    small = config(
+        work,
+        "small",
+        *(f"teacher.cache.path={tmp_path / 'cache'}", "teacher.cache.memory_share=0.9", "data.views.count=1"),
+        *(f"data.unlabeled=[{tmp_path / 'free'}]", "teacher.cache.attention_giou_floor=-1.0"),
+    )
+    assert "kB an image" in foresee(small)
+    run(small)
+    assert "that hold 0.9 of its variance: " in capsys.readouterr().out
+    (free,) = (tmp_path / "cache").glob("unlabeled-*")
+    whole, others = digests(tmp_path / "cache"), digests(free)
+    manifests = [load_cache_manifest(str(folder)) for folder in (tmp_path / "cache", free)]
+    assert all(each is not None and each.sizes.kept and each.sizes.kept < each.sizes.channels for each in manifests)
+    assert len({each.identity["computed.memory_basis"] for each in manifests if each is not None}) == 1
+    complain(small, verify(small, 8))
+    sorted((tmp_path / "cache").glob("shard*.parquet"))[1].unlink()
+    shutil.rmtree(free)
+    run(small)
+    assert (digests(tmp_path / "cache"), digests(free)) == (whole, others)
+    (tmp_path / "cache" / "basis.view-000.parquet").unlink()
+    with pytest.raises(QskdError, match=r"basis\.view-000\.parquet: not there"):
+        distill.run(small, "distill")
+    run(small, overwrite=True)
+    assert (digests(tmp_path / "cache"), digests(free)) == (whole, others)
+    assert distill.run(small, "distill").student
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")

@@ -23,11 +23,11 @@ from qskd.distillation.qskd.whitening import metric
 from qskd.errors import QskdError
 from qskd.from_recipe import teacher_for_training
 from qskd.structures import TeacherNeeds, TeacherRecord
-from qskd.teacher import directions as module
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import columns_for
-from qskd.teacher.directions import Directions, compute_directions, load_directions, save_directions
 from qskd.teacher.manifest import load_cache_manifest
+from qskd.teacher.memory import directions as module
+from qskd.teacher.memory.directions import Directions, compute_directions, load_directions, save_directions
 from qskd.teacher.online import OnlineTeacher
 
 MEMORY = columns_for(TeacherNeeds(memory=True))

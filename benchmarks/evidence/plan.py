@@ -26,7 +26,7 @@ class Variant:
     many labelled images, where they are not the task's own; those are the first of them.
 
     states: the teacher's cache has the queries' states too, in a folder of its own. levels: the teacher's maps that are cached and
-    taught, in a folder of its own; empty: all. told: the teacher as a file that says boxes and classes alone, "onnx" or "json".
+    taught, in a folder of its own; empty: all. share: of the memory's variance that is cached, in a folder of its own. told: the teacher as a file that says boxes and classes alone, "onnx" or "json".
     after: the variant whose student, in float, is quantised once it is trained."""
 
     title: str
@@ -37,6 +37,7 @@ class Variant:
     train: int = 0
     states: bool = False
     levels: tuple[int, ...] = ()
+    share: float = 1.0
     told: str = ""
     after: str = ""
 
@@ -100,6 +101,19 @@ VARIANTS |= {
 VARIANTS["none_flips_labelled24"] = Variant(
     "no teacher, fresh flips, 18,000 more images with their true labels", (_FLIPS,), "train", train=24_000
 )
+
+# Memory in few numbers a cell.
+SHARES = {f"share{share:.0%}".rstrip("%"): share for share in (0.97, 0.9, 0.8)}
+VARIANTS |= {
+    f"qskd_{name}": Variant(f"QSKD, of {share:.0%} of the memory's variance", share=share)
+    for name, share in SHARES.items()
+}
+VARIANTS |= {
+    f"qskd_flips_{name}": Variant(
+        f"QSKD, fresh flips derived, of {share:.0%} of the memory's variance", (_FLIPS,), share=share
+    )
+    for name, share in SHARES.items()
+}
 
 # Students of few bits: each number of bits, by each teaching. Recipe and float rows are those of `none` and `qskd`.
 BITS = {"w8a8": "w8a8", "w4a4": "w4a4-attn8", "w3a3": "w3a3-attn8", "w2a2": "w2a2-attn8"}
@@ -172,7 +186,11 @@ _D_FINE = ("student.family=d_fine", *_CHOOSING)
 STUDENTS = {
     "inherit": Student(
         "The quickstart's student, started from its teacher's layers",
-        rows={"short": (*MECHANISM, *FEW_BITS), "long": (*LONG, *FRESH, *LONG_BITS), "longest": (*PAIR, *FRESH)},
+        rows={
+            "short": (*MECHANISM, *(f"qskd_{name}" for name in SHARES), *FEW_BITS),
+            "long": (*LONG, *FRESH, *LONG_BITS),
+            "longest": (*PAIR, *FRESH),
+        },
     ),
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",
@@ -198,7 +216,7 @@ STUDENTS = {
     "maps": Student(
         "RT-DETR, random layers, of an RT-DETR with two maps",
         (*_RT_DETR, "distillation.features.background=0"),
-        {"short": ("none_flips", "qskd_flips", "qskd_flips_coarse")},
+        {"short": ("none_flips", "qskd_flips", "qskd_flips_coarse", *(f"qskd_flips_{name}" for name in SHARES))},
         MAPS,
     ),
     "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING}),

@@ -65,8 +65,8 @@ def told_path(work: Path, student: Student, form: str) -> Path:
 
 
 def cache_overrides(work: Path, student: Student, variant: Variant) -> list[str]:
-    """A cache of its own, where a variant asks for what the shared one is not: the queries' states, fewer maps, or a
-    teacher that is told, which has no attention and one layer."""
+    """A cache of its own, where a variant asks for what the shared one is not: the queries' states, fewer maps, a
+    part of the memory, or a teacher that is told, which has no attention and one layer."""
     shared = next(each for each in base_overrides(work, "val", student) if each.startswith("teacher.cache.path="))
     if variant.told:
         return [
@@ -78,6 +78,8 @@ def cache_overrides(work: Path, student: Student, variant: Variant) -> list[str]
     if variant.levels:
         kept = ",".join(map(str, variant.levels))
         return [f"{shared}.levels{kept.replace(',', '')}", f"teacher.levels=[{kept}]"]
+    if variant.share != 1:
+        return [f"{shared}.share{variant.share}", f"teacher.cache.memory_share={variant.share}"]
     return []
 
 

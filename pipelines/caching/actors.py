@@ -69,6 +69,8 @@ class TeacherActor:
         from qskd.from_recipe import make_teacher
         from qskd.teacher.identity import teacher_preprocessing
         from qskd.teacher.making import CacheMaker
+        from qskd.teacher.manifest import load_cache_manifest
+        from qskd.teacher.memory.basis import cached_basis
 
         self.config, self.fingerprint, self.batch_size = build(config), fingerprint, batch_size
         self.pulse, self.images = Pulse(self.config.teacher.cache.path, uuid.uuid4().hex), 0
@@ -79,7 +81,9 @@ class TeacherActor:
         teacher = make_teacher(self.config, source_manifest(self.config.data).labels)
         assert teacher is not None
         device = device_here(self.config)
-        self.maker = CacheMaker(self.config, teacher, device)
+        path = self.config.teacher.cache.path
+        manifest = load_cache_manifest(path)
+        self.maker = CacheMaker(self.config, teacher, device, cached_basis(path, manifest) if manifest else ())
         self.source: Source = (
             self.config.data.train,
             self.config.data.views,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
+from pipelines.caching.basis import bases_for, check_bases, told_of
 from pipelines.caching.derived import look_at_flips
 from pipelines.caching.domains import tell_of_domains
 from pipelines.caching.levels import look_at_levels
@@ -38,10 +39,11 @@ from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
-from qskd.teacher.directions import FILE as DIRECTIONS
-from qskd.teacher.directions import compute_directions, save_directions
 from qskd.teacher.identity import cache_names, computed_by
 from qskd.teacher.manifest import CacheManifest, check_computed, load_cache_manifest, save_cache_manifest, shard_names
+from qskd.teacher.memory.basis import Bases, cached_basis, digest_of, in_basis, save_bases
+from qskd.teacher.memory.directions import FILE as DIRECTIONS
+from qskd.teacher.memory.directions import compute_directions, save_directions
 
 log = logging.getLogger("qskd")
 WARM_UP_S = 60.0  # of the actors, before it is said that they wait
@@ -103,16 +105,23 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
     if any(plan.todo for plan in plans):
         check_address()
     start_logs(run=config.name)
-    done = [_run(plan, overwrite, quiet) for plan in plans]
+    done: list[CacheResult] = []
+    bases: Bases = ()
+    for plan in plans:
+        done.append(_run(plan, overwrite, quiet, bases))
+        if not bases and (manifest := load_cache_manifest(plan.path)):
+            bases = cached_basis(plan.path, manifest)
     _add_directions(plans[0].config, quiet)
     if config.data.unlabeled:
         tell_of_domains([plan.config for plan in plans], bool(config.data.train), quiet)
     return replace(done[0], **{name: sum(getattr(each, name) for each in done) for name in SUMMED})
 
 
-def _run(plan: CachePlan, overwrite: bool, quiet: bool) -> CacheResult:
-    """Of one folder of images."""
+def _run(plan: CachePlan, overwrite: bool, quiet: bool, bases: Bases = ()) -> CacheResult:
+    """Of one folder of images. bases: of the recipe's first cache, where this is another."""
     started, config = time.perf_counter(), plan.config
+    if bases:
+        check_bases(plan, digest_of(bases))
     say(f"cache: {plan.describe()}", quiet)
     if overwrite:
         clean(plan.path, everything=True)
@@ -140,7 +149,7 @@ def _run(plan: CachePlan, overwrite: bool, quiet: bool) -> CacheResult:
                 cache_names(config),
             )
             del teacher
-            manifest = _begun(plan, manifest, computed_by(config, _start(config)))
+            manifest = _begun(plan, manifest, computed_by(config, kind := _start(config)), bases, kind, quiet)
             say_if_on_cpus(config.compute.device)
             spent = _persist(plan, manifest, sizes)
     elif plan.existing is not None:
@@ -221,12 +230,19 @@ def _start(config: Config) -> str:
     return "cuda" if gpu else "cpu"
 
 
-def _begun(plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str]) -> CacheManifest:
+def _begun(
+    plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str], first: Bases, kind: str, quiet: bool
+) -> CacheManifest:
     """The manifest on disk, before the first unit is computed; QskdError where an existing cache was begun in another way."""
     if plan.existing is not None:
         check_computed(plan.existing, here, plan.path)
+        cached_basis(plan.path, plan.existing)  # its complaints belong here, not in a worker's log
         return manifest
-    manifest = replace(manifest, identity={**manifest.identity, **here})
+    bases = bases_for(plan, first, kind)
+    manifest = in_basis(replace(manifest, identity={**manifest.identity, **here}), bases)
+    if bases:
+        say(told_of(bases, plan.config.teacher.cache.memory_share), quiet)
+        save_bases(plan.path, bases, manifest)
     save_cache_manifest(plan.path, manifest)
     return manifest
 

@@ -198,6 +198,8 @@ def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
         maker.rows(decode(source, [rows[:1]])[0])
         count = len(rows) if time.perf_counter() - started < 0.5 else min(2, len(rows))
         arrays = decode(source, [rows[:count]])[0]
+        # In these images' own basis, where there is to be one: a few numbers fewer than in that of all.
+        maker = CacheMaker(config, teacher, device, maker.bases_of([arrays]))
         started = time.perf_counter()
         encoded = maker.rows(arrays)
         seconds = (time.perf_counter() - started) / count

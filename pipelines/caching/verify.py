@@ -21,6 +21,7 @@ from qskd.teacher.columns.table import collate, columns_for, decode_batch, large
 from qskd.teacher.identity import cache_sources, cached_needs, teacher_preprocessing
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import FILE_REMEDY
+from qskd.teacher.memory.basis import cached_basis, in_parts
 
 
 def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
@@ -43,7 +44,8 @@ def _errors(config: Config, count: int, seed: int) -> dict[str, float]:
         config = config.model_copy(update={"compute": config.compute.model_copy(update={"precision": said})})
     device = device_here(config)
     torch.set_num_threads(config.compute.threads_per_worker or torch.get_num_threads())
-    maker, resize = CacheMaker(config, teacher, device), teacher_preprocessing(config).resize
+    bases = cached_basis(plan.path, plan.existing)
+    maker, resize = CacheMaker(config, teacher, device, bases), teacher_preprocessing(config).resize
     columns = columns_for(cached_needs(config))
     reader, samples = TeacherCacheReader(plan.path, columns), ShardReader(config.data.train)
     rows_there = plan.data.num_images * len(plan.existing.views)
@@ -62,7 +64,7 @@ def _errors(config: Config, count: int, seed: int) -> dict[str, float]:
             raise QskdError(reader.where(shard, view), "rows of other images", "those of the shard", FILE_REMEDY)
         tensors = collate(stored, plan.existing.sizes, reader.columns)
         found = decode_batch({name: torch.from_numpy(value).to(device) for name, value in tensors.items()})
-        true = maker.ask(arrays)
+        true = in_parts(maker.ask(arrays), maker.bases)
         if reader.attended:  # of the other cells nothing is kept
             there = [part.any(1, keepdim=True) for part in found.memory]
             true = replace(true, memory=tuple(part * here for part, here in zip(true.memory, there, strict=True)))

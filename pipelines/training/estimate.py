@@ -31,8 +31,8 @@ from qskd.evaluation.pairs import Pairs
 from qskd.from_recipe import make_student, make_teacher, teacher_for_training
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.columns.table import TeacherRow, collate, columns_for
-from qskd.teacher.directions import flat_directions
 from qskd.teacher.making import CacheMaker
+from qskd.teacher.memory.directions import flat_directions
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
 

@@ -29,8 +29,8 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import TeacherRow, columns_for
-from qskd.teacher.directions import flat_directions
 from qskd.teacher.making import CacheMaker
+from qskd.teacher.memory.directions import flat_directions
 from qskd.teacher.told.results import is_results
 from qskd.training.step import Training
 

@@ -67,6 +67,9 @@ class TeacherCacheConfig(Section):
     # Whose memory is kept: of all cells, or of those that the kept attention reaches, and their neighbours. It serves methods whose
     # features are compared there alone: QSKD with features.background: 0, for student maps at least half as fine (docs/cache.md).
     cells: Literal["all", "attended"] = "all"
+    # Below 1: a cell's memory is kept along as few directions as hold this share of the memory's variance, by map; all else of
+    # it is lost (docs/cache.md). 1: all of it.
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     # further columns, for a method that asks for them: sides, states (docs/cache.md)
     columns: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))] = ()
     batch_size: Positive = 16  # images the teacher sees at once while the cache is made

@@ -15,11 +15,12 @@ from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.table import blank_extra, decode_batch
 from qskd.teacher.crops import cropped
 from qskd.teacher.manifest import CacheSizes
+from qskd.teacher.memory.basis import Bases, made_whole
 from qskd.teacher.online import OnlineTeacher, without_places
 
 if TYPE_CHECKING:
     from qskd.teacher.decoder import TeacherDecoder
-    from qskd.teacher.directions import Directions
+    from qskd.teacher.memory.directions import Directions
 
 
 class CachedTeacher:
@@ -33,13 +34,16 @@ class CachedTeacher:
         decoder: TeacherDecoder | None = None,
         min_visible: float = 0.0,
         attended: bool = False,
+        bases: Bases = (),
     ) -> None:
-        """min_visible: of a query's box in a derived crop, or it is dropped. attended: as `Facts` has it."""
+        """min_visible: of a query's box in a derived crop, or it is dropped. attended: as `Facts` has it. bases: in which the cache
+        has the memory, one a map; none: as it is."""
         self.sizes, self.directions, self.decoder, self.min_visible = sizes, directions, decoder, min_visible
-        self.attended = attended
+        self.attended, self.bases = attended, bases
 
     def to(self, device: torch.device) -> CachedTeacher:
         """With its decoder there."""
+        self.bases = tuple(basis.to(device) for basis in self.bases)
         if self.decoder is not None:
             self.decoder.to(device)
         return self
@@ -70,7 +74,7 @@ class CachedTeacher:
     def record(self, batch: TrainBatch, needs: TeacherNeeds) -> TeacherRecord:
         """What came with the batch."""
         if batch.cached:
-            said = replace(decode_batch(batch.cached), parts=self.sizes.parts)
+            said = replace(made_whole(decode_batch(batch.cached), self.bases), parts=self.sizes.parts)
             crops_xyxy = batch.cached.get("teacher_crops_xyxy")
             said = said if crops_xyxy is None else cropped(said, crops_xyxy, self.min_visible)
             return said if self.sizes.channels else without_places(said)

@@ -100,6 +100,7 @@ def cache_identity(config: Config, data: Manifest) -> dict[str, Any]:
         "batch_size",
         *(() if cache.columns else ("columns",)),
         *(("cells",) if cache.cells == "all" else ()),
+        *(("memory_share",) if cache.memory_share == 1 else ()),
     }
     identity |= {f"teacher.cache.{k}": v for k, v in cache.model_dump(exclude=left_out).items()}
     # The matching decides which queries are positives, and with that whose attention is kept.

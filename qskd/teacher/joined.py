@@ -12,7 +12,7 @@ from qskd.errors import QskdError
 from qskd.storage.spool import RowGroupSpool
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import TeacherRow
-from qskd.teacher.manifest import REMEDY
+from qskd.teacher.manifest import BASIS, REMEDY
 
 
 class JoinedCaches:
@@ -28,6 +28,8 @@ class JoinedCaches:
                 raise QskdError(
                     reader.uri, str(reader.manifest.sizes), f"{first.manifest.sizes}, as {first.uri} has", REMEDY
                 )
+            if reader.manifest.identity.get(BASIS) != first.manifest.identity.get(BASIS):
+                raise QskdError(reader.uri, "memory in another basis", f"that of {first.uri}", REMEDY)
         self._starts = np.cumsum([0, *(len(reader.manifest.shards) for reader in self.readers)]).tolist()
 
     def _at(self, shard: int) -> tuple[TeacherCacheReader, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,11 @@ from qskd.datasets.shards import ShardReader
 from qskd.datasets.views import make_view, viewed_size
 from qskd.errors import QskdError
 from qskd.precision import autocast, cached_in
-from qskd.structures import TeacherRecord
+from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.attended import ATTENDED, packed, silenced
 from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
+from qskd.teacher.memory.basis import Bases, find_bases, in_parts
 from qskd.teacher.online import OnlineTeacher, queries_above
 from qskd.teacher.pseudo import with_pseudo_objects
 
@@ -50,13 +51,13 @@ def row_batches(
 class CacheMaker:
     """The teacher, asked for everything that a cache with the recipe's settings holds."""
 
-    def __init__(self, config: Config, teacher: OnlineTeacher, device: torch.device) -> None:
+    def __init__(self, config: Config, teacher: OnlineTeacher, device: torch.device, bases: Bases = ()) -> None:
+        """bases: in which memory is kept, one a map; none: as it is."""
         self.config, self.device, self.needs = config, device, cached_needs(config)
-        self.teacher = teacher.to(device)
-        attended = config.teacher.cache.cells == ATTENDED
-        self.attended_of = (
-            teacher.facts.channels if attended else ()
-        )  # the maps' widths, where some of their cells are kept
+        self.teacher, self.bases = teacher.to(device), tuple(basis.to(device) for basis in bases)
+        widths = tuple(basis.vectors.shape[1] for basis in bases) or teacher.facts.channels
+        # The maps' widths, where some of their cells are kept.
+        self.attended_of = widths if config.teacher.cache.cells == ATTENDED else ()
 
     def ask(self, arrays: Mapping[str, np.ndarray]) -> TeacherRecord:
         """The loader's arrays, at the teacher's resolution -> the teacher's record, with attention of the queries that
@@ -75,7 +76,7 @@ class CacheMaker:
     def rows(self, arrays: Mapping[str, np.ndarray]) -> list[TeacherRow]:
         """One encoded row for each image. QskdError when the teacher says something that is not finite."""
         image_ids = arrays["image_ids"].tolist()
-        rows = encode(self.ask(arrays), image_ids, self.config.teacher.cache.precision)
+        rows = encode(in_parts(self.ask(arrays), self.bases), image_ids, self.config.teacher.cache.precision)
         for row in rows:
             checked = (row.logits, row.boxes_cxcywh, row.memory_scale if len(row.memory_scale) else row.memory)
             if not all(np.isfinite(part).all() for part in checked):
@@ -86,6 +87,21 @@ class CacheMaker:
                     "look at the picture; try compute.precision=float32, or teacher.cache.precision=float32",
                 )
         return [silenced(row, self.attended_of) for row in rows] if self.attended_of else rows
+
+    def bases_of(self, decoded: Iterable[Mapping[str, np.ndarray]]) -> Bases:
+        """In which the recipe's cache keeps memory, of the loader's arrays of some images. None: as it is."""
+        share, widths = self.config.teacher.cache.memory_share, self.teacher.facts.channels
+        if share == 1 or not widths:
+            return ()
+        needs = TeacherNeeds(memory=True)
+
+        def said() -> Iterator[TeacherRecord]:
+            for arrays in decoded:
+                batch = train_batch(arrays, self.device)
+                with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
+                    yield self.teacher.said_of(arrays, batch, needs)
+
+        return find_bases(said(), widths, share)
 
     def stored_bytes(self, row: TeacherRow) -> int:
         """Of a row in a file, before compression."""

@@ -38,6 +38,7 @@ _BY_NAME = {
 }
 _ALSO = re.compile(r"^teacher\.also\.\d+\.")  # before the same fields of further teachers
 COMPUTED = ("computed.device", "computed.precision")  # "cpu" or "cuda"; "float32" (a GPU's with TF32) or "bfloat16"
+BASIS = "computed.memory_basis"  # the checksum of what memory is written in (`qskd.teacher.memory.basis`)
 _SHORT = 12  # letters of a checksum that a message shows
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -45,7 +46,8 @@ _Size = Annotated[int, Field(gt=0, lt=2**31)]
 @dataclass(frozen=True)
 class CacheSizes:
     """What is the same in every row. channels: the width of each memory map, finest first. cells: of each, in an image of the
-    usual size; caches of before this was asked don't say. parts: as `TeacherRecord` has it."""
+    usual size; caches of before this was asked don't say. parts: as `TeacherRecord` has it. kept: of each map, the numbers that a
+    cell is kept in; none where it is kept as it is."""
 
     __pydantic_config__ = STRICT
 
@@ -55,6 +57,12 @@ class CacheSizes:
     channels: tuple[_Size, ...]
     cells: tuple[float, ...] = ()
     parts: tuple[tuple[_Size, Count], ...] = ()
+    kept: tuple[_Size, ...] = ()
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The width of each map as its rows have it."""
+        return self.kept or self.channels
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,9 @@ class CacheManifest:
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": CODEC_VERSION, "fingerprint": self.fingerprint}
         tree = asdict(self)
-        if not self.sizes.parts:  # a cache of one teacher is written as before there could be several
-            del tree["sizes"]["parts"]
+        for name in ("parts", "kept"):  # a cache without is written as before there was such a thing
+            if not tree["sizes"][name]:
+                del tree["sizes"][name]
         return json.dumps(head | tree, indent=1)
 
     @staticmethod
@@ -157,7 +166,7 @@ def check_identity(
     own names, as `CacheManifest.made_with` has the cache's. What it was computed on is not asked (`check_computed`)."""
     differences = [
         f"{field} is {_shown(manifest.identity.get(field))} in the cache, {_shown(expected.get(field))} in the recipe"
-        for field in sorted((manifest.identity.keys() | expected.keys()) - set(COMPUTED))
+        for field in sorted((manifest.identity.keys() | expected.keys()) - {*COMPUTED, BASIS})
         if manifest.identity.get(field) != expected.get(field)
     ]
     if differences:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qskd.teacher.memory.directions import fewest
+
 if TYPE_CHECKING:
-    from qskd.teacher.directions import Directions
+    from qskd.teacher.memory.directions import Directions
 
 
 def metric(directions: Directions, alpha: float, share: float) -> Tensor:
@@ -23,8 +25,7 @@ def metric(directions: Directions, alpha: float, share: float) -> Tensor:
     whole = variances.sum()
     if not whole > 0:  # a memory that is the same everywhere: every direction alike
         return vectors.float()
-    kept = int((variances.cumsum(0) < share * whole * (1 - 1e-9)).sum()) + 1
-    kept = min(kept, int((variances > 1e-9 * variances[0]).sum()))
+    kept = fewest(directions.variances, share)
     scale = variances[:kept] ** -alpha
     scale = scale * whole / (scale * variances[:kept]).sum()
     return (vectors[:, :kept] * scale.sqrt()).float()

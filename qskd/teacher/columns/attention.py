@@ -139,6 +139,9 @@ class Attention(Column):
         # `true` may know other queries at other places: look each of found's up.
         match = found.attention_queries.unsqueeze(-1) == true.attention_queries.unsqueeze(1)
         known = (found.attention_queries >= 0) & match.any(-1)
+        missing = float(((found.attention_queries >= 0) & ~known).sum())
+        if not match.numel():  # in none of these images is any query's kept
+            return {"attention": 0.0, "attention_relative": 0.0, "attention_queries_missing": missing}
         place = match.int().argmax(-1)
         tops = torch.stack([t.flatten(2).amax(-1) for t in true.attention]).amax(0).gather(1, place)
         gaps = []
@@ -147,7 +150,7 @@ class Attention(Column):
             gaps.append((f - theirs).abs().flatten(2).amax(-1) * known)
         gap = torch.stack(gaps).amax(0)
         return {
-            "attention": float(gap.max()) if gap.numel() else 0.0,
-            "attention_relative": float((gap / tops.clamp(min=TINY)).max()) if gap.numel() else 0.0,
-            "attention_queries_missing": float(((found.attention_queries >= 0) & ~match.any(-1)).sum()),
+            "attention": float(gap.max()),
+            "attention_relative": float((gap / tops.clamp(min=TINY)).max()),
+            "attention_queries_missing": missing,
         }

@@ -78,7 +78,8 @@ class Grid(Column):
 
 class Memory(Column):
     """memory: the maps [C_l, h_l, w_l], flat, one after the other; with int8, 255 steps of its channel's largest value in the
-    image, which is 127 times the channel's entry of memory_scale (float32, flat over levels)."""
+    image, which is 127 times the channel's entry of memory_scale (float32, flat over levels). Where memory is kept along few
+    directions (`qskd.teacher.memory.basis`), these are the channels, K_l of them."""
 
     name = "memory"
     arrays = ("memory", "memory_scale")  # quantised, it is noise to a compressor: 4 % for a millisecond an image
@@ -115,12 +116,12 @@ class Memory(Column):
 
     def check(self, row: Any, sizes: CacheSizes, present: Mapping[str, Any], precision: str) -> None:
         shapes = row.memory_shapes.tolist()
-        cells = sum(width * high * wide for width, (high, wide) in zip(sizes.channels, shapes, strict=True))
-        wanted = {"memory": cells, "memory_scale": sum(sizes.channels) if precision == "int8" else 0}
+        cells = sum(width * high * wide for width, (high, wide) in zip(sizes.stored, shapes, strict=True))
+        wanted = {"memory": cells, "memory_scale": sum(sizes.stored) if precision == "int8" else 0}
         check_counts(row, wanted, present, shapes)
 
     def mirrored(self, row: Any, sizes: CacheSizes) -> Arrays:
-        return {"memory": mirrored_maps(row.memory, sizes.channels, row.memory_shapes)}
+        return {"memory": mirrored_maps(row.memory, sizes.stored, row.memory_shapes)}
 
     def collate(self, rows: Sequence[Any], sizes: CacheSizes) -> Arrays:
         """teacher_memory_l [n, C, H, W], zeros right of and below the real part; teacher_memory_scale_l [n, C], left out where
@@ -128,7 +129,7 @@ class Memory(Column):
         batch: Arrays = {}
         start = [0] * len(rows)  # where in each row's flat memory the level begins
         channel = 0
-        for level, width in enumerate(sizes.channels):
+        for level, width in enumerate(sizes.stored):
             shapes, high, wide = level_shapes(rows, level)
             maps = np.zeros((len(rows), width, high, wide), rows[0].memory.dtype if rows else np.float32)
             for i, (row, (h, w)) in enumerate(zip(rows, shapes, strict=True)):

@@ -117,7 +117,7 @@ def row_from(
         formats = column.formats(precision)
         flat = {name: np.frombuffer(buffers.get(name, b""), formats[name]) for name in column.arrays}
         if attended and column.name == "memory" and "memory" in buffers:
-            flat["memory"] = unpacked(flat["memory"], arrays["memory_shapes"], sizes.channels)
+            flat["memory"] = unpacked(flat["memory"], arrays["memory_shapes"], sizes.stored)
         arrays |= column.shaped(flat, sizes) if column.arrays[0] in buffers else flat
     row = TeacherRow(image_id, **arrays)
     for column in COLUMNS:
@@ -146,7 +146,8 @@ def collate(rows: Sequence[TeacherRow], sizes: CacheSizes, columns: Sequence[str
 
 
 def decode_batch(tensors: Mapping[str, Tensor]) -> TeacherRecord:
-    """What `collate` gave, as tensors, back to what the teacher said, float32; memory is 0 on padding. Runs on their device."""
+    """What `collate` gave, as tensors, back to what the teacher said, float32; memory is 0 on padding, and of as many channels as
+    are stored (`qskd.teacher.memory.basis.made_whole`). Runs on their device."""
     from qskd.structures import TeacherRecord
 
     known = {field.name for field in fields(TeacherRecord)}
