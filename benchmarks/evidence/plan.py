@@ -25,8 +25,8 @@ class Variant:
     steps (`benchmarks.evidence.clock` measured the ratio). unlabeled: further images, without labels, half of each batch. train: as
     many labelled images, where they are not the task's own; those are the first of them.
 
-    states: the teacher's cache has the queries' states too, in a folder of its own. levels: the teacher's maps that are cached and
-    taught, in a folder of its own; empty: all. share: of the memory's variance that is cached, in a folder of its own. told: the teacher as a file that says boxes and classes alone, "onnx" or "json".
+    These have caches of their own: states: with the queries' states too; levels: of these of the teacher's maps alone (empty: all);
+    share: of so much of the memory's variance; told: of the teacher as a file that says boxes and classes alone, "onnx" or "json".
     after: the variant whose student, in float, is quantised once it is trained."""
 
     title: str
