@@ -36,7 +36,8 @@ from qskd.teacher.columns.table import collate, decode_batch, mirrored
 from qskd.teacher.joined import JoinedCaches
 from qskd.teacher.manifest import BASIS, CacheManifest, save_cache_manifest
 from qskd.teacher.memory.basis import FILE, Basis, cached_basis, made_whole, sampled, save_bases
-from qskd.teacher.memory.directions import compute_directions, fewest
+from qskd.teacher.memory.directions import compute_directions
+from qskd.teacher.memory.moments import fewest
 from qskd.teacher.online import OnlineTeacher
 
 torch.set_num_threads(1)

@@ -260,6 +260,8 @@ def test_features_are_refused_before_anything_starts(shards: str, tmp_path: Path
         ("data.unlabeled=[photos]", "knows nothing of"),
         ("teacher.cache.columns=[states]", "take them out"),
         ("teacher.levels=[0]", "which has no maps"),
+        ("teacher.cache.memory_share=0.9", "which has no memory"),
+        ("teacher.cache.cells=attended", "which has no memory"),
     ],
 )
 def test_what_a_file_cannot_do_is_named(shards: str, tmp_path: Path, override: str, said: str) -> None:

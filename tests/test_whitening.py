@@ -27,7 +27,8 @@ from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.manifest import load_cache_manifest
 from qskd.teacher.memory import directions as module
-from qskd.teacher.memory.directions import Directions, compute_directions, load_directions, save_directions
+from qskd.teacher.memory.directions import compute_directions, load_directions, save_directions
+from qskd.teacher.memory.moments import Directions
 from qskd.teacher.online import OnlineTeacher
 
 MEMORY = columns_for(TeacherNeeds(memory=True))

@@ -23,7 +23,7 @@ from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherN
 if TYPE_CHECKING:
     from qskd.pictures.panels import Panel
     from qskd.teacher.decoder import TeacherDecoder
-    from qskd.teacher.memory.directions import Directions
+    from qskd.teacher.memory.moments import Directions
     from qskd.teacher.online import OnlineTeacher
 
 

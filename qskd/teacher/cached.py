@@ -20,7 +20,7 @@ from qskd.teacher.online import OnlineTeacher, without_places
 
 if TYPE_CHECKING:
     from qskd.teacher.decoder import TeacherDecoder
-    from qskd.teacher.memory.directions import Directions
+    from qskd.teacher.memory.moments import Directions
 
 
 class CachedTeacher:

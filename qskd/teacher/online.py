@@ -27,7 +27,7 @@ from qskd.teacher.decoder import TeacherDecoder
 from qskd.teacher.manifest import CacheSizes
 
 if TYPE_CHECKING:
-    from qskd.teacher.memory.directions import Directions
+    from qskd.teacher.memory.moments import Directions
 
 T = TypeVar("T")
 Choose = Callable[[TeacherRecord], Tensor]

@@ -21,7 +21,7 @@ from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherRecord
 
 if TYPE_CHECKING:
-    from qskd.teacher.memory.directions import Directions
+    from qskd.teacher.memory.moments import Directions
 
 _TINY = 1e-12
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qskd.teacher.memory.directions import fewest
+from qskd.teacher.memory.moments import fewest
 
 if TYPE_CHECKING:
-    from qskd.teacher.memory.directions import Directions
+    from qskd.teacher.memory.moments import Directions
 
 
 def metric(directions: Directions, alpha: float, share: float) -> Tensor:

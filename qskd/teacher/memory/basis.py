@@ -22,7 +22,7 @@ from qskd.storage.stores import join
 from qskd.structures import TeacherRecord
 from qskd.teacher.manifest import BASIS, REMEDY, CacheManifest
 from qskd.teacher.memory.beside import load_beside, save_beside
-from qskd.teacher.memory.directions import Moments, evenly, fewest
+from qskd.teacher.memory.moments import Moments, evenly, fewest
 
 FILE = "basis.view-000.parquet"  # named as a cache's files are, of the images' first view
 IMAGES = 256  # that the teacher is asked about before the cache is begun: of each there are hundreds of cells

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qskd.errors import QskdError
 from qskd.storage.stores import join
@@ -15,10 +12,9 @@ from qskd.structures import TeacherNeeds
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import columns_for, decode_batch
 from qskd.teacher.manifest import CacheManifest
+from qskd.teacher.memory.basis import cached_basis
 from qskd.teacher.memory.beside import load_beside, save_beside
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from qskd.teacher.memory.moments import Directions, Moments, evenly
 
 FILE = "directions.view-000.parquet"  # of the images' first view
 IMAGES = 1000  # or all, where there are fewer: a thousand images have more cells than a covariance has numbers
@@ -26,73 +22,10 @@ _AT_ONCE = 16
 _REMEDY = "delete this file, and run `qskd cache RECIPE`, which makes it again"
 
 
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """Of one memory map of C channels: variances float32 [C], largest first, and vectors float32 [C, C], a column each, of
-    length 1 and orthogonal to one another."""
-
-    variances: NDArray[np.float32]
-    vectors: NDArray[np.float32]
-
-
-class Moments:
-    """Sums over cells, by map: float64, so that a million cells are added without loss."""
-
-    def __init__(self, widths: Sequence[int]) -> None:
-        import torch
-
-        self._sums = [(0, torch.zeros(width).double(), torch.zeros(width, width).double()) for width in widths]
-
-    def add(self, level: int, cells: Tensor) -> None:
-        """cells: [N, C], of one map."""
-        cells = cells.double().cpu()
-        count, total, squares = self._sums[level]
-        self._sums[level] = count + len(cells), total + cells.sum(0), squares + cells.T @ cells
-
-    def means(self) -> list[NDArray[np.float32]]:
-        """By map: [C]."""
-        return [(total / max(count, 1)).float().numpy() for count, total, _ in self._sums]
-
-    def directions(self) -> tuple[Directions, ...]:
-        """By map: the eigenvectors of the covariance. All alike where no cell was seen."""
-        import torch
-
-        found = []
-        for count, total, squares in self._sums:
-            mean = total / max(count, 1)
-            covariance = squares / max(count, 1) - torch.outer(mean, mean)
-            values, vectors = torch.linalg.eigh(covariance)  # the smallest first
-            both = values.flip(0).clamp(min=0).float(), vectors.flip(1).float()
-            found.append(Directions(*(part.contiguous().numpy() for part in both)))
-        return tuple(found)
-
-
-def fewest(variances: NDArray[np.float32], share: float) -> int:
-    """How many of the first directions are as few as hold `share` of the variance; none of which the variance is rounding."""
-    exact = variances.astype(np.float64)
-    whole = float(exact.sum())
-    if not whole > 0:
-        return len(exact)
-    kept = int((exact.cumsum() < share * whole * (1 - 1e-9)).sum()) + 1
-    return min(kept, int((exact > 1e-9 * exact[0]).sum()))
-
-
-def evenly(ends: NDArray[np.int64], images: int) -> list[tuple[int, list[int]]]:
-    """(shard, its rows): as many images, or all, that lie evenly over the shards. ends: the number of rows up to each one's end."""
-    chosen = np.unique(np.linspace(0, ends[-1] - 1, min(images, int(ends[-1]))).round().astype(int))
-    shards = np.searchsorted(ends, chosen, side="right")
-    return [
-        (shard, (chosen[shards == shard] - (ends[shard - 1] if shard else 0)).tolist())
-        for shard in np.unique(shards).tolist()
-    ]
-
-
 def compute_directions(uri: str) -> tuple[Directions, ...]:
     """Of each map, finest first: the eigenvectors of the covariance over all cells that are kept and no padding, of `IMAGES` images
     that lie evenly over the cache. The same cache gives the same ones."""
     import torch
-
-    from qskd.teacher.memory.basis import cached_basis
 
     reader = TeacherCacheReader(uri, columns_for(TeacherNeeds(memory=True)))
     manifest, basis = reader.manifest, cached_basis(uri, reader.manifest)

@@ -37,7 +37,12 @@ def check_told(config: Config, cache: CacheManifest | None = None) -> None:
         raise QskdError(
             "teacher.levels", f"{list(config.teacher.levels)}, of {path}, which has no maps", "null", "take it out"
         )
-    if columns := config.teacher.cache.columns:
+    kept = config.teacher.cache
+    for name, found, all_of_it in (("memory_share", kept.memory_share, 1.0), ("cells", kept.cells, "all")):
+        if found != all_of_it:
+            field = f"teacher.cache.{name}"
+            raise QskdError(field, f"{found}, of {path}, which has no memory", str(all_of_it), "take it out")
+    if columns := kept.columns:
         raise QskdError("teacher.cache.columns", ", ".join(columns), f"none, of {path}", "take them out")
 
 
