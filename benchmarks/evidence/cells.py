@@ -120,6 +120,8 @@ def meaning(config: Config) -> dict[str, Any]:
     if kept["distillation"]["method"] == "none":
         kept["distillation"] = {"method": "none"}
     kept["teacher"] = {"cache": cache, "resize": tree["teacher"]["resize"]}
+    if (share := tree["teacher"]["cache"]["memory_share"]) != 1:
+        cache["memory_share"] = share
     if tree["teacher"]["levels"] is not None:
         kept["teacher"]["levels"] = tree["teacher"]["levels"]
     if (teacher := Path(tree["teacher"]["path"]).name) not in ("", OWN):

@@ -19,14 +19,24 @@ _CONSTANT = "distillation.decay=0"
 _ALL_QUERIES = ("distillation.selection.band_weights=[1.0, 1.0]", "distillation.selection.max_per_object=0")
 
 
+# Caches beside the shared one, each in a folder of its own: what is said of them otherwise.
+SHARES = {"share97": 0.97, "share90": 0.9, "share80": 0.8}  # of the memory's variance
+CACHES = {
+    "states": ("teacher.cache.columns=[states]",),
+    "levels1": ("teacher.levels=[1]",),
+    "layers": ("teacher.cache.attention_layers=all",),
+    **{name: (f"teacher.cache.memory_share={share}",) for name, share in SHARES.items()},
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     """overrides: of the shared recipe. kind: the verb. time_of: a variant whose wall-clock time it gets, instead of its
     steps (`benchmarks.evidence.clock` measured the ratio). unlabeled: further images, without labels, half of each batch. train: as
     many labelled images, where they are not the task's own; those are the first of them.
 
-    These have caches of their own: states: with the queries' states too; levels: of these of the teacher's maps alone (empty: all);
-    share: of so much of the memory's variance; told: of the teacher as a file that says boxes and classes alone, "onnx" or "json".
+    cache: a name in `CACHES`, where the shared one won't do. told: the teacher as a file that says boxes and classes alone,
+    "onnx" or "json", with a cache of its own.
     after: the variant whose student, in float, is quantised once it is trained."""
 
     title: str
@@ -35,9 +45,7 @@ class Variant:
     time_of: str = ""
     unlabeled: int = 0
     train: int = 0
-    states: bool = False
-    levels: tuple[int, ...] = ()
-    share: float = 1.0
+    cache: str = ""
     told: str = ""
     after: str = ""
 
@@ -86,7 +94,9 @@ VARIANTS |= {
     for what, (title, *fields) in OTHERWISE.items()
     for name, kind in (("none", "train"), ("qskd", "distill"))
 }
-VARIANTS["qskd_flips_coarse"] = Variant("QSKD, fresh flips, without the teacher's finest map", (_FLIPS,), levels=(1,))
+VARIANTS["qskd_flips_coarse"] = Variant(
+    "QSKD, fresh flips, without the teacher's finest map", (_FLIPS,), cache="levels1"
+)
 # A teacher that can only be asked, or has been: its graph with the logits of every query, or its boxes of score 0.05 and up.
 VARIANTS["told_onnx"] = Variant("LAPD alone, the teacher an ONNX file with all logits", (_NO_FEATURES,), told="onnx")
 VARIANTS["told_json"] = Variant("LAPD alone, the teacher a file of detections", (_NO_FEATURES,), told="json")
@@ -102,15 +112,44 @@ VARIANTS["none_flips_labelled24"] = Variant(
     "no teacher, fresh flips, 18,000 more images with their true labels", (_FLIPS,), "train", train=24_000
 )
 
+
+# Every method of docs/methods.md in the place of QSKD, with the weights that were released with it or stand in its paper, which are
+# its defaults; what is ours and has none of a paper's stands beside QSKD.
+def _method(name: str, *fields: str, title: str = "", cache: str = "") -> Variant:
+    return Variant(title or name, (f"distillation.method={name}", *fields), cache=cache)
+
+
+def _beside(name: str, title: str, cache: str = "") -> Variant:
+    return Variant(f"QSKD and {title}", (f"distillation.also.{name}={{}}",), cache=cache)
+
+
+METHODS = {
+    "whitened": Variant("QSKD, AGFD whitened (alpha 1)", ("distillation.features.whitening=1.0",)),
+    "whitened_half": Variant("QSKD, AGFD whitened (alpha 0.5)", ("distillation.features.whitening=0.5",)),
+    "importance": Variant("QSKD, AGFD with learned importances", ("distillation.features.importance=true",)),
+    "tprd": _method("qskd-tprd", title="QSKD as TPRD's re-implementation reads it", cache="layers"),
+    "fitnets": _method("mimic", title="FitNets (plain mimicking, its own weights)"),
+    "cwd": _method("cwd", title="CWD"),
+    "pkd": _method("pkd", title="PKD"),
+    "mgd": _method("mgd", title="MGD"),
+    "crosskd": _method("crosskd", title="CrossKD"),
+    "kd_detr": _method("kd-detr", title="KD-DETR, specific and 300 general points"),
+    "detrdistill": _method("detrdistill", title="DETRDistill", cache="states"),
+    "d3etr": _method("d3etr", title="D3ETR, without self-attention"),
+    "tar": _method("tar", title="Task Adaptive Regularization"),
+    "perturbed": _beside("perturbed", "answers to moved queries"),
+    "adversarial": _beside("adversarial", "a critic on objects"),
+    "relations": _beside("relations", "relations of query states", cache="states"),
+}
+VARIANTS |= METHODS
 # Memory in few numbers a cell.
-SHARES = {f"share{share:.0%}".rstrip("%"): share for share in (0.97, 0.9, 0.8)}
 VARIANTS |= {
-    f"qskd_{name}": Variant(f"QSKD, of {share:.0%} of the memory's variance", share=share)
+    f"qskd_{name}": Variant(f"QSKD, of {share:.0%} of the memory's variance", cache=name)
     for name, share in SHARES.items()
 }
 VARIANTS |= {
     f"qskd_flips_{name}": Variant(
-        f"QSKD, fresh flips derived, of {share:.0%} of the memory's variance", (_FLIPS,), share=share
+        f"QSKD, fresh flips derived, of {share:.0%} of the memory's variance", (_FLIPS,), cache=name
     )
     for name, share in SHARES.items()
 }
@@ -132,9 +171,9 @@ TAUGHT = {
     "after_qskd": Variant("QSKD in float, then post-training", after="qskd"),
     "none": Variant("no teacher", kind="train"),
     "qskd": Variant("QSKD"),
-    "matching": Variant("QSKD and Q-DETR, matching alone", _qdetr("false", 0.6), states=True),
-    "alignment": Variant("QSKD and Q-DETR, alignment alone", _qdetr("true", 0.0), states=True),
-    "qdetr": Variant("QSKD and Q-DETR, both", _qdetr("true", 0.6), states=True),
+    "matching": Variant("QSKD and Q-DETR, matching alone", _qdetr("false", 0.6), cache="states"),
+    "alignment": Variant("QSKD and Q-DETR, alignment alone", _qdetr("true", 0.0), cache="states"),
+    "qdetr": Variant("QSKD and Q-DETR, both", _qdetr("true", 0.6), cache="states"),
 }
 FEW_BITS = {
     f"{short}_{name}": replace(
@@ -187,7 +226,7 @@ STUDENTS = {
     "inherit": Student(
         "The quickstart's student, started from its teacher's layers",
         rows={
-            "short": (*MECHANISM, *(f"qskd_{name}" for name in SHARES), *FEW_BITS),
+            "short": (*MECHANISM, *METHODS, *(f"qskd_{name}" for name in SHARES), *FEW_BITS),
             "long": (*LONG, *FRESH, *LONG_BITS),
             "longest": (*PAIR, *FRESH),
         },

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.evidence.backbone import make_backbone
-from benchmarks.evidence.plan import STUDENTS, VARIANTS, Student, Variant
+from benchmarks.evidence.plan import CACHES, STUDENTS, VARIANTS, Student, Variant
 from benchmarks.evidence.teachers import OWN, make_teacher_folder, teacher_path
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.inspection.predict import predict_all, request
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig, resolve
+from qskd.checks import lacks_directions
 from qskd.config.recipe import load
 from qskd.datasets.shapes import make_shapes
 from qskd.datasets.unlabeled.joined import source_manifest
@@ -26,6 +27,7 @@ from qskd.detectors import load_detector
 from qskd.from_recipe import make_teacher
 from qskd.teacher.identity import cache_identity, cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import load_cache_manifest
+from qskd.teacher.memory.directions import compute_directions, save_directions
 
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
 
@@ -65,22 +67,15 @@ def told_path(work: Path, student: Student, form: str) -> Path:
 
 
 def cache_overrides(work: Path, student: Student, variant: Variant) -> list[str]:
-    """A cache of its own, where a variant asks for what the shared one is not: the queries' states, fewer maps, a
-    part of the memory, or a teacher that is told, which has no attention and one layer."""
+    """A cache of its own, where a variant asks for what the shared one is not: another of `CACHES`, or a teacher that is told,
+    which has no attention and one layer."""
     shared = next(each for each in base_overrides(work, "val", student) if each.startswith("teacher.cache.path="))
     if variant.told:
         return [
             *(f"{shared}.{variant.told}", f"teacher.path={told_path(work, student, variant.told)}"),
             *("teacher.cache.attention_giou_floor=0.3", "teacher.cache.all_layers=false"),
         ]
-    if variant.states:
-        return [f"{shared}.states", "teacher.cache.columns=[states]"]
-    if variant.levels:
-        kept = ",".join(map(str, variant.levels))
-        return [f"{shared}.levels{kept.replace(',', '')}", f"teacher.levels=[{kept}]"]
-    if variant.share != 1:
-        return [f"{shared}.share{variant.share}", f"teacher.cache.memory_share={variant.share}"]
-    return []
+    return [f"{shared}.{variant.cache}", *CACHES[variant.cache]] if variant.cache else []
 
 
 def make_config(
@@ -122,6 +117,18 @@ def make_task(work: Path, students: Iterable[str], variants: Iterable[str] = ())
                 teacher = make_teacher(config, manifest.labels)
                 assert teacher is not None
                 make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))
+        for each in further:
+            _add_directions(
+                make_config(work, "val", student, [*each.overrides, *cache_overrides(work, student, each)], each.kind)
+            )
+
+
+def _add_directions(config: ResolvedConfig) -> None:
+    """Beside the cache of a variant whose method asks for them."""
+    path = config.teacher.cache.path
+    manifest = load_cache_manifest(path) if path else None
+    if manifest is not None and lacks_directions(config, manifest):
+        save_directions(path, compute_directions(path), manifest)
 
 
 def _tell(work: Path, student: Student, form: str) -> None:
