@@ -19,7 +19,7 @@ from qskd.teacher.decoder import check_decodes
 from qskd.teacher.identity import cache_identity, cache_names, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, check_identity, check_views, load_cache_manifest, sizes_of
 from qskd.teacher.memory.basis import cached_basis
-from qskd.teacher.memory.directions import FILE as DIRECTIONS
+from qskd.teacher.memory.directions import FILES as DIRECTIONS
 from qskd.teacher.memory.directions import load_directions
 from qskd.teacher.several.checks import check_several_teachers
 from qskd.teacher.several.members import Member, members_of, told_of
@@ -159,8 +159,8 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
     if lacks_directions(config, manifest):
         raise QskdError(
             path,
-            "a cache without the directions in which the teacher's memory varies, which the recipe's method asks for",
-            f"{DIRECTIONS} in its folder",
+            "a cache without the directions of the teacher's memory, which the recipe's method asks for",
+            f"{DIRECTIONS[directions_asked(config)]} in its folder",
             "`qskd cache RECIPE` adds it, and computes nothing else anew",
         )
     return manifest
@@ -168,9 +168,14 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
 
 def lacks_directions(config: Config, manifest: CacheManifest) -> bool:
     """Whether the recipe's method asks for directions that are not beside its cache. QskdError where they are damaged."""
+    asked = directions_asked(config)
+    return bool(asked) and load_directions(config.teacher.cache.path, manifest, asked) is None
+
+
+def directions_asked(config: Config) -> str:
+    """Which directions the recipe's method asks for: "variance", "decoder", or "" for none."""
     needs = teacher_needs(config.distillation)
-    asked = needs is not None and needs.directions
-    return asked and load_directions(config.teacher.cache.path, manifest) is None
+    return needs.directions if needs is not None else ""
 
 
 def check_classes(config: Config, train: Manifest) -> None:
@@ -187,7 +192,14 @@ def _nobody_s(members: Sequence[Member], labels: Sequence[str]) -> list[str]:
 def check_decoder(config: Config) -> None:
     """QskdError where a method asks for the teacher's decoder, and this teacher's can't be asked. Reads no weights."""
     needs = teacher_needs(config.distillation)
-    if needs is not None and needs.decoder:
+    if needs is not None and (needs.decoder or needs.directions == "decoder"):
+        if config.teacher.also:
+            raise QskdError(
+                "teacher.also",
+                "several teachers, and a recipe that asks the teacher's decoder",
+                "one teacher",
+                "take them out; or another method (of qskd: features.whitened_by: variance)",
+            )
         if config.teacher.levels is not None:
             raise QskdError(
                 "teacher.levels",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from qskd.checks import check_teacher
+from qskd.checks import check_teacher, directions_asked
 from qskd.config import Config
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import read_annotations
+from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
@@ -17,8 +18,10 @@ from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.decoder import load_decoder
 from qskd.teacher.identity import cache_sources, teacher_preprocessing, teachers_preprocessing
+from qskd.teacher.manifest import CacheManifest
 from qskd.teacher.memory.basis import cached_basis
-from qskd.teacher.memory.directions import load_directions
+from qskd.teacher.memory.directions import compute_directions, compute_sensitivities, load_directions, save_directions
+from qskd.teacher.memory.moments import Directions
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.several.checks import check_several_teachers
 from qskd.teacher.several.members import members_of
@@ -39,12 +42,25 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     path = cache_sources(config)[0].teacher.cache.path  # all are of the same teacher and sizes
     reader, needs = TeacherCacheReader(path), teacher_needs(config.distillation)
     manifest = reader.manifest
-    directions = load_directions(path, manifest) if needs is not None and needs.directions else None
+    kind = needs.directions if needs is not None else ""
+    directions = load_directions(path, manifest, kind) if kind else None
     decoder = load_decoder(config, labels, manifest) if needs is not None and needs.decoder else None
     return CachedTeacher(
         *(manifest.sizes, directions or (), decoder, config.data.views.min_visible, reader.attended),
         bases=cached_basis(path, manifest),
     )
+
+
+def add_directions(config: Config, manifest: CacheManifest) -> tuple[Directions, ...]:
+    """Compute the directions that the recipe's method asks for, and keep them beside its cache."""
+    path = config.teacher.cache.path
+    if directions_asked(config) == "decoder":
+        labels = source_manifest(config.data).labels
+        found = compute_sensitivities(path, load_decoder(config, labels, manifest))
+    else:
+        found = compute_directions(path)
+    save_directions(path, found, manifest)
+    return found
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

@@ -233,10 +233,11 @@ class TeacherNeeds:
     """What a distillation method wants of the teacher; the cache reader loads these columns only.
 
     attention_giou_floor: attention is wanted of queries with at least this GIoU with some object (and of the matched ones).
-    columns: further columns of the cache, by name. directions: those in which the memory varies, from beside the cache. online:
-    the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a cache may fail, by the
-    name of its field here: (the field of the method's section that causes it, in words what it asks for). decoder: the teacher's
-    decoder and heads are asked in every step, about the memory of the record (which `memory` asks for): no pixels are needed.
+    columns: further columns of the cache, by name. directions: of the memory, from beside the cache: by its variance, or by what
+    moves the decoder. online: the teacher itself is asked in every step, which no cache can stand for. reasons: for a need that a
+    cache may fail, by the name of its field here: (the field of the method's section that causes it, in words what it asks for).
+    decoder: the teacher's decoder and heads are asked in every step, about the memory of the record (which `memory` asks for): no
+    pixels are needed.
     attended: the memory is looked at only where the attention that is asked for reaches.
     """
 
@@ -246,7 +247,7 @@ class TeacherNeeds:
     all_layers: bool = False
     attention_giou_floor: float = 1.0
     columns: frozenset[str] = frozenset()
-    directions: bool = False
+    directions: str = ""  # or "variance", "decoder"
     online: bool = False
     decoder: bool = False
     attended: bool = False
@@ -262,6 +263,14 @@ class TeacherNeeds:
                 "methods that read the same attention",
                 "set attention_layers alike",
             )
+        ways = {each.directions for each in (self, other)} - {""}
+        if len(ways) > 1:
+            raise QskdError(
+                "distillation",
+                f"methods that weigh memory by {' and by '.join(sorted(ways))}",
+                "one way for all",
+                "set features.whitened_by alike",
+            )
         lower = self if self.attention_giou_floor <= other.attention_giou_floor else other
         reasons = {**other.reasons, **self.reasons}
         if "attention_giou_floor" in lower.reasons:
@@ -273,7 +282,7 @@ class TeacherNeeds:
             all_layers=self.all_layers or other.all_layers,
             attention_giou_floor=lower.attention_giou_floor,
             columns=self.columns | other.columns,
-            directions=self.directions or other.directions,
+            directions=max(ways, default=""),
             online=self.online or other.online,
             decoder=self.decoder or other.decoder,
             attended=all(each.attended for each in (self, other) if each.memory),

@@ -15,7 +15,8 @@ from tiny import EASY_SELECTION, arrays, batch_of, make_training, random_teacher
 
 from pipelines.caching import driver
 from pipelines.caching.plan import clean
-from qskd.checks import lacks_directions
+from qskd.checks import check_decoder, lacks_directions
+from qskd.config.sections import FurtherTeacherConfig
 from qskd.distillation.method import teacher_needs
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation
 from qskd.distillation.qskd.settings import FeatureDistillationConfig
@@ -25,9 +26,10 @@ from qskd.from_recipe import teacher_for_training
 from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import columns_for
+from qskd.teacher.decoder import TeacherDecoder
 from qskd.teacher.manifest import load_cache_manifest
 from qskd.teacher.memory import directions as module
-from qskd.teacher.memory.directions import compute_directions, load_directions, save_directions
+from qskd.teacher.memory.directions import compute_directions, compute_sensitivities, load_directions, save_directions
 from qskd.teacher.memory.moments import Directions
 from qskd.teacher.online import OnlineTeacher
 
@@ -69,7 +71,7 @@ def test_directions_are_the_eigenvectors_of_the_covariance_of_all_cells_and_come
     monkeypatch.setattr(module, "IMAGES", 5)  # a sample of them: much the same
     fewer = compute_directions(cache)
     assert 0.5 < fewer[0].variances.sum() / found[0].variances.sum() < 2
-    Path(cache, module.FILE).unlink()
+    Path(cache, module.FILES["variance"]).unlink()
 
 
 @pytest.mark.parametrize("whitening", [0.0, 1.0])
@@ -201,10 +203,10 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     with pytest.raises(QskdError, match=r"no directions are known\n.*\n.*qskd cache RECIPE"):
         make_training(config, teacher, labels=labels)
     driver._add_directions(plain, quiet=False)
-    assert not Path(cache, module.FILE).exists()
+    assert not Path(cache, module.FILES["variance"]).exists()
     driver._add_directions(config, quiet=False)
     driver._add_directions(config, quiet=False)
-    assert capsys.readouterr().out.count(module.FILE) == 1
+    assert capsys.readouterr().out.count(module.FILES["variance"]) == 1
     assert not lacks_directions(config, manifest)
     training = make_training(config, teacher_for_training(config, labels), labels=labels)
     assert training.module.method is not None
@@ -214,11 +216,11 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     usual = make_training(plain, teacher, labels=labels)
     assert whitened.total.item() != usual.module(batch.images, batch.sizes, batch.targets, record)["agfd"].total.item()
     clean(cache)
-    assert Path(cache, module.FILE).exists()  # the end of a job leaves it
+    assert Path(cache, module.FILES["variance"]).exists()  # the end of a job leaves it
     shutil.copytree(cache, tmp_path / "copy")
     clean(str(tmp_path / "copy"), everything=True)  # --overwrite does not
     assert list((tmp_path / "copy").iterdir()) == []
-    Path(cache, module.FILE).unlink()
+    Path(cache, module.FILES["variance"]).unlink()
 
 
 def pixels() -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,7 +234,7 @@ def replace_features(config: Any, **changes: Any) -> Any:
 
 
 def test_damaged_directions_and_those_of_another_cache_are_refused_by_name(cache: str) -> None:  # noqa: F811
-    manifest, path = load_cache_manifest(cache), Path(cache, module.FILE)
+    manifest, path = load_cache_manifest(cache), Path(cache, module.FILES["variance"])
     assert manifest is not None
     found = compute_directions(cache)
     other = replace(manifest, identity={**manifest.identity, "more": 1})
@@ -248,14 +250,98 @@ def test_damaged_directions_and_those_of_another_cache_are_refused_by_name(cache
         write()  # type: ignore[no-untyped-call]
         with pytest.raises(QskdError, match=words) as caught:
             load_directions(cache, manifest)
-        assert module.FILE in str(caught.value)
+        assert module.FILES["variance"] in str(caught.value)
         assert "delete this file" in str(caught.value)
     path.unlink()
 
 
 def test_whitening_asks_for_directions_and_nothing_else_does() -> None:
-    for features, asked in (({}, False), ({"whitening": 0.5}, True), ({"whitening": 0.5, "weight": 0.0}, False)):
+    for features, asked in (({}, ""), ({"whitening": 0.5}, "variance"), ({"whitening": 0.5, "weight": 0.0}, "")):
         config: Any = recipe(None, distillation={"features": features})
         needs = teacher_needs(config.distillation)
         assert needs is not None
-        assert needs.directions is asked
+        assert needs.directions == asked
+
+
+# ---- by what moves the decoder
+
+
+def decoder_of(teacher: OnlineTeacher) -> TeacherDecoder:  # noqa: F811
+    square = teacher.preprocessing.resize.model_copy(update={"mode": "square"})
+    return TeacherDecoder(teacher.detector, teacher.class_slots.tolist(), square)
+
+
+def test_the_probe_s_gradient_has_on_average_the_jacobian_s_square(teacher: OnlineTeacher) -> None:  # noqa: F811
+    """E[g g^T] = J^T J, J here one output after the other."""
+    record = teacher(*pixels(), TeacherNeeds(memory=True))
+    one = [map_[:1] for map_ in record.memory], [valid[:1] for valid in record.memory_valid]
+    maps = [map_.clone().requires_grad_() for map_ in one[0]]
+    said = decoder_of(teacher).read(maps, one[1])
+    logits, boxes = said.logits[-1][0], said.boxes_cxcywh[-1][0]
+    likely = logits.detach().sigmoid()
+    exact = torch.zeros(64, 64, dtype=torch.double)
+    for query in range(len(logits)):
+        for slot in range(logits.shape[1]):
+            by = (likely[query, slot] * (1 - likely[query, slot])).sqrt()
+            exact += squared(logits[query, slot] * by, maps[0])
+        for side in range(4):
+            by = likely[query].max() / boxes[query, 2 + side % 2].detach()
+            exact += squared(boxes[query, side] * by, maps[0])
+    drawn, found, times = torch.Generator().manual_seed(0), torch.zeros(64, 64, dtype=torch.double), 400
+    for _ in range(times):
+        found += squared(module.probe(said, drawn), maps[0]) / times
+    assert (found - exact).norm() < 0.15 * exact.norm()
+    assert found.trace().item() == pytest.approx(exact.trace().item(), rel=0.1)
+
+
+def squared(number: torch.Tensor, map_: torch.Tensor) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(number, [map_], retain_graph=True)
+    at = gradient[0].flatten(1).T.double()
+    return at.T @ at
+
+
+def test_the_decoder_s_directions_come_back_and_weigh_an_error_by_what_it_moves(
+    cache: str,  # noqa: F811
+    teacher: OnlineTeacher,  # noqa: F811
+) -> None:
+    manifest = load_cache_manifest(cache)
+    assert manifest is not None
+    found = compute_sensitivities(cache, decoder_of(teacher))
+    covariances = module.moments_of(cache).covariances()
+    for each, covariance in zip(found, covariances, strict=True):
+        assert each.sensitivities is not None
+        assert (np.diff(each.sensitivities) <= 0).all()
+        assert each.sensitivities.sum() == pytest.approx(1, rel=1e-4)
+        vectors = each.vectors.astype(np.float64)
+        np.testing.assert_allclose(each.variances, np.diag(vectors.T @ covariance.numpy() @ vectors), rtol=1e-3)
+        along = metric(each, 1.0, 1.0).double().numpy()
+        weights = np.square(each.vectors.astype(np.float64).T @ along).sum(1)
+        kept = along.shape[1]
+        ratio = weights[:kept] / each.sensitivities[:kept]
+        np.testing.assert_allclose(ratio, ratio[0], rtol=0.02)
+        assert np.trace(along.T @ covariance.numpy() @ along) == pytest.approx(np.trace(covariance.numpy()), rel=1e-3)
+    assert load_directions(cache, manifest, "decoder") is None
+    save_directions(cache, found, manifest)
+    again = load_directions(cache, manifest, "decoder")
+    assert again is not None
+    for mine, theirs in zip(again, found, strict=True):
+        assert np.array_equal(mine.sensitivities, theirs.sensitivities)  # type: ignore[arg-type]
+        assert np.array_equal(mine.vectors, theirs.vectors)
+    assert load_directions(cache, manifest) is None  # the others are another file
+    Path(cache, module.FILES["decoder"]).unlink()
+
+
+def test_two_methods_that_weigh_memory_otherwise_are_refused() -> None:
+    both = [TeacherNeeds(directions=kind) for kind in ("variance", "decoder")]
+    assert both[0].joined(TeacherNeeds()).directions == "variance"
+    with pytest.raises(QskdError, match="by decoder and by variance"):
+        both[0].joined(both[1])
+    with pytest.raises(ValueError, match="nothing is whitened"):
+        FeatureDistillationConfig(whitened_by="decoder")
+
+
+def test_several_teachers_have_no_one_decoder_to_weigh_by(cache: str, data: str) -> None:  # noqa: F811
+    config = replace_features(cache_config(data, cache), whitening=1.0, whitened_by="decoder")
+    more = FurtherTeacherConfig(path="another")
+    with pytest.raises(QskdError, match=r"teacher\.also[\s\S]*whitened_by: variance"):
+        check_decoder(config.model_copy(update={"teacher": config.teacher.model_copy(update={"also": (more,)})}))

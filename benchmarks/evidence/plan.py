@@ -126,6 +126,10 @@ def _beside(name: str, title: str, cache: str = "") -> Variant:
 METHODS = {
     "whitened": Variant("QSKD, AGFD whitened (alpha 1)", ("distillation.features.whitening=1.0",)),
     "whitened_half": Variant("QSKD, AGFD whitened (alpha 0.5)", ("distillation.features.whitening=0.5",)),
+    "whitened_decoder": Variant(
+        "QSKD, AGFD weighed by what moves the decoder",
+        ("distillation.features.whitening=1.0", "distillation.features.whitened_by=decoder"),
+    ),
     "importance": Variant("QSKD, AGFD with learned importances", ("distillation.features.importance=true",)),
     "tprd": _method("qskd-tprd", title="QSKD as TPRD's re-implementation reads it", cache="layers"),
     "fitnets": _method("mimic", title="FitNets (plain mimicking, its own weights)"),

@@ -24,10 +24,9 @@ from qskd.datasets.shapes import make_shapes
 from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.deploy.export import export_onnx
 from qskd.detectors import load_detector
-from qskd.from_recipe import make_teacher
+from qskd.from_recipe import add_directions, make_teacher
 from qskd.teacher.identity import cache_identity, cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import load_cache_manifest
-from qskd.teacher.memory.directions import compute_directions, save_directions
 
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
 
@@ -128,7 +127,7 @@ def _add_directions(config: ResolvedConfig) -> None:
     path = config.teacher.cache.path
     manifest = load_cache_manifest(path) if path else None
     if manifest is not None and lacks_directions(config, manifest):
-        save_directions(path, compute_directions(path), manifest)
+        add_directions(config, manifest)
 
 
 def _tell(work: Path, student: Student, form: str) -> None:

@@ -34,16 +34,15 @@ from pipelines.reporting.watch import CountWatch
 from pipelines.reporting.words import duration_text
 from pipelines.run.logs import say, start_logs
 from pipelines.run.resolve import resolve
-from qskd.checks import check_enough, lacks_directions
+from qskd.checks import check_enough, directions_asked, lacks_directions
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
-from qskd.from_recipe import make_teacher
+from qskd.from_recipe import add_directions, make_teacher
 from qskd.teacher.identity import cache_names, computed_by
 from qskd.teacher.manifest import CacheManifest, check_computed, load_cache_manifest, save_cache_manifest, shard_names
 from qskd.teacher.memory.basis import Bases, cached_basis, digest_of, in_basis, save_bases
-from qskd.teacher.memory.directions import FILE as DIRECTIONS
-from qskd.teacher.memory.directions import compute_directions, save_directions
+from qskd.teacher.memory.directions import FILES as DIRECTIONS
 
 log = logging.getLogger("qskd")
 WARM_UP_S = 60.0  # of the actors, before it is said that they wait
@@ -174,10 +173,10 @@ def _add_directions(config: Config, quiet: bool) -> None:
     """Beside a cache that is whole, what the recipe's method asks for and is not there."""
     manifest = load_cache_manifest(config.teacher.cache.path)
     if manifest is not None and lacks_directions(config, manifest):
-        found = compute_directions(config.teacher.cache.path)
-        save_directions(config.teacher.cache.path, found, manifest)
+        found, kind = add_directions(config, manifest), directions_asked(config)
         widths = ", ".join(str(len(each.variances)) for each in found)
-        say(f"cache: the directions in which the memory varies, of maps {widths} wide → {DIRECTIONS}", quiet)
+        what = "in which the memory varies" if kind == "variance" else "that the teacher's decoder looks along"
+        say(f"cache: the directions {what}, of maps {widths} wide → {DIRECTIONS[kind]}", quiet)
 
 
 class ViewsLeft:

@@ -16,7 +16,15 @@ import torch
 from pipelines.caching.actors import decode
 from pipelines.cluster.devices import device_here
 from pipelines.reporting.words import duration_text
-from qskd.checks import check_columns, check_data, check_shards, check_teacher, check_unlabeled
+from qskd.checks import (
+    check_columns,
+    check_data,
+    check_decoder,
+    check_shards,
+    check_teacher,
+    check_unlabeled,
+    directions_asked,
+)
 from qskd.config import Config
 from qskd.datasets.manifest import MANIFEST, Manifest
 from qskd.datasets.shards import ShardReader
@@ -97,6 +105,8 @@ def make_cache_plans(config: Config, overwrite: bool = False) -> list[CachePlan]
     check_teacher(config)
     check_data(config, ("train",) if config.data.train or not config.data.unlabeled else ("val",))
     check_unlabeled(config, training_manifest(config.data).labels)
+    if directions_asked(config) == "decoder":  # before hours are spent
+        check_decoder(config)
     return [make_cache_plan(source, overwrite) for source in cache_sources(config)]
 
 

@@ -62,7 +62,11 @@ class FeatureDistillationConfig(Section):
     # alpha of whitened AGFD (equations.md 1.4, ours): an error counts variance^-alpha of its direction in the teacher's memory, as
     # `qskd cache` finds them; 0 = every direction alike, 1 = as much of each
     whitening: NonNegative = 0.0
-    whitened_share: Annotated[float, Field(gt=0, le=1)] = 0.97  # of the variance: as few directions are kept as hold it
+    # decoder: directions are by how far what the teacher's decoder says moves along them, and an error counts that^alpha: 1 = what
+    # the decoder makes of it (its Fisher information)
+    whitened_by: Literal["variance", "decoder"] = "variance"
+    # of the variance, or of how far the decoder moves: as few directions are kept as hold it
+    whitened_share: Annotated[float, Field(gt=0, le=1)] = 0.97
     # Each channel's error (with whitening, each direction's) has a learned importance w, of mean 1: it counts w error - log w
     # (equations.md 1.5; the idea of learned importance weights is IADD's)
     importance: bool = False
@@ -72,6 +76,12 @@ class FeatureDistillationConfig(Section):
     # Least mask value in an image with objects, the largest being 1; 1 = plain mimicking. It counts in every cell, and so
     # for more on more cells: 0.1 is about half of the mask's sum on the quickstart's 8 x 8, and would drown it at COCO's size.
     background: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> FeatureDistillationConfig:
+        if self.whitened_by == "decoder" and not self.whitening:
+            raise ValueError("whitened_by: decoder, and nothing is whitened: set whitening to 1, or leave it out")
+        return self
 
 
 class PredictionDistillationConfig(Section):

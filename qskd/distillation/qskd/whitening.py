@@ -17,15 +17,19 @@ def metric(directions: Directions, alpha: float, share: float) -> Tensor:
     """[C, K] float32: what an error [..., C] is multiplied by before it is squared and summed over K.
 
     Column k is s_k v_k, s_k^2 = c * variance_k^-alpha, for the K first directions, which are as few as hold `share` of the
-    variance. c is such that an error like the memory itself counts what it counts without: sum_k s_k^2 variance_k = the
-    sum of all variances.
+    variance; of directions of the decoder's, s_k^2 = c * sensitivity_k^alpha, and K hold that share of the sensitivity. c is
+    such that an error like the memory itself counts what it counts without: sum_k s_k^2 variance_k = the sum of all variances.
     """
     variances = torch.tensor(directions.variances).double()
     vectors = torch.tensor(directions.vectors).double()
     whole = variances.sum()
     if not whole > 0:  # a memory that is the same everywhere: every direction alike
         return vectors.float()
-    kept = fewest(directions.variances, share)
-    scale = variances[:kept] ** -alpha
+    if directions.sensitivities is None:
+        kept = fewest(directions.variances, share)
+        scale = variances[:kept] ** -alpha
+    else:
+        kept = fewest(directions.sensitivities, share)
+        scale = torch.tensor(directions.sensitivities[:kept]).double() ** alpha
     scale = scale * whole / (scale * variances[:kept]).sum()
     return (vectors[:, :kept] * scale.sqrt()).float()

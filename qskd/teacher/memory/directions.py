@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,52 +13,118 @@ from qskd.structures import TeacherNeeds
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.columns.table import columns_for, decode_batch
 from qskd.teacher.manifest import CacheManifest
-from qskd.teacher.memory.basis import cached_basis
+from qskd.teacher.memory.basis import cached_basis, made_whole
 from qskd.teacher.memory.beside import load_beside, save_beside
-from qskd.teacher.memory.moments import Directions, Moments, evenly
+from qskd.teacher.memory.moments import Directions, Moments, evenly, principal
 
-FILE = "directions.view-000.parquet"  # of the images' first view
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qskd.structures import DetectorOutput, TeacherRecord
+    from qskd.teacher.decoder import TeacherDecoder
+
+FILES = {
+    "variance": "directions.view-000.parquet",
+    "decoder": "sensitivity.view-000.parquet",
+}  # of the images' first view
+MEMORY = TeacherNeeds(memory=True)
 IMAGES = 1000  # or all, where there are fewer: a thousand images have more cells than a covariance has numbers
 _AT_ONCE = 16
 _REMEDY = "delete this file, and run `qskd cache RECIPE`, which makes it again"
 
 
-def compute_directions(uri: str) -> tuple[Directions, ...]:
-    """Of each map, finest first: the eigenvectors of the covariance over all cells that are kept and no padding, of `IMAGES` images
-    that lie evenly over the cache. The same cache gives the same ones."""
+def known_of(uri: str, columns: TeacherNeeds = MEMORY) -> Iterator[tuple[TeacherRecord, tuple[Tensor, ...]]]:
+    """Batches of `IMAGES` images that lie evenly over a cache's first view, and of each map which cells are kept and no padding."""
     import torch
 
-    reader = TeacherCacheReader(uri, columns_for(TeacherNeeds(memory=True)))
-    manifest, basis = reader.manifest, cached_basis(uri, reader.manifest)
-    moments = Moments(manifest.sizes.channels)
-    for shard, rows in evenly(np.cumsum([rows for rows, _ in manifest.views[0]]), IMAGES):
+    reader = TeacherCacheReader(uri, columns_for(columns))
+    bases = cached_basis(uri, reader.manifest)
+    for shard, rows in evenly(np.cumsum([rows for rows, _ in reader.manifest.views[0]]), IMAGES):
         for start in range(0, len(rows), _AT_ONCE):
             arrays = reader.collate(reader.read(shard, 0, rows[start : start + _AT_ONCE]))
             record = decode_batch({name: torch.from_numpy(array) for name, array in arrays.items()})
-            for level, (map_, valid) in enumerate(zip(record.memory, record.memory_valid, strict=True)):
-                cells = map_.movedim(1, -1)[valid]
-                if reader.attended:  # of the others nothing is kept
-                    cells = cells[cells.any(1)]
-                moments.add(level, basis[level].whole(cells) if basis else cells)
-    return moments.directions()
+            cells = record.memory_valid
+            if reader.attended:  # of the others nothing is kept
+                cells = tuple(valid & map_.any(1) for valid, map_ in zip(cells, record.memory, strict=True))
+            yield made_whole(record, bases), cells
+
+
+def compute_directions(uri: str) -> tuple[Directions, ...]:
+    """Of each map, finest first: the eigenvectors of the memory's covariance. The same cache gives the same ones."""
+    return moments_of(uri).directions()
+
+
+def moments_of(uri: str) -> Moments:
+    """Of a cache's memory, by map."""
+    moments = Moments(TeacherCacheReader(uri).manifest.sizes.channels)
+    for record, cells in known_of(uri):
+        for level, (map_, kept) in enumerate(zip(record.memory, cells, strict=True)):
+            moments.add(level, map_.movedim(1, -1)[kept])
+    return moments
+
+
+def compute_sensitivities(uri: str, decoder: TeacherDecoder) -> tuple[Directions, ...]:
+    """Of each map, finest first: the eigenvectors of E[J^T J], J how far what the teacher's last decoder layer says moves with a
+    cell's memory (equations.md 1.4). decoder: the teacher's. The same cache gives the same ones."""
+    import torch
+
+    moments = moments_of(uri)
+    sums = [torch.zeros(width, width).double() for width in TeacherCacheReader(uri).manifest.sizes.channels]
+    drawn = torch.Generator().manual_seed(0)
+    for record, cells in known_of(uri):
+        maps = [map_.requires_grad_() for map_ in record.memory]
+        said = decoder.read(maps, record.memory_valid)
+        for level, gradient in enumerate(torch.autograd.grad(probe(said, drawn), maps)):
+            at = gradient.movedim(1, -1)[cells[level]].double()
+            sums[level] += at.T @ at
+    found = []
+    for matrix, covariance in zip(sums, moments.covariances(), strict=True):
+        values, vectors = principal(
+            matrix / max(float(matrix.trace()), 1e-30)
+        )  # of trace 1: nothing but ratios is asked
+        along = np.einsum("ck,cd,dk->k", vectors, covariance.numpy(), vectors).clip(min=0).astype(np.float32)
+        found.append(Directions(along, vectors, values))
+    return tuple(found)
+
+
+def probe(said: DetectorOutput, drawn: torch.Generator) -> Tensor:
+    """A number whose gradient g has E[g g^T] = J^T J, over random signs: J of the last layer's logits, each over its deviation as a
+    Bernoulli's (their Fisher information), and of boxes in sides of the box, times the largest class probability."""
+    import torch
+
+    logits, boxes = said.logits[-1].float(), said.boxes_cxcywh[-1].float()
+    likely = logits.detach().sigmoid()
+    sides_wh = boxes.detach()[..., 2:].clamp(min=1e-3)
+    moved = boxes / torch.cat([sides_wh, sides_wh], -1) * likely.amax(-1, keepdim=True)
+    apart = logits * (likely * (1 - likely)).sqrt()
+    return sum((part * (2.0 * torch.randint(2, part.shape, generator=drawn) - 1)).sum() for part in (apart, moved))  # type: ignore[return-value]
 
 
 def save_directions(uri: str, directions: Sequence[Directions], manifest: CacheManifest) -> None:
     """Written whole, beside the cache's other files."""
-    rows = [{"variances": each.variances, "vectors": each.vectors} for each in directions]
-    save_beside(uri, FILE, rows, manifest.fingerprint)
+    by_decoder = directions[0].sensitivities is not None
+    rows = [{name: getattr(each, name) for name in _names(by_decoder)} for each in directions]
+    save_beside(uri, FILES["decoder" if by_decoder else "variance"], rows, manifest.fingerprint)
 
 
-def load_directions(uri: str, manifest: CacheManifest) -> tuple[Directions, ...] | None:
-    """What `save_directions` wrote; None where there is none. QskdError where it is damaged, or another cache's."""
-    shapes = [{"variances": (width,), "vectors": (width, width)} for width in manifest.sizes.channels]
-    rows = load_beside(uri, FILE, shapes, manifest.fingerprint, "the directions of this cache", _REMEDY)
+def load_directions(uri: str, manifest: CacheManifest, kind: str = "variance") -> tuple[Directions, ...] | None:
+    """What `save_directions` wrote; None where there is none. QskdError where it is damaged, or another cache's. kind: "variance",
+    in which the memory varies; "decoder", along which what the decoder says moves."""
+    names = _names(kind == "decoder")
+    shapes = [
+        {name: (width, width) if name == "vectors" else (width,) for name in names} for width in manifest.sizes.channels
+    ]
+    rows = load_beside(uri, FILES[kind], shapes, manifest.fingerprint, "the directions of this cache", _REMEDY)
     if rows is None:
         return None
-    found = tuple(Directions(row["variances"], row["vectors"]) for row in rows)
-    if any(each.variances.min() < 0 for each in found):
-        raise QskdError(join(uri, FILE), "a variance below 0", "what `qskd cache` writes", _REMEDY)
-    return found
+    if any(row[name].min() < 0 for row in rows for name in names if name != "vectors"):
+        raise QskdError(join(uri, FILES[kind]), "a variance below 0", "what `qskd cache` writes", _REMEDY)
+    return tuple(Directions(**row) for row in rows)
+
+
+def _names(by_decoder: bool) -> tuple[str, ...]:
+    return ("variances", "vectors", *(("sensitivities",) if by_decoder else ()))
 
 
 def flat_directions(widths: Sequence[int]) -> tuple[Directions, ...]:

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Of one memory map of C channels: variances float32 [C], largest first, and vectors float32 [C, C], a column each, of
-    length 1 and orthogonal to one another."""
+    """Of one memory map of C channels: vectors float32 [C, C], a column each, of length 1 and orthogonal to one another; variances
+    float32 [C], of the memory along each. sensitivities: float32 [C], how far what the teacher's decoder says moves along each;
+    None where that was not asked. The sensitivities, or else the variances, go from the largest down."""
 
     variances: NDArray[np.float32]
     vectors: NDArray[np.float32]
+    sensitivities: NDArray[np.float32] | None = None
 
 
 class Moments:
@@ -40,18 +42,28 @@ class Moments:
         """By map: [C]."""
         return [(total / max(count, 1)).float().numpy() for count, total, _ in self._sums]
 
-    def directions(self) -> tuple[Directions, ...]:
-        """By map: the eigenvectors of the covariance. All alike where no cell was seen."""
+    def covariances(self) -> list[Tensor]:
+        """By map: float64 [C, C]; zeros where no cell was seen."""
         import torch
 
-        found = []
-        for count, total, squares in self._sums:
-            mean = total / max(count, 1)
-            covariance = squares / max(count, 1) - torch.outer(mean, mean)
-            values, vectors = torch.linalg.eigh(covariance)  # the smallest first
-            both = values.flip(0).clamp(min=0).float(), vectors.flip(1).float()
-            found.append(Directions(*(part.contiguous().numpy() for part in both)))
-        return tuple(found)
+        means = [total / max(count, 1) for count, total, _ in self._sums]
+        return [
+            squares / max(count, 1) - torch.outer(mean, mean)
+            for (count, _, squares), mean in zip(self._sums, means, strict=True)
+        ]
+
+    def directions(self) -> tuple[Directions, ...]:
+        """By map: the eigenvectors of the covariance."""
+        return tuple(Directions(*principal(each)) for each in self.covariances())
+
+
+def principal(matrix: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A symmetric float64 matrix without negative eigenvalues -> these, the largest first, and the eigenvectors, a column each."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(matrix)  # the smallest first
+    both = values.flip(0).clamp(min=0).float(), vectors.flip(1).float()
+    return both[0].contiguous().numpy(), both[1].contiguous().numpy()
 
 
 def fewest(variances: NDArray[np.float32], share: float) -> int:
