@@ -33,8 +33,9 @@ from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_devic
 from qskd.teacher.cached import Teacher
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.augmentation import augmentation_of
+from qskd.training.compiling import compile_step
 from qskd.training.groups import learning_rate_factor, parameter_groups
-from qskd.training.module import StepModule, compile_step
+from qskd.training.module import StepModule
 from qskd.training.norms import put_right, share_statistics
 from qskd.training.stand_in import stand_in
 
@@ -73,7 +74,7 @@ class Training:
         self.hosts = dist.new_group(backend="gloo") if others else None
         self.shared_norms = share_statistics(student) if world > 1 and config.student.backbone_norm == "sync" else []
         if device.type == "cpu":
-            put_right(student)
+            put_right(student, traced=config.compute.compile)
         if config.compute.compile:
             compile_step(self.module, config)
         self.optimizer = torch.optim.AdamW(
