@@ -35,7 +35,7 @@ from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import collate, columns_for, encode
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.online import queries_above
-from qskd.training.module import compile_step
+from qskd.training.compiling import compile_step
 from qskd.training.step import Training
 
 GOAL = 0.5

@@ -45,7 +45,7 @@ from qskd.config import Config
 from qskd.config.recipe import load, to_tree
 from qskd.datasets.shapes import make_shapes
 
-SPACES = ("student_architecture", "query_groups", "loss_weights")
+SPACES = ("student_architecture", "query_selection", "loss_weights")
 AP_TOLERANCE = 0.02  # the cache rounds; training magnifies it, by chance either way
 
 
@@ -188,7 +188,7 @@ def measure_overhead(images: int, val_images: int, trials: int, rounds: int) -> 
         for number in range(rounds):
             taken = []
             for count in (trials, 2 * trials):
-                asked = SearchRequest(("query_groups",), trials=count, algorithm="random", asha=False)
+                asked = SearchRequest(("query_selection",), trials=count, algorithm="random", asha=False)
                 config = recipe(folder, f"tune-{number}-{count}", 1)
                 taken.append(sweep(config, tune.TuneRequest(asked, at_once=1))[0])
             per_trial["tune"].append((taken[1] - taken[0]) / trials)

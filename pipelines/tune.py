@@ -1,6 +1,6 @@
 """Search students, GIoU boundaries and loss weights (`qskd tune`).
 
-python -m pipelines.tune student.yaml --set name=sweep --space query_groups
+python -m pipelines.tune student.yaml --set name=sweep --space query_selection
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def command(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="What may vary: student_architecture, query_groups, loss_weights, quantization, or a .py file, whose code is run; "
-            "repeatable."
+            help="What may vary: student_architecture, query_selection, loss_weights, quantization, or a .py file, whose code is "
+            "run; repeatable."
         ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Trainings, the recipe's own included.")] = 20,

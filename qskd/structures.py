@@ -128,11 +128,6 @@ class SideDistributions:
     values: Tensor
     scale: Tensor
 
-    def take(self, queries: slice) -> SideDistributions:
-        """Those of some queries."""
-        logits = tuple(layer[:, queries] for layer in self.logits)
-        return replace(self, logits=logits, about_cxcywh=self.about_cxcywh[:, queries])
-
 
 @dataclass(frozen=True)
 class ExtraPredictions:

@@ -53,7 +53,7 @@ class SearchSpace:
 
     def __init__(self, names: Sequence[str], config: Config) -> None:
         if not names:
-            raise QskdError("--space", "none", "at least one search space", "for example --space query_groups")
+            raise QskdError("--space", "none", "at least one search space", "for example --space query_selection")
         self.spaces: list[Space] = [load_space(name) for name in names]
         self.recipe = config
         self._fields: dict[str, tuple[str, ...]] = {}

@@ -131,7 +131,7 @@ def test_a_student_s_own_queries_are_looked_for_behind_denoising_ones() -> None:
     images, mask = torch.randn(2, 3, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
     for part in student.modules():  # the same statistics in both forwards
         part.training = isinstance(part, type(student))
-    extra = ExtraQueries(torch.randn(2, 2, 32), torch.rand(2, 2, 4) * 0.2 + 0.3, group=2)
+    extra = ExtraQueries(torch.randn(2, 2, 32), torch.rand(2, 2, 4) * 0.2 + 0.3, group=torch.tensor([0, 0]))
     asked = torch.arange(6).expand(2, -1)
     alone, beside = student(images, mask), student(images, mask, extra=extra)
     torch.testing.assert_close(beside.boxes_cxcywh, alone.boxes_cxcywh, atol=1e-5, rtol=1e-4)

@@ -194,7 +194,11 @@ def test_a_denoising_query_looks_where_its_box_is_in_a_padded_batch_too() -> Non
     mask = torch.zeros(1, 64, 64, dtype=torch.bool)
     mask[:, :48, :32] = True
     with torch.no_grad():
-        output = student(torch.randn(1, 3, 64, 64), mask, extra=ExtraQueries(torch.randn(1, 2, 32), boxes, group=2))
+        output = student(
+            torch.randn(1, 3, 64, 64),
+            mask,
+            extra=ExtraQueries(torch.randn(1, 2, 32), boxes, group=torch.tensor([0, 0])),
+        )
     for layer in output.extra.boxes_cxcywh:
         torch.testing.assert_close(layer, boxes, atol=1e-4, rtol=0)
 

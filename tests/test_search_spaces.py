@@ -25,7 +25,7 @@ from qskd.errors import QskdError
 from search_spaces import OVERRIDES, PointTrial, RandomTrial, Range, SearchSpace, load_space, space_names
 
 ROOT = Path(__file__).parents[1]
-THREE = ("student_architecture", "query_groups", "loss_weights")
+THREE = ("student_architecture", "query_selection", "loss_weights")
 COMPOSITIONS = [names for count in (1, 2, 3) for names in itertools.combinations(THREE, count)]
 RECIPES: Mapping[str, Config] = {
     "default": Config(),
@@ -136,7 +136,7 @@ def test_the_parameters_that_stand_for_the_recipe_really_mean_it(name: str, whos
 )
 def test_a_recipe_that_is_not_offered_is_the_first_trial_all_the_same(selection: dict[str, Any]) -> None:
     config = build({"distillation": {"selection": selection}})
-    space, _, proposed = study(["query_groups"], config, trials=100)
+    space, _, proposed = study(["query_selection"], config, trials=100)
     assert proposed[0] == {}
     for overrides in proposed[1:]:
         built = space.config(overrides).distillation.selection
@@ -145,7 +145,7 @@ def test_a_recipe_that_is_not_offered_is_the_first_trial_all_the_same(selection:
 
 
 def test_random_boundaries_are_spread_over_the_room_there_is() -> None:
-    _, _, proposed = study(["query_groups"], Config())
+    _, _, proposed = study(["query_selection"], Config())
     lists = [overrides["distillation.selection.boundaries"] for overrides in proposed[1:]]
     for place in range(3):
         drawn = [boundaries[place] for boundaries in lists if len(boundaries) == 3]
@@ -235,10 +235,10 @@ def test_a_term_that_is_off_stays_off_and_layers_are_offered_that_the_cache_hold
             {"distillation": {"features": {"weight": 0}, "predictions": {"weight": 0}}},
             "all distillation terms have weight 0",
         ),
-        ("query_groups", {"distillation": {"method": "none"}}, "distillation.method = none"),
-        ("query_groups", {"distillation": {"selection": {"relative": True}}}, "relative = true"),
-        ("query_groups", {"distillation": {"selection": {"shuffled": True}}}, "shuffled = true"),
-        ("query_groups", {"teacher": {"cache": {"attention_giou_floor": 0.93}}}, "0.93 leaves no room"),
+        ("query_selection", {"distillation": {"method": "none"}}, "distillation.method = none"),
+        ("query_selection", {"distillation": {"selection": {"relative": True}}}, "relative = true"),
+        ("query_selection", {"distillation": {"selection": {"shuffled": True}}}, "shuffled = true"),
+        ("query_selection", {"teacher": {"cache": {"attention_giou_floor": 0.93}}}, "0.93 leaves no room"),
         ("student_architecture", {"student": {"init": "some/detector"}}, "student.init = some/detector"),
     ],
 )
@@ -275,7 +275,7 @@ def own_space(
 
 
 def test_a_file_is_a_space_and_joins_the_others(tmp_path: Path) -> None:
-    space, trials, proposed = study([own_space(tmp_path), "query_groups"], Config())
+    space, trials, proposed = study([own_space(tmp_path), "query_selection"], Config())
     assert proposed[0] == {}
     assert trials[0].params["mine.rate"] == 1e-4
     rates = {space.config(overrides).training.learning_rate for overrides in proposed}
@@ -287,7 +287,7 @@ def test_the_example_in_the_documentation_works(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "search_spaces.md").read_text()
     (tmp_path / "learning.py").write_text(text.split("```python\n")[1].split("```")[0])
     for config in RECIPES.values():
-        space, _, proposed = study([str(tmp_path / "learning.py"), "query_groups"], config, trials=30)
+        space, _, proposed = study([str(tmp_path / "learning.py"), "query_selection"], config, trials=30)
         assert space.config(proposed[0]) == config
         assert {space.config(overrides).training.ema_decay > 0 for overrides in proposed} == {False, True}
 
@@ -354,7 +354,7 @@ def test_one_cache_serves_all_trials(tmp_path: Path) -> None:
 
 def test_names_that_are_no_space_are_told(tmp_path: Path) -> None:
     for name, words in (
-        ("query_group", r"did you mean query_groups\?"),
+        ("query_select", r"did you mean query_selection\?"),
         ("_trials", "no such search space"),
         (str(tmp_path / "none.py"), "no such file"),
     ):
@@ -369,11 +369,11 @@ def test_names_that_are_no_space_are_told(tmp_path: Path) -> None:
     with pytest.raises(QskdError, match="at least one search space"):
         SearchSpace([], Config())
     with pytest.raises(QskdError, match="given twice"):
-        SearchSpace(["query_groups", "query_groups"], Config())
+        SearchSpace(["query_selection", "query_selection"], Config())
 
 
 def test_a_space_survives_pickling_as_a_saved_sweep_needs(tmp_path: Path) -> None:
-    space = SearchSpace(["query_groups", own_space(tmp_path)], Config())
+    space = SearchSpace(["query_selection", own_space(tmp_path)], Config())
     again = pickle.loads(pickle.dumps(space))
     assert again.samples(20) == space.samples(20)
     assert again.recipe_point == space.recipe_point
@@ -455,7 +455,7 @@ def test_a_file_from_outside_is_told_to_be_code_that_is_run_once(
     path = own_space(tmp_path)
     for _ in range(2):
         load_space(path)
-    load_space("query_groups")
+    load_space("query_selection")
     assert [record.getMessage() for record in caplog.records] == [
         f"--space: the code in {Path(path).resolve()} is run, with all your rights"
     ]

@@ -35,7 +35,7 @@ from qskd.config.recipe import build, flatten, to_tree, to_yaml
 from search_spaces import RandomTrial, SearchSpace
 
 RECIPE = build({"student": {"queries": 30, "resize": {"size": 64}}, "training": {"epochs": 27}})
-SPACES = ("student_architecture", "query_groups", "loss_weights", "quantization")
+SPACES = ("student_architecture", "query_selection", "loss_weights", "quantization")
 
 
 def sweep_rows(trials: int, spaces: Sequence[str] = SPACES, seed: int = 0) -> list[TrialRow]:
@@ -172,9 +172,9 @@ def test_axes_are_logarithmic_where_values_span_a_lot_and_leave_out_what_does_no
 
 
 def test_boundaries_are_shown_as_gious_not_as_the_searchers_shares() -> None:
-    rows = sweep_rows(12, ("query_groups",))
+    rows = sweep_rows(12, ("query_selection",))
     sweep = SweepSummary(tuple(rows), RECIPE)
-    axis = next(axis for axis in sweep.axes if axis.name == "query_groups.boundary_1")
+    axis = next(axis for axis in sweep.axes if axis.name == "query_selection.boundary_1")
     gious = [each.overrides.get("distillation.selection.boundaries", [0.5])[0] for each in sweep.scored]
     low, high = min(gious), max(gious)
     assert axis.positions == pytest.approx([(at - low) / (high - low) for at in gious])
@@ -279,13 +279,13 @@ def test_the_plots_front_has_steps_through_what_no_other_trial_beats(
 
 
 def test_parallel_coordinates_have_every_trial_at_its_place_on_every_axis() -> None:
-    rows = sweep_rows(10, ("query_groups",), seed=3)
+    rows = sweep_rows(10, ("query_selection",), seed=3)
     sweep = SweepSummary(tuple(rows), RECIPE)
     first, *others = plot_parallel(sweep).data[0].dimensions
     aps = np.asarray([each.best_ap for each in sweep.scored])
     np.testing.assert_allclose(first["values"], (aps - aps.min()) / (aps.max() - aps.min()))
     third = next(dimension for dimension in others if "boundary 3" in dimension["label"])
-    has_three = ["query_groups.boundary_3" in each.parameters for each in sweep.scored]
+    has_three = ["query_selection.boundary_3" in each.parameters for each in sweep.scored]
     assert any(has_three)
     assert [at >= 0 for at in third["values"]] == has_three
     assert third["ticktext"][-1] == "none"
@@ -407,7 +407,7 @@ def test_bits_have_a_front_of_their_own_and_latency_a_word(tmp_path: Path, light
 
 
 def test_two_hundred_trials_are_drawn_and_absent_parameters_among_them(tmp_path: Path, light: None) -> None:
-    rows = sweep_rows(200, ("query_groups",), seed=1)
+    rows = sweep_rows(200, ("query_selection",), seed=1)
     written = write_report(tmp_path, rows, RECIPE, "", "A sweep")
     drawn = {path.stem for path in written if path.suffix == ".png"}
     assert drawn == {*PICTURES} - {"front_latency", "front_parameters", "front_size"}  # sizes and bits don't vary

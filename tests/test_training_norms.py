@@ -50,17 +50,18 @@ def test_alone_it_is_torch_s_batch_norm_in_values_gradients_and_running_statisti
 
 
 @pytest.mark.parametrize("which", ["input", "gradient"])
-@pytest.mark.parametrize("kind", [SharedBatchNorm2d, nn.BatchNorm2d])
+@pytest.mark.parametrize(("kind", "traced"), [(SharedBatchNorm2d, ""), (nn.BatchNorm2d, ""), (nn.BatchNorm2d, "eager")])
 def test_one_image_whose_numbers_come_transposed_gets_the_gradient_of_the_same_image_in_order(
-    kind: type[nn.BatchNorm2d], which: str
+    kind: type[nn.BatchNorm2d], traced: str, which: str
 ) -> None:
     torch.manual_seed(0)
     plain, turned = torch.randn(1, 5, 4, 6), torch.randn(1, 24, 5).transpose(1, 2).unflatten(2, (4, 6))
     x, gradient = (plain, turned) if which == "gradient" else (turned, plain)
     norm = kind(5)
-    put_right(norm)
+    put_right(norm, traced=bool(traced))
+    run = torch.compile(norm, backend=traced, fullgraph=True) if traced else norm
     found = x.clone(memory_format=torch.preserve_format).as_strided(x.shape, x.stride()).requires_grad_()
-    norm(found).backward(gradient)
+    run(found).backward(gradient)
     exact = x.double().requires_grad_()
     centred = exact - exact.mean((0, 2, 3), keepdim=True)
     expected = centred / (centred.square().mean((0, 2, 3), keepdim=True) + norm.eps).sqrt()

@@ -31,7 +31,7 @@ def outcome(row: TrialRow) -> tuple[Any, ...]:
     return row.number, row.state, row.parameters, row.overrides, row.curve, row.metrics, row.parameters_m, row.reason
 
 
-SEARCH = ("loss_weights", "query_groups", "student_architecture")
+SEARCH = ("loss_weights", "query_selection", "student_architecture")
 ONE_AT_A_TIME = ["--trials", "5", "--at-once", "1", "--at-most-parameters", "0.06"]
 ASKED = tune.TuneRequest(SearchRequest(SEARCH, trials=5), at_most_parameters="0.06", at_once=1)
 

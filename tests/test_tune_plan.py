@@ -36,7 +36,7 @@ MEASURED = Calibration(
 
 
 def request(*spaces: str, **changes: Any) -> SearchRequest:
-    return SearchRequest(spaces or ("query_groups",), **changes)
+    return SearchRequest(spaces or ("query_selection",), **changes)
 
 
 def epochs(count: int, every: int = 1) -> Config:
@@ -100,7 +100,11 @@ def test_two_objectives_have_their_directions() -> None:
                 "leave out --space student_a",
             ],
         ),
-        (request("loss_weights", "query_groups", algorithm="pbt"), epochs(9), ["query_groups: PBT moves each number"]),
+        (
+            request("loss_weights", "query_selection", algorithm="pbt"),
+            epochs(9),
+            ["query_selection: PBT moves each number"],
+        ),
         (request("loss_weights", algorithm="pbt", asha=True), epochs(9), ["both decide which trials go on"]),
         (
             request("loss_weights", algorithm="pbt"),
@@ -120,7 +124,7 @@ def test_two_objectives_have_their_directions() -> None:
         ),
         (request(asha=True), epochs(1), ["--asha: 1 epoch(s)", "evaluate_every_epochs=1"]),
         (request(grace_epochs=9), epochs(9), ["--grace-epochs: 9", "1 to 8"]),
-        (request("query_group"), epochs(9), ["did you mean query_groups?"]),
+        (request("query_select"), epochs(9), ["did you mean query_selection?"]),
         (request("student_architecture", "student_architecture"), epochs(9), ["given twice"]),
     ],
 )
@@ -237,7 +241,7 @@ def test_early_stopping_and_a_cache_that_is_there_cost_less(work: Path) -> None:
 def test_the_plan_is_told_with_and_without_the_cache(work: Path) -> None:
     text = plan_of(work).describe()
     for words in (
-        *("query_groups: 9 trials by tpe for AP, ASHA after 1 epoch(s); the first is the recipe",),
+        *("query_selection: 9 trials by tpe for AP, ASHA after 1 epoch(s); the first is the recipe",),
         *("epochs: 9 a trial, 81 in all; with ASHA about 21", "with the cache", "without it", "1 s, 66.0 kB"),
         *("accelerator-hours, with ASHA", "bytes read, at most, none stopped", "100 ms", "300 ms", "on cpu"),
     ):

@@ -35,7 +35,7 @@ LABELS = ("a", "b", "c")
 
 
 def search_of(*spaces: str, config: Config | None = None, **changes: Any) -> Search:
-    spaces = spaces or ("loss_weights", "query_groups", "student_architecture")
+    spaces = spaces or ("loss_weights", "query_selection", "student_architecture")
     return check_request(SearchRequest(spaces, **{"trials": 12, **changes}), config or nine_epochs())
 
 

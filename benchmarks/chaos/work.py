@@ -44,7 +44,7 @@ OF_VERB = {
     ],
     "tune": ["training.epochs=2", "training.checkpoint_every_steps=2", "teacher.cache.attention_giou_floor=-1"],
 }
-TUNE = ["--space", "loss_weights", "--space", "query_groups", "--trials", "3", "--at-once", "1"]
+TUNE = ["--space", "loss_weights", "--space", "query_selection", "--trials", "3", "--at-once", "1"]
 
 
 def job_checksum(verb: str) -> str:

@@ -6,7 +6,7 @@ from qskd.config import FACTS, Config
 from qskd.config.backbone import KINDS
 from qskd.detectors import read_config
 from qskd.detectors.student import family_of
-from qskd.training.module import compiles_whole
+from qskd.training.compiling import compiles_whole
 
 RANDOM_BACKBONE = (
     "starts from random weights, which a detection loss alone hardly trains: student.backbone.init names pretrained ones; "
@@ -56,7 +56,7 @@ def notices(config: Config, epochs: float) -> list[str]:
         )
     if config.compute.compile and not compiles_whole(config):
         found.append(
-            "compute.compile compiles the backbone and the losses alone, the backbone once more for other sizes. To compile the "
+            "compute.compile compiles the backbone and the losses alone, the backbone a few times for other sizes. To compile the "
             "whole student it takes images of one size (student.resize.mode=square, no augmentation.scales) and "
             "detection.query_groups=1"
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qskd.config import ResizeConfig, ViewConfig
+from qskd.datasets.beside import BesideRow, RowReader, derivations
 from qskd.datasets.manifest import REMEDY as SHARDS_REMEDY
 from qskd.datasets.manifest import Manifest
 from qskd.datasets.order.schedule import Subset
@@ -18,40 +19,10 @@ from qskd.datasets.pictures.joining import joined, pad
 from qskd.datasets.samples import Sample
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.unlabeled.joined import JoinedShards
-from qskd.datasets.views import View, derived_crop, is_mirrored, make_view, source_view, view_boxes, viewed_size
+from qskd.datasets.views import View, is_mirrored, make_view, source_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
 from qskd.storage.spool import RowGroupSpool
-
-
-class BesideRow(Protocol):
-    """What a second reader has for one view of one image."""
-
-    @property
-    def image_id(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-class RowReader(Protocol):
-    """A second reader of rows, one for each row of the image shards and view: the teacher's outputs are read by such a one.
-
-    rows_read: of all rows asked for, those that were not in a spool. num_bytes: of all it can read. remedy: for messages, where a
-    row is of another image. mirrored: a row -> that of the same view mirrored left and right. collate: rows -> arrays of one batch.
-    """
-
-    remedy: str
-
-    @property
-    def rows_read(self) -> int: ...
-    @property
-    def num_bytes(self) -> int: ...
-    def where(self, shard: int, view: int) -> str: ...
-    def group_rows(self, shard: int, view: int, row: int) -> range: ...
-    def read(self, shard: int, view: int, rows: Sequence[int]) -> Sequence[BesideRow]: ...
-    def mirrored(self, row: Any) -> BesideRow: ...
-    def collate(self, rows: Sequence[Any]) -> dict[str, NDArray[Any]]: ...
-
 
 DIMENSION_BYTES = 2**25  # of the sizes of a million pictures
 
@@ -194,19 +165,8 @@ class BatchLoader:
         batch |= self._pixels(examples)
         if self._cache is not None and subset == "train":
             said = self._rows_beside(self._cache, wanted, [example.image_id for example in examples])
-            batch |= self._cache.collate(said) | self._derivations(rows[:, 2], batch["image_ids"])
+            batch |= self._cache.collate(said) | derivations(self._views, rows[:, 2], batch["image_ids"])
         return batch
-
-    def _derivations(self, views: NDArray[np.integer[Any]], image_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """What remains to be done to the cache's rows, which are mirrored already, and to which of them anything was done."""
-        if self._views.derived_taken == "none":
-            return {}
-        places = list(zip(image_ids.tolist(), views.tolist(), strict=True))
-        crops = np.array([derived_crop(self._views, *place) for place in places], np.float32).reshape(-1, 4)
-        whole = np.array(View.IDENTITY.crop_xyxy, np.float32)
-        mirrored = np.array([is_mirrored(self._views, *place) for place in places], bool)
-        found = {"teacher_derived": mirrored | (crops != whole).any(1)}
-        return found | ({"teacher_crops_xyxy": crops} if self._views.derived_taken == "flip_and_crop" else {})
 
     def _pixels(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
         prefixes = ("", "teacher_")[: len(self._resizes)]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qskd.detectors.detector import Detector, real_part, without_padding
+from qskd.detectors.detector import Detector
 from qskd.detectors.exact import exactly
+from qskd.detectors.parting import real_part, without_padding
 from qskd.detectors.taps import listening, not_kept
 from qskd.detectors.unasked import knowing
 from qskd.families.family import Family, Memory, inverse_sigmoid, tokens_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,53 +15,19 @@ from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.config import ResizeConfig
 from qskd.datasets.classes import UNNAMED
+from qskd.detectors.compiled import CompiledForward, compiled, varies
 from qskd.detectors.exact import Exact, exactly
 from qskd.detectors.extra_queries import ExtraQueries, QueryInlet, added
+from qskd.detectors.parting import of_extra, of_sides, real_part, stacked, taken, without_padding
 from qskd.detectors.taps import CrossAttention, Tap, attention_of, attention_of_each, detached, listening, not_kept
 from qskd.detectors.unasked import KnownMask, always, hides_nothing, knowing
-from qskd.families.family import Predictions
 from qskd.families.table import find_family
 from qskd.precision import lay_out
-from qskd.structures import DetectorOutput, ExtraPredictions
+from qskd.structures import DetectorOutput
 
 
 def _size(map_: Tensor) -> tuple[int, int]:
     return int(map_.shape[-2]), int(map_.shape[-1])
-
-
-def real_part(pixel_mask: Tensor) -> Tensor:
-    """[B, 1, 4]: the real width and height of each image, twice, over those of the padded batch."""
-    width, height = pixel_mask.any(1).float().mean(1), pixel_mask.any(2).float().mean(1)
-    return torch.stack([width, height, width, height], dim=-1).unsqueeze(1)
-
-
-def without_padding(predictions: Predictions, pixel_mask: Tensor) -> Predictions:
-    """Boxes relative to the padded image -> relative to the image itself. Without padding they keep their very values."""
-    part = real_part(pixel_mask)
-    early, sides = predictions.early_boxes_cxcywh, predictions.sides
-    return replace(
-        predictions,
-        boxes_cxcywh=predictions.boxes_cxcywh / part,
-        early_boxes_cxcywh=tuple(boxes / part for boxes in early),
-        sides=sides and replace(sides, about_cxcywh=sides.about_cxcywh / part),
-    )
-
-
-def _stacked(early: Sequence[Tensor], queries: slice) -> Tensor | None:
-    """Early predictions [E, B, Q, ...] of some queries."""
-    return torch.stack([prediction[:, queries] for prediction in early]) if early else None
-
-
-def _extra(predictions: Predictions, number: int) -> ExtraPredictions:
-    """Of the first `number` queries. Proposals, the first of the early predictions, know nothing of them."""
-    queries = slice(number)
-    return ExtraPredictions(
-        predictions.logits[:, :, queries],
-        predictions.boxes_cxcywh[:, :, queries],
-        _stacked(predictions.early_logits[1:], queries),
-        _stacked(predictions.early_boxes_cxcywh[1:], queries),
-        predictions.sides and predictions.sides.take(queries),
-    )
 
 
 class Detector(nn.Module):
@@ -106,6 +71,7 @@ class Detector(nn.Module):
         self.side_distributions = family.side_distributions
         self._inlet = QueryInlet(model.model.decoder) if family.denoises else None
         self._compiled: Callable[..., DetectorOutput] | None = None
+        self._compiled_backbone: CompiledForward | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -219,15 +185,20 @@ class Detector(nn.Module):
         """
         self._family.check_size(self.model.config, *pixel_values.shape[-2:])
         padded, full, run = _size(pixel_values), None, self._run
-        compiled = self._compiled if self.training and torch.is_grad_enabled() and not with_attention else None
-        if compiled is not None:
+        learns = self.training and torch.is_grad_enabled()
+        whole = self._compiled if learns and not with_attention else None
+        if whole is not None:
             # Sizes are fixed, and so is the answer; where images may have padding all the same, a mask is taken as it is.
-            full, run = (always if least == padded else None), partial(compiled, self)
+            full, run = (always if least == padded else None), partial(whole, self)
+            if extra is not None:
+                varies(1, extra.states, extra.boxes_cxcywh)
+                varies(0, extra.group)
         elif least is not None:
             full = partial(self._hides_nothing, least, padded)
         with (
             exactly(self.placing, pixel_values.device.type),
-            knowing(self._masked, full, self.model, traced=compiled is not None),
+            knowing(self._masked, full, self.model, traced=whole is not None),
+            compiled(self._compiled_backbone, learns),
         ):
             return run(pixel_values, pixel_mask, with_attention, extra)
 
@@ -254,6 +225,10 @@ class Detector(nn.Module):
         """Let forwards in training, of images of one size, go through `torch.compile` as a whole; others stay as they are.
         options: of `torch.compile`. Parameters and their names stay."""
         self._compiled = torch.compile(Detector._run, **options)
+
+    def compile_backbone(self, **options: Any) -> None:
+        """Let the backbone alone go through `torch.compile` in forwards in training: of images of any size."""
+        self._compiled_backbone = CompiledForward(self.backbone, **options)
 
     def taps(self, with_attention: bool = True) -> list[Tap]:
         """What has to listen to a forward of the model that `read` is to tell of."""
@@ -291,19 +266,19 @@ class Detector(nn.Module):
         attend = partial(attention_of, self._family, shapes=shapes, valid=everywhere, first=extra, learns=learns)
         own = slice(extra - predictions.logits.shape[2], None)  # from the end: proposals are of these alone
         return DetectorOutput(
-            logits=predictions.logits[:, :, own],
-            boxes_cxcywh=predictions.boxes_cxcywh[:, :, own],
+            logits=taken(predictions.logits, own),
+            boxes_cxcywh=taken(predictions.boxes_cxcywh, own),
             memory=memory,
             memory_valid=tuple(valid),
             features=features,
-            query_states=predictions.query_states[:, own],
+            query_states=taken(predictions.query_states, own, 1),
             attend=partial(attend, cross[-1:]) if with_attention else not_kept,
             attend_mean=partial(attend, cross) if with_attention else not_kept,
             no_object=predictions.no_object,
-            early_logits=_stacked(predictions.early_logits, own),
-            early_boxes_cxcywh=_stacked(predictions.early_boxes_cxcywh, own),
-            sides=predictions.sides and predictions.sides.take(own),
-            extra=_extra(predictions, extra) if extra else None,
+            early_logits=stacked(predictions.early_logits, own),
+            early_boxes_cxcywh=stacked(predictions.early_boxes_cxcywh, own),
+            sides=of_sides(predictions.sides, own),
+            extra=of_extra(predictions, extra) if extra else None,
             attend_each=partial(attention_of_each, attend, cross, self.num_queries) if with_attention else not_kept,
         )
 

@@ -21,11 +21,11 @@ from qskd.families.family import inverse_sigmoid
 @dataclass(frozen=True)
 class ExtraQueries:
     """states: [B, D, C], what the first decoder layer is given. boxes_cxcywh: [B, D, 4] in 0..1, where they look first,
-    relative to the image. group: queries in each group, which follow one another; D is a multiple of it."""
+    relative to the image. group: [D] int64, which group each is in, counted from 0."""
 
     states: Tensor
     boxes_cxcywh: Tensor
-    group: int
+    group: Tensor
 
     def within(self, part: Tensor) -> ExtraQueries:
         """With boxes relative to the padded batch. part: [B, 1, 4], the real part of its width, height, width, height."""
@@ -38,11 +38,9 @@ class ExtraQueries:
 
     def hidden(self, own: int) -> Tensor:
         """[D + own, D + own] float: -infinity where a query (row) may not look at another (column), 0 elsewhere."""
-        number, device = self.states.shape[1], self.states.device
-        place = torch.arange(number + own, device=device)
-        group = torch.where(place < number, place // self.group, -1)
-        apart = (group[:, None] != group[None, :]) & (place < number)[None, :]
-        return torch.zeros(apart.shape, device=device).masked_fill(apart, float("-inf"))
+        group = torch.cat([self.group, self.group.new_full((own,), -1)])
+        apart = (group[:, None] != group[None, :]) & (group >= 0)[None, :]
+        return torch.zeros(apart.shape, device=group.device).masked_fill(apart, float("-inf"))
 
     def join(self, outputs: Any) -> None:
         """Let outputs of the base model, which ran with these queries, say so as with transformers' own denoising queries."""

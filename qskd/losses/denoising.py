@@ -86,8 +86,9 @@ class Denoising(nn.Module):
         boxes = nn.functional.pad(targets.boxes_cxcywh.float(), (0, 0, 0, missing))
         labels = nn.functional.pad(targets.labels, (0, missing))
         valid = nn.functional.pad(targets.valid, (0, missing))
-        device, group = boxes.device, 2 * noise.objects
-        negative = (torch.arange(group, device=device) >= noise.objects).repeat(noise.groups)[:, None]
+        device = boxes.device
+        place = torch.arange(2 * noise.objects * noise.groups, device=device)
+        negative = (place % (2 * noise.objects) >= noise.objects)[:, None]
 
         all_boxes, all_valid = boxes.repeat(1, 2 * noise.groups, 1), valid.repeat(1, 2 * noise.groups)
         renamed, name, directions, distances = noise.uniform.split([1, 1, 4, 4], -1)
@@ -110,7 +111,7 @@ class Denoising(nn.Module):
             targets.unsure_xyxy,
             targets.unsure,
         )
-        queries = ExtraQueries(self.embedding(names), xyxy_to_cxcywh(places), group)
+        queries = ExtraQueries(self.embedding(names), xyxy_to_cxcywh(places), place // (2 * noise.objects))
         return Groups(queries, wanted, positive.expand(batch, -1))
 
     def nothing(self, names: Iterable[str]) -> dict[str, LossTerm]:

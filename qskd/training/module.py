@@ -1,9 +1,4 @@
-"""All of a training step that has gradients, as one module whose forward gives every loss term.
-
-With `compute.compile` its parts go through torch.compile: the student as one graph, where all images have one size; the matching's
-costs, up to the one wait for them; the losses, after it. What varies from batch to batch, as the number of objects, is a variable
-of the graphs, so that each is compiled a few times at most.
-"""
+"""All of a training step that has gradients, as one module whose forward gives every loss term."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qskd.config import FACTS, Config, DetectionLossConfig
+from qskd.config import Config, DetectionLossConfig
 from qskd.detectors import Detector, to_pixels
 from qskd.detectors.decoding import decode
 from qskd.distillation.method import Lesson, Method, Online, Several, build_method
@@ -36,26 +31,32 @@ from qskd.training.query_groups import query_groups_of
 Terms = dict[str, LossTerm]
 
 
-def _own_terms(module: StepModule, *given: Any) -> Terms:
+def own_terms(module: StepModule, *given: Any) -> Terms:
     return module.own_terms(*given)
 
 
-def _dense(head: DenseHead, *given: Any) -> Terms:
+def dense_terms(head: DenseHead, *given: Any) -> Terms:
     return head.forward(*given)
 
 
-def _of_method(method: Method, lesson: Lesson) -> Terms:
+def as_they_are(targets: Targets) -> Targets:
+    return targets
+
+
+def method_terms(method: Method, lesson: Lesson) -> Terms:
     return method.forward(lesson if isinstance(method, Several) else lesson.of_method())
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a step around the student's forward: plain functions, or compiled ones."""
+    """The parts of a step around the student's forward: plain functions, or compiled ones (`qskd.training.compiling`), which
+    want targets laid out for them."""
 
+    lay_out: Callable[[Targets], Targets] = as_they_are
     costs: Callable[..., tuple[list[tuple[int, ...]], Tensor]] = all_costs
-    dense: Callable[..., Terms] = _dense
-    terms: Callable[..., Terms] = _own_terms
-    method: Callable[[Method, Lesson], Terms] = _of_method
+    dense: Callable[..., Terms] = dense_terms
+    terms: Callable[..., Terms] = own_terms
+    method: Callable[[Method, Lesson], Terms] = method_terms
 
 
 class StepModule(nn.Module):
@@ -130,7 +131,8 @@ class StepModule(nn.Module):
         kinds = [kind] * len(predictions)
         if teacher is not None:
             predictions.append(prediction(teacher))
-        parts, targets = self.parts, replace(targets, packed=positions_of(targets))
+        parts = self.parts
+        targets = parts.lay_out(replace(targets, packed=positions_of(targets)))
         finish = begin_assigning(predictions, targets, self.config.detection, kinds, parts.costs)
         dense: dict[str, LossTerm] = {}
         if self.dense_head is not None:  # before the matching is waited for: it needs none
@@ -185,65 +187,3 @@ def denoising_queries(config: DetectionLossConfig, student: Detector) -> int:
 
 def _method(config: Config, student: Detector, teacher: Teacher) -> Method | None:
     return build_method(config.distillation, facts_of(student, config.student.resize), teacher.facts)
-
-
-def compiles_whole(config: Config) -> bool:
-    """Whether every forward of a training has images of one size, so that the whole student is one graph. Groups of queries come
-    into it by hooks of a step's own, which are compiled into none."""
-    sizes_fixed = config.student.resize.mode == "square" and not config.augmentation.changes_sizes
-    groups = config.detection.query_groups or FACTS[config.student.family].query_groups
-    return sizes_fixed and groups == 1
-
-
-def compile_step(module: StepModule, config: Config, **options: Any) -> None:
-    """Let the parts of a step be compiled at their first use. Parameters, their names, and what is saved stay.
-
-    Of a student whose images change in size the backbone alone is. options: of `torch.compile`.
-    """
-    if compiles_whole(config):
-        module.student.compile_training(**options)
-    else:
-        module.student.backbone.compile(**options)
-    parts: list[Any] = [torch.compile(part, **options) for part in (all_costs, _dense, _own_terms, _of_method)]
-    costs, dense, terms, method = parts
-
-    def our_costs(predictions: Any, targets: Targets, *given: Any) -> tuple[list[tuple[int, ...]], Tensor]:
-        return costs(predictions, _vary(targets), *given)
-
-    def our_dense(head: DenseHead, features: Tensor, valid: Tensor, targets: Targets) -> Terms:
-        return dense(head, features, valid, _vary(targets))
-
-    def our_terms(
-        module: StepModule, output: Any, own: Any, others: Any, targets: Targets, assignments: Any, noised: Any
-    ) -> Terms:
-        _varies(2, *assignments)
-        return terms(module, output, own, others, _vary(targets), assignments, noised)
-
-    def our_method(kind: Method, lesson: Lesson) -> Terms:
-        if isinstance(kind, Several) and lesson.boosts:  # each part has its own
-            return _of_method(kind, lesson)
-        lesson = lesson.of_method()  # before anything is traced
-        if not kind.traceable:
-            return _of_method(kind, lesson)
-        _vary(lesson.targets)
-        _varies(2, lesson.student_assignment, lesson.teacher_assignment)
-        known = lesson.teacher.attention_queries
-        _varies(1, *([] if known is None else [known]), *lesson.teacher.attention)
-        return method(kind, lesson)
-
-    module.parts = Parts(our_costs, our_dense, our_terms, our_method)
-
-
-def _varies(dimension: int, *tensors: Tensor) -> None:
-    """Sizes that change from batch to batch: one graph for all but 0 and 1."""
-    from torch._dynamo import maybe_mark_dynamic  # seconds, of which a training without it has no use
-
-    for tensor in tensors:
-        maybe_mark_dynamic(tensor, dimension)
-
-
-def _vary(targets: Targets) -> Targets:
-    _varies(1, targets.boxes_cxcywh, targets.labels, targets.valid)
-    _varies(1, *(each for each in (targets.unsure_xyxy, targets.unsure) if each is not None))
-    _varies(0, *(targets.packed or ()))
-    return targets

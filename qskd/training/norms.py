@@ -113,17 +113,43 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return alone + normalised.sum()
 
 
-def put_right(module: nn.Module) -> None:
-    """Give torch's own batch norms in `module` a batch of one on a CPU in order (`_in_order`), and its gradient."""
+class _LaidOutBack(torch.autograd.Function):
+    """output, as it is; its gradient with the strides of x."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return _in_order(gradient, x), None
+
+
+def _laid_out_back(output: Tensor, x: Tensor) -> Tensor:
+    found: Tensor = _LaidOutBack.apply(output, x)
+    return found
+
+
+def put_right(module: nn.Module, traced: bool = False) -> None:
+    """Give torch's own batch norms in `module` a batch of one on a CPU in order (`_in_order`), and its gradient.
+    traced: torch.compile may go through it, to which a gradient's strides are unknown where it meets them in a hook."""
+    if traced:
+        torch.compiler.allow_in_graph(_laid_out_back)
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         (x,) = args
         return (_in_order(x, x),) if len(x) == 1 and x.device.type == "cpu" else None
 
-    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if len(output) == 1 and output.device.type == "cpu" and output.requires_grad:
-            (x,) = args
-            output.register_hook(lambda gradient: _in_order(gradient, x))
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not (len(output) == 1 and output.device.type == "cpu" and output.requires_grad):
+            return None
+        (x,) = args
+        if torch.compiler.is_compiling():
+            return _laid_out_back(output, x)
+        output.register_hook(lambda gradient: _in_order(gradient, x))
+        return None
 
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, SharedBatchNorm2d):

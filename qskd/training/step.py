@@ -29,27 +29,17 @@ from qskd.losses.denoising import Noise, draw_noise
 from qskd.losses.detection_loss import combine_with_values
 from qskd.precision import autocast, laid_out_as
 from qskd.quantization.stages import Stages
-from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_device, with_rest
+from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_device
 from qskd.teacher.cached import Teacher
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.augmentation import augmentation_of
+from qskd.training.compiling import compile_step
+from qskd.training.evaluation_weights import EvaluationWeights
 from qskd.training.groups import learning_rate_factor, parameter_groups
-from qskd.training.module import StepModule, compile_step
+from qskd.training.module import StepModule
 from qskd.training.norms import put_right, share_statistics
+from qskd.training.sharing import mean_counts, most_of_all
 from qskd.training.stand_in import stand_in
-
-
-@torch.no_grad()
-def _mean_counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
-    """Each term's count averaged over workers, put together with that of its rest: one collective for all of them."""
-    rests = {name: term.rest for name, term in terms.items() if term.rest is not None}
-    counts = torch.stack([term.count.float() for term in terms.values()] + list(rests.values()))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(counts)
-        counts /= dist.get_world_size()
-    mean = dict(zip(terms, counts[: len(terms)].unbind(), strict=True))
-    beside = dict(zip(rests, counts[len(terms) :].unbind(), strict=True))
-    return mean | {name: with_rest(mean[name], rest) for name, rest in beside.items()}
 
 
 class Training:
@@ -73,7 +63,7 @@ class Training:
         self.hosts = dist.new_group(backend="gloo") if others else None
         self.shared_norms = share_statistics(student) if world > 1 and config.student.backbone_norm == "sync" else []
         if device.type == "cpu":
-            put_right(student)
+            put_right(student, traced=config.compute.compile)
         if config.compute.compile:
             compile_step(self.module, config)
         self.optimizer = torch.optim.AdamW(
@@ -190,7 +180,7 @@ class Training:
             }
         # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
         terms = {name: replace(term, floor=term.floor / (self.world * parts)) for name, term in terms.items()}
-        counts = _mean_counts(terms)
+        counts = mean_counts(terms)
         weights = self.module.weights_at(self.step, self.total_steps)
         total, values = combine_with_values(terms, weights, counts)
         return total, values | {"total": total.detach()}
@@ -220,21 +210,13 @@ class Training:
         """Of this share's denoising queries; None without any. All workers ask at once: the groups are the global batch's."""
         if self.module.denoising is None:
             return None
-        objects = self._most(max(part.targets.counts, default=0))
+        objects = most_of_all(max(part.targets.counts, default=0), self.world, self.hosts)
         if not objects or not len(part.images):
             return None
         queries = self.module.denoising_queries
         noise = draw_noise(self.config.seed, self.step, part.targets.image_ids, objects, queries)
         pinned = replace(noise, uniform=noise.uniform.pin_memory()) if self.device.type == "cuda" else noise
         return to_device(pinned, self.device)
-
-    def _most(self, own: int) -> int:
-        """The largest of all workers' numbers, from host to host: no device is waited for."""
-        if self.world == 1:
-            return own
-        most = torch.tensor(own)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.hosts)
-        return int(most)
 
     def _online(self, batch: TrainBatch) -> Online | None:
         """The teacher itself, for a method that asks it in its own way."""
@@ -278,7 +260,7 @@ class Training:
 
         The first time at a step all workers must enter together; after that rank 0 may alone, to save the student.
         """
-        return _EvaluationWeights(self)
+        return EvaluationWeights(self)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors a resumed run needs, by flat name (safetensors can hold them)."""
@@ -315,29 +297,3 @@ class Training:
             seen = {k[12:]: v for k, v in tensors.items() if k.startswith("calibration.")}
             self.stages.load(seen, step)
             self.step_module = self._gathering()
-
-
-class _EvaluationWeights:
-    def __init__(self, training: Training) -> None:
-        self.training = training
-        self.saved: dict[str, Tensor] = {}
-
-    def __enter__(self) -> Detector:
-        training, student = self.training, self.training.student
-        if training.world > 1 and training.shared_buffers_at != training.step:
-            # The average's too: it is what is evaluated, and each worker averages its own statistics.
-            averaged = [training.average[name] for name, _ in student.named_buffers() if name in training.average]
-            for buffer in [*student.buffers(), *averaged]:
-                dist.broadcast(buffer, 0)
-            training.shared_buffers_at = training.step
-        if training.average:
-            self.saved = {k: v.detach().clone() for k, v in student.state_dict().items()}
-            student.load_state_dict(training.average)
-        for norm in training.shared_norms:
-            norm.absent = False
-        return student.eval()
-
-    def __exit__(self, *_: object) -> None:
-        if self.saved:
-            self.training.student.load_state_dict(self.saved)
-        self.training.student.train()

@@ -131,12 +131,12 @@ def bits_of(row: TrialRow, recipe: Config) -> str:
 
 
 def _shown_value(row: TrialRow, name: str, recipe: Config, absent: Any) -> Any:
-    """What the trial has for a parameter. query_groups asks for shares of the room that is left: the GIoU says more."""
+    """What the trial has for a parameter. query_selection asks for shares of the room that is left: the GIoU says more."""
     if name not in row.parameters:
         return absent
     prefix, _, band = name.rpartition("_")
     chosen = boundaries(row, recipe)
-    if prefix == "query_groups.boundary" and band.isdigit() and 1 <= int(band) <= len(chosen):
+    if prefix == "query_selection.boundary" and band.isdigit() and 1 <= int(band) <= len(chosen):
         return chosen[int(band) - 1]
     return row.parameters[name]
 

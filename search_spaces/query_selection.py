@@ -78,7 +78,7 @@ def _settings(config: Config) -> Settings:
     if isinstance(distillation, Settings):
         return distillation
     found = f"distillation.method = {distillation.method}: nothing is selected, or not by the first method"
-    raise QskdError("search space query_groups", found, "groups by GIoU", "change that, or leave this space out")
+    raise QskdError("search space query_selection", found, "groups by GIoU", "change that, or leave this space out")
 
 
 def _room(config: Config) -> tuple[float, int]:
@@ -95,11 +95,11 @@ def _room(config: Config) -> tuple[float, int]:
     ):
         if wrong:
             raise QskdError(
-                "search space query_groups", found, "groups by GIoU", "change that, or leave this space out"
+                "search space query_selection", found, "groups by GIoU", "change that, or leave this space out"
             )
     if floor > HIGHEST - GAP:
         raise QskdError(
-            "search space query_groups",
+            "search space query_selection",
             f"teacher.cache.attention_giou_floor = {floor:g} leaves no room for boundaries",
             f"{HIGHEST - GAP:g} or less",
             "make a cache with a lower floor",
