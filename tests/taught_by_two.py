@@ -19,6 +19,7 @@ from qskd.datasets.classes import NOBODY
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.order.schedule import split
 from qskd.datasets.shards import write_shards
+from qskd.detectors import Detector
 from qskd.distillation.method import teacher_needs
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher
@@ -31,6 +32,16 @@ CACHED_ROWS = ((1, 2, 4, 7), (0, 4, 3), (6,), (5, 1, 8, 11), (9, 10))
 ROWS_PER_SHARD = 6
 
 
+@torch.no_grad()
+def speak_up(detector: Detector, by: float) -> None:
+    """Scores that are far apart, and higher."""
+    for name, parameter in detector.named_parameters():
+        if "class" in name and name.endswith("bias"):
+            parameter.add_(by)
+        elif "class" in name:
+            parameter.mul_(5.0)
+
+
 @functools.cache
 def two_teachers() -> TeachersTogether:
     """Of one map and of two. The first is half sure of all it says, the second sure of some."""
@@ -40,12 +51,7 @@ def two_teachers() -> TeachersTogether:
         ("refined", (NOBODY, NOBODY, 1), 4, 2.4),
     ):
         one = random_teacher(family, seed=seed)
-        with torch.no_grad():
-            for name, parameter in one.detector.named_parameters():
-                if "class" in name and name.endswith("bias"):
-                    parameter.add_(louder)
-                elif "class" in name:
-                    parameter.mul_(5.0)
+        speak_up(one.detector, louder)
         members.append(OnlineTeacher(one.detector, slots, one.preprocessing))
     return TeachersTogether(members)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from qskd.config import StudentConfig
 from qskd.datasets.batch import TrainBatch
 from qskd.datasets.classes import NOBODY
 from qskd.detectors import Preprocessing, load_detector, to_pixels
+from qskd.distillation.qskd.seen import ask_teacher
 from qskd.distillation.qskd.settings import QuerySelectionConfig
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.cached import CachedTeacher
@@ -226,6 +228,23 @@ def test_a_box_that_a_teacher_does_not_give_teaches_nothing_beside_another_teach
     again = CachedTeacher(sizes).record(replace(batch, cached=cached), TeacherNeeds())
     assert again.absent is not None
     assert torch.equal(again.absent, record.absent)
+
+
+def test_a_box_that_is_not_there_is_not_shown_as_kept(pair: tuple[OnlineTeacher, OnlineTeacher]) -> None:
+    """By `qskd explain`: of the teacher alone, and beside another."""
+    batch, config = of_classes([[2, 2]]), recipe(FAMILIES["refined"], ALONE)
+    for teacher in (pair[1], TeachersTogether(pair)):
+        ask = partial(teacher, batch.teacher_images, batch.teacher_sizes)
+        record, selection, _ = ask_teacher(
+            lambda needs, choose, ask=ask: ask(needs, choose),
+            TeacherNeeds(),
+            batch.targets,
+            config.distillation,  # type: ignore[arg-type]
+            config.detection,
+        )
+        assert record.absent is not None
+        assert (selection.weight[record.absent[-1]] == 0).all()
+        assert (selection.weight > 0).sum() == 2
 
 
 def test_where_a_teacher_sees_nothing_in_a_worker_s_whole_share_the_other_teaches_as_ever(
