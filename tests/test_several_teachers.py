@@ -61,9 +61,9 @@ def two() -> tuple[OnlineTeacher, OnlineTeacher]:
     return OnlineTeacher(first.detector, FIRST, first.preprocessing), OnlineTeacher(second.detector, SECOND, other)
 
 
-def of_classes(labels: list[list[int]], seed: int = 0) -> TrainBatch:
-    """Images with objects of these classes."""
-    batch = train_batch(arrays([len(each) for each in labels], seed, teacher_size=64))
+def of_classes(labels: list[list[int]], seed: int = 0, side: int = 64) -> TrainBatch:
+    """Images with objects of these classes. side: of those that the teachers see."""
+    batch = train_batch(arrays([len(each) for each in labels], seed, teacher_size=side))
     given = batch.targets.labels.clone()
     for image, each in enumerate(labels):
         given[image, : len(each)] = torch.tensor(each, dtype=torch.int64)
@@ -155,6 +155,19 @@ def test_of_objects_of_one_teacher_s_classes_that_teacher_alone_is_learnt_from(l
         assert all(torch.equal(again[name][0], total) for name, (total, _) in found.items())
 
 
+def share(whole: TrainBatch, rows: slice) -> TrainBatch:
+    """A worker's part of a batch."""
+    counts = whole.targets.counts[rows]
+    targets = replace(
+        whole.targets,
+        **{name: getattr(whole.targets, name)[rows, : max(counts)] for name in ("boxes_cxcywh", "labels", "valid")},
+        image_ids=whole.targets.image_ids[rows],
+        counts=counts,
+    )
+    parts = {name: getattr(whole, name)[rows] for name in ("images", "sizes", "teacher_images", "teacher_sizes")}
+    return replace(whole, **parts, targets=targets)
+
+
 def test_of_a_batch_of_both_each_teaches_its_own_objects() -> None:
     """Images of one teacher's objects each: the terms are sums of both, and so are their counts; as are those of two workers."""
     members = two()
@@ -167,18 +180,7 @@ def test_of_a_batch_of_both_each_teaches_its_own_objects() -> None:
     whole = replace(whole, targets=replace(whole.targets, labels=labels))
     found = terms_of(together, whole, None, given)
 
-    def share(rows: slice) -> TrainBatch:
-        counts = whole.targets.counts[rows]
-        targets = replace(
-            whole.targets,
-            **{name: getattr(whole.targets, name)[rows, : max(counts)] for name in ("boxes_cxcywh", "labels", "valid")},
-            image_ids=whole.targets.image_ids[rows],
-            counts=counts,
-        )
-        parts = {name: getattr(whole, name)[rows] for name in ("images", "sizes", "teacher_images", "teacher_sizes")}
-        return replace(whole, **parts, targets=targets)
-
-    shares = [share(slice(0, 2)), share(slice(2, 4))]
+    shares = [share(whole, slice(0, 2)), share(whole, slice(2, 4))]
     for teachers in ((together, together), members):
         apart_ = [
             terms_of(teacher, each, None, given if teacher is together else given[number : number + 1])

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
+from taught_by_two import CACHED_ROWS, from_cache_of_two, make_cache_of_two, two_teachers
 from tiny import FAMILIES, LABELS, SIZE, arrays, make_training, random_teacher, recipe, silent_student
 from torch import Tensor
 from transformers.models.d_fine.modeling_d_fine import replace_batch_norm
@@ -59,6 +60,8 @@ SCENARIOS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "conditional",
         ("student.family=rt_detr", "student.feature_levels=2", "student.queries=20", "student.backbone_norm=sync"),
     ),
+    "two teachers": ("refined", ()),
+    "labels completed by two": ("refined", ("data.completed=true", "distillation.predictions.pairing=global")),
 }
 
 
@@ -80,15 +83,15 @@ def the_teacher() -> OnlineTeacher:
     return random_teacher("conditional")
 
 
-def start(config: Config) -> Training:
-    teacher = the_teacher() if config.distillation.method != "none" else None
-    return make_training(config, teacher, len(BATCHES))
+def start(config: Config, taught_by_two: bool = False) -> Training:
+    asked = two_teachers if taught_by_two else the_teacher
+    return make_training(config, asked() if config.distillation.method != "none" else None, len(BATCHES))
 
 
 @functools.cache
 def train(name: str, world_size: int, rank: int) -> dict[str, Tensor]:
     """Every step's terms as "step.TERM", and the weights after each step of the first half and the last."""
-    training = start(configured(name))
+    training = start(configured(name), "two" in name)
     results: dict[str, Tensor] = {}
     for step, counts in enumerate(BATCHES):
         values = training.train_step(share_of(counts, step, world_size, rank))
@@ -115,18 +118,18 @@ def evaluate(rank: int) -> dict[str, Tensor]:
     return own | averages | evaluated
 
 
-def resume(rank: int) -> dict[str, Tensor]:
+def resume(rank: int, taught_by_two: bool) -> dict[str, Tensor]:
     """A run with everything random, whole and stopped after two steps; rank 0's state is what all go on from."""
     options = (DENSE, "student.dropout=0.1", "training.ema_decay=0.9")
     results: dict[str, Tensor] = {}
-    whole = start(recipe(FAMILIES["refined"], *options))
+    whole = start(recipe(FAMILIES["refined"], *options), taught_by_two)
     for step, counts in enumerate(BATCHES[:4]):
         whole.train_step(share_of(counts, step, WORKERS, rank))
         if step == 1:
             saved: list[Any] = [whole.state()]
             dist.broadcast_object_list(saved, src=0)
     results |= {f"whole/{key}": value for key, value in whole.state().items()}
-    again = start(recipe(FAMILIES["refined"], *options))
+    again = start(recipe(FAMILIES["refined"], *options), taught_by_two)
     again.load_state(saved[0], 2)
     for step, counts in enumerate(BATCHES[2:4], start=2):
         again.train_step(share_of(counts, step, WORKERS, rank))
@@ -229,7 +232,9 @@ def worker(rank: int, folder: str) -> None:
     save_file(in_parts(WORKERS, rank), f"{folder}/parts-{rank}.safetensors")
     save_file(denoised(WORKERS, rank), f"{folder}/denoised-{rank}.safetensors")
     save_file(few_bits(WORKERS, rank), f"{folder}/bits-{rank}.safetensors")
-    save_file(resume(rank), f"{folder}/resume-{rank}.safetensors")
+    for taught_by_two in (False, True):
+        save_file(resume(rank, taught_by_two), f"{folder}/resume-{taught_by_two}-{rank}.safetensors")
+    save_file(from_cache_of_two(folder, WORKERS, rank), f"{folder}/cached-{rank}.safetensors")
     save_file(go_on(load_file(f"{folder}/alone.safetensors"), WORKERS, rank), f"{folder}/grown-{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -239,6 +244,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two workers wrote. Fails, and does not wait, when they hang."""
     path = tmp_path_factory.mktemp("workers")
     save_file(train("refined", 1, 0), path / "alone.safetensors")
+    make_cache_of_two(path)
     multiprocessing.set_forkserver_preload(PRELOADED)
     context = torch.multiprocessing.start_processes(
         worker, (str(path),), WORKERS, join=False, start_method="forkserver"
@@ -385,11 +391,23 @@ def test_denoising_and_fine_grained_losses_of_two_workers_are_one_worker_s(folde
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-def test_two_workers_resume_exactly(folder: Path) -> None:
-    for values in results(folder, "resume"):
+def test_from_a_cache_of_two_teachers_two_workers_take_one_worker_s_steps(folder: Path) -> None:
+    one, two = from_cache_of_two(folder, 1, 0), results(folder, "cached")
+    for step in range(len(CACHED_ROWS)):
+        for term, value in part(one, f"{step}.").items():
+            mean = np.mean([worker[f"{step}.{term}"].item() for worker in two])
+            assert mean == pytest.approx(value.item(), rel=1e-4, abs=1e-7), (step, term)
+        assert all(one[f"{step}.{term}"] > 0 for term in ("agfd", "lapd_class", "lapd_l1", "lapd_giou"))
+    assert_near(part(two[0], "first/module."), part(one, "first/module."))
+    assert [key for key, value in part(two[0], "last/").items() if not torch.equal(two[1][f"last/{key}"], value)] == []
+
+
+@pytest.mark.parametrize("taught_by_two", [False, True])
+def test_two_workers_resume_exactly(folder: Path, taught_by_two: bool) -> None:
+    for values in results(folder, f"resume-{taught_by_two}"):
         whole, again = part(values, "whole/"), part(values, "again/")
         differing = [key for key, value in whole.items() if not torch.equal(value, again[key])]
         # A worker's own running statistics are not kept: nothing reads them but rank 0's.
         assert [key for key in differing if "running" not in key] == []
-    whole, again = (part(results(folder, "resume")[0], name) for name in ("whole/", "again/"))
+    whole, again = (part(results(folder, f"resume-{taught_by_two}")[0], name) for name in ("whole/", "again/"))
     assert [key for key, value in whole.items() if not torch.equal(value, again[key])] == []

@@ -1,7 +1,7 @@
 """Two workers on a real Ray: begun with a Ray of their own and stopped, gone on with in another, told that their node goes.
 
-The workers' numbers are those of a training in this process; a Ray that a program starts listens on loopback alone, and leaves
-nothing behind.
+The workers' numbers are those of a training in this process, with two teachers and labels that these complete. A Ray that a
+program starts listens on loopback alone, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import psutil
 import pytest
 from forked import processes_of_ray
 from programs import begin, is_loopback, listeners
-from test_pipelines import cluster, config, in_stretches, without_ray, work  # noqa: F401  (fixtures)
+from taught_by_two import speak_up
+from test_pipelines import SIZES, cluster, config, in_stretches, without_ray, work  # noqa: F401  (fixtures)
+from tiny import shake
 
 from pipelines.run.folder import Folder
 from pipelines.run.history import read_history
 from pipelines.training import driver as distill
 from pipelines.training.checkpoint_list import last_report, mend_list
-from qskd.config.recipe import to_yaml
+from qskd.config.recipe import load, to_yaml
+from qskd.datasets.manifest import load_manifest
+from qskd.detectors import build_student, save_detector
 
 pytestmark = pytest.mark.slow
 TWO_WORKERS = [
@@ -39,9 +43,23 @@ COMPARED_STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def stopped(work: Path, cluster: str) -> SimpleNamespace:
+def taught(work: Path) -> list[str]:
+    """A second teacher, of half the classes, which is sure of some of what it says, and labels that lack what it sees."""
+    labels = load_manifest(str(work / "train")).labels[4:]
+    fields = ["student.family=deformable_detr", "student.feature_levels=2", "student.queries=9"]
+    student = load(None, [*SIZES, *fields]).student
+    detector = build_student(student, labels, seed=9).eval()
+    shake(detector, 9)
+    speak_up(detector, 1.8)
+    save_detector(detector, work / "second", student.resize)
+    left = ", ".join(f"{name}: null" for name in labels)
+    return [f"teacher.also.second.path={work}/second", f"teacher.class_map={{{left}}}", "data.completed=true"]
+
+
+@pytest.fixture(scope="module")
+def stopped(work: Path, cluster: str, taught: list[str]) -> SimpleNamespace:
     """A run of two workers, begun by a program with a Ray of its own, which SIGTERM ended."""
-    two = config(work, "two", *TWO_WORKERS, "compute.workers=2")
+    two = config(work, "two", *TWO_WORKERS, *taught, "compute.workers=2")
     recipe, home, folder = work / "two.yaml", work / "home", Folder(two)
     home.mkdir()
     recipe.write_text(to_yaml(two))
@@ -88,7 +106,11 @@ def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order
 
 
 def test_two_workers_that_were_stopped_go_on_and_train_as_this_process_does_without_ray(
-    work: Path, stopped: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path,
+    stopped: SimpleNamespace,
+    taught: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import mlflow
 
@@ -103,7 +125,7 @@ def test_two_workers_that_were_stopped_go_on_and_train_as_this_process_does_with
     assert client.get_run(stopped.run_id).info.status == "FINISHED"
     together = read_history(stopped.folder)
     assert [entry["step"] for entry in together] == list(range(1, 37))
-    alone = without_ray(config(work, "one", *TWO_WORKERS), COMPARED_STEPS)
+    alone = without_ray(config(work, "one", *TWO_WORKERS, *taught), COMPARED_STEPS)
     # Of a report that Ray took and the run did not hear of, as it was stopped, Ray keeps one worker's losses: they are left out.
     told = [(mine, theirs) for mine, theirs in zip(alone, together, strict=False) if "training" in theirs]
     assert len(told) >= COMPARED_STEPS - 1

@@ -77,8 +77,14 @@ class CachedTeacher:
             said = replace(made_whole(decode_batch(batch.cached), self.bases), parts=self.sizes.parts)
             crops_xyxy = batch.cached.get("teacher_crops_xyxy")
             said = said if crops_xyxy is None else cropped(said, crops_xyxy, self.min_visible)
-            return said if self.sizes.channels else without_places(said)
+            return said if self._gives_all else without_places(said)
         return self.blank(len(batch.images), batch.images.device, needs)
+
+    @property
+    def _gives_all(self) -> bool:
+        """Whether all queries of every image are there: of each teacher that has maps, which one of boxes alone has not."""
+        sizes = self.sizes
+        return all(maps for _, maps in sizes.parts) if sizes.parts else bool(sizes.channels)
 
     def online(self, batch: TrainBatch) -> Online | None:
         """Nobody can be asked: `check_enough` has refused a method that would."""

@@ -161,7 +161,8 @@ def ask_teacher(
     selections, masks = list[QuerySelection](), list[Tensor]()
     for part, matches in zip(apart(record), given, strict=True):
         strange = part.silent[targets.labels] if record.parts else None
-        chosen = select_queries(part.boxes_cxcywh[-1], targets, matches, settings.selection, strange=strange)
+        absent = None if part.absent is None else part.absent[-1]
+        chosen = select_queries(part.boxes_cxcywh[-1], targets, matches, settings.selection, absent, strange)
         confidence = part.logits[-1].float().amax(-1).sigmoid()
         masks += foreground_mask(chosen, part, confidence, settings.features) if part.attention else ()
         selections.append(chosen)

@@ -84,9 +84,13 @@ def matches_apart(record: TeacherRecord, assignment: Tensor) -> tuple[Tensor, ..
 
 
 def deaf(record: TeacherRecord) -> Tensor:
-    """[Q, K] bool, of several teachers: the queries of those that say nothing of a class which another one knows."""
-    silent = torch.stack([part.silent for part in apart(record)])
-    others = silent & ~silent.all(0)
+    """[Q, K] bool, of several teachers: the queries of those that say nothing of a class which another one knows.
+
+    A teacher that says nothing at all has seen nothing in this share of the batch (all its queries are absent). Its classes may
+    be any that the others don't know, so that these stay as deaf to them as they are where it has seen something.
+    """
+    silent = torch.stack([part.silent for part in apart(record)])  # [teachers, K]
+    others = silent & (~silent | silent.all(1, keepdim=True)).any(0)
     counts = torch.tensor([queries for queries, _ in record.parts], device=silent.device)
     return others.repeat_interleave(counts, 0, output_size=record.logits.shape[2])
 

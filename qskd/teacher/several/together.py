@@ -79,6 +79,7 @@ class TeachersTogether(OnlineTeacher):
             boxes_cxcywh=torch.cat([each.boxes_cxcywh for each in records], 2),
             memory=tuple(level for each in records for level in each.memory),
             memory_valid=tuple(level for each in records for level in each.memory_valid),
+            absent=_absent(records),
             parts=self._parts([member.facts for member in self._members]),
         )
         if not needs.attention:
@@ -97,3 +98,14 @@ class TeachersTogether(OnlineTeacher):
             return tuple(found)
 
         return record, attend
+
+
+def _absent(records: Sequence[TeacherRecord]) -> Tensor | None:
+    """Of all: each query of a teacher that has no absent ones is there."""
+    if all(each.absent is None for each in records):
+        return None
+    found = [
+        torch.zeros_like(each.logits[..., 0], dtype=torch.bool) if each.absent is None else each.absent
+        for each in records
+    ]
+    return torch.cat(found, 2)
