@@ -21,8 +21,10 @@ from pipelines.tuning.engine import SweepScheduler, make_asha, trial_resources, 
 from pipelines.tuning.finish import best_recipe, write_recipes
 from pipelines.tuning.records import Records, Refusal, check_no_training, trial_config
 from pipelines.tuning.search.population import Population
-from pipelines.tuning.search.propose import propose, succession
+from pipelines.tuning.search.propose import Proposal, succession
+from pipelines.tuning.search.propose import propose as propose_or_end
 from pipelines.tuning.search.request import Search, SearchRequest, check_request
+from pipelines.tuning.sweep import is_done
 from pipelines.tuning.trial.costs import costs, parameters_m, recipe_latency_ms
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.row import TrialRow
@@ -32,6 +34,12 @@ from qskd.detectors.cost import parameters
 from qskd.errors import QskdError
 
 LABELS = ("a", "b", "c")
+
+
+def propose(*given: Any, **named: Any) -> Proposal:
+    found = propose_or_end(*given, **named)
+    assert found is not None
+    return found
 
 
 def search_of(*spaces: str, config: Config | None = None, **changes: Any) -> Search:
@@ -142,6 +150,48 @@ def test_two_objectives_are_searched_too_and_a_failed_trial_is_no_obstacle() -> 
     assert propose(search, 0, 8, rows) != propose(
         search, 0, 8, [replace(row, latency_ms=1 / row.number if row.number else 9.0) for row in rows]
     )
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random"])
+def test_no_trial_is_made_twice_and_a_space_that_is_tried_whole_ends_the_search(algorithm: str, tmp_path: Path) -> None:
+    """Six students: by stride and by number of maps. What another trial's proposal is does not depend on how it ended."""
+    space = tmp_path / "few.py"
+    space.write_text(
+        "FIELDS = ('training.batch_size', 'seed')\n"
+        "def recipe_point(config):\n    return {'batch': 8, 'seed': 0}\n"
+        "def suggest(trial, config):\n"
+        "    batch = trial.suggest_categorical('batch', (8, 16, 32))\n"
+        "    return {'training.batch_size': batch, 'seed': trial.suggest_categorical('seed', (0, 1))}\n"
+    )
+    search = search_of(str(space), algorithm=algorithm, trials=20, config=nine_epochs("training.batch_size=8"))
+    rows = filled(search, 6)
+    assert len({str(sorted(row.overrides.items())) for row in rows}) == 6
+    assert propose_or_end(search, 0, 6, rows) is None
+    assert propose(search, 0, 6, rows[:5]).overrides == rows[5].overrides
+    failed = [replace(row, state="failed", curve=(), reason="x") for row in rows]
+    assert propose_or_end(search, 0, 6, failed) is None  # it would fail again
+    assert propose(search, 0, 3, rows).overrides in [
+        row.overrides for row in rows[3:]
+    ]  # of later ones it knows nothing
+    config = search.space.config({}).model_copy(update={"output": str(tmp_path), "name": "sweep"})
+    records = Records(config)
+    for row in rows:
+        records.put(row)
+    assert is_done(search, records, 0)
+    records.put(replace(rows[2], state="running"))
+    assert not is_done(search, records, 0)
+
+
+def test_members_of_a_population_may_begin_alike(tmp_path: Path) -> None:
+    space = tmp_path / "one.py"
+    space.write_text(
+        "FIELDS = ('distillation.features.weight',)\nMAY_CHANGE_WHILE_TRAINING = True\n"
+        "def recipe_point(config):\n    return {'weight': 50.0}\n"
+        "def suggest(trial, config):\n    return {FIELDS[0]: trial.suggest_categorical('weight', (50.0,))}\n"
+    )
+    search = search_of(str(space), algorithm="pbt")
+    rows = filled(search, 3)
+    assert {str(row.overrides) for row in rows} == {"{}"}
 
 
 # ---- early stopping

@@ -133,7 +133,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     schedule = plan.stream.schedule
     tracking = SweepTracking(tracker, schedule.steps_per_epoch, records)
     try:
-        if is_done(search, records):
+        if is_done(search, records, config.seed):
             stage("writing the report, telling MLflow")
             tracking.settle(config.name)
             return finish(config, search.describe(), records, tracker)
@@ -167,7 +167,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     except BaseException:
         tracking.interrupt()
         raise
-    if not is_done(search, records):
+    if not is_done(search, records, config.seed):
         tracking.interrupt()
         ended = sum(row.state in ENDED for row in records.rows.values())
         tell(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")

@@ -10,7 +10,7 @@ from pipelines.run.logs import tell
 from pipelines.tuning.records import ENDED, Records, Refusal, trial_config
 from pipelines.tuning.report.results import best_row
 from pipelines.tuning.search.population import Population
-from pipelines.tuning.search.propose import propose
+from pipelines.tuning.search.propose import REPEATS, propose
 from pipelines.tuning.search.request import Search
 from pipelines.tuning.tracking import SweepTracking
 from pipelines.tuning.trial.costs import parameters_m
@@ -59,8 +59,8 @@ class Sweep:
         rows = self.records.rows
         while len(rows) < self.search.trials and (self.population or not self._interrupted()):
             row = self._propose(len(rows))
-            if row is None:
-                return DONE
+            if row is None:  # what those at work will have shown may bring another proposal
+                return None if self.live else DONE
             if self.population is None:
                 break
         if self.population is not None:
@@ -84,6 +84,12 @@ class Sweep:
             found = propose(
                 self.search, self.config.seed, number, self.records.in_order(), self.records.refused, len(earlier)
             )
+            if found is None:
+                if not self.live:
+                    print(
+                        f"{REPEATS} proposals in a row were trials already made. The sweep ends with {number} trials."
+                    )
+                return None
             size: float | None = None
             if self.limit_m is not None:
                 try:
@@ -213,11 +219,15 @@ class Sweep:
         self.tracking.end(row)
 
 
-def is_done(search: Search, records: Records) -> bool:
+def is_done(search: Search, records: Records, seed: int) -> bool:
     """Whether all trials have ended; fewer than asked for where the space had no more to offer."""
     rows = records.rows
-    gave_up = sum(refusal.before == len(rows) for refusal in records.refused) >= REFUSALS
-    return (len(rows) >= search.trials or gave_up) and all(row.state in ENDED for row in rows.values())
+    if not all(row.state in ENDED for row in rows.values()):
+        return False
+    refusals = sum(refusal.before == len(rows) for refusal in records.refused)
+    if len(rows) >= search.trials or refusals >= REFUSALS:
+        return True
+    return propose(search, seed, len(rows), records.in_order(), records.refused, refusals) is None
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,7 @@ machine; so does what is known when the next is proposed.)
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from pipelines.tuning.search.request import Search
 from pipelines.tuning.trial.row import TrialRow
 from search_spaces import OVERRIDES, RandomTrial
 
+REPEATS = 64  # proposals in a row of trials that there are, before the search is over
+INSISTS = 16  # of them by TPE, which may insist on what is best; the rest at random
+_APART = 2**40  # of the seeds of repeated draws, so that none is another trial's
 FAILED_EXCESS = 10.0  # a trial that failed is worse than any that is only too large
 
 
@@ -36,19 +40,35 @@ def propose(
     rows: Sequence[TrialRow] = (),
     refused: Sequence[Refusal] = (),
     attempt: int = 0,
-) -> Proposal:
-    """Trial 0 is the recipe. attempt: how many proposals for this trial were refused."""
+) -> Proposal | None:
+    """Trial 0 is the recipe. attempt: how many proposals for this trial were refused. None where `REPEATS` proposals in a row are
+    trials that there are already: few choices, all or nearly all of them tried."""
     if number == 0 and not attempt:
         return Proposal(search.space.recipe_point, search.space.overrides(search.space.recipe_point))
-    own_seed = (seed * 1_000_003 + number) * 1_009 + attempt
-    if search.algorithm != "tpe":
-        drawn = RandomTrial(own_seed)
+    # A training is a function of its recipe. Members of a population are not: they go other ways from the same start.
+    known = {_said(row.overrides) for row in rows if row.number < number and search.algorithm != "pbt"}
+    study = _study(search, rows, refused) if search.algorithm == "tpe" else None
+    for again in range(REPEATS):
+        own_seed = (seed * 1_000_003 + number) * 1_009 + attempt + again * _APART
+        found = _drawn(search, own_seed, study if again < INSISTS else None)
+        if _said(found.overrides) not in known:
+            return found
+    return None
+
+
+def _said(overrides: dict[str, Any]) -> str:
+    """The same before and after a row was kept as JSON."""
+    return json.dumps(overrides, sort_keys=True)
+
+
+def _drawn(search: Search, seed: int, study: Any) -> Proposal:
+    if study is None:
+        drawn = RandomTrial(seed)
         overrides = search.space(drawn)[OVERRIDES]
         return Proposal(drawn.answers, overrides)
-    study = _study(search, rows, refused)
     with _quiet():
-        study.sampler = _sampler(own_seed % 2**32, start_up_trials(search.trials))
-        trial = study.ask()
+        study.sampler = _sampler(seed % 2**32, start_up_trials(search.trials))
+        trial = study.ask()  # one that was drawn before counts as running, and so as bad
         overrides = search.space(trial)[OVERRIDES]
         return Proposal(dict(trial.params), overrides)
 
