@@ -156,14 +156,18 @@ def check_cache(config: Config, train: Manifest, known: str = "") -> CacheManife
     check_views(manifest, views, path)
     check_cache_files(path, manifest, views)
     cached_basis(path, manifest)
+    return manifest
+
+
+def check_directions(config: Config, manifest: CacheManifest) -> None:
+    """QskdError unless the directions that the recipe's method asks for lie beside its first cache, which has them for all."""
     if lacks_directions(config, manifest):
         raise QskdError(
-            path,
+            config.teacher.cache.path,
             "a cache without the directions of the teacher's memory, which the recipe's method asks for",
             f"{DIRECTIONS[directions_asked(config)]} in its folder",
             "`qskd cache RECIPE` adds it, and computes nothing else anew",
         )
-    return manifest
 
 
 def lacks_directions(config: Config, manifest: CacheManifest) -> bool:
@@ -206,6 +210,13 @@ def check_decoder(config: Config) -> None:
                 f"{list(config.teacher.levels)}, and a method that asks the teacher's decoder, which reads all of its maps",
                 "all of the teacher's maps",
                 "--set teacher.levels=null; or another method",
+            )
+        if needs.directions == "decoder" and config.teacher.cache.cells == ATTENDED:
+            raise QskdError(
+                "teacher.cache.cells",
+                f"{ATTENDED}, and distillation.features.whitened_by: decoder: the teacher's decoder reads every cell",
+                "all",
+                "make a cache with --set teacher.cache.cells=all; or --set distillation.features.whitened_by=variance",
             )
         check_decodes(read_config(config.teacher.path).model_type, teacher_preprocessing(config).resize)
 

@@ -331,6 +331,29 @@ def test_memory_along_few_directions_is_kept_in_one_basis_however_often_the_job_
     assert distill.run(small, "distill").student
 
 
+def test_images_that_come_first_in_the_recipe_later_are_cached_in_the_basis_that_is_there(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    for name, count in (("old", 4), ("new", 5)):
+        prepare(draw(tmp_path / f"{name}-pool", count), None, str(tmp_path / name), quiet=True, unlabeled=True)
+
+    def bare(*folders: str) -> Config:
+        fields = (f"teacher.cache.path={tmp_path / 'cache'}", "teacher.cache.memory_share=0.9", "data.views.count=1")
+        free = ",".join(str(tmp_path / folder) for folder in folders)
+        floor = "teacher.cache.attention_giou_floor=-1.0"
+        return config(work, "bare", *fields, "data.train=", f"data.unlabeled=[{free}]", floor)
+
+    assert run(bare("old")).images == 4
+    (old,) = (tmp_path / "cache").iterdir()
+    before = digests(old)
+    assert run(bare("new", "old")).images == 5
+    assert digests(old) == before
+    manifests = [load_cache_manifest(str(folder)) for folder in (tmp_path / "cache").iterdir()]
+    assert len({each.identity["computed.memory_basis"] for each in manifests if each is not None}) == 1 < len(manifests)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")
 def test_a_worker_of_the_tests_ray_is_forked_and_has_what_ray_started_it_with(cluster: str) -> None:  # noqa: F811
     import ray

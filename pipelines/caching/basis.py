@@ -16,24 +16,21 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.making import CacheMaker
-from qskd.teacher.manifest import BASIS, REMEDY
-from qskd.teacher.memory.basis import Bases, Basis, sampled
+from qskd.teacher.memory.basis import Bases, Basis, cached_basis, sampled
 
 
 def bases_for(plan: CachePlan, first: Bases, kind: str) -> Bases:
-    """Of a cache that is to be begun. None: memory is kept as it is. first: those of the recipe's first cache, which its others
-    share, for one batch has rows of all; none where this is the first. kind: of device, "cpu" or "cuda"."""
+    """Of a cache that is to be begun. None: memory is kept as it is. first: those of another cache of the recipe, which all
+    share, for one batch has rows of all; none where this is the first one made. kind: of device, "cpu" or "cuda"."""
     if plan.config.teacher.cache.memory_share == 1:
         return ()
     return first or _on_the_cluster(plan, kind)
 
 
-def check_bases(plan: CachePlan, digest: str) -> None:
-    """QskdError where the cache that is there has its memory in others than the recipe's first cache. digest: of those."""
-    found = plan.existing.identity.get(BASIS, digest) if plan.existing else digest
-    if found != digest:
-        first = "the recipe's first cache, which was made again since"
-        raise QskdError(plan.path, f"memory in the basis {found[:12]}", f"{digest[:12]}, as {first}", REMEDY)
+def bases_there(plans: Sequence[CachePlan]) -> Bases:
+    """Of whichever of a recipe's caches was begun, be it not the first: images that come before its own in the recipe later are
+    cached in its basis. None: none is there, or memory is kept as it is."""
+    return next((cached_basis(plan.path, plan.existing) for plan in plans if plan.existing is not None), ())
 
 
 def told_of(bases: Bases, share: float) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipelines.caching.actors import TeacherActor
-from pipelines.caching.basis import bases_for, check_bases, told_of
+from pipelines.caching.basis import bases_for, bases_there, told_of
 from pipelines.caching.derived import look_at_flips
 from pipelines.caching.domains import tell_of_domains
 from pipelines.caching.levels import look_at_levels
@@ -41,7 +41,7 @@ from qskd.errors import QskdError
 from qskd.from_recipe import add_directions, make_teacher
 from qskd.teacher.identity import cache_names, computed_by
 from qskd.teacher.manifest import CacheManifest, check_computed, load_cache_manifest, save_cache_manifest, shard_names
-from qskd.teacher.memory.basis import Bases, cached_basis, digest_of, in_basis, save_bases
+from qskd.teacher.memory.basis import Bases, cached_basis, in_basis, save_bases
 from qskd.teacher.memory.directions import FILES as DIRECTIONS
 
 log = logging.getLogger("qskd")
@@ -69,7 +69,7 @@ def foresee(config: Config, overwrite: bool = False) -> str:
     config = resolve(config, "cache")
     plans = make_cache_plans(config, overwrite)
     _say_if_unread(config)
-    return "\n".join(_foresee(plan) for plan in plans)
+    return "\n".join(_foresee(plan, plan is plans[0]) for plan in plans)
 
 
 def _say_if_unread(config: Config) -> None:
@@ -80,9 +80,10 @@ def _say_if_unread(config: Config) -> None:
         log.warning("the recipe's own `qskd distill` can't read this cache: %s", error)
 
 
-def _foresee(plan: CachePlan) -> str:
+def _foresee(plan: CachePlan, first: bool) -> str:
+    """first: whether it is of the recipe's first cache, beside which the directions lie."""
     if not plan.todo:
-        lacks = plan.existing is not None and lacks_directions(plan.config, plan.existing)
+        lacks = first and plan.existing is not None and lacks_directions(plan.config, plan.existing)
         return f"{plan.describe()}\n{'the directions of the memory are' if lacks else 'nothing is'} missing"
     teacher = make_teacher(plan.config, plan.data.labels)
     assert teacher is not None
@@ -105,7 +106,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         check_address()
     start_logs(run=config.name)
     done: list[CacheResult] = []
-    bases: Bases = ()
+    bases = bases_there(plans)
     for plan in plans:
         done.append(_run(plan, overwrite, quiet, bases))
         if not bases and (manifest := load_cache_manifest(plan.path)):
@@ -117,10 +118,8 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
 
 
 def _run(plan: CachePlan, overwrite: bool, quiet: bool, bases: Bases = ()) -> CacheResult:
-    """Of one folder of images. bases: of the recipe's first cache, where this is another."""
+    """Of one folder of images. bases: of another cache of the recipe's, where one is there."""
     started, config = time.perf_counter(), plan.config
-    if bases:
-        check_bases(plan, digest_of(bases))
     say(f"cache: {plan.describe()}", quiet)
     if overwrite:
         clean(plan.path, everything=True)
@@ -167,6 +166,14 @@ def _run(plan: CachePlan, overwrite: bool, quiet: bool, bases: Bases = ()) -> Ca
         bytes=total,
     )
     return CacheResult(plan.path, done, images, total, seconds, *spent)
+
+
+def lacks_something(plans: Sequence[CachePlan]) -> bool:
+    """Whether `run` would add anything: outputs of the teacher, or directions of its memory beside the first cache."""
+    first = plans[0]
+    return any(plan.todo for plan in plans) or (
+        first.existing is not None and lacks_directions(first.config, first.existing)
+    )
 
 
 def _add_directions(config: Config, quiet: bool) -> None:

@@ -48,6 +48,7 @@ from qskd.teacher.manifest import (
     shard_names,
     sizes_of,
 )
+from qskd.teacher.memory.basis import check_one_basis
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.several.members import teachers_named
 from qskd.teacher.told.checks import check_told
@@ -107,7 +108,9 @@ def make_cache_plans(config: Config, overwrite: bool = False) -> list[CachePlan]
     check_unlabeled(config, training_manifest(config.data).labels)
     if directions_asked(config) == "decoder":  # before hours are spent
         check_decoder(config)
-    return [make_cache_plan(source, overwrite) for source in cache_sources(config)]
+    plans = [make_cache_plan(source, overwrite) for source in cache_sources(config)]
+    check_one_basis({plan.path: plan.existing for plan in plans if plan.existing is not None})
+    return plans
 
 
 def check_path(config: Config) -> None:
@@ -215,7 +218,7 @@ def estimate(plan: CachePlan, teacher: OnlineTeacher) -> Estimate:
         seconds = (time.perf_counter() - started) / count
     finally:
         torch.set_num_threads(threads)
-    return Estimate(seconds, sum(map(maker.stored_bytes, encoded)) / count, str(device))
+    return Estimate(seconds, sum(maker.stored(row).nbytes for row in encoded) / count, str(device))
 
 
 def clean(path: str, everything: bool = False) -> None:

@@ -32,6 +32,7 @@ from qskd.from_recipe import make_student, make_teacher, teacher_for_training
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.columns.table import TeacherRow, collate, columns_for
 from qskd.teacher.making import CacheMaker
+from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.memory.directions import flat_directions
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
@@ -102,12 +103,18 @@ def as_the_teacher_sees(arrays: Arrays) -> Arrays:
     return {**arrays, "images": arrays["teacher_images"], "sizes": arrays["teacher_sizes"]}
 
 
-def with_record(
-    arrays: Arrays, rows: Sequence[TeacherRow], teacher: OnlineTeacher, config: Config, columns: Sequence[str]
-) -> Arrays:
+def maker_as_cached(config: Config, teacher: OnlineTeacher, batches: Sequence[Arrays]) -> CacheMaker:
+    """Whose rows are as large as those of the recipe's cache, be this yet to be made: memory is in these images' own basis, where
+    there is to be one, a few numbers fewer than in that of all."""
+    device = device_here(config)
+    bases = CacheMaker(config, teacher, device).bases_of(map(as_the_teacher_sees, batches))
+    return CacheMaker(config, teacher, device, bases)
+
+
+def with_record(arrays: Arrays, rows: Sequence[TeacherRow], sizes: CacheSizes, columns: Sequence[str]) -> Arrays:
     """The loader's arrays as they are where there is a cache: the teacher's outputs in place of its pixels."""
     own = {name: array for name, array in arrays.items() if not name.startswith("teacher_")}
-    return own | collate(rows, teacher.sizes(config.teacher.cache.all_layers), columns)
+    return own | collate(rows, sizes, columns)
 
 
 # --- a training's time -----------------------------------------------------------------------------------------------
@@ -211,8 +218,9 @@ def _as_if_cached(batches: Sequence[Arrays], plan: Plan) -> tuple[list[Arrays], 
     teacher, needs = make_teacher(config, plan.train.labels), teacher_needs(config.distillation)
     assert teacher is not None
     assert needs is not None
-    maker, columns = CacheMaker(config, teacher, device_here(config)), columns_for(needs)
+    maker = maker_as_cached(config, teacher, batches[:1])
+    columns, sizes = columns_for(needs), maker.sizes
     rows = [maker.rows(as_the_teacher_sees(arrays)) for arrays in batches]
-    cached = [with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
-    sizes = teacher.sizes(config.teacher.cache.all_layers)
-    return cached, CachedTeacher(sizes, flat_directions(sizes.channels), teacher.decoder if needs.decoder else None)
+    cached = [with_record(*pair, sizes, columns) for pair in zip(batches, rows, strict=True)]
+    directions, decoder = flat_directions(sizes.channels), teacher.decoder if needs.decoder else None
+    return cached, CachedTeacher(sizes, directions, decoder, bases=maker.bases)

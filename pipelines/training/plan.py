@@ -18,6 +18,7 @@ from qskd.checks import (
     check_columns,
     check_data,
     check_decoder,
+    check_directions,
     check_enough,
     check_objects,
     check_shards,
@@ -43,6 +44,7 @@ from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import CacheManifest, load_cache_manifest
+from qskd.teacher.memory.basis import check_one_basis
 from qskd.teacher.several.members import teachers_named
 from qskd.teacher.told.checks import check_told
 from qskd.teacher.told.fits import fit_notices
@@ -214,6 +216,8 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
             caches = [
                 check_cache(each, source_manifest(each.data), of) for each, of in zip(sources, known, strict=False)
             ]
+            check_directions(sources[0], caches[0])
+            check_one_basis({each.teacher.cache.path: of for each, of in zip(sources, caches, strict=True)})
         if not caches:  # else its identity was compared, classes included
             check_classes(config, train)
         check_told(config, caches[0] if caches else None)

@@ -17,6 +17,7 @@ from pipelines.training.estimate import (
     BATCHES,
     as_a_worker,
     as_the_teacher_sees,
+    maker_as_cached,
     seconds_per_evaluated_image,
     seconds_per_step,
     with_record,
@@ -29,7 +30,6 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_student, make_teacher
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import TeacherRow, columns_for
-from qskd.teacher.making import CacheMaker
 from qskd.teacher.memory.directions import flat_directions
 from qskd.teacher.told.results import is_results
 from qskd.training.step import Training
@@ -110,7 +110,7 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
 
     online_s = seconds_per_step(Training(config, student, teacher, steps, device), batches, budget_s)[0]
 
-    maker, rows, teacher_s = CacheMaker(config, teacher, device), [], 0.0
+    maker, rows, teacher_s = maker_as_cached(config, teacher, batches[:1]), [], 0.0
     for arrays in batches:
         started = time.perf_counter()
         rows.append(maker.rows(as_the_teacher_sees(arrays)))
@@ -118,14 +118,14 @@ def _measure(config: Config, plan: Plan, budget_s: float) -> Calibration:
     needs = teacher_needs(config.distillation)
     assert needs is not None
     columns = columns_for(needs)
-    cached = [with_record(*pair, teacher, config, columns) for pair in zip(batches, rows, strict=True)]
+    cached = [with_record(*pair, maker.sizes, columns) for pair in zip(batches, rows, strict=True)]
     decoder = teacher.decoder if needs.decoder else None
-    memory = CachedTeacher(teacher.sizes(config.teacher.cache.all_layers), teacher.directions, decoder)
+    memory = CachedTeacher(maker.sizes, teacher.directions, decoder, bases=maker.bases)
     training = Training(config, student, memory, steps, device)
     cached_s = seconds_per_step(training, cached, budget_s)[0]
 
     evaluate_s = seconds_per_evaluated_image(training, batches[-1], plan.train)
-    every_row = [row for part in rows for row in part]
+    every_row = [maker.stored(row) for part in rows for row in part]
     return Calibration(
         cached_step_s=cached_s * workers,
         online_step_s=online_s * workers,

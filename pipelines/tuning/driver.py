@@ -189,7 +189,7 @@ def _make_cache(config: ResolvedConfig, cached: bool) -> str:
     if not cached:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         return ""
-    if any(plan.todo for plan in make_cache_plans(config)):
+    if cache_teacher.lacks_something(make_cache_plans(config)):
         actors = max(
             config.compute.workers, int(sum(node.get("GPU", 0) or node.get("CPU", 0) for node in node_resources()))
         )

@@ -20,6 +20,7 @@ from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.columns.attended import ATTENDED, packed, silenced
 from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
+from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.memory.basis import Bases, find_bases, in_parts
 from qskd.teacher.online import OnlineTeacher, queries_above
 from qskd.teacher.pseudo import with_pseudo_objects
@@ -80,16 +81,20 @@ class CacheMaker:
         for row in rows:
             checked = (row.logits, row.boxes_cxcywh, row.memory_scale if len(row.memory_scale) else row.memory)
             if not all(np.isfinite(part).all() for part in checked):
-                raise QskdError(
-                    f"teacher {self.config.teacher.path}",
-                    f"not a finite answer to image {row.image_id}",
-                    "finite logits, boxes and memory",
-                    "look at the picture; try compute.precision=float32, or teacher.cache.precision=float32",
-                )
+                raise self._not_finite(row.image_id)
         return [silenced(row, self.attended_of) for row in rows] if self.attended_of else rows
 
+    def _not_finite(self, image_id: int) -> QskdError:
+        return QskdError(
+            f"teacher {self.config.teacher.path}",
+            f"not a finite answer to image {image_id}",
+            "finite logits, boxes and memory",
+            "look at the picture; try compute.precision=float32, or teacher.cache.precision=float32",
+        )
+
     def bases_of(self, decoded: Iterable[Mapping[str, np.ndarray]]) -> Bases:
-        """In which the recipe's cache keeps memory, of the loader's arrays of some images. None: as it is."""
+        """In which the recipe's cache keeps memory, of the loader's arrays of some images. None: as it is. QskdError where the
+        teacher's memory of one is not finite: the basis would be of no number at all."""
         share, widths = self.config.teacher.cache.memory_share, self.teacher.facts.channels
         if share == 1 or not widths:
             return ()
@@ -99,13 +104,23 @@ class CacheMaker:
             for arrays in decoded:
                 batch = train_batch(arrays, self.device)
                 with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
-                    yield self.teacher.said_of(arrays, batch, needs)
+                    record = self.teacher.said_of(arrays, batch, needs)
+                for image, image_id in enumerate(arrays["image_ids"].tolist()):
+                    if not all(map_[image].isfinite().all() for map_ in record.memory):
+                        raise self._not_finite(image_id)
+                yield record
 
         return find_bases(said(), widths, share)
 
-    def stored_bytes(self, row: TeacherRow) -> int:
-        """Of a row in a file, before compression."""
-        return int((packed(row, self.attended_of) if self.attended_of else row).nbytes)
+    @property
+    def sizes(self) -> CacheSizes:
+        """Of the rows."""
+        kept = tuple(basis.vectors.shape[1] for basis in self.bases)
+        return replace(self.teacher.sizes(self.config.teacher.cache.all_layers), kept=kept)
+
+    def stored(self, row: TeacherRow) -> TeacherRow:
+        """As it is in a file."""
+        return packed(row, self.attended_of) if self.attended_of else row
 
     def in_order(self, windows: Sequence[list[Rows]], decoded: Iterator[Mapping[str, Any]]) -> Iterator[TeacherRow]:
         """All rows of a shard in its own order. decoded: the loader's arrays of each batch, windows flattened."""

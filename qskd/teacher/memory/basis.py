@@ -8,7 +8,7 @@ the other directions. Ours; what it costs a student is in docs/cache.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,6 +105,20 @@ def digest_of(bases: Bases) -> str:
         for part in (basis.mean, basis.vectors):
             found.update(part.numpy().astype("<f4").tobytes())
     return found.hexdigest()
+
+
+def check_one_basis(caches: Mapping[str, CacheManifest]) -> None:
+    """QskdError unless a recipe's caches, by folder, the first one first, have memory in one basis: one batch has rows of all."""
+    for path, manifest in caches.items():
+        first, of_first = next(iter(caches.items()))
+        found, expected = (str(each.identity.get(BASIS, "none"))[:12] for each in (manifest, of_first))
+        if found != expected:
+            raise QskdError(
+                path,
+                f"memory in the basis {found} (teacher.cache.memory_share)",
+                f"{expected}, as {first} has it: one batch has rows of both",
+                "delete this folder: `qskd cache RECIPE` then makes it again, in the other's basis",
+            )
 
 
 def save_bases(uri: str, bases: Bases, manifest: CacheManifest) -> None:

@@ -66,7 +66,8 @@ def moments_of(uri: str) -> Moments:
 
 def compute_sensitivities(uri: str, decoder: TeacherDecoder) -> tuple[Directions, ...]:
     """Of each map, finest first: the eigenvectors of E[J^T J], J how far what the teacher's last decoder layer says moves with a
-    cell's memory (equations.md 1.4). decoder: the teacher's. The same cache gives the same ones."""
+    cell's memory (equations.md 1.4). decoder: the teacher's. The same cache gives the same ones. QskdError where an answer or
+    its gradient is not finite."""
     import torch
 
     moments = moments_of(uri)
@@ -74,8 +75,16 @@ def compute_sensitivities(uri: str, decoder: TeacherDecoder) -> tuple[Directions
     drawn = torch.Generator().manual_seed(0)
     for record, cells in known_of(uri):
         maps = [map_.requires_grad_() for map_ in record.memory]
-        said = decoder.read(maps, record.memory_valid)
-        for level, gradient in enumerate(torch.autograd.grad(probe(said, drawn), maps)):
+        number = probe(decoder.read(maps, record.memory_valid), drawn)
+        gradients = torch.autograd.grad(number, maps)
+        if not all(part.isfinite().all() for part in (number, *gradients)):
+            raise QskdError(
+                "distillation.features.whitened_by",
+                "decoder, and an answer of this teacher's decoder, or its gradient, that is not finite",
+                "a decoder whose answers about the memory in its cache, and their gradients, are finite",
+                "--set distillation.features.whitened_by=variance",
+            )
+        for level, gradient in enumerate(gradients):
             at = gradient.movedim(1, -1)[cells[level]].double()
             sums[level] += at.T @ at
     found = []
