@@ -159,7 +159,7 @@ class DetectorOutput:
     early_logits, early_boxes_cxcywh: [E, B, Q, K], [E, B, Q, 4], what is predicted before the decoder's layers have their
         say: the encoder's chosen proposals, initial boxes. Its own training loss needs them; they are never distilled.
     sides: of families whose boxes are distributions.
-    extra: of queries that were added for this step (`qskd.detectors.extra_queries`), which nothing else here has.
+    extra: of queries that were added for this step (`qskd.detectors.forward.extra_queries`), which nothing else here has.
     """
 
     logits: Tensor

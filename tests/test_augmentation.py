@@ -19,8 +19,8 @@ from qskd.datasets.order.schedule import split
 from qskd.detectors import save_detector
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student
-from qskd.training.augmentation import StudentAugmentation
-from qskd.training.augmentation_draws import Look, look, size_at
+from qskd.training.augmentation.draws import Look, look, size_at
+from qskd.training.augmentation.student import StudentAugmentation
 from qskd.training.step import Training
 
 EVERYTHING = AugmentationConfig(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qskd.config import ResizeConfig
 from qskd.training import augmentation_pixels as pixel_ops
-from qskd.training.augmentation import resized
+from qskd.training.augmentation.student import resized
 
 AMOUNTS = (0.5, 0.93, 1.0, 1.5)
 ROUNDED = 1.51 / 255  # Pillow rounds its mean, its grey and its result to whole levels

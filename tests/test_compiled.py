@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from qskd.config import StudentConfig
 from qskd.detectors import Detector
-from qskd.detectors.exact import Exact
+from qskd.detectors.forward.exact import Exact
 from qskd.training.compiling import compile_step, compiles_whole
 
 SQUARE = {"mode": "square", "size": tiny.SIZE}

@@ -17,7 +17,7 @@ from qskd.config.recipe import build
 from qskd.datasets.batch import train_batch
 from qskd.detectors import to_pixels
 from qskd.detectors.decoding import decode
-from qskd.detectors.extra_queries import ExtraQueries
+from qskd.detectors.forward.extra_queries import ExtraQueries
 from qskd.distillation.d3etr import on_one_map
 from qskd.distillation.method import Lesson, build_method
 from qskd.distillation.qskd.pairing import pair_globally

@@ -22,7 +22,7 @@ from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoisi
 from qskd import Distiller
 from qskd.config import DetectionLossConfig
 from qskd.detectors import Detector, load_detector, save_detector
-from qskd.detectors.extra_queries import ExtraQueries
+from qskd.detectors.forward.extra_queries import ExtraQueries
 from qskd.losses.denoising import Denoising, Noise, denoising_terms, denoising_weights, draw_noise
 from qskd.losses.detection_loss import MATCHABILITY_GAMMA, combine, detection_terms, detection_weights
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights

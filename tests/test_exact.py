@@ -13,7 +13,7 @@ from test_families import tiny_model, whole_batch
 
 from qskd.config import StudentConfig
 from qskd.detectors import Detector
-from qskd.detectors.exact import Exact, exactly
+from qskd.detectors.forward.exact import Exact, exactly
 
 HYBRID = ("rt_detr", "v2", "d_fine", "deimv2 vit")
 

@@ -16,7 +16,7 @@ from benchmarks.host_waits import BEHIND_AN_EVENT, HostWaits
 from qskd.config import FACTS
 from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.detectors import Detector
-from qskd.detectors.unasked import hides_nothing
+from qskd.detectors.forward.unasked import hides_nothing
 from qskd.structures import OnItsWay
 
 WHOLE, PADDED = ((64, 64), (64, 64)), ((40, 64), (64, 47))

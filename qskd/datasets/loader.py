@@ -10,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qskd.config import ResizeConfig, ViewConfig
-from qskd.datasets.beside import BesideRow, RowReader, derivations
 from qskd.datasets.manifest import REMEDY as SHARDS_REMEDY
 from qskd.datasets.manifest import Manifest
 from qskd.datasets.order.schedule import Subset
 from qskd.datasets.pictures.cuts import SHIP_BYTES, Plan, placed, planned
 from qskd.datasets.pictures.joining import joined, pad
-from qskd.datasets.samples import Sample
+from qskd.datasets.samples import BesideRow, RowReader, Sample
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.unlabeled.joined import JoinedShards
-from qskd.datasets.views import View, is_mirrored, make_view, source_view, view_boxes, viewed_size
+from qskd.datasets.views import View, derivations, is_mirrored, make_view, source_view, view_boxes, viewed_size
 from qskd.errors import QskdError
 from qskd.storage.recent import Key, Recent
 from qskd.storage.spool import RowGroupSpool

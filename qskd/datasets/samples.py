@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -143,3 +143,32 @@ def to_samples(table: pa.Table, indices: Sequence[int]) -> list[Sample]:
                 fields[name] = np.zeros((0, 4) if name == "boxes_xyxy" else 0, kind)
         samples.append(Sample(**fields))
     return samples
+
+
+class BesideRow(Protocol):
+    """What a second reader has for one view of one image."""
+
+    @property
+    def image_id(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class RowReader(Protocol):
+    """A second reader of rows, one for each row of the image shards and view: the teacher's outputs are read by such a one.
+
+    rows_read: of all rows asked for, those that were not in a spool. num_bytes: of all it can read. remedy: for messages, where a
+    row is of another image. mirrored: a row -> that of the same view mirrored left and right. collate: rows -> arrays of one batch.
+    """
+
+    remedy: str
+
+    @property
+    def rows_read(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def where(self, shard: int, view: int) -> str: ...
+    def group_rows(self, shard: int, view: int, row: int) -> range: ...
+    def read(self, shard: int, view: int, rows: Sequence[int]) -> Sequence[BesideRow]: ...
+    def mirrored(self, row: Any) -> BesideRow: ...
+    def collate(self, rows: Sequence[Any]) -> dict[str, NDArray[Any]]: ...

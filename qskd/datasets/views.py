@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,3 +196,17 @@ def _named(where: str) -> Iterator[None]:
         yield
     except PictureError as error:
         raise QskdError(where, error.found, error.expected, error.remedy or _REMEDY) from None
+
+
+def derivations(
+    config: ViewConfig, views: NDArray[np.integer[Any]], image_ids: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
+    """What remains to be done to the rows of these views, which are mirrored already, and to which of them anything was done."""
+    if config.derived_taken == "none":
+        return {}
+    places = list(zip(image_ids.tolist(), views.tolist(), strict=True))
+    crops = np.array([derived_crop(config, *place) for place in places], np.float32).reshape(-1, 4)
+    whole = np.array(View.IDENTITY.crop_xyxy, np.float32)
+    mirrored = np.array([is_mirrored(config, *place) for place in places], bool)
+    found = {"teacher_derived": mirrored | (crops != whole).any(1)}
+    return found | ({"teacher_crops_xyxy": crops} if config.derived_taken == "flip_and_crop" else {})

@@ -4,7 +4,7 @@ What is INT8: convolutions and linear layers, weights a scale each output channe
 float, and why:
 
 - where a box is: box heads, sampling offsets, reference points and what chooses queries. 8 bits part an image of 640 pixels into
-  steps of 2.5; the same modules stay in float32 under autocast (`qskd.detectors.exact`).
+  steps of 2.5; the same modules stay in float32 under autocast (`qskd.detectors.forward.exact`).
 - attention's products of queries with keys and of weights with values: both sides are activations, and little time is spent there.
 - softmax, norms, GridSample, top-k and all arithmetic of single numbers: onnxruntime has no faster kernels of 8 bits for them.
 """

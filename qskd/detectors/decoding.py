@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qskd.detectors.detector import Detector
-from qskd.detectors.exact import exactly
-from qskd.detectors.parting import real_part, without_padding
-from qskd.detectors.taps import listening, not_kept
-from qskd.detectors.unasked import knowing
+from qskd.detectors.forward.exact import exactly
+from qskd.detectors.forward.parting import real_part, without_padding
+from qskd.detectors.forward.taps import listening, not_kept
+from qskd.detectors.forward.unasked import knowing
 from qskd.families.family import Family, Memory, inverse_sigmoid, tokens_of
 from qskd.families.table import FAMILIES
 from qskd.structures import DetectorOutput, Queries

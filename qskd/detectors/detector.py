@@ -15,12 +15,20 @@ from qskd.checkpoints.clean_config import CATEGORY_IDS
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Channels, Preprocessing
 from qskd.config import ResizeConfig
 from qskd.datasets.classes import UNNAMED
-from qskd.detectors.compiled import CompiledForward, compiled, varies
-from qskd.detectors.exact import Exact, exactly
-from qskd.detectors.extra_queries import ExtraQueries, QueryInlet, added
-from qskd.detectors.parting import of_extra, of_sides, real_part, stacked, taken, without_padding
-from qskd.detectors.taps import CrossAttention, Tap, attention_of, attention_of_each, detached, listening, not_kept
-from qskd.detectors.unasked import KnownMask, always, hides_nothing, knowing
+from qskd.detectors.forward.compiled import CompiledForward, compiled, varies
+from qskd.detectors.forward.exact import Exact, exactly
+from qskd.detectors.forward.extra_queries import ExtraQueries, QueryInlet, added
+from qskd.detectors.forward.parting import of_extra, of_sides, real_part, stacked, taken, without_padding
+from qskd.detectors.forward.taps import (
+    CrossAttention,
+    Tap,
+    attention_of,
+    attention_of_each,
+    detached,
+    listening,
+    not_kept,
+)
+from qskd.detectors.forward.unasked import KnownMask, always, hides_nothing, knowing
 from qskd.families.table import find_family
 from qskd.precision import lay_out
 from qskd.structures import DetectorOutput

@@ -162,12 +162,12 @@ class Family(ABC):
         return [layer.encoder_attn for layer in model.model.decoder.layers]
 
     def masked_attentions(self, model: Any) -> list[nn.Module]:
-        """The modules that are given a mask of a map's cells, whose attention is dense (`qskd.detectors.unasked`)."""
+        """The modules that are given a mask of a map's cells, whose attention is dense (`qskd.detectors.forward.unasked`)."""
         return [] if self.many_maps else [model.model.encoder, model.model.decoder]
 
     def placing(self, model: Any) -> list[nn.Module]:
         """The modules that say where a box or a reference point is, and which queries are chosen: under autocast they run in
-        float32 (`qskd.detectors.exact`). Not those that only `predict` runs, which is in float32 as a whole."""
+        float32 (`qskd.detectors.forward.exact`). Not those that only `predict` runs, which is in float32 as a whole."""
         return []
 
     # --- what it computes -------------------------------------------------------------------------------------------

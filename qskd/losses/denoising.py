@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qskd.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from qskd.config import DetectionLossConfig
-from qskd.detectors.extra_queries import ExtraQueries
+from qskd.detectors.forward.extra_queries import ExtraQueries
 from qskd.losses.detection_loss import PARTS, detection_terms
 from qskd.losses.fine_grained import fine_grained_terms, fine_grained_weights
 from qskd.losses.pairs import own_pairs

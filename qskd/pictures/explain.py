@@ -24,7 +24,7 @@ from qskd.evaluation.inference import best_first, predict_image
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.online import Choose, OnlineTeacher
 from qskd.teacher.pseudo import with_pseudo_objects
-from qskd.training.augmentation import augmentation_of
+from qskd.training.augmentation.student import augmentation_of
 
 AUGMENTED = 4  # examples of what the student sees
 STAND_IN_SCORE = 0.5  # of a teacher's detection that stands in for an object

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qskd.config import FACTS, Config
-from qskd.detectors.compiled import varies
+from qskd.detectors.forward.compiled import varies
 from qskd.distillation.method import Lesson, Method, Several
 from qskd.losses.denoising import Groups
 from qskd.losses.dense_head import DenseHead

@@ -24,7 +24,7 @@ from qskd.datasets.classes import map_classes
 from qskd.datasets.views import resized_size
 from qskd.detectors import Detector, Preprocessing, load_detector, preprocessing_of, read_preprocessing, words_for
 from qskd.detectors.decoding import decode
-from qskd.detectors.taps import Tap
+from qskd.detectors.forward.taps import Tap
 from qskd.distillation.method import Lesson, Online, build_method
 from qskd.distillation.shared.apart import matched, prediction
 from qskd.errors import QskdError

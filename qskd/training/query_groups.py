@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qskd.config import FACTS, DetectionLossConfig
 from qskd.detectors import Detector
-from qskd.detectors.exact import Exact, exactly
+from qskd.detectors.forward.exact import Exact, exactly
 from qskd.errors import QskdError
 from qskd.families.family import GroupParts
 from qskd.families.table import FAMILIES

@@ -32,7 +32,7 @@ from qskd.quantization.stages import Stages
 from qskd.structures import LossTerm, OnItsWay, Targets, TeacherRecord, to_device
 from qskd.teacher.cached import Teacher
 from qskd.teacher.pseudo import with_pseudo_objects
-from qskd.training.augmentation import augmentation_of
+from qskd.training.augmentation.student import augmentation_of
 from qskd.training.compiling import compile_step
 from qskd.training.evaluation_weights import EvaluationWeights
 from qskd.training.groups import learning_rate_factor, parameter_groups

@@ -16,8 +16,8 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 )
 
 from qskd.detectors.detector import Detector
-from qskd.detectors.extra_queries import ExtraQueries
-from qskd.detectors.taps import listening
+from qskd.detectors.forward.extra_queries import ExtraQueries
+from qskd.detectors.forward.taps import listening
 from qskd.detectors.teachers.prompt import Chunk, Prompt
 from qskd.errors import QskdError
 from qskd.structures import DetectorOutput

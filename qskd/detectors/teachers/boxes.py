@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qskd.boxes import extent_wh
 from qskd.checkpoints.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from qskd.detectors.detector import Detector
-from qskd.detectors.extra_queries import ExtraQueries
+from qskd.detectors.forward.extra_queries import ExtraQueries
 from qskd.families.detr import from_softmax
 from qskd.families.table import find_family
 from qskd.structures import DetectorOutput

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qskd.boxes import extent_wh
 from qskd.checkpoints.graphs import Graph
 from qskd.checkpoints.json_files import first_line
-from qskd.detectors.extra_queries import ExtraQueries
+from qskd.detectors.forward.extra_queries import ExtraQueries
 from qskd.detectors.teachers.answers import as_batch, check_boxes, check_logits
 from qskd.detectors.teachers.asked import UNASKED_LOGIT
 from qskd.detectors.teachers.boxes import BoxesDetector, boxes_alone

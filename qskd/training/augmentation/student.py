@@ -14,8 +14,8 @@ from qskd.config.augmentation import AugmentationConfig
 from qskd.detectors import Detector
 from qskd.errors import QskdError
 from qskd.families.table import FAMILIES
-from qskd.training import augmentation_pixels as pixel_ops
-from qskd.training.augmentation_draws import Look, look, size_at
+from qskd.training.augmentation import pixels as pixel_ops
+from qskd.training.augmentation.draws import Look, look, size_at
 
 
 class StudentAugmentation:

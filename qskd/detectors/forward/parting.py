@@ -1,5 +1,5 @@
 """A forward's predictions: those of the model's own queries, those of queries that were added to them
-(`qskd.detectors.extra_queries`), relative to the image without its padding."""
+(`qskd.detectors.forward.extra_queries`), relative to the image without its padding."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class CompiledForward:
     """One module's forward, compiled, within `compiled`; elsewhere as it is.
 
-    It stands before the module's `forward` on the one instance, as `qskd.detectors.exact.Exact` does: the class, the names of its
-    state and what is saved of it stay, and a deep copy has its own.
+    It stands before the module's `forward` on the one instance, as `qskd.detectors.forward.exact.Exact` does: the class, the names
+    of its state and what is saved of it stay, and a deep copy has its own.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
