@@ -63,8 +63,8 @@ class CrossKD(Method):
         if self.weights:
             self.sources = nearest_levels(student, teacher)
             self.projectors = nn.ModuleList(
-                projector(student.channels[own], width)
-                for own, width in zip(self.sources, teacher.channels, strict=True)
+                projector(student.channels[own], width, basis=teacher.basis(level))
+                for level, (own, width) in enumerate(zip(self.sources, teacher.channels, strict=True))
             )
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:

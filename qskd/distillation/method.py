@@ -23,6 +23,7 @@ from qskd.structures import DetectorOutput, LossTerm, Queries, Targets, TeacherN
 if TYPE_CHECKING:
     from qskd.pictures.panels import Panel
     from qskd.teacher.decoder import TeacherDecoder
+    from qskd.teacher.memory.basis import Basis
     from qskd.teacher.memory.moments import Directions
     from qskd.teacher.online import OnlineTeacher
 
@@ -37,7 +38,8 @@ class Facts:
     its cache knows). query_kind, query_width: what the `Queries` of its decoder are, "embedding" or "boxes", and the width of the
     embedding or of the states beside the boxes (0: there are none); of a cached teacher known only where a method asks for its
     decoder. reads_raw_memory: of a student, as a `Detector` has it. attended: of a teacher whose cache has the memory of attended
-    cells alone. parts: of several teachers, as `TeacherRecord` has it (`qskd.distillation.shared.apart`).
+    cells alone. bases: of a teacher whose cache has the memory along few directions, in which, one a map. parts: of several
+    teachers, as `TeacherRecord` has it (`qskd.distillation.shared.apart`).
     """
 
     channels: tuple[int, ...]
@@ -52,7 +54,12 @@ class Facts:
     query_width: int = 0
     reads_raw_memory: bool = False
     attended: bool = False
+    bases: tuple[Basis, ...] = field(default=(), compare=False, repr=False)
     parts: tuple[tuple[int, int], ...] = ()
+
+    def basis(self, level: int) -> Basis | None:
+        """In which the map is known; None: as it is."""
+        return self.bases[level] if self.bases else None
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class CachedTeacher:
             *(sizes.channels, sizes.cells, "", sizes.layers, sizes.queries, sizes.classes),
             directions=self.directions,
             attended=self.attended,
+            bases=self.bases,
             parts=sizes.parts,
         )
         if self.decoder is None:

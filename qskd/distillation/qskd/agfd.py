@@ -21,6 +21,7 @@ from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherRecord
 
 if TYPE_CHECKING:
+    from qskd.teacher.memory.basis import Basis
     from qskd.teacher.memory.moments import Directions
 
 _TINY = 1e-12
@@ -105,10 +106,12 @@ class AttentionGuidedFeatureDistillation(nn.Module):
         pairs: Sequence[tuple[int, int]] | None = None,
         directions: Sequence[Directions] = (),
         turned: bool = False,
+        bases: Sequence[Basis] = (),
     ) -> None:
         """student_channels, teacher_channels: the width of each memory map. pairs: (student map, teacher map), by
         `pair_levels`; QskdError when they are needed, for the numbers of maps differ, and not given. directions: of each
-        teacher map, for `whitening`; QskdError when that is on, and they are not known. turned: as of `projector`."""
+        teacher map, for `whitening`; QskdError when that is on, and they are not known. turned: as of `projector`. bases: in
+        which teacher maps are known, one each; none: as they are."""
         super().__init__()
         self.config = config
         self.maps = len(student_channels), len(teacher_channels)
@@ -122,7 +125,12 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             )
         self.pairs = tuple(pairs or pair_levels(student_channels, teacher_channels))
         self.projectors = nn.ModuleDict(
-            {str(own): projector(student_channels[own], teacher_channels[other], turned) for own, other in self.pairs}
+            {
+                str(own): projector(
+                    *(student_channels[own], teacher_channels[other], turned), bases[other] if bases else None
+                )
+                for own, other in self.pairs
+            }
         )
 
         if config.whitening and not directions:

@@ -229,7 +229,15 @@ def _features(config: FeatureDistillationConfig, student: Facts, teacher: Facts)
     if teacher.attended:
         _check_fine(student, teacher, pairs or [])
     return AttentionGuidedFeatureDistillation(
-        student.channels, teacher.channels, config, pairs, teacher.directions, student.reads_raw_memory
+        *(
+            student.channels,
+            teacher.channels,
+            config,
+            pairs,
+            teacher.directions,
+            student.reads_raw_memory,
+            teacher.bases,
+        )
     )
 
 

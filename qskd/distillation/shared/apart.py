@@ -66,6 +66,7 @@ def facts_apart(facts: Facts) -> tuple[Facts, ...]:
             channels=facts.channels[maps],
             cells=facts.cells[maps],
             directions=facts.directions[maps],
+            bases=facts.bases[maps],
             queries=own.stop - own.start,
             parts=(),
         )

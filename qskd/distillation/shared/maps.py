@@ -15,6 +15,7 @@ from qskd.errors import QskdError
 
 if TYPE_CHECKING:
     from qskd.distillation.method import Facts, Lesson
+    from qskd.teacher.memory.basis import Basis
 
 _WORD = 0xFFFFFFFF
 
@@ -101,19 +102,35 @@ def eye_or_orthogonal(weight: Tensor) -> None:
 
 class Projector(nn.Conv2d):
     """A 1x1 convolution: [B, C, H, W] -> [B, H, W, C']. Memory lies in this order as the encoder gives it, and a convolution
-    would lay it out anew."""
+    would lay it out anew.
+
+    basis: in which the teacher's map was cached. What comes out is then brought onto its directions too: along the others nothing
+    is known of the teacher, and a student that was compared there would be taught that nothing varies along them.
+    """
+
+    mean: Tensor
+    vectors: Tensor
+
+    def __init__(self, inputs: int, outputs: int, basis: Basis | None = None) -> None:
+        super().__init__(inputs, outputs, kernel_size=1)
+        self.onto = basis is not None
+        if basis is not None:  # the cache has them
+            self.register_buffer("mean", basis.mean.clone(), persistent=False)
+            self.register_buffer("vectors", basis.vectors.clone(), persistent=False)
 
     def forward(self, memory: Tensor) -> Tensor:
-        return F.linear(memory.movedim(1, -1), self.weight.flatten(1), self.bias)
+        shown = F.linear(memory.movedim(1, -1), self.weight.flatten(1), self.bias)
+        return (shown - self.mean) @ self.vectors @ self.vectors.T + self.mean if self.onto else shown
 
 
-def projector(inputs: int, outputs: int, turned: bool = False) -> Projector:
-    """Between two widths: the identity at first where they agree, else orthogonal. turned: orthogonal in any case.
+def projector(inputs: int, outputs: int, turned: bool = False, basis: Basis | None = None) -> Projector:
+    """Between two widths: the identity at first where they agree, else orthogonal. turned: orthogonal in any case. basis: as of
+    `Projector`.
 
     A student whose decoder reads the memory's channels as they are (`Facts.reads_raw_memory`) has to be free to choose what each
     means: begun as the identity, the projector wants them to mean what the teacher's do (docs/evidence.md has what that costs).
     """
-    layer = Projector(inputs, outputs, kernel_size=1)
+    layer = Projector(inputs, outputs, basis)
     weight = layer.weight.data.view(outputs, inputs)
     if turned:
         nn.init.orthogonal_(weight)
@@ -150,7 +167,10 @@ class Meeting(nn.ModuleList):
         self.pairs = pair_levels(student.cells or student.channels, teacher.cells or teacher.channels)
         self.channels = [teacher.channels[other] for _, other in self.pairs]
         turned = student.reads_raw_memory
-        super().__init__(projector(student.channels[own], teacher.channels[other], turned) for own, other in self.pairs)
+        super().__init__(
+            projector(student.channels[own], teacher.channels[other], turned, teacher.basis(other))
+            for own, other in self.pairs
+        )
 
     def of(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Each pair, as `match_maps` has it: shown [B, H, W, C], goal [B, H, W, C], valid [B, H, W]."""
