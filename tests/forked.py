@@ -41,6 +41,13 @@ def server_name() -> str:
     return os.environ.get(PLACE, "").partition(" ")[0]
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Its words; none of one that has ended since it was listed."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
 def processes_of_ray(root: psutil.Process | None = None) -> list[psutil.Process]:
     """All that this process, or another, has begun, and what was forked for the Rays among them: another test's Ray may run beside
     them, and have its workers forked by the same server."""

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from qskd.config import ResizeConfig
-from qskd.training import augmentation_pixels as pixel_ops
+from qskd.training.augmentation import pixels as pixel_ops
 from qskd.training.augmentation.student import resized
 
 AMOUNTS = (0.5, 0.93, 1.0, 1.5)

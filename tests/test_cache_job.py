@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from forked import processes_of_ray
+from forked import command_of, processes_of_ray
 from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F401  (fixtures)
 from test_unlabeled_shards import draw
 
@@ -364,7 +364,7 @@ def test_a_worker_of_the_tests_ray_is_forked_and_has_what_ray_started_it_with(cl
     asked = ray.remote(look).options(runtime_env={"env_vars": {"RAY_ONE_OF_ITS_OWN": "1"}})
     parent, words, environment, folder = ray.get(asked.remote())
     assert any("fork_server.py" in word for word in psutil.Process(parent).cmdline())
-    (started,) = [process for process in processes_of_ray() if process.cmdline()[1:] == words]  # it waits
+    (started,) = [process for process in processes_of_ray() if command_of(process)[1:] == words]  # it waits
     given = started.environ()
     given.pop("PYTHONBREAKPOINT", None)  # of the driver; Ray gives its workers another
     assert given.items() <= environment.items()

@@ -40,7 +40,14 @@ from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
 from qskd.from_recipe import add_directions, make_teacher
 from qskd.teacher.identity import cache_names, computed_by
-from qskd.teacher.manifest import CacheManifest, check_computed, load_cache_manifest, save_cache_manifest, shard_names
+from qskd.teacher.manifest import (
+    COMPUTED,
+    CacheManifest,
+    check_computed,
+    load_cache_manifest,
+    save_cache_manifest,
+    shard_names,
+)
 from qskd.teacher.memory.basis import Bases, cached_basis, in_basis, save_bases
 from qskd.teacher.memory.directions import FILES as DIRECTIONS
 
@@ -147,7 +154,7 @@ def _run(plan: CachePlan, overwrite: bool, quiet: bool, bases: Bases = ()) -> Ca
                 cache_names(config),
             )
             del teacher
-            manifest = _begun(plan, manifest, computed_by(config, kind := _start(config)), bases, kind, quiet)
+            manifest = _begun(plan, manifest, computed_by(config, _start(config)), bases, quiet)
             say_if_on_cpus(config.compute.device)
             spent = _persist(plan, manifest, sizes)
     elif plan.existing is not None:
@@ -237,14 +244,15 @@ def _start(config: Config) -> str:
 
 
 def _begun(
-    plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str], first: Bases, kind: str, quiet: bool
+    plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str], first: Bases = (), quiet: bool = False
 ) -> CacheManifest:
-    """The manifest on disk, before the first unit is computed; QskdError where an existing cache was begun in another way."""
+    """The manifest on disk, before the first unit is computed; QskdError where an existing cache was begun in another way.
+    here: what `computed_by` says. first: the bases of the recipe's first cache, where this is another."""
     if plan.existing is not None:
         check_computed(plan.existing, here, plan.path)
         cached_basis(plan.path, plan.existing)  # its complaints belong here, not in a worker's log
         return manifest
-    bases = bases_for(plan, first, kind)
+    bases = bases_for(plan, first, here[COMPUTED[0]])
     manifest = in_basis(replace(manifest, identity={**manifest.identity, **here}), bases)
     if bases:
         say(told_of(bases, plan.config.teacher.cache.memory_share), quiet)
