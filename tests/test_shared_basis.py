@@ -15,21 +15,22 @@ from test_whitening import decoder_of, replace_features
 from tiny import random_teacher
 
 from pipelines.caching import driver
-from pipelines.caching.actors import Source
-from pipelines.caching.basis import bases_there, found_here
+from pipelines.caching.actors import Source, decode
+from pipelines.caching.basis import bases_there
 from pipelines.caching.plan import make_cache_plans
 from pipelines.run.resolve import resolve
 from pipelines.training.estimate import estimate
 from pipelines.training.plan import make_plan
 from pipelines.tuning.calibration import calibrate
 from qskd.checks import check_decoder
+from qskd.datasets.shards import ShardReader
 from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.distillation.qskd.whitening import metric
 from qskd.errors import QskdError
 from qskd.from_recipe import make_teacher
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
-from qskd.teacher.memory.basis import digest_of
+from qskd.teacher.memory.basis import digest_of, sampled
 from qskd.teacher.memory.directions import compute_sensitivities
 from qskd.teacher.memory.moments import Directions
 
@@ -81,7 +82,9 @@ def test_a_basis_is_not_made_of_a_memory_that_is_not_finite(work: Path) -> None:
         dict(broken.detector.named_parameters())["model.model.encoder.layers.0.final_layer_norm.weight"][0] = torch.nan
     source: Source = (given.data.train, given.data.views, teacher_preprocessing(given).resize, True)
     with pytest.raises(QskdError, match=r"not a finite answer to image \d+"):
-        found_here(given, CacheMaker(given, broken, torch.device("cpu")), source, 4)
+        CacheMaker(given, broken, torch.device("cpu")).bases_of(
+            decode(source, list(sampled(ShardReader(given.data.train), 4)))
+        )
 
 
 def test_a_decoder_whose_answers_are_not_finite_has_no_directions(cache: str, data: str) -> None:  # noqa: F811

@@ -97,8 +97,9 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
             both, at = Interval.of(values), -row
             colour = "#d55e00" if name == compared_with(ap, student, budget)[1] else "#0072b2"
             panel.plot([100 * v for v in values], [at] * len(values), "o", color=colour, alpha=0.3, ms=4, mew=0)
-            half = 0 if math.isnan(both.half) else 100 * both.half
-            panel.errorbar(100 * both.mean, at, xerr=half, fmt="o", color=colour, ms=5, capsize=3, lw=1.6)
+            alone = math.isnan(both.half)  # one seed: hollow, so that it doesn't look as sure as a short interval
+            half, fill = (0.0, "white") if alone else (100 * both.half, colour)
+            panel.errorbar(100 * both.mean, at, xerr=half, fmt="o", color=colour, mfc=fill, ms=5, capsize=3, lw=1.6)
         base = 100 * statistics.fmean(ap[student, compared_with(ap, student, budget)[0], budget].values())
         panel.axvline(base, color="0.6", lw=1, ls=":")
         panel.axvline(100 * teacher, color="0.3", lw=1, ls="--")

@@ -9,7 +9,6 @@ from pipelines.caching.actors import Source, decode
 from pipelines.caching.plan import CachePlan
 from pipelines.cluster.room import actors_that_fit
 from pipelines.reporting.board import stage
-from qskd.config import Config
 from qskd.config.recipe import build, to_tree
 from qskd.datasets.shards import ShardReader
 from qskd.errors import QskdError
@@ -35,7 +34,7 @@ def bases_there(plans: Sequence[CachePlan]) -> Bases:
 
 def told_of(bases: Bases, share: float) -> str:
     """One line for people."""
-    kept = ", ".join(f"{basis.vectors.shape[1]} of {basis.vectors.shape[0]}" for basis in bases)
+    kept = ", ".join(f"{basis.kept} of {len(basis.mean)}" for basis in bases)
     return f"cache: memory is kept along the directions that hold {share:g} of its variance: {kept} numbers a cell"
 
 
@@ -72,13 +71,8 @@ def _found(tree: dict[str, Any], labels: Sequence[str], batch_size: int) -> str 
             *(config.data.train, config.data.views, teacher_preprocessing(config).resize),
             device.type != "cuda",
         )
-        bases = found_here(config, CacheMaker(config, teacher, device), source, batch_size)
+        batches = sampled(ShardReader(config.data.train), batch_size)
+        bases = CacheMaker(config, teacher, device).bases_of(decode(source, [rows])[0] for rows in batches)
     except QskdError as error:
         return error.to_json()
     return [(basis.mean.numpy(), basis.vectors.numpy()) for basis in bases]
-
-
-def found_here(config: Config, maker: CacheMaker, source: Source, batch_size: int) -> Bases:
-    """In this process."""
-    batches = sampled(ShardReader(config.data.train), batch_size)
-    return maker.bases_of(decode(source, [rows])[0] for rows in batches)

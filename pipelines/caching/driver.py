@@ -247,7 +247,7 @@ def _begun(
     plan: CachePlan, manifest: CacheManifest, here: Mapping[str, str], first: Bases = (), quiet: bool = False
 ) -> CacheManifest:
     """The manifest on disk, before the first unit is computed; QskdError where an existing cache was begun in another way.
-    here: what `computed_by` says. first: the bases of the recipe's first cache, where this is another."""
+    here: what `computed_by` says. first: the bases of another cache of the recipe, where one is there."""
     if plan.existing is not None:
         check_computed(plan.existing, here, plan.path)
         cached_basis(plan.path, plan.existing)  # its complaints belong here, not in a worker's log

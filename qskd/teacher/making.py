@@ -21,7 +21,7 @@ from qskd.teacher.columns.attended import ATTENDED, packed, silenced
 from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
 from qskd.teacher.manifest import CacheSizes
-from qskd.teacher.memory.basis import Bases, find_bases, in_parts
+from qskd.teacher.memory.basis import Bases, find_bases, in_parts, kept_of
 from qskd.teacher.online import OnlineTeacher, queries_above
 from qskd.teacher.pseudo import with_pseudo_objects
 
@@ -56,9 +56,8 @@ class CacheMaker:
         """bases: in which memory is kept, one a map; none: as it is."""
         self.config, self.device, self.needs = config, device, cached_needs(config)
         self.teacher, self.bases = teacher.to(device), tuple(basis.to(device) for basis in bases)
-        widths = tuple(basis.vectors.shape[1] for basis in bases) or teacher.facts.channels
         # The maps' widths, where some of their cells are kept.
-        self.attended_of = widths if config.teacher.cache.cells == ATTENDED else ()
+        self.attended_of = self.sizes.stored if config.teacher.cache.cells == ATTENDED else ()
 
     def ask(self, arrays: Mapping[str, np.ndarray]) -> TeacherRecord:
         """The loader's arrays, at the teacher's resolution -> the teacher's record, with attention of the queries that
@@ -115,8 +114,7 @@ class CacheMaker:
     @property
     def sizes(self) -> CacheSizes:
         """Of the rows."""
-        kept = tuple(basis.vectors.shape[1] for basis in self.bases)
-        return replace(self.teacher.sizes(self.config.teacher.cache.all_layers), kept=kept)
+        return replace(self.teacher.sizes(self.config.teacher.cache.all_layers), kept=kept_of(self.bases))
 
     def stored(self, row: TeacherRow) -> TeacherRow:
         """As it is in a file."""

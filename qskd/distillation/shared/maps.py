@@ -119,8 +119,12 @@ class Projector(nn.Conv2d):
             self.register_buffer("vectors", basis.vectors.clone(), persistent=False)
 
     def forward(self, memory: Tensor) -> Tensor:
-        shown = F.linear(memory.movedim(1, -1), self.weight.flatten(1), self.bias)
-        return (shown - self.mean) @ self.vectors @ self.vectors.T + self.mean if self.onto else shown
+        weight, bias = self.weight.flatten(1), self.bias
+        assert bias is not None
+        if self.onto:  # the convolution is brought onto them, once for all cells
+            weight = self.vectors @ (self.vectors.T @ weight)
+            bias = self.vectors @ (self.vectors.T @ (bias - self.mean)) + self.mean
+        return F.linear(memory.movedim(1, -1), weight, bias)
 
 
 def projector(inputs: int, outputs: int, turned: bool = False, basis: Basis | None = None) -> Projector:

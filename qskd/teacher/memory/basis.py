@@ -43,6 +43,11 @@ class Basis:
         """[..., K] -> [..., C]: what `parts` was given, but for what lies along no vector."""
         return parts @ self.vectors.T + self.mean
 
+    @property
+    def kept(self) -> int:
+        """K, the numbers that a cell is kept in."""
+        return self.vectors.shape[1]
+
     def to(self, device: torch.device) -> Basis:
         return Basis(self.mean.to(device), self.vectors.to(device))
 
@@ -50,12 +55,16 @@ class Basis:
 Bases = tuple[Basis, ...]  # one a map; none: memory is kept as it is
 
 
+def kept_of(bases: Bases) -> tuple[int, ...]:
+    """As `CacheSizes.kept`."""
+    return tuple(basis.kept for basis in bases)
+
+
 def find_bases(records: Iterable[TeacherRecord], widths: Sequence[int], share: float) -> Bases:
     """From what a teacher said of some images."""
     moments = Moments(widths)
     for record in records:
-        for level, (map_, valid) in enumerate(zip(record.memory, record.memory_valid, strict=True)):
-            moments.add(level, map_.float().movedim(1, -1)[valid])
+        moments.add_maps(record.memory, record.memory_valid)
     found = []
     for mean, directions in zip(moments.means(), moments.directions(), strict=True):
         vectors = directions.vectors[:, : fewest(directions.variances, share)]
@@ -93,9 +102,8 @@ def in_basis(manifest: CacheManifest, bases: Bases) -> CacheManifest:
     """Of a cache that is begun with its memory in `bases`; as it is where there are none."""
     if not bases:
         return manifest
-    kept = tuple(basis.vectors.shape[1] for basis in bases)
     identity = {**manifest.identity, BASIS: digest_of(bases)}
-    return replace(manifest, identity=identity, sizes=replace(manifest.sizes, kept=kept))
+    return replace(manifest, identity=identity, sizes=replace(manifest.sizes, kept=kept_of(bases)))
 
 
 def digest_of(bases: Bases) -> str:

@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from qskd.structures import DetectorOutput, TeacherRecord
     from qskd.teacher.decoder import TeacherDecoder
 
-FILES = {
-    "variance": "directions.view-000.parquet",
-    "decoder": "sensitivity.view-000.parquet",
-}  # of the images' first view
-MEMORY = TeacherNeeds(memory=True)
+# By what the directions are found, of the images' first view.
+FILES = {"variance": "directions.view-000.parquet", "decoder": "sensitivity.view-000.parquet"}
 IMAGES = 1000  # or all, where there are fewer: a thousand images have more cells than a covariance has numbers
 _AT_ONCE = 16
 _REMEDY = "delete this file, and run `qskd cache RECIPE`, which makes it again"
 
 
-def known_of(uri: str, columns: TeacherNeeds = MEMORY) -> Iterator[tuple[TeacherRecord, tuple[Tensor, ...]]]:
+def _memory_in(uri: str) -> TeacherCacheReader:
+    return TeacherCacheReader(uri, columns_for(TeacherNeeds(memory=True)))
+
+
+def known_of(reader: TeacherCacheReader) -> Iterator[tuple[TeacherRecord, tuple[Tensor, ...]]]:
     """Batches of `IMAGES` images that lie evenly over a cache's first view, and of each map which cells are kept and no padding."""
     import torch
 
-    reader = TeacherCacheReader(uri, columns_for(columns))
-    bases = cached_basis(uri, reader.manifest)
+    bases = cached_basis(reader.uri, reader.manifest)
     for shard, rows in evenly(np.cumsum([rows for rows, _ in reader.manifest.views[0]]), IMAGES):
         for start in range(0, len(rows), _AT_ONCE):
             arrays = reader.collate(reader.read(shard, 0, rows[start : start + _AT_ONCE]))
@@ -52,16 +52,11 @@ def known_of(uri: str, columns: TeacherNeeds = MEMORY) -> Iterator[tuple[Teacher
 
 def compute_directions(uri: str) -> tuple[Directions, ...]:
     """Of each map, finest first: the eigenvectors of the memory's covariance. The same cache gives the same ones."""
-    return moments_of(uri).directions()
-
-
-def moments_of(uri: str) -> Moments:
-    """Of a cache's memory, by map."""
-    moments = Moments(TeacherCacheReader(uri).manifest.sizes.channels)
-    for record, cells in known_of(uri):
-        for level, (map_, kept) in enumerate(zip(record.memory, cells, strict=True)):
-            moments.add(level, map_.movedim(1, -1)[kept])
-    return moments
+    reader = _memory_in(uri)
+    moments = Moments(reader.manifest.sizes.channels)
+    for record, cells in known_of(reader):
+        moments.add_maps(record.memory, cells)
+    return moments.directions()
 
 
 def compute_sensitivities(uri: str, decoder: TeacherDecoder) -> tuple[Directions, ...]:
@@ -70,10 +65,11 @@ def compute_sensitivities(uri: str, decoder: TeacherDecoder) -> tuple[Directions
     its gradient is not finite."""
     import torch
 
-    moments = moments_of(uri)
-    sums = [torch.zeros(width, width).double() for width in TeacherCacheReader(uri).manifest.sizes.channels]
-    drawn = torch.Generator().manual_seed(0)
-    for record, cells in known_of(uri):
+    reader, drawn = _memory_in(uri), torch.Generator().manual_seed(0)
+    widths = reader.manifest.sizes.channels
+    moments, sums = Moments(widths), [torch.zeros(width, width).double() for width in widths]
+    for record, cells in known_of(reader):
+        moments.add_maps(record.memory, cells)
         maps = [map_.requires_grad_() for map_ in record.memory]
         number = probe(decoder.read(maps, record.memory_valid), drawn)
         gradients = torch.autograd.grad(number, maps)
@@ -89,9 +85,8 @@ def compute_sensitivities(uri: str, decoder: TeacherDecoder) -> tuple[Directions
             sums[level] += at.T @ at
     found = []
     for matrix, covariance in zip(sums, moments.covariances(), strict=True):
-        values, vectors = principal(
-            matrix / max(float(matrix.trace()), 1e-30)
-        )  # of trace 1: nothing but ratios is asked
+        whole = max(float(matrix.trace()), 1e-30)  # nothing but ratios is asked
+        values, vectors = principal(matrix / whole)
         along = np.einsum("ck,cd,dk->k", vectors, covariance.numpy(), vectors).clip(min=0).astype(np.float32)
         found.append(Directions(along, vectors, values))
     return tuple(found)

@@ -38,6 +38,11 @@ class Moments:
         count, total, squares = self._sums[level]
         self._sums[level] = count + len(cells), total + cells.sum(0), squares + cells.T @ cells
 
+    def add_maps(self, maps: Sequence[Tensor], valid: Sequence[Tensor]) -> None:
+        """maps: [B, C, H, W] each; valid: [B, H, W], the cells that count."""
+        for level, (map_, part) in enumerate(zip(maps, valid, strict=True)):
+            self.add(level, map_.float().movedim(1, -1)[part])
+
     def means(self) -> list[NDArray[np.float32]]:
         """By map: [C]."""
         return [(total / max(count, 1)).float().numpy() for count, total, _ in self._sums]
