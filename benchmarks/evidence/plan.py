@@ -210,7 +210,10 @@ FRESH = (
     *("none_flips", "qskd_flips", "none_flips_labelled24"),
     *(f"qskd_flips_unlabeled{count // 1000}" for count in NEW_IMAGES),
 )
-LONG_BITS = tuple(f"w4a4_{name}" for name in ("after_none", "none", "qskd", "qdetr"))
+LONG_BITS = (
+    *(f"{short}_{name}" for short in BITS for name in ("after_none", "after_qskd", "none", "qskd")),
+    "w4a4_qdetr",
+)
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
