@@ -233,7 +233,7 @@ STUDENTS = {
     "inherit": Student(
         "The quickstart's student, started from its teacher's layers",
         rows={
-            "short": (*MECHANISM, *METHODS, *(f"qskd_{name}" for name in SHARES), *FEW_BITS),
+            "short": (*MECHANISM, *METHODS, *(f"qskd_{name}" for name in SHARES), *FEW_BITS, "qskd_flips_unlabeled6"),
             "long": (*LONG, *FRESH, *LONG_BITS),
             "longest": (*PAIR, *FRESH),
         },
