@@ -219,7 +219,8 @@ _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
-_TRAINING = (*PAIR, "none_flips", "qskd_flips", *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
+_FLIPPED = ("none_flips", "qskd_flips")
+_TRAINING = (*PAIR, *_FLIPPED, *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
 # The families that choose their queries among the encoder's cells, as their own defaults train them.
 _CHOOSING = (
     *("student.inherit=false", "student.feature_levels=2", "student.dropout=null", "student.frozen_stages=null"),
@@ -257,7 +258,9 @@ STUDENTS = {
         MANY,
     ),
     "rtdetr": Student(
-        "RT-DETR, random layers", _RT_DETR, {"short": tuple(each for each in _TRAINING if "no_sides" not in each)}
+        "RT-DETR, random layers",
+        _RT_DETR,
+        {"short": tuple(each for each in _TRAINING if "no_sides" not in each), "long": _FLIPPED},
     ),
     "maps": Student(
         "RT-DETR, random layers, of an RT-DETR with two maps",
@@ -265,7 +268,7 @@ STUDENTS = {
         {"short": ("none_flips", "qskd_flips", "qskd_flips_coarse", *(f"qskd_flips_{name}" for name in SHARES))},
         MAPS,
     ),
-    "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING}),
+    "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING, "long": _FLIPPED}),
     "conditional": Student(
         "A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN, "long": MAIN}
     ),
