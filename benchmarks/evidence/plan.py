@@ -146,6 +146,9 @@ METHODS = {
     "relations": _beside("relations", "relations of query states", cache="states"),
 }
 VARIANTS |= METHODS
+VARIANTS["qskd_flips_whitened"] = Variant(
+    "QSKD, fresh flips, AGFD whitened (alpha 1)", (_FLIPS, *METHODS["whitened"].overrides)
+)
 # Memory in few numbers a cell.
 VARIANTS |= {
     f"qskd_{name}": Variant(f"QSKD, of {share:.0%} of the memory's variance", cache=name)
@@ -220,7 +223,7 @@ _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
 _FLIPPED = ("none_flips", "qskd_flips")
-_TRAINING = (*PAIR, *_FLIPPED, *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
+_TRAINING = (*PAIR, *_FLIPPED, "qskd_flips_whitened", *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
 # The families that choose their queries among the encoder's cells, as their own defaults train them.
 _CHOOSING = (
     *("student.inherit=false", "student.feature_levels=2", "student.dropout=null", "student.frozen_stages=null"),
@@ -242,7 +245,7 @@ STUDENTS = {
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",
         ("student.inherit=false",),
-        {"short": (*MAIN, "told_onnx", "told_json"), "long": PAIR},
+        {"short": (*MAIN, "whitened", "told_onnx", "told_json"), "long": PAIR},
     ),
     "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
     "near": Student(
