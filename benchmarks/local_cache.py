@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qskd.checks import directions_asked, lacks_directions
 from qskd.config import Config, ResizeConfig
 from qskd.datasets.loader import BatchLoader
 from qskd.datasets.shards import ShardReader
@@ -13,6 +14,7 @@ from qskd.teacher.cache import write_rows
 from qskd.teacher.making import CacheMaker, row_batches
 from qskd.teacher.manifest import CacheManifest, file_name, save_cache_manifest, shard_names
 from qskd.teacher.memory.basis import in_basis, sampled, save_bases
+from qskd.teacher.memory.directions import compute_directions, save_directions
 from qskd.teacher.online import OnlineTeacher
 
 
@@ -41,4 +43,6 @@ def make_cache(
             files.append(write_rows(cache.path, file, rows, manifest.fingerprint, cache.columns, kept))
         manifest = manifest.with_view(view, tuple(files))
     save_cache_manifest(cache.path, manifest)
+    if directions_asked(config) == "variance" and lacks_directions(config, manifest):
+        save_directions(cache.path, compute_directions(cache.path), manifest)
     return manifest

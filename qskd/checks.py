@@ -166,13 +166,13 @@ def check_directions(config: Config, manifest: CacheManifest) -> None:
             config.teacher.cache.path,
             "a cache without the directions of the teacher's memory, which the recipe's method asks for",
             f"{DIRECTIONS[directions_asked(config)]} in its folder",
-            "`qskd cache RECIPE` adds it, and computes nothing else anew",
+            "`qskd cache RECIPE` adds it, and computes nothing else anew; or without: --set distillation.features.whitening=0",
         )
 
 
 def lacks_directions(config: Config, manifest: CacheManifest) -> bool:
     """Whether the recipe's method asks for directions that are not beside its cache. QskdError where they are damaged."""
-    asked = directions_asked(config)
+    asked = directions_asked(config) if manifest.sizes.channels else ""  # a teacher of boxes alone has no memory
     return bool(asked) and load_directions(config.teacher.cache.path, manifest, asked) is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from qskd.checks import check_teacher, directions_asked
+from qskd.checks import check_directions, check_teacher, directions_asked
 from qskd.config import Config
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import read_annotations
@@ -20,7 +20,7 @@ from qskd.teacher.decoder import load_decoder
 from qskd.teacher.identity import cache_sources, teacher_preprocessing, teachers_preprocessing
 from qskd.teacher.manifest import CacheManifest
 from qskd.teacher.memory.basis import cached_basis
-from qskd.teacher.memory.directions import compute_directions, compute_sensitivities, load_directions, save_directions
+from qskd.teacher.memory.directions import compute_directions, compute_sensitivities, load_directions
 from qskd.teacher.memory.moments import Directions
 from qskd.teacher.online import OnlineTeacher
 from qskd.teacher.several.checks import check_several_teachers
@@ -39,10 +39,12 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
         if config.distillation.method != "none" and is_results(config.teacher.path):
             raise not_to_be_asked(config.teacher.path)
         return make_teacher(config, labels)
-    path = cache_sources(config)[0].teacher.cache.path  # all are of the same teacher and sizes
+    first = cache_sources(config)[0]  # all are of the same teacher and sizes
+    path = first.teacher.cache.path
     reader, needs = TeacherCacheReader(path), teacher_needs(config.distillation)
     manifest = reader.manifest
     kind = needs.directions if needs is not None else ""
+    check_directions(first, manifest)
     directions = load_directions(path, manifest, kind) if kind else None
     decoder = load_decoder(config, labels, manifest) if needs is not None and needs.decoder else None
     return CachedTeacher(
@@ -51,16 +53,13 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
     )
 
 
-def add_directions(config: Config, manifest: CacheManifest) -> tuple[Directions, ...]:
-    """Compute the directions that the recipe's method asks for, and keep them beside its cache."""
+def find_directions(config: Config, manifest: CacheManifest) -> tuple[Directions, ...]:
+    """The directions that the recipe's method asks for, computed from its cache."""
     path = config.teacher.cache.path
     if directions_asked(config) == "decoder":
         labels = source_manifest(config.data).labels
-        found = compute_sensitivities(path, load_decoder(config, labels, manifest))
-    else:
-        found = compute_directions(path)
-    save_directions(path, found, manifest)
-    return found
+        return compute_sensitivities(path, load_decoder(config, labels, manifest))
+    return compute_directions(path)
 
 
 def make_teacher(config: Config, labels: Sequence[str]) -> OnlineTeacher | None:

@@ -73,8 +73,8 @@ def test_the_job_leaves_a_file_for_each_shard_and_view_and_nothing_else(
     work: Path,  # noqa: F811
     cached: dict[str, str],
 ) -> None:
-    files = [name for name in cached if name != "manifest.json"]
-    assert len(files) == 6
+    files = [name for name in cached if name not in ("manifest.json", "directions.view-000.parquet")]
+    assert len(files) == 6 == len(cached) - 2
     assert all(re.fullmatch(r"shard-0000[012]-[0-9a-f]{8}\.view-00[01]\.parquet", name) for name in files)
     reader = TeacherCacheReader(str(work / "cache"))
     assert sorted(reader.manifest.views) == [0, 1]
@@ -220,8 +220,10 @@ def test_training_from_the_cache_equals_training_with_the_teacher(
     cached: dict[str, str],
 ) -> None:
     floor = "distillation.selection.boundaries=[0.3]"
+    # Nobody knows ahead in which directions an online teacher's memory varies.
+    alike = (floor, "distillation.features.whitening=0")
     # What Ray Data brings of a cache is looked at in test_ray_job: here it is the numbers, which a run's own cost would hide.
-    from_cache, online = (without_ray(config(work, "equal", floor, *more)) for more in ((), ("teacher.cache.path=",)))
+    from_cache, online = (without_ray(config(work, "equal", *alike, *more)) for more in ((), ("teacher.cache.path=",)))
     assert len(from_cache) == len(online) == 12
     for epoch in (slice(0, 6), slice(6, 12)):
         mine, theirs = from_cache[epoch], online[epoch]

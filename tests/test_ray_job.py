@@ -149,7 +149,9 @@ def test_a_job_from_a_folder_with_a_recipe_caches_and_distils_on_an_object_store
     result = json.loads(objects["runs/one/result.json"])
     assert result["student"] == "s3://qskd-job/runs/one/student"
     assert {"runs/one/student/config.json", "runs/one/student/model.safetensors"} <= set(objects)
-    assert len([name for name in objects if name.startswith("cache/") and name.endswith(".parquet")]) == 2
+    kept = [name for name in objects if name.startswith("cache/") and name.endswith(".parquet")]
+    assert len(kept) == 3  # two shards, and the directions
+    assert "cache/directions.view-000.parquet" in kept
     assert any(name.startswith("runs/one/train/checkpoint_") for name in objects)
     assert not [name for name in objects if ".writing-" in name or name.endswith(".part")]
     assert json.loads(objects["runs/one/history.json"])[-1]["training"]["loss/agfd"] > 0  # the cache's maps reached it

@@ -1,10 +1,11 @@
-"""A recipe's several caches: memory of all in one basis, directions beside the first alone; and numbers that are none."""
+"""A recipe's several caches: memory of all in one basis, the first one's directions beside each; and numbers that are none."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from test_teacher_cache import cache, cache_config, data, teacher  # noqa: F401  (fixtures)
@@ -19,10 +20,12 @@ from pipelines.caching.actors import Source, decode
 from pipelines.caching.basis import bases_there
 from pipelines.caching.plan import make_cache_plans
 from pipelines.run.resolve import resolve
+from pipelines.selecting.job import plan_of
 from pipelines.training.estimate import estimate
 from pipelines.training.plan import make_plan
 from pipelines.tuning.calibration import calibrate
 from qskd.checks import check_decoder
+from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.distillation.qskd.whitening import metric
@@ -31,7 +34,7 @@ from qskd.from_recipe import make_teacher
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.memory.basis import digest_of, sampled
-from qskd.teacher.memory.directions import compute_sensitivities
+from qskd.teacher.memory.directions import FILES, compute_sensitivities
 from qskd.teacher.memory.moments import Directions
 
 torch.set_num_threads(1)
@@ -41,16 +44,23 @@ SHARE = "teacher.cache.memory_share=0.9"
 
 
 @pytest.mark.parametrize("fields", [WHITENED, BY_DECODER])
-def test_directions_beside_the_first_cache_serve_images_without_labels_too(fields: tuple[str, ...], work: Path) -> None:  # noqa: F811
-    given = cached(work, "cache-whitened", *fields)
+def test_the_first_caches_directions_are_those_of_the_others_too(fields: tuple[str, ...], work: Path) -> None:  # noqa: F811
+    given = cached(work, f"cache-{'whitened' if fields == WHITENED else 'by-decoder'}", *fields)
     plans = make_cache_plans(given)
+    for plan in plans:
+        Path(plan.path, FILES["variance"]).unlink(missing_ok=True)
     assert driver.lacks_something(plans)
     with pytest.raises(QskdError, match="a cache without the directions") as caught:
         make_plan(given, "distill")
     assert caught.value.where == plans[0].path
     assert "the directions of the memory are missing" in driver.foresee(given)
-    driver._add_directions(plans[0].config, quiet=True)
+    driver._add_directions([plan.config for plan in plans], quiet=True)
     assert not driver.lacks_something(plans)
+    free = f"{work}/free"
+    one, other = (Path(plan.path, FILES["decoder" if fields == BY_DECODER else "variance"]) for plan in plans)
+    assert len(pq.read_table(one)) == len(pq.read_table(other)) > 0  # `qskd select` looks at one folder alone
+    assert pq.read_table(one).equals(pq.read_table(other))
+    assert plan_of(given, free, load_manifest(free)).folder[1].num_images == 9
     assert driver.foresee(given).count("nothing is missing") == 2
     assert trained(given, 1).step == 1
 

@@ -15,6 +15,7 @@ from tiny import EASY_SELECTION, arrays, batch_of, make_training, random_teacher
 
 from pipelines.caching import driver
 from pipelines.caching.plan import clean
+from pipelines.training.notices import notices
 from qskd.checks import check_decoder, lacks_directions
 from qskd.config.sections import FurtherTeacherConfig
 from qskd.distillation.method import teacher_needs
@@ -61,6 +62,7 @@ def test_directions_are_the_eigenvectors_of_the_covariance_of_all_cells_and_come
         np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(vectors)), atol=1e-5)
         np.testing.assert_allclose(vectors * each.variances @ vectors.T, covariance, atol=1e-5)
         assert (np.diff(each.variances) <= 0).all()
+    Path(cache, module.FILES["variance"]).unlink(missing_ok=True)
     assert load_directions(cache, manifest) is None
     save_directions(cache, found, manifest)
     again = load_directions(cache, manifest)
@@ -71,7 +73,7 @@ def test_directions_are_the_eigenvectors_of_the_covariance_of_all_cells_and_come
     monkeypatch.setattr(module, "IMAGES", 5)  # a sample of them: much the same
     fewer = compute_directions(cache)
     assert 0.5 < fewer[0].variances.sum() / found[0].variances.sum() < 2
-    Path(cache, module.FILES["variance"]).unlink()
+    save_directions(cache, found, manifest)
 
 
 @pytest.mark.parametrize("whitening", [0.0, 1.0])
@@ -193,19 +195,20 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plain = cache_config(data, cache)
+    plain = replace_features(cache_config(data, cache), whitening=0.0)
     config = replace_features(plain, whitening=1.0)
     manifest = load_cache_manifest(cache)
     assert manifest is not None
+    Path(cache, module.FILES["variance"]).unlink(missing_ok=True)
     assert not lacks_directions(plain, manifest)
     assert lacks_directions(config, manifest)
     labels = ("three", "eight", "nine")
     with pytest.raises(QskdError, match=r"no directions are known\n.*\n.*qskd cache RECIPE"):
         make_training(config, teacher, labels=labels)
-    driver._add_directions(plain, quiet=False)
+    driver._add_directions([plain], quiet=False)
     assert not Path(cache, module.FILES["variance"]).exists()
-    driver._add_directions(config, quiet=False)
-    driver._add_directions(config, quiet=False)
+    driver._add_directions([config], quiet=False)
+    driver._add_directions([config], quiet=False)
     assert capsys.readouterr().out.count(module.FILES["variance"]) == 1
     assert not lacks_directions(config, manifest)
     training = make_training(config, teacher_for_training(config, labels), labels=labels)
@@ -214,13 +217,19 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     batch = train_batch(arrays((2, 0)))
     whitened = training.module(batch.images, batch.sizes, batch.targets, record)["agfd"]
     usual = make_training(plain, teacher, labels=labels)
-    assert whitened.total.item() != usual.module(batch.images, batch.sizes, batch.targets, record)["agfd"].total.item()
+    not_whitened = usual.module(batch.images, batch.sizes, batch.targets, record)["agfd"]
+    assert whitened.total.item() != not_whitened.total.item()
+    unsaid = replace_features(plain, whitening=None)
+    for of, expected in ((teacher, not_whitened), (teacher_for_training(unsaid, labels), whitened)):
+        found = make_training(unsaid, of, labels=labels).module(batch.images, batch.sizes, batch.targets, record)[
+            "agfd"
+        ]
+        assert found.total.item() == expected.total.item()
     clean(cache)
     assert Path(cache, module.FILES["variance"]).exists()  # the end of a job leaves it
     shutil.copytree(cache, tmp_path / "copy")
     clean(str(tmp_path / "copy"), everything=True)  # --overwrite does not
     assert list((tmp_path / "copy").iterdir()) == []
-    Path(cache, module.FILES["variance"]).unlink()
 
 
 def pixels() -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,11 +261,26 @@ def test_damaged_directions_and_those_of_another_cache_are_refused_by_name(cache
             load_directions(cache, manifest)
         assert module.FILES["variance"] in str(caught.value)
         assert "delete this file" in str(caught.value)
-    path.unlink()
+    save_directions(cache, found, manifest)
+
+
+@pytest.mark.parametrize("whitening", [None, 0.0])
+def test_a_training_without_a_cache_says_that_it_could_be_whitened(whitening: float | None) -> None:
+    config = replace_features(recipe(None), whitening=whitening)
+    said = [each for each in notices(config, 1.0) if "whitening" in each]
+    assert len(said) == (whitening is None)
+    cached = config.teacher.model_copy(update={"cache": config.teacher.cache.model_copy(update={"path": "cache"})})
+    assert not [each for each in notices(config.model_copy(update={"teacher": cached}), 1.0) if "whitening" in each]
 
 
 def test_whitening_asks_for_directions_and_nothing_else_does() -> None:
-    for features, asked in (({}, ""), ({"whitening": 0.5}, "variance"), ({"whitening": 0.5, "weight": 0.0}, "")):
+    for features, asked in (
+        ({}, "variance"),
+        ({"whitening": 0.0}, ""),
+        ({"whitening": 0.5}, "variance"),
+        ({"whitening": 0.5, "weight": 0.0}, ""),
+        ({"weight": 0.0}, ""),
+    ):
         config: Any = recipe(None, distillation={"features": features})
         needs = teacher_needs(config.distillation)
         assert needs is not None
@@ -327,7 +351,9 @@ def test_the_decoder_s_directions_come_back_and_weigh_an_error_by_what_it_moves(
     for mine, theirs in zip(again, found, strict=True):
         assert np.array_equal(mine.sensitivities, theirs.sensitivities)  # type: ignore[arg-type]
         assert np.array_equal(mine.vectors, theirs.vectors)
-    assert load_directions(cache, manifest) is None  # the others are another file
+    by_variance = load_directions(cache, manifest)  # is another file
+    assert by_variance is not None
+    assert by_variance[0].sensitivities is None
     Path(cache, module.FILES["decoder"]).unlink()
 
 

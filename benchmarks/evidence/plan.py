@@ -191,6 +191,16 @@ FEW_BITS = {
 }
 VARIANTS |= FEW_BITS
 
+# "QSKD" is a row's name for what it was when rows were begun: without whitening, which these rows made the default.
+_NOT_WHITENED = "distillation.features.whitening=0"
+_SAY_OTHERWISE = ("distillation.method=", "distillation.features.whitening=")
+VARIANTS = {
+    name: replace(variant, overrides=(_NOT_WHITENED, *variant.overrides))
+    if variant.kind == "distill" and not any(field.startswith(_SAY_OTHERWISE) for field in variant.overrides)
+    else variant
+    for name, variant in VARIANTS.items()
+}
+
 
 @dataclass(frozen=True)
 class Student:

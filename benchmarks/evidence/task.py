@@ -24,9 +24,10 @@ from qskd.datasets.shapes import make_shapes
 from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.deploy.export import export_onnx
 from qskd.detectors import load_detector
-from qskd.from_recipe import add_directions, make_teacher
+from qskd.from_recipe import find_directions, make_teacher
 from qskd.teacher.identity import cache_identity, cache_sources, teacher_preprocessing
 from qskd.teacher.manifest import load_cache_manifest
+from qskd.teacher.memory.directions import save_directions
 
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
 
@@ -127,7 +128,7 @@ def _add_directions(config: ResolvedConfig) -> None:
     path = config.teacher.cache.path
     manifest = load_cache_manifest(path) if path else None
     if manifest is not None and lacks_directions(config, manifest):
-        add_directions(config, manifest)
+        save_directions(path, find_directions(config, manifest), manifest)
 
 
 def _tell(work: Path, student: Student, form: str) -> None:

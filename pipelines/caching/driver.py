@@ -38,7 +38,7 @@ from qskd.checks import check_enough, directions_asked, lacks_directions
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
-from qskd.from_recipe import add_directions, make_teacher
+from qskd.from_recipe import find_directions, make_teacher
 from qskd.teacher.identity import cache_names, computed_by
 from qskd.teacher.manifest import (
     COMPUTED,
@@ -50,6 +50,7 @@ from qskd.teacher.manifest import (
 )
 from qskd.teacher.memory.basis import Bases, cached_basis, in_basis, save_bases
 from qskd.teacher.memory.directions import FILES as DIRECTIONS
+from qskd.teacher.memory.directions import load_directions, save_directions
 
 log = logging.getLogger("qskd")
 WARM_UP_S = 60.0  # of the actors, before it is said that they wait
@@ -76,7 +77,7 @@ def foresee(config: Config, overwrite: bool = False) -> str:
     config = resolve(config, "cache")
     plans = make_cache_plans(config, overwrite)
     _say_if_unread(config)
-    return "\n".join(_foresee(plan, plan is plans[0]) for plan in plans)
+    return "\n".join(_foresee(plan) for plan in plans)
 
 
 def _say_if_unread(config: Config) -> None:
@@ -87,10 +88,9 @@ def _say_if_unread(config: Config) -> None:
         log.warning("the recipe's own `qskd distill` can't read this cache: %s", error)
 
 
-def _foresee(plan: CachePlan, first: bool) -> str:
-    """first: whether it is of the recipe's first cache, beside which the directions lie."""
+def _foresee(plan: CachePlan) -> str:
     if not plan.todo:
-        lacks = first and plan.existing is not None and lacks_directions(plan.config, plan.existing)
+        lacks = plan.existing is not None and lacks_directions(plan.config, plan.existing)
         return f"{plan.describe()}\n{'the directions of the memory are' if lacks else 'nothing is'} missing"
     teacher = make_teacher(plan.config, plan.data.labels)
     assert teacher is not None
@@ -118,7 +118,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         done.append(_run(plan, overwrite, quiet, bases))
         if not bases and (manifest := load_cache_manifest(plan.path)):
             bases = cached_basis(plan.path, manifest)
-    _add_directions(plans[0].config, quiet)
+    _add_directions([plan.config for plan in plans], quiet)
     if config.data.unlabeled:
         tell_of_domains([plan.config for plan in plans], bool(config.data.train), quiet)
     return replace(done[0], **{name: sum(getattr(each, name) for each in done) for name in SUMMED})
@@ -176,21 +176,26 @@ def _run(plan: CachePlan, overwrite: bool, quiet: bool, bases: Bases = ()) -> Ca
 
 
 def lacks_something(plans: Sequence[CachePlan]) -> bool:
-    """Whether `run` would add anything: outputs of the teacher, or directions of its memory beside the first cache."""
-    first = plans[0]
-    return any(plan.todo for plan in plans) or (
-        first.existing is not None and lacks_directions(first.config, first.existing)
+    """Whether `run` would add anything: outputs of the teacher, or directions of its memory."""
+    return any(
+        plan.todo or (plan.existing is not None and lacks_directions(plan.config, plan.existing)) for plan in plans
     )
 
 
-def _add_directions(config: Config, quiet: bool) -> None:
-    """Beside a cache that is whole, what the recipe's method asks for and is not there."""
-    manifest = load_cache_manifest(config.teacher.cache.path)
-    if manifest is not None and lacks_directions(config, manifest):
-        found, kind = add_directions(config, manifest), directions_asked(config)
-        widths = ", ".join(str(len(each.variances)) for each in found)
-        what = "in which the memory varies" if kind == "variance" else "that the teacher's decoder looks along"
-        say(f"cache: the directions {what}, of maps {widths} wide → {DIRECTIONS[kind]}", quiet)
+def _add_directions(configs: Sequence[Config], quiet: bool) -> None:
+    """Beside caches that are whole, what the recipe's method asks for and is not there. configs: of each folder of images. The
+    first one's are all's: a training reads those, and `qskd select` those of the folder that it looks at."""
+    whole = [(config, load_cache_manifest(config.teacher.cache.path)) for config in configs]
+    lacking = [(config, of) for config, of in whole if of is not None and lacks_directions(config, of)]
+    (first, manifest), kind = whole[0], directions_asked(configs[0])
+    if manifest is None or not lacking:
+        return
+    found = load_directions(first.teacher.cache.path, manifest, kind) or find_directions(first, manifest)
+    for config, of in lacking:
+        save_directions(config.teacher.cache.path, found, of)
+    widths = ", ".join(str(len(each.variances)) for each in found)
+    what = "in which the memory varies" if kind == "variance" else "that the teacher's decoder looks along"
+    say(f"cache: the directions {what}, of maps {widths} wide → {DIRECTIONS[kind]}", quiet)
 
 
 class ViewsLeft:

@@ -33,6 +33,7 @@ class Features(FeatureDistillationConfig):
     query_weight: Literal["confidence", "quality", "uniform", "giou"] = "giou"
     attention_layers: Literal["last", "mean", "all"] = "all"
     mask_weighting: Literal["normalised", "squared"] = "squared"
+    whitening: NonNegative | None = 0.0
 
 
 class Predictions(PredictionDistillationConfig):

@@ -141,9 +141,10 @@ class AttentionGuidedFeatureDistillation(nn.Module):
                 "set teacher.cache.path, and run `qskd cache RECIPE`, which computes them; or whitening: 0",
             )
         self.metrics: dict[int, str] = {}  # by student map, a buffer's name
-        for own, other in self.pairs if config.whitening else ():
+        alpha = config.alpha(bool(directions))
+        for own, other in self.pairs if alpha else ():
             self.metrics[own] = f"metric_{own}"
-            found = metric(directions[other], config.whitening, config.whitened_share)
+            found = metric(directions[other], alpha, config.whitened_share)
             self.register_buffer(self.metrics[own], found)
         self.leanings = (
             nn.ParameterDict()

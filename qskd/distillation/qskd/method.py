@@ -115,7 +115,7 @@ class QSKD(Method):
             attention_layers=features.attention_layers,
             all_layers=every_layer or every_mask,
             attention_giou_floor=floor if attention else 1.0,
-            directions=features.whitened_by if features.weight > 0 and features.whitening > 0 else "",
+            directions=features.whitened_by if features.weight > 0 and features.whitening != 0 else "",
             attended=attention and features.background == 0,
             reasons=reasons,
         )

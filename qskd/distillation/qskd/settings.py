@@ -60,8 +60,9 @@ class FeatureDistillationConfig(Section):
     # the mean of (M F_S - M F_T)^2 does (TPRD)
     mask_weighting: Literal["normalised", "squared"] = "normalised"
     # alpha of whitened AGFD (equations.md 1.4, ours): an error counts variance^-alpha of its direction in the teacher's memory, as
-    # `qskd cache` finds them; 0 = every direction alike, 1 = as much of each
-    whitening: NonNegative = 0.0
+    # `qskd cache` finds them; 0 = every direction alike, 1 = as much of each. null: 1 with a cache, 0 where the teacher runs in
+    # every step, for nobody has found them then
+    whitening: NonNegative | None = None
     # decoder: directions are by how far what the teacher's decoder says moves along them, and an error counts that^alpha: 1 = what
     # the decoder makes of it (its Fisher information)
     whitened_by: Literal["variance", "decoder"] = "variance"
@@ -82,6 +83,10 @@ class FeatureDistillationConfig(Section):
         if self.whitened_by == "decoder" and not self.whitening:
             raise ValueError("whitened_by: decoder, and nothing is whitened: set whitening to 1, or leave it out")
         return self
+
+    def alpha(self, known: bool) -> float:
+        """What `whitening` comes to. known: whether there are directions of the teacher's memory."""
+        return float(known) if self.whitening is None else self.whitening
 
 
 class PredictionDistillationConfig(Section):
