@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qskd.checks import check_directions, check_teacher, directions_asked
 from qskd.config import Config
+from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import load_manifest
-from qskd.datasets.shards import read_annotations
+from qskd.datasets.shards import ShardReader, read_annotations
 from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector
 from qskd.distillation.method import teacher_needs
@@ -18,8 +20,9 @@ from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.cached import CachedTeacher, Teacher
 from qskd.teacher.decoder import load_decoder
 from qskd.teacher.identity import cache_sources, teacher_preprocessing, teachers_preprocessing
+from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheManifest
-from qskd.teacher.memory.basis import cached_basis
+from qskd.teacher.memory.basis import cached_basis, sampled
 from qskd.teacher.memory.directions import compute_directions, compute_sensitivities, load_directions
 from qskd.teacher.memory.moments import Directions
 from qskd.teacher.online import OnlineTeacher
@@ -30,15 +33,24 @@ from qskd.teacher.told.checks import not_to_be_asked
 from qskd.teacher.told.results import is_results, read_results
 from qskd.teacher.told.teacher import ToldTeacher
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger("qskd")
 
 
-def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | None:
-    """The teacher the recipe names; as its cache remembers it, where there is one; None for plain training."""
+def teacher_for_training(config: Config, labels: Sequence[str], device: torch.device | None = None) -> Teacher | None:
+    """The teacher the recipe names; as its cache remembers it, where there is one; None for plain training.
+
+    device: on which one that runs in every step is asked about some images, where the method wants to know how its memory varies;
+    None: it isn't."""
     if config.distillation.method == "none" or not config.teacher.cache.path:
         if config.distillation.method != "none" and is_results(config.teacher.path):
             raise not_to_be_asked(config.teacher.path)
-        return make_teacher(config, labels)
+        teacher = make_teacher(config, labels)
+        if teacher is not None and device is not None and directions_asked(config) == "variance":
+            teacher.directions = _directions_seen(config, teacher, device)
+        return teacher
     first = cache_sources(config)[0]  # all are of the same teacher and sizes
     path = first.teacher.cache.path
     reader, needs = TeacherCacheReader(path), teacher_needs(config.distillation)
@@ -51,6 +63,17 @@ def teacher_for_training(config: Config, labels: Sequence[str]) -> Teacher | Non
         *(manifest.sizes, directions or (), decoder, config.data.views.min_visible, reader.attended),
         bases=cached_basis(path, manifest),
     )
+
+
+def _directions_seen(config: Config, teacher: OnlineTeacher, device: torch.device) -> tuple[Directions, ...]:
+    """Of the first views of images that lie evenly over the first folder, as a cache would have them: the same on every worker, and
+    after a resume."""
+    if not teacher.facts.channels:
+        return ()
+    uri = config.data.train or config.data.unlabeled[0]
+    loader = BatchLoader(uri, "", config.data.views, teacher_preprocessing(config).resize)
+    rows = sampled(ShardReader(uri), config.teacher.cache.batch_size)
+    return CacheMaker(config, teacher, device).directions_of(loader.load("train", each) for each in rows)
 
 
 def find_directions(config: Config, manifest: CacheManifest) -> tuple[Directions, ...]:

@@ -15,7 +15,6 @@ from qskd.detectors import save_detector
 SQUARE = "student.resize={mode: square, size: 640}"
 KEPT_SHAPE = "student.resize={mode: shortest_edge, size: 800}"
 LEVELS = "student.feature_levels=3"
-NOT_WHITENED = "distillation.features.whitening=0"  # what is said of that `test_whitening` has
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ NOT_WHITENED = "distillation.features.whitening=0"  # what is said of that `test
     ],
 )
 def test_what_happens_silently_is_said(overrides: list[str], epochs: float, said: list[str]) -> None:
-    found = notices(load(None, ["student.backbone.init=a/resnet", NOT_WHITENED, *overrides]), epochs)
+    found = notices(load(None, ["student.backbone.init=a/resnet", *overrides]), epochs)
     assert len(found) == len(said)
     for notice, words in zip(found, said, strict=True):
         assert words in notice
@@ -68,8 +67,7 @@ def test_of_a_student_from_a_checkpoint_its_own_family_counts_and_what_its_train
 ) -> None:
     sizes = StudentConfig.model_validate({**STUDENT, "family": "d_fine", "feature_levels": 2})
     save_detector(silent_student(sizes, ("a", "b"), 0).eval(), tmp_path / "own", sizes.resize)
-    own = [f"student.init={tmp_path / 'own'}", NOT_WHITENED]
-    one, two = (notices(load(None, [*own, f"compute.workers={n}"]), 2.0) for n in (1, 2))
+    one, two = (notices(load(None, [f"student.init={tmp_path / 'own'}", f"compute.workers={n}"]), 2.0) for n in (1, 2))
     assert one == []
     assert len(two) == 1
     assert "a d_fine has batch normalisation outside its backbone" in two[0]

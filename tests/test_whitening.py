@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from test_teacher_cache import cache, cache_config, data, decoded, teacher  # noqa: F401  (fixtures)
+from test_unlabeled import cached, config, work  # noqa: F401  (a fixture)
 from tiny import EASY_SELECTION, arrays, batch_of, make_training, random_teacher, recipe, train_batch
 
 from pipelines.caching import driver
 from pipelines.caching.plan import clean
-from pipelines.training.notices import notices
 from qskd.checks import check_decoder, lacks_directions
 from qskd.config.sections import FurtherTeacherConfig
+from qskd.datasets.unlabeled.joined import source_manifest
 from qskd.distillation.method import teacher_needs
 from qskd.distillation.qskd.agfd import AttentionGuidedFeatureDistillation
 from qskd.distillation.qskd.settings import FeatureDistillationConfig
@@ -221,15 +222,44 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     assert whitened.total.item() != not_whitened.total.item()
     unsaid = replace_features(plain, whitening=None)
     for of, expected in ((teacher, not_whitened), (teacher_for_training(unsaid, labels), whitened)):
-        found = make_training(unsaid, of, labels=labels).module(batch.images, batch.sizes, batch.targets, record)[
-            "agfd"
-        ]
-        assert found.total.item() == expected.total.item()
+        module_of = make_training(unsaid, of, labels=labels).module
+        assert module_of(batch.images, batch.sizes, batch.targets, record)["agfd"].total.item() == expected.total.item()
     clean(cache)
     assert Path(cache, module.FILES["variance"]).exists()  # the end of a job leaves it
     shutil.copytree(cache, tmp_path / "copy")
     clean(str(tmp_path / "copy"), everything=True)  # --overwrite does not
     assert list((tmp_path / "copy").iterdir()) == []
+
+
+def test_before_an_online_training_its_teacher_is_asked_how_its_memory_varies(work: Path) -> None:  # noqa: F811
+    """The directions are those that a cache of as many images has, but for what int8 rounds; of a method that has no use for
+    them, and where nothing will be trained, nobody is asked."""
+    given = cached(work, "cache-online-whitened")
+    online = config(work)
+    cpu, labels = torch.device("cpu"), source_manifest(online.data).labels
+    found = teacher_for_training(online, labels, cpu)
+    of_cache = teacher_for_training(given, labels, cpu)
+    assert found is not None
+    assert of_cache is not None
+    assert len(found.facts.directions) == len(of_cache.facts.directions) > 0
+    for mine, theirs in zip(found.facts.directions, of_cache.facts.directions, strict=True):
+        one, other = (each.vectors * each.variances @ each.vectors.T for each in (mine, theirs))
+        np.testing.assert_allclose(one, other, atol=0.02 * np.abs(other).max())
+    again = teacher_for_training(online, labels, cpu)
+    assert again is not None
+    for mine, theirs in zip(again.facts.directions, found.facts.directions, strict=True):
+        assert np.array_equal(mine.vectors, theirs.vectors)
+    for recipe_of, device in ((online, None), (replace_features(online, whitening=0.0), cpu)):
+        unasked = teacher_for_training(recipe_of, labels, device)
+        assert unasked is not None
+        assert unasked.facts.directions == ()
+    explicit = replace_features(online, whitening=1.0)
+    metrics = [
+        dict(make_training(each, of, labels=labels).module.method.named_buffers())
+        for each, of in ((explicit, found), (online, found))
+    ]
+    assert metrics[0].keys() == metrics[1].keys() > set()
+    assert all(torch.equal(metrics[0][name], metrics[1][name]) for name in metrics[0])
 
 
 def pixels() -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,15 +292,6 @@ def test_damaged_directions_and_those_of_another_cache_are_refused_by_name(cache
         assert module.FILES["variance"] in str(caught.value)
         assert "delete this file" in str(caught.value)
     save_directions(cache, found, manifest)
-
-
-@pytest.mark.parametrize("whitening", [None, 0.0])
-def test_a_training_without_a_cache_says_that_it_could_be_whitened(whitening: float | None) -> None:
-    config = replace_features(recipe(None), whitening=whitening)
-    said = [each for each in notices(config, 1.0) if "whitening" in each]
-    assert len(said) == (whitening is None)
-    cached = config.teacher.model_copy(update={"cache": config.teacher.cache.model_copy(update={"path": "cache"})})
-    assert not [each for each in notices(config.model_copy(update={"teacher": cached}), 1.0) if "whitening" in each]
 
 
 def test_whitening_asks_for_directions_and_nothing_else_does() -> None:

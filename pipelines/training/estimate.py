@@ -20,6 +20,7 @@ from pipelines.cluster.room import readers_each
 from pipelines.feed.stream import local_stream
 from pipelines.reporting.words import duration_text
 from pipelines.training.plan import Plan
+from qskd.checks import directions_asked
 from qskd.config import Config
 from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import Manifest
@@ -195,6 +196,8 @@ def estimate(plan: Plan) -> Estimate:
             batches, teacher = _as_if_cached(batches, plan)
         else:
             teacher = teacher_for_training(config, plan.train.labels)
+            if isinstance(teacher, OnlineTeacher) and directions_asked(config) == "variance":
+                teacher.directions = flat_directions(teacher.facts.channels)  # of the true ones' cost
         training = Training(config, student, teacher, plan.stream.schedule.total_steps, device)
         step_s, steps = seconds_per_step(training, batches, BUDGET_S)
         evaluate_s = seconds_per_evaluated_image(training, batches[-1], plan.train)

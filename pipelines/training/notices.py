@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qskd.checks import directions_asked
 from qskd.config import FACTS, Config
 from qskd.config.backbone import KINDS
 from qskd.detectors import read_config
@@ -36,11 +35,6 @@ def notices(config: Config, epochs: float) -> list[str]:
         found.append(
             f"data.views.count = 1: each image is {how} in one way, the same in all {epochs:g} epochs. "
             f"data.views.count=N shows N ways, {price}{flips}"
-        )
-    if directions_asked(config) and not config.teacher.cache.path:
-        found.append(
-            "distillation.features.whitening: 0, for the teacher runs in every step. With a cache (`qskd cache`) it is 1, which "
-            "teaches more (docs/evidence.md)"
         )
     if facts.missing and not config.student.init:
         found.append(

@@ -24,6 +24,7 @@ from pipelines.run.folder import DETAILS, Folder, record_failure
 from pipelines.run.logs import as_json, start_logs
 from pipelines.training.checkpoints import restore, write_checkpoint
 from qskd.config import Config
+from qskd.config.distillation import NONE
 from qskd.config.recipe import build
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.splits import evaluated
@@ -112,7 +113,9 @@ class Worker:
         student.category_ids = tuple(
             category.id for category in manifest.categories
         )  # in its config.json, so that its results carry them
-        teacher = teacher_for_training(config, manifest.labels)
+        if config.distillation.method != NONE:
+            self.pace.doing("loading the teacher")
+        teacher = teacher_for_training(config, manifest.labels, self.device)
         self.training = Training(config, student, teacher, stream.schedule.total_steps, self.device)
         self.truth = ground_truth(stream.val_uri) if rank == 0 else None
         self.meter = Meter(Gauges(config.name, rank))

@@ -22,6 +22,7 @@ from qskd.teacher.columns.table import TeacherRow, encode, rounded
 from qskd.teacher.identity import cached_needs
 from qskd.teacher.manifest import CacheSizes
 from qskd.teacher.memory.basis import Bases, find_bases, in_parts, kept_of
+from qskd.teacher.memory.moments import Directions, Moments
 from qskd.teacher.online import OnlineTeacher, queries_above
 from qskd.teacher.pseudo import with_pseudo_objects
 
@@ -97,19 +98,24 @@ class CacheMaker:
         share, widths = self.config.teacher.cache.memory_share, self.teacher.facts.channels
         if share == 1 or not widths:
             return ()
-        needs = TeacherNeeds(memory=True)
+        return find_bases(self._memory_of(decoded), widths, share)
 
-        def said() -> Iterator[TeacherRecord]:
-            for arrays in decoded:
-                batch = train_batch(arrays, self.device)
-                with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
-                    record = self.teacher.said_of(arrays, batch, needs)
-                for image, image_id in enumerate(arrays["image_ids"].tolist()):
-                    if not all(map_[image].isfinite().all() for map_ in record.memory):
-                        raise self._not_finite(image_id)
-                yield record
+    def directions_of(self, decoded: Iterable[Mapping[str, np.ndarray]]) -> tuple[Directions, ...]:
+        """In which the teacher's memory of these images varies, by map. QskdError as `bases_of`."""
+        moments = Moments(self.teacher.facts.channels)
+        for record in self._memory_of(decoded):
+            moments.add_maps(record.memory, record.memory_valid)
+        return moments.directions()
 
-        return find_bases(said(), widths, share)
+    def _memory_of(self, decoded: Iterable[Mapping[str, np.ndarray]]) -> Iterator[TeacherRecord]:
+        for arrays in decoded:
+            batch = train_batch(arrays, self.device)
+            with torch.inference_mode(), autocast(cached_in(self.config.compute.precision), self.device):
+                record = self.teacher.said_of(arrays, batch, TeacherNeeds(memory=True))
+            for image, image_id in enumerate(arrays["image_ids"].tolist()):
+                if not all(map_[image].isfinite().all() for map_ in record.memory):
+                    raise self._not_finite(image_id)
+            yield record
 
     @property
     def sizes(self) -> CacheSizes:

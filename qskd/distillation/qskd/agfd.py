@@ -137,7 +137,7 @@ class AttentionGuidedFeatureDistillation(nn.Module):
             raise QskdError(
                 "distillation.features.whitening",
                 "a teacher that runs in every step, of whose memory no directions are known",
-                "a cache of its outputs",
+                "a cache of its outputs; or, but in a loop of your own, whitened_by: variance",
                 "set teacher.cache.path, and run `qskd cache RECIPE`, which computes them; or whitening: 0",
             )
         self.metrics: dict[int, str] = {}  # by student map, a buffer's name
