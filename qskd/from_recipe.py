@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("qskd")
 
 
-def teacher_for_training(config: Config, labels: Sequence[str], device: torch.device | None = None) -> Teacher | None:
+def teacher_for_training(config: Config, labels: Sequence[str], device: torch.device | None) -> Teacher | None:
     """The teacher the recipe names; as its cache remembers it, where there is one; None for plain training.
 
     device: on which one that runs in every step is asked about some images, where the method wants to know how its memory varies;

@@ -123,7 +123,7 @@ def test_a_share_that_loses_nothing_gives_the_losses_of_a_whole_cache(
     for name, share in (("whole", 1.0), ("nearly", 1 - 1e-12), ("little", 0.3)):
         config = cache_config(data, str(tmp_path / name), "float32", memory_share=share)
         make_cache(config, teacher, ASPECT)
-        told = teacher_for_training(config, LABELS)
+        told = teacher_for_training(config, LABELS, None)
         assert isinstance(told, CachedTeacher)
         both.append(
             losses(config, told, replace(stream, teacher_cache=str(tmp_path / name), teacher_columns=EVERYTHING))

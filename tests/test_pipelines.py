@@ -121,7 +121,7 @@ def without_ray(config: Config, steps: int | None = None) -> list[dict[str, floa
     """Each step's terms in a training of this process, from the plan of the run; of the first `steps`."""
     plan = distill.make_plan(distill.resolve(config, "distill"), "distill")
     labels = plan.train.labels
-    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
+    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels, torch.device("cpu"))
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
     shares = (share for share in local_stream(plan.stream) if share.subset == "train")
     found = [training.train_step(train_batch(share.arrays)) for share in itertools.islice(shares, steps)]
@@ -183,7 +183,7 @@ def undisturbed(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Student
     """Of a training of this process, which nothing disturbs: at the step of each evaluation, the student that it would leave."""
     plan = distill.make_plan(distill.resolve(config(work, "undisturbed", *LONGER), "distill"), "distill")
     labels, found = plan.train.labels, {}
-    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
+    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels, torch.device("cpu"))
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
     for share in local_stream(plan.stream):
         if share.subset == "train":

@@ -254,7 +254,7 @@ def test_an_images_gradient_is_that_of_a_batch_of_it_alone(
     found = image_gradients(plan)
     labels = plan.train.labels
     training = Training(
-        *(plan.config, make_student(plan.config, labels), teacher_for_training(plan.config, labels), 9),
+        *(plan.config, make_student(plan.config, labels), teacher_for_training(plan.config, labels, None), 9),
         torch.device("cpu"),
     )
     module, teacher, loader = training.module.eval(), training.teacher, plan.stream.loader()

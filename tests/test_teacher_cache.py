@@ -249,12 +249,12 @@ def test_a_store_that_is_no_local_folder_holds_the_same_bytes(
 def test_the_teacher_is_not_loaded_where_there_is_a_cache(data: str, cache: str) -> None:
     config = cache_config(data, cache)
     absent = config.teacher.model_copy(update={"path": "/nowhere/teacher"})
-    found = teacher_for_training(config.model_copy(update={"teacher": absent}), LABELS)
+    found = teacher_for_training(config.model_copy(update={"teacher": absent}), LABELS, None)
     assert isinstance(found, CachedTeacher)
     assert found.facts.channels == (64, 64)
     nothing = absent.model_copy(update={"cache": config.teacher.cache.model_copy(update={"path": ""})})
     with pytest.raises(QskdError, match="/nowhere/teacher: no such folder"):
-        teacher_for_training(config.model_copy(update={"teacher": nothing}), LABELS)
+        teacher_for_training(config.model_copy(update={"teacher": nothing}), LABELS, None)
 
 
 def stream_of(data: str, cache: str, teacher_resize: ResizeConfig | None, batch_size: int = 4) -> StreamConfig:

@@ -278,7 +278,7 @@ def test_it_is_no_detector_to_run(shards: str, tmp_path: Path) -> None:
     with pytest.raises(QskdError, match="can't be asked about pictures"):
         teacher_of(config)(torch.zeros(1, 8, 8, 3), torch.tensor([[8, 8]]), TeacherNeeds())
     with pytest.raises(QskdError, match="can't be asked in a training step"):
-        teacher_for_training(config_of(shards, path, "teacher.cache.path="), DATA)
+        teacher_for_training(config_of(shards, path, "teacher.cache.path="), DATA, None)
     with pytest.raises(QskdError, match="no detector that can be run"):
         start_student(config_of(shards, path, "student.inherit=true"), DATA)
 

@@ -309,7 +309,7 @@ def trained(given: Config, steps: int) -> Training:
     training = Training(
         given,
         make_student(given, plan.train.labels),
-        teacher_for_training(given, plan.train.labels),
+        teacher_for_training(given, plan.train.labels, None),
         plan.stream.schedule.total_steps,
         torch.device("cpu"),
     )

@@ -212,7 +212,7 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     driver._add_directions([config], quiet=False)
     assert capsys.readouterr().out.count(module.FILES["variance"]) == 1
     assert not lacks_directions(config, manifest)
-    training = make_training(config, teacher_for_training(config, labels), labels=labels)
+    training = make_training(config, teacher_for_training(config, labels, None), labels=labels)
     assert training.module.method is not None
     record = teacher(*pixels(), TeacherNeeds(memory=True, attention=True))
     batch = train_batch(arrays((2, 0)))
@@ -221,7 +221,7 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     not_whitened = usual.module(batch.images, batch.sizes, batch.targets, record)["agfd"]
     assert whitened.total.item() != not_whitened.total.item()
     unsaid = replace_features(plain, whitening=None)
-    for of, expected in ((teacher, not_whitened), (teacher_for_training(unsaid, labels), whitened)):
+    for of, expected in ((teacher, not_whitened), (teacher_for_training(unsaid, labels, None), whitened)):
         module_of = make_training(unsaid, of, labels=labels).module
         assert module_of(batch.images, batch.sizes, batch.targets, record)["agfd"].total.item() == expected.total.item()
     clean(cache)

@@ -36,7 +36,7 @@ def side(work: Path, student: str, variant: str) -> Side:
     fields = (*one.overrides, "training.epochs=100")
     config = make_config(work, "val", STUDENTS[student], fields, one.kind)
     plan = make_plan(config, one.kind)
-    teacher = teacher_for_training(config, plan.train.labels)
+    teacher = teacher_for_training(config, plan.train.labels, torch.device("cpu"))
     training = Training(config, make_student(config, plan.train.labels), teacher, 100_000, torch.device("cpu"))
     shares = (share for share in local_stream(plan.stream) if share.subset == "train")
 

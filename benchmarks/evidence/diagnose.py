@@ -140,7 +140,7 @@ def watch(config: ResolvedConfig) -> dict[str, list[Any]]:
     """One training at the short budget, probed every so many steps: {"step": [...], group: [...]}."""
     plan = make_plan(config, "distill")
     labels = plan.train.labels
-    teacher = teacher_for_training(config, labels)
+    teacher = teacher_for_training(config, labels, torch.device("cpu"))
     training = Training(
         config, make_student(config, labels), teacher, plan.stream.schedule.total_steps, torch.device("cpu")
     )

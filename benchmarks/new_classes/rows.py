@@ -47,7 +47,9 @@ def _begin(work: Work, *more: str) -> list[str]:
 
 
 def _taught(work: Work, *more: str) -> list[str]:
-    return _begin(work, f"teacher.path={work.old}", _NOTHING_OF_TWINS, "distillation.decay=0", *more)
+    """Not whitened, as the first seeds were."""
+    fields = ("distillation.decay=0", "distillation.features.whitening=0")
+    return _begin(work, f"teacher.path={work.old}", _NOTHING_OF_TWINS, *fields, *more)
 
 
 def _labelled(work: Work, name: str, source: str, model: Path, threshold: float | None, like: str = "old-val") -> Path:

@@ -116,7 +116,7 @@ def train(work: Work, shards: Path, to: Path, steps: int, more: Sequence[str] = 
     config = resolve(load(RECIPE, [*fields, *more]), kind)
     plan = make_plan(config, kind)
     labels = plan.train.labels
-    teacher, student = teacher_for_training(config, labels), make_student(config, labels)
+    teacher, student = teacher_for_training(config, labels, torch.device("cpu")), make_student(config, labels)
     training = Training(config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
     begun = time.perf_counter()
     for share in local_stream(plan.stream):

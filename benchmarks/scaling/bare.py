@@ -32,7 +32,7 @@ def step_times(recipe: str, seconds: float) -> list[float]:
     torch.set_num_threads(1)
     plan = make_plan(resolve(load(recipe, []), "distill"), "distill")
     labels = plan.train.labels
-    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels)
+    student, teacher = make_student(plan.config, labels), teacher_for_training(plan.config, labels, torch.device("cpu"))
     training = Training(plan.config, student, teacher, plan.stream.schedule.total_steps, torch.device("cpu"))
     shares = (share for share in local_stream(plan.stream) if share.subset == "train")
     batches = [train_batch(share.arrays) for share in itertools.islice(shares, BATCHES)]

@@ -47,7 +47,11 @@ def train_probe(payload: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     training = Training(
-        config, make_student(config, labels), teacher_for_training(config, labels), 100, torch.device("cpu")
+        config,
+        make_student(config, labels),
+        teacher_for_training(config, labels, torch.device("cpu")),
+        100,
+        torch.device("cpu"),
     )
     gradients = sum(p.numel() for p in training.module.parameters() if p.requires_grad)
     found: dict[str, float] = {"gradient_bytes": 4.0 * gradients}

@@ -146,7 +146,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     if verb == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         stage("loading the teacher")
-        teacher_for_training(config, plan.train.labels)  # its complaints belong here, not in a worker's log
+        teacher_for_training(config, plan.train.labels, None)  # its complaints belong here, not in a worker's log
     if config.student.inherit:
         stage("building the student")
     # Here too, so that complaints don't stay in a worker's log, and what was inherited is on record.

@@ -195,7 +195,7 @@ def estimate(plan: Plan) -> Estimate:
         if plan.cache_is_missing:
             batches, teacher = _as_if_cached(batches, plan)
         else:
-            teacher = teacher_for_training(config, plan.train.labels)
+            teacher = teacher_for_training(config, plan.train.labels, None)
             if isinstance(teacher, OnlineTeacher) and directions_asked(config) == "variance":
                 teacher.directions = flat_directions(teacher.facts.channels)  # of the true ones' cost
         training = Training(config, student, teacher, plan.stream.schedule.total_steps, device)
