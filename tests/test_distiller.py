@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,8 +14,9 @@ from tiny import EASY_SELECTION, LABELS, SIZE, STUDENT, arrays, own, random_teac
 
 from qskd.config import FACTS, ResizeConfig
 from qskd.detectors import Detector, Preprocessing, to_pixels
+from qskd.distillation.qskd.whitening import metric
 from qskd.errors import QskdError
-from qskd.structures import Targets
+from qskd.structures import Targets, TeacherNeeds
 from qskd.training.distiller import Distiller, targets_of
 from qskd.training.trainer import FILE, DistillationMixin
 
@@ -103,6 +106,40 @@ def test_its_terms_fall_and_their_gradients_reach_the_student_but_not_the_teache
         rows.append({name: value.item() for name, value in said.terms.items()})
     assert rows[0].keys() == {"agfd", "lapd_class", "lapd_l1", "lapd_giou"}
     assert {name: (rows[0][name], rows[-1][name]) for name in rows[0] if rows[-1][name] >= rows[0][name]} == {}
+
+
+def test_it_weighs_features_by_how_the_memory_of_the_images_it_is_shown_varies() -> None:
+    """As `qskd distill` does: of no more than 256 images, and of none that it isn't shown."""
+    model, teacher = student_of("conditional_detr").train(), sure_teacher()
+    batches = [batch_of([2, 1], seed, (SIZE, SIZE // 2)) for seed in range(3)]
+    cells = []
+    for batch in batches:
+        images = (batch["pixel_values"] * torch.tensor(SEEN_AS.std).view(3, 1, 1)) + torch.tensor(SEEN_AS.mean).view(
+            3, 1, 1
+        )
+        shown = (255 * images).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        sizes = torch.tensor([[SIZE, SIZE], [SIZE, SIZE // 2]])
+        record = teacher(shown, sizes, TeacherNeeds(memory=True))
+        cells.append(record.memory[1].movedim(1, -1)[record.memory_valid[1]])  # the map that this student meets
+    expected = torch.cat(cells).double()
+    covariance = np.cov(expected.numpy().T, bias=True)
+    distiller = Distiller(model, teacher, SEEN_AS, method=METHOD, look_at=iter(batches))
+    found = teacher.directions[1]
+    np.testing.assert_allclose(found.vectors * found.variances @ found.vectors.T, covariance, atol=1e-5)
+    torch.testing.assert_close(dict(distiller.named_buffers())["method.features.metric_0"], metric(found, 1.0, 0.97))
+    model(**batches[0])
+    whitened = distiller(batches[0]).terms["agfd"]
+    teacher.directions = ()
+    plain = Distiller(model, teacher, SEEN_AS, method=METHOD)
+    model(**batches[0])
+    assert plain(batches[0]).terms["agfd"] != whitened
+    with pytest.raises(QskdError, match="look_at: no batch"):
+        Distiller(model, teacher, SEEN_AS, look_at=[])
+    with pytest.raises(QskdError, match="no directions are known"):
+        Distiller(model, teacher, SEEN_AS, method={"features": {"whitening": 1.0}})
+    numbers = itertools.count()
+    Distiller(model, teacher, SEEN_AS, look_at=(batch_of([0] * 100, number) for number in numbers))
+    assert next(numbers) == 3  # batches were taken, and no more
 
 
 def test_boxes_of_a_padded_batch_are_taken_back_to_their_image() -> None:

@@ -6,7 +6,7 @@ and the teacher the method's terms are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,9 @@ from qskd.families.facts import TEACHERS_ONLY
 from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import combine
 from qskd.losses.matching import assign
-from qskd.structures import DetectorOutput, Queries, Targets, TeacherRecord
+from qskd.structures import DetectorOutput, Queries, Targets, TeacherNeeds, TeacherRecord
+from qskd.teacher.memory.basis import IMAGES
+from qskd.teacher.memory.moments import Directions, Moments
 from qskd.teacher.online import OnlineTeacher, facts_of
 from qskd.training.query_groups import first_queries
 
@@ -100,6 +102,8 @@ class Distiller(nn.Module):
     or folder, or what `load_teacher` gives. processor: the image processor that makes the batches. method: settings of a
     distillation method, or its fields with "method" among them; QSKD with its defaults where none are given.
     total_steps: of the training, for a method's warm-up and decay; without it, its weights are constant.
+    look_at: batches like those of the loop, labels or not, of which the teacher is shown 256 images (whole batches, the first)
+    before anything is trained: QSKD then weighs features by how its memory varies, as `qskd distill` does. Without: it doesn't.
 
     Its parameters (projectors from the student's width to the teacher's) belong into the optimizer; neither student nor teacher
     are among them. The student keeps hooks, and its own forward is unchanged. Its denoising queries, where its owner's loss has
@@ -116,6 +120,7 @@ class Distiller(nn.Module):
         method: MethodSettings | Mapping[str, Any] | None = None,
         class_map: Mapping[str, str] | None = None,
         total_steps: int | None = None,
+        look_at: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if (kind := student.config.model_type) in TEACHERS_ONLY:
@@ -132,6 +137,10 @@ class Distiller(nn.Module):
         self.costs = DetectionLossConfig()
         # Not registered: an optimizer, or a checkpoint, of this module is to have the method's own parts alone.
         self._others = (detector, teacher)
+        device = next(student.parameters()).device
+        teacher.to(device)
+        if look_at is not None:
+            teacher.directions = self._directions(look_at, device)
         built = build_method(self.settings, facts_of(detector, self.preprocessing.resize), teacher.facts)
         if built is None:
             raise QskdError(
@@ -140,8 +149,6 @@ class Distiller(nn.Module):
         self.method = built
         self._base = Tap(student.model)
         student.register_forward_pre_hook(self._listen)
-        device = next(student.parameters()).device
-        teacher.to(device)
         self._decoder = teacher.decoder if built.needs.decoder else None
         self.to(device)
 
@@ -167,10 +174,7 @@ class Distiller(nn.Module):
         batch: "pixel_values" [B, 3, H, W] float and "pixel_mask" [B, H, W] (all ones where it is missing), as the processor
         makes them; "labels", see `targets_of`. Raises QskdError when the student has not seen it.
         """
-        pixels = batch["pixel_values"]
-        mask = batch.get("pixel_mask")
-        mask = torch.ones(pixels.shape[0], *pixels.shape[-2:], device=pixels.device) if mask is None else mask
-        mask = mask.bool()
+        pixels, mask = _pictures(batch)
         targets, scale = targets_of(batch["labels"], mask)
         student = self._heard(mask, scale)
         if len(student.logits[-1]) != len(pixels):
@@ -190,6 +194,20 @@ class Distiller(nn.Module):
         self.step += self.training
         values = {name: term.total.detach() / term.own_count.clamp(min=term.floor) for name, term in terms.items()}
         return DistillationLoss(combine(terms, weights), values)
+
+    @torch.no_grad()
+    def _directions(self, batches: Iterable[Mapping[str, Any]], device: torch.device) -> tuple[Directions, ...]:
+        moments, seen = Moments(self.teacher.facts.channels), 0
+        for batch in batches:
+            pixels, mask = (part.to(device) for part in _pictures(batch))
+            record = self.teacher(*self._as_teacher_sees(pixels, mask), TeacherNeeds(memory=True))
+            moments.add_maps(record.memory, record.memory_valid)
+            seen += len(pixels)
+            if seen >= IMAGES:
+                break
+        if not seen:
+            raise QskdError("look_at", "no batch", "batches as of the loop, 256 images of which are looked at")
+        return moments.directions()
 
     def _ask(self, student: DetectorOutput, mask: Tensor, scale: Tensor, queries: Queries) -> DetectorOutput:
         """What the student's decoder says of the batch when it is asked these."""
@@ -240,6 +258,14 @@ class Distiller(nn.Module):
             high, wide = sizes.max(0).values.tolist()
             plain = torch.stack([F.pad(p, (0, wide - p.shape[2], 0, high - p.shape[1])) for p in pictures])
         return plain.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sizes
+
+
+def _pictures(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """A batch's pixels and their mask, bool: all ones where it has none."""
+    pixels = batch["pixel_values"]
+    mask = batch.get("pixel_mask")
+    mask = torch.ones(pixels.shape[0], *pixels.shape[-2:], device=pixels.device) if mask is None else mask
+    return pixels, mask.bool()
 
 
 def _settings(method: MethodSettings | Mapping[str, Any] | None) -> MethodSettings:

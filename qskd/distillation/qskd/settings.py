@@ -60,8 +60,8 @@ class FeatureDistillationConfig(Section):
     # the mean of (M F_S - M F_T)^2 does (TPRD)
     mask_weighting: Literal["normalised", "squared"] = "normalised"
     # alpha of whitened AGFD (equations.md 1.4, ours): an error counts variance^-alpha of its direction in the teacher's memory, as
-    # `qskd cache` finds them, or a worker before the first step; 0 = every direction alike, 1 = as much of each. null: 1, and 0 in
-    # a loop of your own (`qskd.Distiller`), where nobody has looked
+    # `qskd cache` finds them, or a worker before the first step; 0 = every direction alike, 1 = as much of each. null: 1, but in a
+    # loop of your own, whose `qskd.Distiller` has to be given images to look at
     whitening: NonNegative | None = None
     # decoder: directions are by how far what the teacher's decoder says moves along them, and an error counts that^alpha: 1 = what
     # the decoder makes of it (its Fisher information)
