@@ -34,6 +34,7 @@ from qskd.structures import TeacherNeeds, TeacherRecord
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import collate, columns_for, encode
 from qskd.teacher.manifest import CacheSizes
+from qskd.teacher.memory.directions import flat_directions
 from qskd.teacher.online import queries_above
 from qskd.training.compiling import compile_step
 from qskd.training.step import Training
@@ -191,7 +192,8 @@ def count(family: str, kind: str, compiled: bool, quick: bool = False) -> Count:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         student = build_student(config.student, [f"class {index}" for index in range(CLASSES)], seed=0)
-    training = Training(config, student, CachedTeacher(_SIZES) if kind == "qskd" else None, 1000, CPU)
+    cached = CachedTeacher(_SIZES, flat_directions(_SIZES.channels))
+    training = Training(config, student, cached if kind == "qskd" else None, 1000, CPU)
     kernels = Kernels() if compiled else None
     if kernels is not None:
         compile_step(training.module, config, backend=kernels)

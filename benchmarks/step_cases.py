@@ -29,6 +29,7 @@ from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import TeacherRow, collate, columns_for, encode
 from qskd.teacher.making import CacheMaker
 from qskd.teacher.manifest import CacheSizes
+from qskd.teacher.memory.directions import flat_directions
 from qskd.teacher.online import queries_above
 from qskd.training.step import Training
 
@@ -62,7 +63,8 @@ class Case:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a frozen norm on random weights: it costs what it costs
             student = build_student(self.config.student, self.labels, seed=0)
-        return Training(self.config, student, CachedTeacher(self.sizes) if kind == "qskd" else None, 1000, CPU)
+        cached = CachedTeacher(self.sizes, flat_directions(self.sizes.channels))  # of the true ones' cost
+        return Training(self.config, student, cached if kind == "qskd" else None, 1000, CPU)
 
     @property
     def facts(self) -> list[str]:

@@ -23,6 +23,7 @@ from qskd.detectors import build_student
 from qskd.distillation.method import teacher_needs
 from qskd.from_recipe import make_teacher
 from qskd.teacher.cached import CachedTeacher
+from qskd.teacher.memory.directions import flat_directions
 from qskd.training.step import Training
 
 METHODS = ("mimic", "crosskd", "crosskd:teacher_forcing=false", "kd-detr:general_points=30", "kd-detr")
@@ -42,7 +43,7 @@ def side(case: Case, method: str) -> Side:
     needs, teacher = teacher_needs(config.distillation), make_teacher(config, case.labels)
     assert needs is not None
     assert teacher is not None
-    cached = CachedTeacher(case.sizes, (), teacher.decoder if needs.decoder else None)
+    cached = CachedTeacher(case.sizes, flat_directions(case.sizes.channels), teacher.decoder if needs.decoder else None)
     student = build_student(config.student, case.labels, seed=0)
     return Side(Training(config, student, cached, 1000, torch.device("cpu")), case.batches_of("qskd"))
 

@@ -25,6 +25,7 @@ from qskd.structures import TeacherRecord
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import collate, columns_for, encode
 from qskd.teacher.identity import cached_needs
+from qskd.teacher.memory.directions import flat_directions
 from qskd.teacher.online import OnlineTeacher, queries_above
 from qskd.training.step import Training
 
@@ -101,6 +102,7 @@ class Case:
         config = StudentConfig.model_validate(sizes)
         detector = _built(config, self.classes, seed=1)
         teacher = OnlineTeacher(detector, tuple(range(self.classes)), Preprocessing(config.resize))
+        teacher.directions = flat_directions(teacher.facts.channels)  # of the true ones' cost
         return teacher.to(self.device)
 
     def student(self) -> Detector:
@@ -112,7 +114,7 @@ class Case:
         teachers = {
             "plain": lambda: None,
             "online": lambda: self.teacher,
-            "cached": lambda: CachedTeacher(self.teacher.sizes(all_layers=False)),
+            "cached": lambda: CachedTeacher(self.teacher.sizes(all_layers=False), self.teacher.directions),
         }
         return Training(config, self.student(), teachers[kind](), 1000, self.device)
 
