@@ -155,6 +155,12 @@ VARIANTS |= {
     for name, share in SHARES.items()
 }
 VARIANTS |= {
+    f"whitened_{name}": replace(
+        METHODS["whitened"], title=f"QSKD, AGFD whitened, of {share:.0%} of the memory's variance", cache=name
+    )
+    for name, share in SHARES.items()
+}
+VARIANTS |= {
     f"qskd_flips_{name}": Variant(
         f"QSKD, fresh flips derived, of {share:.0%} of the memory's variance", (_FLIPS,), cache=name
     )
@@ -247,7 +253,13 @@ STUDENTS = {
     "inherit": Student(
         "The quickstart's student, started from its teacher's layers",
         rows={
-            "short": (*MECHANISM, *METHODS, *(f"qskd_{name}" for name in SHARES), *FEW_BITS, "qskd_flips_unlabeled6"),
+            "short": (
+                *MECHANISM,
+                *METHODS,
+                *(f"{of}_{name}" for of in ("qskd", "whitened") for name in SHARES),
+                *FEW_BITS,
+                "qskd_flips_unlabeled6",
+            ),
             "long": (*LONG, *FRESH, *LONG_BITS),
             "longest": (*PAIR, *FRESH),
         },
