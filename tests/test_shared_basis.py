@@ -18,6 +18,7 @@ from tiny import random_teacher
 from pipelines.caching import driver
 from pipelines.caching.actors import Source, decode
 from pipelines.caching.basis import bases_there
+from pipelines.caching.directions import add_directions
 from pipelines.caching.plan import make_cache_plans
 from pipelines.run.resolve import resolve
 from pipelines.selecting.job import plan_of
@@ -54,7 +55,7 @@ def test_the_first_caches_directions_are_those_of_the_others_too(fields: tuple[s
         make_plan(given, "distill")
     assert caught.value.where == plans[0].path
     assert "the directions of the memory are missing" in driver.foresee(given)
-    driver._add_directions([plan.config for plan in plans], quiet=True)
+    add_directions([plan.config for plan in plans], quiet=True)
     assert not driver.lacks_something(plans)
     free = f"{work}/free"
     one, other = (Path(plan.path, FILES["decoder" if fields == BY_DECODER else "variance"]) for plan in plans)

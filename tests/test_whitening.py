@@ -14,7 +14,7 @@ from test_teacher_cache import cache, cache_config, data, decoded, teacher  # no
 from test_unlabeled import cached, config, work  # noqa: F401  (a fixture)
 from tiny import EASY_SELECTION, arrays, batch_of, make_training, random_teacher, recipe, train_batch
 
-from pipelines.caching import driver
+from pipelines.caching.directions import add_directions
 from pipelines.caching.plan import clean
 from qskd.checks import check_decoder, lacks_directions
 from qskd.config.sections import FurtherTeacherConfig
@@ -206,10 +206,10 @@ def test_a_cache_without_directions_is_refused_given_them_and_then_taught_from(
     labels = ("three", "eight", "nine")
     with pytest.raises(QskdError, match=r"no directions are known\n.*\n.*qskd cache RECIPE"):
         make_training(config, teacher, labels=labels)
-    driver._add_directions([plain], quiet=False)
+    add_directions([plain], quiet=False)
     assert not Path(cache, module.FILES["variance"]).exists()
-    driver._add_directions([config], quiet=False)
-    driver._add_directions([config], quiet=False)
+    add_directions([config], quiet=False)
+    add_directions([config], quiet=False)
     assert capsys.readouterr().out.count(module.FILES["variance"]) == 1
     assert not lacks_directions(config, manifest)
     training = make_training(config, teacher_for_training(config, labels, None), labels=labels)

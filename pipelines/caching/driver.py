@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pipelines.caching.actors import TeacherActor
 from pipelines.caching.basis import bases_for, bases_there, told_of
 from pipelines.caching.derived import look_at_flips
+from pipelines.caching.directions import add_directions
 from pipelines.caching.domains import tell_of_domains
 from pipelines.caching.levels import look_at_levels
 from pipelines.caching.looks import look_at_crops
@@ -34,11 +35,11 @@ from pipelines.reporting.watch import CountWatch
 from pipelines.reporting.words import duration_text
 from pipelines.run.logs import say, start_logs
 from pipelines.run.resolve import resolve
-from qskd.checks import check_enough, directions_asked, lacks_directions
+from qskd.checks import check_enough, lacks_directions
 from qskd.config import Config
 from qskd.config.recipe import to_tree
 from qskd.errors import QskdError
-from qskd.from_recipe import find_directions, make_teacher
+from qskd.from_recipe import make_teacher
 from qskd.teacher.identity import cache_names, computed_by
 from qskd.teacher.manifest import (
     COMPUTED,
@@ -49,8 +50,6 @@ from qskd.teacher.manifest import (
     shard_names,
 )
 from qskd.teacher.memory.basis import Bases, cached_basis, in_basis, save_bases
-from qskd.teacher.memory.directions import FILES as DIRECTIONS
-from qskd.teacher.memory.directions import load_directions, save_directions
 
 log = logging.getLogger("qskd")
 WARM_UP_S = 60.0  # of the actors, before it is said that they wait
@@ -118,7 +117,7 @@ def run(config: Config, overwrite: bool = False, quiet: bool = False) -> CacheRe
         done.append(_run(plan, overwrite, quiet, bases))
         if not bases and (manifest := load_cache_manifest(plan.path)):
             bases = cached_basis(plan.path, manifest)
-    _add_directions([plan.config for plan in plans], quiet)
+    add_directions([plan.config for plan in plans], quiet)
     if config.data.unlabeled:
         tell_of_domains([plan.config for plan in plans], bool(config.data.train), quiet)
     return replace(done[0], **{name: sum(getattr(each, name) for each in done) for name in SUMMED})
@@ -180,22 +179,6 @@ def lacks_something(plans: Sequence[CachePlan]) -> bool:
     return any(
         plan.todo or (plan.existing is not None and lacks_directions(plan.config, plan.existing)) for plan in plans
     )
-
-
-def _add_directions(configs: Sequence[Config], quiet: bool) -> None:
-    """Beside caches that are whole, what the recipe's method asks for and is not there. configs: of each folder of images. The
-    first one's are all's: a training reads those, and `qskd select` those of the folder that it looks at."""
-    whole = [(config, load_cache_manifest(config.teacher.cache.path)) for config in configs]
-    lacking = [(config, of) for config, of in whole if of is not None and lacks_directions(config, of)]
-    (first, manifest), kind = whole[0], directions_asked(configs[0])
-    if manifest is None or not lacking:
-        return
-    found = load_directions(first.teacher.cache.path, manifest, kind) or find_directions(first, manifest)
-    for config, of in lacking:
-        save_directions(config.teacher.cache.path, found, of)
-    widths = ", ".join(str(len(each.variances)) for each in found)
-    what = "in which the memory varies" if kind == "variance" else "that the teacher's decoder looks along"
-    say(f"cache: the directions {what}, of maps {widths} wide → {DIRECTIONS[kind]}", quiet)
 
 
 class ViewsLeft:
