@@ -21,8 +21,8 @@ log = logging.getLogger("qskd")
 C = TypeVar("C", bound=Config)
 # What may differ between a run and its continuation: where, how fast and what is said of it, not what is done.
 FREE_TO_CHANGE = ("compute.", "tracking.", "card.", "output")
-# Fields whose null stands for the family's own value, or for what a cache allows, and what a run did that was begun before they, or
-# those values, were there.
+# Fields whose null stands for the family's own value, or the method's, and what a run did that was begun before they, or those
+# values, were there.
 BEGUN_BEFORE = {
     "data.views.derived": "none",
     "student.dropout": 0.0,
