@@ -37,7 +37,7 @@ from benchmarks import timing
 from benchmarks.timing import Difference, Pass, Ratio, Report
 from pipelines.cluster.start import start_ray
 from pipelines.feed.readers import Readers, open_stream
-from pipelines.feed.stream import StreamConfig
+from pipelines.feed.stream import LOADER_ROWS, StreamConfig
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.loader import label_index
@@ -223,7 +223,8 @@ def data_loader(data: Data) -> Iterator[Any]:
 
 
 def ray_stream(config: StreamConfig) -> Iterator[Any]:
-    return (share.arrays for share in open_stream(config, 0, world_size=1, rank=0, readers=Readers()))
+    shares = open_stream(config, 0, world_size=1, rank=0, readers=Readers())
+    return ({name: each for name, each in share.arrays.items() if name != LOADER_ROWS} for share in shares)
 
 
 def in_two_processes(data: Data, rounds: int) -> tuple[list[Ratio], list[tuple[str, str]], Difference]:

@@ -24,7 +24,7 @@ from qskd.storage.spool import RowGroupSpool
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.joined import JoinedCaches
 
-RANGE_BYTES = 24 * 2**20  # decoded pixels in one block, about
+RANGE_BYTES = 48 * 2**20  # decoded pixels in one block, about
 MAX_RANGE = 64
 LOADER_ROWS = "loader_rows"  # beside a batch's arrays: rows asked of the reader, and those it did not have in memory
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from qskd.config import ResizeConfig
 from qskd.datasets.pictures.decoding import Decoded
+from qskd.datasets.pictures.quick_jpeg import decoded_into
 from qskd.datasets.views import Pixels, View, decoded, view_image, viewed_size
 
 Cuts: TypeAlias = NDArray[np.float64]
@@ -49,6 +50,8 @@ class Plan:
     def fill(self, encoded: bytes, where: str, out: NDArray[np.uint8]) -> tuple[int, int]:
         """Decode the picture, and put what is shipped into `out` [nbytes], unless its real (height, width), which this returns, is
         another than the plan's. Raises QskdError naming `where` when the picture can't be decoded."""
+        if self.is_raw and decoded_into(encoded, self.size, out):
+            return self.size
         pictures: dict[int, Decoded] = {}
         for scale in sorted(set(self.scales), reverse=True):
             whole = next(
