@@ -26,7 +26,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import pyarrow as pa
 
 from benchmarks import timing
@@ -84,23 +86,60 @@ def in_one_process(data: Data, stream: StreamConfig, rounds: int) -> dict[str, l
     return found
 
 
-def streams_speed(stream: StreamConfig, workers: int) -> float:
-    """Images/s that all of so many workers receive, of streams of their own, from the first range that has come to the last."""
+class Streamed(NamedTuple):
+    """images_s: of all workers. cpu_ms: an image, by kind of process."""
+
+    images_s: float
+    cpu_ms: dict[str, float]
+
+
+def streams_speed(stream: StreamConfig, workers: int) -> Streamed:
+    """What so many workers receive, of streams of their own, from the first range that has come to all to the last of one."""
     arrivals: list[list[float]] = [[] for _ in range(workers)]
     config = replace(stream, schedule=replace(stream.schedule, batch_size=BATCH * workers, epochs=4 * workers))
     shares = [open_stream(config, 0, workers, rank, Readers(1, 1 / workers, apart=True)) for rank in range(workers)]
+    first = 2 * config.range_length(workers)  # those that waited for their reader to start
+    flows, ends = [threading.Event() for _ in range(workers)], threading.Event()
 
     def consume(rank: int) -> None:
-        arrivals[rank] += [time.perf_counter() for _ in shares[rank]]
+        try:
+            for at, _ in enumerate(shares[rank]):
+                arrivals[rank].append(time.perf_counter())
+                if at == first:
+                    flows[rank].set()
+        finally:  # of a stream that failed too
+            ends.set()
+            flows[rank].set()
 
     threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(workers)]
     for thread in threads:
         thread.start()
+    for each in flows:
+        each.wait()
+    begin, before = time.perf_counter(), cpu_seconds()
+    ends.wait()
+    end, after = time.perf_counter(), cpu_seconds()
     for thread in threads:
         thread.join()
-    first = 2 * config.range_length(workers)  # those that waited for their reader to start
-    begin, end = max(each[first] for each in arrivals), min(each[-1] for each in arrivals)
-    return sum(BATCH * sum(begin < at <= end for at in each) for each in arrivals) / (end - begin)
+    images = BATCH * sum(begin < at <= end for each in arrivals for at in each)
+    spent = {kind: 1000 * (after[kind] - before.get(kind, 0.0)) / images for kind in after}
+    return Streamed(images / (end - begin), spent)
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Spent so far by this process and those of the Ray that it started, by what they are."""
+    found: dict[str, float] = {}
+    this = psutil.Process()
+    for process in [this, *this.children(recursive=True)]:
+        try:
+            name, times = " ".join(process.cmdline()), process.cpu_times()
+        except psutil.Error:  # it has ended
+            continue
+        kinds = {"RangeReader": "readers", "SplitCoordinator": "coordinators"}
+        kind = next((kinds[word] for word in kinds if word in name), "Ray otherwise")
+        kind = "workers" if process == this else kind
+        found[kind] = found.get(kind, 0.0) + times.user + times.system
+    return found
 
 
 HEAD = ["GPUs", "", "readers", "coordinator", "launches", "device", "step waits for", "step", "GPU at work"]
@@ -159,7 +198,18 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         if not given.no_ray:
             start_ray()
             for workers in given.streams:
-                got = [streams_speed(stream, workers) for _ in range(given.rounds)]
+                streamed = [streams_speed(stream, workers) for _ in range(given.rounds)]
+                got = [each.images_s for each in streamed]
+                parts_ms = {
+                    kind: statistics.median(each.cpu_ms[kind] for each in streamed) for kind in streamed[0].cpu_ms
+                }
+                words = ", ".join(
+                    f"{kind} {taken:.2f}" for kind, taken in sorted(parts_ms.items(), key=lambda one: -one[1])
+                )
+                most = 1000 * (os.cpu_count() or 1) / sum(parts_ms.values())
+                report.figures.append(
+                    (f"{workers} stream(s): CPU ms an image", f"{words}; all cores busy would give {most:.0f} images/s")
+                )
                 cores = min(workers, os.cpu_count() or 1)
                 report.ratios.append(
                     Ratio(

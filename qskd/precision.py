@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHANNELS_LAST_ON = frozenset({"cuda"})  # kinds of device
+CHANNELS_LAST_ON = frozenset({"cuda", "cpu"})  # kinds of device
 
 
 def has_bfloat16() -> bool:

@@ -260,20 +260,20 @@ STUDENTS = {
                 *FEW_BITS,
                 "qskd_flips_unlabeled6",
             ),
-            "long": (*LONG, *FRESH, *LONG_BITS),
+            "long": (*LONG, "whitened", "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
             "longest": (*PAIR, *FRESH),
         },
     ),
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",
         ("student.inherit=false",),
-        {"short": (*MAIN, "whitened", "told_onnx", "told_json"), "long": PAIR},
+        {"short": (*MAIN, "whitened", "told_onnx", "told_json"), "long": (*MAIN, "whitened")},
     ),
     "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
     "near": Student(
         "A third size: all of the teacher's layers, a backbone of twice the channels",
         _NEAR,
-        {"short": PAIR, "long": PAIR},
+        {"short": (*MAIN, "whitened"), "long": (*MAIN, "whitened")},
         backbone="backbone48",
     ),
     "many": Student(
@@ -295,6 +295,6 @@ STUDENTS = {
     ),
     "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING, "long": _FLIPPED}),
     "conditional": Student(
-        "A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN, "long": MAIN}
+        "A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN, "long": (*MAIN, "whitened")}
     ),
 }

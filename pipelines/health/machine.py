@@ -45,7 +45,6 @@ def checks(tracking_uri: str = "", storage: str = "") -> list[Check]:
         ("torchvision, timm", _torchvision),
         ("image decoders", _decoders),
         ("COCO evaluation", _evaluators),
-        ("JPEG decoding", _jpeg),
         ("MLflow tracking", lambda: check_tracking(uri)),
         ("storage", lambda: check_storage(storage)),
         ("shared memory", _shared_memory),
@@ -187,15 +186,21 @@ def _torchvision() -> Check:
 def _decoders() -> Check:
     from PIL import features
 
+    from qskd.datasets.pictures.quick_jpeg import state
+
     fast = features.check_feature("libjpeg_turbo")
     parts = [f"Pillow {_version('pillow')} ({'libjpeg-turbo' if fast else 'plain libjpeg'})"]
-    parts.append(f"simplejpeg {_version('simplejpeg')}" if find_spec("simplejpeg") else "no simplejpeg")
+    is_quick = (found := state()) == "ok"
+    parts.append(f"simplejpeg {_version('simplejpeg')} (plain JPEGs for a GPU)" if is_quick else found)
     opencv = [package for package in ("opencv-python-headless", "opencv-python") if _version(package)]
     parts.append(f"OpenCV {_version(opencv[0])}" if opencv else "no OpenCV")
     if not features.check("jpg"):
         return Check(
             "image decoders", "problem", "Pillow was built without JPEG", "pip install --force-reinstall pillow"
         )
+    if not is_quick:
+        remedy = "pip install simplejpeg: readers for a GPU then decode in three quarters of the time, the same pixels"
+        return Check("image decoders", "note", ", ".join(parts), remedy)
     return Check("image decoders", "ok", ", ".join(parts))
 
 
@@ -208,17 +213,6 @@ def _evaluators() -> Check:
     if used == "pycocotools":
         return Check("COCO evaluation", "note", found, "pip install hotcoco: the same numbers, about 100 times faster")
     return Check("COCO evaluation", "ok", found)
-
-
-def _jpeg() -> Check:
-    from qskd.datasets.pictures.quick_jpeg import state
-
-    if (found := state()) != "ok":
-        remedy = (
-            "pip install simplejpeg: readers for a GPU then decode in three quarters of the time, to the same pixels"
-        )
-        return Check("JPEG decoding", "note", f"by Pillow: {found}", remedy)
-    return Check("JPEG decoding", "ok", f"simplejpeg {_version('simplejpeg')} for a GPU's readers, else Pillow")
 
 
 def _shared_memory() -> Check:
