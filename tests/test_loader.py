@@ -18,6 +18,7 @@ from qskd.datasets.coco import read_coco
 from qskd.datasets.loader import BatchLoader, label_index
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.order.schedule import Schedule, Subset, split, stream, training_batches
+from qskd.datasets.pictures.cuts import Plan
 from qskd.datasets.pictures.joining import pad
 from qskd.datasets.samples import Category, Sample
 from qskd.datasets.shards import ShardReader, write_shards
@@ -152,6 +153,31 @@ def test_what_is_kept_changes_no_batch(uri: str, keep_bytes: int) -> None:
         for name, array in bounded.load(batch.subset, batch.rows).items():
             np.testing.assert_array_equal(array, expected[name], err_msg=name)
         assert bounded._recent.held_bytes <= keep_bytes
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_fresh_flips_of_what_fits_in_memory_are_decoded_once_each_and_change_no_batch(
+    uri: str, finish: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, original = list[str](), Plan.fill
+
+    def counting(self: Plan, encoded: bytes, where: str, out: Any) -> tuple[int, int]:
+        decoded.append(where)
+        return original(self, encoded, where, out)
+
+    monkeypatch.setattr(Plan, "fill", counting)
+    flips = VIEWS.model_copy(update={"derived": "flip", "count": 2})
+    manifest = load_manifest(uri)
+    kept = BatchLoader(uri, "", flips, SQUARE, finish=finish)
+    schedule = Schedule(manifest.shard_rows, (), 0, epochs=12, batch_size=5, window_images=8, views=2, fresh_views=True)
+    batches = [batch for epoch in range(12) for batch in training_batches(schedule, epoch)]
+    found = [kept.load("train", batch.rows) for batch in batches]
+    assert len(decoded) <= 2 * 2 * manifest.num_images  # two views of each, and the mirror images of both
+    assert len(decoded) < sum(len(batch.rows) for batch in batches) / 2
+    fresh = BatchLoader(uri, "", flips, SQUARE, keep_bytes=0, finish=finish)
+    for batch, arrays in zip(batches, found, strict=True):
+        for name, array in fresh.load("train", batch.rows).items():
+            np.testing.assert_array_equal(arrays[name], array, err_msg=name)
 
 
 def test_each_group_is_read_once_an_epoch_where_two_windows_fit_and_the_dataset_does_not(

@@ -111,6 +111,7 @@ def test_pixels_and_backbone_lie_with_channels_last_where_the_device_wants_it_an
     def is_last(tensor: Tensor) -> bool:
         return tensor.is_contiguous(memory_format=torch.channels_last)
 
+    monkeypatch.setattr(precision, "CHANNELS_LAST_ON", frozenset())
     _, (pixels, map_, *_), before = trained()
     assert not is_last(pixels)
     assert not is_last(map_)

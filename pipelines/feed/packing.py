@@ -14,11 +14,13 @@ Arrays = dict[str, np.ndarray]
 class Packer:
     """Arrays of any shapes -> one buffer: the raw bytes, each at a multiple of 64, a JSON header, and the header's length.
 
-    What is large is made in its place: `room` gives memory of the buffer, and `add` of an array there copies nothing.
+    What is large is made in its place: `room` gives memory of the buffer, and `add` of an array there copies nothing. memory: uint8
+    [n] to use, as far as it goes; else it is new.
     """
 
-    def __init__(self, expected_bytes: int) -> None:
-        self._buffer, self._end = np.empty(expected_bytes, np.uint8), 0
+    def __init__(self, expected_bytes: int, memory: NDArray[np.uint8] | None = None) -> None:
+        self._buffer = np.empty(expected_bytes, np.uint8) if memory is None else memory
+        self._end = 0
         self._header: dict[str, tuple[str, list[int], int]] = {}
 
     def room(self, nbytes: int) -> NDArray[np.uint8]:
@@ -37,6 +39,11 @@ class Packer:
             start = self._end
             self.room(array.nbytes)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._header[name] = array.dtype.str, list(array.shape), start
+
+    @property
+    def memory(self) -> NDArray[np.uint8]:
+        """All of the buffer's."""
+        return self._buffer
 
     def packed(self) -> NDArray[np.uint8]:
         """The buffer, uint8 [n]. Nothing more can be added."""

@@ -14,12 +14,14 @@ next begins when it ends.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipelines.cluster.start import quiet_ray_data
 from pipelines.feed.packing import Packer, unpack
@@ -37,23 +39,39 @@ class RangeReader:
     def __init__(self, config: StreamConfig, world_size: int, rank: int) -> None:
         self.config, self.world_size, self.rank = config, world_size, rank
         self.loader = config.loader()
+        self._memory = np.empty(RANGE_BYTES + RANGE_BYTES // 8, np.uint8)
+
+    def _free_memory(self) -> NDArray[np.uint8]:
+        """That of the last block, if nobody has it any more. The system gives out new memory of this size page by page, which took
+        a tenth of a reader's time."""
+        if sys.getrefcount(self._memory) > 2:  # besides this object's: the argument's own
+            self._memory = np.empty_like(self._memory)
+        return self._memory
+
+    def _filled(self, steps: StepRange) -> Packer:
+        """In a method of its own, that no name of an array outlives it: memory that anybody holds is not used again."""
+        shares = Packer(0, self._free_memory())
+        for batch in self.config.batches(steps):
+            asked, unheld = self.loader.rows_requested, self.loader.rows_not_in_memory
+            rows = self.config.rows_of(self.loader, batch, self.world_size, self.rank)
+            arrays = self.loader.load(batch.subset, rows, shares.room)
+            arrays[LOADER_ROWS] = np.array(
+                [self.loader.rows_requested - asked, self.loader.rows_not_in_memory - unheld]
+            )
+            for name, array in arrays.items():
+                shares.add(f"{batch.index}/{name}", array)
+        self._memory = shares.memory  # it may have grown
+        return shares
+
+    def _block(self, steps: StepRange) -> pa.Table:
+        columns = {name: [value] for name, value in steps.items()} | {"rank": [self.rank]}
+        payload = self._filled(steps).packed()
+        buffers = [None, pa.py_buffer(np.array([0, len(payload)], np.int64)), pa.py_buffer(payload)]  # not copied
+        return pa.table({**columns, "payload": pa.Array.from_buffers(pa.large_binary(), 1, buffers)})
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for steps in table.to_pylist():
-            shares = Packer(RANGE_BYTES + RANGE_BYTES // 8)
-            for batch in self.config.batches(steps):
-                asked, unheld = self.loader.rows_requested, self.loader.rows_not_in_memory
-                rows = self.config.rows_of(self.loader, batch, self.world_size, self.rank)
-                arrays = self.loader.load(batch.subset, rows, shares.room)
-                arrays[LOADER_ROWS] = np.array(
-                    [self.loader.rows_requested - asked, self.loader.rows_not_in_memory - unheld]
-                )
-                for name, array in arrays.items():
-                    shares.add(f"{batch.index}/{name}", array)
-            columns = {name: [value] for name, value in steps.items()} | {"rank": [self.rank]}
-            payload = shares.packed()
-            buffers = [None, pa.py_buffer(np.array([0, len(payload)], np.int64)), pa.py_buffer(payload)]  # not copied
-            yield pa.table({**columns, "payload": pa.Array.from_buffers(pa.large_binary(), 1, buffers)})
+            yield self._block(steps)
 
 
 class Readers(NamedTuple):

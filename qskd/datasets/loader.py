@@ -96,8 +96,8 @@ class BatchLoader:
         # When not all fits, views would push out the encoded rows, and a lost row costs reading its whole group.
         stored, finished = self._estimated_bytes()
         fits = stored + finished <= keep_bytes
-        # Where every epoch has a view of its own, none is asked for again.
-        self._keep_views: dict[Subset, bool] = {"train": fits and views.derived_taken == "none", "val": fits}
+        # Where every epoch has a crop of its own, none is asked for again. Fresh flips are two views.
+        self._keep_views: dict[Subset, bool] = {"train": fits and views.derived_taken != "flip_and_crop", "val": fits}
         # When the rows alone don't fit, one that was used would only push out others that are yet to be, and be gone itself
         # before its next turn: an epoch later.
         self._keep_rows = stored <= keep_bytes
@@ -115,14 +115,19 @@ class BatchLoader:
         """(height, width) [n, 2] that the student will see of rows [n, 3]; no picture is read."""
         found = []
         for shard, row, index in np.asarray(rows).reshape(-1, 3).tolist():
-            known = self._dimensions.get((subset, shard))
-            if known is None:
-                known = self._reader(subset).dimensions(shard)
-                self._dimensions.put((subset, shard), known, sum(each.nbytes for each in known))
-            image_id, (height, width) = int(known[0][row]), known[1][row].tolist()
+            image_ids, all_sizes = self._known(subset, shard)
+            image_id, (height, width) = int(image_ids[row]), all_sizes[row].tolist()
             view = View.IDENTITY if subset == "val" else make_view(self._views, image_id, index)
             found.append(viewed_size(height, width, view, self._resizes[0]))
         return np.array(found, np.int64).reshape(-1, 2)
+
+    def _known(self, subset: Subset, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of a shard's rows: image ids [n], and (height, width) [n, 2]."""
+        known: tuple[NDArray[np.int64], NDArray[np.int64]] | None = self._dimensions.get((subset, shard))
+        if known is None:
+            known = self._reader(subset).dimensions(shard)
+            self._dimensions.put((subset, shard), known, sum(each.nbytes for each in known))
+        return known
 
     def load(self, subset: Subset, rows: NDArray[np.integer[Any]], room: Room = _empty) -> dict[str, NDArray[Any]]:
         """rows [n, 3] of (shard, row, view index) -> a batch of n images, n may be 0. room: gives the memory for pixels that are
@@ -225,7 +230,7 @@ class BatchLoader:
         for subset, reader in self._readers.items():
             # An estimate is enough: the store is bounded.
             picture = sum(3 * each.usual_pixels for each in self._resizes) if self._finish else SHIP_BYTES
-            views = self._views.count if subset == "train" else 1
+            views = self._views.count * (2 if self._views.derived_taken == "flip" else 1) if subset == "train" else 1
             stored += sum(shard.bytes for shard in reader.manifest.shards)
             finished += reader.manifest.num_images * views * (picture + 1000)
         return stored + (self._cache.num_bytes if self._cache is not None else 0), finished
@@ -233,7 +238,7 @@ class BatchLoader:
     def _examples(self, subset: Subset, wanted: Sequence[tuple[int, int, int]], room: Room) -> list[Example]:
         found, keep = dict[Key, Example](), self._keep_views[subset]
         for place in wanted:
-            example = self._recent.get(("view", subset, *place)) if keep else None
+            example = self._recent.get(self._shown(subset, place)) if keep else None
             if example is not None:
                 found[place] = example
         missing = [place for place in dict.fromkeys(wanted) if place not in found]
@@ -246,9 +251,17 @@ class BatchLoader:
             pixels = np.empty(plan.nbytes, np.uint8) if keep else flat[start:stop]
             example = self._make(subset, place, samples[place[:2]], plan, pixels)
             if keep:
-                self._recent.put(("view", subset, *place), example, example.nbytes)
+                self._recent.put(self._shown(subset, place), example, example.nbytes)
             found[place] = example
         return [found[place] for place in wanted]
+
+    def _shown(self, subset: Subset, place: tuple[int, int, int]) -> Key:
+        """The same for all places that show the same: a view derived by a flip shows its source, or the mirror image of that."""
+        shard, row, index = place
+        source, mirrored = index if subset == "val" else source_view(self._views, index), False
+        if source != index:
+            mirrored = is_mirrored(self._views, int(self._known(subset, shard)[0][row]), index)
+        return ("view", subset, shard, row, source, mirrored)
 
     def _samples(self, subset: Subset, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
         reader = self._reader(subset)
