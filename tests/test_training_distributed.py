@@ -115,7 +115,7 @@ def evaluate(rank: int) -> dict[str, Tensor]:
             evaluated |= {f"saved/{key}": value.clone() for key, value in student.state_dict().items()}
     training.train_step(share_of((2, 1, 1, 3), 2, WORKERS, rank))
     training.check_finite()
-    return own | averages | evaluated
+    return {key: value.contiguous() for key, value in (own | averages | evaluated).items()}
 
 
 def resume(rank: int, taught_by_two: bool) -> dict[str, Tensor]:
