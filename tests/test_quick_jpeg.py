@@ -15,7 +15,7 @@ from qskd.config import ResizeConfig
 from qskd.datasets.pictures import quick_jpeg
 from qskd.datasets.pictures.cuts import planned
 from qskd.datasets.pictures.quick_jpeg import decoded_into, state
-from qskd.datasets.views import View
+from qskd.datasets.views import View, decode_image
 from qskd.errors import QskdError
 from tests.test_decoding import with_exif
 
@@ -130,3 +130,18 @@ def test_a_library_of_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.undo()
         state.cache_clear()
     assert state() == "ok"
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"subsampling": 2, "progressive": True}])
+def test_of_damaged_files_it_decodes_those_alone_whose_pixels_are_pillows(options: dict[str, Any]) -> None:
+    random, whole = np.random.default_rng(1), jpeg(Image.fromarray(PHOTOGRAPH), quality=85, **options)
+    quickly = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        at = int(random.integers(2, len(whole)))
+        damaged[at : at + int(random.integers(0, 2))] = random.bytes(int(random.integers(0, 4)))
+        found = quick(bytes(damaged))
+        if found is not None:
+            quickly += 1
+            assert (found == np.asarray(decode_image(bytes(damaged), "here"))).all()
+    assert 20 < quickly < 200
