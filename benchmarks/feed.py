@@ -32,6 +32,7 @@ import psutil
 import pyarrow as pa
 
 from benchmarks import timing
+from benchmarks.chaos.cluster import family, title
 from benchmarks.loader import BATCH, SHARD, Data, Pictures, make_data
 from benchmarks.scaling.probes import block_seconds
 from benchmarks.timing import Ratio, Report
@@ -129,15 +130,14 @@ def streams_speed(stream: StreamConfig, workers: int) -> Streamed:
 def cpu_seconds() -> dict[str, float]:
     """Spent so far by this process and those of the Ray that it started, by what they are."""
     found: dict[str, float] = {}
-    this = psutil.Process()
-    for process in [this, *this.children(recursive=True)]:
+    kinds = {"RangeReader": "readers", "SplitCoordinator": "coordinators"}
+    for process in family(os.getpid()):
         try:
-            name, times = " ".join(process.cmdline()), process.cpu_times()
+            name, times = title(process), process.cpu_times()
         except psutil.Error:  # it has ended
             continue
-        kinds = {"RangeReader": "readers", "SplitCoordinator": "coordinators"}
         kind = next((kinds[word] for word in kinds if word in name), "Ray otherwise")
-        kind = "workers" if process == this else kind
+        kind = "workers" if process.pid == os.getpid() else kind
         found[kind] = found.get(kind, 0.0) + times.user + times.system
     return found
 

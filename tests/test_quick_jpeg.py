@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from qskd.config import ResizeConfig
-from qskd.datasets.pictures import quick_jpeg
 from qskd.datasets.pictures.cuts import planned
 from qskd.datasets.pictures.quick_jpeg import decoded_into, state
 from qskd.datasets.views import View, decode_image
@@ -103,7 +102,6 @@ def test_a_reader_ships_the_same_with_and_without_it(kind: str, monkeypatch: pyt
         return size, out.tobytes() if size == plan.size else b""
 
     with_it = shipped()
-    monkeypatch.setattr(quick_jpeg, "decoded_into", lambda *_: False)
     monkeypatch.setattr("qskd.datasets.pictures.cuts.decoded_into", lambda *_: False)
     assert shipped() == with_it
 

@@ -15,12 +15,11 @@ class Packer:
     """Arrays of any shapes -> one buffer: the raw bytes, each at a multiple of 64, a JSON header, and the header's length.
 
     What is large is made in its place: `room` gives memory of the buffer, and `add` of an array there copies nothing. memory: uint8
-    [n] to use, as far as it goes; else it is new.
+    [n], as much as is expected to be needed.
     """
 
-    def __init__(self, expected_bytes: int, memory: NDArray[np.uint8] | None = None) -> None:
-        self._buffer = np.empty(expected_bytes, np.uint8) if memory is None else memory
-        self._end = 0
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self._buffer, self._end = memory, 0
         self._header: dict[str, tuple[str, list[int], int]] = {}
 
     def room(self, nbytes: int) -> NDArray[np.uint8]:
@@ -56,7 +55,7 @@ class Packer:
 
 def pack(arrays: Mapping[str, np.ndarray]) -> NDArray[np.uint8]:
     """Arrays of any shapes -> one buffer, uint8 [n]."""
-    packer = Packer(sum(array.nbytes + 64 for array in arrays.values()) + 1024)
+    packer = Packer(np.empty(sum(array.nbytes + 64 for array in arrays.values()) + 1024, np.uint8))
     for name, array in arrays.items():
         packer.add(name, array)
     return packer.packed()

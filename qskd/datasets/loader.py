@@ -237,8 +237,9 @@ class BatchLoader:
 
     def _examples(self, subset: Subset, wanted: Sequence[tuple[int, int, int]], room: Room) -> list[Example]:
         found, keep = dict[Key, Example](), self._keep_views[subset]
-        for place in wanted:
-            example = self._recent.get(self._shown(subset, place)) if keep else None
+        shown = {place: self._shown(subset, place) for place in wanted} if keep else {}
+        for place, key in shown.items():
+            example = self._recent.get(key)
             if example is not None:
                 found[place] = example
         missing = [place for place in dict.fromkeys(wanted) if place not in found]
@@ -251,7 +252,7 @@ class BatchLoader:
             pixels = np.empty(plan.nbytes, np.uint8) if keep else flat[start:stop]
             example = self._make(subset, place, samples[place[:2]], plan, pixels)
             if keep:
-                self._recent.put(self._shown(subset, place), example, example.nbytes)
+                self._recent.put(shown[place], example, example.nbytes)
             found[place] = example
         return [found[place] for place in wanted]
 

@@ -17,10 +17,14 @@ from PIL import Image
 
 from qskd.datasets.pictures.decoding import PictureError, opened, orientation_of
 
+_SIGNATURE = b"\xff\xd8"  # of a JPEG: others are opened once, by `decode`
+
 
 def decoded_into(encoded: bytes, size: tuple[int, int], out: NDArray[np.uint8]) -> bool:
     """Whether `out`, uint8 [height * width * 3], now has the pixels of an upright picture of `size` (height, width). If not, it may
     hold anything, and `decode` is to be asked, which also says what is wrong."""
+    if not encoded.startswith(_SIGNATURE) or state() != "ok":
+        return False
     try:
         picture = opened(encoded)
     except PictureError:
@@ -45,9 +49,7 @@ def state() -> str:
         return f"simplejpeg is not there ({error})"
     random = np.random.default_rng(0)
     # Smooth, so that samplings of colour differ from each other where two libraries would.
-    pixels = (
-        np.cumsum(np.cumsum(random.integers(-9, 10, (37, 53, 3)), 0), 1).clip(-128, 127).astype(np.int8).view(np.uint8)
-    )
+    pixels = (128 + np.cumsum(np.cumsum(random.integers(-9, 10, (37, 53, 3)), 0), 1)).clip(0, 255).astype(np.uint8)
     for options in (
         {"subsampling": 0},
         {"subsampling": 1},
@@ -63,7 +65,7 @@ def state() -> str:
 
 
 def _is_plain(encoded: bytes, picture: Image.Image) -> bool:
-    if picture.format != "JPEG" or picture.mode != "RGB" or state() != "ok":
+    if picture.format != "JPEG" or picture.mode != "RGB":
         return False
     import simplejpeg
 
