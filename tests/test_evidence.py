@@ -98,7 +98,7 @@ def test_the_documents_say_what_the_records_do() -> None:
     }
     for path, document in report.published(program.ROOT, records, known).items():
         assert path.read_text() == document, f"{path.name}: run python -m benchmarks.evidence table"
-    assert (RECORDS / "table.md").read_text() == report.markdown(records, known)
+    assert (RECORDS / "table.md").read_text() == report.whole(records, known)
 
 
 def test_a_document_without_marks_is_not_written_into() -> None:
@@ -136,7 +136,9 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
         monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
     marks = "before <!-- benchmarks.evidence --> old <!-- end of benchmarks.evidence --> after"
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "evidence.md").write_text(marks)
+    documents = [tmp_path / "docs" / name for name in ("evidence.md", "quantization.md")]
+    for document in documents:
+        document.write_text(marks)
     monkeypatch.setattr(program, "ROOT", tmp_path)
     for name in (teachers.MANY, teachers.MAPS):
         monkeypatch.setitem(teachers.STEPS, name, 2)
@@ -193,7 +195,8 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     assert program.main([*named, "--seeds", "7"]) == 0
     told = capsys.readouterr().out
     assert "2 of them have a record" in told
-    assert "| QSKD | 1 |" in told
-    assert "before" in (tmp_path / "docs/evidence.md").read_text()
-    assert "| QSKD | 1 |" in (tmp_path / "docs/evidence.md").read_text()
+    assert "| QSKD, not whitened | 0.0 (1) |" in told
+    for document, row in zip(documents, ("| QSKD, not whitened | 0.0 (1) |", "| w4a4-attn8 | "), strict=True):
+        assert "before" in document.read_text()
+        assert row in document.read_text()
     assert (tmp_path / "records" / "scratch.png").stat().st_size > 10_000

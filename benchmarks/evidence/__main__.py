@@ -104,11 +104,11 @@ def teacher_ap(work: Path, student: str) -> float:
 
 
 def write_table(work: Path) -> None:
-    """records/table.md, a figure for each student, and the tables in docs/evidence.md."""
+    """records/table.md, a figure for each student, and the tables in docs/evidence.md and docs/quantization.md."""
     records = report.read_records()
     students = {name: student for name, student in STUDENTS.items() if report.budgets_of(records, name)}
     teachers = {student.teacher: teacher_ap(work, name) for name, student in students.items()}
-    text = report.markdown(records, teachers)
+    text = report.whole(records, teachers)
     (RECORDS / "table.md").write_text(text)
     for name, student in students.items():
         report.figure(records, name, teachers[student.teacher], RECORDS / f"{name}.png")

@@ -14,6 +14,7 @@ BUDGETS = {"short": 750, "long": 3000, "longest": 9000}  # training steps of 16 
 
 _NO_FEATURES = "distillation.features.weight=0"
 _NO_PREDICTIONS = "distillation.predictions.weight=0"
+_WHITENED = "distillation.features.whitening=1.0"
 _FLIPS = "data.views.derived=flip"
 _CONSTANT = "distillation.decay=0"
 _ALL_QUERIES = ("distillation.selection.band_weights=[1.0, 1.0]", "distillation.selection.max_per_object=0")
@@ -55,11 +56,13 @@ VARIANTS = {
     "none_equal_time": Variant("no teacher, as many seconds as QSKD took", kind="train", time_of="qskd"),
     "agfd": Variant("AGFD alone", (_NO_PREDICTIONS,)),
     "lapd": Variant("LAPD alone", (_NO_FEATURES,)),
-    "qskd": Variant("QSKD"),
+    "qskd": Variant("QSKD, not whitened"),
+    "whitened": Variant("**QSKD, the default** (whitened)", (_WHITENED,)),
     "qskd_constant": Variant("QSKD, its weights constant", (_CONSTANT,)),
     "agfd_constant": Variant("AGFD alone, its weight constant", (_NO_PREDICTIONS, _CONSTANT)),
     "none_flips": Variant("no teacher, fresh flips", (_FLIPS,), kind="train"),
     "qskd_flips": Variant("QSKD, fresh flips derived from the cached view", (_FLIPS,)),
+    "qskd_flips_whitened": Variant("**QSKD, the default** (whitened), fresh flips", (_FLIPS, _WHITENED)),
     "qskd_flips_online": Variant("QSKD, fresh flips, teacher online", (_FLIPS, "teacher.cache.path=")),
     "qskd_online": Variant("QSKD, teacher online", ("teacher.cache.path=",)),
     "positives": Variant("positives only", ("distillation.selection.band_weights=[0.0, 0.0]",)),
@@ -124,11 +127,10 @@ def _beside(name: str, title: str, cache: str = "") -> Variant:
 
 
 METHODS = {
-    "whitened": Variant("QSKD, AGFD whitened (alpha 1)", ("distillation.features.whitening=1.0",)),
-    "whitened_half": Variant("QSKD, AGFD whitened (alpha 0.5)", ("distillation.features.whitening=0.5",)),
+    "whitened_half": Variant("QSKD, whitened by half (alpha 0.5)", ("distillation.features.whitening=0.5",)),
     "whitened_decoder": Variant(
         "QSKD, AGFD weighed by what moves the decoder",
-        ("distillation.features.whitening=1.0", "distillation.features.whitened_by=decoder"),
+        (_WHITENED, "distillation.features.whitened_by=decoder"),
     ),
     "importance": Variant("QSKD, AGFD with learned importances", ("distillation.features.importance=true",)),
     "tprd": _method("qskd-tprd", title="QSKD as TPRD's re-implementation reads it", cache="layers"),
@@ -146,9 +148,6 @@ METHODS = {
     "relations": _beside("relations", "relations of query states", cache="states"),
 }
 VARIANTS |= METHODS
-VARIANTS["qskd_flips_whitened"] = Variant(
-    "QSKD, fresh flips, AGFD whitened (alpha 1)", (_FLIPS, *METHODS["whitened"].overrides)
-)
 # Memory in few numbers a cell.
 VARIANTS |= {
     f"qskd_{name}": Variant(f"QSKD, of {share:.0%} of the memory's variance", cache=name)
@@ -156,7 +155,7 @@ VARIANTS |= {
 }
 VARIANTS |= {
     f"whitened_{name}": replace(
-        METHODS["whitened"], title=f"QSKD, AGFD whitened, of {share:.0%} of the memory's variance", cache=name
+        VARIANTS["whitened"], title=f"QSKD, whitened, of {share:.0%} of the memory's variance", cache=name
     )
     for name, share in SHARES.items()
 }

@@ -12,10 +12,11 @@ from typing import Any
 from benchmarks.evidence import few_bits
 from benchmarks.evidence.cells import RECORDS
 from benchmarks.evidence.interval import Interval, Scores, paired
-from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
+from benchmarks.evidence.plan import BUDGETS, METHODS, STUDENTS, VARIANTS
 
-# What rows are compared with: untaught, and QSKD. Of students whose rows have fresh flips, those with them.
-PAIRS = (("none", "qskd"), ("none_flips", "qskd_flips"))
+# What rows are compared with: untaught, and the default or, where that was not run, QSKD without whitening. Of students whose
+# rows have fresh flips, those with them.
+PAIRS = (("none", ("whitened", "qskd")), ("none_flips", ("qskd_flips_whitened", "qskd_flips")))
 
 
 def read_records() -> list[dict[str, Any]]:
@@ -48,34 +49,48 @@ def budgets_of(records: Sequence[Mapping[str, Any]], student: str) -> list[str]:
 
 
 def compared_with(found: Mapping[tuple[str, str, str], Scores], student: str, budget: str) -> tuple[str, str]:
-    """The names of the untaught and of QSKD's row that a student's others are compared with; empty where there is none."""
-    return next((pair for pair in PAIRS if (student, pair[0], budget) in found), ("", ""))
+    """The names of the untaught and of the taught row that a student's others are compared with; empty where there is none."""
+    for untaught, taught in PAIRS:
+        if (student, untaught, budget) in found:
+            return untaught, next((name for name in taught if (student, name, budget) in found), "")
+    return "", ""
 
 
-def table(records: Sequence[Mapping[str, Any]], student: str, budget: str, teacher: float) -> str:
-    """One student's rows at one budget, as Markdown."""
-    ap, ap50 = scores(records), scores(records, "AP50")
-    untaught, taught = compared_with(ap, student, budget)
-    base, ours = ap[student, untaught, budget], ap.get((student, taught, budget), {})
-    lines = [
-        "| variant | seeds | AP | AP50 | against no teacher | gap closed | QSKD ahead by |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, variant in VARIANTS.items():
-        mine = ap.get((student, name, budget))
-        if not mine or few_bits.is_one(name):
-            continue
-        cells = [
-            variant.title,
-            str(len(mine)),
-            Interval.of(list(mine.values())).show(100),
-            Interval.of(list(ap50[student, name, budget].values())).show(100),
-            "" if name == untaught else Interval.of(paired(mine, base)).show(100, sign="+"),
-            "" if name == untaught else Interval.of(shares(mine, base, teacher)).show(100, 0) + " %",
-            "" if name == taught or not ours else Interval.of(paired(ours, mine)).show(100, sign="+"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(
+    records: Sequence[Mapping[str, Any]], student: str, names: Sequence[str], budgets: Sequence[str], teacher: float
+) -> str:
+    """A student's rows of these names, three columns a budget, as Markdown."""
+    ap = scores(records)
+    pairs = {budget: compared_with(ap, student, budget) for budget in budgets}
+    head = ["variant"]
+    for budget in budgets:
+        ahead = "default ahead by" if "whitened" in pairs[budget][1] else "QSKD ahead by"
+        head += [f"{BUDGETS[budget]:,} steps: AP (seeds)", "over no teacher (of the gap)", ahead]
+    lines = [head, ["---"] * len(head)]
+    for name in names:
+        if any((student, name, budget) in ap for budget in budgets):
+            lines.append([VARIANTS[name].title])
+            for budget in budgets:
+                mine = ap.get((student, name, budget), {})
+                lines[-1] += _cells(ap, student, budget, mine, pairs[budget], teacher) if mine else [""] * 3
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
+
+
+def _cells(
+    ap: Mapping[tuple[str, str, str], Scores],
+    student: str,
+    budget: str,
+    mine: Scores,
+    pair: tuple[str, str],
+    teacher: float,
+) -> list[str]:
+    base, ours = (ap.get((student, name, budget), {}) for name in pair)
+    gained = ""
+    if mine is not base:
+        share = 100 * statistics.fmean(shares(mine, base, teacher))
+        gained = f"{Interval.of(paired(mine, base)).show(100, sign='+')} ({share:.0f} %)"
+    ahead = "" if mine is ours or not ours else Interval.of(paired(ours, mine)).show(100, sign="+")
+    return [f"{Interval.of(list(mine.values())).show(100)} ({len(mine)})", gained, ahead]
 
 
 def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, path: Path) -> None:
@@ -114,23 +129,42 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
 
 
 def markdown(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]) -> str:
-    """Every student's tables. teachers: AP by name."""
-    parts = []
+    """Every student's tables, other methods' in one of their own. teachers: AP by name."""
+    parts, ap = [], scores(records)
     for name, student in STUDENTS.items():
         budgets = budgets_of(records, name)
-        if budgets:
-            parts.append(f"### {student.title}\n\nIts teacher: AP {100 * teachers[student.teacher]:.1f}.")
-        parts += [
-            f"{BUDGETS[budget]:,} steps:\n\n{table(records, name, budget, teachers[student.teacher])}"
-            for budget in budgets
-        ]
-        found = scores(records), scores(records, "AP50"), scores(records, of="float_metrics")
-        parts += [
-            f"#### Few bits\n\n{BUDGETS[budget]:,} steps. {few}"
-            for budget in budgets
-            if (few := few_bits.tables(*found, name, budget))
-        ]
+        if not budgets:
+            continue
+        parts.append(f"### {student.title}\n\nIts teacher: AP {100 * teachers[student.teacher]:.1f}.")
+        run = [each for each in VARIANTS if not few_bits.is_one(each) and any((name, each, b) in ap for b in budgets)]
+        methods = [each for each in run if each in METHODS]
+        told = {budget for budget in budgets if any((name, each, budget) in ap for each in methods)}
+        parts.append(
+            table(records, name, [each for each in run if each not in methods], budgets, teachers[student.teacher])
+        )
+        if methods:
+            rows = [*(each for each in run if each in ("none", "qskd", "whitened")), *methods]
+            rest = table(
+                records, name, rows, [budget for budget in budgets if budget in told], teachers[student.teacher]
+            )
+            parts.append(f"Other methods:\n\n{rest}")
     return "\n\n".join(parts) + "\n"
+
+
+def few_bits_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of students with few bits."""
+    found = scores(records), scores(records, "AP50"), scores(records, of="float_metrics")
+    return "\n\n".join(
+        f"{BUDGETS[budget]:,} steps. {few}"
+        for name in STUDENTS
+        for budget in budgets_of(records, name)
+        if (few := few_bits.tables(*found, name, budget))
+    )
+
+
+def whole(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]) -> str:
+    """All tables, as records/table.md has them."""
+    return f"{markdown(records, teachers)}\n### Few bits\n\n{few_bits_markdown(records)}\n"
 
 
 def between_marks(document: str, text: str) -> str:
@@ -144,6 +178,8 @@ def between_marks(document: str, text: str) -> str:
 
 
 def published(root: Path, records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]) -> dict[Path, str]:
-    """What docs/evidence.md is to say, by file."""
-    path = root / "docs" / "evidence.md"
-    return {path: between_marks(path.read_text(), markdown(records, teachers))}
+    """What docs/evidence.md and docs/quantization.md are to say, by file."""
+    said = {"evidence.md": markdown(records, teachers), "quantization.md": few_bits_markdown(records)}
+    return {
+        root / "docs" / name: between_marks((root / "docs" / name).read_text(), text) for name, text in said.items()
+    }
