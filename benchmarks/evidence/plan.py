@@ -84,7 +84,7 @@ VARIANTS = {
 
 
 MECHANISM = tuple(VARIANTS)  # what QSKD's parts do; the rest is what a student's own training does
-# What is inherited learns at a tenth of the learning rate: best of 0.03, 0.1 and 1 for `near`, taught and not (seed 100, 750 steps).
+# What is inherited learns at a tenth of the learning rate: best of 0.03, 0.1 and 1 for `near`, taught and not (seed 100, short).
 _GENTLE = "training.inherited_learning_rate_scale=0.1"
 VARIANTS |= {
     f"{name}_gentle": replace(
