@@ -140,7 +140,7 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     for document in documents:
         document.write_text(marks)
     monkeypatch.setattr(program, "ROOT", tmp_path)
-    for name in (teachers.MANY, teachers.MAPS):
+    for name in (teachers.MANY, teachers.MAPS, teachers.SIDES):
         monkeypatch.setitem(teachers.STEPS, name, 2)
     monkeypatch.setattr(backbone, "IMAGES", backbone.IMAGES.model_copy(update={"images": 32}))
     work = tmp_path / "work"
@@ -188,6 +188,10 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     task.make_task(work, ("maps",), ("qskd_flips_coarse",))
     coarse = cells.run(Cell("maps", "qskd_flips_coarse", "short", 7), work)
     assert coarse["config"]["teacher"] == coarse["config"]["teacher"] | {"path": teachers.MAPS, "levels": [1]}
+    task.make_task(work, ("sides",), ("qskd_ld",))
+    sides = cells.run(Cell("sides", "qskd_ld", "short", 7), work)
+    assert {"localization_ld_main", "localization_ld_region", "agfd"} <= sides["losses_of_last_epoch"].keys()
+    assert {"AP75", "AP90"} <= sides["metrics"].keys()
     changed = Cell("scratch", "none", "short", 7, extra=("training.learning_rate=1.0",))
     assert cells.finished(changed, work) is None
     program.track(Cell("scratch", "qskd", "short", 7), found["qskd"], work)

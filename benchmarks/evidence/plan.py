@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from benchmarks.evidence.teachers import MANY, MAPS, OWN
+from benchmarks.evidence.teachers import MANY, MAPS, OWN, SIDES
 
 # The recipe all cells share is the quickstart's own (pipelines/assets/quickstart.yaml): its defaults are judged here.
 REPORT_SEEDS = (0, 1, 2, 3, 4)  # on the test split
@@ -24,6 +24,7 @@ _ALL_QUERIES = ("distillation.selection.band_weights=[1.0, 1.0]", "distillation.
 SHARES = {"share97": 0.97, "share90": 0.9, "share80": 0.8}  # of the memory's variance
 CACHES = {
     "states": ("teacher.cache.columns=[states]",),
+    "sides": ("teacher.cache.columns=[sides]",),
     "levels1": ("teacher.levels=[1]",),
     "layers": ("teacher.cache.attention_layers=all",),
     **{name: (f"teacher.cache.memory_share={share}",) for name, share in SHARES.items()},
@@ -158,6 +159,19 @@ METHODS = {
     "relations": _beside("relations", "relations of query states", cache="states"),
 }
 VARIANTS |= METHODS
+# What a box's sides are thought to be, from a D-FINE to a D-FINE: alone, and beside the default.
+_FLIPPED_SIDES = (_FLIPS, "distillation.method=localization")
+VARIANTS["ld"] = Variant("localization distillation alone, fresh flips", _FLIPPED_SIDES, cache="sides")
+VARIANTS["ld_main"] = Variant(
+    "localization distillation alone, of positives alone, fresh flips",
+    (*_FLIPPED_SIDES, "distillation.region_weight=0"),
+    cache="sides",
+)
+VARIANTS["qskd_ld"] = Variant(
+    "QSKD (whitened) and localization distillation, fresh flips",
+    (_FLIPS, _WHITENED, "distillation.also.localization={}"),
+    cache="sides",
+)
 # Memory in few numbers a cell.
 VARIANTS |= {
     f"qskd_{name}": Variant(f"QSKD, of {share:.0%} of the memory's variance", cache=name)
@@ -221,7 +235,7 @@ VARIANTS = {
 class Student:
     """overrides: of the shared recipe. rows: the variants that are compared, by budget. teacher: a name in `teachers`.
 
-    backbone: the name of its own pretrained one (`backbone.make_backbone`); the package's when empty.
+    backbone: the name of its own pretrained one (`backbone.make_backbone`); the package's when empty. metrics: a table for each.
     """
 
     title: str
@@ -229,6 +243,7 @@ class Student:
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     teacher: str = OWN
     backbone: str = ""
+    metrics: tuple[str, ...] = ("AP",)
 
 
 MAIN = ("none", "agfd", "lapd", "qskd")
@@ -304,6 +319,13 @@ STUDENTS = {
         MAPS,
     ),
     "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING, "long": _FLIPPED}),
+    "sides": Student(
+        "D-FINE, random layers, of a D-FINE with two maps",
+        (*_D_FINE, "distillation.features.background=0"),
+        {"short": (*_FLIPPED, "qskd_flips_whitened", "ld", "ld_main", "qskd_ld")},
+        SIDES,
+        metrics=("AP", "AP75", "AP90"),
+    ),
     "conditional": Student(
         "A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN, "long": (*MAIN, "whitened")}
     ),

@@ -57,40 +57,40 @@ def compared_with(found: Mapping[tuple[str, str, str], Scores], student: str, bu
 
 
 def table(
-    records: Sequence[Mapping[str, Any]], student: str, names: Sequence[str], budgets: Sequence[str], teacher: float
+    records: Sequence[Mapping[str, Any]],
+    student: str,
+    names: Sequence[str],
+    budgets: Sequence[str],
+    teacher: float,
+    metric: str = "AP",
 ) -> str:
-    """A student's rows of these names, three columns a budget, as Markdown."""
-    ap = scores(records)
-    pairs = {budget: compared_with(ap, student, budget) for budget in budgets}
+    """A student's rows of these names, three columns a budget, as Markdown. teacher: its AP."""
+    found = scores(records, metric)
+    pairs = {budget: compared_with(found, student, budget) for budget in budgets}
     head = ["variant"]
     for budget in budgets:
         ahead = "default ahead by" if "whitened" in pairs[budget][1] else "QSKD ahead by"
-        head += [f"{BUDGETS[budget]:,} steps: AP (seeds)", "over no teacher (of the gap)", ahead]
+        gained = "over no teacher (of the gap)" if metric == "AP" else "over no teacher"
+        head += [f"{BUDGETS[budget]:,} steps: {metric} (seeds)", gained, ahead]
     lines = [head, ["---"] * len(head)]
     for name in names:
-        if any((student, name, budget) in ap for budget in budgets):
+        if any((student, name, budget) in found for budget in budgets):
             lines.append([VARIANTS[name].title])
             for budget in budgets:
-                mine = ap.get((student, name, budget), {})
-                lines[-1] += _cells(ap, student, budget, mine, pairs[budget], teacher) if mine else [""] * 3
+                mine = found.get((student, name, budget), {})
+                base, ours = (found.get((student, each, budget), {}) for each in pairs[budget])
+                share = shares(mine, base, teacher) if metric == "AP" and mine is not base else []
+                lines[-1] += _cells(mine, base, ours, share) if mine else [""] * 3
     return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 
-def _cells(
-    ap: Mapping[tuple[str, str, str], Scores],
-    student: str,
-    budget: str,
-    mine: Scores,
-    pair: tuple[str, str],
-    teacher: float,
-) -> list[str]:
-    base, ours = (ap.get((student, name, budget), {}) for name in pair)
-    gained = ""
-    if mine is not base:
-        share = 100 * statistics.fmean(shares(mine, base, teacher))
-        gained = f"{Interval.of(paired(mine, base)).show(100, sign='+')} ({share:.0f} %)"
-    ahead = "" if mine is ours or not ours else Interval.of(paired(ours, mine)).show(100, sign="+")
-    return [f"{Interval.of(list(mine.values())).show(100)} ({len(mine)})", gained, ahead]
+def _cells(mine: Scores, base: Scores, ours: Scores, share: Sequence[float]) -> list[str]:
+    of_gap = f" ({100 * statistics.fmean(share):.0f} %)" if share else ""
+    return [
+        f"{Interval.of(list(mine.values())).show(100)} ({len(mine)})",
+        "" if mine is base else Interval.of(paired(mine, base)).show(100, sign="+") + of_gap,
+        "" if mine is ours or not ours else Interval.of(paired(ours, mine)).show(100, sign="+"),
+    ]
 
 
 def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, path: Path) -> None:
@@ -139,9 +139,8 @@ def markdown(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]
         run = [each for each in VARIANTS if not few_bits.is_one(each) and any((name, each, b) in ap for b in budgets)]
         methods = [each for each in run if each in METHODS]
         told = {budget for budget in budgets if any((name, each, budget) in ap for each in methods)}
-        parts.append(
-            table(records, name, [each for each in run if each not in methods], budgets, teachers[student.teacher])
-        )
+        rows = [each for each in run if each not in methods]
+        parts += [table(records, name, rows, budgets, teachers[student.teacher], metric) for metric in student.metrics]
         if methods:
             rows = [*(each for each in run if each in ("none", "qskd", "whitened")), *methods]
             rest = table(

@@ -1,9 +1,10 @@
-"""The teachers of the evidence: the package's own, of 30 queries and one map, and two that are made from it on the same images.
+"""The teachers of the evidence: the package's own, of 30 queries and one map, and three that are made from it on the same images.
 
 The package's has six queries an object, which leaves one hard negative; so it can't say whether hard negatives help. The second
 goes on from its weights with 270 queries more, which begin spread over the image (`qskd.detectors.inherit`): as many as detectors
-on COCO have. An RT-DETR of two maps starts from the package's backbone and learns the rest: of it one can leave a map out.
-Both are made when a cell first needs them (half an hour on one core) and are not part of the package.
+on COCO have. An RT-DETR of two maps, of which one can be left out, and a D-FINE, which says where a box's sides may lie, start
+from the package's backbone and learn the rest. All are made when a cell first needs them (half an hour on one core) and are not
+part of the package.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from qskd.detectors import save_detector
 from qskd.from_recipe import make_student
 from qskd.training.step import Training
 
-OWN, MANY, MAPS = "shapes_teacher", "teacher300", "teacher_maps"
+OWN, MANY, MAPS, SIDES = "shapes_teacher", "teacher300", "teacher_maps", "teacher_sides"
 RECIPE = Path(__file__).resolve().parents[2] / "configs/shapes_teacher.yaml"
-STEPS = {MANY: 3000, MAPS: 4500}
+STEPS = {MANY: 3000, MAPS: 4500, SIDES: 4500}
+# As a family's own defaults have it (`plan.STUDENTS["rtdetr"]`), of the package's teacher's size.
+_CHOOSING = (
+    *("student.feature_levels=2", "student.encoder_layers=1", "student.dropout=null"),
+    *("student.frozen_stages=null", "training.undecayed=null", "training.sampling_learning_rate_scale=null"),
+)
 FIELDS = {
     MANY: ("student.queries=300", "training.learning_rate=1.0e-3"),
-    # An RT-DETR as its own defaults have it (`plan.STUDENTS["rtdetr"]`), of the package's teacher's size.
-    MAPS: (
-        *("student.family=rt_detr", "student.feature_levels=2", "student.encoder_layers=1", "student.dropout=null"),
-        *("student.frozen_stages=null", "training.undecayed=null", "training.sampling_learning_rate_scale=null"),
-    ),
+    MAPS: ("student.family=rt_detr", *_CHOOSING),
+    SIDES: ("student.family=d_fine", *_CHOOSING),
 }
 
 
