@@ -126,16 +126,7 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
         shown = [100 * value for name in names for value in ap.get((student, name, budget), {}).values()]
         if 100 * teacher < max(shown) + (max(shown) - min(shown)) / 2:
             panel.axvline(100 * teacher, color="0.3", lw=1, ls="--")
-        panel.text(
-            1,
-            1,
-            f"teacher {100 * teacher:.1f} ",
-            transform=panel.transAxes,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color="0.3",
-        )
+        panel.set_title(f"teacher {100 * teacher:.1f}", loc="right", fontsize=8, color="0.3")
         panel.set_title(f"{budget} budget: {BUDGETS[budget]} steps", loc="left", fontweight="bold", fontsize=10)
         panel.set_xlabel("AP on the test split")
         panel.spines[["top", "right"]].set_visible(False)
