@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from benchmarks.evidence.teachers import MANY, MAPS, OWN, SIDES
+from benchmarks.evidence.teachers import FAMILY_DEFAULTS, MANY, MAPS, OWN, SIDES
 
 # The recipe all cells share is the quickstart's own (pipelines/assets/quickstart.yaml): its defaults are judged here.
 REPORT_SEEDS = (0, 1, 2, 3, 4)  # on the test split
@@ -58,12 +58,12 @@ VARIANTS = {
     "agfd": Variant("AGFD alone", (_NO_PREDICTIONS,)),
     "lapd": Variant("LAPD alone", (_NO_FEATURES,)),
     "qskd": Variant("QSKD, not whitened"),
-    "whitened": Variant("**QSKD, the default** (whitened)", (_WHITENED,)),
+    "whitened": Variant("QSKD, the default (whitened)", (_WHITENED,)),
     "qskd_constant": Variant("QSKD, its weights constant", (_CONSTANT,)),
     "agfd_constant": Variant("AGFD alone, its weight constant", (_NO_PREDICTIONS, _CONSTANT)),
     "none_flips": Variant("no teacher, fresh flips", (_FLIPS,), kind="train"),
     "qskd_flips": Variant("QSKD, fresh flips derived from the cached view", (_FLIPS,)),
-    "qskd_flips_whitened": Variant("**QSKD, the default** (whitened), fresh flips", (_FLIPS, _WHITENED)),
+    "qskd_flips_whitened": Variant("QSKD, the default (whitened), fresh flips", (_FLIPS, _WHITENED)),
     "qskd_flips_online": Variant("QSKD, fresh flips, teacher online", (_FLIPS, "teacher.cache.path=")),
     "qskd_online": Variant("QSKD, teacher online", ("teacher.cache.path=",)),
     "positives": Variant("positives only", ("distillation.selection.band_weights=[0.0, 0.0]",)),
@@ -86,14 +86,14 @@ VARIANTS = {
 
 MECHANISM = tuple(VARIANTS)  # what QSKD's parts do; the rest is what a student's own training does
 # What is inherited learns at a tenth of the learning rate: best of 0.03, 0.1 and 1 for `near`, taught and not (seed 100, short).
-_GENTLE = "training.inherited_learning_rate_scale=0.1"
+GENTLE = ("none", "whitened", "none_flips", "qskd_flips_whitened")
 VARIANTS |= {
     f"{name}_gentle": replace(
         VARIANTS[name],
         title=f"{VARIANTS[name].title}, inherited layers at a tenth of the learning rate",
-        overrides=(*VARIANTS[name].overrides, _GENTLE),
+        overrides=(*VARIANTS[name].overrides, "training.inherited_learning_rate_scale=0.1"),
     )
-    for name in ("none", "whitened", "none_flips", "qskd_flips_whitened")
+    for name in GENTLE
 }
 # Of a training with fresh flips, the default: one thing otherwise, without a teacher and with QSKD.
 OTHERWISE = {
@@ -262,14 +262,10 @@ _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
-GENTLE = ("none_gentle", "whitened_gentle", "none_flips_gentle", "qskd_flips_whitened_gentle")
 _FLIPPED = ("none_flips", "qskd_flips")
 _TRAINING = (*PAIR, *_FLIPPED, "qskd_flips_whitened", *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
 # The families that choose their queries among the encoder's cells, as their own defaults train them.
-_CHOOSING = (
-    *("student.inherit=false", "student.feature_levels=2", "student.dropout=null", "student.frozen_stages=null"),
-    *("training.undecayed=null", "training.sampling_learning_rate_scale=null"),
-)
+_CHOOSING = (*("student.inherit=false", "student.feature_levels=2", *FAMILY_DEFAULTS),)
 _RT_DETR = ("student.family=rt_detr", *_CHOOSING)
 _D_FINE = ("student.family=d_fine", *_CHOOSING)
 
@@ -298,7 +294,7 @@ STUDENTS = {
     "near": Student(
         "A third size: all of the teacher's layers, a backbone of twice the channels",
         _NEAR,
-        {"short": (*MAIN, "whitened"), "long": (*MAIN, "whitened", *GENTLE)},
+        {"short": (*MAIN, "whitened"), "long": (*MAIN, "whitened", *(f"{name}_gentle" for name in GENTLE))},
         backbone="backbone48",
     ),
     "many": Student(

@@ -75,7 +75,11 @@ def table(
     lines = [head, ["---"] * len(head)]
     for name in names:
         if any((student, name, budget) in found for budget in budgets):
-            lines.append([VARIANTS[name].title])
+            title, is_default = (
+                VARIANTS[name].title,
+                "whitened" in name and any(name == pair[1] for pair in pairs.values()),
+            )
+            lines.append([f"**{title}**" if is_default else title])
             for budget in budgets:
                 mine = found.get((student, name, budget), {})
                 base, ours = (found.get((student, each, budget), {}) for each in pairs[budget])
@@ -132,12 +136,8 @@ def figure(records: Sequence[Mapping[str, Any]], student: str, teacher: float, p
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="x", color="0.92")
         panel.set_axisbelow(True)
-    panels[0].set_yticks([-row for row in range(len(names))], [_plain(name) for name in names], fontsize=8)
+    panels[0].set_yticks([-row for row in range(len(names))], [VARIANTS[name].title for name in names], fontsize=8)
     drawing.savefig(path)
-
-
-def _plain(name: str) -> str:
-    return VARIANTS[name].title.replace("**", "")
 
 
 def markdown(records: Sequence[Mapping[str, Any]], teachers: Mapping[str, float]) -> str:

@@ -26,15 +26,16 @@ from qskd.training.step import Training
 OWN, MANY, MAPS, SIDES = "shapes_teacher", "teacher300", "teacher_maps", "teacher_sides"
 RECIPE = Path(__file__).resolve().parents[2] / "configs/shapes_teacher.yaml"
 STEPS = {MANY: 3000, MAPS: 4500, SIDES: 4500}
-# As a family's own defaults have it (`plan.STUDENTS["rtdetr"]`), of the package's teacher's size.
-_CHOOSING = (
-    *("student.feature_levels=2", "student.encoder_layers=1", "student.dropout=null"),
-    *("student.frozen_stages=null", "training.undecayed=null", "training.sampling_learning_rate_scale=null"),
+# What the recipe says otherwise than a family's own defaults.
+FAMILY_DEFAULTS = (
+    *("student.dropout=null", "student.frozen_stages=null"),
+    *("training.undecayed=null", "training.sampling_learning_rate_scale=null"),
 )
+_OF_ITS_SIZE = ("student.feature_levels=2", "student.encoder_layers=1", *FAMILY_DEFAULTS)  # of the package's teacher's
 FIELDS = {
     MANY: ("student.queries=300", "training.learning_rate=1.0e-3"),
-    MAPS: ("student.family=rt_detr", *_CHOOSING),
-    SIDES: ("student.family=d_fine", *_CHOOSING),
+    MAPS: ("student.family=rt_detr", *_OF_ITS_SIZE),
+    SIDES: ("student.family=d_fine", *_OF_ITS_SIZE),
 }
 
 
