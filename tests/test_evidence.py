@@ -11,12 +11,15 @@ from scipy import stats
 
 from benchmarks import evidence
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import backbone, cells, few_bits, interval, plan, report, task, teachers
+from benchmarks.evidence import backbone, cells, few_bits, interval, plan, report, task, teachers, variants
 from benchmarks.evidence.cells import RECORDS, Cell, meaning, same
 from benchmarks.evidence.interval import Interval
 from qskd.detectors import load_detector
 
-REPORTED = sorted((RECORDS / "report").glob("*.json"))
+ROWS: dict[tuple[str, str, str], list[tuple[int, Path]]] = {}  # (student, variant, budget) -> its seeds' records
+for _path in sorted((RECORDS / "report").glob("*.json")):
+    _student, _variant, _budget, _seed = _path.stem.split("-")
+    ROWS.setdefault((_student, _variant, _budget), []).append((int(_seed.removeprefix("seed")), _path))
 
 
 def test_the_interval_is_students() -> None:
@@ -78,15 +81,16 @@ def test_the_goals_of_few_bits_stand_beside_what_came_out() -> None:
     assert few_bits.goals({}, "inherit", "short") == ""
 
 
-@pytest.mark.parametrize("path", REPORTED, ids=lambda path: path.stem)
-def test_a_committed_record_is_of_the_recipe_as_it_is_today(path: Path) -> None:
-    record = json.loads(path.read_text())
-    student, variant, budget, seed = record["cell"].split("-")[:4]
-    cell = Cell(student, variant, budget, int(seed.removeprefix("seed")), extra=tuple(record["extra"]))
-    assert cell.record == path
-    assert same(record["config"], cell.config(Path("anywhere")))
-    assert record["split"] == "test"
-    assert record["steps"] == cell.steps
+@pytest.mark.parametrize("row", sorted(ROWS), ids="-".join)
+def test_the_committed_records_of_a_row_are_of_the_recipe_as_it_is_today(row: tuple[str, str, str]) -> None:
+    recipe = Cell(*row, seed=0).config(Path("anywhere"))  # once a row: seeds differ in nothing else
+    for seed, path in ROWS[row]:
+        record = json.loads(path.read_text())
+        cell = Cell(*row, seed=seed)
+        assert (cell.name, cell.record, record["extra"]) == (record["cell"], path, [])
+        assert same(record["config"], recipe.model_copy(update={"seed": seed}))
+        assert record["split"] == "test"
+        assert record["steps"] == cell.steps
 
 
 def test_the_documents_say_what_the_records_do() -> None:
@@ -119,7 +123,7 @@ def test_a_record_is_the_cells_whatever_fields_came_after_it(tmp_path: Path) -> 
 
 def test_every_variant_differs_from_the_default_or_says_why(tmp_path: Path) -> None:
     default = meaning(Cell("scratch", "qskd", "short", 0).config(tmp_path))
-    for name in plan.VARIANTS:
+    for name in variants.VARIANTS:
         if name not in ("qskd", "none_equal_time"):
             assert meaning(Cell("scratch", name, "short", 0).config(tmp_path)) != default, name
 
@@ -162,8 +166,8 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     near = cells.run(Cell("near", "none", "short", 7), work)
     assert near["config"]["student"]["backbone"]["init"] == plan.STUDENTS["near"].backbone
     assert near["config"]["student"]["backbone"]["hidden_sizes"] == [48, 96]
-    few = replace(plan.VARIANTS["qskd_flips_unlabeled6"], unlabeled=16)
-    monkeypatch.setitem(plan.VARIANTS, "qskd_flips_unlabeled6", few)
+    few = replace(variants.VARIANTS["qskd_flips_unlabeled6"], unlabeled=16)
+    monkeypatch.setitem(variants.VARIANTS, "qskd_flips_unlabeled6", few)
     task.make_task(work, ("scratch",), ("qskd_flips_unlabeled6",))
     unlabelled = cells.run(Cell("scratch", "qskd_flips_unlabeled6", "short", 7), work)
     assert unlabelled["config"]["data"]["unlabeled"] == ["unlabeled16"]

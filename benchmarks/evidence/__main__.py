@@ -24,9 +24,10 @@ from typing import Any
 
 from benchmarks.evidence import cells, clock, diagnose, report
 from benchmarks.evidence.cells import RECORDS, Cell
-from benchmarks.evidence.plan import BUDGETS, REPORT_SEEDS, SEARCH_SEEDS, STUDENTS, VARIANTS
+from benchmarks.evidence.plan import BUDGETS, REPORT_SEEDS, SEARCH_SEEDS, STUDENTS
 from benchmarks.evidence.task import make_config, make_task
 from benchmarks.evidence.teachers import teacher_path
+from benchmarks.evidence.variants import VARIANTS
 from qskd.errors import QskdError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
+from benchmarks.evidence.plan import BUDGETS, STUDENTS
 from benchmarks.evidence.post_training import quantise_after_training
 from benchmarks.evidence.task import cache_overrides, make_config, train_path, unlabeled_path
 from benchmarks.evidence.teachers import OWN
+from benchmarks.evidence.variants import VARIANTS
 from pipelines.feed.packing import Arrays
 from pipelines.feed.stream import local_stream
 from pipelines.run.guards import BEGUN_BEFORE

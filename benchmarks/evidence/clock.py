@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.evidence.cells import RECORDS, code_version
-from benchmarks.evidence.plan import STUDENTS, VARIANTS
+from benchmarks.evidence.plan import STUDENTS
 from benchmarks.evidence.task import make_config
+from benchmarks.evidence.variants import VARIANTS
 from benchmarks.timing import Side
 from pipelines.feed.stream import local_stream
 from pipelines.training.plan import make_plan

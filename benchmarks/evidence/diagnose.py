@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.evidence.cells import RECORDS, code_version
-from benchmarks.evidence.plan import BUDGETS, STUDENTS, VARIANTS
+from benchmarks.evidence.plan import BUDGETS, STUDENTS
 from benchmarks.evidence.task import make_config
+from benchmarks.evidence.variants import VARIANTS
 from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.evidence.interval import Interval, Scores, paired
-from benchmarks.evidence.plan import BITS, FEW_BITS, TAUGHT
+from benchmarks.evidence.variants import BITS, FEW_BITS, TAUGHT
 
 Found = Mapping[tuple[str, str, str], Scores]  # (student, variant, budget) -> seed -> value
 

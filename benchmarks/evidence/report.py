@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.evidence import few_bits
 from benchmarks.evidence.cells import RECORDS
 from benchmarks.evidence.interval import Interval, Scores, paired
-from benchmarks.evidence.plan import BUDGETS, METHODS, STUDENTS, VARIANTS
+from benchmarks.evidence.plan import BUDGETS, STUDENTS
+from benchmarks.evidence.variants import METHODS, VARIANTS
 
 # What rows are compared with: untaught, and the default or, where that was not run, QSKD without whitening. Of students whose
 # rows have fresh flips, those with them.

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.evidence.backbone import make_backbone
-from benchmarks.evidence.plan import CACHES, STUDENTS, VARIANTS, Student, Variant
+from benchmarks.evidence.plan import STUDENTS, Student
 from benchmarks.evidence.teachers import OWN, make_teacher_folder, teacher_path
+from benchmarks.evidence.variants import CACHES, VARIANTS, Variant
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.inspection.predict import predict_all, request
