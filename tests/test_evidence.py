@@ -129,6 +129,14 @@ def test_every_variant_differs_from_the_default_or_says_why(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("student", sorted(plan.STUDENTS))
+def test_every_planned_row_is_a_recipe(student: str) -> None:
+    """A field of one method in a student's own fields would refuse its rows of another."""
+    for variant in sorted({name for rows in plan.STUDENTS[student].rows.values() for name in rows}):
+        if not variants.VARIANTS[variant].time_of:  # `clock` knows one student
+            Cell(student, variant, "short", 0).config(Path("anywhere"))
+
+
 def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,7 +100,7 @@ STUDENTS = {
     "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING, "long": _FLIPPED}),
     "sides": Student(
         "D-FINE, random layers, of a D-FINE with two maps",
-        (*_D_FINE, "distillation.features.background=0"),
+        _D_FINE,
         {"short": (*_FLIPPED, "qskd_flips_whitened", "ld", "ld_main", "qskd_ld")},
         SIDES,
         metrics=("AP", "AP75", "AP90"),
