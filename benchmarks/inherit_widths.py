@@ -1,15 +1,16 @@
 """Does a student of half the teacher's width gain from evenly chosen channels of its layers (`student.inherit`)?
 
-    python -m benchmarks.inherit_widths                    # two seeds, 200 steps: four short trainings
+    python -m benchmarks.inherit_widths                    # two seeds, 200 steps: eight short trainings
 
-The quickstart's task and teacher, a student of half its width and FFN; plain training on the objects, no distillation, so
-that nothing but the start differs. Printed: the last layer's weighted detection loss, mean of 20 steps in the middle and at
-the end.
+The quickstart's task and teacher, a student of half its width and FFN, with as many heads of half the channels, or with half of
+the heads; plain training on the objects, no distillation, so that nothing but the start differs. Printed: the last layer's
+weighted detection loss, mean of 20 steps in the middle and at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,11 +32,14 @@ from qskd.training.step import Training
 
 HALF = ("student.width=32", "student.ffn_width=64", f"student.backbone.init={BACKBONE}", f"teacher.path={TEACHER}")
 
+HEADS = (8, 4)
 
-def losses(shards: str, seed: int, steps: int, inherit: bool) -> list[float]:
+
+def losses(shards: str, seed: int, steps: int, heads: int, inherit: bool) -> list[float]:
     """The weighted detection loss of the last layer, step by step."""
     own = [f"data.train={shards}", f"data.val={shards}", f"seed={seed}", f"training.max_steps={steps}"]
     more = ["training.warmup_steps=20", "training.epochs=1000", f"student.inherit={str(inherit).lower()}"]
+    more += [f"student.heads={heads}"]
     config = load(RECIPE, [*HALF, *own, *more, "distillation.method=none"])
     labels = [name for _, name in ground_truth(shards).categories]
     training = Training(config, make_student(config, labels), None, steps, torch.device("cpu"))
@@ -62,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         annotations, images = make_shapes(TRAIN.model_copy(update={"images": given.images}), Path(scratch) / "coco")
         shards = f"{scratch}/shards"
         prepare(annotations, images, shards, quiet=True)
-        print("| seed | start | middle | end |\n| --- | --- | ---: | ---: |")
-        for seed in range(given.seeds):
+        print("| seed | heads (the teacher's: 8) | start | middle | end |\n| --- | --- | --- | ---: | ---: |")
+        for seed, heads in itertools.product(range(given.seeds), HEADS):
             for inherit in (False, True):
-                found = losses(shards, seed, given.steps, inherit)
+                found = losses(shards, seed, given.steps, heads, inherit)
                 middle = found[max(0, given.steps // 2 - 10) : given.steps // 2 + 10]
                 start = "the teacher's channels" if inherit else "random"
-                print(f"| {seed} | {start} | {fmean(middle):.2f} | {fmean(found[-20:]):.2f} |", flush=True)
+                print(f"| {seed} | {heads} | {start} | {fmean(middle):.2f} | {fmean(found[-20:]):.2f} |", flush=True)
     return 0
 
 

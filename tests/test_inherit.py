@@ -20,6 +20,16 @@ from qskd.training.module import StepModule
 TINY = {"width": 32, "heads": 4, "ffn_width": 48, "queries": 9}
 BACKBONE = BackboneConfig(embedding_size=8, hidden_sizes=(8, 8), depths=(1, 1))
 LABELS = ("ant", "bee", "cat")
+FAMILIES = (
+    "detr",
+    "table-transformer",
+    "conditional_detr",
+    "dab-detr",
+    "deformable_detr",
+    "rt_detr",
+    "d_fine",
+    "deimv2",
+)
 
 
 def detector(family: str, seed: int, labels: tuple[str, ...] = LABELS, **sizes: object) -> Detector:
@@ -115,10 +125,7 @@ def test_a_wider_layer_is_left_whole() -> None:
     assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("model.decoder.layers."))
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["detr", "table-transformer", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "d_fine", "deimv2"],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_narrower_student_takes_the_same_channels_everywhere(family: str) -> None:
     """A teacher of which every channel is there twice, side by side, is inherited by a student of half its widths."""
     teacher = detector(family, 1, width=64, ffn_width=96)
@@ -138,18 +145,68 @@ def test_a_narrower_student_takes_the_same_channels_everywhere(family: str) -> N
     assert all(torch.equal(mine[name], expected[name]) for name in mine if "num_batches" not in name)
 
 
-def test_channels_of_other_heads_are_not_chosen() -> None:
-    teacher = detector("conditional_detr", 1, width=64, ffn_width=96, heads=8)
-    with_fewer = detector("conditional_detr", 2)
-    done = inherit(with_fewer, teacher, (0, 1, 2))
-    assert "its 8 heads are not the student's 4" in done.left["model.decoder.layers.0"]
+def of_twice(values: torch.Tensor, axis: int, block: int) -> torch.Tensor:
+    """Each block of as many along the axis twice, side by side."""
+    return torch.cat([each for part in values.split(block, axis) for each in (part, part)], axis)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrower_student_of_fewer_heads_takes_whole_heads(family: str) -> None:
+    """A teacher of which every head is there twice, side by side, is inherited by a student of half its heads and widths."""
+    teacher = detector(family, 1, width=64, ffn_width=96, heads=8)
+    narrow = detector(family, 3)
+    wide, thin = teacher.model.state_dict(), narrow.model.state_dict()
+    with torch.no_grad():
+        for name, value in thin.items():
+            for axis, (many, few) in enumerate(zip(wide[name].shape, value.shape, strict=True)):
+                if many == 2 * few:
+                    per_head = name.split(".")[-2] in ("sampling_offsets", "attention_weights") and axis == 0
+                    block = few // 4 if per_head else 1 if few in (24, 48) else few // 4 if few == 16 else 8
+                    value = of_twice(value, axis, block)
+            wide[name].copy_(value)
+    student = detector(family, 2)
+    done = inherit(student, teacher, (0, 1, 2))
+    assert not done.left
+    assert done.copied["model.decoder.layers.1"] == "model.decoder.layers.1, channels evenly chosen"
+    mine = student.model.state_dict()
+    differing = [name for name in mine if "num_batches" not in name and not torch.equal(mine[name], thin[name])]
+    assert not differing
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "d_fine"])
+def test_every_size_inherits_from_a_detector_of_published_sizes(family: str) -> None:
+    """All but the backbone and what reads its maps: `size` sets the heads too, so the README's recipe has to fit."""
+    sizes = {"width": 256, "heads": 8, "ffn_width": 1024, "queries": 300, "decoder_layers": 6, "encoder_layers": 1}
+    three = BackboneConfig(embedding_size=8, hidden_sizes=(8, 8, 8), depths=(1, 1, 1))
+    teacher = detector(family, 1, **sizes, feature_levels=3, backbone=three)
+    for size in ("nano", "micro", "small", "medium"):
+        own = StudentConfig.model_validate({"family": family, "size": size, "feature_levels": 3})
+        student = build_student(own, LABELS, 2)
+        done = inherit(student, teacher, (0, 1, 2))
+        read_the_backbone = [f"model.encoder_input_proj.{level}.0" for level in range(3)]
+        assert sorted(done.left) == sorted(["model.backbone", *read_the_backbone]), (size, done.left)
+
+
+@pytest.mark.parametrize("sizes", [{"heads": 2}, {"heads": 8, "width": 48}, {"heads": 8}])
+def test_heads_of_more_channels_or_more_heads_are_not_made_of_the_teachers(sizes: dict[str, int]) -> None:
+    teacher = detector("conditional_detr", 1, width=48 + 16 * (sizes.get("width") == 48), ffn_width=96)
+    done = inherit(detector("conditional_detr", 2, **sizes), teacher, (0, 1, 2))
+    heads, width = sizes["heads"], sizes.get("width", 32)
+    said = f"the student's {heads} heads of {width // heads} channels can't be taken from its 4 of"
+    assert said in done.left["model.decoder.layers.0"]
+
+
+def test_of_one_width_places_of_fewer_heads_are_left() -> None:
+    """Each of the student's heads would be two of the teacher's, which look at two places."""
+    done = inherit(detector("deformable_detr", 2, heads=2), detector("deformable_detr", 1), (0, 1, 2))
+    assert "sampling_offsets" in done.left["model.encoder.layers.0"]
 
 
 @pytest.mark.parametrize(
     ("sizes", "named"),
     [
-        ({"width": 48, "heads": 6}, {"heads": 8}),
-        ({"width": 36, "heads": 6, "ffn_width": 128}, {"width": 64, "heads": 8, "ffn_width": 96}),  # 36 % 8 is not 0
+        ({"width": 48, "heads": 4}, {"heads": 8}),  # of 12 channels, where the teacher's have 8
+        ({"width": 36, "heads": 3, "ffn_width": 128}, {"width": 64, "heads": 8, "ffn_width": 96}),  # 36 % 8 is not 0
         ({"width": 128, "heads": 8}, {"width": 64}),
     ],
 )

@@ -70,7 +70,7 @@ class AugmentationConfig(Section):
         0.33  # largest rectangle over the image's area; the least is 0.02
     )
     # Multi-scale: each step's size of the student over `student.resize`, drawn from this list; one that is there twice comes twice
-    # as often. RT-DETR's and D-FINE's are rounded to a multiple of their stride, LW-DETR's to 64, RF-DETR's to 32.
+    # as often. Rounded to a multiple of the student's stride or of its ViT's patches and windows.
     scales: tuple[Scale, ...] = ()
     until: Fraction = 1.0  # of the schedule's steps; from there on the student sees plain images of its own size
 

@@ -76,9 +76,9 @@ class BackboneConfig(Section):
     # ConvNeXt tiny's, 192 of lw_detr_vit, 384 of the other ViTs.
     hidden_sizes: tuple[Width, ...] = (64, 128, 256, 512)
     # Layers of each stage, by default as hidden_sizes; of an HGNetV2 blocks of three layers. Of DINOv2's and DINOv3's ViTs one
-    # number, 12. Of the ViTs with windows the layers up to each map that it gives, by default 3, 2, 1, 4 of lw_detr_vit: the
-    # last of each such group sees the whole image, the others their window (of 3, 2, 1, 4 as LW-DETR's authors have it, the ninth,
-    # not the tenth); by default 3, 3, 3, 3 of rf_detr_dinov2: the first of each group but the first does.
+    # number, 12. Of the ViTs with windows: how many layers come before each map that it gives. lw_detr_vit (by default 3, 2, 1, 4):
+    # the last layer of each such group sees the whole image, the others their window; of 3, 2, 1, 4 alone the ninth does instead of
+    # the tenth, as its authors have it. rf_detr_dinov2 (by default 3, 3, 3, 3): the first layer of each group but the first does.
     depths: tuple[Layers, ...] = (2, 2, 2, 2)
     init: str = ""  # Hub name or folder of a backbone of this type whose weights to start from; empty: random
 

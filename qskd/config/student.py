@@ -39,15 +39,15 @@ class StudentConfig(Section):
     ffn_width: Count = 1024  # inner width of each feed-forward part
     queries: Count = 300  # for objects, in each image
     # In the transformer, while it is trained. null: the family's own: 0.1 for detr, table-transformer, conditional_detr and
-    # deformable_detr (`--dropout` in their authors' main.py), 0 for dab-detr (its main.py), rt_detr, rt_detr_v2, d_fine and deimv2
-    # (`dropout: 0.` in their configs/). Each worker draws its own: with dropout, two are not one bit for bit.
+    # deformable_detr (`--dropout` in their authors' main.py), 0 for dab-detr (its main.py), lw_detr, rf_detr, rt_detr, rt_detr_v2,
+    # d_fine and deimv2 (`dropout: 0.` in their configs/). Each worker draws its own: with dropout, two are not one bit for bit.
     dropout: Fraction | None = None
-    # The last backbone stages, at most 3. deformable_detr makes further levels by stride 2; RT-DETR and D-FINE were made
-    # with 3. The other families read one map.
+    # How many maps: the last backbone stages, at most 3. deformable_detr makes further ones by stride 2. RT-DETR, RT-DETRv2, D-FINE
+    # and DEIMv2 were made with 3; LW-DETR takes 1 to 3; the other families read one map.
     feature_levels: Count = 1
     box_refinement: bool = True  # deformable_detr only: the others always refine, or never
     # frozen is right for pretrained backbones and tiny batches. sync: batch norms over the images of all workers together, outside
-    # the backbone too (RT-DETR, RT-DETRv2, D-FINE); on one worker the same as batch.
+    # the backbone too (RT-DETR, RT-DETRv2, D-FINE, DEIMv2); on one worker the same as batch.
     backbone_norm: Literal["batch", "frozen", "sync"] = "batch"
     train_backbone: bool = True  # false: it keeps its weights, and its norms stay frozen too
     # First stages of the backbone that keep their weights and norms, the stem with them; 0: everything learns. null: the family's

@@ -111,9 +111,10 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     row stays the student's own. A student with fewer layers takes the first,
     the last and evenly spaced ones between; a layer is copied whole or not at all, and so is the backbone. Class heads
     are copied row by row; of more queries than the student has, evenly spaced ones are taken, and of fewer, as many as
-    there are, the others looking first at places of their own, spread over the image. A narrower student of as many
-    heads takes evenly chosen channels, the same ones everywhere (weight selection, Xu et al., ICLR 2024), save in the
-    backbone. Of a teacher of another family only the backbone is copied: its other parts mean other things, whatever their
+    there are, the others looking first at places of their own, spread over the image. A narrower student of as many heads,
+    or of fewer that are no wider, takes evenly chosen channels of evenly chosen heads, the same ones everywhere (weight
+    selection, Xu et al., ICLR 2024), save in the backbone. Of a teacher of another family only the backbone is copied: its
+    other parts mean other things, whatever their
     shapes. Raises QskdError when that does not fit either.
     """
     if teacher.family in TEACHERS_ONLY:
@@ -160,7 +161,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
                 wanted, before = mine[name].shape, value.shape
                 if any(name.startswith(one) for one in reading):  # what they read is the backbone's, of another width
                     wanted = torch.Size([*wanted[:1], *before[1:]])
-                value = narrow.channels(value, wanted)
+                value = narrow.channels(value, wanted, name)
                 chosen |= value.shape != before
             if value is not None and part in queries and value.shape[1:] == mine[name].shape[1:]:
                 value = _rows(value, mine[name])
@@ -186,44 +187,77 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
 
 
 def fitting_sizes(student: Detector, teacher: Detector) -> dict[str, int]:
-    """The fields of `student` in a recipe by which parts of this teacher would fit, of those that now keep them out: as many
-    heads, and nothing wider. Empty where the sizes are not what is in the way."""
+    """The fields of `student` in a recipe by which parts of this teacher would fit, of those that now keep them out: heads that
+    can be chosen among the teacher's, and nothing wider. Empty where the sizes are not what is in the way."""
     family = find_family(student.family, "student.inherit")
     own, theirs = family.sizes(student.model.config), family.sizes(teacher.model.config)
     found = {name: theirs[name] for name in ("width", "ffn_width") if own[name] > theirs[name]}
-    if own["heads"] != theirs["heads"]:
+    if _Narrowing.between({**own, **found}, theirs).why_not:
         found["heads"] = theirs["heads"]
         if own["width"] % theirs["heads"]:  # no such student could be built
             found["width"] = theirs["width"]
     return {name: found[name] for name in ("width", "heads", "ffn_width") if name in found}
 
 
+# What has as many outputs for each head: a Deformable DETR's places of each head and their weights, head after head.
+_OF_HEADS = re.compile(r"(?:^|\.)(?:sampling_offsets|attention_weights)\.")
+
+
 @dataclass(frozen=True)
 class _Narrowing:
-    """From a teacher's widths to a student's. pairs: (teacher's, student's) of d_model and of the FFN; none when the heads
-    differ, for a channel is one of a head's."""
+    """From a teacher's sizes to a student's. Pairs are (teacher's, student's); why_not: why nothing is narrowed, else empty.
 
-    pairs: tuple[tuple[int, int], ...]
+    A channel of d_model is one of a head's: of fewer heads, evenly spaced ones are taken, and of each head evenly spaced channels.
+    """
+
+    width: tuple[int, int]
+    ffn_width: tuple[int, int]
+    heads: tuple[int, int]
     why_not: str = ""
 
     @staticmethod
     def between(student: dict[str, int], teacher: dict[str, int]) -> _Narrowing:
-        pairs = tuple((teacher[name], student[name]) for name in ("width", "ffn_width"))
-        if student["heads"] == teacher["heads"] or pairs[0][0] == pairs[0][1]:
-            return _Narrowing(pairs)
-        return _Narrowing((), f" (its {teacher['heads']} heads are not the student's {student['heads']})")
+        width, ffn_width, heads = ((teacher[name], student[name]) for name in ("width", "ffn_width", "heads"))
+        a_head = width[0] // heads[0], width[1] // heads[1]
+        if width[0] == width[1] or (heads[1] <= heads[0] and a_head[1] <= a_head[0]):
+            return _Narrowing(width, ffn_width, heads)
+        why = f" (the student's {heads[1]} heads of {a_head[1]} channels can't be taken from its {heads[0]} of {a_head[0]})"
+        return _Narrowing(width, ffn_width, heads, why)
 
-    def channels(self, value: Tensor, shape: torch.Size) -> Tensor:
-        """`value` with evenly chosen channels where it is wider than `shape` by what d_model or the FFN is narrower."""
-        if value.dim() != len(shape):
+    def channels(self, value: Tensor, shape: torch.Size, name: str) -> Tensor:
+        """`value`, a parameter of this name, with evenly chosen channels where it is wider than `shape` by what d_model, the FFN
+        or the number of heads is smaller."""
+        if value.dim() != len(shape) or self.why_not:
             return value
-        (width, own), *ffn = self.pairs or ((0, 0),)
         for axis, (theirs, mine) in enumerate(zip(value.shape, shape, strict=True)):
-            # Multiples of d_model too (queries of place and content): each block then gives the same channels.
-            if mine < theirs and ((theirs * own == mine * width and width) or (theirs, mine) in ffn):
-                index = [int((place + 0.5) * theirs / mine) for place in range(mine)]
+            if mine < theirs and (index := self._index(theirs, mine, bool(_OF_HEADS.search(name)) and axis == 0)):
                 value = value.index_select(axis, torch.tensor(index, device=value.device))
         return value
+
+    def _index(self, theirs: int, mine: int, of_heads: bool) -> list[int]:
+        """Which of `theirs` channels are the student's `mine`; empty where that has no meaning."""
+        if of_heads:
+            whole = self.width[1] * self.heads[0] <= self.width[0] * self.heads[1]  # none is made of several
+            return self._by_head(theirs, mine) if whole and theirs * self.heads[1] == mine * self.heads[0] else []
+        if theirs % self.width[0] == 0 and mine * self.width[0] == theirs * self.width[1]:
+            # Multiples of d_model too (queries of place and content): each block then gives the same channels.
+            block = self._by_head(*self.width)
+            return [start + place for start in range(0, theirs, self.width[0]) for place in block]
+        # Of d_model or the FFN a part: half of it, within a block of convolutions or a gated FFN.
+        narrower = any(mine * wide == theirs * own for wide, own in (self.width, self.ffn_width))
+        return _evenly(mine, theirs) if narrower else []
+
+    def _by_head(self, theirs: int, mine: int) -> list[int]:
+        heads, own = self.heads
+        if theirs % heads or mine % own:
+            return _evenly(mine, theirs)
+        of_a_head = _evenly(mine // own, theirs // heads)
+        return [head * (theirs // heads) + place for head in spread(own, heads) for place in of_a_head]
+
+
+def _evenly(count: int, available: int) -> list[int]:
+    """The middles of `count` equal parts of `available` channels."""
+    return [int((place + 0.5) * available / count) for place in range(count)]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
