@@ -58,10 +58,11 @@ class OnItsWay:
     """A tensor being copied to the host behind whatever its device has been given to do before; nobody waits meanwhile."""
 
     def __init__(self, values: Tensor) -> None:
-        self._host = values.detach().to("cpu", non_blocking=True)  # of a GPU's: into pinned memory
+        # Of a GPU's: into pinned memory. Of other accelerators' nothing says when it has arrived, so that one waits for it here.
+        self._host = values.detach().to("cpu", non_blocking=values.is_cuda)
         self._arrived = torch.cuda.Event() if values.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
+        if self._arrived is not None:  # in the stream of the tensor's own device, which need not be the current one
+            self._arrived.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> Tensor:
         """On the host. Waits for what the device was given before the copy, not for what it was given since."""
@@ -307,12 +308,14 @@ class LossTerm:
     total / max(mean of count over workers, floor / workers): as on one worker with the whole batch.
     rest: a second count, of what another term takes. Two means are then added with the weights sqrt(count) and sqrt(rest), over
     their sum (D-FINE's DDF); `with_rest` gives the divisor that does this, of both counts averaged over workers.
+    objects: where the count is a multiple of the number of objects, how many times it counts each; 0: it counts something else.
     """
 
     total: Tensor
     count: Tensor
     floor: float = 1.0
     rest: Tensor | None = None
+    objects: float = 0.0
 
     @property
     def own_count(self) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, arrays, assert_equal, batch_of, make_training, random_teacher, recipe, trained_weights
+from tiny import FAMILIES, arrays, assert_equal, batch_of, make_training, own, random_teacher, recipe, trained_weights
+from transformers.models.d_fine.modeling_d_fine import replace_batch_norm
 
 from qskd.config import TrainingConfig
 from qskd.datasets.batch import parts_of, train_batch
@@ -274,6 +275,36 @@ def test_a_share_in_parts_is_the_mean_of_its_parts() -> None:
             torch.testing.assert_close(value, expected[name], msg=name)
     for name, weight in trained_weights(twice).items():
         torch.testing.assert_close(weight, trained_weights(once)[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deformable_detr", "detr", "rt_detr"])
+@pytest.mark.parametrize("counts", [(5, 5, 5, 5), (5, 0, 4, 0), (0, 3, 1, 6), (0, 0, 0, 0)])
+def test_a_detection_loss_in_parts_is_that_of_the_whole_share(family: str, counts: tuple[int, ...]) -> None:
+    """Images without objects are background of the batch's weight, not of their own."""
+    plain = (
+        "distillation.method=none",
+        "detection.dense_weight=0",
+        "detection.denoising_queries=0",
+        "training.clip_norm=0",
+    )
+    found = []
+    for size in (0, 1, 2):
+        options = ("training.batch_size=4", f"training.micro_batch_size={size}")
+        training = make_training(recipe({**own(family), "backbone_norm": "frozen"}, *plain, *options))
+        replace_batch_norm(
+            training.student.model
+        )  # RT-DETR's encoder has some too, of which each part would have its own
+        values = in_parts(training, counts, 3)
+        found.append((values, {n: p.grad for n, p in training.module.named_parameters() if p.grad is not None}))
+    (whole, gradients), *others = found
+    softmax = family == "detr"  # its class term is divided by its own weights, of all queries: a mean of parts
+    for values, theirs in others:
+        for name in values:
+            if not softmax or ("class" not in name and name != "total"):
+                torch.testing.assert_close(values[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
+        for name, gradient in theirs.items():
+            if not softmax or "bbox" in name:
+                torch.testing.assert_close(gradient, gradients[name], rtol=2e-3, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("counts", [(3,), (), (0, 0, 0), (1, 0, 2)])

@@ -179,7 +179,8 @@ class TrainingConfig(Section):
     max_steps: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive = 16  # over all workers
     # Images that a worker runs at once: where its share of a batch does not fit into memory, it takes it in parts of at most so
-    # many, adds up their gradients (each part's terms are averaged over its own objects) and steps once. 0 = all at once.
+    # many, adds up their gradients and steps once. The detection loss is then that of the whole share; what a teacher teaches, and
+    # the dense head, are means over each part's own pairs and cells. 0 = all at once.
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # the highest
     backbone_learning_rate_scale: NonNegative = 0.1  # the backbone's learning rate over that of the rest

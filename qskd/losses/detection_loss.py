@@ -170,17 +170,19 @@ def detection_terms(
     pairs = own_pairs(assignment, targets)
     mine_xyxy, theirs_xyxy, l1_sum, giou_sum = _box_sums(boxes, pairs)
     count = box_count = pairs.count
+    by_object = 1.0
     if united is not None:
         (_, _, l1_sum, giou_sum), box_count = _box_sums(boxes, united), united.count
+        by_object = 0.0
 
     unknown = left_out(boxes, assignment, targets)
     own = scores.flatten(2).gather(2, query * classes + targets.labels)  # [L, B, M] logit of the object's class
-    class_counts, class_floor = [count] * layers, 1.0
+    class_counts, class_floor, class_by_object = [count] * layers, 1.0, 1.0
     if classification == "softmax":
         if no_object is None:
             raise ValueError("cross-entropy needs the log-probability of no object")
         class_sum, weight = _cross_entropy(own, matched, query, no_object.float(), unknown)
-        class_counts, class_floor = list(weight.unbind()), NO_OBJECT_WEIGHT
+        class_counts, class_floor, class_by_object = list(weight.unbind()), NO_OBJECT_WEIGHT, 0.0
     elif classification in _BY_OVERLAP:
         class_sum = _BY_OVERLAP[classification](scores, own, unmatched, iou(mine_xyxy.detach(), theirs_xyxy), unknown)
     else:
@@ -189,9 +191,9 @@ def detection_terms(
     terms: dict[str, LossTerm] = {}
     sums = zip(class_sum.unbind(), class_counts, l1_sum.unbind(), giou_sum.unbind(), strict=True)
     for names, (by_class, class_count, l1, by_giou) in zip(term_names(layers - early, early), sums, strict=True):
-        terms[names[0]] = LossTerm(by_class, class_count, class_floor)
-        terms[names[1]] = LossTerm(l1, box_count)
-        terms[names[2]] = LossTerm(by_giou, box_count)
+        terms[names[0]] = LossTerm(by_class, class_count, class_floor, objects=class_by_object)
+        terms[names[1]] = LossTerm(l1, box_count, objects=by_object)
+        terms[names[2]] = LossTerm(by_giou, box_count, objects=by_object)
     return terms
 
 

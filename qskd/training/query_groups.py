@@ -105,6 +105,7 @@ class QueryGroups(nn.Module):
                 torch.stack([term.total for key, term in found.items() if key.partition("_")[0] == part]).sum(),
                 count,
                 floor=float(self.count),
+                objects=float(self.count),
             )
             for part, name in self.names.items()
         }

@@ -121,9 +121,10 @@ class Training:
         # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
         said: list[dict[str, Tensor]] = []
+        objects = self._objects(parts)
         for part in parts:
             with self._syncing(len(said) == len(parts) - 1):
-                total, values = self._forward(part, len(parts))
+                total, values = self._forward(part, len(parts), objects)
                 if not said:
                     self.check_finite()
                     self.optimizer.zero_grad(set_to_none=True)
@@ -155,8 +156,23 @@ class Training:
         no_sync: AbstractContextManager[Any] = self.step_module.no_sync()
         return no_sync
 
-    def _forward(self, part: TrainBatch, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all terms, with its gradient's graph, and each term's value."""
+    def _objects(self, parts: tuple[TrainBatch, ...]) -> int | None:
+        """How many objects this worker's parts have. None where one part is all, or not labels alone say what is an object."""
+        if len(parts) == 1 or self.config.data.unlabeled or self.config.data.completed:
+            return None
+        return sum(sum(part.targets.counts) for part in parts)
+
+    def _to_be_divided(self, term: LossTerm, parts: int, objects: int | None) -> LossTerm:
+        """A part's term with its divisor. What is counted by objects is divided by those of all parts, as in the whole batch; by
+        its own, the background of a part without objects would count as if there were one."""
+        # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
+        if objects is None or not term.objects:
+            return replace(term, floor=term.floor / self.world)
+        count = torch.full((), term.objects * objects / parts, device=term.total.device)
+        return replace(term, count=count, floor=term.floor / (self.world * parts))
+
+    def _forward(self, part: TrainBatch, parts: int, objects: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms, with its gradient's graph, and each term's value. objects: of `_objects`."""
         real = len(part.images) > 0
         share = part if real else stand_in(self.device, self.config.student.resize, self.teacher)
         if self.student.training != real:  # a stand-in leaves no mark on batch statistics
@@ -169,17 +185,14 @@ class Training:
             norm.absent = not real
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
-            share = replace(share, targets=self._objects(share, record))
+            share = replace(share, targets=self._targets(share, record))
             noise = self._noise(share if real else part)
             terms: dict[str, LossTerm] = self.step_module(
                 images, sizes, share.targets, record, self._online(share), noise, least, self._boosts(share)
             )
         if not real:
-            terms = {
-                name: replace(term, total=0.0 * term.total, count=0.0 * term.count) for name, term in terms.items()
-            }
-        # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
-        terms = {name: replace(term, floor=term.floor / (self.world * parts)) for name, term in terms.items()}
+            terms = {name: _nothing(term) for name, term in terms.items()}
+        terms = {name: self._to_be_divided(term, parts, objects) for name, term in terms.items()}
         counts = mean_counts(terms)
         weights = self.module.weights_at(self.step, self.total_steps)
         total, values = combine_with_values(terms, weights, counts)
@@ -190,7 +203,7 @@ class Training:
             return None
         return self.teacher.record(batch, self.module.method.needs)
 
-    def _objects(self, batch: TrainBatch, record: TeacherRecord | None) -> Targets:
+    def _targets(self, batch: TrainBatch, record: TeacherRecord | None) -> Targets:
         """What is to be found in the images: what was labelled, else what the teacher is sure of."""
         completed = self.config.data.completed
         if batch.targets.all_labelled and not completed:
@@ -297,3 +310,10 @@ class Training:
             seen = {k[12:]: v for k, v in tensors.items() if k.startswith("calibration.")}
             self.stages.load(seen, step)
             self.step_module = self._gathering()
+
+
+def _nothing(term: LossTerm) -> LossTerm:
+    """A stand-in's: in the graph, and counted by nobody."""
+    return replace(
+        term, total=0.0 * term.total, count=0.0 * term.count, rest=None if term.rest is None else 0.0 * term.rest
+    )
