@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import EASY_SELECTION, LABELS, SIZE, STUDENT, arrays, own, random_teacher, recipe, shake, silent_student
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qskd.config import FACTS, ResizeConfig
 from qskd.detectors import Detector, Preprocessing, to_pixels
@@ -214,9 +216,7 @@ def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def trainer_of(folder: Path, steps: int) -> Any:
-    from transformers import Trainer, TrainingArguments
-
+def trainer_of(folder: Path, steps: int, **more: Any) -> Any:
     class Distilling(DistillationMixin, Trainer):
         pass
 
@@ -225,7 +225,6 @@ def trainer_of(folder: Path, steps: int) -> Any:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=4,
         learning_rate=1e-3,
         logging_steps=1,
         save_steps=3,
@@ -234,6 +233,7 @@ def trainer_of(folder: Path, steps: int) -> Any:
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        **{"per_device_train_batch_size": 4, **more},
     )
     distiller = Distiller(model, random_teacher(), SEEN_AS, method=METHOD)
     return Distilling(
@@ -256,7 +256,6 @@ def test_transformers_trainer_trains_student_and_projectors_and_goes_on_from_a_c
     again = trainer_of(tmp_path, 6)
     again._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
     kept = load_file(tmp_path / "checkpoint-3" / FILE)
-    assert again.distiller.step == 3
     for name, value in again.distiller.state_dict().items():
         assert torch.equal(value, kept[name])
         assert not torch.equal(value, after[name])
@@ -265,3 +264,58 @@ def test_transformers_trainer_trains_student_and_projectors_and_goes_on_from_a_c
     assert FILE not in {file.name for file in (tmp_path / "student").iterdir()}
     assert isinstance(Detector(type(again.model).from_pretrained(tmp_path / "student")), Detector)
     assert STUDENT["queries"] == Detector(again.model).num_queries
+
+
+def test_the_trainer_s_steps_are_of_one_step_s_gradients_and_clipped(tmp_path: Path) -> None:
+    """transformers' Trainer clips and clears the model's alone."""
+    trainer = trainer_of(tmp_path, 4, max_grad_norm=0.5, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    norms: list[float] = []
+    own = list(trainer.distiller.parameters())
+    steps: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in own])))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            assert all(p.grad is None for p in own)
+            steps.append(trainer.distiller.step)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert len(norms) == 4
+    assert max(norms) <= 0.5 * 1.001
+    assert steps == [1, 2, 3, 4]  # updates, not batches
+
+
+def test_a_student_in_mixed_precision_is_heard(tmp_path: Path) -> None:
+    """The Trainer's autocast is around the model's forward alone."""
+    trainer = trainer_of(tmp_path, 2, bf16=True)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "distillation/agfd" in row]
+    assert len(rows) == 2
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("method", ["crosskd", "kd-detr"])
+def test_a_decoder_that_is_asked_in_a_loop_of_mixed_precision_answers(method: str) -> None:
+    model = student_of("conditional_detr")
+    distiller = Distiller(model, random_teacher("conditional"), SEEN_AS, method={"method": method})
+    batch = batch_of([2, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(**batch)
+    assert torch.isfinite(distiller(batch).loss)
+
+
+def test_what_teaches_follows_the_student_to_its_device() -> None:
+    distiller = Distiller(student_of("conditional_detr"), random_teacher(), SEEN_AS, method={"method": "crosskd"})
+    distiller.follow(torch.device("meta"))
+    assert distiller._decoder is not None
+    networks = [distiller.method, distiller.teacher.detector, distiller._decoder.detector]
+    assert {p.device.type for network in networks for p in network.parameters()} == {"meta"}
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(QskdError, match="2 GPUs in one process"):
+        trainer_of(tmp_path, 1)

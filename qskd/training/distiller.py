@@ -7,7 +7,7 @@ and the teacher the method's terms are made.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ class Distiller(nn.Module):
     student: a transformers detector (`...ForObjectDetection`) of a family that qskd knows, on its device. teacher: a Hub name
     or folder, or what `load_teacher` gives. processor: the image processor that makes the batches. method: settings of a
     distillation method, or its fields with "method" among them; QSKD with its defaults where none are given.
-    total_steps: of the training, for a method's warm-up and decay; without it, its weights are constant.
+    total_steps: of the training, for a method's warm-up and decay; without it, its weights are constant. `step` counts calls
+    in training mode; a loop that adds up the gradients of several batches sets it to its own number of steps before each call.
     look_at: batches like those of the loop, labels or not, of which the teacher is shown 256 images (whole batches, the first)
     before anything is trained: QSKD then weighs features by how its memory varies, as `qskd distill` does. Without: it doesn't.
 
@@ -150,7 +151,8 @@ class Distiller(nn.Module):
         self._base = Tap(student.model)
         student.register_forward_pre_hook(self._listen)
         self._decoder = teacher.decoder if built.needs.decoder else None
-        self.to(device)
+        self._device: torch.device | None = None
+        self.follow(device)
 
     @property
     def student(self) -> Detector:
@@ -159,6 +161,17 @@ class Distiller(nn.Module):
     @property
     def teacher(self) -> OnlineTeacher:
         return self._others[1]
+
+    def follow(self, device: torch.device) -> None:
+        """Move the method's parts and the teacher there, if they are elsewhere. Each call of the distiller does, to its batch: the
+        student may have been moved since (transformers' Trainer moves the model alone)."""
+        if device == self._device:
+            return
+        self.to(device)
+        for part in (self.teacher, self._decoder):
+            if part is not None:
+                part.to(device)
+        self._device = device
 
     def _taps(self) -> Iterator[Tap]:
         yield from (self._base, *self.student.taps(self.method.reads_attention))
@@ -175,6 +188,7 @@ class Distiller(nn.Module):
         makes them; "labels", see `targets_of`. Raises QskdError when the student has not seen it.
         """
         pixels, mask = _pictures(batch)
+        self.follow(pixels.device)
         targets, scale = targets_of(batch["labels"], mask)
         student = self._heard(mask, scale)
         if len(student.logits[-1]) != len(pixels):
@@ -211,8 +225,10 @@ class Distiller(nn.Module):
 
     def _ask(self, student: DetectorOutput, mask: Tensor, scale: Tensor, queries: Queries) -> DetectorOutput:
         """What the student's decoder says of the batch when it is asked these."""
-        output = decode(self.student, student.memory, student.memory_valid, queries, pixel_mask=mask).output
-        return self._in_frame(output, scale)
+        own = next(self.student.parameters()).dtype
+        memory = [each.to(own) for each in student.memory]
+        output = decode(self.student, memory, student.memory_valid, queries, pixel_mask=mask).output
+        return self._in_frame(_in_float32(output), scale)
 
     def _in_frame(self, output: DetectorOutput, scale: Tensor) -> DetectorOutput:
         """With boxes relative to the image. scale: as of `targets_of`."""
@@ -236,6 +252,8 @@ class Distiller(nn.Module):
             output = self.student.read(outputs, mask, self.method.reads_attention)
             if output.logits.shape[2] > self.student.num_queries:  # groups that only training has (LW-DETR)
                 output = first_queries(output, self.student.num_queries)
+            if not torch.is_autocast_enabled(mask.device.type):  # it was around the student's forward alone
+                output = _in_float32(output)
         finally:
             for tap in taps:
                 tap.start(False)
@@ -258,6 +276,17 @@ class Distiller(nn.Module):
             high, wide = sizes.max(0).values.tolist()
             plain = torch.stack([F.pad(p, (0, wide - p.shape[2], 0, high - p.shape[1])) for p in pictures])
         return plain.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sizes
+
+
+def _in_float32(output: DetectorOutput) -> DetectorOutput:
+    """What came in half precision, as a loss outside autocast needs it."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(whole, value))
+        return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+    return replace(output, **{each.name: whole(getattr(output, each.name)) for each in fields(output)})
 
 
 def _pictures(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
