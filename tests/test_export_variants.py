@@ -6,7 +6,7 @@ import io
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ from qskd.deploy import onnx_detect
 from qskd.deploy.export import random_batches
 from qskd.deploy.model_card import read_card
 from qskd.deploy.runtimes import need_openvino
-from qskd.deploy.side_by_side import Pictures, side_by_side
+from qskd.deploy.side_by_side import Pictures, Truth, _detections, side_by_side
 from qskd.deploy.variants import FLOAT16, FLOAT32, INT8, OPENVINO_FLOAT32, VARIANTS
 from qskd.detectors import Preprocessing, save_detector
 from qskd.errors import QskdError
@@ -284,3 +284,16 @@ def test_outputs_that_are_no_numbers_are_refused_by_name() -> None:
 
     with pytest.raises(QskdError, match="conditional_detr, broken: outputs that are no numbers"):
         side_by_side(detector, {"first": run(0.0), "broken": run(np.inf)}, [Pictures(noise(1, 0)[0])], 1)
+
+
+@pytest.mark.parametrize("kind", ["detr", "table", "conditional"])
+def test_an_exports_detections_are_ranked_as_its_familys_are(kind: str) -> None:
+    """Of DETR and Table Transformer each query's softmax counts, not a sigmoid of each logit."""
+    detector, truth = random_detector(kind), Truth(cast(Any, None), (3, 5), (0, 1))
+    logits = 3 * torch.randn(1, 9, len(detector.labels) + (kind != "conditional"))
+    boxes = torch.rand(1, 9, 4)
+    some = Pictures(np.zeros((1, 3, 8, 8), np.float32), np.array([7]), np.array([[8, 8]]))
+    found = _detections(detector, logits.numpy(), boxes.numpy(), some, truth)
+    chances = logits.sigmoid() if kind == "conditional" else logits.softmax(-1)
+    expected = chances[0, :, :2].flatten().sort(descending=True).values
+    torch.testing.assert_close(torch.from_numpy(found.scores).sort(descending=True).values, expected)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from sweeps import config, make_work, work  # noqa: F401  (fixtures)
 
 from pipelines.run.folder import Folder
+from pipelines.tuning.trial import run
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.run import run_trial
 from qskd.config import Config
@@ -53,3 +56,17 @@ def test_a_member_killed_within_a_generation_still_holds_the_weights_it_began_wi
     assert checkpoints(member) == [steps, 3 * steps]
     assert train(third, until=1.0) == [1.0]
     assert train(third, **taking_over | {"donor": 1, "until": 2.0}) == [2.0]
+
+
+def test_an_error_of_the_device_ends_its_process_and_any_other_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first nothing works on that GPU in this process, which would otherwise train the next trial."""
+    said: list[dict[str, Any]] = []
+    job = Job(0, to_tree(Config()))
+    for error in (torch.OutOfMemoryError("no room"), ValueError("odd")):
+        monkeypatch.setattr(run, "make_plan", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        run_trial(job, said.append)
+    assert [each["failed"] for each in said] == ["OutOfMemoryError: no room", "ValueError: odd"]
+    monkeypatch.setattr(run, "make_plan", lambda *_, **__: (_ for _ in ()).throw(torch.AcceleratorError("assert")))
+    with pytest.raises(torch.AcceleratorError):
+        run_trial(job, said.append)
+    assert len(said) == 2

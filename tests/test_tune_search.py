@@ -16,6 +16,7 @@ from tiny import recipe, silent_student
 from pipelines.run.folder import Folder
 from pipelines.run.guards import alone_on, check_same_data
 from pipelines.training import driver as distill
+from pipelines.tuning import sweep
 from pipelines.tuning.driver import TuneRequest, parameters_limit
 from pipelines.tuning.engine import SweepScheduler, make_asha, trial_resources, trials_at_once
 from pipelines.tuning.finish import best_recipe, write_recipes
@@ -337,6 +338,48 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert again.refused == records.refused
     assert again.change(1, state="failed").state == "failed"
     assert Records(sweep_config(tmp_path)).rows[1].state == "failed"
+
+
+class Told:
+    """In MLflow's place: which trials ended, and how."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[int, str]] = []
+
+    def begin(self, row: TrialRow, config: Config) -> str:
+        return f"run-{row.number}"
+
+    def end(self, row: TrialRow) -> None:
+        self.ended.append((row.number, row.state))
+
+    def parameters(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize("limit_m", [None, 5.0])
+def test_a_trial_that_cannot_be_built_fails_and_the_next_is_begun(
+    limit_m: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a limit on parameters a student is built before it is a trial."""
+
+    def measured(config: Config, labels: Sequence[str]) -> float:
+        if len(told.ended) < 2 and records.rows:
+            raise QskdError("student.backbone.init", "a Hub that does not answer", "weights")
+        return 1.0
+
+    def of_overrides(overrides: dict[str, Any]) -> Config:
+        if limit_m is None and len(records.rows) in (2, 3) and len(told.ended) < 2:
+            raise QskdError("student", "a combination that is none", "a student")
+        return space(overrides)
+
+    monkeypatch.setattr(sweep, "parameters_m", measured)
+    config, search, told = sweep_config(tmp_path), search_of(trials=6), Told()
+    records, space = Records(config), search.space.config
+    monkeypatch.setattr(type(search.space), "config", lambda _, overrides: of_overrides(overrides))
+    made = sweep.Sweep(config, search, records, told, LABELS, lambda: 9, 1.0, (9, 1), limit_m)  # type: ignore[arg-type]
+    jobs = [made.next_job() for _ in range(4)]
+    assert [job.number for job in jobs if isinstance(job, Job)] == [0, 3, 4, 5]
+    assert told.ended == [(1, "failed"), (2, "failed")]
+    assert made.next_job() in (None, sweep.DONE)
 
 
 def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class ReadyShare:
     share: Share
     parts: tuple[TrainBatch, ...]
     copied: Any = None  # the CUDA event after which the parts are there
+    device: torch.device | None = None  # where, if there is such an event
 
     @property
     def loader_rows(self) -> np.ndarray | None:
@@ -32,7 +33,7 @@ class ReadyShare:
     def wait(self) -> tuple[TrainBatch, ...]:
         """The parts, for the current stream of the device, which waits for them there; the host does not."""
         if self.copied is not None:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.copied)
             for part in self.parts:
                 for tensor in tensors_of(part):
@@ -62,7 +63,7 @@ def _made(
         with torch.cuda.stream(stream):
             made = tuple(train_batch(part, device) for part in parts)
             copied = stream.record_event()
-        yield ReadyShare(share, made, copied)
+        yield ReadyShare(share, made, copied, device)
 
 
 def _without_notes(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

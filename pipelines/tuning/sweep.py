@@ -61,7 +61,7 @@ class Sweep:
             row = self._propose(len(rows))
             if row is None:  # what those at work will have shown may bring another proposal
                 return None if self.live else DONE
-            if self.population is None:
+            if self.population is None and row.state not in ENDED:  # one that can't even be built has ended: the next
                 break
         if self.population is not None:
             return self._next_of_population()
@@ -96,7 +96,7 @@ class Sweep:
                     size = parameters_m(self.search.space.config(found.overrides), self.labels)
                 except QskdError as error:
                     row = TrialRow(number, "waiting", found.parameters, found.overrides)
-                    return self._fail(row, error, self.search.space.config(found.overrides))
+                    return self._fail(row, error, self.config)
                 if size > self.limit_m * (1 + 1e-9):
                     reason = f"{size:.4g} M parameters, more than {self.limit_m:.4g} M"
                     self.records.refuse(Refusal(number, found.parameters, size / self.limit_m - 1, reason))

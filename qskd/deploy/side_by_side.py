@@ -125,7 +125,7 @@ def _detections(detector: Detector, logits: np.ndarray, boxes: np.ndarray, some:
     if some.image_ids is None or some.original_sizes is None:
         raise ValueError("images without ids have no ground truth")
     values = torch.from_numpy(logits)
-    values = from_softmax(values)[0] if detector.family == "detr" else values
+    values = from_softmax(values)[0] if detector.classification == "softmax" else values
     sizes = torch.from_numpy(some.original_sizes)
     ids = some.image_ids.tolist()
     return detections_from(values[..., list(truth.slots)], torch.from_numpy(boxes), ids, sizes, truth.category_ids)

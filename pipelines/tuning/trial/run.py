@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from pipelines.cluster.devices import device_here
+from pipelines.cluster.start import give_back_memory
 from pipelines.run.folder import Folder
 from pipelines.run.history import read_history, rows_until
 from pipelines.run.resolve import ResolvedConfig
@@ -22,10 +23,15 @@ from pipelines.tuning.trial.workers import _train_with_workers
 from qskd.config.recipe import build
 from qskd.errors import QskdError
 
+_BROKEN_DEVICE: tuple[type[Exception], ...] = (
+    torch.AcceleratorError,
+)  # an assert on the device, a bad address, ECC; not "out of memory"
+
 
 def run_trial(job: Job, send: Send) -> None:
     """Train, and `send` every evaluation. What goes wrong is sent too, as {"failed": reason}: an error that is raised would
-    be taken for a lost machine, and tried again."""
+    be taken for a lost machine, and tried again. That is right for a GPU's own error alone, after which its process can do nothing
+    more there: the next trial in it would fail too."""
     try:
         config = ResolvedConfig(build(job.config))
         plan = make_plan(config, "distill", known_cache=job.known_cache)
@@ -46,5 +52,9 @@ def run_trial(job: Job, send: Send) -> None:
             _train_here(job, plan, folder, send)
         else:
             _train_with_workers(plan, folder)
+    except _BROKEN_DEVICE:
+        raise
     except Exception as error:
         send({"failed": str(error) if isinstance(error, QskdError) else f"{type(error).__name__}: {error}"})
+    finally:
+        give_back_memory()  # the process trains the next trial
