@@ -40,6 +40,7 @@ LONG_BITS = (
     *(f"{short}_{name}" for short in BITS for name in ("after_none", "after_qskd", "none", "qskd")),
     "w4a4_qdetr",
 )
+NEAREST = ("tprd", "tar", "pkd_searched")  # of the other methods, after two epochs
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
@@ -64,7 +65,7 @@ STUDENTS = {
                 *FEW_BITS,
                 "qskd_flips_unlabeled6",
             ),
-            "long": (*LONG, "whitened", "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
+            "long": (*LONG, "whitened", *NEAREST, "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
             "longest": (*PAIR, *FRESH),
         },
     ),
@@ -83,7 +84,7 @@ STUDENTS = {
     "many": Student(
         "The quickstart's student with 100 queries, of a teacher with 300",
         ("student.queries=100",),
-        {"short": QUERIES, "long": ("none", "agfd", "qskd", "positives", "all")},
+        {"short": QUERIES, "long": ("none", "agfd", "qskd", "positives", "all", "tprd")},
         MANY,
     ),
     "rtdetr": Student(
