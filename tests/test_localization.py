@@ -245,7 +245,7 @@ def test_images_without_objects_teach_nothing_and_nothing_waits_for_the_device()
         assert term.total.is_meta
     assert method_of(weight=0, region_weight=0)(lesson_of([1])) == {}
     assert not method_of(weight=0, region_weight=0).needs.columns
-    assert method_of(region_weight=0).weights == {"ld_main": 1.5}
+    assert method_of(region_weight=0).weights == {"ld_main": 0.05}
     assert method_of(region_weight=0).needs.attention_giou_floor == 1.0  # positives are always kept
 
 
