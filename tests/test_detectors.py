@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from qskd.detectors import Detector
+from qskd.errors import QskdError
 from qskd.families.deformable_detr import sampling, splat
 
 torch.set_num_threads(1)
@@ -288,3 +289,10 @@ def test_gradients_reach_every_output_through_ddp(tmp_path: Any) -> None:
                 assert output.attend(QUERIES)[0].shape[:2] == QUERIES.shape
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_fewer_cells_than_proposals_are_refused_with_their_number() -> None:
+    model = tiny_model("two_stage")
+    pixels, mask = torch.randn(1, 3, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
+    with pytest.raises(QskdError, match=r"16 x 16 pixels: 6 cells on maps of strides \[8, 16, 32\]"):
+        Detector(model)(pixels, mask)

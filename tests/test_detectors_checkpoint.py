@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import change, make
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import SIZE
 from transformers import (
     ConditionalDetrImageProcessorPil,
     OwlViTConfig,
@@ -82,6 +84,21 @@ def test_what_is_saved_is_loaded(tmp_path: Path, variant: str) -> None:
             ours, theirs = detector(*batch().values()), loaded(*batch().values())
         torch.testing.assert_close(theirs.logits, ours.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(theirs.boxes_cxcywh, ours.boxes_cxcywh, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
+def test_a_checkpoint_with_fixed_anchors_takes_images_of_any_size(family: str, tmp_path: Path) -> None:
+    """transformers would keep the anchors of `anchor_image_size`, in evaluation alone."""
+    folder = make(family, tmp_path / "made")
+    plain = load_detector(folder)
+    change(folder, {"anchor_image_size": [SIZE, SIZE]})
+    fixed = load_detector(folder)
+    for size in (SIZE, SIZE + 32):
+        pixels, mask = torch.randn(1, 3, size, size), torch.ones(1, size, size, dtype=torch.bool)
+        with torch.no_grad():
+            mine, theirs = fixed(pixels, mask), plain(pixels, mask)
+        assert torch.equal(mine.logits, theirs.logits)
+        assert torch.equal(mine.boxes_cxcywh, theirs.boxes_cxcywh)
 
 
 def test_class_heads_that_differ_by_layer_stay_apart(tmp_path: Path) -> None:

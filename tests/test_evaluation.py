@@ -67,8 +67,8 @@ def tricky(seed: int, images: int = 12, crowds: bool = True) -> tuple[GroundTrut
     corner = random.uniform(0, 300, (number, 2))
     size = np.exp(random.uniform(np.log(4), np.log(300), (number, 2)))
     boxes = np.concatenate([corner, corner + size], 1)
-    categories = [(90, "a"), (2, "b"), (17, "no objects"), (5, "c")]
-    labels = random.choice([90, 2, 5], number)
+    categories = [(2**60 + 1, "a"), (-2, "b"), (2**60, "no objects"), (5, "c")]
+    labels = random.choice([2**60 + 1, -2, 5], number)
     truth = GroundTruth(
         image_ids=ids,
         heights=np.full(images, 640, np.int32),
@@ -88,7 +88,7 @@ def tricky(seed: int, images: int = 12, crowds: bool = True) -> tuple[GroundTrut
     stray = random.uniform(0, 300, (150, 2))
     boxes = np.concatenate([shown, np.concatenate([stray, stray + random.uniform(1, 90, (150, 2))], 1)])
     image_of = np.concatenate([np.repeat(truth.object_image_ids, copies), random.choice(ids[1:], 150)])
-    category_of = np.concatenate([np.repeat(labels, copies), random.choice([90, 2, 17, 5], 150)])
+    category_of = np.concatenate([np.repeat(labels, copies), random.choice([2**60 + 1, -2, 2**60, 5], 150)])
     order = random.permutation(len(boxes))
     scores = np.round(random.uniform(0.0, 1.0, len(boxes)), 1).astype(np.float32)  # eleven values: mostly ties
     return truth, Detections(image_of[order], boxes[order].astype(np.float32), scores, category_of[order])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from qskd.datasets.coco import CocoDataset, read_coco
 from qskd.datasets.formats.opening import open_dataset
 from qskd.datasets.samples import Sample
 from qskd.datasets.shards import ShardReader, load_manifest
+from qskd.datasets.views import decode_image
 from qskd.errors import QskdError
 
 
@@ -132,6 +135,32 @@ def test_yolos_labels_may_lie_beside_the_pictures_and_the_folder_may_be_given(yo
     assert f"qskd prepare {elsewhere} FOLDER" in caught.value.remedy
     (sample,) = open_dataset(elsewhere, tmp_path).samples()
     np.testing.assert_allclose(sample.boxes_xyxy, [[15, 5, 25, 15]], atol=1e-5)
+
+
+def late_exif(path: Path, tags: Image.Exif) -> None:
+    """A PNG whose EXIF comes behind its pixels."""
+    kind, said = b"eXIf", tags.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(said)) + kind + said + struct.pack(">I", zlib.crc32(kind + said))
+    encoded = path.read_bytes()
+    path.write_bytes(encoded[:-12] + chunk + encoded[-12:])
+
+
+XMP = b"""<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'>
+<rdf:Description rdf:about='' xmlns:tiff='http://ns.adobe.com/tiff/1.0/' tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("way", ["exif.jpg", "late.png", "xmp.jpg", "xmp.webp"])
+def test_a_picture_is_turned_for_its_boxes_where_it_is_turned_for_its_pixels(way: str, tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    said = {"exif": {"exif": tags}, "xmp": {"xmp": XMP}, "late": {}}[way.partition(".")[0]]
+    path = picture(tmp_path / "images" / way, **said)
+    if "late" in way:
+        late_exif(path, tags)
+    write(tmp_path / "labels" / f"{path.stem}.txt", "0 0.25 0.5 0.5 0.25\n")
+    (sample,) = open_dataset(write(tmp_path / "data.yaml", "train: images\nnames: [a]\n"), None).samples()
+    assert decode_image(sample.encoded, way).size == (sample.width, sample.height) == (20, 40)
+    np.testing.assert_allclose(sample.boxes_xyxy, [[0, 15, 10, 25]], atol=1e-5)
 
 
 def test_boxes_of_a_turned_picture_refer_to_what_a_person_sees_unless_told(tmp_path: Path) -> None:

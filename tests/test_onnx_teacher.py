@@ -32,6 +32,7 @@ from qskd.config import Config, ResizeConfig, StudentConfig
 from qskd.config.recipe import apply_overrides, build
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shards import write_shards
+from qskd.datasets.views import resized_size
 from qskd.deploy.export import export_onnx
 from qskd.detectors import checkpoint_digests, describe_student, load_detector, read_preprocessing, save_detector
 from qskd.errors import QskdError
@@ -664,3 +665,14 @@ def test_remedies_for_teachers_of_unlike_framing_are_of_use(shards: str, tmp_pat
         (asked,) = re.findall(r"--set '(.*)'", refused.value.remedy)
         found = teachers_preprocessing(config_of(shards, first, f"teacher.also.b.path={second}", asked))
         assert [each.resize.size for each in found] == [SIDE, SIDE]
+
+
+def test_a_picture_a_pixel_longer_than_the_frame_fits_into_it(tmp_path: Path) -> None:
+    """DETR's rule leaves a picture alone whose shorter side it would not change, although the longer one is over its limit."""
+    teacher = load_detector(small(said(tmp_path, WORDS | {"resize": "letterbox"})))
+    limit = ResizeConfig(mode="shortest_edge", size=SIDE, longest=SIDE)
+    longer = [(h, SIDE + 1) for h in range(1, SIDE) if resized_size(h, SIDE + 1, limit)[1] > SIDE]
+    assert longer
+    height, width = resized_size(*longer[0], limit)
+    framed, _ = teacher._framed(np.zeros((3, height, width), np.float32))  # type: ignore[attr-defined]
+    assert framed.shape == (3, SIDE, SIDE)

@@ -31,7 +31,7 @@ from qskd.datasets.pictures.cuts import (
 )
 from qskd.datasets.pictures.joining import pad
 from qskd.datasets.pictures.resample import make_pixels
-from qskd.datasets.views import View, decode_image, make_view, view_image
+from qskd.datasets.views import View, check_image, decode_image, make_view, view_image
 
 CROPS = ViewConfig(crop_probability=0.6, crop_min_scale=0.1)
 MIRROR = View((0.0, 0.0, 1.0, 1.0), True)
@@ -233,3 +233,11 @@ def test_only_large_pictures_for_much_smaller_models_are_decoded_at_a_part_of_th
 
     assert [scale(480, 640, size) for size in (20, 64, 800)] == [1, 1, 1]
     assert [scale(3000, 4000, size) for size in (125, 250, 251, 500, 501, 800)] == [8, 4, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("size", [(100, 5), (3, 100), (1, 1)])
+def test_a_jpeg_of_a_few_pixels_is_checked_as_it_is_read(size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "JPEG")
+    seen = check_image(buffer.getvalue(), "thin.jpg")
+    assert (seen.width, seen.height) == decode_image(buffer.getvalue(), "thin.jpg").size == size

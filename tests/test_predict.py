@@ -174,11 +174,20 @@ def test_inputs_of_one_name_keep_their_places_in_the_output_folder(model: Path, 
     assert {name for name in tree(tmp_path / "out") if name.endswith(".png")} == {"one/1.boxes.png", "two/1.boxes.png"}
 
 
+def test_pictures_that_differ_in_their_ending_alone_are_all_drawn(model: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "a.bmp", "b.png"):
+        draw(tmp_path / "photos" / name)
+    ran(model, tmp_path / "photos", "--out", tmp_path / "out")
+    drawn = {name for name in tree(tmp_path / "out") if name.endswith(".png")}
+    assert drawn == {"a.png.boxes.png", "a.bmp.boxes.png", "b.boxes.png"}
+
+
 def test_a_broken_image_among_others_is_left_out_and_named_at_the_end(model: Path, tmp_path: Path) -> None:
     for name in ("a.png", "c.png"):
         draw(tmp_path / "photos" / name)
-    (tmp_path / "photos/b.png").write_bytes(NOTES)
-    with pytest.raises(QskdError, match=r"1 of 3 inputs: can't be read: .*b\.png"):
+    for name in ("b.png", "\u200eleft.png", "live.mov"):  # a name that is not shown as it is; a video that is none
+        (tmp_path / "photos" / name).write_bytes(NOTES)
+    with pytest.raises(QskdError, match=r"3 of 5 inputs: can't be read: .*b\.png"):
         ran(model, tmp_path / "photos", "--out", tmp_path / "out", "--threshold", 0)
     results = json.loads((tmp_path / "out" / JSON_FILE).read_text())
     assert {one["file_name"] for one in results} == {"a.png", "c.png"}

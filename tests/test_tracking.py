@@ -10,7 +10,7 @@ import pytest
 from pipelines.run.folder import Folder
 from pipelines.run.tracked import open_for
 from pipelines.tracking.store import tracking_uri
-from pipelines.tracking.tracker import Tracker, param_keys
+from pipelines.tracking.tracker import Tracker, metric_names, param_keys
 from qskd.config.recipe import load
 
 
@@ -79,6 +79,12 @@ def test_parameters_with_odd_names_do_not_lose_the_others(tmp_path: Path) -> Non
     tracker = Tracker.open(config, "train")
     tracker.params({**odd, "last": "there"})
     assert not tracker._complained
+    classes = ("kg/", "/x", "a//b", "./z", ".", "..", "a:b", "a_b", "n" * 400, "plain")
+    names = metric_names({name: float(place) for place, name in enumerate(classes)})
+    assert len(names) == len(classes)
+    assert names["plain"] == 9.0
+    assert tracker.metrics([(1, {f"final/AP_of/{name}": value for name, value in names.items()})])
+    assert len(tracker._connected.get_run(tracker.run_id).data.metrics) == len(classes)
     params = tracker._connected.get_run(tracker.run_id).data.params
     assert params["last"] == "there"
     assert {"x", "y"} <= set(params.values())

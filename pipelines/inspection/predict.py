@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,8 +62,12 @@ def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]
     same_names = folder and len({(path.stem, is_video(path)) for path in images}) < len(images)
     above = os.path.commonpath([path.absolute().parent for path in images]) if same_names else ""
 
+    stems = Counter((path.parent, path.stem, is_video(path)) for path in set(images))
+
     def target(path: Path) -> Path:
-        drawn = path.with_name(f"{path.stem}{DRAWN}{'.mp4' if is_video(path) else '.png'}")
+        ending = ".mp4" if is_video(path) else ".png"
+        alone = stems[path.parent, path.stem, is_video(path)] == 1  # a.jpg beside a.png: each keeps its whole name
+        drawn = path.with_name(f"{path.stem if alone else path.name}{DRAWN}{ending}")
         if out is None:
             return drawn
         if not folder:
@@ -118,8 +123,8 @@ class Request:
         """As `targets`; looks at all that can be wrong before the detector is loaded."""
         if not self.pictures and not is_folder(self.out):
             raise QskdError("--no-pictures", "no --out folder", "one, for JSON and CSV", "--out FOLDER")
-        for path in filter(is_video, self.sources):
-            check_video(path)
+        if len(self.sources) == 1 and is_video(self.sources[0]):  # of several, one that can't be read is left out
+            check_video(self.sources[0])
         if is_folder(self.out) and self.out is not None:
             check_results(self.out)
         return targets(self.sources, self.out) if self.pictures else [(path, path) for path in self.sources]
@@ -176,7 +181,7 @@ def predict_all(asked: Request) -> Iterator[tuple[list[Prediction], tuple[str, .
         try:
             some = _video(path, target, look, asked) if is_video(path) else [_image(path, target, look, asked)]
         except QskdError as error:
-            if len(pairs) == 1 or error.where != str(path):
+            if len(pairs) == 1 or error.where != QskdError(str(path), "", "").where:  # as an error shows a path
                 raise
             log.warning("left out: %s", error)
             broken.append(error)

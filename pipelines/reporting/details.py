@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines.inspection.kept import keep
 from pipelines.run.folder import DETAILS, Folder
 from pipelines.tracking.curves import tell
-from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.tracker import Tracker, metric_names
 from qskd.deploy.card_evaluation import picture_name
 from qskd.errors import QskdError
 from qskd.evaluation.details import Evaluation
@@ -59,5 +59,6 @@ def numbers(evaluation: Evaluation) -> dict[str, float]:
     if evaluation.plain is not None and evaluation.plain.metrics["AP"] >= 0:
         found["final/AP_transformers_post_processing"] = evaluation.plain.metrics["AP"]
     if len(evaluation.classes) <= MOST_CLASSES:
-        found |= {f"final/AP_of/{one.name}": one.ap for one in evaluation.classes if one.ap is not None}
+        of_class = {one.name: one.ap for one in evaluation.classes if one.ap is not None}
+        found |= {f"final/AP_of/{name}": ap for name, ap in metric_names(of_class).items()}
     return found

@@ -24,6 +24,7 @@ from qskd.errors import QskdError
 log = logging.getLogger("qskd")
 PARAMS_PER_CALL, METRICS_PER_CALL, PARAM_LENGTH = 100, 1000, 6000  # limits of MLflow 3's server
 PARAM_KEY_LENGTH = 250
+METRIC_PART_LENGTH = 200  # of 250, which MLflow takes of a metric's whole name
 KeptRow = tuple[int, int, Mapping[str, float]]  # ms since 1970, step, {metric: value}
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
 
@@ -235,13 +236,22 @@ class Tracker:
 def param_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values under keys that MLflow takes: a class map's keys are class names, and one odd name would lose a whole
     batch of parameters. Keys that would fall together are numbered."""
+    return _plain(values, r"^\.|[^\w\-. :]", PARAM_KEY_LENGTH)
+
+
+def metric_names(values: Mapping[str, float]) -> dict[str, float]:
+    """The same values under what may be a part of a metric's name, for names that others chose: a class may be called `km/h`."""
+    return _plain(values, r"^\.|[^\w\-. ]", METRIC_PART_LENGTH)
+
+
+def _plain(values: Mapping[str, Any], odd: str, length: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        plain = re.sub(r"^\.|[^\w\-. :]", "_", key)[:PARAM_KEY_LENGTH].strip() or "_"
+        plain = re.sub(odd, "_", key)[:length].strip() or "_"
         number = 1
         while plain in found:
             number += 1
-            plain = f"{plain[: PARAM_KEY_LENGTH - 10]}_{number}"
+            plain = f"{plain[: length - 10]}_{number}"
         found[plain] = value
     return found
 

@@ -184,7 +184,8 @@ def check_image(encoded: bytes, where: str) -> Seen:
             found = decode(encoded)
             return Seen(*found.rgb.size, found.orientation, found.deep, found.note)
         width, height = picture.size
-        picture.draft("RGB", (width // 8, height // 8))  # still reads all data, but skips most of the inverse transform
+        # Still reads all data, but skips most of the inverse transform.
+        picture.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         loaded(picture)
         orientation = orientation_of(picture)
     return Seen(*((height, width) if orientation >= 5 else (width, height)), orientation, False, "")

@@ -160,9 +160,9 @@ if __name__ == "__main__":
     given = parser.parse_args()
     try:
         found_there = detect(Path(__file__).parent, given.image, given.threshold, given.model)
+    except (OSError, PictureError) as error:  # a PictureError is a ValueError too
+        sys.exit(f"error: {given.image}: {getattr(error, 'strerror', None) or error}")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    except (OSError, PictureError) as error:
-        sys.exit(f"error: {given.image}: {getattr(error, 'strerror', None) or error}")
     for entry in found_there:
         print(json.dumps(entry))

@@ -69,6 +69,8 @@ def load_detector(path_or_name: str | Path, quantised: bool = True, words: Seque
     if timm is None:
         check_timm(path, config)
     config.auxiliary_loss = False
+    if getattr(config, "anchor_image_size", None) is not None:
+        config.anchor_image_size = None  # transformers keeps those anchors, in evaluation, for images of every size
     if hasattr(config, "decoder_layerdrop"):
         config.decoder_layerdrop = 0.0  # a dropped layer would say nothing, and every layer is asked
     state = None

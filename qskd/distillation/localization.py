@@ -37,8 +37,8 @@ class Settings(MethodSettings):
     method: str = "localization"
     # Positives are LD's main region, hard negatives its valuable localization region.
     selection: QuerySelectionConfig = QuerySelectionConfig()
-    # Of the main region's term: the best of 0.05, 0.15 and 1.5 (docs/evidence.md). D-FINE weighs its distillation of itself 1.5, which
-    # here is many times the detection loss's own gradient; LD has 0.25 at temperature 10.
+    # Of the main region's term: the best of 0.05, 0.15 and 1.5 (docs/evidence.md). D-FINE weighs its distillation of itself 1.5,
+    # which here is many times the detection loss's own gradient; LD has 0.25 at temperature 10.
     weight: NonNegative = 0.05
     region_weight: NonNegative = 0.05  # of the valuable localization region's term, likewise; 0 = positives alone
     temperature: Annotated[float, Field(gt=0)] = (

@@ -120,7 +120,7 @@ def evaluate_coco(
         precision, recall = np.full((10, 101, len(truth.categories), 4, 3), -1.0), np.full((10, 0, 4, 3), -1.0)
     ranks = {number: rank for rank, number in enumerate(sorted(number for number, _ in truth.categories))}
     given = precision[:, :, [ranks[number] for number, _ in truth.categories], 0, 2]
-    return CocoResult(_averages(precision, recall), _per_class(given, truth.categories), chosen, given)
+    return CocoResult(_averages(precision, recall), _per_class(given, ground_truth.categories), chosen, given)
 
 
 def choose_backend() -> Backend:
@@ -167,11 +167,14 @@ def _checked(truth: GroundTruth, found: Detections) -> tuple[GroundTruth, Detect
     _all_finite("objects", truth.object_image_ids, np.column_stack([truth.boxes_xyxy, truth.area]))
     _all_finite("detections", found.image_ids, np.column_stack([found.boxes_xyxy, found.scores]))
 
-    # Image ids become ranks: hotcoco takes detections as float64, which can't tell ids above 2^53 apart.
-    ranks = np.sort(image_ids)
+    # Ids become ranks, from 1: hotcoco takes detections as float64, which can't tell ids above 2^53 apart, and no negative ones.
+    ranks, of_category = np.sort(image_ids), np.sort(category_ids)
     image_ids, of = np.searchsorted(ranks, image_ids) + 1, np.searchsorted(ranks, of) + 1
-    found = replace(found, image_ids=np.searchsorted(ranks, found.image_ids) + 1)
-    return replace(truth, image_ids=image_ids, object_image_ids=of), found
+    labels = np.searchsorted(of_category, labels) + 1
+    detected_as = np.searchsorted(of_category, found.category_ids) + 1
+    found = replace(found, image_ids=np.searchsorted(ranks, found.image_ids) + 1, category_ids=detected_as)
+    named = [(int(np.searchsorted(of_category, number)) + 1, name) for number, name in categories]
+    return replace(truth, image_ids=image_ids, object_image_ids=of, category_ids=labels, categories=named), found
 
 
 def _columns(what: str, columns: Sequence[Array], kinds: Sequence[type[np.generic]]) -> tuple[Any, ...]:

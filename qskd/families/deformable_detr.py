@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, DeformableDetrImageProcessorPil
 
 from qskd.config import StudentConfig
+from qskd.families.cells import too_few_cells
 from qskd.families.family import Family, Memory, Predictions, detr_sizes, linear32, shift_boxes, take
 from qskd.families.initialisation import START_SIZE_LOGIT, grid_points, set_class_prior, solve_points, zero_box_head
 from qskd.structures import Queries
@@ -170,6 +171,13 @@ class DeformableDetr(Family):
         embedding = model.model.query_position_embeddings.weight.detach()[first:, : model.config.d_model]
         solve_points(embedding, model.model.reference_points, grid_points(len(embedding)))
 
+    def check_size(self, config: Any, height: int, width: int) -> None:
+        super().check_size(config, height, width)
+        strides = _strides(config) if config.two_stage else []
+        cells = sum(-(-height // stride) * -(-width // stride) for stride in strides)
+        if strides and cells < config.two_stage_num_proposals:
+            raise too_few_cells(self.name, height, width, cells, strides, config.two_stage_num_proposals)
+
     def chooses_queries(self, config: Any) -> bool:
         return bool(config.two_stage)
 
@@ -189,3 +197,15 @@ class DeformableDetr(Family):
             "feature_levels": config.num_feature_levels,
             "box_refinement": config.with_box_refine,
         }
+
+
+def _strides(config: Any) -> list[int]:
+    """Pixels that a cell of each map is wide: of the backbone's stages, and of halves of the last. Empty of a backbone whose stages
+    have other names than transformers' ResNet's."""
+    names = list(getattr(config.backbone_config, "out_features", None) or [])
+    if not names or not all(name.startswith("stage") and name[5:].isdigit() for name in names):
+        return []
+    stages = [2 << int(name[5:]) for name in names]
+    if getattr(config, "dilation", False):
+        stages[-1] //= 2
+    return stages + [stages[-1] << n for n in range(1, config.num_feature_levels - len(stages) + 1)]

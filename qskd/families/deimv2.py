@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Deimv2Config, Deimv2ForObjectDetection
 
 from qskd.config import StudentConfig
+from qskd.families.cells import check_cells
 from qskd.families.d_fine import DFine
-from qskd.families.rt_detr import check_cells
 from qskd.losses.detection_loss import MATCHABILITY_GAMMA
 from qskd.structures import Classification
 

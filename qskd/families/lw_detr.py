@@ -16,10 +16,10 @@ from transformers import DeformableDetrImageProcessorPil, LwDetrConfig, LwDetrFo
 
 from qskd.config import StudentConfig
 from qskd.errors import QskdError
+from qskd.families.cells import check_cells
 from qskd.families.deformable_detr import sampling, splat_levels
 from qskd.families.family import Family, GroupParts, Predictions
 from qskd.families.initialisation import set_class_prior, xavier, zero_box_head
-from qskd.families.rt_detr import check_cells
 
 _SCALES = {
     1: [1.0],

@@ -14,8 +14,8 @@ from transformers import RfDetrConfig, RfDetrForObjectDetection
 
 from qskd.config import StudentConfig
 from qskd.errors import QskdError
+from qskd.families.cells import check_cells
 from qskd.families.lw_detr import LwDetr
-from qskd.families.rt_detr import check_cells
 
 
 class RfDetr(LwDetr):

@@ -14,31 +14,11 @@ from torch import Tensor, nn
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessorPil
 
 from qskd.config import StudentConfig
-from qskd.errors import QskdError
+from qskd.families.cells import check_cells
 from qskd.families.deformable_detr import sampling, splat_levels
 from qskd.families.family import Family, Memory, Predictions, detr_sizes, shift_boxes, take
 from qskd.families.initialisation import set_class_prior, xavier, zero_box_head
 from qskd.structures import Classification, Queries
-
-
-def check_cells(name: str, height: int, width: int, unit: int, strides: Sequence[int], queries: int) -> None:
-    """QskdError for images whose sides are no multiples of `unit` pixels, or whose maps of `strides` have fewer cells than the
-    queries that are chosen among them."""
-    tokens = sum((height // stride) * (width // stride) for stride in strides)
-    if height % unit or width % unit:
-        raise QskdError(
-            f"{name} images",
-            f"{height} x {width} pixels",
-            f"height and width divisible by {unit}",
-            "set resize: {mode: square, size: ...} of this model (student.resize or teacher.resize)",
-        )
-    if tokens < queries:
-        raise QskdError(
-            f"{name} images",
-            f"{height} x {width} pixels: {tokens} cells on maps of strides {list(strides)}",
-            f"at least {queries}: each query is one of these cells",
-            "larger images, or fewer queries",
-        )
 
 
 class RTDetr(Family):

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from qskd.datasets.pictures.decoding import IMAGE_FORMATS, orientation_of
+from qskd.datasets.pictures.decoding import IMAGE_FORMATS, orientation_of, says_orientation
 from qskd.errors import QskdError
 from qskd.printable import shown_path, shown_value
 from qskd.untrusted import parse_json, parse_yaml
@@ -86,14 +86,26 @@ def picture_size(file: Path | BinaryIO, where: str) -> tuple[int, int, bool]:
         if isinstance(file, Path) and not os.path.isfile(file):  # a pipe would block
             raise FileNotFoundError
         with Image.open(file, formats=IMAGE_FORMATS) as picture:
-            # Not of a PNG without EXIF at its head: Pillow would decode it all to look for one at the end.
-            turned = "exif" in picture.info and orientation_of(picture) >= 5
+            turned = may_be_turned(picture, file) and orientation_of(picture) >= 5
             return picture.width, picture.height, turned and picture.format != "TIFF"  # whose size Pillow turns itself
     except Exception as error:  # Pillow's plugins raise almost anything on broken headers
         missing = isinstance(error, FileNotFoundError)
         found = "no such file" if missing else f"not a readable image ({type(error).__name__})"
         expected = f"a whole {', '.join(IMAGE_FORMATS)} file"
         raise QskdError(where, found, expected, "replace or remove the picture, or pass `--on-error skip`") from None
+
+
+def may_be_turned(picture: Image.Image, file: Path | BinaryIO) -> bool:
+    """False of a PNG that says nothing of it anywhere: Pillow would decode it all to look for EXIF behind the pixels."""
+    if picture.format != "PNG":
+        return True
+    if isinstance(file, Path):
+        return says_orientation(file.read_bytes())
+    here = file.tell()
+    file.seek(0)
+    said = says_orientation(file.read())
+    file.seek(here)
+    return said
 
 
 def pictures_below(folder: Path) -> list[Path]:

@@ -110,6 +110,11 @@ def orientation_of(picture: Image.Image) -> int:
     return said if isinstance(said, int) and said in _TURNS else 1
 
 
+def says_orientation(encoded: bytes) -> bool:
+    """Whether a PNG may say how it is to be turned: in EXIF, before or behind its pixels, in ImageMagick's way, or in XMP."""
+    return any(mark in encoded for mark in (b"eXIf", b"exif", b"adobe.xmp"))
+
+
 def is_deep(picture: Image.Image) -> bool:
     """Whether a picture whose pixels are still encoded has more than 8 bits a channel."""
     return picture.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from qskd.datasets.pictures.decoding import PictureError, is_deep, opened, orientation_of
+from qskd.datasets.pictures.decoding import PictureError, is_deep, opened, orientation_of, says_orientation
 from qskd.datasets.samples import Count, Sample
 from qskd.errors import QskdError
 
@@ -170,7 +170,7 @@ def seen_by_header(encoded: bytes) -> Seen | None:
         return None
     deep = is_deep(picture)
     # Pillow decodes a whole PNG in search of EXIF, which may follow the pixels.
-    none = picture.format == "PNG" and not any(mark in encoded for mark in (b"eXIf", b"exif", b"adobe.xmp"))
+    none = picture.format == "PNG" and not says_orientation(encoded)
     width, height = picture.size
     orientation = 1 if none else orientation_of(picture)
     if orientation >= 5 and picture.format != "TIFF":  # whose size Pillow turns itself
