@@ -17,20 +17,24 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from forked import command_of, processes_of_ray
 from test_pipelines import SIZES, cluster, killing, without_ray, work  # noqa: F401  (fixtures)
 from test_unlabeled_shards import draw
 
 from pipelines.caching import driver as cache_teacher
+from pipelines.caching.actors import TeacherActor
 from pipelines.caching.driver import foresee, run
 from pipelines.caching.plan import CachePlan
 from pipelines.caching.verify import complain, verify
 from pipelines.cluster.room import actors_that_fit
 from pipelines.prepare import prepare
+from pipelines.run.folder import MARK, Folder
+from pipelines.run.guards import check_is_the_drivers
 from pipelines.training import driver as distill
 from qskd.config import Config
-from qskd.config.recipe import load, to_yaml
+from qskd.config.recipe import load, to_tree, to_yaml
 from qskd.errors import QskdError
 from qskd.teacher.cache import TeacherCacheReader
 from qskd.teacher.manifest import load_cache_manifest, save_cache_manifest
@@ -392,3 +396,25 @@ def test_forked_workers_draw_ids_of_their_own(cluster: str) -> None:  # noqa: F8
     assert len(parents) == 1
     assert any("fork_server.py" in word for word in psutil.Process(parents.pop()).cmdline())
     assert len({each for _, drawn in found for each in drawn}) == 4
+
+
+def test_an_actor_whose_node_has_another_folder_says_so_before_it_computes(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Else its files would lie on its own disk, and the driver would enter them as finished."""
+    asked = config(work, "elsewhere", f"teacher.cache.path={tmp_path}/never-begun")
+    actor = TeacherActor(to_tree(asked), "of the driver's cache", 4)
+    (answer,) = actor(pa.table({"shard": [0], "view": [0]}))
+    with pytest.raises(QskdError, match=r"never-begun: on .* the cache that the driver has begun is not there"):
+        raise QskdError.from_json(answer["failure"][0].as_py())
+    assert not (tmp_path / "never-begun").exists()
+
+
+def test_a_worker_whose_node_has_another_folder_says_so_before_it_trains(work: Path) -> None:  # noqa: F811
+    folder = Folder(config(work, "nowhere"))
+    with pytest.raises(QskdError, match="the driver's folder is not there"):
+        check_is_the_drivers(folder)
+    folder.write(MARK, "{}")
+    check_is_the_drivers(folder)

@@ -118,6 +118,26 @@ def test_the_kuberay_cluster_has_kuberays_fields_and_the_same_shape() -> None:
         assert group["maxReplicas"] == like["max_workers"]
 
 
+def test_rays_object_store_fits_into_each_pods_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not, Ray lays it on the pod's disk, and says that this harms performance."""
+    import ray._common.utils as common
+    import ray._private.services as services
+    import ray._private.utils as utils
+
+    spec = ray_cluster()["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (shared,) = (volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm")
+        memory, size = (
+            int(text.removesuffix("Gi")) * 2**30
+            for text in (pod["containers"][0]["resources"]["limits"]["memory"], shared)
+        )
+        monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda size=size: size)
+        monkeypatch.setattr(common, "get_system_memory", lambda *_, memory=memory, **__: memory)
+        store = utils.resolve_object_store_memory(memory)
+        assert services.determine_plasma_store_config(store, "/tmp")[0] == "/dev/shm"
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_kuberay_jobs_run_a_verb_with_the_one_runtime_env(path: Path) -> None:
     manifest = yaml.safe_load(path.read_text())

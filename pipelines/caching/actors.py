@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
+from qskd.errors import QskdError
 
 CHUNK_BYTES = 16 * 2**20  # decoded pixels that one task brings, about
 Arrays = dict[str, np.ndarray]
@@ -44,6 +46,16 @@ def chunks(batches: Sequence[np.ndarray], resize: ResizeConfig) -> list[list[np.
             joined.append([])
         joined[-1].append(batch)
     return joined
+
+
+def not_shared(path: str) -> QskdError:
+    """What an actor says whose node does not have the cache's folder as the driver began it."""
+    return QskdError(
+        path,
+        f"on {socket.gethostname()} the cache that the driver has begun is not there",
+        "a folder that all nodes see",
+        "--set teacher.cache.path=s3://BUCKET/cache, or a path on a disk that all nodes share",
+    )
 
 
 class TeacherActor:
@@ -83,6 +95,7 @@ class TeacherActor:
         device = device_here(self.config)
         path = self.config.teacher.cache.path
         manifest = load_cache_manifest(path)
+        self.elsewhere = "" if manifest and manifest.fingerprint == fingerprint else not_shared(path).to_json()
         self.maker = CacheMaker(self.config, teacher, device, cached_basis(path, manifest) if manifest else ())
         self.source: Source = (
             self.config.data.train,
@@ -94,7 +107,6 @@ class TeacherActor:
         self.tasks_ahead = readers_each(self.config.compute, device.type == "cuda", cpus)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        from qskd.errors import QskdError
         from qskd.teacher.cache import finished_file, write_rows
         from qskd.teacher.making import row_batches
         from qskd.teacher.manifest import file_name, shard_names
@@ -103,11 +115,12 @@ class TeacherActor:
         for unit in table.to_pylist():
             shard, view, started = unit["shard"], unit["view"], time.perf_counter()
             name = file_name(names[shard], view)
-            rows, computed, failure = self.reader.manifest.shard_rows[shard], 0, ""
+            rows, computed = self.reader.manifest.shard_rows[shard], 0
             self.waited_s = 0.0
             # A task that Ray runs again, because an actor died after it, finds its file.
             size = finished_file(path, name, rows, self.fingerprint)
-            if size is None:
+            failure = self.elsewhere
+            if size is None and not failure:
                 windows = row_batches(self.reader, shard, view, self.config.data.views, self.source[2], self.batch_size)
                 try:
                     self._check_device()
@@ -125,7 +138,6 @@ class TeacherActor:
 
     def _check_device(self) -> None:
         """QskdError where this is not the kind of device that the cache's identity names (`pipelines.caching.driver`)."""
-        from qskd.errors import QskdError
 
         asked, found = self.config.compute.device, self.maker.device.type
         if asked != found:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.run.folder import RECIPE, TRIAL, Folder
+from pipelines.run.folder import MARK, RECIPE, TRIAL, Folder
 from qskd.config import Config
 from qskd.config.distillation import NONE
 from qskd.config.recipe import defaults_like, flatten, replace_fields, to_tree
@@ -138,4 +139,15 @@ def check_same_data(folder: Folder, data: Mapping[str, str]) -> None:
             f"was begun on other data: {' and '.join(changed)} changed since (the shards were made anew)",
             "the same images and annotations, to go on with it",
             "choose another name (--set name=...), or add --restart, which deletes that run: its records, checkpoints and student",
+        )
+
+
+def check_is_the_drivers(folder: Folder) -> None:
+    """For a worker, which may be on another node: QskdError where its folder is not the one that the driver has marked."""
+    if not (folder.exists(MARK) or folder.exists(TRIAL)):
+        raise QskdError(
+            folder.path,
+            f"on {socket.gethostname()} the driver's folder is not there",
+            "a folder that all nodes see",
+            "--set output=s3://BUCKET/runs, or a path on a disk that all nodes share",
         )

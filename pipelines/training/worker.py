@@ -21,6 +21,7 @@ from pipelines.feed.stream import Share, StreamConfig
 from pipelines.reporting.meter import Gauges, Meter
 from pipelines.reporting.pace import Pace
 from pipelines.run.folder import DETAILS, Folder, record_failure
+from pipelines.run.guards import check_is_the_drivers
 from pipelines.run.logs import as_json, start_logs
 from pipelines.training.checkpoints import restore, write_checkpoint
 from qskd.config import Config
@@ -78,6 +79,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     if config.compute.threads_per_worker:
         torch.set_num_threads(config.compute.threads_per_worker)
     try:
+        check_is_the_drivers(folder)  # before an epoch is trained whose checkpoint nobody else would see
         world_size, rank = context.get_world_size(), context.get_world_rank()
         worker = Worker(config, stream, world_size, rank, preemptible=payload.get("preemptible", True))
         checkpoint = ray.train.get_checkpoint()
