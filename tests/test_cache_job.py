@@ -412,6 +412,24 @@ def test_an_actor_whose_node_has_another_folder_says_so_before_it_computes(
     assert not (tmp_path / "never-begun").exists()
 
 
+def test_an_actor_whose_node_has_another_teacher_of_that_name_says_so(
+    work: Path,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    asked = config(work, "own", f"teacher.cache.path={tmp_path}/cache")
+    run(asked)
+    begun = load_cache_manifest(f"{tmp_path}/cache")
+    assert begun is not None
+    (name,) = (
+        key for key in begun.identity if key.startswith("teacher.") and "weights" in key and key.endswith("sha256")
+    )
+    of_another = replace(begun, identity={**begun.identity, name: "0" * 64})
+    save_cache_manifest(f"{tmp_path}/cache", of_another)
+    (answer,) = TeacherActor(to_tree(asked), of_another.fingerprint, 4)(pa.table({"shard": [0], "view": [0]}))
+    assert name in str(QskdError.from_json(answer["failure"][0].as_py()))
+
+
 def test_a_worker_whose_node_has_another_folder_says_so_before_it_trains(work: Path) -> None:  # noqa: F811
     folder = Folder(config(work, "nowhere"))
     with pytest.raises(QskdError, match="the driver's folder is not there"):

@@ -154,6 +154,12 @@ METHODS = {
 SEARCHED = {
     "tar": ("Task Adaptive Regularization, features' weight 15 in place of 50", "distillation.feature_weight=15"),
     "pkd": ("PKD, weight 30 in place of 10", "distillation.weight=30"),
+    "cwd": ("CWD, weight 100 in place of 1", "distillation.weight=100"),
+    "crosskd": (
+        "CrossKD, its weights ten times the released ones",
+        *(f"distillation.{part}_weight=10" for part in ("class", "l1", "giou")),
+    ),
+    "d3etr": ("D3ETR, attention's weight 300 in place of 1,000", "distillation.attention_weight=300"),
 }
 METHODS |= {
     f"{name}_searched": replace(METHODS[name], title=title, overrides=(*METHODS[name].overrides, *fields))

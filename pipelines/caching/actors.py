@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -58,6 +58,21 @@ def not_shared(path: str) -> QskdError:
     )
 
 
+def other_weights(found: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """The checksums in which the teacher here is not the cache's."""
+    return [name for name, value in found.items() if name.endswith("sha256") and known.get(name) != value]
+
+
+def other_teacher(path: str, differing: Sequence[str]) -> QskdError:
+    """What an actor says on whose node another teacher has the recipe's name: of an older image, or fetched at another time."""
+    return QskdError(
+        path,
+        f"on {socket.gethostname()} it is another teacher than the driver's: {', '.join(differing)}",
+        "the same files on all nodes",
+        "put the teacher where all nodes read it: --set teacher.path=s3://BUCKET/teacher",
+    )
+
+
 class TeacherActor:
     """Holds the teacher. A unit (one shard, one view) goes in, its file is written, a line about it comes out.
 
@@ -79,7 +94,7 @@ class TeacherActor:
         from qskd.datasets.shards import ShardReader
         from qskd.datasets.unlabeled.joined import source_manifest
         from qskd.from_recipe import make_teacher
-        from qskd.teacher.identity import teacher_preprocessing
+        from qskd.teacher.identity import cache_identity, teacher_preprocessing
         from qskd.teacher.making import CacheMaker
         from qskd.teacher.manifest import load_cache_manifest
         from qskd.teacher.memory.basis import cached_basis
@@ -90,12 +105,17 @@ class TeacherActor:
         if self.config.compute.threads_per_worker:
             torch.set_num_threads(self.config.compute.threads_per_worker)
         self.reader = ShardReader(self.config.data.train)
-        teacher = make_teacher(self.config, source_manifest(self.config.data).labels)
+        data = source_manifest(self.config.data)
+        teacher = make_teacher(self.config, data.labels)
         assert teacher is not None
         device = device_here(self.config)
         path = self.config.teacher.cache.path
         manifest = load_cache_manifest(path)
-        self.elsewhere = "" if manifest and manifest.fingerprint == fingerprint else not_shared(path).to_json()
+        self.elsewhere = ""
+        if manifest is None or manifest.fingerprint != fingerprint:
+            self.elsewhere = not_shared(path).to_json()
+        elif differing := other_weights(cache_identity(self.config, data), manifest.identity):
+            self.elsewhere = other_teacher(self.config.teacher.path, differing).to_json()
         self.maker = CacheMaker(self.config, teacher, device, cached_basis(path, manifest) if manifest else ())
         self.source: Source = (
             self.config.data.train,
