@@ -29,11 +29,11 @@ def scores(
     records: Sequence[Mapping[str, Any]], metric: str = "AP", of: str = "metrics"
 ) -> dict[tuple[str, str, str], Scores]:
     """(student, variant, budget) -> seed -> value. of: "float_metrics", what a student had before it was quantised; of the others
-    nothing."""
+    nothing, nor of records from before the metric was measured."""
     found: dict[tuple[str, str, str], Scores] = {}
     for record in records:
         student, variant, budget, seed = record["cell"].split("-")[:4]
-        if of in record:
+        if metric in record.get(of, {}):
             found.setdefault((student, variant, budget), {})[int(seed.removeprefix("seed"))] = record[of][metric]
     return found
 
