@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from qskd.detectors import Detector, save_detector
 from qskd.from_recipe import make_student
 from qskd.training.step import Training
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 BACKBONE: dict[str, Any] = {
     "embedding_size": 8,
     "hidden_sizes": [8, 8, 16, 16],
@@ -149,3 +151,18 @@ def test_a_recipe_for_coco_says_where_its_numbers_are_from_and_that_nobody_has_r
     assert all(line.startswith("#") for line in head.splitlines())
     for said in ("#   command:", "#   cache:", "#   schedule:", "otherwise than theirs", "nobody has run this recipe"):
         assert said in head
+
+
+def recipes_of_the_manual() -> list[tuple[str, str]]:
+    """(page, YAML) of each block that is a whole recipe."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [
+        (page.name, block) for page in pages for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)
+    ]
+    return [(page, block) for page, block in blocks if re.search(r"^name: ", block, re.M) and "..." not in block]
+
+
+@pytest.mark.parametrize(("page", "text"), recipes_of_the_manual(), ids=lambda value: value[:24].replace("\n", " "))
+def test_a_recipe_of_the_manual_is_one(page: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    load(tmp_path / "recipe.yaml", [])
