@@ -100,7 +100,8 @@ def check_folder(config: Config, restart: bool) -> Folder:
 
 
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
-    """Search, or go on with a search that was stopped. Raises QskdError; KeyboardInterrupt after Ctrl-C and SIGTERM."""
+    """Search, or go on with a search that was stopped. Raises QskdError, also where too many trials in a row failed;
+    KeyboardInterrupt after Ctrl-C and SIGTERM."""
     config = resolve(config, "distill")
     folder = check_folder(config, restart)
     config = config if restart else as_begun(folder, config)
@@ -169,7 +170,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
         raise
     if not is_done(search, records, config.seed):
         tracking.interrupt()
-        ended = sum(row.state in ENDED for row in records.rows.values())
+        ended = sum(row.state in ENDED and number not in records.held for number, row in records.rows.items())
         tell(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
         raise KeyboardInterrupt
     stage("writing the report, telling MLflow")
@@ -256,6 +257,7 @@ def _search(sweep: Sweep, plan: Plan) -> None:
             sweep.records.in_order(),
             str(scratch),
         )
+    sweep.settle()
 
 
 def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
