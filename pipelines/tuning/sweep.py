@@ -27,7 +27,7 @@ FAILURES = 5  # in a row, until what they have in common is taken to be the caus
 
 
 class Sweep:
-    """The state of a sweep in the driver: `records`, and which trials are with Tune.
+    """The state of a sweep in the driver: `records`, and which trials are with Tune. `ask` is told how many could be at work.
 
     config: the recipe, of a trial's length. slots: how many trials fit into the cluster now. limit_m: most parameters, in
     millions. known_cache: of a `Job`. recipe_latency_ms: of the recipe's student, which trials' are measured against.
@@ -50,7 +50,9 @@ class Sweep:
         self.config, self.search, self.records, self.tracking = config, search, records, tracking
         self.labels, self.slots, self.recipe_latency_ms, self.limit_m = labels, slots, recipe_latency_ms, limit_m
         self.known_cache = known_cache
+        self.ask: Callable[[int], None] = lambda trials: None
         self.live: dict[int, Job] = {}
+        self.exhausted = False
         self.faults: dict[int, str] = {}  # by trial, what its machine said last
         self.faults_in_a_row = 0
         self.given_up = ""
@@ -60,11 +62,13 @@ class Sweep:
     def next_job(self) -> Job | str | None:
         if self.given_up:
             return DONE
+        self.ask(self.open_trials())
         if len(self.live) >= self.slots():
             return None
         rows = self.records.rows
         while len(rows) < self.search.trials and (self.population or not self._interrupted()):
             row = self._propose(len(rows))
+            self.exhausted = row is None
             if row is None:  # what those at work will have shown may bring another proposal
                 return None if self.live else DONE
             if self.population is None and row.state not in ENDED:  # one that can't even be built has ended: the next
@@ -73,6 +77,11 @@ class Sweep:
             return self._next_of_population()
         waiting = self._interrupted()
         return self._start(rows[waiting[0]]) if waiting else DONE
+
+    def open_trials(self) -> int:
+        """How many have not ended, those included that are yet to be proposed."""
+        begun = sum(row.state not in ENDED for row in self.records.rows.values())
+        return begun + (0 if self.exhausted else max(0, self.search.trials - len(self.records.rows)))
 
     def _interrupted(self) -> list[int]:
         """Begun or proposed, not ended, and not with Tune: of an earlier driver, or just made."""
@@ -219,6 +228,7 @@ class Sweep:
                 self.tracking.end(row)
         elif not self.given_up and (not job.until or row.epochs < job.until - 1e-6):
             self._failed(number, "it returned before its end")
+        self.ask(self.open_trials())  # here too: once nothing is left to start, no next one is asked for
 
     def lost(self, number: int) -> None:
         self.live.pop(number, None)
@@ -226,6 +236,7 @@ class Sweep:
         died = f"its process died {times} times; out of memory? (QSKD_VERBOSE=1 shows what Ray says)"
         fault = self.faults.pop(number, "")
         self._failed(number, f"{fault}\n  tried {times} times" if fault else died)
+        self.ask(self.open_trials())
 
     def _broken(self, number: int, reason: str) -> None:
         """Tune tries the trial again, and counts; without a limit to that, the faults of all are counted here."""
