@@ -20,17 +20,24 @@ REFUSED = (
 )
 
 
+def of_machine(error: BaseException | None) -> bool:
+    """Whether an error is of the machine, or of a store as seen from it, and not of the work: on another machine, or later, the
+    same may succeed."""
+    return isinstance(error, (OSError, ImportError)) or bool(getattr(error, "of_machine", False))
+
+
 class QskdError(Exception):
     """A problem in the user's data, configuration or environment, told without a traceback by the command line.
 
     The message names where (file, id, field), what was found, what was expected and the remedy. Parts often hold names out of
     others' files: each is made `printable`. Users, passwords and other secrets of the URIs in them are taken out here, whoever
-    made it.
+    made it. of_machine: as the function says, of the error that was being handled when this one was made of it.
     """
 
     def __init__(self, where: str, found: str, expected: str = "", remedy: str = "") -> None:
         where, found, expected, remedy = (printable(redacted(str(part))) for part in (where, found, expected, remedy))
         self.where, self.found, self.expected, self.remedy = where, found, expected, remedy
+        self.of_machine = of_machine(sys.exc_info()[1])
         lines = [f"{where}: {found}"]
         if expected:
             lines.append(f"  expected: {expected}")
@@ -40,15 +47,20 @@ class QskdError(Exception):
 
     def to_json(self) -> str:
         """For `from_json` in another process, where Ray would wrap the exception in its own."""
-        return json.dumps([self.where, self.found, self.expected, self.remedy])
+        return json.dumps([self.where, self.found, self.expected, self.remedy, self.of_machine])
 
     @staticmethod
     def from_json(text: str) -> QskdError:
-        return QskdError(*json.loads(text))
+        *parts, of_machine = json.loads(text)
+        if not isinstance(of_machine, bool):  # of an earlier version: four texts
+            parts, of_machine = [*parts, of_machine], False
+        error = QskdError(*parts)
+        error.of_machine = of_machine
+        return error
 
-    def __reduce__(self) -> tuple[type[QskdError], tuple[str, str, str, str]]:
+    def __reduce__(self) -> tuple[type[QskdError], tuple[str, str, str, str], dict[str, bool]]:
         # Exceptions cross process borders under Ray; the default would replay the joined message as `where`.
-        return type(self), (self.where, self.found, self.expected, self.remedy)
+        return type(self), (self.where, self.found, self.expected, self.remedy), {"of_machine": self.of_machine}
 
 
 @contextlib.contextmanager

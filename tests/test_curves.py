@@ -19,7 +19,7 @@ import pipelines.cluster.start  # noqa: F401  (sets Ray's environment before any
 from pipelines.reporting.progress import TrackingCallback
 from pipelines.run.folder import Folder
 from pipelines.run.tracked import RUN, open_for
-from pipelines.tracking import curves
+from pipelines.tracking import curves, pause
 from pipelines.tracking.curves import ROWS, end_run, fill_in, is_complete, kept_rows
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import driver as distill
@@ -126,6 +126,23 @@ def test_rows_that_a_locked_store_did_not_take_are_filled_in_and_counted(
     assert_whole(tracker, folder)
     assert status(tracker) == "FINISHED"
     assert is_complete(folder)
+
+
+def test_rows_of_a_pause_after_a_store_that_was_waited_for_are_filled_in(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pause, "SLOW_S", 0.0)  # the lock's 20 ms are a long wait
+    config = recipe(root)
+    folder = Folder(config)
+    tracker = open_for(folder, config, "train")
+    told(tracker, folder, root)
+    assert len(history(tracker, "loss/total")) == 6  # the last two reports fell on the pause, though the store was free
+    assert not fill_in(tracker, folder, "it")  # nor is it asked on the way
+    assert fill_in(tracker, folder, "it", patience=1.0)  # but at the end
+    assert "it: MLflow had missed 18 of 25 rows; they are filled in" in capsys.readouterr().out
+    assert end_run(tracker, folder, "it")  # it answers again
+    assert_whole(tracker, folder)
+    assert status(tracker) == "FINISHED"
 
 
 def test_a_run_that_ended_while_the_store_was_locked_says_so_and_its_command_fills_in_later(

@@ -69,6 +69,13 @@ def test_the_head_takes_no_work_and_gpus_start_from_zero() -> None:
         assert node["node_config"]["IamInstanceProfile"]  # how each node reaches the bucket
 
 
+def test_a_job_that_is_stopped_gets_the_time_that_a_sweep_needs_to_end() -> None:
+    (_, start) = CLUSTER["head_start_ray_commands"]
+    assert re.search(r"RAY_JOB_STOP_WAIT_TIME_S=60 ray start --head ", start)
+    (head,) = ray_cluster()["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "60"} in head["env"]
+
+
 def test_everything_names_the_tested_ray_and_this_release() -> None:
     ray = PINNED["ray"]
     assert importlib.metadata.version("ray") == ray

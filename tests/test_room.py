@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from forked import server_name
 
 from pipelines.cluster.devices import device_here, say_if_gpus_are_idle, uses_gpu
-from pipelines.cluster.room import check_room, reader_cpus, worker_resources
+from pipelines.cluster.room import ask_for_nodes, check_room, forget_request, reader_cpus, worker_resources
 from qskd.config import ComputeConfig, Config
 from qskd.errors import QskdError
 
@@ -101,3 +105,86 @@ def test_a_worker_takes_no_gpu_that_it_does_not_hold(monkeypatch: pytest.MonkeyP
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     found = ray.get([device.options(num_gpus=gpus).remote() for gpus in (0, 1)])
     assert [str(device_here(Config())), *found] == ["cuda", "cpu", "cuda"]
+
+
+# ---- what an autoscaler is asked for
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, float]]]:
+    """The requests that Ray got, on a cluster that was joined."""
+    import ray.autoscaler.sdk
+
+    requests: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: requests.append(bundles))
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    return requests
+
+
+def test_a_request_is_sent_when_it_changes_and_taken_back_for_good(asked: list[list[dict[str, float]]]) -> None:
+    with ask_for_nodes({"CPU": 1, "GPU": 0}) as request:
+        for count in (3, 3, 2, 2, 2):
+            request(count)
+        assert asked == [[{"CPU": 1}] * 3, [{"CPU": 1}] * 2]
+    request(7)  # what a trial says while it is ended
+    assert asked[2:] == [[]]
+    forget_request()
+    assert asked[3:] == [[]]
+
+
+def test_a_request_that_a_head_did_not_take_is_sent_again(
+    asked: list[list[dict[str, float]]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray.autoscaler.sdk
+
+    def silent(bundles: list[dict[str, float]]) -> None:
+        raise RuntimeError("the head does not answer")
+
+    with ask_for_nodes({"CPU": 1}) as request:
+        with monkeypatch.context() as patch:
+            patch.setattr(ray.autoscaler.sdk, "request_resources", silent)
+            request(3)
+        assert "the head does not answer" in caplog.text
+        assert not asked
+        request(3)
+        assert asked == [[{"CPU": 1}] * 3]
+
+
+def test_nothing_is_asked_of_a_ray_of_our_own(
+    asked: list[list[dict[str, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    with ask_for_nodes({"CPU": 1}) as request:
+        request(3)
+    assert not asked
+
+
+STOPPED = """
+import os, time
+os.environ["RAY_ADDRESS"] = "somewhere:6379"
+import ray.autoscaler.sdk
+from pipelines.cluster.room import ask_for_nodes
+from pipelines.run.stopping import ended_by_signals
+ray.autoscaler.sdk.request_resources = lambda bundles: print(len(bundles), flush=True)
+with ended_by_signals(), ask_for_nodes({"CPU": 1}) as request:
+    request(3)
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("closing", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_sigterm_takes_the_request_back_before_anything_is_closed() -> None:
+    """`ray job stop` kills three seconds after it, while Tune ends its trials."""
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen([sys.executable, "-c", STOPPED], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["3\n", "ready\n"]
+    process.send_signal(signal.SIGTERM)
+    assert [process.stdout.readline() for _ in range(2)] == ["0\n", "closing\n"]
+    process.kill()
+    process.communicate()

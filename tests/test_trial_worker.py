@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import platform
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 import torch
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import WorkerGroupError
 from sweeps import config, make_work, work  # noqa: F401  (fixtures)
 
 from pipelines.run.folder import Folder
@@ -15,6 +21,9 @@ from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.run import run_trial
 from qskd.config import Config
 from qskd.config.recipe import replace_fields, to_tree
+from qskd.datasets.manifest import load_manifest
+from qskd.errors import QskdError
+from qskd.storage.stores import PATIENCE, patiently
 
 
 class Killed(BaseException):
@@ -58,15 +67,91 @@ def test_a_member_killed_within_a_generation_still_holds_the_weights_it_began_wi
     assert train(third, **taking_over | {"donor": 1, "until": 2.0}) == [2.0]
 
 
-def test_an_error_of_the_device_ends_its_process_and_any_other_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first nothing works on that GPU in this process, which would otherwise train the next trial."""
+def outcome(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], bool]:
+    """What a trial that meets the error says, and whether it raises it, for Tune to try again."""
     said: list[dict[str, Any]] = []
-    job = Job(0, to_tree(Config()))
-    for error in (torch.OutOfMemoryError("no room"), ValueError("odd")):
-        monkeypatch.setattr(run, "make_plan", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
-        run_trial(job, said.append)
-    assert [each["failed"] for each in said] == ["OutOfMemoryError: no room", "ValueError: odd"]
-    monkeypatch.setattr(run, "make_plan", lambda *_, **__: (_ for _ in ()).throw(torch.AcceleratorError("assert")))
-    with pytest.raises(torch.AcceleratorError):
-        run_trial(job, said.append)
-    assert len(said) == 2
+    monkeypatch.setattr(run, "make_plan", lambda *_, **__: (_ for _ in ()).throw(error))
+    try:
+        run_trial(Job(0, to_tree(Config())), said.append)
+    except type(error):
+        return said, True
+    return said, False
+
+
+def wrapped(error: OSError) -> QskdError:
+    try:
+        try:
+            raise error
+        except OSError as caught:
+            raise QskdError("s3://bucket/train", f"can't be reached: {caught}") from None
+    except QskdError as made:
+        return made
+
+
+def denied(way: str) -> QskdError:
+    """A store's refusal as a QskdError, as it is and on the ways that errors take between processes."""
+    error = wrapped(OSError("AWS Error ACCESS_DENIED"))
+    if way == "pickled":
+        return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
+    return QskdError.from_json(error.to_json()) if way == "json" else error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("assert"),  # after it nothing works on that GPU in this process
+        RuntimeError("No CUDA GPUs are available"),
+        ImportError("no module named safetensors"),
+        OSError(28, "No space left on device", "/tmp/qskd-0"),
+        *(denied(way) for way in ("here", "pickled", "json")),
+        WorkerGroupError("rank 1", {1: UserExceptionWithTraceback(OSError(28, "No space left"), "Traceback")}),
+    ],
+    ids=repr,
+)
+def test_a_fault_of_the_machine_is_raised_for_tune_to_try_again_and_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, raised = outcome(error, monkeypatch)
+    assert raised
+    (told,) = said
+    assert str(error) in told["broken"]
+    assert platform.node() in told["broken"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("odd"), QskdError("student.width", "7", "even")]
+)
+def test_a_trials_own_error_is_told_and_not_tried_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, raised = outcome(error, monkeypatch)
+    assert not raised
+    (told,) = said
+    assert str(error) in told["failed"]
+
+
+def test_a_store_that_gives_up_or_refuses_is_a_fault_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise OSError("connection reset")
+
+    monkeypatch.setenv(PATIENCE, "0")
+    with pytest.raises(QskdError) as gave_up:
+        patiently("s3://bucket/a", pafs.SubTreeFileSystem("/", pafs.LocalFileSystem()), failing)
+    with pytest.raises(QskdError) as missing:
+        load_manifest("/no/such/shards")
+    assert outcome(gave_up.value, monkeypatch)[1]
+    assert outcome(missing.value, monkeypatch)[1]
+
+
+def test_a_trial_whose_gpu_is_gone_does_not_begin_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def worker() -> Any:
+        return SimpleNamespace(worker=SimpleNamespace(mode=ray.WORKER_MODE))
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", worker)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said: list[dict[str, Any]] = []
+    with pytest.raises(OSError, match="CUDA finds none"):
+        run_trial(Job(0, to_tree(Config())), said.append)
+    assert "broken" in said[0]

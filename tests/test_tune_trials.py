@@ -12,20 +12,21 @@ from typing import Any
 import psutil
 import pytest
 from forked import processes_of_ray
-from sweeps import cluster, config, work  # noqa: F401  (fixtures)
+from sweeps import cluster, config, rows_of, work  # noqa: F401  (fixtures)
 
 from pipelines.caching import driver as cache_teacher
 from pipelines.run.folder import Folder
 from pipelines.run.ownership import check_ours
 from pipelines.tuning import driver as tune
 from pipelines.tuning.engine import run_tuner
-from pipelines.tuning.records import trial_config
+from pipelines.tuning.records import Records, trial_config
 from pipelines.tuning.search.request import SearchRequest, check_request
 from pipelines.tuning.sweep import DONE
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config import Config
 from qskd.config.recipe import replace_fields, to_tree
+from qskd.errors import QskdError
 
 pytestmark = pytest.mark.slow
 TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "RayTrainWorker")
@@ -74,6 +75,9 @@ class StopAtOnce:
 
     def lost(self, number: int) -> None:
         raise AssertionError(f"trial {number} lost its process")
+
+    def has_given_up(self) -> bool:
+        return False
 
 
 def stop_at_once(config: Config, conductor: StopAtOnce, folder: Path) -> None:
@@ -136,6 +140,40 @@ def test_trials_that_cannot_be_trained_fail_with_their_reason_and_the_sweep_goes
         else:
             assert (row.state, len(row.curve), run.info.status) == ("finished", 1, "FINISHED")
     assert result.best is not None
+
+
+def test_a_sweep_whose_machines_fail_ends_as_a_failure_and_the_same_command_goes_on(
+    work: Path, cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file stands where trials would put their checkpoints, as on a node that may not write there."""
+    import mlflow
+
+    one = config(work, "broken", "teacher.cache.path=", "compute.max_failures=1")
+    search = SearchRequest(("loss_weights",), trials=2, algorithm="random", asha=False)
+    asked = tune.TuneRequest(search, trial_epochs=1, at_once=1)
+    put, blocks = Records.put, {}
+
+    def blocked(self: Records, row: TrialRow) -> TrialRow:
+        blocks[row.number] = Path(self.trial_folder(row.number).root, "checkpoints")
+        blocks[row.number].parent.mkdir(parents=True, exist_ok=True)
+        blocks[row.number].touch()
+        return put(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "put", blocked)
+        with pytest.raises(QskdError, match="2 trials in a row failed") as told:
+            tune.run(one, asked)
+    assert str(blocks[1]) in told.value.found
+    assert capsys.readouterr().out.count("a fault of its machine: ") == 4  # each trial is tried twice
+    rows = rows_of(one)
+    assert [row.state for row in rows] == ["running", "running"]
+    client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
+    assert [client.get_run(row.run_id).info.status for row in rows] == ["KILLED", "KILLED"]
+    for block in blocks.values():
+        block.unlink()
+    result = tune.run(one, asked)
+    assert [row.state for row in result.rows] == ["finished", "finished"]
+    assert [(row.parameters, row.run_id) for row in result.rows] == [(row.parameters, row.run_id) for row in rows]
 
 
 def test_a_population_moves_its_weights_and_its_worst_go_on_from_its_best(

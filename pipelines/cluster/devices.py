@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,16 @@ def gpus_are_ours() -> bool:
     if ray is None or not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         return True
     return bool(ray.get_gpu_ids())
+
+
+def check_own_gpu() -> None:
+    """OSError where Ray gave this worker a GPU and CUDA finds none, as after a fault of the card or its driver: the work would
+    begin on the CPU, in silence."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return
+    if ray.get_gpu_ids() and not torch.cuda.is_available():
+        raise OSError(errno.ENODEV, f"Ray gave this process GPU {ray.get_gpu_ids()[0]}, and CUDA finds none here")
 
 
 def device_of(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from qskd.errors import QskdError
 if TYPE_CHECKING:
     from qskd.config import ComputeConfig, Config
 from pipelines.cluster.environment import in_a_job, joined
+from pipelines.run.stopping import first_at_a_signal
 
 log = logging.getLogger("qskd")
 MOST_READERS = 8  # beside one GPU, where the recipe does not say
@@ -110,22 +111,56 @@ def actors_that_fit(wanted: int, cpus_each: int) -> tuple[int, int]:
     return min(wanted, fits), cpus_each
 
 
-@contextlib.contextmanager
-def ask_for_nodes(one: dict[str, float], count: int) -> Iterator[None]:
-    """Meanwhile, tell an autoscaling cluster that `count` times `one` could be used: it grows as far as its own limits let it.
+class NodeRequest:
+    """What an autoscaling cluster is told that could be used: so many times `one`. It grows as far as its own limits let it. A
+    cluster grows by what waits for room, and a sweep lets nothing wait. Without a cluster that was joined this does nothing.
 
-    A cluster grows by what waits for room, and a sweep lets nothing wait. Elsewhere this has no effect.
+    Ray keeps a request, and the nodes for it, until the next one, whoever made it and whatever became of that: it is taken back.
     """
+
+    def __init__(self, one: dict[str, float]) -> None:
+        self.one = {name: amount for name, amount in one.items() if amount}
+        self.asked, self.over = 0, False
+
+    def __call__(self, count: int) -> None:
+        if not self.over and count != self.asked and _request([self.one] * count):
+            self.asked = count
+
+    def take_back(self) -> None:
+        """For good: what is heard of trials while they are ended asks for nothing more. May be done twice: a signal may have come
+        in the middle of a request, which then arrived after this."""
+        self.over = True
+        _request([])
+
+
+def _request(bundles: list[dict[str, float]]) -> bool:
+    """Whether it arrived. A head that does not answer for a moment ends no sweep."""
     from ray.autoscaler.sdk import request_resources
 
-    if not joined():
-        yield
-        return
-    request_resources(bundles=[{name: amount for name, amount in one.items() if amount}] * count)
     try:
-        yield
-    finally:
-        request_resources(bundles=[])
+        if joined():
+            request_resources(bundles=bundles)
+    except Exception as error:  # Ray has many kinds
+        log.warning("the autoscaler could not be told what the sweep needs: %s", error)
+        return False
+    return True
+
+
+def forget_request() -> None:
+    """Take back what a program that was killed asked for."""
+    _request([])
+
+
+@contextlib.contextmanager
+def ask_for_nodes(one: dict[str, float]) -> Iterator[NodeRequest]:
+    """A request, taken back at the end; at a signal before anything else, for whoever sent it may not wait for the rest (`ray job
+    stop` kills after seconds)."""
+    request = NodeRequest(one)
+    with first_at_a_signal(request.take_back):
+        try:
+            yield request
+        finally:
+            request.take_back()
 
 
 def say_if_on_cpus(device: str) -> None:

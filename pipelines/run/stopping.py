@@ -7,8 +7,9 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_S = 1.0  # `timeout` and `kill` of a group send the same signal twice, to the process and to its group
 _received: list[tuple[int, float]] = []  # the first signal, and when
 _taken = False
+FIRST_S = 2.0  # for what comes first: `ray job stop` kills after 3 s where the head was not told otherwise
+_first: list[Callable[[], None]] = []
 
 
 def _note(number: int) -> None:
@@ -31,10 +34,25 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         return
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     _note(number)
+    for each in _first:
+        # In a thread: what it needs may be held by the line that the signal interrupted.
+        thread = threading.Thread(target=each, daemon=True)
+        thread.start()
+        thread.join(FIRST_S)
     if number == signal.SIGTERM and callable(on_ctrl_c) and on_ctrl_c is not _on_signal:
         on_ctrl_c(signal.SIGINT, frame)  # Ray Tune's: it ends the trials, and then its own loop
     else:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def first_at_a_signal(act: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile, the first signal calls this before the program begins to end."""
+    _first.append(act)
+    try:
+        yield
+    finally:
+        _first.remove(act)
 
 
 @contextlib.contextmanager

@@ -93,14 +93,14 @@ def _read(folder: Folder, name: str) -> dict[str, Any]:
 
 def fill_in(tracker: Tracker, folder: Folder, name: str, patience: float = 0.0) -> bool:
     """Give MLflow what it has missed of a run's rows, and say how many those were. False, and a warning, when it does not answer
-    for so many seconds. name: of the run, for what is said."""
+    for so many seconds; without any, also where it kept silent a moment ago. name: of the run, for what is said."""
     rows, unsent = kept_rows(folder)
     if not rows:
         return True
     deadline = time.monotonic() + min(patience, patience_s())
     while True:
         try:
-            filled = tracker.fill_in(rows)
+            filled = tracker.fill_in(rows, now=patience > 0)
         except Exception as error:
             if time.monotonic() < deadline:
                 time.sleep(WAIT_S)

@@ -88,8 +88,27 @@ def tracking_uri(config: Config | None = None) -> str:
     return f"{driver}:{whole.partition(':')[2]}" if "+" in driver else whole
 
 
+TIMEOUT, RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+# Seconds for an answer. MLflow would wait 120, and ask seven times again; an artefact's comes once the server has stored it.
+QUICK_S, FILES_S = "10", "120"
+
+
+@contextlib.contextmanager
+def time_for_files() -> Iterator[None]:
+    """Meanwhile a server may take longer to answer, unless the user says how long."""
+    ours = os.environ.get(TIMEOUT) == QUICK_S
+    if ours:
+        os.environ[TIMEOUT] = FILES_S
+    try:
+        yield
+    finally:
+        if ours:
+            os.environ[TIMEOUT] = QUICK_S
+
+
 def _client(uri: str) -> Any:
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault(TIMEOUT, QUICK_S)
+    os.environ.setdefault(RETRIES, "1")
     import mlflow
 
     for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.utils.environment"):

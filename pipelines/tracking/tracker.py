@@ -7,6 +7,7 @@ that does not answer never stops a training: what could not be logged is said on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -16,7 +17,8 @@ from typing import Any
 
 from pipelines.tracking.about import experiment_tags, source_tags
 from pipelines.tracking.answers import check_answers
-from pipelines.tracking.store import _client, experiment_of, tracking_uri
+from pipelines.tracking.pause import FIRST_S, LONGEST_S, pause_of
+from pipelines.tracking.store import _client, experiment_of, time_for_files, tracking_uri
 from qskd.config import Config
 from qskd.config.recipe import flatten, to_tree, to_yaml
 from qskd.errors import QskdError
@@ -27,6 +29,7 @@ PARAM_KEY_LENGTH = 250
 METRIC_PART_LENGTH = 200  # of 250, which MLflow takes of a metric's whole name
 KeptRow = tuple[int, int, Mapping[str, float]]  # ms since 1970, step, {metric: value}
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests runs
+FILES = ("log_artifact", "log_artifacts")
 
 
 def _continues(client: Any, uri: str, run_id: str) -> bool:
@@ -105,17 +108,23 @@ class Tracker:
             ) from error
 
     def _call(self, method: str, *arguments: Any, **keywords: Any) -> bool:
-        """Whether it was done. What could not be logged of metrics is filled in later (`pipelines.tracking.curves`)."""
+        """Whether it was done. What could not be logged of metrics is filled in later (`pipelines.tracking.curves`). A server that
+        let us wait in vain is not asked at all for a while; how a run ended, which nothing fills in, is told it after a minute."""
+        pause = pause_of(self.uri)
+        ended_early = method == "set_terminated" and "FINISHED" not in arguments
+        if pause.left_s(FIRST_S if ended_early else LONGEST_S):
+            self._complained = True
+            return False
         try:
-            self._connected = self._connected or _client(self.uri)
-            getattr(self._connected, method)(self.run_id, *arguments, **keywords)
+            with pause.asked(), time_for_files() if method in FILES else contextlib.nullcontext():
+                self._connected = self._connected or _client(self.uri)
+                getattr(self._connected, method)(self.run_id, *arguments, **keywords)
         except Exception as error:
             if not self._complained:
+                again = f" MLflow is not asked for {pause.left_s():.0f} s." if pause.left_s() else ""
                 log.warning(
-                    "MLflow at %s: %s failed: %s. Training goes on; its files are in the output folder.",
-                    self.uri,
-                    method,
-                    error,
+                    "MLflow at %s: %s failed: %s. Training goes on; its files are in the output folder.%s",
+                    *(self.uri, method, error, again),
                 )
             self._complained = True
             return False
@@ -140,9 +149,19 @@ class Tracker:
         batches = [listed[start : start + METRICS_PER_CALL] for start in range(0, len(listed), METRICS_PER_CALL)]
         return all(self._call("log_batch", metrics=batch) for batch in batches)
 
-    def fill_in(self, rows: Sequence[KeptRow]) -> int:
+    def fill_in(self, rows: Sequence[KeptRow], now: bool = True) -> int:
         """Log what of these rows MLflow does not have, by metric and step; the number of rows that lacked something. Raises
-        what MLflow raises. One request a metric, and one for each thousand values that are missing."""
+        what MLflow raises; unless it must be now, also where a server that kept silent is not asked for a while. One request a
+        metric, and one for each thousand values that are missing."""
+        pause = pause_of(self.uri)
+        if not now and pause.left_s():
+            raise QskdError(
+                f"MLflow at {self.uri}", f"did not answer; it is not asked for another {pause.left_s():.0f} s"
+            )
+        with pause.asked():
+            return self._fill_in(rows)
+
+    def _fill_in(self, rows: Sequence[KeptRow]) -> int:
         client = self._connected = self._connected or _client(self.uri)
         at: dict[str, dict[int, int]] = {}  # metric -> step -> the row that has it; the later one, where two do
         for number, (_, step, values) in enumerate(rows):

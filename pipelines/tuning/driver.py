@@ -100,7 +100,8 @@ def check_folder(config: Config, restart: bool) -> Folder:
 
 
 def run(config: Config, request: TuneRequest, restart: bool = False) -> SweepResult:
-    """Search, or go on with a search that was stopped. Raises QskdError; KeyboardInterrupt after Ctrl-C and SIGTERM."""
+    """Search, or go on with a search that was stopped. Raises QskdError, also where too many trials in a row failed;
+    KeyboardInterrupt after Ctrl-C and SIGTERM."""
     config = resolve(config, "distill")
     folder = check_folder(config, restart)
     config = config if restart else as_begun(folder, config)
@@ -161,7 +162,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
         )
         stage("starting the trials")
         with SweepWatch(current(), records, (schedule.total_steps, schedule.steps_per_epoch), search.trials):
-            _search(sweep, plan)
+            _search(sweep, plan, request.at_once)
     except KeyboardInterrupt:
         pass
     except BaseException:
@@ -169,7 +170,7 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
         raise
     if not is_done(search, records, config.seed):
         tracking.interrupt()
-        ended = sum(row.state in ENDED for row in records.rows.values())
+        ended = sum(row.state in ENDED and number not in records.held for number, row in records.rows.items())
         tell(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
         raise KeyboardInterrupt
     stage("writing the report, telling MLflow")
@@ -181,11 +182,12 @@ def _make_cache(config: ResolvedConfig, cached: bool) -> str:
     """One cache for all trials: what of it is missing is computed now. Its fingerprint; empty without one."""
     from pipelines.caching import driver as cache_teacher
     from pipelines.caching.plan import make_cache_plans
-    from pipelines.cluster.room import node_resources
+    from pipelines.cluster.room import forget_request, node_resources
     from pipelines.cluster.start import start_ray
 
     stage("starting Ray")
     start_ray()
+    forget_request()
     if not cached:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
         return ""
@@ -232,7 +234,7 @@ class _Slots:
         return min(self.fits, self.at_once or self.fits)
 
 
-def _search(sweep: Sweep, plan: Plan) -> None:
+def _search(sweep: Sweep, plan: Plan, at_once: int) -> None:
     import ray
 
     from pipelines.cluster.room import ask_for_nodes, check_gpus
@@ -246,8 +248,9 @@ def _search(sweep: Sweep, plan: Plan) -> None:
     schedule = plan.stream.schedule
     with (
         scratch_folder("tune") as scratch,
-        ask_for_nodes(one, sweep.search.trials * compute.workers),
+        ask_for_nodes(one) as request,
     ):
+        sweep.ask = lambda trials: request(min(trials, at_once or trials) * compute.workers)
         run_tuner(
             sweep,
             sweep.config,
@@ -256,6 +259,7 @@ def _search(sweep: Sweep, plan: Plan) -> None:
             sweep.records.in_order(),
             str(scratch),
         )
+    sweep.settle()
 
 
 def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:

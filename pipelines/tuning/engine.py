@@ -44,6 +44,9 @@ class Conductor(Protocol):
     def lost(self, number: int) -> None:
         """Its process died more often than is borne."""
 
+    def has_given_up(self) -> bool:
+        """Whether all is to be stopped."""
+
 
 class SweepSearcher(Searcher):
     """Passes on the sweep's jobs, as many at a time as it gives."""
@@ -160,6 +163,19 @@ class LostTrials(tune.Callback):
         self.conductor.lost(trial.config["number"])
 
 
+class GivenUp(tune.Stopper):
+    """Ends all trials, as Ctrl-C does, once the sweep has given up."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.conductor = conductor
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.conductor.has_given_up()
+
+
 def make_asha(search: Search, epochs: float) -> AsyncHyperBandScheduler | None:
     if not search.asha:
         return None
@@ -199,7 +215,8 @@ def trial_resources(config: Config, gpu: bool) -> dict[str, float]:
 def run_tuner(
     conductor: Conductor, config: Config, search: Search, epochs: float, past: Sequence[TrialRow], folder: str
 ) -> None:
-    """Run until the sweep has nothing left to start and all have ended, or until Ctrl-C. folder: for Tune's own files."""
+    """Run until the sweep has nothing left to start and all have ended, or it gives up, or until Ctrl-C. folder: for Tune's own
+    files."""
 
     def trial(config: dict[str, Any]) -> None:
         # Pickled by value, with its imports inside: the driver's own modules stay out of it.
@@ -231,7 +248,8 @@ def run_tuner(
             storage_path=folder,
             verbose=0,
             callbacks=[LostTrials(conductor)],
-            # For processes that die; an error is reported (`run_trial`), since it would come again.
+            stop=GivenUp(conductor),
+            # For processes that die, and machines that fail; any other error is reported (`run_trial`), since it would come again.
             failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
         ),
     )

@@ -52,10 +52,14 @@ def check_no_training(folder: Folder) -> None:
 
 
 class Records:
-    """The rows and refusals of one sweep, read once and kept in step with the disk. Only the driver writes them."""
+    """The rows and refusals of one sweep, read once and kept in step with the disk. Only the driver writes them.
+
+    held: the numbers of rows that the disk does not have as they are here.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Folder(config)
+        self.held: set[int] = set()
         self.rows: dict[int, TrialRow] = {row.number: row for row in self._read_rows()}
         listed = self.folder.read_record(REFUSED, list) if self.folder.exists(REFUSED) else []
         self.refused = [Refusal(**each) for each in listed]
@@ -78,6 +82,13 @@ class Records:
         """Keep a row, on disk before anything else learns of it."""
         self.trial_folder(row.number).write_record(TRIAL, json.dumps(asdict(row), indent=1))
         self.rows[row.number] = row
+        self.held.discard(row.number)
+        return row
+
+    def hold(self, row: TrialRow) -> TrialRow:
+        """Keep a row here alone, until it is `put`. On disk the trial is still at work: another driver would go on with it."""
+        self.rows[row.number] = row
+        self.held.add(row.number)
         return row
 
     def change(self, number: int, **changes: Any) -> TrialRow:

@@ -23,10 +23,11 @@ from qskd.evaluation.shown import score_text
 
 DONE: Literal["FINISHED"] = "FINISHED"  # Tune's word for: nothing is left to start
 REFUSALS = 200  # in a row, until the space is taken to have nothing that fits
+FAILURES = 5  # in a row, until what they have in common is taken to be the cause
 
 
 class Sweep:
-    """The state of a sweep in the driver: `records`, and which trials are with Tune.
+    """The state of a sweep in the driver: `records`, and which trials are with Tune. `ask` is told how many could be at work.
 
     config: the recipe, of a trial's length. slots: how many trials fit into the cluster now. limit_m: most parameters, in
     millions. known_cache: of a `Job`. recipe_latency_ms: of the recipe's student, which trials' are measured against.
@@ -49,16 +50,25 @@ class Sweep:
         self.config, self.search, self.records, self.tracking = config, search, records, tracking
         self.labels, self.slots, self.recipe_latency_ms, self.limit_m = labels, slots, recipe_latency_ms, limit_m
         self.known_cache = known_cache
+        self.ask: Callable[[int], None] = lambda trials: None
         self.live: dict[int, Job] = {}
+        self.exhausted = False
+        self.faults: dict[int, str] = {}  # by trial, what its machine said last
+        self.faults_in_a_row = 0
+        self.given_up = ""
         self.population = Population(search, config, *steps) if search.algorithm == "pbt" else None
 
     # --- what is next -------------------------------------------------------------------------------------------------
     def next_job(self) -> Job | str | None:
+        if self.given_up:
+            return DONE
+        self.ask(self.open_trials())
         if len(self.live) >= self.slots():
             return None
         rows = self.records.rows
         while len(rows) < self.search.trials and (self.population or not self._interrupted()):
             row = self._propose(len(rows))
+            self.exhausted = row is None
             if row is None:  # what those at work will have shown may bring another proposal
                 return None if self.live else DONE
             if self.population is None and row.state not in ENDED:  # one that can't even be built has ended: the next
@@ -67,6 +77,11 @@ class Sweep:
             return self._next_of_population()
         waiting = self._interrupted()
         return self._start(rows[waiting[0]]) if waiting else DONE
+
+    def open_trials(self) -> int:
+        """How many have not ended, those included that are yet to be proposed."""
+        begun = sum(row.state not in ENDED for row in self.records.rows.values())
+        return begun + (0 if self.exhausted else max(0, self.search.trials - len(self.records.rows)))
 
     def _interrupted(self) -> list[int]:
         """Begun or proposed, not ended, and not with Tune: of an earlier driver, or just made."""
@@ -139,7 +154,8 @@ class Sweep:
         """A trial that can't even begin; config: to log it with."""
         run_id = self.tracking.begin(row, trial_config(config, row.number))
         failed = self.records.put(replace(row, state="failed", reason=str(error), run_id=run_id))
-        self._end(failed)
+        tell(f"trial {row.number}: failed: {failed.reason.splitlines()[0]}")
+        self.tracking.end(failed)
         return failed
 
     def _next_of_population(self) -> Job | str | None:
@@ -170,7 +186,9 @@ class Sweep:
     def heard(self, number: int, report: dict[str, Any], stop: bool) -> None:
         row = self.records.rows[number]
         if "failed" in report:
-            self.records.put(replace(row, state="failed", reason=report["failed"]))
+            self._failed(number, report["failed"])
+        elif "broken" in report:
+            self._broken(number, report["broken"])
         elif "costs" in report:
             self.records.put(replace(row, **report["costs"]))
             self.tracking.costs(number, report["costs"])
@@ -182,6 +200,9 @@ class Sweep:
             seconds = round(row.seconds + report["seconds"], 2)
             self.records.put(replace(row, state=state, curve=curve, metrics=metrics, seconds=seconds))
             self.tracking.report(number, report)
+            self.faults_in_a_row = 0
+            if not self.given_up:
+                self._believe()
             self._tell(self.records.rows[number], stop)
 
     def _tell(self, row: TrialRow, stop: bool) -> None:
@@ -203,24 +224,69 @@ class Sweep:
             return
         row = self.records.rows[number]
         if row.state in ENDED:
-            self._end(row)
-        elif not job.until or row.epochs < job.until - 1e-6:
-            self._end(self.records.put(replace(row, state="failed", reason="it returned before its end")))
+            if number not in self.records.held:
+                self.tracking.end(row)
+        elif not self.given_up and (not job.until or row.epochs < job.until - 1e-6):
+            self._failed(number, "it returned before its end")
+        self.ask(self.open_trials())  # here too: once nothing is left to start, no next one is asked for
 
     def lost(self, number: int) -> None:
         self.live.pop(number, None)
         times = self.config.compute.max_failures + 1
-        reason = f"its process died {times} times; out of memory? (QSKD_VERBOSE=1 shows what Ray says)"
-        self._end(self.records.change(number, state="failed", reason=reason))
+        died = f"its process died {times} times; out of memory? (QSKD_VERBOSE=1 shows what Ray says)"
+        fault = self.faults.pop(number, "")
+        self._failed(number, f"{fault}\n  tried {times} times" if fault else died)
+        self.ask(self.open_trials())
 
-    def _end(self, row: TrialRow) -> None:
-        if row.state == "failed":
-            tell(f"trial {row.number}: failed: {row.reason.splitlines()[0]}")
-        self.tracking.end(row)
+    def _broken(self, number: int, reason: str) -> None:
+        """Tune tries the trial again, and counts; without a limit to that, the faults of all are counted here."""
+        self.faults[number] = reason
+        tell(f"trial {number}: a fault of its machine: {reason.splitlines()[0]}")
+        self.faults_in_a_row += 1
+        if self.config.compute.max_failures < 0 and self.faults_in_a_row >= FAILURES:
+            self.given_up = reason
+
+    def _failed(self, number: int, reason: str) -> None:
+        """A trial's failure is believed once some trial has been evaluated after it. Until then its cause may be one that all have
+        in common, such as a node without a way to the store, which is free again at once and draws every trial that follows."""
+        self.records.hold(replace(self.records.rows[number], state="failed", reason=reason))
+        tell(f"trial {number}: failed: {reason.splitlines()[0]}")
+        there = self.search.trials
+        if self.population is not None:  # no others will be begun
+            rows = self.records.rows.values()
+            there = sum(row.state != "failed" or row.number in self.records.held for row in rows)
+        if len(self.records.held) >= min(FAILURES, there):
+            self.given_up = reason
+
+    def _believe(self) -> None:
+        for number in sorted(self.records.held):
+            self.tracking.end(self.records.put(self.records.rows[number]))
+
+    def has_given_up(self) -> bool:
+        return bool(self.given_up)
+
+    def settle(self) -> None:
+        """After the last trial, or a signal. QskdError where too many failed in a row: none of those has ended."""
+        if self.given_up:
+            failed = f"{len(self.records.held)} trials" if self.records.held else f"{self.faults_in_a_row} tries"
+            raise QskdError(
+                f"{self.config.name}: {failed} in a row failed, and none was evaluated",
+                f"the last one: {' '.join(self.given_up.split())}",
+                "trials that can be trained",
+                "mend what they have in common: a node, a disk, a store, credentials (`qskd doctor --cluster` looks at all nodes). "
+                "The same command then goes on with them. Where the space has nothing that can be trained, choose another, and "
+                "another name",
+            )
+        if _all_ended(self.search, self.records, self.config.seed):
+            self._believe()
 
 
 def is_done(search: Search, records: Records, seed: int) -> bool:
     """Whether all trials have ended; fewer than asked for where the space had no more to offer."""
+    return not records.held and _all_ended(search, records, seed)
+
+
+def _all_ended(search: Search, records: Records, seed: int) -> bool:
     rows = records.rows
     if not all(row.state in ENDED for row in rows.values()):
         return False

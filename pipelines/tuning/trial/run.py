@@ -7,9 +7,12 @@ Both leave checkpoints in the trial's own folder and go on from the last one, wh
 
 from __future__ import annotations
 
+import platform
+import re
+
 import torch
 
-from pipelines.cluster.devices import device_here
+from pipelines.cluster.devices import check_own_gpu, device_here
 from pipelines.cluster.start import give_back_memory
 from pipelines.run.folder import Folder
 from pipelines.run.history import read_history, rows_until
@@ -21,18 +24,33 @@ from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.reports import Send, catch_up, epochs_of, evaluated
 from pipelines.tuning.trial.workers import _train_with_workers
 from qskd.config.recipe import build
-from qskd.errors import QskdError
+from qskd.errors import QskdError, of_machine
 
-_BROKEN_DEVICE: tuple[type[Exception], ...] = (
-    torch.AcceleratorError,
-)  # an assert on the device, a bad address, ECC; not "out of memory"
+# What torch says of a GPU or a driver that is not there. "Out of memory" is none of them: it is the trial that is too large.
+_NO_CUDA = re.compile(
+    r"No CUDA GPUs|no CUDA-capable|NVIDIA driver|CUDA driver|CUDA unknown error|not compiled with CUDA"
+)
+
+
+def machine_failed(error: BaseException) -> bool:
+    """Whether the trial may succeed in another process, or on another machine: the GPU's own error (an assert on the device, a bad
+    address, ECC), after which its process can do nothing more there; no GPU; no room on the disk; a store that is out of reach from
+    there; a package that is not installed."""
+    if isinstance(error, torch.AcceleratorError) or of_machine(error) or _NO_CUDA.search(str(error)):
+        return True
+    # Ray's errors hold those of its workers: all of them, the one of a task, the one that a function raised.
+    of_workers = getattr(error, "worker_failures", None) or {}
+    others = [error.__cause__, getattr(error, "cause", None), getattr(error, "_base_exc", None)]
+    causes = [each for each in (*of_workers.values(), *others) if isinstance(each, BaseException)]
+    return any(machine_failed(each) for each in causes if each is not error)
 
 
 def run_trial(job: Job, send: Send) -> None:
-    """Train, and `send` every evaluation. What goes wrong is sent too, as {"failed": reason}: an error that is raised would
-    be taken for a lost machine, and tried again. That is right for a GPU's own error alone, after which its process can do nothing
-    more there: the next trial in it would fail too."""
+    """Train, and `send` every evaluation. What goes wrong is sent too. As {"failed": reason} it ends the trial, for it would come
+    again. As {"broken": reason} it is raised as well, where the machine is to blame: Tune takes that for a lost process, and tries
+    the trial again, as often as the recipe allows."""
     try:
+        check_own_gpu()
         config = ResolvedConfig(build(job.config))
         plan = make_plan(config, "distill", known_cache=job.known_cache)
         if config.compute.threads_per_worker:
@@ -52,9 +70,11 @@ def run_trial(job: Job, send: Send) -> None:
             _train_here(job, plan, folder, send)
         else:
             _train_with_workers(plan, folder)
-    except _BROKEN_DEVICE:
-        raise
     except Exception as error:
-        send({"failed": str(error) if isinstance(error, QskdError) else f"{type(error).__name__}: {error}"})
+        reason = str(error) if isinstance(error, QskdError) else f"{type(error).__name__}: {error}"
+        if machine_failed(error):
+            send({"broken": f"on {platform.node()}: {reason}"})
+            raise
+        send({"failed": reason})
     finally:
         give_back_memory()  # the process trains the next trial
