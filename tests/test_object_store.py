@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +61,11 @@ def store(server: ObjectStore, request: pytest.FixtureRequest, monkeypatch: pyte
     server.make_bucket(bucket)
     monkeypatch.setenv(PATIENCE, "5")
     yield SimpleNamespace(
-        uri=f"s3://{bucket}", objects=lambda: server.objects(bucket), fail=server.fail, failed=lambda: server.failed
+        uri=f"s3://{bucket}",
+        objects=lambda: server.objects(bucket),
+        fail=server.fail,
+        failed=lambda: server.failed,
+        asked=server.asked,
     )
     server.fail(0)
 
@@ -166,6 +171,35 @@ def test_a_runs_folder_works_on_a_store(store: Any, tmp_path: Path) -> None:
     folder.delete("student/notes.txt")
     delete_run(folder)
     assert store.objects() == {}
+
+
+def test_who_may_write_below_one_folder_alone_can_and_no_object_stands_for_a_folder(
+    store: Any, dataset: Any, tmp_path: Path
+) -> None:
+    inside, bucket = f"{store.uri}/team/qskd", store.uri.removeprefix("s3://")
+
+    def outside(request: str) -> bool:
+        method, path = request.split(" ", 1)
+        return method in ("PUT", "POST", "DELETE") and not path.startswith(f"/{bucket}/team/qskd/")
+
+    store.fail(1000, status=403, matches=outside)
+    del store.asked[:]
+    write_shards(dataset, f"{inside}/shards")
+    write_rows(f"{inside}/cache", "a.parquet", [row(0)], "f")
+    folder = Folder(Config(name="one", output=f"{inside}/runs"))
+    folder.write("records/a.json", "{}")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model.safetensors").write_bytes(b"weights")
+    folder.upload(tmp_path / "student", "student")
+    assert not [request for request in store.asked if request.endswith("/")]
+    # Ray makes a run's folders itself, after qskd's first file.
+    ray_s = folder.for_ray()
+    ray_s["storage_filesystem"].create_dir(f"{ray_s['storage_path']}/one/train/checkpoint_1")
+    pickle.loads(pickle.dumps(ray_s["storage_filesystem"])).create_dir(f"{folder.root}/train/checkpoint_2")
+    assert store.failed() == []
+    assert folder.exists("train/checkpoint_2")
+    folder.delete("records/a.json")
+    assert len(ShardReader(f"{inside}/shards").read(0, range(12))) == 12
 
 
 def test_a_student_on_a_store_is_evaluated_as_on_a_disk(store: Any, dataset: Any, tmp_path: Path) -> None:

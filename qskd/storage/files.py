@@ -22,6 +22,16 @@ UNFINISHED = ".writing-"  # what a name begins with until its file is whole
 _APPEAR_WHOLE = ("s3", "gcs", "abfs")
 
 
+def make_folder(filesystem: pafs.FileSystem, path: str, where: str) -> None:
+    """A folder to write files to, and those above it, where the file system has such a thing. where: its name for messages.
+
+    The stores on which files appear whole have only names with slashes in them. For a folder pyarrow would write an object, and
+    one for each folder above: requests for nothing, and a role that may write below one folder alone is denied them.
+    """
+    if filesystem.type_name not in _APPEAR_WHOLE:
+        patiently(where, filesystem, lambda: filesystem.create_dir(path, recursive=True))
+
+
 def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
     """Make the local file appear at `path`, whole, also after a power cut. On a local file system `spool` must be in the same
     one: a rename does not cross file systems."""
@@ -48,7 +58,7 @@ def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> Non
             finally:
                 spool.unlink(missing_ok=True)
         return
-    patiently(path, filesystem, lambda: filesystem.create_dir(folder, recursive=True))
+    make_folder(filesystem, folder, path)
     patiently(path, filesystem, lambda: _send(lambda: io.BytesIO(content), len(content), filesystem, path))
 
 
