@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -149,3 +150,34 @@ def here(tiny_folders: Path, tmp_path: Path) -> Path:
     """`tiny_folders`, to be spoilt."""
     shutil.copytree(tiny_folders, tmp_path / "here")
     return tmp_path / "here"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """The S3 server of `object_store`, which this process's environment names."""
+    from object_store import ENVIRONMENT, object_store
+
+    before = dict(os.environ)
+    with object_store() as running:
+        os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=running.url, AWS_EC2_METADATA_DISABLED="true")
+        yield running
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def store(server: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`.uri` of an empty bucket, `.objects()` in it, `.fail(...)`; a failing store is given up after 5 s."""
+    from qskd.storage.stores import PATIENCE
+
+    bucket = f"bucket-{abs(hash(request.node.nodeid)):x}"
+    server.make_bucket(bucket)
+    monkeypatch.setenv(PATIENCE, "5")
+    yield SimpleNamespace(
+        uri=f"s3://{bucket}",
+        objects=lambda: server.objects(bucket),
+        fail=server.fail,
+        failed=lambda: server.failed,
+        asked=server.asked,
+    )
+    server.fail(0)

@@ -23,6 +23,7 @@ class ObjectStore:
         self._lock = threading.Lock()
         self._failures, self._status, self._matches = 0, 503, lambda _: True
         self.failed: list[str] = []
+        self.asked: list[str] = []  # every request
         self._server = make_server("127.0.0.1", 0, self, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -31,6 +32,7 @@ class ObjectStore:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
         with self._lock:
+            self.asked.append(request)
             broken = self._failures > 0 and self._matches(request)
             if broken:
                 self._failures -= 1

@@ -252,7 +252,7 @@ def test_storage_that_gives_back_other_bytes_is_a_problem(tmp_path: Path, monkey
         def open_input_stream(path: str) -> io.BytesIO:
             return io.BytesIO(b"")
 
-    monkeypatch.setattr(services, "open_folder", lambda _: (Forgetful(), str(tmp_path)))
+    monkeypatch.setattr(services, "open_at_once", lambda _: (Forgetful(), str(tmp_path)))
     check = storage("s3://bucket")
     assert check.status == "problem"
     assert "other bytes" in check.found
@@ -261,7 +261,7 @@ def test_storage_that_gives_back_other_bytes_is_a_problem(tmp_path: Path, monkey
 
 def test_storage_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services, "_STORAGE_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(services, "open_folder", lambda _: time.sleep(1))
+    monkeypatch.setattr(services, "open_at_once", lambda _: time.sleep(1))
     check = storage("s3://bucket")
     assert check.status == "problem"
     assert "does not answer" in check.found

@@ -177,3 +177,34 @@ def test_readers_of_other_columns_and_of_another_version_of_a_file_are_not_mixed
 def test_a_loader_without_others_keeps_its_rows_itself(stream: StreamConfig, temporary: Path) -> None:
     assert isinstance(stream.loader(), BatchLoader)
     assert list(temporary.iterdir()) == []
+
+
+def _deleted_but_mapped(folder: Path) -> int:
+    """Bytes of deleted files that this process still maps: their room on the disk isn't free."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line and line.endswith("(deleted)"):
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            total += end - begin
+    return total
+
+
+def test_what_a_reader_holds_is_bounded_in_bytes_in_memory_and_of_deleted_files(temporary: Path) -> None:
+    limit, group_bytes = 2_000_000, 200_000
+    first, second = RowGroupSpool("data", limit), RowGroupSpool("data", limit)
+
+    def read() -> pa.Table:
+        return pa.table({"x": pa.array([1.0] * (group_bytes // 8))})  # in Arrow's memory, as what is read of Parquet
+
+    before = pa.total_allocated_bytes()
+    for group in range(100):
+        assert first.table("a shard", group, ["x"], read)[1]
+        assert not second.table("a shard", group, ["x"], read)[1]
+    assert pa.total_allocated_bytes() - before <= group_bytes  # what the first read is mapped, as it is by the second
+    assert _deleted_but_mapped(temporary) <= 2 * 1.1 * limit  # of two readers
+    for reader in (first, second):
+        assert 0 < reader._mapped.held_bytes <= limit
+    assert not first.table("a shard", 99, ["x"], read)[1]
+    first.close()
+    second.close()
+    assert _deleted_but_mapped(temporary) == 0

@@ -17,6 +17,7 @@ from pipelines.training.checkpoint_list import LIST, TRAIN, delete_unlisted
 from pipelines.tuning.trial.checkpoints import _keep
 from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.storage.places import check_uri, open_at_once, open_folder
 from qskd.storage.stores import PATIENCE, join, may_pass, patience_s
 from qskd.teacher.manifest import CacheManifest, CacheSizes
 
@@ -129,3 +130,59 @@ def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> Non
             patience_s()
     assert may_pass(OSError("AWS Error NETWORK_CONNECTION during HeadObject operation"))
     assert not may_pass(FileNotFoundError("x"))
+    assert not may_pass(OSError("Unable to load libjvm"))
+
+
+@pytest.mark.parametrize("use", [open_folder, open_at_once, check_uri, lambda uri: join(uri, "run")])
+def test_a_uri_whose_path_a_number_sign_would_end_is_refused_with_what_to_write(use: Callable[[str], Any]) -> None:
+    for uri in ("s3://b/runs#2/one?region=y", "s3://b/x#1", "file:///runs#2/one", "memory://runs#2"):
+        with pytest.raises(QskdError, match="#") as raised:
+            use(uri)
+        assert raised.value.remedy.endswith(uri.replace("#", "%23"))
+    with pytest.raises(QskdError) as raised:
+        use("s3://b/x#token=hunter2")
+    assert "hunter2" not in str(raised.value)
+    assert join("/runs#2", "run") == "/runs#2/run"
+
+
+@pytest.mark.parametrize("name", ["a b", "Fotos-für-é", "a[1]", "50%", "100%2", "{x}|y"])
+def test_a_path_that_is_no_uri_s_is_told_with_the_uri_that_means_it(name: str) -> None:
+    with pytest.raises(QskdError, match="can't be opened") as raised:
+        open_folder(f"s3://bucket/{name}/a%20b?region=us-east-1&scheme=http")
+    said = raised.value.remedy.removeprefix("write it as ")
+    assert open_folder(said)[1] == f"bucket/{name}/a b"
+    with pytest.raises(QskdError) as raised:
+        open_folder("s3://bucket/x?nonsense=1")
+    assert raised.value.remedy == "correct it"
+
+
+def test_a_store_that_fails_while_it_is_opened_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pyarrow asks S3 for a bucket's region then."""
+    failures: list[str] = []
+    real = pafs.FileSystem
+
+    class Asked(pafs.FileSystem):
+        @staticmethod
+        def from_uri(uri: str) -> Any:
+            if failures:
+                raise OSError(failures.pop())
+            return real.from_uri(uri)
+
+    passing = "When resolving region for bucket 'b': AWS Error NETWORK_CONNECTION during HeadBucket operation"
+    monkeypatch.setattr(pafs, "FileSystem", Asked)
+    failures += [passing] * 2
+    assert open_folder(f"file://{tmp_path}/a")[1] == f"{tmp_path}/a"
+    assert "answered at try 3" in caplog.text
+    monkeypatch.setenv(PATIENCE, "0")
+    failures += [passing]
+    with pytest.raises(QskdError, match="the store failed 1 time") as raised:
+        open_folder(f"file://{tmp_path}/b")
+    assert PATIENCE in raised.value.remedy
+    monkeypatch.delenv(PATIENCE)
+    for open_it, message in ((open_folder, "Bucket 'b' not found"), (open_at_once, passing)):
+        failures[:] = [passing, message]
+        with pytest.raises(QskdError, match="can't be reached"):
+            open_it(f"file://{tmp_path}/c")
+        assert failures == [passing]

@@ -23,6 +23,7 @@ from qskd.config.recipe import load, to_yaml
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.detectors import build_student, save_detector
+from qskd.storage.files import make_folder
 from qskd.storage.places import open_folder
 
 IMAGES = {"train": (64, 0), "val": (16, 1000)}  # how many, and the first one's number
@@ -77,7 +78,7 @@ def make_data(folder: Path) -> None:
 def copy_folder(source: Path, uri: str) -> None:
     """A local folder to anywhere."""
     filesystem, root = open_folder(uri)
-    filesystem.create_dir(root, recursive=True)
+    make_folder(filesystem, root, uri)
     pafs.copy_files(str(source), root, destination_filesystem=filesystem)
 
 

@@ -23,7 +23,7 @@ from pipelines.tracking.store import check_database, deleted, sqlite_file, witho
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.redaction import redacted
-from qskd.storage.places import open_folder
+from qskd.storage.places import open_at_once
 from qskd.storage.stores import is_local
 from qskd.untrusted import parse_json
 
@@ -174,7 +174,7 @@ def _probe(storage: str) -> Check:
     shown, written = redacted(storage), uuid.uuid4().bytes
     remedy = "choose another output (a folder or URI that can be written to), or get the rights to this one"
     try:
-        filesystem, root = open_folder(storage)
+        filesystem, root = open_at_once(storage)
         folder = root
         if is_local(filesystem):
             # nothing is left behind, so the folder is not made: the nearest one that exists has to take a file

@@ -13,7 +13,7 @@ from pyarrow import fs
 from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.storage.durable import sync_tree
-from qskd.storage.files import publish_bytes, read_bytes
+from qskd.storage.files import make_folder, publish_bytes, read_bytes
 from qskd.storage.models import RUN_MARK
 from qskd.storage.models import SWEEP as SWEEP
 from qskd.storage.places import open_folder
@@ -124,8 +124,9 @@ class Folder:
                 self.where(links[0]), "a link", "a run's own files", "remove the link; nothing was replaced"
             )
 
+        make_folder(self.filesystem, f"{self.root}/{name}", self.where(name))
+
         def upload() -> None:
-            self.filesystem.create_dir(f"{self.root}/{name}", recursive=True)
             fs.copy_files(str(local), f"{self.root}/{name}", destination_filesystem=self.filesystem)
             if is_local(self.filesystem):
                 sync_tree(f"{self.root}/{name}")
@@ -139,7 +140,19 @@ class Folder:
         """Ray Train's and Tune's `storage_path`, and for a URI the file system too: Ray itself knows only pyarrow's."""
         if is_local(self.filesystem):
             return {"storage_path": self.root}
-        return {"storage_path": self.root, "storage_filesystem": self.filesystem}
+        return {"storage_path": self.root, "storage_filesystem": _sparing(self.filesystem)}
+
+
+def _sparing(filesystem: fs.FileSystem) -> fs.FileSystem:
+    """S3 set to write an object for a folder only where nothing is in it yet. Ray asks for folders that have files of ours in them,
+    and pyarrow would write objects for all above them too, which a role that may write below one folder alone is denied.
+
+    No URI can say so: the file system is made again of what its pickle holds, which is all that Ray's workers get of it.
+    """
+    if filesystem.type_name != "s3":
+        return filesystem
+    again, (options,) = filesystem.__reduce__()
+    return again(options | {"check_directory_existence_before_creation": True})
 
 
 def _parsed(name: str, text: str | None, kind: type) -> tuple[bool, Any]:

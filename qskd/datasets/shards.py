@@ -41,7 +41,7 @@ from qskd.datasets.samples import (
 )
 from qskd.errors import QskdError, writing
 from qskd.printable import one_line
-from qskd.storage.files import UNFINISHED, publish, read_bytes, remove, sha256_of
+from qskd.storage.files import UNFINISHED, make_folder, publish, read_bytes, remove, sha256_of
 from qskd.storage.ownership import head_says
 from qskd.storage.parquet import ParquetFiles
 from qskd.storage.places import check_not_read, open_folder
@@ -103,7 +103,7 @@ def write_shards(
     if strict:
         refuse(outlined(dataset), dataset.source, accept)
     with writing(destination):
-        patiently(destination, filesystem, lambda: filesystem.create_dir(root, recursive=True))
+        make_folder(filesystem, root, destination)
     shards: list[Shard] = []
     fresh: set[str] = set()  # what was not there before: a failure deletes these alone
     survey = Survey()

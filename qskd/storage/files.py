@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import io
-import shutil
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from qskd.errors import writing
@@ -20,6 +24,17 @@ UNFINISHED = ".writing-"  # what a name begins with until its file is whole
 # Where a file appears only when its writer closes it: no name of its own is needed until then. A rename, which these stores
 # do not have, would be a copy.
 _APPEAR_WHOLE = ("s3", "gcs", "abfs")
+_BLOCK = 1 << 22  # bytes written at once
+
+
+def make_folder(filesystem: pafs.FileSystem, path: str, where: str) -> None:
+    """A folder to write files to, and those above it, where the file system has such a thing. where: its name for messages.
+
+    The stores on which files appear whole have only names with slashes in them. For a folder pyarrow would write an object, and
+    one for each folder above: requests for nothing, and a role that may write below one folder alone is denied them.
+    """
+    if filesystem.type_name not in _APPEAR_WHOLE:
+        patiently(where, filesystem, lambda: filesystem.create_dir(path, recursive=True))
 
 
 def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
@@ -48,22 +63,71 @@ def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> Non
             finally:
                 spool.unlink(missing_ok=True)
         return
-    patiently(path, filesystem, lambda: filesystem.create_dir(folder, recursive=True))
+    make_folder(filesystem, folder, path)
     patiently(path, filesystem, lambda: _send(lambda: io.BytesIO(content), len(content), filesystem, path))
 
 
 def _send(opened: Callable[[], BinaryIO], size: int, filesystem: pafs.FileSystem, path: str) -> None:
+    """Whole, or what was there before stays.
+
+    In a thread of its own: an interrupt comes to the main thread alone, where it could drop a stream that has just been opened,
+    and so complete an upload of nothing. It makes the thread give up, and is raised when that has.
+    """
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        upload = pool.submit(_upload, opened, size, filesystem, path, given_up)
+        try:
+            upload.result()
+        except BaseException:
+            given_up.set()
+            raise
+
+
+def _upload(
+    opened: Callable[[], BinaryIO], size: int, filesystem: pafs.FileSystem, path: str, given_up: threading.Event
+) -> None:
     folder, _, name = path.rpartition("/")
     target = path if filesystem.type_name in _APPEAR_WHOLE else f"{folder}/{UNFINISHED}{name}"
-    with opened() as source, filesystem.open_output_stream(target) as sink:
-        shutil.copyfileobj(source, sink, 1 << 22)
-    # pyarrow closes a stream, and with that finishes an upload, even when writing to it failed half-way.
+    with opened() as source:
+        sink = filesystem.open_output_stream(target)
+        sent = 0
+        while sent < size:
+            try:
+                if given_up.is_set():
+                    raise InterruptedError(f"given up after {sent} of {size} bytes")
+                if not (block := source.read(min(_BLOCK, size - sent))):
+                    raise OSError(f"{sent} of {size} bytes were there to be sent")
+            except BaseException:
+                _abandon(sink, filesystem, target)
+                raise
+            try:
+                sink.write(block)
+            except BaseException:
+                # Closing such a stream fails too, and completes nothing; where it does not, the file is cut.
+                with contextlib.suppress(Exception):
+                    sink.close()
+                    filesystem.delete_file(target)
+                raise
+            sent += len(block)
+        sink.close()
     arrived = filesystem.get_file_info(target).size
     if arrived != size:
         filesystem.delete_file(target)
         raise OSError(f"{arrived} of {size} bytes arrived")
     if target != path:
         filesystem.move(target, path)
+
+
+def _abandon(sink: pa.NativeFile, filesystem: pafs.FileSystem, target: str) -> None:
+    """Leave a file unfinished whose source broke off. pyarrow can't abort an upload: to close its stream completes it with what
+    arrived, and so does to drop it, and one still open as the program ends waits for ever. So it is kept for good, out of
+    Python's reach."""
+    if filesystem.type_name in _APPEAR_WHOLE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
+        return
+    with contextlib.suppress(Exception):  # what broke off is raised
+        sink.close()
+        filesystem.delete_file(target)
 
 
 def read_bytes(filesystem: pafs.FileSystem, path: str, where: str = "", most: int | None = None) -> bytes:
@@ -89,6 +153,6 @@ def sha256_of(stream: Any) -> str:
     """Of a file opened for reading, which is closed."""
     digest = hashlib.sha256()
     with stream:
-        while block := stream.read(1 << 22):
+        while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

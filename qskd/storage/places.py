@@ -9,9 +9,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -21,9 +21,10 @@ from qskd.redaction import STORE_REMEDY, redacted, redacted_uri, secret_in
 from qskd.storage.models import local_model, model_place
 from qskd.storage.ownership import same_file
 from qskd.storage.scratch import scratch_folder
-from qskd.storage.stores import patiently
+from qskd.storage.stores import check_whole, patiently
 
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_PYARROW_S = ("s3://", "gs://", "gcs://", "abfs://", "abfss://")  # schemes that need no package of fsspec's
 _LONGEST_PATH = 4096  # bytes: Linux opens no longer one
 
 
@@ -39,25 +40,40 @@ def local_name(path: str) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """QskdError where a URI has a secret in it; no store is asked."""
+    """QskdError where a URI has a secret in it, or a #; no store is asked."""
     if secret := secret_in(uri):
         found = f"{secret}, which recipes, MLflow and logs would all keep"
         raise QskdError(redacted_uri(uri), found, "a URI without", STORE_REMEDY)
+    check_whole(uri)
 
 
 @lru_cache(maxsize=64)
 def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it)."""
+    """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it). Some stores are asked at this already: one
+    that fails is tried again."""
+    return _opened(uri, patient=True)
+
+
+def open_at_once(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The same, where a store that fails is an error at once."""
+    return _opened(uri, patient=False)
+
+
+def _opened(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
     if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
         raise QskdError(uri, "a path with a NUL character, or one that is not UTF-8", "a path in UTF-8", "rename it")
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(local_name(uri)))
     check_uri(uri)
     try:
-        return pafs.FileSystem.from_uri(uri)
+        return (
+            patiently(uri, None, partial(pafs.FileSystem.from_uri, uri)) if patient else pafs.FileSystem.from_uri(uri)
+        )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        if uri.startswith(("s3://", "gs://", "abfs://")):  # a scheme that pyarrow knows: what is wrong is the rest
-            raise QskdError(uri, f"can't be opened: {error}", "a URI of pyarrow's", "correct it") from None
+        if uri.startswith(_PYARROW_S):  # what is wrong is the rest
+            encoded = _encoded(uri)
+            remedy = f"write it as {encoded}" if encoded != uri else "correct it"
+            raise QskdError(uri, f"can't be opened: {error}", "a URI of pyarrow's", remedy) from None
     except OSError as error:
         raise QskdError(uri, f"can't be reached: {error}", "a reachable store", "check address and access") from None
     try:
@@ -68,6 +84,12 @@ def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
         remedy = "check the scheme, or install the fsspec package that serves it"
         raise QskdError(uri, f"can't be opened: {error}", "a path or a file system URI", remedy) from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def _encoded(uri: str) -> str:
+    """With what may not stand in a URI, as spaces and letters beyond ASCII, as %XX; what is so already stays."""
+    scheme, mark, rest = uri.partition("://")
+    return scheme + mark + re.sub("%(?![0-9A-Fa-f]{2})", "%25", quote(rest, safe="/?%!$&'()*+,;=:@~"))
 
 
 @contextmanager

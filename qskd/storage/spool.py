@@ -11,24 +11,24 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
+from qskd.storage.recent import Recent
 from qskd.storage.scratch import SharedFolder
 
-_MOST_MAPPED = 512
 _TIDY_EVERY = 16  # files written by this process
 
 
 class RowGroupSpool:
-    """The folder, as one process uses it; all that use it have the same name. limit_bytes: of its files, about."""
+    """The folder, as one process uses it; all that use it have the same name. limit_bytes: of its files, about; and of what this
+    process holds of them, deleted ones too, whose room on the disk is free only when nobody maps them."""
 
     def __init__(self, name: str, limit_bytes: int) -> None:
         self._folder, self._limit, self._written = SharedFolder(name), limit_bytes, 0
-        self._mapped: OrderedDict[str, pa.Table] = OrderedDict()
+        self._mapped = Recent(limit_bytes)
 
     def table(
         self, file: str, group: int, columns: Sequence[str], read: Callable[[], pa.Table]
@@ -36,7 +36,7 @@ class RowGroupSpool:
         """These columns of a row group, and whether they had to be read. file: names its content, wherever it is stored."""
         words = "\0".join((file, str(group), *columns))
         key = hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
-        table = self._mapped.pop(key, None)
+        table = self._mapped.get((key,))
         read_now = False
         if table is None:
             path = self._folder.path / f"{key}.arrow"
@@ -47,9 +47,9 @@ class RowGroupSpool:
                     if table is None:
                         table, read_now = read(), True
                         self._keep(path, table)
-            if len(self._mapped) >= _MOST_MAPPED:
-                self._mapped.popitem(last=False)
-        self._mapped[key] = table
+                        mapped = _mapped(path)  # the file's pages are every reader's, and the system may drop them
+                        table = table if mapped is None else mapped
+            self._mapped.put((key,), table, table.nbytes)
         return table, read_now
 
     def _keep(self, path: Path, table: pa.Table) -> None:
@@ -82,7 +82,7 @@ class RowGroupSpool:
 
     def close(self) -> None:
         """Leave the folder; the last one deletes it."""
-        self._mapped.clear()
+        self._mapped = Recent(0)
         self._folder.close()
 
 

@@ -21,6 +21,7 @@ from qskd.redaction import redacted
 log = logging.getLogger("qskd")
 __all__ = [
     "PATIENCE",
+    "check_whole",
     "is_local",
     "join",
     "may_pass",
@@ -38,7 +39,8 @@ _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError
 # What pyarrow's S3 client says of requests that will fail the next time too; it knows no exceptions of their own for them.
 _FINAL_TEXT = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_TOKEN|"
-    r"INVALID_SIGNATURE|UNRECOGNIZED_CLIENT|Bucket '.*' not found|allow_bucket_creation"
+    r"INVALID_SIGNATURE|UNRECOGNIZED_CLIENT|Bucket '.*' not found|allow_bucket_creation|"
+    r"Unable to load lib"  # a machine without what HDFS needs
 )
 T = TypeVar("T")
 
@@ -64,11 +66,11 @@ def may_pass(error: OSError) -> bool:
     return not isinstance(error, _FINAL) and not _FINAL_TEXT.search(str(error))
 
 
-def patiently(where: str, filesystem: pafs.FileSystem, request: Callable[[], T]) -> T:
+def patiently(where: str, filesystem: pafs.FileSystem | None, request: Callable[[], T]) -> T:
     """The answer of `request`, tried again while it raises OSErrors that may pass, each time after a longer wait.
 
-    where: what messages name. `request` must do no harm when it is done twice. Errors that will not pass, and all of local
-    disks, are raised as they are; a store that fails for `patience_s` is a QskdError.
+    where: what messages name. filesystem: None while it is being opened. `request` must do no harm when it is done twice. Errors
+    that will not pass, and all of local disks, are raised as they are; a store that fails for `patience_s` is a QskdError.
     """
     began, wait_s, tries = time.monotonic(), FIRST_WAIT_S, 0
     while True:
@@ -77,7 +79,7 @@ def patiently(where: str, filesystem: pafs.FileSystem, request: Callable[[], T])
             with full_disk_named(where):
                 answer = request()
         except OSError as error:
-            if is_local(filesystem) or not may_pass(error):
+            if (filesystem is not None and is_local(filesystem)) or not may_pass(error):
                 raise
             limit_s, spent_s = patience_s(), time.monotonic() - began
             if spent_s + wait_s > limit_s:
@@ -93,7 +95,17 @@ def patiently(where: str, filesystem: pafs.FileSystem, request: Callable[[], T])
             return answer
 
 
+def check_whole(uri: str) -> None:
+    """QskdError for a URI with a #: pyarrow leaves out what follows it, and two folders would be one."""
+    if "://" in uri and "#" in uri:
+        written = redacted(uri).replace("#", "%23")
+        raise QskdError(
+            uri, "a URI with a #, at which its path would end", "a URI without", f"write %23 for it: {written}"
+        )
+
+
 def join(uri: str, *names: str) -> str:
     """A path or URI with names appended to its path: before its query, where it has one (`s3://bucket/a?region=...`)."""
+    check_whole(uri)
     path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return "/".join([path.rstrip("/") or path, *names]) + mark + query

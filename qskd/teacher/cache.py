@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qskd.datasets.manifest import MANIFEST
 from qskd.errors import QskdError, writing
-from qskd.storage.files import UNFINISHED, publish
+from qskd.storage.files import UNFINISHED, make_folder, publish
 from qskd.storage.parquet import ParquetFiles
 from qskd.storage.places import open_folder
 from qskd.storage.scratch import locked_folder, scratch_folder
@@ -58,7 +58,7 @@ def write_rows(
     """
     filesystem, root = open_folder(uri)
     with writing(uri):
-        patiently(uri, filesystem, lambda: filesystem.create_dir(root, recursive=True))
+        make_folder(filesystem, root, uri)
     count = 0
     names = stored(optional)
     schema = schema_of(names).with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
