@@ -138,8 +138,8 @@ def test_top_k_bounds_each_image_not_the_batch(detector: Detector) -> None:
 
 
 def test_two_images_are_not_drawn_into_one_file(tmp_path: Path) -> None:
-    with pytest.raises(QskdError, match="would both be drawn there"):
-        predict.targets([tmp_path / "a.jpg", tmp_path / "a.png"], None)
+    both = predict.targets([tmp_path / "a.jpg", tmp_path / "a.png"], None)
+    assert [target.name for _, target in both] == ["a.jpg.boxes.png", "a.png.boxes.png"]
     assert len(predict.targets([tmp_path / "a.jpg", tmp_path / "b.jpg"], None)) == 2
     with pytest.raises(QskdError, match="would both be drawn there"):
         explain.targets(["one/7.jpg", "two/7.jpg"], None)

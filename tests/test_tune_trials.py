@@ -15,7 +15,7 @@ from forked import processes_of_ray
 from sweeps import cluster, config, rows_of, work  # noqa: F401  (fixtures)
 
 from pipelines.caching import driver as cache_teacher
-from pipelines.run.folder import Folder
+from pipelines.run.folder import TRIAL, Folder
 from pipelines.run.ownership import check_ours
 from pipelines.tuning import driver as tune
 from pipelines.tuning.engine import run_tuner
@@ -98,6 +98,7 @@ def test_a_stopped_trial_of_two_workers_leaves_no_process_and_holds_no_cpu(
         return not set(processes) & set(trial_processes()) and free > there - 0.5
 
     long = config(work, "stopped-2", "training.epochs=200", "compute.workers=2", "teacher.cache.path=")
+    Folder(trial_config(long, 0)).write(TRIAL, "{}")  # a driver's first: that it began the trial
     # It takes a second, and a busy machine more; what is not ended on purpose is there when the sweep ends.
     conductor = StopAtOnce([Job(0, to_tree(trial_config(long, 0)))], released, patience_s=120)
     stop_at_once(long, conductor, tmp_path)

@@ -217,9 +217,10 @@ def _check_value(value: Any, name: str, field: str, where: str, depth: int = 0) 
 
 
 def _check_anchors(clean: dict[str, Any], where: str) -> None:
-    """RT-DETR lays anchors over an image of this size as soon as it is built."""
+    """RT-DETR lays anchors over an image of this size as soon as it is built: a height and a width."""
     sides, strides = clean["anchor_image_size"], clean.get("feat_strides", [8, 16, 32])
-    sides = [sides, sides] if isinstance(sides, int) else sides
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        raise _refused(where, "anchor_image_size", shown(sides), "null, or a height and a width")
     if not all(isinstance(side, int) and side <= 8192 for side in sides) or not all(
         isinstance(stride, int) and stride >= 4 for stride in strides
     ):

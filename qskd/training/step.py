@@ -121,7 +121,7 @@ class Training:
         # The random state is a function of the step, so that a resumed run draws what the first one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1_009 + self.rank)
         said: list[dict[str, Tensor]] = []
-        objects = self._objects(parts)
+        objects = self._count_objects(parts)
         for part in parts:
             with self._syncing(len(said) == len(parts) - 1):
                 total, values = self._forward(part, len(parts), objects)
@@ -156,7 +156,7 @@ class Training:
         no_sync: AbstractContextManager[Any] = self.step_module.no_sync()
         return no_sync
 
-    def _objects(self, parts: tuple[TrainBatch, ...]) -> int | None:
+    def _count_objects(self, parts: tuple[TrainBatch, ...]) -> int | None:
         """How many objects this worker's parts have. None where one part is all, or not labels alone say what is an object."""
         if len(parts) == 1 or self.config.data.unlabeled or self.config.data.completed:
             return None
@@ -171,8 +171,8 @@ class Training:
         count = torch.full((), term.objects * objects / parts, device=term.total.device)
         return replace(term, count=count, floor=term.floor / (self.world * parts))
 
-    def _forward(self, part: TrainBatch, parts: int, objects: int | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all terms, with its gradient's graph, and each term's value. objects: of `_objects`."""
+    def _forward(self, part: TrainBatch, parts: int, objects: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms, with its gradient's graph, and each term's value. objects: of `_count_objects`."""
         real = len(part.images) > 0
         share = part if real else stand_in(self.device, self.config.student.resize, self.teacher)
         if self.student.training != real:  # a stand-in leaves no mark on batch statistics
@@ -185,7 +185,7 @@ class Training:
             norm.absent = not real
         with autocast(self.config.compute.precision, self.device):
             record = self._ask_teacher(share)
-            share = replace(share, targets=self._targets(share, record))
+            share = replace(share, targets=self._objects(share, record))
             noise = self._noise(share if real else part)
             terms: dict[str, LossTerm] = self.step_module(
                 images, sizes, share.targets, record, self._online(share), noise, least, self._boosts(share)
@@ -203,7 +203,7 @@ class Training:
             return None
         return self.teacher.record(batch, self.module.method.needs)
 
-    def _targets(self, batch: TrainBatch, record: TeacherRecord | None) -> Targets:
+    def _objects(self, batch: TrainBatch, record: TeacherRecord | None) -> Targets:
         """What is to be found in the images: what was labelled, else what the teacher is sure of."""
         completed = self.config.data.completed
         if batch.targets.all_labelled and not completed:
