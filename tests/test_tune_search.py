@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_sweep_failures import Told
 from tiny import recipe, silent_student
 
 from pipelines.run.folder import Folder
@@ -338,21 +339,6 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert again.refused == records.refused
     assert again.change(1, state="failed").state == "failed"
     assert Records(sweep_config(tmp_path)).rows[1].state == "failed"
-
-
-class Told:
-    """In MLflow's place: which trials ended, and how."""
-
-    def __init__(self) -> None:
-        self.ended: list[tuple[int, str]] = []
-
-    def begin(self, row: TrialRow, config: Config) -> str:
-        return f"run-{row.number}"
-
-    def end(self, row: TrialRow) -> None:
-        self.ended.append((row.number, row.state))
-
-    def parameters(self, *_: Any) -> None: ...
 
 
 @pytest.mark.parametrize("limit_m", [None, 5.0])
