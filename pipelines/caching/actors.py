@@ -158,7 +158,6 @@ class TeacherActor:
 
     def _check_device(self) -> None:
         """QskdError where this is not the kind of device that the cache's identity names (`pipelines.caching.driver`)."""
-
         asked, found = self.config.compute.device, self.maker.device.type
         if asked != found:
             raise QskdError(

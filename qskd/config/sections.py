@@ -179,8 +179,9 @@ class TrainingConfig(Section):
     max_steps: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive = 16  # over all workers
     # Images that a worker runs at once: where its share of a batch does not fit into memory, it takes it in parts of at most so
-    # many, adds up their gradients and steps once. The detection loss is then that of the whole share; what a teacher teaches, and
-    # the dense head, are means over each part's own pairs and cells. 0 = all at once.
+    # many, adds up their gradients and steps once. What is counted by labelled objects (classes but for DETR's softmax, boxes) is
+    # then as in the whole share; all else (that softmax, denoising queries, FGL and DDF, united matches, the dense head, what a
+    # teacher teaches) is the mean over the parts. 0 = all at once.
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # the highest
     backbone_learning_rate_scale: NonNegative = 0.1  # the backbone's learning rate over that of the rest

@@ -114,8 +114,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     there are, the others looking first at places of their own, spread over the image. A narrower student of as many heads,
     or of fewer that are no wider, takes evenly chosen channels of evenly chosen heads, the same ones everywhere (weight
     selection, Xu et al., ICLR 2024), save in the backbone. Of a teacher of another family only the backbone is copied: its
-    other parts mean other things, whatever their
-    shapes. Raises QskdError when that does not fit either.
+    other parts mean other things, whatever their shapes. Raises QskdError when that does not fit either.
     """
     if teacher.family in TEACHERS_ONLY:
         raise QskdError(

@@ -118,8 +118,7 @@ def evaluate_coco(
         precision, recall = COUNT[chosen](truth, found, [1, 10, max_detections])
     else:  # nothing to find, nothing to measure; not every program takes an empty table
         precision, recall = np.full((10, 101, len(truth.categories), 4, 3), -1.0), np.full((10, 0, 4, 3), -1.0)
-    ranks = {number: rank for rank, number in enumerate(sorted(number for number, _ in truth.categories))}
-    given = precision[:, :, [ranks[number] for number, _ in truth.categories], 0, 2]
+    given = precision[:, :, [rank - 1 for rank, _ in truth.categories], 0, 2]
     return CocoResult(_averages(precision, recall), _per_class(given, ground_truth.categories), chosen, given)
 
 

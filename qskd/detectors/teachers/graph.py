@@ -98,9 +98,8 @@ class GraphDetector(BoxesDetector):
                 )
             return image, (0, 0)
         side = words.size or side or max(height, width)
-        image = image[
-            :, :side, :side
-        ]  # by DETR's rule a picture whose shorter side needs no change may be a pixel longer
+        # By DETR's rule a picture whose shorter side needs no change may be a pixel longer.
+        image = image[:, :side, :side]
         height, width = image.shape[-2:]
         left, top = round((side - width) / 2 - 0.1), round((side - height) / 2 - 0.1)
         grey = (GREY - np.array(words.mean)) / np.array(words.std)
