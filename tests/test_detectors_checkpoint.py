@@ -193,6 +193,11 @@ def test_a_folder_that_is_not_there_is_said_without_asking_the_hub(path: str) ->
         load_detector(path)
 
 
+def test_a_name_that_is_neither_a_folder_nor_the_hubs_is_said_to_be_so() -> None:
+    with pytest.raises(QskdError, match=r"exported: no folder here, and as a Hub name nothing .*HF_HUB_OFFLINE"):
+        load_detector("exported")
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QskdError, match=r"no config.json"):
         load_detector(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
@@ -91,6 +92,14 @@ def read_said(path: str) -> tuple[dict[str, Any], str]:
     """
     with reading(path):
         file = checkpoint_file(path, CONFIG_NAME)
+    if file is None and not Path(path).is_dir():
+        tried = "HF_HUB_OFFLINE keeps it from being asked" if is_offline_mode() else "it was asked"
+        raise QskdError(
+            path,
+            f"no folder here, and as a Hub name nothing with a {CONFIG_NAME} ({tried})",
+            "a folder saved by transformers, or a Hub name such as owner/model",
+            "check the path, from the folder that the command is given in; download what the Hub has, or unset HF_HUB_OFFLINE",
+        )
     if file is None:
         raise QskdError(path, f"no {CONFIG_NAME}", "a checkpoint of transformers")
     return read_json_file(file), f"{path}/{CONFIG_NAME}"
