@@ -6,10 +6,13 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +21,8 @@ import pyarrow.fs as pafs
 
 from qskd.errors import writing
 from qskd.storage import durable
-from qskd.storage.stores import is_local, patiently
+from qskd.storage.scratch import locked_folder, remove_orphan
+from qskd.storage.stores import is_local, join, patiently
 
 UNFINISHED = ".writing-"  # what a name begins with until its file is whole
 # Where a file appears only when its writer closes it: no name of its own is needed until then. A rename, which these stores
@@ -47,6 +51,40 @@ def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
     size = spool.stat().st_size
     patiently(path, filesystem, lambda: _send(lambda: spool.open("rb"), size, filesystem, path))
     spool.unlink()
+
+
+def publish_copies(source: Path, filesystem: pafs.FileSystem, path: str, where: str) -> None:
+    """Make copies of all files below a local folder appear below `path`, each whole, in place of those of the same names.
+
+    On a local file system none takes its place before all are on the disk: one that gets full leaves what was there.
+    """
+    names = sorted(file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file())
+    if is_local(filesystem):
+        with writing(where):
+            _copy_all(source, names, Path(path))
+        return
+    for name in names:
+        target, size = f"{path}/{name}", (source / name).stat().st_size
+        make_folder(filesystem, target.rpartition("/")[0], where)
+        opened = partial((source / name).open, "rb")
+        patiently(join(where, name), filesystem, partial(_send, opened, size, filesystem, target))
+
+
+def _copy_all(source: Path, names: list[str], target: Path) -> None:
+    durable.make_folder(target)
+    unfinished = [str(number) for number in range(len(names))]
+    for left in target.glob(f"{UNFINISHED}*"):  # by a process that was killed
+        remove_orphan(left, UNFINISHED, unfinished)
+    with locked_folder(UNFINISHED, str(target)) as folder:
+        for name, number in zip(names, unfinished, strict=True):
+            durable.make_folder((target / name).parent)
+            with (source / name).open("rb") as read, (folder / number).open("wb") as written:
+                shutil.copyfileobj(read, written, _BLOCK)
+            durable.sync_file(folder / number)
+        for name, number in zip(names, unfinished, strict=True):
+            os.replace(folder / number, target / name)
+        for above in {(target / name).parent for name in names}:
+            durable.sync_folder(above)
 
 
 def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> None:
