@@ -15,7 +15,12 @@ from pipelines.command import run
 
 def command(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server to ask; otherwise MLFLOW_TRACKING_URI.")] = "",
-    storage: Annotated[str, typer.Option(help="Folder or URI to write to, read from and delete from.")] = "",
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="Folder or URI to write to, read from and delete from; with --cluster also whether all nodes see the same."
+        ),
+    ] = "",
     cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the Ray cluster instead.")] = False,
     model: Annotated[
         str, typer.Option(help="Hub name or folder: say what can be done with this checkpoint instead.")
