@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pipelines.command import run
+from qskd.errors import QskdError
 
 
 def command(
@@ -27,6 +28,14 @@ def command(
     ] = "",
 ) -> None:
     """What this machine offers: devices, decoders, evaluators, versions; whether tracking and storage answer."""
+    given = {"--model": model, "--cluster": cluster, "--tracking-uri": tracking_uri, "--storage": storage}
+    for option, beside in (
+        ("--model", ("--cluster", "--tracking-uri", "--storage")),
+        ("--cluster", ("--tracking-uri",)),
+    ):
+        if given[option] and (idle := [name for name in beside if given[name]]):
+            found = f"with {option}, which looks at other things: it would have no effect"
+            raise QskdError(" and ".join(idle), found, "one question at a time", "ask by a command of its own")
     if model:
         from pipelines.health.checkpoint import checkpoint_doctor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipelines.cli import main
 from pipelines.cluster.logins import LOGINS
 from pipelines.health import nodes
 from pipelines.health.nodes import PACKAGES, NodeFacts, NodeReport, look_around, problems
@@ -103,6 +105,26 @@ def test_the_driver_leaves_its_token_in_the_folder_that_the_nodes_are_asked_for(
     assert nodes.cluster_doctor("runs", Console(file=text, width=200)) == 0, text.getvalue()
     assert asked == [(f"{tmp_path}/runs", tmp_path)]  # whole: a worker's working folder is another
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_tool_that_hangs_lists_none_and_the_rest_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(nodes, "GPU_TOOL_S", 0.2)
+    driver = look_around("")
+    assert driver.gpus == ()
+    (line,) = problems(driver, [replace(GPU, facts=driver)])
+    assert "Ray counts 1 GPU(s), the driver's tool 0" in line
+
+
+@pytest.mark.parametrize(
+    "words", [("--model", "a", "--storage", "b"), ("--model", "a", "--cluster"), ("--cluster", "--tracking-uri", "b")]
+)
+def test_an_option_without_effect_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", *words])
+    assert "would have no effect" in capsys.readouterr().err
 
 
 def test_a_node_says_what_is_here(tmp_path: Any) -> None:

@@ -28,6 +28,7 @@ from qskd.errors import QskdError
 PACKAGES = ("torch", "ray", "transformers", "pyarrow", "numpy", "qskd")
 CLOCK_LIMIT_S = 2.0  # logs of several nodes can't be laid side by side beyond; object stores refuse some minutes
 NODE_TIMEOUT_S = 180.0
+GPU_TOOL_S = 30.0
 _GIB = 2**30
 
 
@@ -111,7 +112,10 @@ def _gpus() -> tuple[str, ...]:
     if tool is None:
         return ()
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=GPU_TOOL_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # a GPU that is ill lets it hang; `problems` says that none was listed
+        return ()
     return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip()) if not answer.returncode else ()
 
 
