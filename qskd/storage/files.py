@@ -12,7 +12,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,9 +47,13 @@ def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
         with writing(path):
             durable.replace(spool, path)
         return
-    size = spool.stat().st_size
-    patiently(path, filesystem, lambda: _send(lambda: spool.open("rb"), size, filesystem, path))
+    _copy(spool, filesystem, path, path)
     spool.unlink()
+
+
+def _copy(source: Path, filesystem: pafs.FileSystem, path: str, where: str) -> None:
+    size = source.stat().st_size
+    patiently(where, filesystem, lambda: _send(lambda: source.open("rb"), size, filesystem, path))
 
 
 def publish_copies(source: Path, filesystem: pafs.FileSystem, path: str, where: str) -> None:
@@ -64,10 +67,9 @@ def publish_copies(source: Path, filesystem: pafs.FileSystem, path: str, where: 
             _copy_all(source, names, Path(path))
         return
     for name in names:
-        target, size = f"{path}/{name}", (source / name).stat().st_size
+        target = f"{path}/{name}"
         make_folder(filesystem, target.rpartition("/")[0], where)
-        opened = partial((source / name).open, "rb")
-        patiently(join(where, name), filesystem, partial(_send, opened, size, filesystem, target))
+        _copy(source / name, filesystem, target, join(where, name))
 
 
 def _copy_all(source: Path, names: list[str], target: Path) -> None:
