@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import typer
 from pyarrow.fs import LocalFileSystem
 from typer.testing import CliRunner
 
@@ -57,6 +58,21 @@ def test_every_verb_has_help(verb: str) -> None:
     result = CliRunner().invoke(app, [verb, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def test_every_option_of_every_verb_is_on_a_page() -> None:
+    root = Path(__file__).parents[1]
+    pages = [page.read_text() for page in (root / "README.md", *(root / "docs").rglob("*.md"))]
+    told = {option for page in pages for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page)}
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(VERBS) < set(commands)
+    untold = {
+        (verb, parameter.opts[0])
+        for verb, command in commands.items()
+        for parameter in command.params
+        if parameter.param_type_name == "option" and told.isdisjoint([*parameter.opts, *parameter.secondary_opts])
+    }
+    assert untold == set()
 
 
 def test_help_says_that_a_space_from_a_file_is_code() -> None:

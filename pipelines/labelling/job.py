@@ -35,6 +35,7 @@ from pipelines.labelling.request import Request as Request
 from pipelines.labelling.request import as_recipe as as_recipe
 from pipelines.reporting.board import Row, progress
 from pipelines.reporting.watch import CountWatch
+from pipelines.run.places import for_workers
 from qskd.datasets.classes import NOBODY, listing, map_classes, model_side
 from qskd.datasets.manifest import check_labelled, load_manifest
 from qskd.datasets.samples import Category
@@ -142,8 +143,14 @@ def make_plan(asked: Request) -> Plan:
     decides = [digests, asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}, chosen, thresholds]
     identity = hashlib.sha256(json.dumps([*decides, asked.precision, *own]).encode()).hexdigest()
     job = Job(
-        *(asked.model, preprocessing, tuple(slot for _, slot in pairs), tuple(one.id for one in known), thresholds),
-        root=str(dataset.root),
+        *(
+            for_workers(asked.model),
+            preprocessing,
+            tuple(slot for _, slot in pairs),
+            tuple(one.id for one in known),
+            thresholds,
+        ),
+        root=for_workers(str(dataset.root)),
         parts=str(parts_folder(asked.out).absolute()),
         identity=identity,
         skip=asked.on_error == "skip",
