@@ -209,6 +209,7 @@ def evaluate(
     *,
     recipe: Recipe = None,
     set: Fields = (),
+    methods: Sequence[Folder] = (),
     batch_size: int = 16,
     workers: int = 0,
     threads: int = 1,
@@ -223,7 +224,7 @@ def evaluate(
     from pipelines.inspection.evaluate import evaluate as program
     from pipelines.inspection.known import classes_known_by, with_forgetting
 
-    config, shards = configuration(recipe, set, ()), os.fspath(data)
+    config, shards = configuration(recipe, set, methods), os.fspath(data)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "threads": threads, "backend": backend}
     options |= {"device": config.compute.device, "max_detections": max_detections}
     options |= {"precision": config.compute.evaluation_precision}

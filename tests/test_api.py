@@ -33,7 +33,6 @@ NOT_OF_FUNCTIONS = {
     "check",
     "check_derived",
     "per_class",
-    "methods",
     "images",
     "places",
     "pictures",

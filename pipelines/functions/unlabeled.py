@@ -26,6 +26,7 @@ def label(
     on_error: Literal["stop", "skip"] = "stop",
     recipe: Recipe = None,
     set: Fields = (),
+    methods: Sequence[Folder] = (),
     batch_size: int = 16,
     workers: int = 0,
     threads: int = 1,
@@ -38,7 +39,7 @@ def label(
     from pipelines.labelling import job
 
     choice("qskd.label: on_error", on_error, "stop", "skip")
-    config = configuration(recipe, set, ())
+    config = configuration(recipe, set, methods)
     asked = job.Request(
         *(os.fspath(model), Path(images), Path(out), os.fspath(like), threshold, on_error),
         **job.as_recipe(config),

@@ -19,7 +19,7 @@ import numpy as np
 from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.inspection.evaluate import evaluate
-from pipelines.labelling.actors import MOST, PART, Job, LabelActor, Picture
+from pipelines.labelling.actors import DETECTIONS, PART, Job, LabelActor, Picture
 from pipelines.labelling.onto import BEST, JOINED, LabelledPictures, join_classes, own_classes
 from pipelines.labelling.parts import (
     check_out,
@@ -94,7 +94,12 @@ class Plan:
 
 
 def make_plan(asked: Request) -> Plan:
-    """Look at the pictures, the classes and the thresholds. Raises QskdError."""
+    """Look at where the labels go, the pictures, the classes and the thresholds. Raises QskdError."""
+    check_out(asked.out, overwrite=True)  # before minutes are spent on thresholds
+    if asked.onto is not None and os.path.realpath(asked.onto) == os.path.realpath(asked.out):
+        raise QskdError(
+            str(asked.out), "is the file of --onto, too", "another file", "choose another name; nothing was written"
+        )
     dataset: UnlabeledDataset | LabelledPictures
     if asked.onto is None:
         dataset = UnlabeledDataset(asked.images, None, asked.on_error)
@@ -139,8 +144,9 @@ def make_plan(asked: Request) -> Plan:
         thresholds = tuple(thresholds[place] for place in union.places)
         categories, known, own = union.categories, union.named, dataset.decides
     chosen = [[one.id, one.name, slot] for one, slot in pairs]
+    most = BEST if own else max(DETECTIONS, detector.num_queries)
     decides = [digests, asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}, chosen, thresholds]
-    identity = hashlib.sha256(json.dumps([*decides, asked.precision, *own]).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([*decides, asked.precision, most, *own]).encode()).hexdigest()
     job = Job(
         *(asked.model, preprocessing, tuple(slot for _, slot in pairs), tuple(one.id for one in known), thresholds),
         root=str(dataset.root),
@@ -151,7 +157,7 @@ def make_plan(asked: Request) -> Plan:
         threads=asked.threads,
         device=asked.device,
         precision=asked.precision,
-        most=BEST if own else MOST,
+        most=most,
         words=words,
     )
     return Plan(asked, dataset, categories, known, job)
@@ -170,23 +176,26 @@ def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
     return [round(best.get(one.id, USUAL), 4) for one in known]
 
 
+def is_finished(plan: Plan) -> bool:
+    """Whether its labels are there already. QskdError where other labels are, which are not to be replaced."""
+    asked = plan.request
+    if finished(asked.out, plan.job.fingerprint(plan.pictures), plan.job.skip):
+        return True
+    check_out(asked.out, asked.overwrite)
+    return False
+
+
 def run(asked: Request, quiet: bool = False) -> Labels:
     """Label all pictures and write the JSON. Killed at any moment and run again, it keeps every whole part and does the rest."""
-    check_out(asked.out, overwrite=True)  # before minutes are spent on thresholds
-    if asked.onto is not None and os.path.realpath(asked.onto) == os.path.realpath(asked.out):
-        raise QskdError(
-            str(asked.out), "is the file of --onto, too", "another file", "choose another name; nothing was written"
-        )
     plan = make_plan(asked)
     pictures, job = plan.pictures, plan.job
-    fingerprint = job.fingerprint(pictures)
     parts = [pictures[start : start + PART] for start in range(0, len(pictures), PART)]
-    if finished(asked.out, fingerprint) is not None:
+    if is_finished(plan):
         log.warning("%s is finished already; nothing is labelled", asked.out)
+        delete_parts(asked.out)  # of one that was killed as it deleted them
         return _summary(plan, json.loads(asked.out.read_text()))
-    check_out(asked.out, asked.overwrite)
     keys = [job.fingerprint(part) for part in parts]
-    todo = [n for n, key in enumerate(keys) if read_part(part_file(job.parts, n), key) is None]
+    todo = [n for n, key in enumerate(keys) if read_part(part_file(job.parts, n), key, job.skip) is None]
     left = sum(len(parts[number]) for number in todo)
     with progress("label", len(pictures), quiet=quiet) as row:
         if left < len(pictures):
@@ -198,7 +207,7 @@ def run(asked: Request, quiet: bool = False) -> Labels:
             else:
                 _here(job, work, left, row)
         row.stage("writing")
-        said = [read_part(part_file(job.parts, number), key) for number, key in enumerate(keys)]
+        said = [read_part(part_file(job.parts, number), key, job.skip) for number, key in enumerate(keys)]
         lost = [number for number, part in enumerate(said) if part is None]
         if lost:
             raise QskdError(
@@ -212,7 +221,7 @@ def run(asked: Request, quiet: bool = False) -> Labels:
         problems = [*plan.dataset.problems, *(entry for part in whole for entry in part["problems"])]
         tree: dict[str, Any] = {
             "info": {
-                "fingerprint": fingerprint,
+                "fingerprint": job.fingerprint(pictures),
                 "teacher": asked.model,
                 "threshold_rule": RULE,
                 "thresholds": plan.thresholds,
