@@ -74,6 +74,7 @@ def select(
     from qskd.datasets.order.chosen import load_selection
 
     choice("qskd.select: by", by, "random", "classes", "uncertainty", "gradients")
+    job.check_fields(recipe, set)
     config = None if recipe is None else configuration(recipe, set, methods)
     with unless(False):
         job.run(job.Request(os.fspath(shards), Path(out), budget, by, seed, config, overwrite), quiet=True)

@@ -122,7 +122,9 @@ class LabelActor:
                 picture = decode_image(self.pictures.read(located, each["file_name"], where), where)
             except QskdError as error:
                 if not self.job.skip:
-                    remedy = "correct, replace or remove the picture; or the same command with `--on-error skip`, which leaves it out"
+                    remedy = (
+                        "mend or remove the picture; or the same command with `--on-error skip`, which leaves it out"
+                    )
                     raise QskdError(
                         error.where, error.found, error.expected, f"{remedy}. What is labelled is kept"
                     ) from error
