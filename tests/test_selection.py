@@ -27,7 +27,7 @@ from pipelines.selecting import job
 from pipelines.selecting.job import Request, image_gradients, plan_of, run
 from pipelines.training.plan import make_plan
 from qskd.config.recipe import to_yaml
-from qskd.datasets.batch import train_batch
+from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.order.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
 from qskd.datasets.order.schedule import Schedule, training_batches
@@ -40,7 +40,7 @@ from qskd.selection.distribution import BEGUN, choose_alike, likeness
 from qskd.selection.matching import RIDGE, WHOLE, match, mismatch, pursue
 from qskd.selection.report import CLASSES, class_table
 from qskd.selection.uncertainty import CONFIDENT, choose_balanced, class_masses
-from qskd.structures import SILENT_LOGIT
+from qskd.structures import SILENT_LOGIT, TeacherRecord
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.step import Training
 
@@ -284,6 +284,28 @@ def test_an_images_gradient_is_that_of_a_batch_of_it_alone(
         np.testing.assert_allclose(found[number], flat.numpy(), rtol=2e-3, atol=1e-5 * float(flat.abs().max()))
         compared += bool(flat.any())
     assert compared
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"), [(("training.micro_batch_size=2",), 2), (("compute.workers=2",), 2), ((), 4)]
+)
+def test_gradients_are_asked_of_as_many_images_at_once_as_a_worker_of_the_training_has(
+    fields: tuple[str, ...],
+    most: int,
+    work: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of, sizes = gradients.GradientMaker.of, list[int]()
+
+    def counting(self: gradients.GradientMaker, batch: TrainBatch, record: TeacherRecord) -> np.ndarray:
+        sizes.append(len(batch.targets.counts))
+        return of(self, batch, record)
+
+    monkeypatch.setattr(gradients.GradientMaker, "of", counting)
+    shards = f"{work}/data"
+    found = image_gradients(plan_of(cached(work, "cache-select", *fields), shards, load_manifest(shards)))
+    assert max(sizes) == most
+    assert sum(sizes) == len(found)
 
 
 def test_mixed_sides_keep_lengths_and_angles_about_as_they_are() -> None:

@@ -278,7 +278,9 @@ def image_gradients(plan: Plan, at: Callable[[int], None] = lambda done: None) -
     student, teacher = make_student(config, plan.train.labels), teacher_for_training(config, plan.train.labels, None)
     training = Training(config, student, teacher, plan.stream.schedule.total_steps, device)
     maker, loader, parts, done = GradientMaker(training.module), plan.stream.loader(), list[NDArray[np.float32]](), 0
-    (_, manifest), size = plan.folder, config.training.batch_size
+    # As many images at once as a worker of the training has: a batch of many workers is more than one device holds.
+    size = config.training.micro_batch_size or -(-config.training.batch_size // config.compute.workers)
+    _, manifest = plan.folder
     assert training.teacher is not None
     assert training.module.method is not None
     for shard, rows in enumerate(manifest.shard_rows):
