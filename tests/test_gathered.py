@@ -94,7 +94,7 @@ def test_a_selection_that_is_read_from_another_folder_than_it_was_made_in_says_s
     qskd.select("old", tmp_path / "few.json", 4)
     assert prepare(tmp_path / "few.json", None, str(tmp_path / "part"), quiet=True).num_images == 4
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(QskdError, match="chosen from old; .*no such file") as caught:
+    with pytest.raises(QskdError, match=r"chosen from old; .*no such file") as caught:
         prepare(tmp_path / "few.json", None, str(tmp_path / "other"), quiet=True)
     assert "run this where old is that folder" in caught.value.remedy
 
