@@ -104,6 +104,40 @@ def test_a_class_has_the_threshold_of_its_best_f1_where_it_has_objects_enough(
     assert len(set(plan.thresholds.values())) > 4
 
 
+def test_thresholds_are_measured_once_and_kept_by_whoever_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured with other batches or processes they are others in the last digits, and every part would be made anew."""
+    monkeypatch.setattr(job, "FEWEST", 5)
+    asked, detect, calls = (
+        request(root, tmp_path / "labels.json", threshold=None),
+        actors.LabelActor._detect,
+        list[int](),
+    )
+
+    def dying(self: actors.LabelActor, batch: Any, problems: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(batch))
+        return detect(self, batch, problems)
+
+    monkeypatch.setattr(actors.LabelActor, "_detect", dying)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(asked, quiet=True)
+    monkeypatch.setattr(job, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+    calls.clear()
+    done = job.run(asked, quiet=True)
+    assert sum(calls) == IMAGES - 2 * job.PART
+    assert len(set(done.thresholds.values())) > 4
+    calls.clear()
+    again = job.run(request(root, tmp_path / "labels.json", threshold=None, batch_size=3), quiet=True)
+    assert (calls, again.thresholds) == ([], done.thresholds)
+    assert not parts_folder(tmp_path / "labels.json").exists()
+    monkeypatch.setattr(job, "FEWEST", 6)  # of another rule
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        job.make_plan(asked)
+
+
 def test_files_of_others_are_never_replaced_and_other_labels_by_option_alone(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels.json"
     out.write_bytes(NOTES)

@@ -11,7 +11,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,10 @@ from pipelines.labelling.parts import (
     finished,
     part_file,
     parts_folder,
+    read_measured,
     read_part,
     write_labels,
+    write_measured,
 )
 from pipelines.labelling.request import Labels as Labels
 from pipelines.labelling.request import Request as Request
@@ -63,13 +65,15 @@ RULE = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. categories: of the labels; known: those of them that the teacher knows, in `job`'s order."""
+    """What will be done. categories: of the labels; known: those of them that the teacher knows, in `job`'s order. measured: what
+    thresholds were measured, and of what; empty: none were."""
 
     request: Request
     dataset: UnlabeledDataset | LabelledPictures
     categories: tuple[Category, ...]
     known: tuple[Category, ...]
     job: Job
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[Picture]:
@@ -131,7 +135,13 @@ def make_plan(asked: Request) -> Plan:
     known = tuple(one for one, _ in pairs)
     if silent := [one.name for one in categories if one not in known]:
         log.warning("left to nobody, and never labelled: %s", listing(silent))
-    thresholds = tuple(_thresholds(asked, known))
+    looks = asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}
+    measured: Mapping[str, Any] = {}
+    if asked.threshold is None and data is not None:
+        measured = _measured(asked, known, [digests, looks, data.fingerprint, [[one.id, slot] for one, slot in pairs]])
+        thresholds = tuple(dict(measured["thresholds"])[one.id] for one in known)
+    else:
+        thresholds = (USUAL if asked.threshold is None else asked.threshold,) * len(known)
     own: list[Any] = []
     if isinstance(dataset, LabelledPictures):
         keys: Sequence[int] = [slot for _, slot in pairs]
@@ -145,7 +155,7 @@ def make_plan(asked: Request) -> Plan:
         categories, known, own = union.categories, union.named, dataset.decides
     chosen = [[one.id, one.name, slot] for one, slot in pairs]
     most = BEST if own else max(DETECTIONS, detector.num_queries)
-    decides = [digests, asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}, chosen, thresholds]
+    decides = [digests, looks, chosen, thresholds]
     identity = hashlib.sha256(json.dumps([*decides, asked.precision, most, *own]).encode()).hexdigest()
     job = Job(
         *(asked.model, preprocessing, tuple(slot for _, slot in pairs), tuple(one.id for one in known), thresholds),
@@ -160,12 +170,14 @@ def make_plan(asked: Request) -> Plan:
         most=most,
         words=words,
     )
-    return Plan(asked, dataset, categories, known, job)
+    return Plan(asked, dataset, categories, known, job, measured)
 
 
-def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
-    if asked.threshold is not None or not asked.like:
-        return [USUAL if asked.threshold is None else asked.threshold] * len(known)
+def _measured(asked: Request, known: Sequence[Category], decides: Sequence[Any]) -> Mapping[str, Any]:
+    """Each class's threshold, and of what it was measured: an earlier attempt's, where there is one."""
+    of = hashlib.sha256(json.dumps([*decides, asked.precision, FEWEST, USUAL]).encode()).hexdigest()
+    if kept := read_measured(asked.out, of):
+        return kept
     class_map = dict(asked.class_map or {})
     said = evaluate(
         *(asked.model, asked.like, asked.resize, class_map, asked.batch_size, asked.workers, asked.threads),
@@ -173,7 +185,7 @@ def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
         precision=asked.precision,
     )
     best = {one.id: one.best.score for one in said.classes if one.best is not None and one.objects >= FEWEST}
-    return [round(best.get(one.id, USUAL), 4) for one in known]
+    return {"of": of, "thresholds": [[one.id, round(best.get(one.id, USUAL), 4)] for one in known]}
 
 
 def is_finished(plan: Plan) -> bool:
@@ -194,6 +206,8 @@ def run(asked: Request, quiet: bool = False) -> Labels:
         log.warning("%s is finished already; nothing is labelled", asked.out)
         delete_parts(asked.out)  # of one that was killed as it deleted them
         return _summary(plan, json.loads(asked.out.read_text()))
+    if plan.measured:
+        write_measured(asked.out, plan.measured)
     keys = [job.fingerprint(part) for part in parts]
     todo = [n for n, key in enumerate(keys) if read_part(part_file(job.parts, n), key, job.skip) is None]
     left = sum(len(parts[number]) for number in todo)
@@ -225,6 +239,7 @@ def run(asked: Request, quiet: bool = False) -> Labels:
                 "teacher": asked.model,
                 "threshold_rule": RULE,
                 "thresholds": plan.thresholds,
+                **({"measured": plan.measured} if plan.measured else {}),
                 **({} if asked.onto is None else {"joined_to": asked.onto.name, "joined_by": JOINED}),
                 "left_out": [{"where": each["where"], "found": each["found"]} for each in problems],
             },

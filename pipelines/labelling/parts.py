@@ -16,7 +16,8 @@ from qskd.storage.files import publish_bytes
 from qskd.storage.ownership import head_says, own_json
 
 PART_FORMAT, VERSION = "qskd-labels-part", 1
-_PART = re.compile(r"part-\d{5,}\.json")
+THRESHOLDS = "thresholds.json"
+_PART = re.compile(r"part-\d{5,}\.json|thresholds\.json")
 MADE_BY = {"made_by": "qskd label"}  # the first of `info`
 _LISTS = ("categories", "images", "annotations")
 _HEAD = '{"info": {"made_by": "qskd label"'  # how a file of ours begins
@@ -54,6 +55,23 @@ def read_part(path: str, fingerprint: str, skip: bool) -> dict[str, Any] | None:
     if not isinstance(tree, dict) or tree.get("fingerprint") != fingerprint:
         return None
     return tree if skip or not tree["problems"] else None
+
+
+def write_measured(out: Path, measured: Mapping[str, Any]) -> None:
+    """Thresholds that were measured, beside the parts: measured again they are others in the last digits, and so all parts."""
+    text = json.dumps({"format": PART_FORMAT, "version": VERSION, "measured": measured})
+    publish_bytes(text.encode(), fs.LocalFileSystem(), str(parts_folder(out).absolute() / THRESHOLDS))
+
+
+def read_measured(out: Path, of: str) -> dict[str, Any] | None:
+    """Those of this key, kept beside the parts or in the finished file: {"of": key, "thresholds": [[id, score], ...]}."""
+    for path, place in ((parts_folder(out) / THRESHOLDS, ()), (out, ("info",))):
+        tree = own_json(path.read_text()) if path.is_file() and (_is_own(path) or _begins(path)) else None
+        for name in (*place, "measured"):
+            tree = tree.get(name) if isinstance(tree, dict) else None
+        if isinstance(tree, dict) and tree.get("of") == of:
+            return tree
+    return None
 
 
 def check_out(out: Path, overwrite: bool) -> None:
