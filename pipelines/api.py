@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from pipelines.command import local_path
 from pipelines.functions.recipes import Fields, Folder, Recipe, as_the_command, configuration, unless
 from pipelines.functions.unlabeled import label as label
 from pipelines.functions.unlabeled import select as select
@@ -99,8 +100,8 @@ def prepare(
 
     folder = os.fspath(destination)
     manifest = program(
-        Path(annotations),
-        None if images is None else Path(images),
+        local_path(annotations),
+        None if images is None else local_path(images),
         folder,
         rows_per_shard=rows_per_shard,
         on_error=on_error,
@@ -111,7 +112,7 @@ def prepare(
         leave_out=leave_out,
         exif=exif,
         split=split,
-        classes=None if classes is None else Path(classes),
+        classes=None if classes is None else local_path(classes),
         box_format=box_format,
         unlabeled=unlabeled,
         not_in=[os.fspath(folder) for folder in not_in],
@@ -307,14 +308,14 @@ def export(
         dynamic_batch=dynamic_batch,
         exporter=exporter,
         onnx=onnx,
-        images=tuple(Path(image) for image in images),
+        images=tuple(local_path(image) for image in images),
         tolerance=tolerance,
         rounds=rounds,
         threads=threads,
         overwrite=overwrite,
         variants=VariantOptions(int8, float16, openvino, tuple(os.fspath(each) for each in given), shards),
     )
-    folder = program.export(os.fspath(model), Path(out), options, Console(file=io.StringIO()))
+    folder = program.export(os.fspath(model), local_path(out), options, Console(file=io.StringIO()))
     card = read_card(folder)
     facts = card.onnx if card is not None and onnx else None
     if facts is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipelines.command import local_path
 from pipelines.functions.recipes import Fields, Folder, Recipe, as_the_command, choice, configuration, unless
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def label(
     choice("qskd.label: on_error", on_error, "stop", "skip")
     config = configuration(recipe, set, methods)
     asked = job.Request(
-        *(os.fspath(model), Path(images), Path(out), os.fspath(like), threshold, on_error),
+        *(os.fspath(model), local_path(images), local_path(out), os.fspath(like), threshold, on_error),
         **job.as_recipe(config),
         batch_size=batch_size,
         workers=workers,
         threads=threads,
         overwrite=overwrite,
-        onto=None if onto is None else Path(onto),
+        onto=None if onto is None else local_path(onto),
         classes=tuple(classes),
     )
     with unless(False):
@@ -77,5 +77,5 @@ def select(
     job.check_fields(recipe, set)
     config = None if recipe is None else configuration(recipe, set, methods)
     with unless(False):
-        job.run(job.Request(os.fspath(shards), Path(out), budget, by, seed, config, overwrite), quiet=True)
+        job.run(job.Request(os.fspath(shards), local_path(out), budget, by, seed, config, overwrite), quiet=True)
     return load_selection(os.fspath(out))
