@@ -139,6 +139,19 @@ def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not may_pass(OSError("Unable to load libjvm"))
 
 
+def test_a_path_means_what_it_means_in_the_working_folder_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook that changes its folder, `shards/val` was that of before."""
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        assert open_folder("shards")[1] == f"{tmp_path}/{place}/shards"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_folder("~/shards")[1] == f"{tmp_path}/shards"
+    assert open_folder("file:///a/b") is open_folder("file:///a/b")
+
+
 @pytest.mark.parametrize("use", [open_folder, open_at_once, check_uri, lambda uri: join(uri, "run")])
 def test_a_uri_whose_path_a_number_sign_would_end_is_refused_with_what_to_write(use: Callable[[str], Any]) -> None:
     for uri in ("s3://b/runs#2/one?region=y", "s3://b/x#1", "file:///runs#2/one", "memory://runs#2"):

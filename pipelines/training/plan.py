@@ -27,7 +27,7 @@ from qskd.checks import (
     class_notices,
     unlabeled_in_batch,
 )
-from qskd.datasets.findings.splits import between
+from qskd.datasets.findings.splits import between, shared
 from qskd.datasets.manifest import Manifest, check_labelled, load_manifest
 from qskd.datasets.order.chosen import ChosenRows, by_folder, chosen_rows
 from qskd.datasets.order.schedule import Schedule
@@ -89,8 +89,12 @@ class Plan:
     @cached_property
     def data_notices(self) -> list[str]:
         """Of the splits alone, and of what the student can find of them."""
-        student = self.config.student
-        return between(self.train, self.val, queries_of(student), from_checkpoint=bool(student.init))
+        student, data = self.config.student, self.config.data
+        said = between(self.train, self.val, queries_of(student), from_checkpoint=bool(student.init))
+        for uri, each in zip(data.unlabeled, self.unlabeled, strict=True):
+            remedy = f"Prepare it with --not-in {data.val}"
+            said += shared(each, self.val, f"data.unlabeled: {uri}", "it", remedy)
+        return said
 
     @property
     def notices(self) -> list[str]:
