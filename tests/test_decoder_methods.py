@@ -16,12 +16,15 @@ from test_feature_methods import mixed, settings_of
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
+from qskd.config import DetectionLossConfig
 from qskd.datasets.batch import train_batch
 from qskd.datasets.classes import NOBODY
 from qskd.detectors import Detector, to_pixels
 from qskd.detectors.decoding import decode, through_layers
 from qskd.distillation.method import Facts, Lesson, Method, build_method
+from qskd.distillation.shared.apart import prediction
 from qskd.errors import QskdError
+from qskd.losses.matching import assign
 from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries, Targets, TeacherNeeds
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import collate, columns_for, encode
@@ -72,6 +75,30 @@ def lesson_of(student: Detector, teacher: OnlineTeacher, images: slice = slice(N
         return decode(student, output.memory, output.memory_valid, queries, masked=False).output
 
     return Lesson(output, record, batch.targets, none, none[:1], decoder=teacher.decoder, ask_student=ask)
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "d3etr", "attention_weight": 0}, {"method": "detrdistill", "feature_weight": 0}]
+)
+def test_the_teacher_s_own_queries_teach_what_its_decoder_says_to_them(given: dict[str, Any]) -> None:
+    """Whatever the record has at their places: a teacher may choose its queries from memory, and others from int8."""
+    student, teacher = networks("refined", "refined")
+    method, lesson, batch = built(student, teacher, **given), lesson_of(student, teacher), tiny.batch_of(*COUNTS)
+    record = teacher(batch.images, batch.sizes, method.needs)
+    turned = replace(record, logits=record.logits.flip(2), boxes_cxcywh=record.boxes_cxcywh.flip(2))
+    found, other = (
+        method(
+            replace(
+                lesson,
+                teacher=said,
+                teacher_assignment=assign([prediction(said)], batch.targets, DetectionLossConfig())[0],
+            )
+        )
+        for said in (record, turned)
+    )
+    for name in {"d3_fixed_class", "d3_fixed_l1", "d3_fixed_giou", "dd_prior"} & method.weights.keys():
+        assert found[name].total.item() > 0
+        torch.testing.assert_close(found[name].total, other[name].total, msg=name)
 
 
 def case(given: dict[str, Any]) -> tuple[Any, Lesson]:

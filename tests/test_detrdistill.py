@@ -282,16 +282,18 @@ def test_the_teacher_s_queries_learn_in_the_student_what_the_teacher_found_with_
     torch.manual_seed(0)
     settings = settings_of(method="detrdistill", feature_weight=0, class_weight=0, l1_weight=0, giou_weight=0)
     method: Any = build_method(settings, facts_of(student, teacher.resize), teacher.facts)
-    assert method.needs == TeacherNeeds(memory=True, all_layers=True, decoder=True)
+    assert method.needs == TeacherNeeds(memory=True, decoder=True)
     totals = []
     for images in (slice(None), slice(0, 2), slice(2, 3)):
         given = asked_of(student, teacher, images)
         record = teacher(*(getattr(tiny.batch_of(2, 0, 1), name)[images] for name in ("images", "sizes")), method.needs)
-        (theirs,) = assign([(record.logits, record.boxes_cxcywh)], given.targets, build({}).detection)
-        given = replace(given, teacher=record, teacher_assignment=theirs)
+        given = replace(given, teacher=record)
         assert given.decoder is not None
         assert given.ask_student is not None
-        said = given.ask_student(method.asked(given.decoder.ask(record).decoded.queries))
+        answer = given.decoder.ask(record)
+        said = given.ask_student(method.asked(answer.decoded.queries))
+        layers = (answer.output.logits, answer.output.boxes_cxcywh)
+        (theirs,) = assign([layers], given.targets, build({}).detection)
         (term,) = method(given).values()
         assert term.count == sum(given.targets.counts)
         total = 0.0

@@ -18,11 +18,12 @@ from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import pair_globally
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
-from qskd.distillation.shared.asked import AsStudent, both_sides
+from qskd.distillation.shared.asked import AsStudent, answered, both_sides
 from qskd.distillation.shared.kept import places_of
 from qskd.distillation.shared.maps import Meeting, resample
 from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import detection_terms
+from qskd.losses.matching import assign
 from qskd.structures import Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
 
 PAIRS = 100  # (class, query) pairs that make the mask, as in the release
@@ -84,7 +85,7 @@ class DETRDistill(Method):
         }
         return TeacherNeeds(
             memory=bool(terms & {"dd_features", "dd_prior"}),
-            all_layers=bool(terms & {"dd_class", "dd_l1", "dd_giou", "dd_prior"}),
+            all_layers=bool(terms & {"dd_class", "dd_l1", "dd_giou"}),
             decoder="dd_prior" in terms,
             columns=frozenset({"states"}) if states else frozenset(),
             reasons=reasons,
@@ -137,10 +138,13 @@ class DETRDistill(Method):
     def _prior(self, lesson: Lesson) -> LossTerm:
         assert lesson.decoder is not None
         assert lesson.ask_student is not None
-        teacher, targets = lesson.teacher, lesson.targets
-        said = lesson.ask_student(self.asked(lesson.decoder.ask(teacher).decoded.queries))
+        answer, targets = lesson.decoder.ask(lesson.teacher), lesson.targets
+        said = lesson.ask_student(self.asked(answer.decoded.queries))
+        # Matched anew: what a cache says is of the queries that were chosen from the memory before that was rounded.
+        teacher = answered(lesson.teacher, answer)
         _, theirs = teacher_layer_of_student(len(said.logits), len(teacher.logits), _LOGITS)
-        given = lesson.teacher_assignment[theirs].masked_fill(teacher.silent[targets.labels], -1)
+        (matched,) = assign([(teacher.logits, teacher.boxes_cxcywh)], targets, lesson.costs)
+        given = matched[theirs].masked_fill(teacher.silent[targets.labels], -1)
         found = detection_terms(said.logits, said.boxes_cxcywh, targets, given, _DETECTION, self.kind)
         parts = [_PRIOR[name.partition("_")[0]] * term.total for name, term in found.items()]
         asked = sum(
