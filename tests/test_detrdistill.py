@@ -182,6 +182,17 @@ def test_paired_queries_find_each_other_among_the_image_s_paired_ones() -> None:
     term.total.backward()
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_terms_are_float32_and_near_the_full_ones(precision: torch.dtype) -> None:
+    given, method = lesson(COUNTS), built(1, 2, method="detrdistill", prior_weight=0, **ALL)
+    whole = method(given)
+    with torch.autocast("cpu", precision):
+        half = method(given)
+    for name, term in whole.items():
+        assert half[name].total.dtype == torch.float32
+        assert half[name].total.item() == pytest.approx(term.total.item(), rel=0.02), name
+
+
 def test_shares_of_a_batch_sum_to_it_and_masks_wait_for_no_device() -> None:
     method, given = built(2, 2, method="detrdistill", prior_weight=0, **ALL), lesson([2, 0, 1], BOTH)
     parts = []

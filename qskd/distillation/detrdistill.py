@@ -160,11 +160,12 @@ class DETRDistill(Method):
         paired = (partner >= 0) & (place >= 0)
         mine = F.normalize(self.head(self.own(lesson.student.query_states)).float(), dim=-1)
         others = F.normalize(self.head(self.theirs(said["states"].detach().to(mine.dtype))).float(), dim=-1)
-        likeness = mine @ others.transpose(1, 2) / TEMPERATURE  # [B, Q, A]
-        spare = likeness.shape[2]
+        spare = others.shape[1]
         there = torch.zeros(len(place), spare + 1, dtype=torch.bool, device=place.device)
         met = there.scatter(1, torch.where(paired, place, spare), True)[:, None, :spare]
-        likely = likeness.masked_fill(~met, -1e30).log_softmax(-1)
+        with torch.autocast(mine.device.type, enabled=False):
+            likeness = mine @ others.transpose(1, 2) / TEMPERATURE  # [B, Q, A]
+            likely = likeness.masked_fill(~met, -1e30).log_softmax(-1)
         loss = -likely.gather(2, place.clamp(min=0)[..., None])[..., 0]
         return LossTerm(torch.where(paired, loss, 0.0).sum(), paired.sum().float())
 
