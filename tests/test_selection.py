@@ -22,7 +22,7 @@ from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import resolve
 from pipelines.selecting.job import Request, image_gradients, plan_of, run
 from pipelines.training.plan import make_plan
-from qskd.config.recipe import to_yaml
+from qskd.config.recipe import replace_fields, to_yaml
 from qskd.datasets.batch import train_batch
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.order.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
@@ -279,6 +279,17 @@ def test_an_images_gradient_is_that_of_a_batch_of_it_alone(
         np.testing.assert_allclose(found[number], flat.numpy(), rtol=2e-3, atol=1e-5 * float(flat.abs().max()))
         compared += bool(flat.any())
     assert compared
+
+
+def test_gradients_are_the_same_for_a_recipe_that_compiles(work: Path) -> None:  # noqa: F811
+    given, shards = cached(work, "cache-select"), f"{work}/free"
+    plans = [
+        plan_of(replace_fields(given, {"compute.compile": compiles}, "the test"), shards, load_manifest(shards))
+        for compiles in (False, True)
+    ]
+    plain, compiled = map(image_gradients, plans)
+    assert plain.any()
+    np.testing.assert_array_equal(compiled, plain)
 
 
 def test_mixed_sides_keep_lengths_and_angles_about_as_they_are() -> None:
