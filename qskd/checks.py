@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Sequence
 
 from qskd.config import Config
-from qskd.config.distillation import parts_of
 from qskd.datasets.classes import listing, respelled
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import read_config
-from qskd.distillation.method import find_method, teacher_needs
+from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
 from qskd.storage.ownership import listed
+from qskd.teacher.by_number import check_derived
 from qskd.teacher.columns.attended import ATTENDED
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.decoder import check_decodes
@@ -302,7 +302,7 @@ def check_enough(config: Config) -> None:
             f"what the cache holds: it has no column {', '.join(missing)}",
             f"make a cache with --set teacher.cache.columns=[{columns}]",
         )
-    _check_derived(config)
+    check_derived(config)
     fixed = sorted(column.name for column in COLUMNS if column.asked(needs) and not column.mirrors)
     if config.data.views.derived_taken != "none" and fixed:
         raise QskdError(
@@ -325,19 +325,3 @@ def check_enough(config: Config) -> None:
             "last: the cache holds the last layer's logits and boxes",
             "make a cache with --set teacher.cache.all_layers=true",
         )
-
-
-def _check_derived(config: Config) -> None:
-    """QskdError where what is derived of a record is not what a method would learn from it."""
-    taken = config.data.views.derived_taken
-    for path, part in parts_of(config.distillation).items() if taken != "none" else ():
-        why, other = "", "another method"
-        if find_method(part.method).needs_of(part).decoder:
-            why = "asks the teacher's decoder: of memory that is mirrored or cropped it says other things than of such an image"
-        elif part.keeps_queries():
-            why = "learns query by query: of a mirrored image the teacher's query i says other things than what is derived"
-            other = "pairing: rank"
-        if why:
-            found = f"{taken}, and distillation.{path}method: {part.method}, which {why}"
-            remedy = f"--set data.views.derived=none, with data.views.count for more views; or {other}"
-            raise QskdError("data.views.derived", found, "views that the teacher was asked about", remedy)

@@ -52,10 +52,12 @@ class QSKD(Method):
 
     def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
         super().__init__(settings, student, teacher)
-        if student.chooses_queries and settings.predictions.pairing == "index":
+        for whose, facts in (("student", student), ("teacher", teacher)) if settings.keeps_queries() else ():
+            if not facts.chooses_queries:
+                continue
             raise QskdError(
                 "distillation.predictions.pairing = index",
-                f"a student of family {student.family}, whose query i is another one in each image",
+                f"a {whose} of family {facts.family or 'unknown'}, whose query i is another one in each image",
                 "queries that are the same in every image",
                 "use pairing: rank",
             )
