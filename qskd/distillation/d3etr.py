@@ -73,7 +73,7 @@ class D3ETR(Method):
         return TeacherNeeds(
             memory=fixed,
             attention="d3_attention" in terms,
-            attention_giou_floor=0.5,
+            attention_giou_floor=0.5 if "d3_attention" in terms else 1.0,
             all_layers=predictions,
             decoder=fixed,
             attended=not fixed,
