@@ -101,6 +101,35 @@ def test_the_teacher_s_own_queries_teach_what_its_decoder_says_to_them(given: di
         torch.testing.assert_close(found[name].total, other[name].total, msg=name)
 
 
+@pytest.mark.parametrize(
+    "given", [{"method": "d3etr", "attention_weight": 0}, {"method": "detrdistill", "feature_weight": 0}, KD]
+)
+def test_of_a_class_that_the_teacher_knows_nothing_of_no_asked_query_learns(given: dict[str, Any]) -> None:
+    """Not that it is background either, where the student's own queries learn from its objects."""
+    student, whole = networks("conditional", "conditional")
+    slots = whole.get_buffer("class_slots").tolist()
+    teacher = OnlineTeacher(whole.detector, (slots[0], NOBODY, *slots[2:]), whole.preprocessing)
+    method, lesson, batch = built(student, teacher, **given), lesson_of(student, teacher), tiny.batch_of(*COUNTS)
+    record, asked = teacher(batch.images, batch.sizes, method.needs), []
+    assert lesson.ask_student is not None
+    ask = lesson.ask_student
+
+    def heard(queries: Queries) -> DetectorOutput:
+        said = ask(queries)
+        said.logits.retain_grad()
+        asked.append(said.logits)
+        return said
+
+    (theirs,) = assign([prediction(record)], batch.targets, DetectionLossConfig())
+    terms = method(replace(lesson, teacher=record, teacher_assignment=theirs, ask_student=heard))
+    sum(term.total for term in terms.values()).backward()
+    assert asked
+    for logits in asked:
+        assert logits.grad is not None
+        assert logits.grad[..., [0, 2]].any()
+        assert not logits.grad[..., 1].any()
+
+
 def case(given: dict[str, Any]) -> tuple[Any, Lesson]:
     student, teacher = networks(*PAIR[given["method"]])
     return built(student, teacher, **given), lesson_of(student, teacher)

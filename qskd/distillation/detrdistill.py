@@ -24,7 +24,7 @@ from qskd.distillation.shared.maps import Meeting, resample
 from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import detection_terms
 from qskd.losses.matching import assign
-from qskd.structures import Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
+from qskd.structures import SILENT_LOGIT, Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
 
 PAIRS = 100  # (class, query) pairs that make the mask, as in the release
 LEAST = 0.01  # of the mask before it is divided by its maximum, as in the release
@@ -145,7 +145,9 @@ class DETRDistill(Method):
         _, theirs = teacher_layer_of_student(len(said.logits), len(teacher.logits), _LOGITS)
         (matched,) = assign([(teacher.logits, teacher.boxes_cxcywh)], targets, lesson.costs)
         given = matched[theirs].masked_fill(teacher.silent[targets.labels], -1)
-        found = detection_terms(said.logits, said.boxes_cxcywh, targets, given, _DETECTION, self.kind)
+        # Nor is such an object background: the student's own queries learn that it is there.
+        logits = said.logits.float().masked_fill(teacher.silent, SILENT_LOGIT)
+        found = detection_terms(logits, said.boxes_cxcywh, targets, given, _DETECTION, self.kind)
         parts = [_PRIOR[name.partition("_")[0]] * term.total for name, term in found.items()]
         asked = sum(
             (0.0 * each.sum() for each in self.asked.parameters()), said.logits.new_zeros(())
