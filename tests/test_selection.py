@@ -26,7 +26,7 @@ from pipelines.run.resolve import resolve
 from pipelines.selecting import job
 from pipelines.selecting.job import Request, image_gradients, plan_of, run
 from pipelines.training.plan import make_plan
-from qskd.config.recipe import to_yaml
+from qskd.config.recipe import replace_fields, to_yaml
 from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.order.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
@@ -306,6 +306,17 @@ def test_gradients_are_asked_of_as_many_images_at_once_as_a_worker_of_the_traini
     found = image_gradients(plan_of(cached(work, "cache-select", *fields), shards, load_manifest(shards)))
     assert max(sizes) == most
     assert sum(sizes) == len(found)
+
+
+def test_gradients_are_the_same_for_a_recipe_that_compiles(work: Path) -> None:  # noqa: F811
+    given, shards = cached(work, "cache-select"), f"{work}/free"
+    plans = [
+        plan_of(replace_fields(given, {"compute.compile": compiles}, "the test"), shards, load_manifest(shards))
+        for compiles in (False, True)
+    ]
+    plain, compiled = map(image_gradients, plans)
+    assert plain.any()
+    np.testing.assert_array_equal(compiled, plain)
 
 
 def test_mixed_sides_keep_lengths_and_angles_about_as_they_are() -> None:

@@ -275,6 +275,8 @@ def by_gradients(plan: Plan, budget: int, seed: int, at: Callable[[int], None]) 
 def image_gradients(plan: Plan, at: Callable[[int], None] = lambda done: None) -> NDArray[np.float32]:
     """[n, D], of each image's first view, in stored order."""
     config, device = plan.config, device_here(plan.config)
+    # What a projector gives has no gradient where it is a value inside a compiled graph.
+    config = config.model_copy(update={"compute": config.compute.model_copy(update={"compile": False})})
     student, teacher = make_student(config, plan.train.labels), teacher_for_training(config, plan.train.labels, None)
     training = Training(config, student, teacher, plan.stream.schedule.total_steps, device)
     maker, loader, parts, done = GradientMaker(training.module), plan.stream.loader(), list[NDArray[np.float32]](), 0
