@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import TEACHER
 from pipelines.feed.stream import StreamConfig, local_stream
+from pipelines.run.resolve import resolve
 from qskd import checks
 from qskd.config import FACTS, Config, DetectionLossConfig, ResizeConfig, ViewConfig
 from qskd.config.recipe import load, replace_fields
@@ -263,6 +264,26 @@ def test_what_a_mirrored_record_can_not_teach_is_refused_with_the_method(
         checks.check_enough(load(None, overrides + derived))
     checks.check_enough(load(None, [*overrides, "data.views.derived=none"]))
     checks.check_enough(load(None, [*overrides, "data.views.flip_probability=0"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"),
+    [
+        ([], "flip"),
+        (["distillation.method=crosskd"], "none"),
+        (["distillation.also={crosskd: {}}"], "none"),
+        (["distillation.predictions.pairing=index"], "none"),
+        (["distillation.method=crosskd", "data.views.derived=flip"], "flip"),  # refused by `check_enough`
+        (["distillation.method=crosskd", "teacher.cache.path="], "flip"),  # its teacher sees what the student sees
+    ],
+)
+def test_a_recipe_that_says_nothing_of_derived_views_has_none_where_its_method_can_not_learn_from_them(
+    fields: list[str], taken: str
+) -> None:
+    for verb in ("cache", "distill"):
+        config = resolve(load(None, ["teacher.cache.path=cache", *fields]), verb)
+        assert config.data.views.derived_taken == taken
+    assert resolve(load(None, ["teacher.cache.path=cache", *fields]), "train").data.views.derived_taken == "flip"
 
 
 # ---- of a teacher that has learnt something: the package's own

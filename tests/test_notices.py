@@ -23,6 +23,11 @@ LEVELS = "student.feature_levels=3"
         (["data.views.derived=none"], 50.0, ["at no cost"]),
         (["data.views.derived=none", "teacher.cache.path=cache"], 50.0, ["a cache N times as large"]),
         (["data.views.derived=none", "teacher.cache.path=cache"], 50.0, ["data.views.derived=flip mirrors them anew"]),
+        (
+            ["data.views.derived=none", "teacher.cache.path=cache", "distillation.method=crosskd"],
+            50.0,
+            ["each epoch is not derived from it for distillation.method: crosskd, which asks the teacher's decoder"],
+        ),
         ([], 50.0, []),
         (["data.views.derived=flip", "data.views.crop_probability=1"], 50.0, ["each image is cropped in one way"]),
         (["data.views.derived=flip", "data.views.flip_probability=1"], 50.0, ["each image is flipped in one way"]),

@@ -18,6 +18,7 @@ from qskd.detectors.backbone import sized_by_init
 from qskd.distillation.find import located
 from qskd.errors import QskdError
 from qskd.storage.models import local_model
+from qskd.teacher.by_number import why_not_derived
 
 ResolvedConfig = NewType("ResolvedConfig", Config)  # what `resolve` gave: nothing in it is left to be found out
 
@@ -25,7 +26,8 @@ ResolvedConfig = NewType("ResolvedConfig", Config)  # what `resolve` gave: nothi
 def resolve(config: Config, verb: str) -> ResolvedConfig:
     """What the verb (cache, distill or train) runs with. `train` has no teacher. Paths become absolute, since workers run
     elsewhere; those that a job would lose are told first. A method of the user's becomes the path of its file. Unless the recipe
-    says others, a student that starts from a detector sees images of that one's size, and a backbone has its checkpoint's sizes."""
+    says others, a student that starts from a detector sees images of that one's size, a backbone has its checkpoint's sizes, and views are
+    not derived from a cache's for a method that can't learn from such."""
     check_job_folder(config, verb)
     if verb != "cache":
         tracking_uri(config)  # refuses one with a password before anything is written
@@ -61,6 +63,10 @@ def resolve(config: Config, verb: str) -> ResolvedConfig:
         student["resize"] = read_preprocessing(student["init"]).resize
     update["student"] = config.student.model_copy(update=student)
     update["distillation"] = NoMethod() if verb == "train" else _methods_found(config.distillation)
+    views = config.data.views
+    if cache.path and views.derived is None and verb != "train" and why_not_derived(update["distillation"]):
+        places["views"] = views.model_copy(update={"derived": "none"})
+        update["data"] = config.data.model_copy(update=places)
     config = config.model_copy(update=update)
     check_places(config, verb)
     return ResolvedConfig(config)

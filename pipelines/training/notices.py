@@ -6,12 +6,14 @@ from qskd.config import FACTS, Config
 from qskd.config.backbone import KINDS
 from qskd.detectors import read_config
 from qskd.detectors.student import family_of
+from qskd.teacher.by_number import why_not_derived
 from qskd.training.compiling import compiles_whole
 
 RANDOM_BACKBONE = (
     "starts from random weights, which a detection loss alone hardly trains: student.backbone.init names pretrained ones; "
     "detection.dense_weight=1 trains random ones"
 )
+FLIPS = "; data.views.derived=flip mirrors them anew in each epoch, from one view"
 FEW_EPOCHS = 4  # a fixed view is no loss to a training that shows each image a few times
 
 
@@ -29,12 +31,11 @@ def notices(config: Config, epochs: float) -> list[str]:
     if views.count == 1 and epochs > FEW_EPOCHS and any(shares.values()):
         how = " and ".join(said for said, share in shares.items() if share)
         price = "in a cache N times as large" if config.teacher.cache.path else "at no cost, since nothing is cached"
-        flips = (
-            "; data.views.derived=flip mirrors them anew in each epoch, from one view" if shares["flipped"] % 1 else ""
-        )
+        reason = why_not_derived(config.distillation) if config.teacher.cache.path else None
+        flips = f"; a flip anew in each epoch is not derived from it for {reason[0]}" if reason else FLIPS
         found.append(
             f"data.views.count = 1: each image is {how} in one way, the same in all {epochs:g} epochs. "
-            f"data.views.count=N shows N ways, {price}{flips}"
+            f"data.views.count=N shows N ways, {price}{flips if shares['flipped'] % 1 else ''}"
         )
     if facts.missing and not config.student.init:
         found.append(

@@ -35,7 +35,8 @@ class ViewConfig(Section):
     # what the teacher said of a view is mirrored with it (`qskd cache --verify-derived` says how well that agrees with the
     # teacher). flip_and_crop: its crop too; cached are whole images then, and what the teacher said of one is cropped. none: the
     # same `count` views again and again, as methods that ask the teacher's decoder and `pairing: index` need it. Without a cache
-    # the teacher sees what the student sees. null: flip; a run that was begun with none goes on with none.
+    # the teacher sees what the student sees. null: flip, and with a cache none for such methods; a run that was begun with none
+    # goes on with none.
     derived: Literal["none", "flip", "flip_and_crop"] | None = None
     seed: int = 0  # with the image's id and the view's number, it decides the view
     flip_probability: Fraction = 0.5  # of a view that is mirrored left and right

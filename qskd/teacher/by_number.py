@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qskd.config import Config
-from qskd.config.distillation import parts_of
+from qskd.config.distillation import NONE, MethodSettings, parts_of
 from qskd.detectors import read_config
 from qskd.distillation.method import find_method
 from qskd.errors import QskdError
@@ -11,20 +11,27 @@ from qskd.families.table import find_family
 from qskd.teacher.told.results import is_results
 
 
-def check_derived(config: Config) -> None:
-    """QskdError where what is derived of a record is not what a method would learn from it."""
-    taken = config.data.views.derived_taken
-    for path, part in parts_of(config.distillation).items() if taken != "none" else ():
-        why, other = "", "another method"
+def why_not_derived(settings: MethodSettings) -> tuple[str, str] | None:
+    """Why what is derived of a record is not what a method would learn from it, and what else would do; None where it is."""
+    for path, part in parts_of(settings).items() if settings.method != NONE else ():
+        method = f"distillation.{path}method: {part.method}, which"
         if find_method(part.method).needs_of(part).decoder:
             why = "asks the teacher's decoder: of memory that is mirrored or cropped it says other things than of such an image"
-        elif part.keeps_queries():
+            return f"{method} {why}", "another method"
+        if part.keeps_queries():
             why = "learns query by query: of a mirrored image the teacher's query i says other things than what is derived"
-            other = "pairing: rank"
-        if why:
-            found = f"{taken}, and distillation.{path}method: {part.method}, which {why}"
-            remedy = f"--set data.views.derived=none, with data.views.count for more views; or {other}"
-            raise QskdError("data.views.derived", found, "views that the teacher was asked about", remedy)
+            return f"{method} {why}", "pairing: rank"
+    return None
+
+
+def check_derived(config: Config) -> None:
+    """QskdError where derived views were asked for and a method can't learn from them."""
+    taken = config.data.views.derived_taken
+    if taken != "none" and (reason := why_not_derived(config.distillation)):
+        remedy = f"--set data.views.derived=none, with data.views.count for more views; or {reason[1]}"
+        raise QskdError(
+            "data.views.derived", f"{taken}, and {reason[0]}", "views that the teacher was asked about", remedy
+        )
 
 
 def check_numbers(config: Config) -> None:
