@@ -26,8 +26,8 @@ ResolvedConfig = NewType("ResolvedConfig", Config)  # what `resolve` gave: nothi
 def resolve(config: Config, verb: str) -> ResolvedConfig:
     """What the verb (cache, distill or train) runs with. `train` has no teacher. Paths become absolute, since workers run
     elsewhere; those that a job would lose are told first. A method of the user's becomes the path of its file. Unless the recipe
-    says others, a student that starts from a detector sees images of that one's size, a backbone has its checkpoint's sizes, and views are
-    not derived from a cache's for a method that can't learn from such."""
+    says others, a student that starts from a detector sees images of that one's size, a backbone has its checkpoint's sizes, and
+    views are not derived from cached ones for a method that can't learn from such."""
     check_job_folder(config, verb)
     if verb != "cache":
         tracking_uri(config)  # refuses one with a password before anything is written
