@@ -42,16 +42,21 @@ def check_kept(folder: Path) -> None:
 
 
 def keep(evaluation: Evaluation, folder: Path) -> list[str]:
-    """Write it; the names of the files."""
+    """Write it; the names of the files. A picture of an earlier evaluation that this one has none of is deleted: it would pass for
+    this one's."""
     check_kept(folder)
     local, names = fs.LocalFileSystem(), [EVALUATION, TABLE]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         publish_bytes(evaluation.to_json().encode(), local, str(folder / EVALUATION))
         publish_bytes(class_csv(evaluation).encode(), local, str(folder / TABLE))
-        for name, picture in pictures_of(evaluation).items():
+        pictures = pictures_of(evaluation)
+        for name, picture in pictures.items():
             save_picture(Image.fromarray(picture), folder / name)
             names.append(name)
+        for name in PICTURES:
+            if name not in pictures and is_own_picture(folder / name):
+                (folder / name).unlink()
     return names
 
 
