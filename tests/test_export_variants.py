@@ -144,6 +144,11 @@ def test_a_benchmark_that_can_not_be_is_refused_by_the_dry_run_too(
     exported: Path, shards: Path, tmp_path: Path
 ) -> None:
     Image.new("RGB", (8, 8)).save(stranger := tmp_path / "stranger.png")
+    (tmp_path / "empty.json").write_text(
+        '{"images": [{"id": 1, "file_name": "stranger.png", "width": 8, "height": 8}], "annotations": [],'
+        ' "categories": [{"id": 1, "name": "star"}]}'
+    )
+    prepare(tmp_path / "empty.json", tmp_path, str(empty := tmp_path / "empty"), quiet=True)
     wrong = [
         (exported, {"exported": True, "onnx": True}, "given with --exported"),
         (exported, {"exported": True, "evaluate": str(tmp_path / "nosuch")}, "nosuch"),
@@ -155,6 +160,7 @@ def test_a_benchmark_that_can_not_be_is_refused_by_the_dry_run_too(
             r"(?s)new\.txt.*what to do: --out .*new\.png",
         ),
         (exported, {"exported": True, "evaluate": str(shards), "out": stranger}, "qskd did not draw it"),
+        (exported, {"exported": True, "evaluate": str(empty), "out": tmp_path / "new.png"}, "no AP could be measured"),
     ]
     for model, options, said in wrong:
         for ask in (foresee_benchmark, benchmark):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipelines.deployment.export import square
 from pipelines.deployment.found import ONNX, TORCH, Benchmark, Row
-from pipelines.deployment.tradeoff import draw, points_of
+from pipelines.deployment.tradeoff import draw, nothing_to_draw, points_of
 from pipelines.deployment.variants import evaluate_runs
 from pipelines.inspection.predict import write_picture
 from qskd.config import ONNX as GRAPH
@@ -151,6 +151,8 @@ def check(options: BenchmarkOptions) -> None:
                 "--out", str(options.out), "a name that ends in .png", f"--out {options.out.with_suffix('.png')}"
             )
         check_picture(options.out, [])
+        if not load_manifest(options.evaluate).num_objects:
+            raise nothing_to_draw()
 
 
 def check_timed(folder: str, model: str, options: BenchmarkOptions) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from pyarrow import fs
 
-from qskd.errors import QskdError, writing
+from qskd.errors import QskdError, check_writable, writing
 from qskd.evaluation.details import FORMAT, Evaluation
 from qskd.pictures.evaluated import pictures_of
 from qskd.storage.files import publish_bytes
@@ -25,7 +25,8 @@ COLUMNS = (
 
 
 def check_kept(folder: Path) -> None:
-    """QskdError where an evaluation would replace a file that no evaluation wrote."""
+    """QskdError where an evaluation would replace a file that no evaluation wrote, or could not be written."""
+    check_writable(folder)
     own = folder / EVALUATION
     try:
         ours = own.is_file() and head_says(own.read_bytes(), FORMAT)
