@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from pipelines.command import local_path
 from pipelines.functions.recipes import Fields, Folder, Recipe, as_the_command, configuration, unless
 from pipelines.functions.unlabeled import label as label
 from pipelines.functions.unlabeled import select as select
@@ -99,8 +100,8 @@ def prepare(
 
     folder = os.fspath(destination)
     manifest = program(
-        Path(annotations),
-        None if images is None else Path(images),
+        local_path(annotations),
+        None if images is None else local_path(images),
         folder,
         rows_per_shard=rows_per_shard,
         on_error=on_error,
@@ -111,7 +112,7 @@ def prepare(
         leave_out=leave_out,
         exif=exif,
         split=split,
-        classes=None if classes is None else Path(classes),
+        classes=None if classes is None else local_path(classes),
         box_format=box_format,
         unlabeled=unlabeled,
         not_in=[os.fspath(folder) for folder in not_in],
@@ -213,6 +214,7 @@ def evaluate(
     *,
     recipe: Recipe = None,
     set: Fields = (),
+    methods: Sequence[Folder] = (),
     batch_size: int = 16,
     workers: int = 0,
     threads: int = 1,
@@ -227,7 +229,7 @@ def evaluate(
     from pipelines.inspection.evaluate import evaluate as program
     from pipelines.inspection.known import classes_known_by, with_forgetting
 
-    config, shards = configuration(recipe, set, ()), os.fspath(data)
+    config, shards = configuration(recipe, set, methods), os.fspath(data)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "threads": threads, "backend": backend}
     options |= {"device": config.compute.device, "max_detections": max_detections}
     options |= {"precision": config.compute.evaluation_precision}
@@ -309,7 +311,7 @@ def export(
         dynamic_batch=dynamic_batch,
         exporter=exporter,
         onnx=onnx,
-        images=tuple(Path(image) for image in images),
+        images=tuple(local_path(image) for image in images),
         tolerance=tolerance,
         rounds=rounds,
         threads=threads,
@@ -317,7 +319,7 @@ def export(
         variants=VariantOptions(int8, float16, openvino, tuple(os.fspath(each) for each in given), shards),
     )
     with unless(False):
-        folder = program.export(os.fspath(model), Path(out), options, Console(file=io.StringIO()))
+        folder = program.export(os.fspath(model), local_path(out), options, Console(file=io.StringIO()))
     card = read_card(folder)
     facts = card.onnx if card is not None and onnx else None
     if facts is None:

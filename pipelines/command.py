@@ -19,7 +19,7 @@ from qskd.errors import QskdError, told_without_traceback
 from qskd.redaction import redacted_uri
 
 
-def local_path(given: str | Path) -> Path:
+def local_path(given: str | os.PathLike[str]) -> Path:
     """A path of the command line's, or an option's default. QskdError when it is a URI, of which a Path would make `s3:/bucket`."""
     given = os.fspath(given)
     if "://" in given:

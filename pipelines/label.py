@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import Classes, DryRun, Model, Set, local_path, names_in, one_of, run
+from pipelines.command import Classes, DryRun, Methods, Model, Set, local_path, names_in, one_of, run
 from pipelines.run.logs import tell
 
 
@@ -54,6 +54,7 @@ def command(
         ),
     ] = None,
     set: Set = None,
+    methods: Methods = None,
     batch_size: Annotated[int, typer.Option(min=1, max=4096)] = 16,
     workers: Annotated[
         int, typer.Option(min=0, help="Most detector processes, over the cluster; 0: here, no Ray.")
@@ -83,7 +84,8 @@ def command(
         classes=names_in(classes),
     )
     if dry_run:
-        tell(job.make_plan(asked).describe())
+        plan = job.make_plan(asked)
+        tell(plan.describe() + ("\nfinished already" if job.is_finished(plan) else ""))
         return
     tell(*job.run(asked).lines(), sep="\n")
 

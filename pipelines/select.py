@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.command import DryRun, Set, local_path, one_of, run
+from pipelines.command import DryRun, Methods, Set, local_path, one_of, run
 from pipelines.run.logs import tell
 
 
@@ -32,7 +32,8 @@ def command(
         ),
     ] = None,
     set: Set = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of chance.")] = 0,
+    methods: Methods = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of chance, in random and gradients.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another selection of `qskd select`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -41,10 +42,13 @@ def command(
     from qskd.config.recipe import load
 
     method = one_of("--by", by, "random", "classes", "uncertainty", "gradients")
+    job.check_fields(recipe, set)
     config = load(recipe, set or ()) if recipe else None
     asked = job.Request(shards, out, budget, method, seed, config, overwrite)
     if dry_run:
         manifest = job.check(asked)
+        if config is not None:
+            job.plan_of(config, shards, manifest)
         tell(f"{budget} of {manifest.num_images} images of {shards}, by {by} → {out}, {asked.picture}")
         return
     tell(*job.run(asked), sep="\n")

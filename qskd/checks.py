@@ -13,6 +13,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.storage.listing import wrong_files
 from qskd.storage.ownership import listed
+from qskd.teacher.by_number import check_derived
 from qskd.teacher.columns.attended import ATTENDED
 from qskd.teacher.columns.table import COLUMNS
 from qskd.teacher.decoder import check_decodes
@@ -301,6 +302,7 @@ def check_enough(config: Config) -> None:
             f"what the cache holds: it has no column {', '.join(missing)}",
             f"make a cache with --set teacher.cache.columns=[{columns}]",
         )
+    check_derived(config)
     fixed = sorted(column.name for column in COLUMNS if column.asked(needs) and not column.mirrors)
     if config.data.views.derived_taken != "none" and fixed:
         raise QskdError(

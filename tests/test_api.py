@@ -35,7 +35,6 @@ NOT_OF_FUNCTIONS = {
     "check",
     "check_derived",
     "per_class",
-    "methods",
     "images",
     "places",
     "pictures",
@@ -110,6 +109,30 @@ def test_a_recipe_is_a_file_its_fields_or_what_they_became(tmp_path: Path) -> No
     with pytest.raises(QskdError, match="did you mean epochs"):
         configuration({"training": {"epoch": 3}}, (), ())
     assert configuration(None, {}, ()) == load(None)
+
+
+def test_a_local_place_is_what_the_command_takes_it_for(
+    tiny_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is called ~ or s3: was made in the working folder."""
+    coco, here = tiny_folders / "coco", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.json").write_bytes((coco / "annotations.json").read_bytes())
+    qskd.prepare("~/a.json", coco / "images", "~/shards")
+    assert len(qskd.select("~/shards", "~/few.json", 2).images) == 2
+    assert (tmp_path / "few.json").is_file()
+    refusing = (
+        lambda: qskd.select(tmp_path / "shards", "s3://bucket/few.json", 2),
+        lambda: qskd.label("teacher", coco / "images", "s3://bucket/labels.json"),
+        lambda: qskd.export("teacher", "s3://bucket/exported"),
+        lambda: qskd.prepare("s3://bucket/a.json", coco / "images", tmp_path / "others"),
+    )
+    for call in refusing:
+        with pytest.raises(QskdError, match="a URI"):
+            call()
+    assert not list(here.iterdir())
 
 
 def test_prepare_predict_evaluate_and_export_give_values_and_print_nothing(

@@ -181,6 +181,13 @@ def test_groups_of_queries_leave_the_student_s_own_attention_alone() -> None:
     )
 
 
+def test_without_its_attention_it_asks_for_none_of_another_method_s_cache() -> None:
+    beside = {"d3etr": {"fixed": False, "attention_weight": 0}}
+    taught = {"selection": {"boundaries": [0.7]}, "also": beside}
+    cache = {"all_layers": True, "attention_giou_floor": 0.7}
+    check_enough(build({"teacher": {"cache": cache}, "distillation": taught}))
+
+
 def test_what_cannot_be_is_refused_with_the_field() -> None:
     student, teacher = networks("deformable", "conditional")
     with pytest.raises(QskdError, match=r"(?s)distillation\.fixed.*fixed: false"):

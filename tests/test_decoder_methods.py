@@ -16,12 +16,15 @@ from test_feature_methods import mixed, settings_of
 from torch import Tensor
 
 from qskd.boxes import cxcywh_to_xyxy, giou
+from qskd.config import DetectionLossConfig
 from qskd.datasets.batch import train_batch
 from qskd.datasets.classes import NOBODY
 from qskd.detectors import Detector, to_pixels
 from qskd.detectors.decoding import decode, through_layers
 from qskd.distillation.method import Facts, Lesson, Method, build_method
+from qskd.distillation.shared.apart import prediction
 from qskd.errors import QskdError
+from qskd.losses.matching import assign
 from qskd.structures import SILENT_LOGIT, DetectorOutput, LossTerm, Queries, Targets, TeacherNeeds
 from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import collate, columns_for, encode
@@ -72,6 +75,59 @@ def lesson_of(student: Detector, teacher: OnlineTeacher, images: slice = slice(N
         return decode(student, output.memory, output.memory_valid, queries, masked=False).output
 
     return Lesson(output, record, batch.targets, none, none[:1], decoder=teacher.decoder, ask_student=ask)
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "d3etr", "attention_weight": 0}, {"method": "detrdistill", "feature_weight": 0}]
+)
+def test_the_teacher_s_own_queries_teach_what_its_decoder_says_to_them(given: dict[str, Any]) -> None:
+    """Whatever the record has at their places: a teacher may choose its queries from memory, and others from int8."""
+    student, teacher = networks("refined", "refined")
+    method, lesson, batch = built(student, teacher, **given), lesson_of(student, teacher), tiny.batch_of(*COUNTS)
+    record = teacher(batch.images, batch.sizes, method.needs)
+    turned = replace(record, logits=record.logits.flip(2), boxes_cxcywh=record.boxes_cxcywh.flip(2))
+    found, other = (
+        method(
+            replace(
+                lesson,
+                teacher=said,
+                teacher_assignment=assign([prediction(said)], batch.targets, DetectionLossConfig())[0],
+            )
+        )
+        for said in (record, turned)
+    )
+    for name in {"d3_fixed_class", "d3_fixed_l1", "d3_fixed_giou", "dd_prior"} & method.weights.keys():
+        assert found[name].total.item() > 0
+        torch.testing.assert_close(found[name].total, other[name].total, msg=name)
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "d3etr", "attention_weight": 0}, {"method": "detrdistill", "feature_weight": 0}, KD]
+)
+def test_of_a_class_that_the_teacher_knows_nothing_of_no_asked_query_learns(given: dict[str, Any]) -> None:
+    """Not that it is background either, where the student's own queries learn from its objects."""
+    student, whole = networks("conditional", "conditional")
+    slots = whole.get_buffer("class_slots").tolist()
+    teacher = OnlineTeacher(whole.detector, (slots[0], NOBODY, *slots[2:]), whole.preprocessing)
+    method, lesson, batch = built(student, teacher, **given), lesson_of(student, teacher), tiny.batch_of(*COUNTS)
+    record, asked = teacher(batch.images, batch.sizes, method.needs), []
+    assert lesson.ask_student is not None
+    ask = lesson.ask_student
+
+    def heard(queries: Queries) -> DetectorOutput:
+        said = ask(queries)
+        said.logits.retain_grad()
+        asked.append(said.logits)
+        return said
+
+    (theirs,) = assign([prediction(record)], batch.targets, DetectionLossConfig())
+    terms = method(replace(lesson, teacher=record, teacher_assignment=theirs, ask_student=heard))
+    sum(term.total for term in terms.values()).backward()
+    assert asked
+    for logits in asked:
+        assert logits.grad is not None
+        assert logits.grad[..., [0, 2]].any()
+        assert not logits.grad[..., 1].any()
 
 
 def case(given: dict[str, Any]) -> tuple[Any, Lesson]:

@@ -248,6 +248,15 @@ def test_rays_own_upload_of_this_folder_is_small_and_whole(tmp_path: Path) -> No
     assert package.stat().st_size < 8e6, f"{package.stat().st_size / 1e6:.1f} MB"
 
 
+def test_what_is_promised_of_a_whole_run_is_told_to_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster they have their node's variables, not the shell's."""
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    said = {"HF_HUB_OFFLINE": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert said.items() <= _for_workers().items()
+
+
 def test_what_a_jobs_runtime_env_sets_is_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray refuses the same variable from both, even of the same value."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

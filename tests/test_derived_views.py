@@ -246,6 +246,25 @@ def test_a_column_that_cannot_be_mirrored_is_refused_with_its_name(monkeypatch: 
     checks.check_enough(load(None, ["data.views.derived=none"]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said", "remedy"),
+    [([f"distillation.method={name}"], name, "another method") for name in ("crosskd", "kd-detr", "perturbed")]
+    + [
+        (["distillation.predictions.pairing=index"], "qskd, which learns query by query", "pairing: rank"),
+        (["distillation.also={crosskd: {}}"], r"also\.crosskd\.method: crosskd, which asks", "another method"),
+    ],
+)
+@pytest.mark.parametrize("derived", [[], ["data.views.derived=flip_and_crop"]])
+def test_what_a_mirrored_record_can_not_teach_is_refused_with_the_method(
+    overrides: list[str], said: str, remedy: str, derived: list[str]
+) -> None:
+    """The decoder's answer to mirrored memory, and query i for query i."""
+    with pytest.raises(QskdError, match=rf"(?s)data\.views\.derived: flip.*{said}.*derived=none.*{remedy}"):
+        checks.check_enough(load(None, overrides + derived))
+    checks.check_enough(load(None, [*overrides, "data.views.derived=none"]))
+    checks.check_enough(load(None, [*overrides, "data.views.flip_probability=0"]))
+
+
 # ---- of a teacher that has learnt something: the package's own
 
 

@@ -182,6 +182,17 @@ def test_paired_queries_find_each_other_among_the_image_s_paired_ones() -> None:
     term.total.backward()
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_terms_are_float32_and_near_the_full_ones(precision: torch.dtype) -> None:
+    given, method = lesson(COUNTS), built(1, 2, method="detrdistill", prior_weight=0, **ALL)
+    whole = method(given)
+    with torch.autocast("cpu", precision):
+        half = method(given)
+    for name, term in whole.items():
+        assert half[name].total.dtype == torch.float32
+        assert half[name].total.item() == pytest.approx(term.total.item(), rel=0.02), name
+
+
 def test_shares_of_a_batch_sum_to_it_and_masks_wait_for_no_device() -> None:
     method, given = built(2, 2, method="detrdistill", prior_weight=0, **ALL), lesson([2, 0, 1], BOTH)
     parts = []
@@ -282,16 +293,18 @@ def test_the_teacher_s_queries_learn_in_the_student_what_the_teacher_found_with_
     torch.manual_seed(0)
     settings = settings_of(method="detrdistill", feature_weight=0, class_weight=0, l1_weight=0, giou_weight=0)
     method: Any = build_method(settings, facts_of(student, teacher.resize), teacher.facts)
-    assert method.needs == TeacherNeeds(memory=True, all_layers=True, decoder=True)
+    assert method.needs == TeacherNeeds(memory=True, decoder=True)
     totals = []
     for images in (slice(None), slice(0, 2), slice(2, 3)):
         given = asked_of(student, teacher, images)
         record = teacher(*(getattr(tiny.batch_of(2, 0, 1), name)[images] for name in ("images", "sizes")), method.needs)
-        (theirs,) = assign([(record.logits, record.boxes_cxcywh)], given.targets, build({}).detection)
-        given = replace(given, teacher=record, teacher_assignment=theirs)
+        given = replace(given, teacher=record)
         assert given.decoder is not None
         assert given.ask_student is not None
-        said = given.ask_student(method.asked(given.decoder.ask(record).decoded.queries))
+        answer = given.decoder.ask(record)
+        said = given.ask_student(method.asked(answer.decoded.queries))
+        layers = (answer.output.logits, answer.output.boxes_cxcywh)
+        (theirs,) = assign([layers], given.targets, build({}).detection)
         (term,) = method(given).values()
         assert term.count == sum(given.targets.counts)
         total = 0.0

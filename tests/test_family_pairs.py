@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from tiny import LABELS
 from torch import Tensor
 
 from qskd.config import StudentConfig
+from qskd.config.recipe import replace_fields
 from qskd.datasets.batch import TrainBatch
 from qskd.datasets.classes import map_classes
-from qskd.detectors import FAMILIES, Preprocessing
+from qskd.detectors import FAMILIES, Preprocessing, save_detector
 from qskd.distillation.method import Lesson, Method
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherNeeds, TeacherRecord
+from qskd.teacher.by_number import check_numbers
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
 
@@ -144,3 +147,24 @@ def test_pairing_by_index_is_refused_where_queries_are_chosen_in_each_image() ->
     config = tiny.recipe({**levels("rt_detr", 2)}, "distillation.predictions.pairing=index")
     with pytest.raises(QskdError, match=r"another one in each image\n.*\n.*pairing: rank"):
         tiny.make_training(config, random_teacher("rt_detr"))
+
+
+@pytest.mark.parametrize(("family", "known"), [("rt_detr", False), ("d_fine", False), ("conditional_detr", True)])
+def test_pairing_by_index_is_refused_where_the_teacher_chooses_its_queries_in_each_image(
+    family: str, known: bool, tmp_path: Path
+) -> None:
+    """From a cache, which does not say what its teacher is, as with the teacher in the step."""
+    teacher = tiny.random_teacher(family)
+    save_detector(teacher.detector, tmp_path, teacher.resize)
+    index = "distillation.predictions.pairing=index"
+    config = tiny.recipe({**tiny.FAMILIES["conditional"], "queries": teacher.detector.num_queries}, index)
+    given = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": str(tmp_path)})})
+    if known:
+        check_numbers(given)
+        assert tiny.make_training(config, teacher).train_step(tiny.batch_of(2))["lapd_l1"] > 0
+        return
+    with pytest.raises(QskdError, match=r"(?s)pairing = index: a teacher.*another one in each image.*pairing: rank"):
+        check_numbers(given)
+    with pytest.raises(QskdError, match=r"(?s)pairing = index: a teacher.*another one in each image.*pairing: rank"):
+        tiny.make_training(config, teacher)
+    check_numbers(replace_fields(given, {"distillation.predictions.weight": 0}, "the test"))

@@ -87,6 +87,18 @@ def test_a_selection_alone_makes_shards_of_its_images(root: Path, tmp_path: Path
     assert {one.image_id for one in samples(tmp_path / "part")} == ids  # kept
 
 
+def test_a_selection_that_is_read_from_another_folder_than_it_was_made_in_says_so(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    qskd.select("old", tmp_path / "few.json", 4)
+    assert prepare(tmp_path / "few.json", None, str(tmp_path / "part"), quiet=True).num_images == 4
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QskdError, match=r"chosen from old; .*no such file") as caught:
+        prepare(tmp_path / "few.json", None, str(tmp_path / "other"), quiet=True)
+    assert "run this where old is that folder" in caught.value.remedy
+
+
 def test_a_picture_that_both_have_stops_or_the_later_is_left_out(root: Path, tmp_path: Path) -> None:
     qskd.select(root / "old", tmp_path / "few.json", 4)
     words = (tmp_path / "few.json", None, tmp_path / "both")

@@ -20,6 +20,7 @@ from pipelines.prepare import prepare
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import make_shapes
 from qskd.datasets.shards import read_annotations
+from qskd.detectors import load_detector
 from qskd.errors import QskdError
 
 IMAGES = 40
@@ -103,6 +104,40 @@ def test_a_class_has_the_threshold_of_its_best_f1_where_it_has_objects_enough(
     assert len(set(plan.thresholds.values())) > 4
 
 
+def test_thresholds_are_measured_once_and_kept_by_whoever_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured with other batches or processes they are others in the last digits, and every part would be made anew."""
+    monkeypatch.setattr(job, "FEWEST", 5)
+    asked, detect, calls = (
+        request(root, tmp_path / "labels.json", threshold=None),
+        actors.LabelActor._detect,
+        list[int](),
+    )
+
+    def dying(self: actors.LabelActor, batch: Any, problems: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(batch))
+        return detect(self, batch, problems)
+
+    monkeypatch.setattr(actors.LabelActor, "_detect", dying)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(asked, quiet=True)
+    monkeypatch.setattr(job, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+    calls.clear()
+    done = job.run(asked, quiet=True)
+    assert sum(calls) == IMAGES - 2 * job.PART
+    assert len(set(done.thresholds.values())) > 4
+    calls.clear()
+    again = job.run(request(root, tmp_path / "labels.json", threshold=None, batch_size=3), quiet=True)
+    assert (calls, again.thresholds) == ([], done.thresholds)
+    assert not parts_folder(tmp_path / "labels.json").exists()
+    monkeypatch.setattr(job, "FEWEST", 6)  # of another rule
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        job.make_plan(asked)
+
+
 def test_files_of_others_are_never_replaced_and_other_labels_by_option_alone(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels.json"
     out.write_bytes(NOTES)
@@ -132,6 +167,81 @@ def test_a_broken_picture_stops_the_job_or_is_left_out_and_named(root: Path, tmp
     done = job.run(request(root, tmp_path / "labels.json", images=pool, on_error="skip"), quiet=True)
     assert done.images == 2
     assert [Path(each["where"]).name for each in done.left_out] == [broken]
+
+
+def test_what_was_labelled_before_a_broken_picture_is_kept_whatever_the_next_attempt_does(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only decoding finds a picture that is cut off: most of a job may be done by then."""
+    pool, detect, calls = tmp_path / "pool", actors.LabelActor._detect, list[int]()
+    pool.mkdir()
+    paths = sorted((root / "images").iterdir())
+    for path in paths:
+        (pool / path.name).write_bytes(path.read_bytes()[: 700 if path == paths[-1] else None])
+
+    def counting(self: actors.LabelActor, batch: Any, problems: Any) -> Any:
+        calls.append(len(batch))
+        return detect(self, batch, problems)
+
+    monkeypatch.setattr(actors.LabelActor, "_detect", counting)
+    out = tmp_path / "labels.json"
+    with pytest.raises(QskdError, match=paths[-1].name) as caught:
+        job.run(request(root, out, images=pool), quiet=True)
+    assert "same command with `--on-error skip`" in caught.value.remedy
+    calls.clear()
+    done = job.run(request(root, out, images=pool, on_error="skip", batch_size=8), quiet=True)
+    assert sum(calls) == IMAGES % job.PART  # the last part alone
+    assert done.images == IMAGES - 1
+    with pytest.raises(QskdError, match="labels of another run"):  # it lacks a picture that would stop this one
+        job.run(request(root, out, images=pool), quiet=True)
+    with pytest.raises(QskdError, match=paths[-1].name):
+        job.run(request(root, out, images=pool, overwrite=True), quiet=True)
+
+
+def test_an_image_has_as_many_labels_as_the_detector_has_queries(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """COCO's AP counts 100 detections of an image; an image of 150 objects has 150 labels."""
+    monkeypatch.setattr(job, "DETECTIONS", 10)
+    queries = load_detector(TEACHER).num_queries
+    assert queries == 30
+    job.run(request(root, tmp_path / "labels.json", threshold=0.0), quiet=True)
+    said = json.loads((tmp_path / "labels.json").read_text())["annotations"]
+    counts = np.unique([one["image_id"] for one in said], return_counts=True)[1]
+    assert counts.max() == queries
+
+
+def test_labels_of_pictures_that_were_renamed_are_others(root: Path, tmp_path: Path) -> None:
+    pool, out = tmp_path / "pool", tmp_path / "labels.json"
+    pool.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (pool / name).write_bytes(sorted((root / "images").iterdir())[name == "b.jpg"].read_bytes())
+    job.run(request(root, out, images=pool), quiet=True)
+    (pool / "b.jpg").rename(pool / "c.jpg")
+    refused(lambda: job.run(request(root, out, images=pool), quiet=True), "labels of another run", tmp_path)
+
+
+def test_a_job_that_was_killed_as_it_deleted_its_parts_leaves_none(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "delete_parts", lambda out: None)
+        job.run(request(root, out), quiet=True)
+    assert parts_folder(out).is_dir()
+    job.run(request(root, out), quiet=True)
+    assert not parts_folder(out).exists()
+
+
+def test_a_dry_run_refuses_the_file_that_the_run_would(root: Path, tmp_path: Path) -> None:
+    words = ["label", str(TEACHER), str(root / "images"), str(tmp_path / "labels.json"), "--workers", "0"]
+    words += ["--threshold", "0.4"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert (done.exit_code, "finished already" in done.output) == (0, True)
+    other = CliRunner().invoke(app, [*words[:-1], "0.5", "--dry-run"])
+    assert "labels of another run" in str(other.exception)
+    (tmp_path / "labels.json").write_bytes(NOTES)
+    stranger = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert "did not write it" in str(stranger.exception)
 
 
 def test_without_a_dataset_the_labels_are_the_teachers_and_the_plan_is_told(root: Path, tmp_path: Path) -> None:

@@ -59,6 +59,20 @@ def test_a_json_line_says_who_speaks_and_keeps_numbers_apart(
     assert "ValueError: broken" in third["traceback"]
 
 
+def test_a_line_with_a_loss_that_broke_is_json_all_the_same(
+    own_logging: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_json(word: str) -> None:
+        raise ValueError(word)
+
+    own_logging()
+    monkeypatch.setenv("QSKD_LOG", "json")
+    start_logs(run="one")
+    say("step 3", loss=float("nan"), rest=float("-inf"), step=3)
+    line = json.loads(capsys.readouterr().err, parse_constant=no_json)
+    assert (line["loss"], line["rest"], line["step"]) == ("nan", "-inf", 3)
+
+
 def test_without_the_option_a_line_of_progress_is_plain_text(
     own_logging: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -39,6 +40,7 @@ from pipelines.tracking.about import (
 )
 from pipelines.tracking.curves import tell_result
 from pipelines.tracking.model import log_student
+from pipelines.tracking.student_pyfunc import picture
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.checkpoints import write_checkpoint
 from pipelines.training.driver import finish
@@ -160,6 +162,14 @@ def logged(tracker: Tracker, tiny_folders: Path) -> Tracker:
     log_student(tracker, tiny_folders / "model")
     assert not tracker.complained
     return tracker
+
+
+def test_a_picture_in_base64_that_no_file_could_be_called_is_a_picture() -> None:
+    flat = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(flat, "BMP")  # no slash in a thousand letters
+    assert picture(base64.b64encode(flat.getvalue()).decode()).size == (16, 16)
+    with pytest.raises(ValueError, match="neither a file here nor base64"):
+        picture("no such file.png")
 
 
 def test_mlflow_itself_loads_the_student_without_qskd_and_its_weights_are_there_once(

@@ -115,6 +115,29 @@ def test_what_the_teacher_takes_an_object_of_the_class_for_is_not_learnt(pairing
     assert all(term.total == 0 and term.count == 0 for term in run(settings, alone, mine, theirs).values())
 
 
+@pytest.mark.parametrize("pairing", ["rank", "hungarian", "image"])
+def test_the_student_s_queries_at_an_object_of_the_class_learn_nothing_of_the_teacher(pairing: Any) -> None:
+    """With pairings over the image too: a partner at another object would draw them away from their own."""
+    given = make_targets([4, 2], classes=CLASSES - 1)
+    labels = given.labels.clone()
+    labels[:, 1::2] = CLASSES - 1
+    targets = replace(given, labels=labels)
+    student, teacher = network(targets, 2, 24, seed=1), network(targets, 1, 90, seed=5)
+    teacher[0][..., -1] = SILENT_LOGIT
+    for part in student:
+        part.requires_grad_(True)
+    settings = only_predictions(pairing=pairing, student_layers="all")
+    sum(term.total for term in run(settings, targets, student, teacher).values()).backward()  # type: ignore[union-attr]
+    (assignment,) = assign([student], targets, DetectionLossConfig())
+    chosen = select_queries(student[1], targets, assignment, settings.selection)
+    strange = (labels == CLASSES - 1).expand(2, -1, -1).gather(-1, chosen.object_of_query.clamp(min=0))
+    assert ((chosen.slot > 0) & strange).any()
+    for part in student:
+        assert part.grad is not None
+        assert part.grad.any()
+        assert not part.grad[strange].any()
+
+
 def test_a_student_that_inherits_keeps_its_own_row_for_the_class() -> None:
     student = silent_student(recipe(FAMILIES["refined"]).student, LABELS, 0)
     teacher = silent_student(recipe(FAMILIES["refined"]).student, [f"{i}" for i in range(7)], 1)

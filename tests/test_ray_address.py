@@ -13,9 +13,10 @@ import pytest
 from dead_ends import closed, dropped, named, silent, web_server
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply, CheckAliveRequest
 
-from pipelines.cluster import address
+from pipelines.cluster import address, logins
 from pipelines.cluster.address import check_address
 from pipelines.cluster.environment import joined
+from pipelines.cluster.logins import LOGINS
 from pipelines.cluster.start import start_ray
 from pipelines.health.machine import _ray_cluster
 from pipelines.tracking import answers
@@ -132,3 +133,33 @@ def test_where_no_cluster_is_meant_nothing_is_asked(word: str, monkeypatch: pyte
     check_address()
     assert not joined()
     assert _ray_cluster().status == "ok"
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_logins_that_do_not_travel_to_a_cluster_that_is_joined_are_named_and_their_values_are_not(
+    lacking: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: list[dict[str, str]] = []
+    asked: list[tuple[str, ...]] = []
+
+    def nodes(names: tuple[str, ...]) -> dict[str, list[str]]:
+        asked.append(names)
+        return {"10.0.0.1": list(names), "10.0.0.2": [name for name in names if name != "HF_TOKEN" or not lacking]}
+
+    for name in LOGINS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda runtime_env, **_: given.append(runtime_env["env_vars"]))
+    monkeypatch.setattr(logins, "_ask_nodes", nodes)
+    with grpc_server(grpc.StatusCode.OK) as at:
+        monkeypatch.setenv("RAY_ADDRESS", at)
+        start_ray()
+        assert not asked
+        monkeypatch.setenv("HF_TOKEN", "hf_sesame")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame")
+        start_ray()
+    assert asked == [("AWS_SECRET_ACCESS_KEY", "HF_TOKEN")]
+    said = "".join(record.getMessage() for record in caplog.records)
+    assert ("HF_TOKEN: set here, and not for workers on 10.0.0.2," in said) is lacking
+    assert "sesame" not in said + str(given)
+    assert "AWS_SECRET" not in said

@@ -71,6 +71,14 @@ def test_relations_are_the_squared_differences_of_all_cosines(counts: list[int])
     assert bool(grad.any()) == (images > 0)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_cosines_are_as_exact_under_autocast(precision: torch.dtype) -> None:
+    given, method = related([3, 1, 2, 3]), built(2, 2, method="relations")
+    with torch.autocast("cpu", precision):
+        half = method(given)["relations"].total
+    assert torch.equal(half, method(given)["relations"].total)
+
+
 def test_shares_of_a_batch_sum_to_it_and_weight_0_asks_for_nothing() -> None:
     method, given = built(2, 2, method="relations"), related([3, 1, 3])
     parts = []

@@ -13,21 +13,26 @@ import pytest
 import torch
 from PIL import Image
 from scipy.optimize import minimize
+from test_loader import Pictures
 from test_unlabeled import cached, config, trained, work  # noqa: F401  (a fixture)
+from test_unlabeled_shards import draw, shards
 from tiny import trained_weights
 from typer.testing import CliRunner
 
+import qskd
 from pipelines.cli import app
 from pipelines.feed.stream import local_stream
 from pipelines.run.resolve import resolve
+from pipelines.selecting import job
 from pipelines.selecting.job import Request, image_gradients, plan_of, run
 from pipelines.training.plan import make_plan
-from qskd.config.recipe import to_yaml
-from qskd.datasets.batch import train_batch
+from qskd.config.recipe import replace_fields, to_yaml
+from qskd.datasets.batch import TrainBatch, train_batch
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.order.chosen import ChosenImage, ChosenRows, Selection, chosen_rows, load_selection
 from qskd.datasets.order.schedule import Schedule, training_batches
-from qskd.datasets.shards import ShardReader
+from qskd.datasets.shards import ShardReader, write_shards
+from qskd.distillation import mimic
 from qskd.errors import QskdError
 from qskd.from_recipe import make_student, teacher_for_training
 from qskd.selection import gradients
@@ -35,7 +40,7 @@ from qskd.selection.distribution import BEGUN, choose_alike, likeness
 from qskd.selection.matching import RIDGE, WHOLE, match, mismatch, pursue
 from qskd.selection.report import CLASSES, class_table
 from qskd.selection.uncertainty import CONFIDENT, choose_balanced, class_masses
-from qskd.structures import SILENT_LOGIT
+from qskd.structures import SILENT_LOGIT, TeacherRecord
 from qskd.teacher.pseudo import with_pseudo_objects
 from qskd.training.step import Training
 
@@ -281,6 +286,39 @@ def test_an_images_gradient_is_that_of_a_batch_of_it_alone(
     assert compared
 
 
+@pytest.mark.parametrize(
+    ("fields", "most"), [(("training.micro_batch_size=2",), 2), (("compute.workers=2",), 2), ((), 4)]
+)
+def test_gradients_are_asked_of_as_many_images_at_once_as_a_worker_of_the_training_has(
+    fields: tuple[str, ...],
+    most: int,
+    work: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of, sizes = gradients.GradientMaker.of, list[int]()
+
+    def counting(self: gradients.GradientMaker, batch: TrainBatch, record: TeacherRecord) -> np.ndarray:
+        sizes.append(len(batch.targets.counts))
+        return of(self, batch, record)
+
+    monkeypatch.setattr(gradients.GradientMaker, "of", counting)
+    shards = f"{work}/data"
+    found = image_gradients(plan_of(cached(work, "cache-select", *fields), shards, load_manifest(shards)))
+    assert max(sizes) == most
+    assert sum(sizes) == len(found)
+
+
+def test_gradients_are_the_same_for_a_recipe_that_compiles(work: Path) -> None:  # noqa: F811
+    given, shards = cached(work, "cache-select"), f"{work}/free"
+    plans = [
+        plan_of(replace_fields(given, {"compute.compile": compiles}, "the test"), shards, load_manifest(shards))
+        for compiles in (False, True)
+    ]
+    plain, compiled = map(image_gradients, plans)
+    assert plain.any()
+    np.testing.assert_array_equal(compiled, plain)
+
+
 def test_mixed_sides_keep_lengths_and_angles_about_as_they_are() -> None:
     rng = torch.Generator().manual_seed(0)
     left, right = torch.randn(40, 9, 256, generator=rng), torch.randn(40, 9, 200, generator=rng) + 0.5
@@ -395,6 +433,78 @@ def test_files_of_others_stay_and_other_selections_are_replaced_by_option_alone(
         with pytest.raises(QskdError):
             run(wrong, quiet=True)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_another_selection_is_refused_before_minutes_are_spent_on_choosing(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, given = tmp_path / "s.json", cached(work, "cache-select")
+    run(Request(f"{work}/free", file, 4, "gradients", 0, given), quiet=True)
+    before = file.read_text()
+    monkeypatch.setattr(job, "_told", lambda *_: pytest.fail("it began to choose"))
+    same = Request(f"{work}/free", file, 4, "gradients", 0, given)
+    assert 1 <= len(load_selection(str(file)).images) <= 4
+    others = (replace(same, budget=1), replace(same, by="uncertainty"), replace(same, seed=1))
+    for other in (*others, replace(same, shards=f"{work}/data")):
+        with pytest.raises(QskdError, match="another selection"):
+            run(other, quiet=True)  # type: ignore[arg-type]
+    assert file.read_text() == before
+    job.check(same)
+
+
+def test_images_without_labels_are_chosen_by_the_cache_of_the_training_classes_whatever_those_of_val_are(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pictures = Pictures(6)
+    pictures.categories = tuple(pictures.categories[place] for place in (2, 0, 1))
+    write_shards(pictures, str(tmp_path / "val"), rows_per_shard=6)
+    given = cached(work, "cache-select", f"data.val={tmp_path}/val")
+    for by in ("classes", "uncertainty", "gradients"):
+        run(Request(f"{work}/free", tmp_path / f"{by}.json", 4, by, 0, given), quiet=True)  # type: ignore[arg-type]
+    own = cached(work, "cache-select")
+    run(Request(f"{work}/free", tmp_path / "own.json", 4, "gradients", 0, own), quiet=True)
+    assert (tmp_path / "own.json").read_bytes() == (tmp_path / "gradients.json").read_bytes()
+
+
+def test_what_a_run_would_refuse_the_dry_run_does_and_names_the_folder_that_has_no_cache(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    given = cached(work, "cache-select")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(given))
+    shards(draw(tmp_path / "pool", 4, seed=7), tmp_path / "more")
+    words = ["--budget", "3", "--by", "uncertainty", "--recipe", f"{tmp_path}/recipe.yaml", "--dry-run"]
+    fine = CliRunner().invoke(app, ["select", f"{work}/free", f"{tmp_path}/s.json", *words])
+    assert fine.exit_code == 0, fine.output
+    for folder, field in ((tmp_path / "more", "data.unlabeled"), (work / "val", "data.train")):
+        done = CliRunner().invoke(app, ["select", str(folder), f"{tmp_path}/s.json", *words])
+        assert isinstance(done.exception, QskdError)
+        assert f"does not name {folder}" in done.exception.found
+        assert done.exception.remedy.startswith(f"name it in {field}")
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_fields_without_a_recipe_are_an_error_and_a_method_of_ones_own_is_found(work: Path, tmp_path: Path) -> None:  # noqa: F811
+    for choose in (
+        lambda: CliRunner().invoke(
+            app,
+            ["select", f"{work}/free", f"{tmp_path}/s.json", "--budget", "3", "--set", "seed=3"],
+            catch_exceptions=False,
+        ),
+        lambda: qskd.select(f"{work}/free", tmp_path / "s.json", 3, set={"seed": 3}),
+    ):
+        with pytest.raises(QskdError, match="no recipe"):
+            choose()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own_mimic.py").write_text(Path(mimic.__file__).read_text())
+    (tmp_path / "recipe.yaml").write_text(to_yaml(cached(work, "cache-select")))
+    words = ["select", f"{work}/free", f"{tmp_path}/s.json", "--budget", "3", "--by", "uncertainty", "--dry-run"]
+    words += ["--recipe", f"{tmp_path}/recipe.yaml", "--set", "distillation.method=own_mimic"]
+    done = CliRunner().invoke(app, [*words, "--methods", str(tmp_path / "mine")])
+    assert done.exit_code == 0, done.output
 
 
 def test_a_selection_is_a_list_of_pictures_for_prepare(work: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -176,6 +177,18 @@ def test_readers_of_other_columns_and_of_another_version_of_a_file_are_not_mixed
 
 def test_a_loader_without_others_keeps_its_rows_itself(stream: StreamConfig, temporary: Path) -> None:
     assert isinstance(stream.loader(), BatchLoader)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_folder_that_was_cleared_away_costs_reading_again_and_no_run(temporary: Path) -> None:
+    """As some machines do with what is old in the folder for temporary files."""
+    table, reader = pa.table({"x": [1.0]}), RowGroupSpool("data", 1_000_000)
+    assert reader.table("a shard", 0, ["x"], lambda: table)[1]
+    shutil.rmtree(reader._folder.path)
+    for group in range(1, 40):  # it would be tidied meanwhile
+        found, read_now = reader.table("a shard", group, ["x"], lambda: table)
+        assert (found.equals(table), read_now) == (True, True)
+    reader.close()
     assert list(temporary.iterdir()) == []
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.cli import DOORS
 from pipelines.cluster import start
 from pipelines.cluster.loopback import make_token
 from pipelines.run.folder import Folder
 from pipelines.run.history import add_report
-from pipelines.run.stopping import SAME_S, ended_by_signals
+from pipelines.run.stopping import BEGIN_ANEW, SAME_S, ended_by_signals
 from pipelines.training.at_stop import say_where_it_stopped
 from pipelines.training.checkpoint_list import LIST
 from qskd.config.recipe import load
@@ -50,6 +51,11 @@ def test_a_stopped_program_says_whether_the_same_command_goes_on(
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert told in capsys.readouterr().out
+
+
+def test_every_verb_that_keeps_nothing_before_its_end_is_said_to_begin_anew() -> None:
+    keeps = {"distill", "train", "cache", "tune", "label", "quickstart"}
+    assert set(DOORS) - keeps == set(BEGIN_ANEW)
 
 
 def test_a_ray_that_does_not_start_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.fs as pafs
 import pytest
 
 from pipelines.caching import plan as cache_plan
-from pipelines.run.folder import Folder
-from pipelines.run.ownership import claim, delete_run
+from pipelines.run.files import delete_checkpoint, files_in
+from pipelines.run.folder import MARK, Folder
+from pipelines.run.ownership import claim, delete_run, foreign
 from pipelines.training.checkpoint_list import LIST, TRAIN, delete_unlisted
 from pipelines.tuning.trial.checkpoints import _keep
 from qskd.config import Config
 from qskd.errors import QskdError
+from qskd.storage import stores
+from qskd.storage.files import UNFINISHED
 from qskd.storage.places import check_uri, open_at_once, open_folder
 from qskd.storage.stores import PATIENCE, join, may_pass, patience_s
 from qskd.teacher.manifest import CacheManifest, CacheSizes
@@ -133,6 +139,19 @@ def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not may_pass(OSError("Unable to load libjvm"))
 
 
+def test_a_path_means_what_it_means_in_the_working_folder_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook that changes its folder, `shards/val` was that of before."""
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        assert open_folder("shards")[1] == f"{tmp_path}/{place}/shards"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_folder("~/shards")[1] == f"{tmp_path}/shards"
+    assert open_folder("file:///a/b") is open_folder("file:///a/b")
+
+
 @pytest.mark.parametrize("use", [open_folder, open_at_once, check_uri, lambda uri: join(uri, "run")])
 def test_a_uri_whose_path_a_number_sign_would_end_is_refused_with_what_to_write(use: Callable[[str], Any]) -> None:
     for uri in ("s3://b/runs#2/one?region=y", "s3://b/x#1", "file:///runs#2/one", "memory://runs#2"):
@@ -186,3 +205,96 @@ def test_a_store_that_fails_while_it_is_opened_is_tried_again(
         with pytest.raises(QskdError, match="can't be reached"):
             open_it(f"file://{tmp_path}/c")
         assert failures == [passing]
+
+
+# --- a folder's files -------------------------------------------------------------------------------------------------
+def student(place: Path, filling: bytes, size: int) -> Path:
+    """A checkpoint's files: some in a folder below."""
+    (place / "student").mkdir(parents=True, exist_ok=True)
+    for name in ("state.json", "student/config.json"):
+        (place / name).write_bytes(filling)
+    (place / "student/model.safetensors").write_bytes(filling * size)
+    return place
+
+
+def contents(place: str | Path) -> dict[str, bytes]:
+    return {str(path.relative_to(place)): path.read_bytes() for path in Path(place).rglob("*") if path.is_file()}
+
+
+def test_a_disk_that_takes_not_all_of_a_folders_files_keeps_those_that_were_there(tmp_path: Path) -> None:
+    folder = Folder(Config(name="run", output=str(tmp_path)))
+    folder.upload(student(tmp_path / "new", b"a", 1000), "checkpoints/000000001")
+    before = contents(folder.root)
+    assert len(before) == 3
+    student(tmp_path / "new", b"b", 200_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(QskdError, match="File too large") as caught:
+            folder.upload(tmp_path / "new", "checkpoints/000000001")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.where == folder.where("checkpoints/000000001")
+    assert contents(folder.root) == before
+    folder.upload(tmp_path / "new", "checkpoints/000000001")
+    assert contents(Path(folder.root, "checkpoints/000000001")) == contents(tmp_path / "new")
+
+
+_KILLED = """
+import os, shutil, sys
+from pathlib import Path
+import pyarrow.fs as pafs
+from qskd.storage import files
+
+def killed(read, written, *rest):
+    written.write(b"half")
+    written.flush()
+    os.kill(os.getpid(), 9)
+
+shutil.copyfileobj = killed
+files.publish_copies(Path(sys.argv[1]), pafs.LocalFileSystem(), sys.argv[2], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["student", "trials/0000/student", "trials/0000/checkpoints/000000001"])
+def test_what_a_killed_copy_left_is_the_runs_own_and_goes_with_the_next(name: str, tmp_path: Path) -> None:
+    folder = Folder(Config(name="run", output=str(tmp_path)))
+    source = student(tmp_path / "new", b"a", 9)
+    claim(folder, "train", "run")
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", _KILLED, source, f"{folder.root}/{name}"], check=False, timeout=60)
+        (half,) = [left for left in files_in(folder) if left != MARK]
+        assert half.startswith(f"{name}/{UNFINISHED}")
+        assert foreign([half]) == []
+    if "checkpoints" in name:
+        delete_checkpoint(folder, name)
+        assert not folder.exists(name)
+    folder.upload(source, name)
+    assert contents(Path(folder.root, name)) == contents(source)
+    # What a user has put there stays.
+    (Path(folder.root) / name / f"{UNFINISHED}chapter2").mkdir(mode=0o700)
+    (Path(folder.root) / name / f"{UNFINISHED}chapter2" / "draft.md").write_bytes(b"mine")
+    folder.upload(source, name)
+    assert contents(Path(folder.root, name)) == contents(source) | {f"{UNFINISHED}chapter2/draft.md": b"mine"}
+
+
+def test_a_folders_files_go_one_by_one_to_a_store_each_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Busy(fsspec_local.LocalFileSystem):  # type: ignore[name-defined,misc]
+        cachable = False
+        refused: ClassVar[list[str]] = []
+
+        def open(self, path: str, mode: str = "rb", **rest: Any) -> Any:
+            if mode == "wb" and path not in self.refused:
+                self.refused.append(path)
+                raise OSError("the store is busy")
+            return super().open(path, mode, **rest)
+
+    monkeypatch.setattr(stores, "FIRST_WAIT_S", 0.01)
+    folder = Folder(Config(name="run", output=str(tmp_path)))
+    folder.filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(Busy()))
+    source = student(tmp_path / "new", b"a", 9)
+    folder.upload(source, "train/checkpoint_1")
+    assert contents(Path(folder.root, "train/checkpoint_1")) == contents(source)
+    assert len(Busy.refused) == 3

@@ -138,14 +138,15 @@ def test_shares_of_a_batch_sum_to_it_and_without_objects_there_is_nothing() -> N
         assert term.total.is_meta
 
 
-def test_of_a_class_that_the_teacher_knows_nothing_of_no_class_is_learned() -> None:
+@pytest.mark.parametrize("gates", ["better", "open", "reversed"])
+def test_of_a_class_that_the_teacher_knows_nothing_of_no_class_is_learned(gates: str) -> None:
     given = lesson([3])
     logits = given.teacher.logits.clone()
     logits[..., given.targets.labels[0, 0]] = SILENT_LOGIT
     shy = replace(given, teacher=replace(given.teacher, logits=logits))
     alone = replace(shy.targets, valid=shy.targets.valid & (shy.targets.labels == shy.targets.labels[0, 0]))
-    terms = built(1, 2, method="tar")(replace(shy, targets=alone))
-    assert terms["tar_open_class"].total == 0
+    terms = built(1, 2, method="tar", gates=gates)(replace(shy, targets=alone))
+    assert terms["tar_class"].total == terms["tar_open_class"].total == 0
     assert terms["tar_open_class"].count > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from qskd.config import TrainingConfig
 from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.order.schedule import split
 from qskd.errors import QskdError
-from qskd.structures import to_device
+from qskd.structures import LossTerm, to_device
 from qskd.training.groups import learning_rate_factor, parameter_groups
 from qskd.training.step import Training
 
@@ -315,6 +316,19 @@ def test_a_part_may_be_empty(counts: tuple[int, ...]) -> None:
     training.check_finite()
     assert all(torch.isfinite(value) for value in values.values())
     assert (values["total"] > 0) == bool(counts)
+
+
+def test_the_divisors_of_a_parts_terms_are_one_tensor_whatever_the_number_of_terms() -> None:
+    """On a GPU each of its own would be a kernel's start, for every term of every part."""
+    training = make_training(recipe(FROZEN))
+    objects, other = LossTerm(torch.ones(()), torch.ones(()), objects=2.0), LossTerm(torch.ones(()), torch.tensor(5.0))
+    terms = training._to_be_divided({"a": objects, "b": other, "c": replace(objects, objects=3.0)}, 4, 6)
+    assert {name: (term.count.item(), term.floor) for name, term in terms.items()} == {
+        "a": (3.0, 0.25),
+        "b": (5.0, 1.0),
+        "c": (4.5, 0.25),
+    }
+    assert terms["a"].count.untyped_storage().data_ptr() == terms["c"].count.untyped_storage().data_ptr()
 
 
 def test_all_images_of_all_parts_are_named_when_one_is_broken() -> None:

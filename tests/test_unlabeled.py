@@ -320,6 +320,19 @@ def trained(given: Config, steps: int) -> Training:
     return training
 
 
+@pytest.mark.parametrize("fields", [(), ("data.train=",)])
+def test_pictures_of_the_validation_split_among_those_without_labels_are_told(
+    fields: tuple[str, ...], work: Path, tmp_path: Path
+) -> None:
+    pool = draw(tmp_path / "pool", 3, seed=5)
+    (pool / "seen.png").write_bytes(list(Pictures(6).samples())[4].encoded)
+    shards(pool, tmp_path / "more")
+    given = config(work, f"data.unlabeled=[{work}/free, {tmp_path}/more]", *fields)
+    (said,) = (one for one in make_plan(resolve(given, "distill"), "distill").notices if "data.unlabeled" in one)
+    assert said.startswith(f"data.unlabeled: {tmp_path}/more and data.val share 1 of 6 validation pictures")
+    assert f"image 104 of val is image 4 of it): AP will be too good. Prepare it with --not-in {work}/val" in said
+
+
 @pytest.mark.parametrize("views", [(), ("data.views.derived=flip",)])
 def test_from_the_cache_the_same_is_learnt_as_from_the_teacher_itself(views: tuple[str, ...], work: Path) -> None:
     exact = (

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from strangers import refused
+from test_loader import Pictures
 from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.inspection.evaluate import evaluate
 from pipelines.prepare import prepare
 from qskd.datasets.manifest import Manifest, load_manifest
-from qskd.datasets.shards import ShardReader, read_annotations
+from qskd.datasets.shards import ShardReader, read_annotations, write_shards
 from qskd.datasets.unlabeled.known import pictures_in
 from qskd.errors import QskdError
 
@@ -109,6 +111,18 @@ def test_pictures_of_other_shards_are_refused_or_left_out(
         shards(pool, tmp_path / "new", not_in=[str(tmp_path / "shards")])
     made = shards(pool, tmp_path / "new", not_in=[str(tmp_path / "shards")], on_error="skip")
     assert (made.num_images, len(made.problems)) == (2, 1)
+
+
+def test_shards_with_a_picture_twice_are_known_by_their_manifest_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every picture of such shards is read, which may be all of a store's."""
+    samples = list(Pictures(3).samples())
+    twice = Pictures(4)
+    twice.samples = lambda: iter([*samples, replace(samples[1], image_id=7)])  # type: ignore[method-assign]
+    write_shards(twice, str(tmp_path / "shards"))
+    monkeypatch.setattr("qskd.datasets.unlabeled.known._read", lambda reader: pytest.fail("pictures are read"))
+    assert len(pictures_in([str(tmp_path / "shards")])) == 3
 
 
 def test_other_shards_are_not_replaced_without_being_asked(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ FORWARDED = (
     "OMP_NUM_THREADS",
     "QSKD_LOG",
     "QSKD_STORE_PATIENCE_S",
+    "HF_HUB_OFFLINE",  # that nothing is asked of the Hub is promised of the whole run
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
 )
 
 

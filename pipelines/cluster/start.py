@@ -9,6 +9,7 @@ import sys
 
 from pipelines.cluster.address import check_address, cluster_address, could_not_join
 from pipelines.cluster.environment import VERBOSE, _for_workers, joined
+from pipelines.cluster.logins import warn_of_logins_left_behind
 from pipelines.cluster.loopback import choose_loopback, make_token
 from pipelines.cluster.noise import keep_back_noise
 from pipelines.run.stopping import sigterm_kept
@@ -28,9 +29,10 @@ def give_back_memory() -> None:
             torch.cuda.empty_cache()
 
 
-def start_ray() -> None:
+def start_ray(ask_of_logins: bool = True) -> None:
     """Join the cluster this process belongs to (RAY_ADDRESS, or a job of it), else start Ray on this machine alone; and give back
-    what GPU memory this process no longer needs. QskdError where RAY_ADDRESS names none that answers."""
+    what GPU memory this process no longer needs. QskdError where RAY_ADDRESS names none that answers.
+    ask_of_logins: warn of those that the cluster joined does not have."""
     import ray
 
     give_back_memory()
@@ -47,6 +49,8 @@ def start_ray() -> None:
             if cluster_address():
                 raise could_not_join(error) from error
             raise
+        if ask_of_logins:
+            warn_of_logins_left_behind()
         return
     choose_loopback()
     make_token()

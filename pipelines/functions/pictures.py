@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipelines.command import local_path
 from pipelines.inspection.predict import read_image
 from qskd.datasets.pictures.decoding import is_deep, orientation_of
 from qskd.datasets.views import decoded
@@ -30,7 +30,7 @@ def pixels_of(image: Any) -> np.ndarray:
             raise QskdError(WHERE, found, "RGB of uint8, [height, width, 3]; several in a list")
         return image
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+        return read_image(local_path(image))
     raise QskdError(WHERE, f"a {type(image).__name__}", "a file's path, a picture of Pillow's, or an array")
 
 

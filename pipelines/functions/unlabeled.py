@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipelines.command import local_path
 from pipelines.functions.recipes import Fields, Folder, Recipe, as_the_command, choice, configuration, unless
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def label(
     on_error: Literal["stop", "skip"] = "stop",
     recipe: Recipe = None,
     set: Fields = (),
+    methods: Sequence[Folder] = (),
     batch_size: int = 16,
     workers: int = 0,
     threads: int = 1,
@@ -38,15 +39,15 @@ def label(
     from pipelines.labelling import job
 
     choice("qskd.label: on_error", on_error, "stop", "skip")
-    config = configuration(recipe, set, ())
+    config = configuration(recipe, set, methods)
     asked = job.Request(
-        *(os.fspath(model), Path(images), Path(out), os.fspath(like), threshold, on_error),
+        *(os.fspath(model), local_path(images), local_path(out), os.fspath(like), threshold, on_error),
         **job.as_recipe(config),
         batch_size=batch_size,
         workers=workers,
         threads=threads,
         overwrite=overwrite,
-        onto=None if onto is None else Path(onto),
+        onto=None if onto is None else local_path(onto),
         classes=tuple(classes),
     )
     with unless(False):
@@ -73,7 +74,8 @@ def select(
     from qskd.datasets.order.chosen import load_selection
 
     choice("qskd.select: by", by, "random", "classes", "uncertainty", "gradients")
+    job.check_fields(recipe, set)
     config = None if recipe is None else configuration(recipe, set, methods)
     with unless(False):
-        job.run(job.Request(os.fspath(shards), Path(out), budget, by, seed, config, overwrite), quiet=True)
+        job.run(job.Request(os.fspath(shards), local_path(out), budget, by, seed, config, overwrite), quiet=True)
     return load_selection(os.fspath(out))

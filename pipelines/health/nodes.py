@@ -5,6 +5,7 @@ ray job submit ... -- python -m pipelines.doctor --cluster --storage s3://bucket
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -19,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
+from pipelines.cluster.logins import REMEDY as LOGINS_REMEDY
+from pipelines.cluster.logins import logins_here
+from pipelines.health.services import check_storage, token_left
 from qskd.errors import QskdError
 
 PACKAGES = ("torch", "ray", "transformers", "pyarrow", "numpy", "qskd")
 CLOCK_LIMIT_S = 2.0  # logs of several nodes can't be laid side by side beyond; object stores refuse some minutes
 NODE_TIMEOUT_S = 180.0
+GPU_TOOL_S = 30.0
 _GIB = 2**30
 
 
@@ -31,7 +36,7 @@ _GIB = 2**30
 class NodeFacts:
     """What one node said of itself. code: start of a checksum of the qskd and pipelines it imports. gpus: as the driver's
     tool lists them. cuda: of torch's build, empty for a CPU build (looked at where there are GPUs only). storage: empty when
-    it answered."""
+    it answered, else what is wrong and what to do. logins: names of variables."""
 
     name: str
     python: str
@@ -41,6 +46,7 @@ class NodeFacts:
     cuda: str = ""
     storage: str = ""
     scratch_free_bytes: int = 0
+    logins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,16 @@ class NodeReport:
         return f"{self.address} {self.node_id[:6]}{' (head)' if self.head else ''}"
 
 
-def look_around(storage: str) -> NodeFacts:
-    """This process's node. storage: a URI to try, or empty."""
-    from pipelines.health.services import check_storage
-
+def look_around(storage: str, token: str = "") -> NodeFacts:
+    """This process's node. storage: a whole path or a URI to try, or empty. token: a file that the driver left there."""
     gpus = _gpus()
     cuda = ""
     if gpus:
         import torch
 
         cuda = torch.version.cuda or ""
-    answer = check_storage(storage) if storage else None
+    answer = check_storage(storage, token) if storage else None
+    told = "" if answer is None or answer.status != "problem" else f"{answer.found} → {answer.remedy}"
     return NodeFacts(
         name=socket.gethostname(),
         python=platform.python_version(),
@@ -80,8 +85,9 @@ def look_around(storage: str) -> NodeFacts:
         code=_code_checksum(),
         gpus=gpus,
         cuda=cuda,
-        storage=answer.found if answer is not None and answer.status == "problem" else "",
+        storage=told,
         scratch_free_bytes=shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free,
+        logins=logins_here(),
     )
 
 
@@ -106,13 +112,16 @@ def _gpus() -> tuple[str, ...]:
     if tool is None:
         return ()
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=GPU_TOOL_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # a GPU that is ill lets it hang; `problems` says that none was listed
+        return ()
     return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip()) if not answer.returncode else ()
 
 
 def problems(driver: NodeFacts, reports: Sequence[NodeReport]) -> list[str]:
     """Everything in which a node differs from the driver, or will fail; each names the node and what to do."""
-    found = []
+    found = [f"the driver: storage: {driver.storage}"] if driver.storage else []
     for report in reports:
         facts, who = report.facts, report.shown
         if facts is None:
@@ -137,7 +146,9 @@ def problems(driver: NodeFacts, reports: Sequence[NodeReport]) -> list[str]:
                 f"{who}: {len(facts.gpus)} GPU(s), but a torch {facts.versions.get('torch')} without CUDA → {remedy}"
             )
         if facts.storage:
-            found.append(f"{who}: storage: {facts.storage} → give this node the address and the rights")
+            found.append(f"{who}: storage: {facts.storage}")
+        if lacking := [name for name in driver.logins if name not in facts.logins]:
+            found.append(f"{who}: {', '.join(lacking)} not set, as at the driver → {LOGINS_REMEDY}")
         if abs(report.clock_offset_s) - report.clock_error_s > CLOCK_LIMIT_S:
             found.append(f"{who}: its clock is {report.clock_offset_s:+.1f} s off the driver's → run NTP on every node")
     if not any(report.resources.get("CPU", 0) for report in reports):
@@ -145,7 +156,7 @@ def problems(driver: NodeFacts, reports: Sequence[NodeReport]) -> list[str]:
     return found
 
 
-def ask_nodes(storage: str) -> list[NodeReport]:
+def ask_nodes(storage: str, token: str = "") -> list[NodeReport]:
     """Join the cluster, look at every living node from a process on it. QskdError when there is no cluster to join."""
     import ray
 
@@ -153,7 +164,7 @@ def ask_nodes(storage: str) -> list[NodeReport]:
 
     os.environ.setdefault("RAY_ADDRESS", "auto")  # never start one: it would be this machine alone
     try:
-        start_ray()
+        start_ray(ask_of_logins=False)  # `problems` says it
     except (QskdError, ConnectionError, RuntimeError) as error:
         said = f"{error.where}: {error.found}" if isinstance(error, QskdError) else str(error)
         raise QskdError(
@@ -163,17 +174,17 @@ def ask_nodes(storage: str) -> list[NodeReport]:
             "ray job submit --address http://HEAD:8265 -- python -m pipelines.doctor --cluster; or RAY_ADDRESS=HOST:PORT",
         ) from None
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    asked = [(node, *_watcher(node["NodeID"], storage)) for node in nodes]
+    asked = [(node, *_watcher(node["NodeID"], storage, token)) for node in nodes]
     return [_report(*entry) for entry in asked]
 
 
-def _watcher(node_id: str, storage: str) -> tuple[Any, Any]:
+def _watcher(node_id: str, storage: str, token: str) -> tuple[Any, Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Watcher:
-        def look(self, storage: str) -> NodeFacts:
-            return look_around(storage)
+        def look(self, storage: str, token: str) -> NodeFacts:
+            return look_around(storage, token)
 
         def clock(self) -> float:
             return time.time()
@@ -181,7 +192,7 @@ def _watcher(node_id: str, storage: str) -> tuple[Any, Any]:
     # No CPU asked for: the head, which has none to give, is looked at too.
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     actor = ray.remote(Watcher).options(num_cpus=0, scheduling_strategy=there).remote()
-    return actor, actor.look.remote(storage)
+    return actor, actor.look.remote(storage, token)
 
 
 def _report(node: dict[str, Any], actor: Any, answer: Any) -> NodeReport:
@@ -212,7 +223,10 @@ def cluster_doctor(storage: str = "", console: Any = None) -> int:
     from rich.table import Table
 
     console = console or Console(width=None if os.isatty(1) else 160)
-    driver, reports = look_around(""), ask_nodes(storage)
+    storage = storage if "://" in storage or not storage else os.path.abspath(os.path.expanduser(storage))
+    driver = look_around(storage)
+    with token_left(storage) if storage and not driver.storage else contextlib.nullcontext("") as token:
+        reports = ask_nodes(storage, token)
     columns = [
         "node",
         "python",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import os
 import re
@@ -13,10 +14,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pyarrow import fs
 
 from pipelines.tracking.answers import silence
 from pipelines.tracking.store import check_database, deleted, sqlite_file, without_secrets
@@ -30,6 +33,7 @@ from qskd.untrusted import parse_json
 _SERVER_TIMEOUT_S = 3.0
 _HEALTH, _API = "/health", "/api/2.0/mlflow/experiments/search?max_results=1"
 _BY_NAME = "/api/2.0/mlflow/experiments/get-by-name?experiment_name="
+_PROBE = ".qskd-doctor-"
 _STORAGE_TIMEOUT_S = 30.0  # object stores retry by themselves, some for minutes
 
 
@@ -159,10 +163,13 @@ def _tracking_file(path: Path, uri: str) -> Check:
     return _gone(gone, uri) if gone else Check(name, "ok", f"sqlite at {path}")
 
 
-def check_storage(storage: str) -> Check:
-    """A small file is written, read back and deleted, with a time limit: a store without network may never answer."""
+def check_storage(storage: str, token: str = "") -> Check:
+    """A small file is written, read back and deleted, with a time limit: a store without network may never answer. token: of
+    `token_left`, on another machine, which has to be seen from here."""
     answers: list[Check] = []
-    probe = threading.Thread(target=lambda: answers.append(guarded("storage", lambda: _probe(storage))), daemon=True)
+    probe = threading.Thread(
+        target=lambda: answers.append(guarded("storage", lambda: _probe(storage, token))), daemon=True
+    )
     probe.start()
     probe.join(_STORAGE_TIMEOUT_S)
     remedy = "check the network, the bucket's name and the credentials (e.g. AWS_PROFILE)"
@@ -170,16 +177,35 @@ def check_storage(storage: str) -> Check:
     return answers[0] if answers else slow
 
 
-def _probe(storage: str) -> Check:
+@contextlib.contextmanager
+def token_left(storage: str) -> Iterator[str]:
+    """A file in the folder until the block ends, for the nodes of a cluster to look for; its path in the file system. Call it
+    where `check_storage` has found nothing wrong."""
+    filesystem, folder = _place(storage)
+    token = f"{folder}/{_PROBE}{uuid.uuid4().hex}"
+    with filesystem.open_output_stream(token) as stream:
+        stream.write(b"looked for by other nodes")
+    try:
+        yield token
+    finally:
+        filesystem.delete_file(token)
+
+
+def _place(storage: str) -> tuple[fs.FileSystem, str]:
+    """The file system, and where in it a file is tried: the folder is not made for that, so of a local one that is not there the
+    nearest above that is."""
+    filesystem, root = open_at_once(storage)
+    if is_local(filesystem):
+        root = str(next(place for place in (Path(root), *Path(root).parents) if place.exists()))
+    return filesystem, root.rstrip("/")
+
+
+def _probe(storage: str, token: str = "") -> Check:
     shown, written = redacted(storage), uuid.uuid4().bytes
     remedy = "choose another output (a folder or URI that can be written to), or get the rights to this one"
     try:
-        filesystem, root = open_at_once(storage)
-        folder = root
-        if is_local(filesystem):
-            # nothing is left behind, so the folder is not made: the nearest one that exists has to take a file
-            folder = str(next(place for place in (Path(root), *Path(root).parents) if place.exists()))
-        probe = f"{folder.rstrip('/')}/.qskd-doctor-{written.hex()}"
+        filesystem, folder = _place(storage)
+        probe = f"{folder}/{_PROBE}{written.hex()}"
         with filesystem.open_output_stream(probe) as stream:
             stream.write(written)
         try:
@@ -187,11 +213,16 @@ def _probe(storage: str) -> Check:
                 read = stream.read()
         finally:
             filesystem.delete_file(probe)
+        is_shared = not token or filesystem.get_file_info(token).type == fs.FileType.File
     except QskdError as error:
         return Check("storage", "problem", f"{error.where}: {error.found}", error.remedy or remedy)
     except Exception as error:  # each filesystem has its own
         return Check("storage", "problem", f"{shown}: {short(error)}", remedy)
     if read != written:
         return Check("storage", "problem", f"{shown} gave back other bytes than were written", remedy)
-    made = "" if folder == root.rstrip("/") else f" (will be made in {folder})"
+    if not is_shared:
+        found = f"{shown} is another place here than at the driver: a file that it has just written there is not seen"
+        return Check("storage", "problem", found, "a URI (s3://BUCKET/runs), or a path on a disk that all nodes share")
+    root = open_at_once(storage)[1]
+    made = "" if folder == root.rstrip("/") else f" (will be made in {folder or '/'})"
     return Check("storage", "ok", f"{shown}{made}: written, read back, deleted")

@@ -20,6 +20,7 @@ from pipelines.inspection.actors import CHOICE, DetectorActor, Job, parts_of
 from pipelines.reporting.board import Row, progress
 from pipelines.reporting.watch import CountWatch
 from pipelines.reporting.words import duration_text
+from pipelines.run.places import for_workers
 from qskd.checks import check_shards
 from qskd.config import ResizeConfig
 from qskd.config.recipe import parse_override
@@ -94,7 +95,8 @@ def evaluate(
         if notice := notice_of(detector.model):
             log.warning("%s: %s", one_line(model), notice)
         del detector
-    job = Job(model, data, preprocessing, class_map or {}, batch_size, threads, device, precision, max_detections)
+    places = for_workers(model), for_workers(data)
+    job = Job(*places, preprocessing, class_map or {}, batch_size, threads, device, precision, max_detections)
     with progress("evaluate", manifest.num_images) as row:
         found = _on_cluster(job, manifest, workers, row) if workers else _here(job, manifest, row)
         row.at(manifest.num_images, doing="computing AP")

@@ -27,7 +27,7 @@ from qskd.evaluation.inference import predict_pairs
 from qskd.evaluation.pairs import Pairs
 from qskd.storage.places import fetched
 
-MOST = 100  # detections of an image, as COCO's AP counts them
+DETECTIONS = 100  # of an image, of which labels are made, at least; of a detector with more queries as many as these
 PART = 64  # pictures: what a killed job loses of each process, at most
 
 
@@ -63,12 +63,13 @@ class Job:
     threads: int = 1
     device: str = "auto"
     precision: str = "float32"
-    most: int = MOST
+    most: int = DETECTIONS
     words: tuple[str, ...] = ()
 
     def fingerprint(self, pictures: Sequence[Picture]) -> str:
-        """Of a part: the same, the same labels."""
-        content = [self.identity, self.skip, self.batch_size, *([each["id"], each["digest"]] for each in pictures)]
+        """Of a part: the same, the same labels. `skip` and `batch_size` are not in it: whoever goes on with others after a broken
+        picture, or for want of memory, keeps what is done."""
+        content = [self.identity, *([each["id"], each["file_name"], each["digest"]] for each in pictures)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -97,7 +98,7 @@ class LabelActor:
     def label(self, number: int, pictures: Sequence[Picture]) -> None:
         """Write the part's file, unless it is there."""
         path, fingerprint = part_file(self.job.parts, number), self.job.fingerprint(pictures)
-        if read_part(path, fingerprint) is None:
+        if read_part(path, fingerprint, self.job.skip) is None:
             images, annotations, problems = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, str]]()
             for start in range(0, len(pictures), self.job.batch_size):
                 batch = pictures[start : start + self.job.batch_size]
@@ -121,7 +122,12 @@ class LabelActor:
                 picture = decode_image(self.pictures.read(located, each["file_name"], where), where)
             except QskdError as error:
                 if not self.job.skip:
-                    raise
+                    remedy = (
+                        "mend or remove the picture; or the same command with `--on-error skip`, which leaves it out"
+                    )
+                    raise QskdError(
+                        error.where, error.found, error.expected, f"{remedy}. What is labelled is kept"
+                    ) from error
                 problems.append({"where": error.where, "found": error.found})
                 continue
             width, height = picture.size

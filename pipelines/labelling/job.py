@@ -11,7 +11,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from pipelines.cluster.room import check_gpus, say_if_on_cpus
 from pipelines.cluster.start import quiet_ray_data, start_ray
 from pipelines.inspection.evaluate import evaluate
-from pipelines.labelling.actors import MOST, PART, Job, LabelActor, Picture
+from pipelines.labelling.actors import DETECTIONS, PART, Job, LabelActor, Picture
 from pipelines.labelling.onto import BEST, JOINED, LabelledPictures, join_classes, own_classes
 from pipelines.labelling.parts import (
     check_out,
@@ -27,14 +27,17 @@ from pipelines.labelling.parts import (
     finished,
     part_file,
     parts_folder,
+    read_measured,
     read_part,
     write_labels,
+    write_measured,
 )
 from pipelines.labelling.request import Labels as Labels
 from pipelines.labelling.request import Request as Request
 from pipelines.labelling.request import as_recipe as as_recipe
 from pipelines.reporting.board import Row, progress
 from pipelines.reporting.watch import CountWatch
+from pipelines.run.places import for_workers
 from qskd.datasets.classes import NOBODY, listing, map_classes, model_side
 from qskd.datasets.manifest import check_labelled, load_manifest
 from qskd.datasets.samples import Category
@@ -63,13 +66,15 @@ RULE = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. categories: of the labels; known: those of them that the teacher knows, in `job`'s order."""
+    """What will be done. categories: of the labels; known: those of them that the teacher knows, in `job`'s order. measured: what
+    thresholds were measured, and of what; empty: none were."""
 
     request: Request
     dataset: UnlabeledDataset | LabelledPictures
     categories: tuple[Category, ...]
     known: tuple[Category, ...]
     job: Job
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[Picture]:
@@ -94,7 +99,12 @@ class Plan:
 
 
 def make_plan(asked: Request) -> Plan:
-    """Look at the pictures, the classes and the thresholds. Raises QskdError."""
+    """Look at where the labels go, the pictures, the classes and the thresholds. Raises QskdError."""
+    check_out(asked.out, overwrite=True)  # before minutes are spent on thresholds
+    if asked.onto is not None and os.path.realpath(asked.onto) == os.path.realpath(asked.out):
+        raise QskdError(
+            str(asked.out), "is the file of --onto, too", "another file", "choose another name; nothing was written"
+        )
     dataset: UnlabeledDataset | LabelledPictures
     if asked.onto is None:
         dataset = UnlabeledDataset(asked.images, None, asked.on_error)
@@ -126,7 +136,13 @@ def make_plan(asked: Request) -> Plan:
     known = tuple(one for one, _ in pairs)
     if silent := [one.name for one in categories if one not in known]:
         log.warning("left to nobody, and never labelled: %s", listing(silent))
-    thresholds = tuple(_thresholds(asked, known))
+    looks = asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}
+    measured: Mapping[str, Any] = {}
+    if asked.threshold is None and data is not None:
+        measured = _measured(asked, known, [digests, looks, data.fingerprint, [[one.id, slot] for one, slot in pairs]])
+        thresholds = tuple(dict(measured["thresholds"])[one.id] for one in known)
+    else:
+        thresholds = (USUAL if asked.threshold is None else asked.threshold,) * len(known)
     own: list[Any] = []
     if isinstance(dataset, LabelledPictures):
         keys: Sequence[int] = [slot for _, slot in pairs]
@@ -139,11 +155,18 @@ def make_plan(asked: Request) -> Plan:
         thresholds = tuple(thresholds[place] for place in union.places)
         categories, known, own = union.categories, union.named, dataset.decides
     chosen = [[one.id, one.name, slot] for one, slot in pairs]
-    decides = [digests, asdict(preprocessing) | {"resize": preprocessing.resize.model_dump()}, chosen, thresholds]
-    identity = hashlib.sha256(json.dumps([*decides, asked.precision, *own]).encode()).hexdigest()
+    most = BEST if own else max(DETECTIONS, detector.num_queries)
+    decides = [digests, looks, chosen, thresholds]
+    identity = hashlib.sha256(json.dumps([*decides, asked.precision, most, *own]).encode()).hexdigest()
     job = Job(
-        *(asked.model, preprocessing, tuple(slot for _, slot in pairs), tuple(one.id for one in known), thresholds),
-        root=str(dataset.root),
+        *(
+            for_workers(asked.model),
+            preprocessing,
+            tuple(slot for _, slot in pairs),
+            tuple(one.id for one in known),
+            thresholds,
+        ),
+        root=for_workers(str(dataset.root)),
         parts=str(parts_folder(asked.out).absolute()),
         identity=identity,
         skip=asked.on_error == "skip",
@@ -151,15 +174,17 @@ def make_plan(asked: Request) -> Plan:
         threads=asked.threads,
         device=asked.device,
         precision=asked.precision,
-        most=BEST if own else MOST,
+        most=most,
         words=words,
     )
-    return Plan(asked, dataset, categories, known, job)
+    return Plan(asked, dataset, categories, known, job, measured)
 
 
-def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
-    if asked.threshold is not None or not asked.like:
-        return [USUAL if asked.threshold is None else asked.threshold] * len(known)
+def _measured(asked: Request, known: Sequence[Category], decides: Sequence[Any]) -> Mapping[str, Any]:
+    """Each class's threshold, and of what it was measured: an earlier attempt's, where there is one."""
+    of = hashlib.sha256(json.dumps([*decides, asked.precision, FEWEST, USUAL]).encode()).hexdigest()
+    if kept := read_measured(asked.out, of):
+        return kept
     class_map = dict(asked.class_map or {})
     said = evaluate(
         *(asked.model, asked.like, asked.resize, class_map, asked.batch_size, asked.workers, asked.threads),
@@ -167,26 +192,31 @@ def _thresholds(asked: Request, known: Sequence[Category]) -> list[float]:
         precision=asked.precision,
     )
     best = {one.id: one.best.score for one in said.classes if one.best is not None and one.objects >= FEWEST}
-    return [round(best.get(one.id, USUAL), 4) for one in known]
+    return {"of": of, "thresholds": [[one.id, round(best.get(one.id, USUAL), 4)] for one in known]}
+
+
+def is_finished(plan: Plan) -> bool:
+    """Whether its labels are there already. QskdError where other labels are, which are not to be replaced."""
+    asked = plan.request
+    if finished(asked.out, plan.job.fingerprint(plan.pictures), plan.job.skip):
+        return True
+    check_out(asked.out, asked.overwrite)
+    return False
 
 
 def run(asked: Request, quiet: bool = False) -> Labels:
     """Label all pictures and write the JSON. Killed at any moment and run again, it keeps every whole part and does the rest."""
-    check_out(asked.out, overwrite=True)  # before minutes are spent on thresholds
-    if asked.onto is not None and os.path.realpath(asked.onto) == os.path.realpath(asked.out):
-        raise QskdError(
-            str(asked.out), "is the file of --onto, too", "another file", "choose another name; nothing was written"
-        )
     plan = make_plan(asked)
     pictures, job = plan.pictures, plan.job
-    fingerprint = job.fingerprint(pictures)
     parts = [pictures[start : start + PART] for start in range(0, len(pictures), PART)]
-    if finished(asked.out, fingerprint) is not None:
+    if is_finished(plan):
         log.warning("%s is finished already; nothing is labelled", asked.out)
+        delete_parts(asked.out)  # of one that was killed as it deleted them
         return _summary(plan, json.loads(asked.out.read_text()))
-    check_out(asked.out, asked.overwrite)
+    if plan.measured:
+        write_measured(asked.out, plan.measured)
     keys = [job.fingerprint(part) for part in parts]
-    todo = [n for n, key in enumerate(keys) if read_part(part_file(job.parts, n), key) is None]
+    todo = [n for n, key in enumerate(keys) if read_part(part_file(job.parts, n), key, job.skip) is None]
     left = sum(len(parts[number]) for number in todo)
     with progress("label", len(pictures), quiet=quiet) as row:
         if left < len(pictures):
@@ -198,7 +228,7 @@ def run(asked: Request, quiet: bool = False) -> Labels:
             else:
                 _here(job, work, left, row)
         row.stage("writing")
-        said = [read_part(part_file(job.parts, number), key) for number, key in enumerate(keys)]
+        said = [read_part(part_file(job.parts, number), key, job.skip) for number, key in enumerate(keys)]
         lost = [number for number, part in enumerate(said) if part is None]
         if lost:
             raise QskdError(
@@ -212,10 +242,11 @@ def run(asked: Request, quiet: bool = False) -> Labels:
         problems = [*plan.dataset.problems, *(entry for part in whole for entry in part["problems"])]
         tree: dict[str, Any] = {
             "info": {
-                "fingerprint": fingerprint,
+                "fingerprint": job.fingerprint(pictures),
                 "teacher": asked.model,
                 "threshold_rule": RULE,
                 "thresholds": plan.thresholds,
+                **({"measured": plan.measured} if plan.measured else {}),
                 **({} if asked.onto is None else {"joined_to": asked.onto.name, "joined_by": JOINED}),
                 "left_out": [{"where": each["where"], "found": each["found"]} for each in problems],
             },

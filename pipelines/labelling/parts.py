@@ -16,7 +16,8 @@ from qskd.storage.files import publish_bytes
 from qskd.storage.ownership import head_says, own_json
 
 PART_FORMAT, VERSION = "qskd-labels-part", 1
-_PART = re.compile(r"part-\d{5,}\.json")
+THRESHOLDS = "thresholds.json"
+_PART = re.compile(r"part-\d{5,}\.json|thresholds\.json")
 MADE_BY = {"made_by": "qskd label"}  # the first of `info`
 _LISTS = ("categories", "images", "annotations")
 _HEAD = '{"info": {"made_by": "qskd label"'  # how a file of ours begins
@@ -43,14 +44,34 @@ def write_part(
     publish_bytes(text.encode(), fs.LocalFileSystem(), path)
 
 
-def read_part(path: str, fingerprint: str) -> dict[str, Any] | None:
-    """A part's file; None where there is none, or one of other pictures, another teacher or other thresholds."""
+def read_part(path: str, fingerprint: str, skip: bool) -> dict[str, Any] | None:
+    """A part's file; None where there is none, or one of other pictures, another teacher or other thresholds, or, unless `skip`,
+    one that lacks broken pictures."""
     try:
         text = Path(path).read_text()
     except FileNotFoundError:
         return None
     tree = own_json(text) if head_says(text, PART_FORMAT) else None
-    return tree if isinstance(tree, dict) and tree.get("fingerprint") == fingerprint else None
+    if not isinstance(tree, dict) or tree.get("fingerprint") != fingerprint:
+        return None
+    return tree if skip or not tree["problems"] else None
+
+
+def write_measured(out: Path, measured: Mapping[str, Any]) -> None:
+    """Thresholds that were measured, beside the parts: measured again they are others in the last digits, and so all parts."""
+    text = json.dumps({"format": PART_FORMAT, "version": VERSION, "measured": measured})
+    publish_bytes(text.encode(), fs.LocalFileSystem(), str(parts_folder(out).absolute() / THRESHOLDS))
+
+
+def read_measured(out: Path, of: str) -> dict[str, Any] | None:
+    """Those of this key, kept beside the parts or in the finished file: {"of": key, "thresholds": [[id, score], ...]}."""
+    for path, place in ((parts_folder(out) / THRESHOLDS, ()), (out, ("info",))):
+        tree = own_json(path.read_text()) if path.is_file() and (_is_own(path) or _begins(path)) else None
+        for name in (*place, "measured"):
+            tree = tree.get(name) if isinstance(tree, dict) else None
+        if isinstance(tree, dict) and tree.get("of") == of:
+            return tree
+    return None
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -71,13 +92,13 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise QskdError(str(out), found, "a new file", f"{remedy}; nothing was written")
 
 
-def finished(out: Path, fingerprint: str) -> Mapping[str, Any] | None:
-    """What a file of ours says of itself, if it is of these pictures, teacher and thresholds."""
+def finished(out: Path, fingerprint: str, skip: bool) -> bool:
+    """Whether there is a file of ours of these pictures, teacher and thresholds, which lacks none that is to stop the job."""
     if not (out.is_file() and _begins(out)):
-        return None
+        return False
     tree = own_json(out.read_text())
     info = tree.get("info") if isinstance(tree, dict) else None
-    return info if isinstance(info, dict) and info.get("fingerprint") == fingerprint else None
+    return isinstance(info, dict) and info.get("fingerprint") == fingerprint and (skip or not info.get("left_out"))
 
 
 def write_labels(out: Path, tree: Mapping[str, Any]) -> None:
@@ -96,8 +117,10 @@ def write_labels(out: Path, tree: Mapping[str, Any]) -> None:
 
 
 def delete_parts(out: Path) -> None:
-    """The parts' files and, where that leaves it empty, their folder."""
+    """The parts' files and, where that leaves it empty, their folder; where there is one."""
     folder = parts_folder(out)
+    if not folder.is_dir():
+        return
     for name in os.listdir(folder):
         if _is_own(folder / name):
             os.unlink(folder / name)

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pyarrow import fs
 
 from pipelines.run.folder import Folder
+from qskd.storage.files import UNFINISHED
 from qskd.storage.ownership import STUDENT_FILE, listed
 from qskd.storage.stores import is_local, patiently
 
 log = logging.getLogger("qskd")
 STUDENT = f"student/(?:{STUDENT_FILE.pattern})"
-CHECKPOINT_FILE = re.compile(rf"state\.safetensors|state\.json|\.metadata\.json|{STUDENT}")
+# What a process that was killed left of a file, or of those of a folder (`publish_copies`).
+HALF_WRITTEN = rf"{re.escape(UNFINISHED)}[^/]*(?:/\d+)?"
+CHECKPOINT_FILE = re.compile(rf"state\.safetensors|state\.json|\.metadata\.json|{STUDENT}|{HALF_WRITTEN}")
 
 
 def files_in(folder: Folder, below: str = "") -> list[str]:

@@ -12,8 +12,7 @@ from pyarrow import fs
 
 from qskd.config import Config
 from qskd.errors import QskdError
-from qskd.storage.durable import sync_tree
-from qskd.storage.files import make_folder, publish_bytes, read_bytes
+from qskd.storage.files import publish_bytes, publish_copies, read_bytes
 from qskd.storage.models import RUN_MARK
 from qskd.storage.models import SWEEP as SWEEP
 from qskd.storage.places import open_folder
@@ -115,23 +114,15 @@ class Folder:
         patiently(self.where(name), self.filesystem, delete)
 
     def upload(self, local: str | Path, name: str) -> None:
-        """A folder's files. QskdError where a link stands in the way: what it leads to is not this run's."""
-        links = [
-            path for path in (name, *(f"{name}/{file.name}" for file in Path(local).iterdir())) if self.is_link(path)
-        ]
+        """A folder's files, with those in folders below, each whole or what was there before. QskdError where a link stands in
+        the way: what it leads to is not this run's."""
+        inside = (path.relative_to(local).as_posix() for path in Path(local).rglob("*"))
+        links = [path for path in (name, *(f"{name}/{each}" for each in inside)) if self.is_link(path)]
         if links:
             raise QskdError(
                 self.where(links[0]), "a link", "a run's own files", "remove the link; nothing was replaced"
             )
-
-        make_folder(self.filesystem, f"{self.root}/{name}", self.where(name))
-
-        def upload() -> None:
-            fs.copy_files(str(local), f"{self.root}/{name}", destination_filesystem=self.filesystem)
-            if is_local(self.filesystem):
-                sync_tree(f"{self.root}/{name}")
-
-        patiently(self.where(name), self.filesystem, upload)
+        publish_copies(Path(local), self.filesystem, f"{self.root}/{name}", self.where(name))
 
     def is_link(self, name: str) -> bool:
         return is_local(self.filesystem) and os.path.islink(f"{self.root}/{name}")

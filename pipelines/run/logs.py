@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import sys
 from typing import Any
@@ -80,9 +81,14 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = record.exc_text or self.formatException(record.exc_info)
-        return json.dumps(
-            {name: redacted(each) if isinstance(each, str) else each for name, each in line.items()}, default=str
-        )
+        return json.dumps({name: _written(each) for name, each in line.items()}, default=str)
+
+
+def _written(value: Any) -> Any:
+    """A number that is none (a loss that broke) as text: JSON has no word for it, and who collects logs would drop the line."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return redacted(value) if isinstance(value, str) else value
 
 
 def start_logs(**speaker: Any) -> None:

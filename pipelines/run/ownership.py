@@ -15,7 +15,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from pipelines.run.best import RECORD as BEST_RECORD
-from pipelines.run.files import CHECKPOINT_FILE, STUDENT, files_in
+from pipelines.run.files import CHECKPOINT_FILE, HALF_WRITTEN, STUDENT, files_in
 from pipelines.run.folder import COPIES, FAILURE, MARK, RECIPE, SWEEP, TRIAL, Folder
 from pipelines.run.guards import DATA
 from pipelines.run.history import NAME as HISTORY
@@ -46,7 +46,7 @@ OWN = re.compile(
     rf"{re.escape(SWEEP)}|refused\.json|best\.yaml|{_REPORT}|"
     rf"trials/\d{{4,}}/(?:{_RECORDS}|{STUDENT}|{_TRAINING}|{_TRIAL})|"
     rf"(?:trials/\d{{4,}}/)?(?:{COPIES}/[\w.]+\.(?:json|yaml)|{ROWS}/[\w-]+\.json)|"
-    rf"(?:trials/\d{{4,}}/)?(?:(?:student|{BEST}|{TRAIN}|report|evaluation|{COPIES}|{ROWS})/)?{re.escape(UNFINISHED)}[^/]*"
+    rf"(?:trials/\d{{4,}}/)?(?:(?:student|{BEST}|{TRAIN}|report|evaluation|{COPIES}|{ROWS})/)?{HALF_WRITTEN}"
 )
 _OWN_FOLDERS = ("student", BEST, "evaluation", TRAIN, "report", "trials", COPIES, ROWS)
 # What a later run would go on from: deleted first, so that a half deleted run is begun anew.

@@ -1,9 +1,11 @@
-"""Folders that may not be the same: what a verb writes, and may one day delete, apart from all that it reads."""
+"""Folders as workers find them, and those that may not be the same: what a verb writes, and may one day delete, apart from all
+that it reads."""
 
 from __future__ import annotations
 
 import os
 
+from pipelines.cluster.environment import in_a_job
 from pipelines.run.folder import storage_path
 from qskd.config import Config
 from qskd.errors import QskdError
@@ -11,6 +13,13 @@ from qskd.redaction import redacted
 from qskd.storage.places import relation_of
 from qskd.storage.stores import join
 from qskd.teacher.several.members import paths_of
+
+
+def for_workers(path: str) -> str:
+    """A path as processes of a cluster find it: whole, for their working folder is where their node was started. In a job it stays:
+    they have a copy of this folder. So does what is no file here, as a Hub's name."""
+    here = os.path.expanduser(path)
+    return path if in_a_job() or "://" in path or not os.path.exists(here) else os.path.abspath(here)
 
 
 def check_places(config: Config, verb: str) -> None:

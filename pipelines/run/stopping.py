@@ -76,7 +76,7 @@ def was_stopped(error: BaseException) -> bool:
     return bool(_received) or isinstance(error, KeyboardInterrupt)
 
 
-BEGIN_ANEW = ("prepare", "evaluate", "predict", "explain", "export", "benchmark", "doctor", "shapes")  # verbs
+BEGIN_ANEW = ("prepare", "evaluate", "predict", "select", "explain", "export", "benchmark", "doctor", "shapes")  # verbs
 
 
 def this_command() -> str:

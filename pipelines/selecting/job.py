@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -86,6 +86,14 @@ class Told:
     said: list[str] = field(default_factory=list)
 
 
+def check_fields(recipe: object, fields: Collection[str] | None) -> None:
+    """QskdError for fields of a recipe that is not there: they would change nothing."""
+    if recipe is None and fields:
+        raise QskdError(
+            "--set", f"{len(fields)} field(s), and no recipe", "a recipe whose fields they are", "--recipe RECIPE"
+        )
+
+
 def check(asked: Request) -> Manifest:
     """The shards' manifest; QskdError for what can't be chosen, or not be written."""
     if asked.out.suffix == ".png":
@@ -97,22 +105,30 @@ def check(asked: Request) -> Manifest:
     if asked.config is None and not (asked.by == "random" or (asked.by == "classes" and manifest.labelled)):
         remedy = "--recipe RECIPE, whose teacher.cache.path `qskd cache` has filled; or --by random"
         raise QskdError(f"--by {asked.by}", "no recipe", "a recipe, whose cache has what the teacher says", remedy)
-    _check_out(asked, None)
+    _check_out(asked, lambda there: _may_be(asked, manifest, there))
     check_picture(asked.picture, [])
     return manifest
 
 
-def _check_out(asked: Request, text: str | None) -> None:
-    """QskdError where OUT is a file that is not to be replaced. text: what will be written, once that is known."""
+def _check_out(asked: Request, is_same: Callable[[str], bool]) -> None:
+    """QskdError where OUT is a file that is not to be replaced. is_same: whether what is there is what will be written."""
     out = asked.out
     if not os.path.lexists(out):
         return
     ours = out.is_file() and is_selection(out.read_bytes()[:200])
     if not ours:
         raise QskdError(str(out), "is there already, and `qskd select` did not write it", "a new file", "another name")
-    if text is not None and not asked.overwrite and out.read_text() != text:
+    if not asked.overwrite and not is_same(out.read_text()):
         remedy = "choose another name, or pass --overwrite, which replaces this file and its picture"
         raise QskdError(str(out), "another selection", "a new file, or the same selection", remedy)
+
+
+def _may_be(asked: Request, manifest: Manifest, there: str) -> bool:
+    """Whether a selection that is there may be the one that is asked for, as far as can be told before anything is chosen."""
+    found = Selection.from_json(there, str(asked.out))
+    exactly = (manifest.fingerprint, asked.by, asked.seed) == (found.fingerprint, found.by, found.seed)
+    fewer = asked.by == "gradients" and len(found.images) < asked.budget
+    return exactly and (len(found.images) == asked.budget or fewer)
 
 
 def run(asked: Request, quiet: bool = False) -> list[str]:
@@ -135,7 +151,7 @@ def run(asked: Request, quiet: bool = False) -> list[str]:
         row.stage("writing")
         selection = _selection(asked, manifest, choice)
         text = selection.to_json()
-        _check_out(asked, text)
+        _check_out(asked, lambda there: there == text)
         _draw(asked, manifest, selection)
         with writing(asked.out):
             publish_bytes(text.encode(), pafs.LocalFileSystem(), str(asked.out.absolute()))
@@ -150,11 +166,24 @@ def run(asked: Request, quiet: bool = False) -> list[str]:
 
 def plan_of(config: Config, shards: str, manifest: Manifest) -> Plan:
     """Of a distillation on this folder alone, its cache looked at. QskdError."""
-    data = {"train": shards, "unlabeled": ()} if manifest.labelled else {"train": "", "unlabeled": (shards,)}
-    config = config.model_copy(update={"data": config.data.model_copy(update={**data, "selection": ()})})
-    if not config.teacher.cache.path:
+    given, cache = config.data, config.teacher.cache.path
+    if not cache:
         raise QskdError("teacher.cache.path", "empty", "a cache of this folder", "`qskd cache RECIPE` makes it")
-    return make_plan(resolve(config, "distill"), "distill")
+    data = {"train": shards, "unlabeled": ()}
+    if not manifest.labelled:  # the classes are then those of `val`; the cache was made with those of `train`
+        data = {"train": "", "unlabeled": (shards,), "val": given.train or given.val}
+    config = config.model_copy(update={"data": given.model_copy(update={**data, "selection": ()})})
+    try:
+        return make_plan(resolve(config, "distill"), "distill")
+    except QskdError as error:
+        named = [load_manifest(uri).fingerprint for uri in (given.train, *given.unlabeled) if uri]
+        if not error.where.startswith(cache) or manifest.fingerprint in named:
+            raise
+        field = "data.train, with a cache of its own," if manifest.labelled else "data.unlabeled"
+        remedy = f"name it in {field} and `qskd cache RECIPE` first"
+        raise QskdError(
+            error.where, f"{error.found}. The recipe does not name {redacted_uri(shards)}", error.expected, remedy
+        ) from None
 
 
 def _cache(plan: Plan) -> str:
@@ -246,10 +275,14 @@ def by_gradients(plan: Plan, budget: int, seed: int, at: Callable[[int], None]) 
 def image_gradients(plan: Plan, at: Callable[[int], None] = lambda done: None) -> NDArray[np.float32]:
     """[n, D], of each image's first view, in stored order."""
     config, device = plan.config, device_here(plan.config)
+    # What a projector gives has no gradient where it is a value inside a compiled graph.
+    config = config.model_copy(update={"compute": config.compute.model_copy(update={"compile": False})})
     student, teacher = make_student(config, plan.train.labels), teacher_for_training(config, plan.train.labels, None)
     training = Training(config, student, teacher, plan.stream.schedule.total_steps, device)
     maker, loader, parts, done = GradientMaker(training.module), plan.stream.loader(), list[NDArray[np.float32]](), 0
-    (_, manifest), size = plan.folder, config.training.batch_size
+    # As many images at once as a worker of the training has: a batch of many workers is more than one device holds.
+    size = config.training.micro_batch_size or -(-config.training.batch_size // config.compute.workers)
+    _, manifest = plan.folder
     assert training.teacher is not None
     assert training.module.method is not None
     for shard, rows in enumerate(manifest.shard_rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def picture(image: Any) -> Any:
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, str):
         try:
-            known = len(image) < 4096 and Path(image).is_file()
+            known = len(image) < 4096 and os.path.isfile(image)  # False for what no file can be called, too
             image = (
                 Path(image).read_bytes()
                 if known

@@ -199,7 +199,17 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
     tracking.catch_up(plan.config.compute.workers)
     fill_in(tracker, folder, plan.config.name)
     with TrainingWatch(current(), folder, plan.stream.schedule):
-        return trainer.fit()
+        try:
+            return trainer.fit()
+        except Exception as error:
+            raise told_by_a_worker(error) or error from None
+
+
+def told_by_a_worker(error: BaseException) -> QskdError | None:
+    """The error that is meant for the user, of those that Ray Train says its workers ended with."""
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = (getattr(failure, "_base_exc", failure) for failure in failures)  # Ray wraps it, for its traceback's sake
+    return next((cause for cause in causes if isinstance(cause, QskdError)), None)
 
 
 def finish(plan: Plan, folder: Folder, tracker: Tracker, result: Any, seconds: float) -> RunResult:

@@ -27,7 +27,7 @@ from qskd.checks import (
     class_notices,
     unlabeled_in_batch,
 )
-from qskd.datasets.findings.splits import between
+from qskd.datasets.findings.splits import between, shared
 from qskd.datasets.manifest import Manifest, check_labelled, load_manifest
 from qskd.datasets.order.chosen import ChosenRows, by_folder, chosen_rows
 from qskd.datasets.order.schedule import Schedule
@@ -40,6 +40,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
 from qskd.redaction import redacted
+from qskd.teacher.by_number import check_numbers
 from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
@@ -89,8 +90,12 @@ class Plan:
     @cached_property
     def data_notices(self) -> list[str]:
         """Of the splits alone, and of what the student can find of them."""
-        student = self.config.student
-        return between(self.train, self.val, queries_of(student), from_checkpoint=bool(student.init))
+        student, data = self.config.student, self.config.data
+        said = between(self.train, self.val, queries_of(student), from_checkpoint=bool(student.init))
+        for uri, each in zip(data.unlabeled, self.unlabeled, strict=True):
+            remedy = f"Prepare it with --not-in {data.val}"
+            said += shared(each, self.val, f"data.unlabeled: {uri}", "it", remedy)
+        return said
 
     @property
     def notices(self) -> list[str]:
@@ -224,6 +229,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         if not caches:  # a cache that is there was made of a file that was looked at
             said += fit_notices(config)
         check_decoder(config)
+        check_numbers(config)
         said += class_notices(config, train)
     own = teacher_preprocessing(config).resize if verb == "distill" and not caches else config.student.resize
     stream = StreamConfig(

@@ -46,7 +46,8 @@ def make_trainer(
     return Trainer(
         train,
         train_loop_config={
-            "config": to_tree(config),
+            # A relative output is the driver's, whose working folder is not the workers'.
+            "config": to_tree(config.model_copy(update={"output": folder.storage_path})),
             "stream": stream,
             "run_id": run_id,
             "preemptible": may_be_preempted(config),

@@ -78,8 +78,9 @@ def train_worker(payload: dict[str, Any]) -> None:
     )
     if config.compute.threads_per_worker:
         torch.set_num_threads(config.compute.threads_per_worker)
+    # Before an epoch is trained whose checkpoint nobody else would see. What is recorded there nobody else would see either.
+    check_is_the_drivers(folder)
     try:
-        check_is_the_drivers(folder)  # before an epoch is trained whose checkpoint nobody else would see
         world_size, rank = context.get_world_size(), context.get_world_rank()
         worker = Worker(config, stream, world_size, rank, preemptible=payload.get("preemptible", True))
         checkpoint = ray.train.get_checkpoint()

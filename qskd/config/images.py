@@ -34,8 +34,8 @@ class ViewConfig(Section):
     # flip: each epoch draws anew whether its view is mirrored, from seed, image id and epoch. A cache of `count` views serves:
     # what the teacher said of a view is mirrored with it (`qskd cache --verify-derived` says how well that agrees with the
     # teacher). flip_and_crop: its crop too; cached are whole images then, and what the teacher said of one is cropped. none: the
-    # same `count` views again and again. Without a cache the teacher sees what the student sees. null: flip; a run that was begun
-    # with none goes on with none.
+    # same `count` views again and again, as methods that ask the teacher's decoder and `pairing: index` need it. Without a cache
+    # the teacher sees what the student sees. null: flip; a run that was begun with none goes on with none.
     derived: Literal["none", "flip", "flip_and_crop"] | None = None
     seed: int = 0  # with the image's id and the view's number, it decides the view
     flip_probability: Fraction = 0.5  # of a view that is mirrored left and right

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -105,6 +106,17 @@ class GatheredShards:
         self._problems.append({"where": where, "found": found, "dropped": "the later one, and its objects"})
 
 
+def _chosen_from(shards: str, source: str) -> ShardReader:
+    """What a selection is of; it has the path as `qskd select` was given it."""
+    try:
+        return ShardReader(shards)
+    except QskdError as error:
+        if "://" in shards or os.path.isabs(shards):
+            raise
+        remedy = f"run this where {shards} is that folder, as it was for `qskd select`; or choose again"
+        raise QskdError(source, f"chosen from {shards}; {error.where}: {error.found}", error.expected, remedy) from None
+
+
 class _Part:
     """One source."""
 
@@ -115,7 +127,7 @@ class _Part:
             raise QskdError(source, "neither shards nor a selection of some", _EXPECTED, "prepare it first")
         if Path(source).is_file():
             selection = load_selection(source)
-            self.reader = ShardReader(selection.shards)
+            self.reader = _chosen_from(selection.shards, source)
             manifest = self.reader.manifest
             if manifest.fingerprint != selection.fingerprint:
                 said = f"chosen from {selection.shards}, whose fingerprint is another now"

@@ -58,7 +58,7 @@ class Critic(nn.Module):
 
 
 class Adversarial(Method):
-    """Over all objects and pairs of maps, with f the memory at an object's centre (the student's through a projector phi):
+    """Over all objects, summed over pairs of maps, with f the memory at an object's centre (the student's through a projector phi):
 
     adversarial          mean of softplus(-D(phi f_S)); the critic learns nothing of it
     adversarial_critic   mean of softplus(-D(f_T)) + softplus(D(phi f_S)); the student learns nothing of it

@@ -40,7 +40,7 @@ class CrossKD(Method):
 
         h_T = D_l(q, F_T), h_X = D_l(q, phi(F_S)), with the same queries q; both through the teacher's heads
         class  sum over classes of |p_X - p_T|^gamma * BCE(p_X, p_T), the mean over queries and images
-        l1, giou  of the boxes, the mean over queries weighted by w = max_c p_T
+        l1, giou  of the boxes, the mean over queries of all layers weighted by w = max_c p_T, times the layers
 
     Queries are the teacher's own, so that each is paired with itself. phi: for each of the teacher's maps, the nearest map of the
     student in cells, resampled and through a 1x1 convolution.

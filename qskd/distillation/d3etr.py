@@ -17,11 +17,11 @@ from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import pair_globally
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
-from qskd.distillation.shared.asked import AsStudent, both_sides
+from qskd.distillation.shared.asked import AsStudent, answered, both_sides
 from qskd.distillation.shared.kept import places_of
 from qskd.distillation.shared.maps import resample
 from qskd.losses.detection_loss import PARTS
-from qskd.structures import SILENT_LOGIT, LossTerm, TeacherNeeds
+from qskd.structures import LossTerm, TeacherNeeds
 
 _ADAPTIVE = PredictionDistillationConfig(pairing="global", pair_weight="uniform", teacher_layers="same_index")
 _FIXED = _ADAPTIVE.model_copy(update={"pairing": "index"})
@@ -73,7 +73,7 @@ class D3ETR(Method):
         return TeacherNeeds(
             memory=fixed,
             attention="d3_attention" in terms,
-            attention_giou_floor=0.5,
+            attention_giou_floor=0.5 if "d3_attention" in terms else 1.0,
             all_layers=predictions,
             decoder=fixed,
             attended=not fixed,
@@ -101,18 +101,21 @@ class D3ETR(Method):
         if self.needs.all_layers:
             terms |= _named("d3", alignment_terms(own, theirs, 0, 0, _ADAPTIVE, partner))
         if self.needs.decoder:
-            terms |= self._fixed(lesson, layers)
+            terms |= self._fixed(lesson)
         if self.reads_attention:
             terms["d3_attention"] = self._attention(lesson, partner[-1])
         return {name: term for name, term in terms.items() if name in self.weights}
 
-    def _fixed(self, lesson: Lesson, layers: tuple[int, int]) -> dict[str, LossTerm]:
+    def _fixed(self, lesson: Lesson) -> dict[str, LossTerm]:
         assert lesson.decoder is not None
         assert lesson.ask_student is not None
-        said = lesson.ask_student(self.asked(lesson.decoder.ask(lesson.teacher).decoded.queries))
-        own, theirs = both_sides(lesson, said, *teacher_layer_of_student(*layers, _ADAPTIVE))
-        there = theirs.logits.amax(-1) > SILENT_LOGIT / 2  # not dropped by a derived crop
-        theirs = replace(theirs, selection=replace(theirs.selection, weight=there.float()))
+        answer = lesson.decoder.ask(lesson.teacher)
+        said = lesson.ask_student(self.asked(answer.decoded.queries))
+        # Its answers to these very queries: a cache's are of those that it had chosen from the memory before that was rounded.
+        asked = replace(lesson, teacher=answered(lesson.teacher, answer))
+        layers = len(said.logits), len(answer.output.logits)
+        own, theirs = both_sides(asked, said, *teacher_layer_of_student(*layers, _ADAPTIVE))
+        theirs = replace(theirs, selection=replace(theirs.selection, weight=torch.ones_like(theirs.selection.weight)))
         terms = alignment_terms(own, theirs, 0, 0, _FIXED)
         if self.asked.adapter is not None:  # where no state is asked, its gradient is waited for nonetheless
             none = 0.0 * self.asked.adapter.weight.sum()

@@ -18,12 +18,13 @@ from qskd.distillation.method import Facts, Lesson, Method
 from qskd.distillation.qskd.lapd import alignment_terms, teacher_layer_of_student
 from qskd.distillation.qskd.pairing import pair_globally
 from qskd.distillation.qskd.settings import PredictionDistillationConfig
-from qskd.distillation.shared.asked import AsStudent, both_sides
+from qskd.distillation.shared.asked import AsStudent, answered, both_sides
 from qskd.distillation.shared.kept import places_of
 from qskd.distillation.shared.maps import Meeting, resample
 from qskd.families.table import FAMILIES
 from qskd.losses.detection_loss import detection_terms
-from qskd.structures import Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
+from qskd.losses.matching import assign
+from qskd.structures import SILENT_LOGIT, Classification, LossTerm, Targets, TeacherNeeds, TeacherRecord
 
 PAIRS = 100  # (class, query) pairs that make the mask, as in the release
 LEAST = 0.01  # of the mask before it is divided by its maximum, as in the release
@@ -84,7 +85,7 @@ class DETRDistill(Method):
         }
         return TeacherNeeds(
             memory=bool(terms & {"dd_features", "dd_prior"}),
-            all_layers=bool(terms & {"dd_class", "dd_l1", "dd_giou", "dd_prior"}),
+            all_layers=bool(terms & {"dd_class", "dd_l1", "dd_giou"}),
             decoder="dd_prior" in terms,
             columns=frozenset({"states"}) if states else frozenset(),
             reasons=reasons,
@@ -137,11 +138,16 @@ class DETRDistill(Method):
     def _prior(self, lesson: Lesson) -> LossTerm:
         assert lesson.decoder is not None
         assert lesson.ask_student is not None
-        teacher, targets = lesson.teacher, lesson.targets
-        said = lesson.ask_student(self.asked(lesson.decoder.ask(teacher).decoded.queries))
+        answer, targets = lesson.decoder.ask(lesson.teacher), lesson.targets
+        said = lesson.ask_student(self.asked(answer.decoded.queries))
+        # Matched anew: what a cache says is of the queries that were chosen from the memory before that was rounded.
+        teacher = answered(lesson.teacher, answer)
         _, theirs = teacher_layer_of_student(len(said.logits), len(teacher.logits), _LOGITS)
-        given = lesson.teacher_assignment[theirs].masked_fill(teacher.silent[targets.labels], -1)
-        found = detection_terms(said.logits, said.boxes_cxcywh, targets, given, _DETECTION, self.kind)
+        (matched,) = assign([(teacher.logits, teacher.boxes_cxcywh)], targets, lesson.costs)
+        given = matched[theirs].masked_fill(teacher.silent[targets.labels], -1)
+        # Nor is such an object background: the student's own queries learn that it is there.
+        logits = said.logits.float().masked_fill(teacher.silent, SILENT_LOGIT)
+        found = detection_terms(logits, said.boxes_cxcywh, targets, given, _DETECTION, self.kind)
         parts = [_PRIOR[name.partition("_")[0]] * term.total for name, term in found.items()]
         asked = sum(
             (0.0 * each.sum() for each in self.asked.parameters()), said.logits.new_zeros(())
@@ -156,11 +162,12 @@ class DETRDistill(Method):
         paired = (partner >= 0) & (place >= 0)
         mine = F.normalize(self.head(self.own(lesson.student.query_states)).float(), dim=-1)
         others = F.normalize(self.head(self.theirs(said["states"].detach().to(mine.dtype))).float(), dim=-1)
-        likeness = mine @ others.transpose(1, 2) / TEMPERATURE  # [B, Q, A]
-        spare = likeness.shape[2]
+        spare = others.shape[1]
         there = torch.zeros(len(place), spare + 1, dtype=torch.bool, device=place.device)
         met = there.scatter(1, torch.where(paired, place, spare), True)[:, None, :spare]
-        likely = likeness.masked_fill(~met, -1e30).log_softmax(-1)
+        with torch.autocast(mine.device.type, enabled=False):
+            likeness = mine @ others.transpose(1, 2) / TEMPERATURE  # [B, Q, A]
+            likely = likeness.masked_fill(~met, -1e30).log_softmax(-1)
         loss = -likely.gather(2, place.clamp(min=0)[..., None])[..., 0]
         return LossTerm(torch.where(paired, loss, 0.0).sum(), paired.sum().float())
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from qskd.config import DetectionLossConfig
 from qskd.config.distillation import NONE, MethodSettings, parts_of
 from qskd.distillation.find import CONTRACT, module_of
 from qskd.distillation.shared.ramp import distillation_factor
@@ -86,6 +87,7 @@ class Lesson:
     (`qskd.losses.matching.assign`), -1 = none. online, decoder: only where `needs` asked for them. ask_student: what the student's
     own decoder says of its memory when it is asked other queries, which see none of its own; with gradient. boosts: for each
     method of the recipe, in their order, [B]: what each image's gradient is multiplied by (`qskd.distillation.shared.unfaded`).
+    costs: of the matchings.
     """
 
     student: DetectorOutput
@@ -97,6 +99,7 @@ class Lesson:
     decoder: TeacherDecoder | None = None
     ask_student: Callable[[Queries], DetectorOutput] | None = None
     boosts: tuple[Tensor, ...] = ()
+    costs: DetectionLossConfig = field(default_factory=DetectionLossConfig)
 
     def of_method(self, number: int = 0) -> Lesson:
         """As the recipe's method of this number is given it."""

@@ -75,4 +75,5 @@ def _cosines(states: Tensor, queries: Tensor) -> Tensor:
     """[B, Q, D], [B, M] -> [B, M, M], of each two of these queries."""
     chosen = states.gather(1, queries.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
     unit = F.normalize(chosen.float(), dim=-1)
-    return unit @ unit.transpose(1, 2)
+    with torch.autocast(unit.device.type, enabled=False):  # their differences are small beside them
+        return unit @ unit.transpose(1, 2)

@@ -108,6 +108,7 @@ class TaskAdaptive(Method):
         corners, their_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(aims)
         fits = [iou(part, objects) for part in (corners.detach(), their_corners)]
         by_class, by_box = (self._gate(mine, better) & both for mine, better in (sure, fits))
+        by_class &= ~silent[targets.labels]  # whatever it takes such an object for is wrong
 
         classes = F.binary_cross_entropy_with_logits(logits, goal.expand_as(logits), reduction="none").sum(-1)
         count = both.sum().float()

@@ -17,6 +17,9 @@ class OnnxFile(BoxesAlone):
     def num_queries(self, config: Any) -> int:
         return int(config.queries)
 
+    def chooses_queries(self, config: Any) -> bool:
+        return True  # for all that is known: most have sorted boxes by score
+
     def image_unit(self, config: Any) -> int:
         return 1
 

@@ -81,6 +81,6 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 def mismatch(gradients: Gradients, weights: NDArray[np.floating]) -> float:
     """|weighted mean - mean of all| / |mean of all|. weights: [n], scaled to a sum of 1."""
-    goal = np.asarray(gradients, np.float64).mean(0)
-    own = np.asarray(weights, np.float64) @ gradients / weights.sum()
+    goal, there = gradients.mean(0, dtype=np.float64), np.flatnonzero(weights)  # no copy of all of them
+    own = np.asarray(weights, np.float64)[there] @ gradients[there] / weights.sum()
     return float(np.linalg.norm(own - goal) / max(float(np.linalg.norm(goal)), 1e-300))

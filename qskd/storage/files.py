@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable
@@ -18,7 +20,8 @@ import pyarrow.fs as pafs
 
 from qskd.errors import writing
 from qskd.storage import durable
-from qskd.storage.stores import is_local, patiently
+from qskd.storage.scratch import locked_folder, remove_orphan
+from qskd.storage.stores import is_local, join, patiently
 
 UNFINISHED = ".writing-"  # what a name begins with until its file is whole
 # Where a file appears only when its writer closes it: no name of its own is needed until then. A rename, which these stores
@@ -44,9 +47,46 @@ def publish(spool: Path, filesystem: pafs.FileSystem, path: str) -> None:
         with writing(path):
             durable.replace(spool, path)
         return
-    size = spool.stat().st_size
-    patiently(path, filesystem, lambda: _send(lambda: spool.open("rb"), size, filesystem, path))
+    _copy(spool, filesystem, path, path)
     spool.unlink()
+
+
+def _copy(source: Path, filesystem: pafs.FileSystem, path: str, where: str) -> None:
+    size = source.stat().st_size
+    patiently(where, filesystem, lambda: _send(lambda: source.open("rb"), size, filesystem, path))
+
+
+def publish_copies(source: Path, filesystem: pafs.FileSystem, path: str, where: str) -> None:
+    """Make copies of all files below a local folder appear below `path`, each whole, in place of those of the same names.
+
+    On a local file system none takes its place before all are on the disk: one that gets full leaves what was there.
+    """
+    names = sorted(file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file())
+    if is_local(filesystem):
+        with writing(where):
+            _copy_all(source, names, Path(path))
+        return
+    for name in names:
+        target = f"{path}/{name}"
+        make_folder(filesystem, target.rpartition("/")[0], where)
+        _copy(source / name, filesystem, target, join(where, name))
+
+
+def _copy_all(source: Path, names: list[str], target: Path) -> None:
+    durable.make_folder(target)
+    unfinished = [str(number) for number in range(len(names))]
+    for left in target.glob(f"{UNFINISHED}*"):  # by a process that was killed
+        remove_orphan(left, UNFINISHED, unfinished)
+    with locked_folder(UNFINISHED, str(target)) as folder:
+        for name, number in zip(names, unfinished, strict=True):
+            durable.make_folder((target / name).parent)
+            with (source / name).open("rb") as read, (folder / number).open("wb") as written:
+                shutil.copyfileobj(read, written, _BLOCK)
+            durable.sync_file(folder / number)
+        for name, number in zip(names, unfinished, strict=True):
+            os.replace(folder / number, target / name)
+        for above in {(target / name).parent for name in names}:
+            durable.sync_folder(above)
 
 
 def publish_bytes(content: bytes, filesystem: pafs.FileSystem, path: str) -> None:

@@ -47,10 +47,15 @@ def check_uri(uri: str) -> None:
     check_whole(uri)
 
 
-@lru_cache(maxsize=64)
 def open_folder(uri: str) -> tuple[pafs.FileSystem, str]:
     """Local path, or a URI of pyarrow's or else fsspec's -> (filesystem, path in it). Some stores are asked at this already: one
     that fails is tried again."""
+    return _opened_once(uri) if "://" in uri else _opened(uri, patient=True)
+
+
+@lru_cache(maxsize=64)
+def _opened_once(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Of a store alone: what a path means changes with the working folder."""
     return _opened(uri, patient=True)
 
 

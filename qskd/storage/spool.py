@@ -67,8 +67,10 @@ class RowGroupSpool:
 
     def _tidy(self) -> None:
         """Delete the oldest files beyond the limit. Who has mapped one keeps it."""
-        found = []
-        for entry in os.scandir(self._folder.path):
+        found, entries = [], list[os.DirEntry[str]]()
+        with contextlib.suppress(FileNotFoundError):
+            entries = list(os.scandir(self._folder.path))
+        for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 if entry.name.endswith(".arrow"):
                     seen = entry.stat()
@@ -96,7 +98,11 @@ def _mapped(path: Path) -> pa.Table | None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError:  # the folder was cleared away, or its disk takes no more files: each process reads for itself
+        yield
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

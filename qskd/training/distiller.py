@@ -201,7 +201,7 @@ class Distiller(nn.Module):
         own, theirs = assign(sides, targets, self.costs, [kind])
         theirs = matched(record, theirs, targets)
         ask = partial(self._ask, student, mask, scale)
-        terms = self.method(Lesson(student, record, targets, own, theirs, online, self._decoder, ask))
+        terms = self.method(Lesson(student, record, targets, own, theirs, online, self._decoder, ask, costs=self.costs))
         weights = self.method.weights
         if self.total_steps is not None:
             weights = self.method.weights_at(min(self.step, self.total_steps - 1), self.total_steps)

@@ -143,7 +143,10 @@ class StepModule(nn.Module):
         if self.method is not None and teacher is not None:
             ask = partial(self._ask_student, output, mask)
             theirs = matched(teacher, assignments[-1], targets)
-            lesson = Lesson(output, teacher, targets, assignments[0][early:], theirs, online, self.decoder, ask, boosts)
+            own = assignments[0][early:]
+            lesson = Lesson(
+                *(output, teacher, targets, own, theirs, online, self.decoder, ask, boosts), costs=self.config.detection
+            )
             terms |= parts.method(self.method, lesson)
         return terms
 

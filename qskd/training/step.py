@@ -162,14 +162,19 @@ class Training:
             return None
         return sum(sum(part.targets.counts) for part in parts)
 
-    def _to_be_divided(self, term: LossTerm, parts: int, objects: int | None) -> LossTerm:
-        """A part's term with its divisor. What is counted by objects is divided by those of all parts, as in the whole batch; by
-        its own, the background of a part without objects would count as if there were one."""
+    def _to_be_divided(self, terms: Mapping[str, LossTerm], parts: int, objects: int | None) -> dict[str, LossTerm]:
+        """A part's terms with their divisors. What is counted by objects is divided by those of all parts, as in the whole batch;
+        by its own, the background of a part without objects would count as if there were one."""
         # A floor of 1 on the whole batch's count is 1 / workers on their mean, so that it binds alike on any number.
-        if objects is None or not term.objects:
-            return replace(term, floor=term.floor / self.world)
-        count = torch.full((), term.objects * objects / parts, device=term.total.device)
-        return replace(term, count=count, floor=term.floor / (self.world * parts))
+        found = {name: replace(term, floor=term.floor / self.world) for name, term in terms.items()}
+        by_objects = {} if objects is None else {name: term.objects for name, term in terms.items() if term.objects}
+        if objects is None or not by_objects:
+            return found
+        # In one tensor: on a GPU each is a copy or a kernel of its own.
+        counts = torch.tensor([each * objects / parts for each in by_objects.values()])
+        for name, count in zip(by_objects, counts.to(self.device, non_blocking=True).unbind(), strict=True):
+            found[name] = replace(found[name], count=count, floor=terms[name].floor / (self.world * parts))
+        return found
 
     def _forward(self, part: TrainBatch, parts: int, objects: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of all terms, with its gradient's graph, and each term's value. objects: of `_count_objects`."""
@@ -192,7 +197,7 @@ class Training:
             )
         if not real:
             terms = {name: _nothing(term) for name, term in terms.items()}
-        terms = {name: self._to_be_divided(term, parts, objects) for name, term in terms.items()}
+        terms = self._to_be_divided(terms, parts, objects)
         counts = mean_counts(terms)
         weights = self.module.weights_at(self.step, self.total_steps)
         total, values = combine_with_values(terms, weights, counts)

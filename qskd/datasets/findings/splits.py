@@ -50,20 +50,10 @@ def between(train: Manifest, val: Manifest, queries: int, from_checkpoint: bool 
     said = []
     if not val.num_objects:
         said.append("data.val has no objects: AP can't be measured, and every checkpoint is as good as any other")
-    if train.pictures and val.pictures and train.fingerprint != val.fingerprint:
-        ours, theirs = unpacked_pictures(train.pictures), unpacked_pictures(val.pictures)
-        shared = [(image_id, ours[content]) for content, image_id in theirs.items() if content in ours]
-        if shared:
-            first = sorted(shared)[:MOST_EXAMPLES]
-            pairs = ", ".join(f"image {of_val} of val is image {of_train} of train" for of_val, of_train in first)
-            pairs += ", ..." if len(shared) > len(first) else ""
-            least = "at least " if max(train.num_images, val.num_images) > MOST_KEPT else ""
-            said.append(
-                f"data.train and data.val share {least}{len(shared)} of {val.num_images} validation pictures, byte for byte "
-                f"({pairs}): AP will be too good. Prepare them from lists that have no picture in common"
-            )
-    elif train.fingerprint == val.fingerprint:
+    if train.fingerprint == val.fingerprint:
         said.append("data.train and data.val are the same: AP is of what was trained on, not of new pictures")
+    else:
+        said += shared(train, val, "data.train", "train", "Prepare them from lists that have no picture in common")
     crowded = [
         f"data.{name} has images with up to {split.most_objects} objects (image {split.most_objects_in})"
         for name, split in (("train", train), ("val", val))
@@ -84,6 +74,26 @@ def between(train: Manifest, val: Manifest, queries: int, from_checkpoint: bool 
             "detections of an image: `qskd evaluate --max-detections N` counts more"
         )
     return said
+
+
+def shared(ours: Manifest, val: Manifest, field: str, name: str, remedy: str) -> list[str]:
+    """A sentence where a folder that is trained on has pictures of the validation split. field, name: what it is called."""
+    if not (ours.pictures and val.pictures):
+        return []
+    known = unpacked_pictures(ours.pictures)
+    found = [
+        (number, known[content]) for content, number in unpacked_pictures(val.pictures).items() if content in known
+    ]
+    if not found:
+        return []
+    first = sorted(found)[:MOST_EXAMPLES]
+    pairs = ", ".join(f"image {of_val} of val is image {of_ours} of {name}" for of_val, of_ours in first)
+    pairs += ", ..." if len(found) > len(first) else ""
+    least = "at least " if max(ours.num_images, val.num_images) > MOST_KEPT else ""
+    return [
+        f"{field} and data.val share {least}{len(found)} of {val.num_images} validation pictures, byte for byte ({pairs}): AP "
+        f"will be too good. {remedy}"
+    ]
 
 
 def beyond_reach(where: str, split: Manifest, queries: int, counted: int) -> list[str]:

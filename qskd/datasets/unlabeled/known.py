@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qskd.datasets.findings.splits import unpacked_pictures
+from qskd.datasets.findings.splits import picture_rows, unpacked_pictures
 from qskd.datasets.findings.survey import content_of
 from qskd.datasets.shards import ShardReader
 
@@ -15,9 +15,9 @@ def pictures_in(folders: Sequence[str]) -> dict[int, str]:
     found: dict[int, str] = {}
     for uri in folders:
         reader = ShardReader(uri)
-        contents = unpacked_pictures(reader.manifest.pictures)
-        if len(contents) < reader.manifest.num_images:
-            contents = _read(reader)
+        kept = reader.manifest.pictures
+        whole = len(picture_rows(kept)) == reader.manifest.num_images  # of a picture that is there twice both rows
+        contents = unpacked_pictures(kept) if whole else _read(reader)
         for content, image_id in contents.items():
             found.setdefault(content, f"image {image_id} of {uri}")
     return found

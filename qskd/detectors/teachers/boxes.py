@@ -32,7 +32,8 @@ class BoxesDetector(Detector):
         self._family = find_family(self.family, type(model).__name__)
         self.classification = self._family.classification
         self.num_queries = self._family.num_queries(model.config)
-        self.num_layers, self.num_early, self.chooses_queries = 1, 0, False
+        self.num_layers, self.num_early = 1, 0
+        self.chooses_queries = self._family.chooses_queries(model.config)
         self.memory_channels = self.feature_channels = ()
         self.layer_taps, self.placing, self._encoder_layers = [], [], []
         self.denoises = self.side_distributions = False

@@ -52,10 +52,12 @@ class QSKD(Method):
 
     def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
         super().__init__(settings, student, teacher)
-        if student.chooses_queries and settings.predictions.pairing == "index":
+        for whose, facts in (("student", student), ("teacher", teacher)) if settings.keeps_queries() else ():
+            if not facts.chooses_queries:
+                continue
             raise QskdError(
                 "distillation.predictions.pairing = index",
-                f"a student of family {student.family}, whose query i is another one in each image",
+                f"a {whose} of family {facts.family or 'unknown'}, whose query i is another one in each image",
                 "queries that are the same in every image",
                 "use pairing: rank",
             )
@@ -152,9 +154,9 @@ class QSKD(Method):
         if config.predictions.weight > 0:
             # Of a class that the teacher knows nothing of, nothing is learnt: both sides are as sure that it isn't there.
             mine = student.logits[distilled].float().masked_fill(teacher.silent, SILENT_LOGIT)
-            known = of_known_classes(selection, targets, teacher.silent)
+            mine_known, known = (of_known_classes(each, targets, teacher.silent) for each in (own, selection))
             terms |= alignment_terms(
-                Side(mine, boxes[0].float(), own),
+                Side(mine, boxes[0].float(), mine_known),
                 Side(teacher.logits.detach().float(), boxes[1].detach().float(), known).layers(theirs),
                 num_objects=targets.valid.shape[1],
                 num_slots=1 + (config.selection.max_per_object or max(boxes[0].shape[2], boxes[1].shape[2])),

@@ -98,7 +98,8 @@ class PredictionDistillationConfig(Section):
     giou_weight: NonNegative = 2.0  # of 1 - GIoU
     # rank: inside each object's group, positive with positive, then by GIoU; hungarian: then by the cheapest assignment;
     # image: positives by their object, all the image's hard negatives by its cheapest assignment (TPRD);
-    # index: query i with query i, for a student that inherited the queries; global: all queries, no selection (DETRDistill)
+    # index: query i with query i, for a student that inherited the queries (not with derived views);
+    # global: all queries, no selection (DETRDistill)
     pairing: Literal["rank", "hungarian", "image", "index", "global"] = "rank"
     pair_weight: Literal["confidence", "uniform"] = "confidence"  # times the teacher's largest class probability, or 1
     # their number; weights: the sum of their weights, so that hard negatives dilute positives less
@@ -134,7 +135,7 @@ class Settings(MethodSettings):
         return fields
 
     def keeps_queries(self) -> bool:
-        return self.predictions.pairing == "index"
+        return self.predictions.weight > 0 and self.predictions.pairing == "index"
 
     def choices(self, all_layers: bool) -> dict[str, Choice]:
         """Which decoder layers learn from which: all of the student's or its last, from the teacher's last or its own."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from qskd.distillation.qskd.pairing import Side
 from qskd.distillation.qskd.query_selection import none_selected
 from qskd.distillation.shared.maps import eye_or_orthogonal
 from qskd.errors import QskdError
-from qskd.structures import SILENT_LOGIT, DetectorOutput, Queries, TeacherNeeds
+from qskd.structures import SILENT_LOGIT, DetectorOutput, Queries, TeacherNeeds, TeacherRecord
+
+if TYPE_CHECKING:
+    from qskd.teacher.decoder import Answer
 
 
 class AsStudent(nn.Module):
@@ -76,6 +80,12 @@ def check_pair(where: str, student: Facts, teacher: Facts, remedy: str) -> None:
             "two-stage deformable_detr), or both of one family",
             remedy,
         )
+
+
+def answered(record: TeacherRecord, answer: Answer) -> TeacherRecord:
+    """The record, but that it says of its queries what the decoder has said of those that it was asked."""
+    said = answer.output
+    return replace(record, logits=said.logits, boxes_cxcywh=said.boxes_cxcywh, absent=None)
 
 
 def both_sides(lesson: Lesson, said: DetectorOutput, mine: list[int], theirs: list[int]) -> tuple[Side, Side]:
