@@ -49,7 +49,7 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """N objects found in one image, best first. image: as it was given. boxes_xyxy: [N, 4] float32, pixels of the image.
+    """N objects found in one image, best first. image: as it was given. boxes_xyxy: [N, 4] float32, pixels of the upright image.
     scores: [N] float32. labels: N class names. label_ids: [N] int64, slots of the detector's classes."""
 
     image: Any
@@ -122,6 +122,7 @@ def prepare(
     return Prepared(folder, manifest.num_images, manifest.num_objects, manifest.labels, *told, manifest)
 
 
+@as_the_command("cache", "cache_teacher")
 def cache(
     recipe: Recipe = None,
     *,
@@ -138,6 +139,7 @@ def cache(
         return run(config, overwrite, quiet=not verbose)
 
 
+@as_the_command("train")
 def train(
     recipe: Recipe = None,
     *,
@@ -151,6 +153,7 @@ def train(
     return _trained("train", recipe, set, methods, restart, verbose)
 
 
+@as_the_command("distill")
 def distill(
     recipe: Recipe = None,
     *,
@@ -174,6 +177,7 @@ def _trained(
         return run(config, verb, restart)
 
 
+@as_the_command("tune")
 def tune(
     recipe: Recipe = None,
     *,
@@ -240,28 +244,27 @@ def evaluate(
 def predict(
     model: Folder, images: Picture | Sequence[Picture], *, threshold: float = 0.5, classes: Sequence[str] = ()
 ) -> list[Prediction]:
-    """What a detector finds in each image: files, Pillow's pictures, or RGB uint8 arrays [H, W, 3]; one image is a list of one.
-    Writes nothing. threshold: lowest score. classes: what a detector that is asked in words is to look for."""
+    """What a detector finds in each image: files, Pillow's pictures (turned as their EXIF says, as files are), or RGB uint8 arrays
+    [H, W, 3]; one image is a list of one. Writes nothing. threshold: lowest score. classes: what a detector that is asked in words
+    is to look for."""
     import numpy as np
     from PIL import Image
 
-    from pipelines.inspection.predict import read_image
+    from pipelines.cluster.devices import device_of
+    from pipelines.functions.pictures import pixels_of
     from qskd.detectors import check_classes, load_detector, read_preprocessing
     from qskd.evaluation.inference import predict_image
     from qskd.storage.places import fetched
 
-    one = isinstance(images, str | Path | Image.Image | np.ndarray)
+    one = isinstance(images, str | os.PathLike | Image.Image | np.ndarray)
     several: Sequence[Any] = [images] if one else images  # type: ignore[assignment]
     with fetched(os.fspath(model)) as folder:
         check_classes(folder, classes)
         detector, preprocessing = load_detector(folder, words=classes).eval(), read_preprocessing(folder)
+    detector.to(device_of("auto"))
     said = []
     for image in several:
-        if isinstance(image, Image.Image):
-            pixels = np.asarray(image.convert("RGB"))
-        else:
-            pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
-        found = predict_image(detector, pixels, preprocessing, range(len(detector.labels)), threshold)
+        found = predict_image(detector, pixels_of(image), preprocessing, range(len(detector.labels)), threshold)
         names = tuple(detector.labels[label] for label in found.category_ids.tolist())
         said.append(Prediction(image, found.boxes_xyxy, found.scores, names, found.category_ids))
     return said
@@ -315,7 +318,8 @@ def export(
         overwrite=overwrite,
         variants=VariantOptions(int8, float16, openvino, tuple(os.fspath(each) for each in given), shards),
     )
-    folder = program.export(os.fspath(model), local_path(out), options, Console(file=io.StringIO()))
+    with unless(False):
+        folder = program.export(os.fspath(model), local_path(out), options, Console(file=io.StringIO()))
     card = read_card(folder)
     facts = card.onnx if card is not None and onnx else None
     if facts is None:

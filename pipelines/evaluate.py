@@ -61,9 +61,11 @@ def command(
     from pipelines.inspection.known import classes_known_by, forgetting_lines, forgetting_table, with_forgetting
     from pipelines.inspection.tables import class_table, metrics_line, remarks
     from qskd.config.recipe import load
+    from qskd.evaluation.average_precision import choose_backend
 
     config = load(recipe, set or ())
     program.check_overrides(set or ())
+    choose_backend(backend)  # type: ignore[arg-type]
     if out is not None:
         check_kept(out)
     if known_by:

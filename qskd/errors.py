@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from qskd.printable import printable
 from qskd.redaction import redacted
@@ -89,6 +90,17 @@ def writing(path: object) -> Iterator[None]:
         if error.errno not in REFUSED:
             raise
         raise refused(error, str(path)) from None
+
+
+def check_writable(folder: Path) -> None:
+    """QskdError where no file could be made in a folder, which need not be there yet: for before the work, not after it."""
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise refused(OSError(errno.ENOTDIR, "", str(place)), str(folder))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise refused(OSError(errno.EACCES, "", str(place)), str(folder))
 
 
 def refused(error: OSError, path: str = "") -> QskdError:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from tiny import STUDENT, recipe
@@ -22,6 +23,7 @@ import qskd
 from pipelines.cli import DOORS
 from pipelines.functions.recipes import configuration
 from qskd.config.recipe import load
+from qskd.datasets.manifest import load_manifest
 from qskd.errors import QskdError
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +81,12 @@ def test_a_function_has_the_options_of_its_verb(verb: str) -> None:
             continue
         if default is not inspect.Parameter.empty and default is not None:
             assert own[name].default == (tuple(default) if isinstance(default, list) else default), name
+
+
+@pytest.mark.parametrize("verb", ["cache", "train", "distill", "tune"])
+def test_a_function_of_a_recipe_says_what_the_recipe_lacks(verb: str) -> None:
+    with pytest.raises(QskdError, match=r"^(data\.train|teacher\.cache\.path): empty"):
+        getattr(qskd, verb)({"name": "x"})
 
 
 def test_a_recipe_is_a_file_its_fields_or_what_they_became(tmp_path: Path) -> None:
@@ -181,6 +189,13 @@ def test_prepare_predict_evaluate_and_export_give_values_and_print_nothing(
         ("evaluate", ("m", "s"), {"batch_size": "many"}, "batch_size: 'many'"),
         ("export", ("m", "out"), {"size": 0}, "size: 0"),
         ("export", ("m", "out"), {"calibration": 5}, "calibration: 5"),
+        ("export", ("m", "out"), {"exporter": "torch"}, "exporter: 'torch'\n  expected: torchscript or dynamo"),
+        ("export", ("m", "out"), {"images": "photos"}, "images: 'photos'\n  expected: several, in a list"),
+        ("evaluate", ("m", "s"), {"backend": "coco"}, "backend: 'coco'\n  expected: auto or hotcoco"),
+        ("evaluate", ("m", "s"), {"set": "compute.device=cpu"}, "what to do: set=['compute.device=cpu']"),
+        ("predict", ("m", "photo.png"), {"classes": "cat"}, "what to do: classes=['cat']"),
+        ("tune", (), {"space": "query_selection"}, "what to do: space=['query_selection']"),
+        ("distill", (), {"methods": "mine"}, "what to do: methods=['mine']"),
     ],
 )
 def test_what_the_command_would_not_take_the_function_does_not(
@@ -189,6 +204,57 @@ def test_what_the_command_would_not_take_the_function_does_not(
     with pytest.raises(QskdError) as complained:
         getattr(qskd, verb)(*given, **named)
     assert said in str(complained.value)
+
+
+@pytest.mark.parametrize("kind", ["turned", "12 bits in 16", "float"])
+def test_a_picture_of_pillows_is_seen_as_its_file_is(kind: str, tiny_folders: Path, tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (48, 64), np.uint8)
+    file = tmp_path / ("photo.tif" if kind == "float" else "photo.png")
+    exif = Image.Exif()
+    if kind == "turned":
+        exif[0x0112] = 6
+    pixels = {"turned": grey, "12 bits in 16": grey.astype(np.uint16) * 16, "float": grey.astype(np.float32) / 255}
+    Image.fromarray(pixels[kind]).save(file, exif=exif)
+    (of_file, of_pillow) = qskd.predict(tiny_folders / "model", [file, Image.open(file)], threshold=0.0)
+    assert np.array_equal(of_file.boxes_xyxy, of_pillow.boxes_xyxy)
+    assert np.array_equal(of_file.scores, of_pillow.scores)
+    assert len(of_file.scores)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+    ],
+)
+def test_an_array_that_is_no_picture_is_refused_with_what_it_is(wrong: np.ndarray, tiny_folders: Path) -> None:
+    with pytest.raises(QskdError, match=rf"images: an array of {wrong.dtype}, .*\n  expected: RGB of uint8"):
+        qskd.predict(tiny_folders / "model", wrong)
+
+
+def test_a_function_leaves_torch_as_many_threads_as_it_had(tiny_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of the caller's own goes on beside it."""
+    from pipelines.deployment import export as program
+
+    def exported(*_: Any) -> Path:
+        torch.set_num_threads(1)
+        raise QskdError("out", "full")
+
+    monkeypatch.setattr(program, "export", exported)
+    torch.set_num_threads(3)
+    try:
+        labels = dict.fromkeys(load_manifest(str(tiny_folders / "val")).labels, "cat")
+        qskd.evaluate(tiny_folders / "model", tiny_folders / "val", set={"teacher.class_map": labels})
+        assert torch.get_num_threads() == 3
+        with pytest.raises(QskdError, match="full"):
+            qskd.export(tiny_folders / "model", "out")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", ["pipelines", "search_spaces"])

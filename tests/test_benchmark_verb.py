@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_detectors
 import test_families
 import torch
 from rich.console import Console
+from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.deployment.benchmark import Benchmark, BenchmarkOptions, benchmark, graph_of, input_size, names_of
+from pipelines.deployment.benchmark import (
+    Benchmark,
+    BenchmarkOptions,
+    benchmark,
+    foresee,
+    graph_of,
+    input_size,
+    names_of,
+)
 from pipelines.deployment.export import ExportOptions, export
 from pipelines.deployment.found import show
 from qskd.config import ResizeConfig
+from qskd.deploy.export import random_batches
 from qskd.deploy.memory import peak_memory
+from qskd.deploy.runtimes import run_of_torch
 from qskd.deploy.speed import Size, compare_speed, cost_of, torch_runner
 from qskd.detectors import Detector, cost, load_detector, save_detector
 from qskd.detectors.cost import alternate, gflops, parameters
@@ -168,6 +180,29 @@ def test_names_tell_models_apart() -> None:
     assert list(names_of(["owner/large", "runs/b/student"])) == ["large", "student"]
     with pytest.raises(QskdError, match="named twice"):
         names_of(["a", "a"])
+
+
+@pytest.mark.parametrize("ask", [foresee, benchmark])
+def test_a_detector_that_can_only_teach_is_refused_where_it_can_not_be_timed(
+    ask: Callable[..., object], models: list[str], tmp_path: Path
+) -> None:
+    config = YolosConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32},
+        **{"image_size": [64, 64], "num_detection_tokens": 9},
+    )
+    YolosForObjectDetection(config).save_pretrained(tmp_path / "yolos")
+    YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path / "yolos")
+    with pytest.raises(QskdError, match="which is not exported\n  what to do: leave --onnx away"):
+        ask([str(tmp_path / "yolos")], BenchmarkOptions(onnx=True, size=64, batches=(1,), rounds=1, memory=False))
+    with pytest.raises(QskdError, match=r"model\.onnx: a detector in an ONNX file, which is not timed"):
+        ask([f"{models[0]}/model.onnx"], BenchmarkOptions(batches=(1,), rounds=1, memory=False))
+
+
+def test_a_precision_that_is_timed_is_the_one_that_ap_is_of(models: list[str]) -> None:
+    detector, (_, pixels) = load_detector(models[0]), random_batches(SIZE, (1,))[0]
+    exact, rounded = (run_of_torch(detector, how)(pixels.numpy()) for how in ("float32", "bfloat16"))
+    assert all(each.dtype == np.float32 for each in (*exact, *rounded))
+    assert 0 < np.abs(exact[0] - rounded[0]).max() < 0.5
 
 
 def test_the_command_line_says_what_it_would_do_and_what_it_cannot(models: list[str]) -> None:

@@ -7,13 +7,17 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from strangers import NOTES, config, refused, tree
 
 from pipelines.demo.quickstart import TEACHER
-from pipelines.deployment.export import ExportOptions, export
+from pipelines.deployment.export import ExportOptions, export, foresee
+from pipelines.inspection.kept import check_kept
+from pipelines.inspection.predict import request
+from pipelines.inspection.videos import check_video_target
 from pipelines.run.folder import MARK, Folder
 from pipelines.run.ownership import check_ours
 from pipelines.run.places import check_places
@@ -24,6 +28,7 @@ from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.datasets.shards import MANIFEST, write_shards
 from qskd.deploy.model_card import read_card
 from qskd.errors import QskdError
+from qskd.storage.ownership import check_picture
 
 
 @pytest.mark.parametrize(
@@ -195,3 +200,21 @@ def test_a_strangers_records_are_read_within_bounds_and_refused(name: str, said:
     with pytest.raises(QskdError, match=name):
         Folder(given).read_record(name)
     assert tree(place).keys() == {name}
+
+
+@pytest.mark.parametrize("kind", ["is a file", "lies below a file", "is a link to nothing"])
+@pytest.mark.parametrize("verb", ["evaluate", "predict", "export", "a picture", "a video"])
+def test_a_place_that_can_not_be_written_is_told_before_the_work(verb: str, kind: str, here: Path) -> None:
+    (file := here / "file").write_bytes(NOTES)
+    (link := here / "link").symlink_to(here / "nowhere")
+    out = {"is a file": file, "lies below a file": file / "below" / "it", "is a link to nothing": link}[kind]
+    asked: dict[str, Callable[[], object]] = {
+        "evaluate": lambda: check_kept(out),
+        "predict": lambda: request(str(here / "model"), [here / "photo.png"], out, pictures=False).targets(),
+        "export": lambda: foresee(str(here / "model"), out / "new", ExportOptions(onnx=False)),
+        "a picture": lambda: check_picture(out / "new.png", []),
+        "a video": lambda: check_video_target(out / "new.mp4", here / "other.mp4"),
+    }
+    refused(asked[verb], "can't be written: Not a directory", here)
+    check_kept(here / "new" / "folder")  # which is made when it is needed
+    assert not (here / "new").exists()

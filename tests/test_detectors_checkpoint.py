@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import SIZE
 from transformers import (
+    AutoModelForObjectDetection,
     ConditionalDetrImageProcessorPil,
     OwlViTConfig,
 )
@@ -117,6 +118,25 @@ def test_class_heads_that_differ_by_layer_stay_apart(tmp_path: Path) -> None:
 def test_a_checkpoint_in_half_precision_runs_in_float32(tmp_path: Path) -> None:
     tiny().model.to(torch.bfloat16).save_pretrained(tmp_path)
     assert {value.dtype for value in load_detector(tmp_path).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shards", ["gone", "left behind"])
+def test_of_two_saves_in_one_folder_the_weights_are_those_that_transformers_takes(shards: str, tmp_path: Path) -> None:
+    """save_pretrained removes the files of an earlier save, and leaves the index that names them."""
+    folder, model = saved(tmp_path / "two"), tiny().model
+    model.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    old = {file: file.read_bytes() for file in folder.glob("model-*.safetensors")}
+    with torch.no_grad():
+        model.class_labels_classifier.bias.fill_(7.0)
+    model.save_pretrained(folder)
+    assert len(old) > 1
+    assert {file.name for file in folder.glob("model*")} == {"model.safetensors", "model.safetensors.index.json"}
+    for file, content in old.items() if shards == "left behind" else ():
+        file.write_bytes(content)
+    theirs = AutoModelForObjectDetection.from_pretrained(folder).state_dict()["class_labels_classifier.bias"]
+    assert torch.equal(load_detector(folder).model.class_labels_classifier.bias, theirs)
+    assert bool((theirs == 7).all())
 
 
 def test_saving_replaces_a_detector_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

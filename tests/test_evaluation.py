@@ -370,6 +370,8 @@ def test_the_fastest_installed_backend_is_chosen_and_a_missing_one_is_refused(mo
         assert choose_backend() == expected
     with pytest.raises(QskdError, match="pip install faster-coco-eval"):
         evaluate_coco(truth, found, "faster_coco_eval")
+    with pytest.raises(QskdError, match=r"the backend 'json'\n  expected: auto or pycocotools"):
+        evaluate_coco(truth, found, "json")  # type: ignore[arg-type]
 
 
 def test_the_slow_path_is_announced_once_and_only_when_it_matters(

@@ -172,3 +172,12 @@ def test_qskd_evaluate_takes_the_precision_from_the_recipe_or_a_field(folder: Pa
     assert by_hand.metrics != evaluate(str(folder / "model"), str(folder / "data"), workers=0).metrics
     assert f"AP {by_hand.metrics['AP']:.4f}" in rounded.stdout
     assert "has no effect on an evaluation" in str(other.exception)
+
+
+@pytest.mark.parametrize("also", [[], ["--dry-run"]])
+def test_a_backend_that_is_not_there_is_told_before_anything_is_evaluated(
+    also: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DetectorActor, "detect", lambda *_: pytest.fail("evaluated"))
+    command = ["evaluate", str(folder / "model"), str(folder / "data"), "--workers", "0", "--backend", "hotcocoa"]
+    assert "the backend 'hotcocoa'" in str(CliRunner().invoke(app, [*command, *also]).exception)

@@ -140,6 +140,15 @@ def test_an_evaluation_is_kept_and_replaces_nothing_but_one(said: Evaluation, tm
         refused(lambda name=name: keep(said, tmp_path / name[:-4]), "is there already", tmp_path)  # type: ignore[misc]
 
 
+def test_no_picture_of_an_earlier_evaluation_stays_beside_another(said: Evaluation, tmp_path: Path) -> None:
+    """Of a detector that finds nothing there are no thresholds and no confusions."""
+    keep(said, tmp_path)
+    (tmp_path / "mine.png").write_bytes(NOTES)
+    nothing = replace(said, best=None, thresholds=None, confusions=())
+    assert keep(nothing, tmp_path) == [EVALUATION, TABLE, "precision_recall.png"]
+    assert {file.name for file in tmp_path.iterdir()} == {EVALUATION, TABLE, "precision_recall.png", "mine.png"}
+
+
 def test_a_restart_and_an_export_know_every_file_that_an_evaluation_leaves(said: Evaluation) -> None:
     files = (EVALUATION, TABLE, *pictures_of(said))
     assert [name for name in files if not OWN.fullmatch(f"evaluation/{name}")] == []

@@ -261,9 +261,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) ->
     for options, complaint in (
         (ExportOptions(size=100), "divisible by 16"),
         (ExportOptions(images=(tmp_path / "source",)), "no images"),
+        (ExportOptions(images=(tmp_path / "gone.jpg",)), r"gone\.jpg: no such file or folder"),
+        (ExportOptions(images=(tmp_path / "source" / "config.json",)), "not a readable image"),
+        (ExportOptions(dynamic_batch=True, batch_size=4), "4, with --dynamic-batch, whose graph takes any number"),
+        (ExportOptions(onnx=False, dynamic_batch=True, tolerance=0.1), "given with --dynamic-batch, --tolerance"),
+        (ExportOptions(onnx=False, images=(tmp_path,), exporter="dynamo"), "given with --images, --exporter dynamo"),
     ):
-        with pytest.raises(QskdError, match=complaint):
-            export(source, tmp_path / "out", options)
+        for ask in (export, foresee):
+            with pytest.raises(QskdError, match=complaint):
+                ask(source, tmp_path / "out", options)
     with pytest.raises(QskdError, match="the model's own folder"):
         export(source, tmp_path / "source", ExportOptions())
     assert not (tmp_path / "out").exists()

@@ -81,7 +81,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's teacher, whose scores mean something, for two images at a time."""
-    asked = VariantOptions(int8=True, float16=True, calibration=(str(shards),), evaluate=str(shards))
+    again = f"{shards}/../{shards.name}"  # the same folder
+    asked = VariantOptions(int8=True, float16=True, calibration=(again,), evaluate=str(shards))
     out = tmp_path_factory.mktemp("variants") / "out"
     return export(str(TEACHER), out, ExportOptions(batch_size=2, rounds=1, variants=asked), Console(quiet=True))
 
@@ -104,6 +105,7 @@ def test_ap_of_each_file_stands_in_the_card_and_float32s_is_that_of_evaluate(exp
     assert f"| model.int8.onnx | int8 | {int8.bytes / 1e6:.2f} | {int8.metrics['AP']:.3f} |" in text
     assert "INT8: 46 of 72 nodes that multiply (11 Conv, 35 Gemm)" in text
     assert "It is calibrated on 16 images of" in text
+    assert "INT8 is calibrated on the images that AP is measured on" in text
 
 
 def test_the_plain_folder_is_what_it_is_without_other_files(exported: Path, tmp_path: Path) -> None:
@@ -142,6 +144,11 @@ def test_a_benchmark_that_can_not_be_is_refused_by_the_dry_run_too(
     exported: Path, shards: Path, tmp_path: Path
 ) -> None:
     Image.new("RGB", (8, 8)).save(stranger := tmp_path / "stranger.png")
+    (tmp_path / "empty.json").write_text(
+        '{"images": [{"id": 1, "file_name": "stranger.png", "width": 8, "height": 8}], "annotations": [],'
+        ' "categories": [{"id": 1, "name": "star"}]}'
+    )
+    prepare(tmp_path / "empty.json", tmp_path, str(empty := tmp_path / "empty"), quiet=True)
     wrong = [
         (exported, {"exported": True, "onnx": True}, "given with --exported"),
         (exported, {"exported": True, "evaluate": str(tmp_path / "nosuch")}, "nosuch"),
@@ -153,6 +160,7 @@ def test_a_benchmark_that_can_not_be_is_refused_by_the_dry_run_too(
             r"(?s)new\.txt.*what to do: --out .*new\.png",
         ),
         (exported, {"exported": True, "evaluate": str(shards), "out": stranger}, "qskd did not draw it"),
+        (exported, {"exported": True, "evaluate": str(empty), "out": tmp_path / "new.png"}, "no AP could be measured"),
     ]
     for model, options, said in wrong:
         for ask in (foresee_benchmark, benchmark):

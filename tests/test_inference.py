@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,17 @@ def test_an_empty_batch_has_no_detections(detector: Detector) -> None:
     }
     found = predict_batch(detector, empty, Preprocessing(SQUARE), range(3))
     assert found.boxes_xyxy.shape == (0, 4)
+
+
+@pytest.mark.parametrize("part", ["class", "bbox"])
+def test_a_detector_whose_outputs_are_no_numbers_is_told_and_finds_not_nothing(part: str, detector: Detector) -> None:
+    broken = copy.deepcopy(detector)
+    with torch.no_grad():
+        for name, parameter in broken.model.named_parameters():
+            if part in name:
+                parameter.fill_(torch.nan)
+    with pytest.raises(QskdError, match="scores or boxes that are no numbers, in image 0"):
+        predict_image(broken, IMAGES[0], Preprocessing(SQUARE), range(3), 0.5)
 
 
 def test_top_k_bounds_each_image_not_the_batch(detector: Detector) -> None:

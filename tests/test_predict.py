@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.demo.quickstart import TEACHER
 from pipelines.inspection.evaluate import evaluate
-from pipelines.inspection.predict import predict_all, request
+from pipelines.inspection.predict import predict_all, request, targets
 from pipelines.inspection.results import CSV_FILE, JSON_FILE, Prediction, told
 from pipelines.inspection.sources import files_of
 from pipelines.prepare import prepare
@@ -307,6 +307,13 @@ def test_a_video_replaces_neither_an_input_nor_a_strangers_file_and_a_broken_one
     with contextlib.suppress(QskdError):
         ran(model, clip)
     assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"clip.boxes.mp4"}
+
+
+def test_a_video_is_not_written_under_a_pictures_name_nor_a_picture_under_a_videos(tmp_path: Path) -> None:
+    for image, out, remedy in (("a.mp4", "boxes.png", "boxes.mp4"), ("a.png", "boxes.mp4", "boxes.png")):
+        with pytest.raises(QskdError, match=rf"what to do: --out .*{remedy}"):
+            targets([tmp_path / image], tmp_path / out)
+        assert targets([tmp_path / image], tmp_path / remedy) == [(tmp_path / image, tmp_path / remedy)]
 
 
 def test_a_video_without_pyav_is_told_what_to_install(

@@ -281,6 +281,7 @@ def test_a_link_in_an_index_that_leads_out_is_refused_and_the_hub_s_cache_works(
     ],
 )
 def test_a_malformed_index_is_refused_by_name(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")  # else it goes before the index
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(QskdError, match=r"model\.safetensors\.index\.json"):
         load_detector(folder)

@@ -16,9 +16,11 @@ from rich.console import Console
 
 from pipelines.deployment.export import square
 from pipelines.deployment.found import ONNX, TORCH, Benchmark, Row
-from pipelines.deployment.tradeoff import draw, points_of
+from pipelines.deployment.tradeoff import draw, nothing_to_draw, points_of
 from pipelines.deployment.variants import evaluate_runs
 from pipelines.inspection.predict import write_picture
+from qskd.config import ONNX as GRAPH
+from qskd.config import TEACHERS_ONLY
 from qskd.datasets.manifest import check_labelled, load_manifest
 from qskd.deploy.export import export_onnx, open_session
 from qskd.deploy.memory import peak_memory
@@ -37,9 +39,10 @@ from qskd.deploy.speed import (
     usual_size,
 )
 from qskd.deploy.variants import FLOAT32, Variant
-from qskd.detectors import Detector, load_detector, read_preprocessing
+from qskd.detectors import FAMILIES, Detector, load_detector, read_config, read_preprocessing
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
+from qskd.families.table import find_family
 from qskd.quantization.model import notice_of
 from qskd.storage.ownership import check_picture
 from qskd.storage.places import fetched
@@ -123,6 +126,7 @@ def foresee(models: Sequence[str], options: BenchmarkOptions) -> str:
     lines = []
     for name, model in names_of(models).items():
         with fetched(model) as folder:
+            check_timed(folder, model, options)
             if options.exported:
                 check_exported(folder)
                 exported_variants(Path(folder))
@@ -147,6 +151,20 @@ def check(options: BenchmarkOptions) -> None:
                 "--out", str(options.out), "a name that ends in .png", f"--out {options.out.with_suffix('.png')}"
             )
         check_picture(options.out, [])
+        if not load_manifest(options.evaluate).num_objects:
+            raise nothing_to_draw()
+
+
+def check_timed(folder: str, model: str, options: BenchmarkOptions) -> None:
+    """QskdError for what can't be timed as asked, before its weights are read. model: as the user named it."""
+    kind = read_config(folder).model_type
+    if kind not in TEACHERS_ONLY:
+        return
+    said = f"a {TEACHERS_ONLY[kind]}"
+    if kind == GRAPH or find_family(kind, model).asked_in_words:
+        raise QskdError(model, f"{said}, which is not timed", f"a detector of {', '.join(FAMILIES)}")
+    if options.onnx:
+        raise QskdError("--onnx", f"{model}, {said}, which is not exported", "", "leave --onnx away")
 
 
 def check_exported(folder: str | Path) -> None:
@@ -218,7 +236,10 @@ def _accuracy(
     """By runtime; nothing where nobody asked."""
     if options.evaluate is None:
         return {}
-    runs = {TORCH: run_of_torch(detector), **{name: one.run for name, one in subjects.items() if one.run is not None}}
+    runs = {
+        TORCH: run_of_torch(detector, options.precision),
+        **{name: one.run for name, one in subjects.items() if one.run is not None},
+    }
     batch = next((one.batch for one in subjects.values() if one.batch is not None), None)
     seen_as = square(model, options.size)
     found, _ = evaluate_runs(detector.to("cpu"), runs, options.evaluate, uri, seen_as, batch, Console())
@@ -248,6 +269,7 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
         scratch = copies.enter_context(scratch_folder("benchmark"))
         for name, uri in named.items():
             model = copies.enter_context(fetched(uri))
+            check_timed(model, uri, options)
             detector, size = load_detector(model), input_size(model, options.size)
             if is_quantised(detector.model):
                 notes.append(f"{name} is {notice_of(detector.model)}. {FAKE}")

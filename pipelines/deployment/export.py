@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipelines.deployment.variants import Asked, VariantOptions, add_variants
 from pipelines.inspection.predict import read_image
+from pipelines.inspection.sources import IMAGE_ENDINGS
 from pipelines.run.ownership import enclosing_run
 from qskd.config import ResizeConfig
 from qskd.datasets.views import View, view_image
@@ -59,7 +60,6 @@ from qskd.quantization.parity import AMONG, require_some
 from qskd.storage.ownership import check_replaceable, listed, same_file
 from qskd.storage.places import fetched, place_of
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MOST_IMAGES = 16  # of a folder
 DYNAMIC_SIZES = (1, 2, 3, 5)  # batches that a graph of free batch is tried with
 TIMING_LIMIT_S = 30.0
@@ -87,6 +87,21 @@ class ExportOptions:
     def batch(self) -> int | None:
         return None if self.dynamic_batch else self.batch_size
 
+    def check(self) -> None:
+        """QskdError for options that would have no effect."""
+        if self.dynamic_batch and self.batch_size != 1:
+            found = f"{self.batch_size}, with --dynamic-batch, whose graph takes any number"
+            raise QskdError("--batch-size", found, "one of them")
+        of_graph = {
+            "--dynamic-batch": self.dynamic_batch,
+            "--batch-size": self.batch_size != 1,
+            "--images": bool(self.images),
+            f"--exporter {self.exporter}": self.exporter != "torchscript",
+            "--tolerance": self.tolerance != TOLERANCE,
+        }
+        if not self.onnx and (named := [name for name, given in of_graph.items() if given]):
+            raise QskdError("--no-onnx", f"given with {', '.join(named)}, for a graph", "one or the other")
+
 
 def square(model: str, given: int | None) -> Preprocessing:
     """How the exported model sees images: squares. QskdError when the checkpoint pads instead and no size is given."""
@@ -103,16 +118,26 @@ def square(model: str, given: int | None) -> Preprocessing:
 
 
 def image_files(given: Sequence[Path]) -> list[Path]:
-    """Files as they are, the first images of folders in alphabetical order."""
+    """Files as they are, the first images of folders in alphabetical order. QskdError for what is not there, or has none."""
     files: list[Path] = []
     for path in given:
-        if not path.is_dir():
+        if path.is_file():
             files.append(path)
             continue
+        if not path.is_dir():
+            raise QskdError(str(path), "no such file or folder", "an image, or a folder of images", "check the path")
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
         if not inside:
             raise QskdError(str(path), "no images", f"files that end in {', '.join(IMAGE_ENDINGS)}")
         files += inside[:MOST_IMAGES]
+    return files
+
+
+def check_images(given: Sequence[Path]) -> list[Path]:
+    """The files, each of which can be read: QskdError before minutes are spent on the graph."""
+    files = image_files(given)
+    for file in files:
+        read_image(file)
     return files
 
 
@@ -154,12 +179,15 @@ def parity_table(found: Sequence[Parity], tolerance: float) -> Table:
 
 def foresee(model: str, out: Path, options: ExportOptions) -> str:
     """What `--dry-run` prints."""
+    options.check()
     with fetched(model) as folder:
         check_out(model, out, options.overwrite)
-        check_saveable(read_config(folder).model_type, model)
-        seen_as, images = square(folder, options.size), image_files(options.images)
+        config = read_config(folder)
+        check_saveable(config.model_type, model)
+        seen_as, images = square(folder, options.size), check_images(options.images)
         options.variants.check(str(folder), options.onnx, options.exporter, seen_as)
         size = seen_as.resize.size
+        FAMILIES[config.model_type].check_size(config, size, size)
     if not options.onnx:
         return f"{model} → {out}: a Hugging Face folder, images of {size} x {size} pixels"
     batch = "any batch" if options.dynamic_batch else f"batch {options.batch_size}"
@@ -202,6 +230,7 @@ def check_out(model: str, out: Path, overwrite: bool) -> None:
 def export(model: str, out: Path, options: ExportOptions, console: Console | None = None) -> Path:
     """Write the folder `out`, whole or not at all, of a Hub name, folder or URI; prints what it checks and measures. Raises
     QskdError."""
+    options.check()
     check_out(model, out, options.overwrite)
     with fetched(model) as folder:
         return _export(folder, model, out, options, console or Console())
@@ -211,7 +240,7 @@ def _export(model: str, named: str, out: Path, options: ExportOptions, console: 
     """model: a Hub name or a local folder; named: as the user named it."""
     check_saveable(read_config(model).model_type, named)
     seen_as = square(model, options.size)
-    image_files(options.images)  # complain now
+    check_images(options.images)
     options.variants.check(model, options.onnx, options.exporter, seen_as)
     detector = load_detector(model)
     FAMILIES[detector.family].check_size(detector.model.config, seen_as.resize.size, seen_as.resize.size)

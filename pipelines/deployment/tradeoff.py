@@ -49,8 +49,13 @@ def points_of(found: Benchmark) -> list[Point]:
                 Point(row.name, row.variant.computes, row.variant.runtime, row.metrics["AP"], ms, row.bytes / 1e6)
             )
     if not points:
-        raise QskdError("--out", "no AP could be measured: no labelled object", "labelled shards with objects")
+        raise nothing_to_draw()
     return points
+
+
+def nothing_to_draw() -> QskdError:
+    """Where no AP can be measured."""
+    return QskdError("--out", "no AP could be measured: no labelled object", "labelled shards with objects")
 
 
 def draw(points: Sequence[Point], how: str) -> np.ndarray:

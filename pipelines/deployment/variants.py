@@ -45,6 +45,7 @@ from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.quantization.files import FILE
 from qskd.redaction import redacted_uri
+from qskd.storage.places import relation_of
 from qskd.storage.scratch import scratch_folder
 
 log = logging.getLogger("qskd")
@@ -137,7 +138,9 @@ def add_variants(detector: Detector, folder: Path, asked: Asked, console: Consol
             log.warning(
                 "INT8 is calibrated on %d images: some tens say better what ranges there are", calibration.count
             )
-        if options.evaluate in options.calibration:
+        if options.evaluate is not None and any(
+            relation_of(options.evaluate, one) == "is" for one in options.calibration
+        ):
             said_twice = "INT8 is calibrated on the images that AP is measured on: its AP may be better than on others"
             notes.append(f"{said_twice}.")
             log.warning(said_twice)

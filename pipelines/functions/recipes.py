@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -44,14 +45,23 @@ def configuration(recipe: Recipe, set: Fields, methods: Sequence[Folder]) -> Con
     return load(None if recipe is None else os.fspath(recipe), texts)
 
 
-def as_the_command(verb: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Numbers are checked as the command's options of the same names are: QskdError for another type, or one out of range."""
+def as_the_command(verb: str, door: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Numbers are checked as the command's options of the same names are: QskdError for another type, or one out of range. So is
+    what stands for one of some words; and one text where several may stand is refused: it would be taken letter by letter. door: of
+    the command's module, where it is not called as the verb is."""
 
     def wrap(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def checked(*given: P.args, **named: P.kwargs) -> T:
-            bound = inspect.signature(function).bind(*given, **named)
-            command = importlib.import_module(f"pipelines.{verb}").command
+            signature = inspect.signature(function)
+            bound = signature.bind(*given, **named)
+            for name, value in bound.arguments.items():
+                hint = str(signature.parameters[name].annotation)
+                if hint.startswith("Literal["):
+                    choice(f"qskd.{verb}: {name}", value, *ast.literal_eval(f"({hint[8:-1]},)"))
+                if hint.startswith(("Sequence[", "Fields")) and isinstance(value, str | os.PathLike):
+                    raise QskdError(f"qskd.{verb}: {name}", repr(value), "several, in a list", f"{name}=[{value!r}]")
+            command = importlib.import_module(f"pipelines.{door or verb}").command
             for name, hint in get_type_hints(command, include_extras=True).items():
                 if name in bound.arguments:
                     _check_number(f"qskd.{verb}: {name}", bound.arguments[name], hint)
@@ -87,9 +97,13 @@ def choice(where: str, value: Any, *known: str) -> None:
 
 @contextlib.contextmanager
 def unless(verbose: bool) -> Iterator[None]:
-    """Without what the verb prints on standard output; warnings are logged as ever."""
-    if verbose:
-        yield
-        return
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    """As a guest in the caller's process: without what the verb prints on standard output, though warnings are logged as ever; and
+    torch is left with as many threads as it had, whatever a verb computes with."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ from qskd.datasets.findings.splits import beyond_reach
 from qskd.datasets.manifest import Manifest, check_labelled, load_manifest
 from qskd.detectors import load_detector, read_preprocessing, words_for
 from qskd.errors import QskdError
-from qskd.evaluation.average_precision import evaluate_coco
+from qskd.evaluation.average_precision import choose_backend, evaluate_coco
 from qskd.evaluation.details import Evaluation, evaluate_in_detail
 from qskd.evaluation.detections import Backend, Detections, GroundTruth
 from qskd.evaluation.pairs import pairs_of_transformers
@@ -77,6 +77,7 @@ def evaluate(
     counted. A metric is -1 where the data has no object to measure it on. tell_nobody: whether it is warned of
     classes that are left to nobody, whose objects count as missed.
     """
+    choose_backend(backend)  # not after hours
     manifest = load_manifest(data)
     check_labelled(data, manifest)
     if not manifest.num_objects:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from pyarrow import fs
 
-from qskd.errors import QskdError, writing
+from qskd.errors import QskdError, check_writable, writing
 from qskd.evaluation.details import FORMAT, Evaluation
 from qskd.pictures.evaluated import pictures_of
 from qskd.storage.files import publish_bytes
@@ -25,7 +25,8 @@ COLUMNS = (
 
 
 def check_kept(folder: Path) -> None:
-    """QskdError where an evaluation would replace a file that no evaluation wrote."""
+    """QskdError where an evaluation would replace a file that no evaluation wrote, or could not be written."""
+    check_writable(folder)
     own = folder / EVALUATION
     try:
         ours = own.is_file() and head_says(own.read_bytes(), FORMAT)
@@ -42,16 +43,21 @@ def check_kept(folder: Path) -> None:
 
 
 def keep(evaluation: Evaluation, folder: Path) -> list[str]:
-    """Write it; the names of the files."""
+    """Write it; the names of the files. A picture of an earlier evaluation that this one has none of is deleted: it would pass for
+    this one's."""
     check_kept(folder)
     local, names = fs.LocalFileSystem(), [EVALUATION, TABLE]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         publish_bytes(evaluation.to_json().encode(), local, str(folder / EVALUATION))
         publish_bytes(class_csv(evaluation).encode(), local, str(folder / TABLE))
-        for name, picture in pictures_of(evaluation).items():
+        pictures = pictures_of(evaluation)
+        for name, picture in pictures.items():
             save_picture(Image.fromarray(picture), folder / name)
             names.append(name)
+        for name in PICTURES:
+            if name not in pictures and is_own_picture(folder / name):
+                (folder / name).unlink()
     return names
 
 

@@ -33,8 +33,6 @@ from qskd.storage.places import fetched
 
 log = logging.getLogger("qskd")
 
-log = logging.getLogger("qskd")
-
 
 def read_image(path: Path) -> np.ndarray:
     """RGB uint8 [H, W, 3], upright, decoded as in training; warns where little of the file's range is used."""
@@ -59,6 +57,12 @@ def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]
     folder = is_folder(out)
     if out is not None and not folder and len(images) > 1:
         raise QskdError("--out", f"{len(images)} images for one output file", "one image", "leave --out away")
+    if out is not None and not folder and images and is_video(out) != is_video(images[0]):
+        kind, ending = ("a video", ".mp4") if is_video(images[0]) else ("an image", ".png")
+        found = f"{out} for {images[0]}, which is {kind}"
+        raise QskdError(
+            "--out", found, f"a name that ends in {ending}, or a folder", f"--out {out.with_suffix(ending)}"
+        )
     same_names = folder and len({(path.stem, is_video(path)) for path in images}) < len(images)
     above = os.path.commonpath([path.absolute().parent for path in images]) if same_names else ""
 

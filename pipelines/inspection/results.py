@@ -18,7 +18,7 @@ from pyarrow import fs
 from pipelines.inspection.sources import is_video
 from qskd.config import ONNX
 from qskd.detectors import Detector
-from qskd.errors import QskdError, writing
+from qskd.errors import QskdError, check_writable, writing
 from qskd.evaluation.detections import Detections
 from qskd.printable import one_line, shown_value
 from qskd.storage.files import publish_bytes
@@ -139,7 +139,9 @@ def _matched(detector: Detector, categories: Mapping[str, int], annotations: Pat
 
 # --- files --------------------------------------------------------------------------------------------------------------
 def check_results(folder: Path) -> None:
-    """QskdError where a file would be replaced that is not qskd's: the table's first line tells, and it lies beside the JSON."""
+    """QskdError where a file would be replaced that is not qskd's (the table's first line tells, and it lies beside the JSON), or
+    none could be written."""
+    check_writable(folder)
     table = folder / CSV_FILE
     try:
         with open(table, "rb") as stream:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qskd import __version__
-from qskd.errors import QskdError, writing
+from qskd.errors import QskdError, check_writable, writing
 from qskd.storage.ownership import same_file
 
 _RATE = Fraction(25)  # frames a second, where a file does not say
@@ -90,7 +90,8 @@ def is_own_video(path: Path) -> bool:
 
 
 def check_video_target(target: Path, source: Path) -> None:
-    """QskdError where a video would replace its source, or a file that qskd did not write."""
+    """QskdError where a video would replace its source, or a file that qskd did not write, or could not be written."""
+    check_writable(target.parent)
     if same_file(target, source):
         raise QskdError(str(target), f"is an input, {source}", "a file of its own", "--out ANOTHER.mp4")
     if os.path.lexists(target) and not is_own_video(target):

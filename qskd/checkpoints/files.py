@@ -50,15 +50,22 @@ def checkpoint_file(path: str, name: str) -> Path | None:
 
 
 def weight_files(path: str) -> list[Path]:
-    """A checkpoint's safetensors files; `path` as `check_path` gives it. Refuses a Hub repository that has none."""
+    """A checkpoint's safetensors files; `path` as `check_path` gives it. Refuses a Hub repository that has none.
+
+    The one file goes before an index, as for transformers: `save_pretrained` leaves an earlier save's index where it is.
+    """
+    if (whole := checkpoint_file(path, SAFE_WEIGHTS_NAME)) is not None:
+        return [whole]
     index = checkpoint_file(path, SAFE_WEIGHTS_INDEX_NAME)
-    names = [SAFE_WEIGHTS_NAME] if index is None else _indexed(index)
+    if index is None:
+        raise QskdError(path, f"no {SAFE_WEIGHTS_NAME} in it", ONLY_SAFETENSORS, CONVERT)
     found = []
-    for name in names:
+    for name in _indexed(index):
         file = checkpoint_file(path, name)
         if file is None:
-            raise QskdError(path, f"no {name} in it", ONLY_SAFETENSORS, CONVERT)
-        if index is not None and Path(path).is_dir() and not _is_inside(file, Path(path)):
+            remedy = "copy or download the whole checkpoint again"
+            raise QskdError(path, f"no {name} in it, which {SAFE_WEIGHTS_INDEX_NAME} names", "every file of it", remedy)
+        if Path(path).is_dir() and not _is_inside(file, Path(path)):
             raise QskdError(
                 str(index),
                 f"weight_map: {name}, a link to {file.resolve()}",

@@ -20,6 +20,7 @@ from qskd.deploy.variants import OPENVINO, Variant, there
 from qskd.detectors import Detector
 from qskd.errors import QskdError
 from qskd.imports import need
+from qskd.precision import autocast
 
 BFLOAT16 = "bfloat16"
 # Numbers that a weight may be stored as, by the names of either runtime's files; all others are indices.
@@ -111,14 +112,14 @@ def run_of(session: Any) -> Run:
     return run
 
 
-def run_of_torch(detector: Detector) -> Run:
-    """transformers' own forward pass, on the CPU."""
+def run_of_torch(detector: Detector, precision: str = "float32") -> Run:
+    """transformers' own forward pass, on the CPU. precision: of autocast."""
     model = Predicting(detector.eval().model)
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(precision, torch.device("cpu")):
             logits, boxes = model(torch.from_numpy(pixels))
-        return logits.numpy(), boxes.numpy()
+        return logits.float().numpy(), boxes.float().numpy()
 
     return run
 

@@ -62,7 +62,8 @@ def detections_from(
     one_a_query: with its best class alone, as DETR's own.
 
     logits [B, Q, K]; boxes_cxcywh [B, Q, 4] relative to the image; original_sizes [B, 2] height, width in pixels;
-    category_ids_of_label: the dataset's category id of each of the K classes. Half precision is computed in float32.
+    category_ids_of_label: the dataset's category id of each of the K classes. Half precision is computed in float32. QskdError
+    where one that is kept is no number: it would be below every threshold, and the image empty.
     """
     images, _, classes = logits.shape
     if len(image_ids) != images or tuple(original_sizes.shape) != (images, 2) or len(category_ids_of_label) != classes:
@@ -83,12 +84,22 @@ def detections_from(
     boxes_xyxy = cxcywh_to_xyxy(boxes_cxcywh.detach().float()).gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))
     boxes_xyxy = boxes_xyxy * torch.stack([width, height, width, height], dim=1)[:, None, :]
     categories = np.asarray(category_ids_of_label, dtype=np.int64)
+    if bad := [ids for ids, fine in zip(image_ids, _finite(scores, boxes_xyxy), strict=True) if not fine]:
+        found = f"scores or boxes that are no numbers, in image {bad[0]}"
+        remedy = "its weights are damaged, or its training came apart: take an earlier checkpoint"
+        raise QskdError("the detector", found, "finite numbers", remedy)
     return Detections(
         np.repeat(np.asarray(image_ids, dtype=np.int64), kept),
         boxes_xyxy.reshape(-1, 4).cpu().numpy().astype(np.float32),
         scores.reshape(-1).cpu().numpy(),
         categories[(places % classes).reshape(-1).cpu().numpy()],
     )
+
+
+def _finite(scores: Tensor, boxes: Tensor) -> list[bool]:
+    """Of each image: [B, N] and [B, N, 4]."""
+    fine: list[bool] = (scores.isfinite().all(1) & boxes.isfinite().flatten(1).all(1)).tolist()
+    return fine
 
 
 def evaluate_coco(
@@ -108,13 +119,10 @@ def evaluate_coco(
     if max_detections <= 10:
         raise ValueError(f"max_detections is {max_detections}, but AR10 is measured too: it must be above 10")
     truth, found = _checked(ground_truth, detections)
-    chosen = choose_backend() if backend == "auto" else backend
+    chosen = choose_backend(backend)
     if chosen == "pycocotools" and backend == "auto" and len(truth.image_ids) > _SLOW_FROM_IMAGES:
         _notice_slow_path()
     if len(truth.object_image_ids):
-        if not _importable(chosen):
-            remedy = f"pip install {chosen.replace('_', '-')}"
-            raise QskdError("COCO evaluation", f"{chosen} can't be imported", "the backend asked for", remedy)
         precision, recall = COUNT[chosen](truth, found, [1, 10, max_detections])
     else:  # nothing to find, nothing to measure; not every program takes an empty table
         precision, recall = np.full((10, 101, len(truth.categories), 4, 3), -1.0), np.full((10, 0, 4, 3), -1.0)
@@ -122,9 +130,16 @@ def evaluate_coco(
     return CocoResult(_averages(precision, recall), _per_class(given, ground_truth.categories), chosen, given)
 
 
-def choose_backend() -> Backend:
-    """The fastest of the programs that are installed."""
-    return next((name for name in FASTEST_FIRST if _importable(name)), "pycocotools")
+def choose_backend(asked: Backend | Literal["auto"] = "auto") -> Backend:
+    """The program that counts; of "auto" the fastest that is installed. QskdError for one that is not known or not installed."""
+    if asked == "auto":
+        return next((name for name in FASTEST_FIRST if _importable(name)), "pycocotools")
+    if asked not in COUNT:
+        raise QskdError("COCO evaluation", f"the backend {asked!r}", f"auto or {' or '.join(COUNT)}")
+    if not _importable(asked):
+        remedy = f"pip install {asked.replace('_', '-')}"
+        raise QskdError("COCO evaluation", f"{asked} can't be imported", "the backend asked for", remedy)
+    return asked
 
 
 def _importable(name: str) -> bool:

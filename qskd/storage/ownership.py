@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from qskd.errors import QskdError
+from qskd.errors import QskdError, check_writable
 from qskd.untrusted import parse_large_json
 
 EXTRA_FILE = (
@@ -62,6 +62,7 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
     remedy = "choose a new or an empty folder; nothing was written"
     if folder.exists() and not folder.is_dir():
         raise QskdError(str(folder), "a file", "a folder to save to", remedy)
+    check_writable(folder.parent)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     found = foreign_to_detector(folder)
@@ -100,7 +101,8 @@ def is_own_picture(path: Path) -> bool:
 
 def check_picture(target: Path, inputs: Iterable[str | Path]) -> None:
     """QskdError when a picture written to `target` would replace an input, under whatever name, or a file that qskd did not
-    draw."""
+    draw, or could not be written there."""
+    check_writable(target.parent)
     for given in inputs:
         if same_file(target, given):
             raise QskdError(str(target), f"is an input, {given}", "a file of its own", "--out ANOTHER.png")
