@@ -149,6 +149,18 @@ def test_top_k_bounds_each_image_not_the_batch(detector: Detector) -> None:
     assert found.image_ids.tolist() == [5] * 4 + [3] * 4 + [9] * 4
 
 
+def test_a_crowd_above_the_threshold_is_found_whole_by_a_detector_of_many_queries() -> None:
+    """The 100 best are what AP is measured on: of 130 cars in a picture they would be 100."""
+    sizes = recipe({**FAMILIES["deformable"], "queries": 130}).student
+    many = silent_student(sizes, LABELS, seed=3).eval()
+    with torch.no_grad():
+        for name, part in many.model.named_parameters():
+            if name.startswith("class_embed") and name.endswith("bias"):
+                part.copy_(torch.tensor([3.0, -9.0, -9.0]))  # each query has one class that reaches 0.5
+    assert len(predict_image(many, picture(), Preprocessing(SQUARE), range(3), 0.5).scores) == 130
+    assert len(predict_image(many, picture(), Preprocessing(SQUARE), range(3)).scores) == 100
+
+
 def test_two_images_are_not_drawn_into_one_file(tmp_path: Path) -> None:
     both = predict.targets([tmp_path / "a.jpg", tmp_path / "a.png"], None)
     assert [target.name for _, target in both] == ["a.jpg.boxes.png", "a.png.boxes.png"]

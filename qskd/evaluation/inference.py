@@ -67,7 +67,8 @@ def predict_image(
     view: View = View.IDENTITY,
 ) -> Detections:
     """One uint8 [H, W, 3] image; `category_ids` of the result are positions in `slots`. Best first. Boxes are in pixels of
-    what `view` shows (`qskd.datasets.views.view_picture`)."""
+    what `view` shows (`qskd.datasets.views.view_picture`). As many as the detector has queries, 100 at least, reach the threshold;
+    without one they are the 100 that AP is measured on."""
     pixels = view_image(image, view, preprocessing.resize)
     arrays = {
         "images": pixels[None],
@@ -75,7 +76,9 @@ def predict_image(
         "original_sizes": np.array([crop_size(image.shape[0], image.shape[1], view)]),
         "image_ids": np.zeros(1, np.int64),
     }
-    found = predict_batch(detector, arrays, preprocessing, range(len(slots)), slots, next(detector.parameters()).device)
+    most = max(100, detector.num_queries) if threshold else 100
+    device = next(detector.parameters()).device
+    found = predict_batch(detector, arrays, preprocessing, range(len(slots)), slots, device, most)
     return best_first(found, threshold)
 
 
