@@ -65,7 +65,7 @@ STUDENTS = {
                 *FEW_BITS,
                 "qskd_flips_unlabeled6",
             ),
-            "long": (*LONG, "whitened", *NEAREST, "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
+            "long": (*LONG, "whitened", "whitened_pkd", *NEAREST, "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
             "longest": (*PAIR, *FRESH),
         },
     ),
