@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +36,7 @@ from qskd.datasets.samples import (
     check_lengths,
     first_problems,
     flat_column,
+    kept_problems,
     to_samples,
 )
 from qskd.errors import QskdError, writing
@@ -45,6 +45,7 @@ from qskd.storage.files import UNFINISHED, make_folder, publish, read_bytes, rem
 from qskd.storage.ownership import head_says
 from qskd.storage.parquet import ParquetFiles
 from qskd.storage.places import check_not_read, open_folder
+from qskd.storage.scratch import locked_folder, remove_orphan, scratch_folder
 from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
 
@@ -116,10 +117,10 @@ def write_shards(
     # Inside the destination when that is local: a rename does not cross file systems.
     with (
         writing(destination),
-        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as scratch,
+        _unfinished(filesystem, root) as folder,
         start_helpers(dataset, len(dataset), processes) or contextlib.nullcontext() as helpers,
     ):
-        folder, sizes = Path(scratch), (rows_per_shard, rows_per_group)
+        sizes = rows_per_shard, rows_per_group
         if helpers is None:
             packs = pack_here(survey.counted(counter.counted(dataset.samples())), folder, *sizes, grown)
         else:
@@ -143,7 +144,7 @@ def write_shards(
                 tuple(shards),
                 dataset.source,
                 dataset.source_sha256,
-                tuple(dataset.problems),
+                kept_problems(dataset.problems),
                 survey.most_objects,
                 survey.most_objects_in,
                 findings,
@@ -159,6 +160,17 @@ def write_shards(
             raise
     remove(filesystem, root, old_files - {shard.file for shard in shards})
     return manifest
+
+
+def _unfinished(filesystem: pafs.FileSystem, root: str) -> contextlib.AbstractContextManager[Path]:
+    """A folder for what is not yet whole; what a `prepare` that was killed left of its own goes."""
+    if not is_local(filesystem):
+        return scratch_folder("shards")
+    for left in Path(root).glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # no folder, or gone meanwhile
+            names = [name for name in os.listdir(left) if re.fullmatch(r"shard(-\d+)?|manifest", name)]
+            remove_orphan(left, UNFINISHED, names)
+    return locked_folder(UNFINISHED, root)
 
 
 def is_labelled(dataset: SampleSource) -> bool:
