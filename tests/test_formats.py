@@ -356,6 +356,21 @@ def test_vocs_boxes_count_from_one_and_classes_are_the_same_for_every_split(voc:
     assert len(open_dataset(voc / "Annotations", None)) == 3
 
 
+def test_a_voc_list_of_names_with_spaces_is_a_split_and_no_classes_list(voc: Path) -> None:
+    """Taken for a class's, it was passed over, and all pictures were read in its place."""
+    for number in (1, 2, 3):
+        (voc / "JPEGImages" / f"00000{number}.jpg").rename(voc / "JPEGImages" / f"IMG {number}.jpg")
+        (voc / "Annotations" / f"00000{number}.xml").rename(voc / "Annotations" / f"IMG {number}.xml")
+    lists = voc / "ImageSets" / "Main"
+    write(lists / "train.txt", "IMG 1\nIMG 2\n")
+    write(lists / "val.txt", '"IMG 3"\n')  # as CVAT writes it
+    write(lists / "dog_train.txt", "IMG 1  1\nIMG 2 -1\n")
+    assert by_name(open_dataset(voc, None, split="train")).keys() == {"IMG 1.jpg", "IMG 2.jpg"}
+    assert by_name(open_dataset(voc, None, split="val")).keys() == {"IMG 3.jpg"}
+    with pytest.raises(QskdError, match="splits train, val"):
+        open_dataset(voc, None)
+
+
 def test_a_zero_in_a_voc_folder_shows_that_its_boxes_count_from_zero(voc: Path) -> None:
     write(voc / "Annotations" / "000003.xml", voc_xml("000003.jpg", voc_object("cat", (0, 3, 10.5, 20))))
     np.testing.assert_array_equal(

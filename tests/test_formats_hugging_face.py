@@ -163,10 +163,13 @@ HAND: dict[str, list[list[float]]] = {  # the same two boxes, in a picture of 40
 
 @pytest.mark.parametrize("box_format", HAND)
 def test_boxes_in_other_formats_are_read_when_told_and_never_taken_for_cocos(tmp_path: Path, box_format: str) -> None:
-    rows = [{"image": image(), "objects": {"bbox": HAND[box_format], "category": [0, 2]}}]
+    # The second one's in pixels, whatever the boxes are in: nothing of a picture is more than 1 of it.
+    areas = [0.05 if "relative" in box_format else 40.0, 120.0]
+    rows = [{"image": image(), "objects": {"bbox": HAND[box_format], "category": [0, 2], "area": areas}}]
     source = parquet(tmp_path / "a.parquet", rows)
     (sample,) = open_dataset(source, None, box_format=box_format).samples()
     np.testing.assert_allclose(sample.boxes_xyxy, CORNERS, atol=1e-4)
+    np.testing.assert_allclose(sample.area, [40, 120], atol=1e-4)
     if box_format == "xyxy":
         assert "--box-format xyxy" in said(source)
     if "relative" in box_format:
