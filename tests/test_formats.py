@@ -60,6 +60,24 @@ def yolo(tmp_path: Path) -> Path:
     return write(root / "data.yaml", "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog, 'no']\n")
 
 
+def test_of_two_folders_that_a_split_may_mean_neither_is_guessed(yolo: Path) -> None:
+    """A Roboflow export in a folder of another one: its ../train/images are the other's, and its own."""
+    write(yolo, "train: ../train/images\nnames: [cat, dog, x]\n")
+    inner, outer = (folder / "train" / "images" / "p.png" for folder in (yolo.parent, yolo.parent.parent))
+    for number, place in enumerate((inner, outer)):
+        picture(place)
+        write(place.parents[1] / "labels" / "p.txt", f"{number} 0.5 0.5 0.25 0.5\n")
+    with pytest.raises(QskdError, match="there are") as caught:
+        open_dataset(yolo, None)
+    assert "qskd prepare" in caught.value.remedy
+    for number, folder in enumerate((yolo.parent, yolo.parent.parent)):
+        (sample,) = open_dataset(yolo, folder).samples()
+        assert sample.category_ids.tolist() == [number]
+    outer.unlink()
+    outer.parent.rmdir()
+    assert len(open_dataset(yolo, None)) == 1
+
+
 def test_yolos_boxes_are_those_worked_by_hand_and_pictures_without_labels_have_no_objects(yolo: Path) -> None:
     dataset = open_dataset(yolo, None, split="train")
     samples = by_name(dataset)
