@@ -538,6 +538,10 @@ def test_what_is_no_dataset_is_told_with_what_to_give(tmp_path: Path, yolo: Path
     (tmp_path / "empty").mkdir()
     assert "no dataset that is known" in said(tmp_path / "empty")
     assert "that has the annotations" in said(yolo.parent / "images" / "train")
+    write(tmp_path / "studio" / "notes.json", "{}")  # Label Studio's, beside YOLO's labels
+    assert "name the JSON" in said(tmp_path / "studio")
+    write(tmp_path / "studio" / "labels" / "a.txt", "")
+    assert "write a data.yaml" in said(tmp_path / "studio")
     write(tmp_path / "shards" / "manifest.json", "{}")
     write(tmp_path / "shards" / "shard-00000-abcd.parquet", "")
     assert "shards that are made already" in said(tmp_path / "shards")

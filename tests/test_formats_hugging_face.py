@@ -16,6 +16,7 @@ from PIL import Image
 
 from qskd.datasets.coco import CocoDataset
 from qskd.datasets.formats.opening import open_dataset
+from qskd.datasets.formats.rows import Rows
 from qskd.errors import QskdError
 
 NAMES = ["cat", "dog", "bird"]
@@ -149,6 +150,26 @@ def test_an_image_folder_has_names_from_its_words_over_all_splits_or_from_a_file
     dataset = open_dataset(numbers, None, classes=tmp_path / "names.txt")
     assert names(dataset) == ["bird", "dog"]
     assert next(dataset.samples()).category_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_late_row_is_read_without_the_pictures_before_it(kind: str, tmp_path: Path) -> None:
+    """A helper of `prepare` asks for 64 rows here and 64 there: an Arrow file in one piece was read from its start each time."""
+    pictures = [{"bytes": bytes([number]) * 2**18, "path": None} for number in range(40)]
+    whole, path = pa.table({"image": pictures}), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(whole, path, compression="NONE", use_dictionary=False)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as writer:
+            writer.write_table(whole, max_chunksize=10)
+
+    def read_so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    rows, before = Rows([path]), read_so_far()
+    where, row = next(rows.read(["image"], f"{path}: row 39"))
+    assert (where, row["image"]["bytes"][:1]) == (f"{path}: row 39", bytes([39]))
+    assert read_so_far() - before < 2**20
 
 
 HAND: dict[str, list[list[float]]] = {  # the same two boxes, in a picture of 40 x 20
