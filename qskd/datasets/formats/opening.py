@@ -97,7 +97,9 @@ def _recognised(source: Path, images: Path | None) -> tuple[str, Path, Path | No
     if found:
         raise QskdError(str(source), f"several datasets: {some(found)}", "one", "give its file or folder itself")
     jsons = sorted(source.glob("*.json")) or sorted(source.glob("annotations/*.json"))
-    remedies = [f"of COCO's name the JSON and the images: `qskd prepare {jsons[0]} IMAGES DESTINATION`"] if jsons else []
+    remedies = (
+        [f"of COCO's name the JSON and the images: `qskd prepare {jsons[0]} IMAGES DESTINATION`"] if jsons else []
+    )
     # Label Studio puts a notes.json beside YOLO's labels.
     if any(source.glob("labels/**/*.txt")) or (not jsons and any(source.glob("*.txt"))):
         remedies.insert(0, _MAKE_YAML)
