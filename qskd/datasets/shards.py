@@ -98,9 +98,7 @@ def write_shards(
     """
     destination = str(destination)
     filesystem, root = open_folder(destination)
-    check_not_read(destination, getattr(dataset, "read_shards", ()))
-    with writing(destination):
-        old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
+    old_files = replaceable(dataset, destination, overwrite)
     if strict:
         refuse(outlined(dataset), dataset.source, accept)
     with writing(destination):
@@ -217,23 +215,27 @@ def _absent(filesystem: pafs.FileSystem, uri: str, path: str) -> bool:
     return bool(info.type == pafs.FileType.NotFound)
 
 
-def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256: str, overwrite: bool) -> set[str]:
-    """The shard files of the dataset already there, if any; QskdError when it must not be replaced. Whatever an edited
+def replaceable(dataset: SampleSource, destination: str, overwrite: bool) -> set[str]:
+    """The shard files of the dataset already there, if any; QskdError where `write_shards` would write nothing. Whatever an edited
     manifest names: only what is called as `write_shards` calls a shard of that checksum."""
-    if _absent(filesystem, uri, f"{root}/{MANIFEST}"):
-        return set()
-    try:
-        manifest = load_manifest(uri)
-    except QskdError:
-        where = join(uri, MANIFEST)
-        if overwrite and head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
+    filesystem, root = open_folder(destination)
+    check_not_read(destination, getattr(dataset, "read_shards", ()))
+    with writing(destination):
+        if _absent(filesystem, destination, f"{root}/{MANIFEST}"):
             return set()
-        raise
-    if manifest.source_sha256 != source_sha256 and not overwrite:
-        found = f"already holds shards of {manifest.source} (sha256 {manifest.source_sha256[:12]}...)"
-        expected = f"an empty folder, or shards of the same source (sha256 {source_sha256[:12]}...)"
+        try:
+            manifest = load_manifest(destination)
+        except QskdError:
+            where = join(destination, MANIFEST)
+            if overwrite and head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
+                return set()
+            raise
+    theirs, ours = manifest.source_sha256, dataset.source_sha256
+    if theirs != ours and not overwrite:
+        found = f"already holds shards of {manifest.source} (sha256 {theirs[:12]}...)"
+        expected = f"an empty folder, or shards of the same source (sha256 {ours[:12]}...)"
         remedy = "choose another folder, or pass `--overwrite`, which deletes those shards and their manifest.json, nothing else"
-        raise QskdError(str(uri), found, expected, remedy)
+        raise QskdError(destination, found, expected, remedy)
     named = ((shard.file, shard.sha256[:8]) for shard in manifest.shards)
     return {file for file, checksum in named if re.fullmatch(rf"shard-\d{{5,}}-{re.escape(checksum)}\.parquet", file)}
 
