@@ -102,6 +102,8 @@ def command(
     policy = one_of("--on-error", on_error, "stop", "skip")
     drawn = one_of("--exif", exif, "auto", "upright", "stored")
     images, destination = _images_and_destination(annotations, places)
+    if accept and not strict:
+        raise QskdError(f"--accept {accept[0]}", "has no effect without --strict", "both, or neither", "add --strict")
     if dry_run:
         check_uri(destination)
         dataset = opened(
