@@ -268,3 +268,20 @@ def test_a_metadata_file_names_no_picture_outside_even_when_skipping(tmp_path: P
         line = {"file_name": name, "objects": {"bbox": [[1, 2, 10, 5]], "category": ["dog"]}}
         (folder / "metadata.jsonl").write_text(json.dumps(line))
         assert "leaves the image folder" in said(folder, on_error="skip")
+
+
+def test_the_pictures_of_several_splits_in_one_metadata_file_are_not_taken_for_one_split(tmp_path: Path) -> None:
+    line = {"objects": {"bbox": [[1, 2, 10, 5]], "category": ["dog"]}}
+    folder = image_folder(tmp_path / "set", [{"file_name": "a.png", **line}])
+    for name in ("train", "test", "left"):
+        image_folder(folder / name, [{"file_name": "a.png", **line}])
+        (folder / name / "metadata.jsonl").unlink()
+
+    def listed(*names: str) -> None:
+        (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, **line}) for name in names))
+
+    listed("train/a.png", "test/a.png")
+    assert "of the splits test, train" in said(folder, on_error="skip")
+    for names in (["train/a.png"], ["a.png", "train/a.png"], ["left/a.png", "train/a.png"]):
+        listed(*names)
+        assert len(list(open_dataset(folder, None).samples())) == len(names)

@@ -109,6 +109,7 @@ class HuggingFaceDataset(ImportedDataset):
         name = choose_split(splits, self._split if splits.keys() != {""} else self._split or "", str(self._path))
         self.source = self._path.resolve().name + (f" ({name})" if name else "")
         self._rows = rows = Rows(splits[name])
+        rows.check_one_split()
         self._root = rows.folder
         self._image = self._image_column(rows)
         self._embedded = _Embedded(rows, str(self._image))
