@@ -5,11 +5,13 @@ python -m pipelines.cache_teacher student.yaml
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from pipelines.command import AllFields, Methods, Recipe, Set, check_all_fields, run
+from qskd.errors import QskdError
 
 
 def command(
@@ -35,6 +37,7 @@ def command(
 ) -> None:
     """Run the teacher once over the data and keep its outputs, for every `qskd distill` of the same recipe."""
     check_all_fields(all_fields=all_fields, dry_run=dry_run)
+    _check_alone({"--dry-run": dry_run, "--verify": check, "--verify-derived": check_derived}, overwrite=overwrite)
     from pipelines.caching import derived, driver, verify
     from pipelines.run.logs import tell
     from qskd.config.recipe import load, shown_fields
@@ -51,6 +54,15 @@ def command(
         print(*(f"{name:<28} {value:.3g}" for name, value in found.items()), derived.allowed(config, found), sep="\n")
     else:
         driver.run(config, overwrite)
+
+
+def _check_alone(asked: Mapping[str, int], *, overwrite: bool) -> None:
+    """QskdError for an option that another one would leave without effect. asked: what a command does in place of the work."""
+    given = [option for option, value in asked.items() if value]
+    if overwrite and given != ["--dry-run"]:
+        given = [*given, "--overwrite"]
+    if len(given) > 1:
+        raise QskdError(" and ".join(given), "each asks for something else", "one of them", "give one command for each")
 
 
 if __name__ == "__main__":

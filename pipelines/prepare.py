@@ -96,19 +96,21 @@ def command(
 ) -> None:
     """Turn COCO JSON and a folder of images into Parquet shards, and say what looks wrong in them."""
     from qskd.datasets.findings.finding import refuse
-    from qskd.datasets.shards import outlined
-    from qskd.storage.places import check_not_read, check_uri
+    from qskd.datasets.shards import outlined, replaceable
+    from qskd.storage.places import check_uri
 
     policy = one_of("--on-error", on_error, "stop", "skip")
     drawn = one_of("--exif", exif, "auto", "upright", "stored")
     images, destination = _images_and_destination(annotations, places)
+    if accept and not strict:
+        raise QskdError(f"--accept {accept[0]}", "has no effect without --strict", "both, or neither", "add --strict")
     if dry_run:
         check_uri(destination)
         dataset = opened(
             *(annotations, images, policy, leave_out or (), drawn, split, classes, box_format, unlabeled, not_in or ()),
             also=also or (),
         )
-        check_not_read(destination, getattr(dataset, "read_shards", ()))
+        replaceable(dataset, destination, overwrite)
         shards, what = -(-len(dataset) // rows_per_shard), f"{len(dataset.categories)} categories"
         what = "no labels" if unlabeled else what
         tell(f"{len(dataset)} images, {what} → {shards} shard(s) in {destination}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import shlex
 from collections.abc import Sequence
 
 from qskd.config import Config
 from qskd.datasets.classes import listing, respelled
+from qskd.datasets.findings.leaving_out import LEFT_OUT
 from qskd.datasets.manifest import Manifest
 from qskd.detectors import read_config
 from qskd.distillation.method import teacher_needs
@@ -112,8 +115,9 @@ def check_shards(uri: str, manifest: Manifest) -> None:
             uri,
             listed([f"{name} {problem}" for name, problem in wrong.items()]),
             f"all {len(manifest.shards)} shards as its manifest.json says",
-            f"copy them again, or make them again: `{command}`, from the same JSON and "
-            "images; they come out the same, and what was made with them (a cache, runs) goes on",
+            f"copy them again, or make them again: `{command}` and, where they were given then, --exif, --split, --classes, "
+            "--box-format and --also, which no manifest keeps, from the same data; with the same version of pyarrow they come out "
+            "the same, and what was made with them (a cache, runs) goes on",
         )
 
 
@@ -121,7 +125,14 @@ def _prepare_options(manifest: Manifest) -> list[str]:
     """How the shards were prepared, as far as that shows."""
     rows, usual = manifest.shards[0].rows, 512
     sized = ["--rows-per-shard", str(rows)] if rows > usual or (len(manifest.shards) > 1 and rows != usual) else []
-    return sized + (["--on-error", "skip"] if manifest.problems else [])
+    left_out, others = [], False
+    for problem in manifest.problems:
+        if problem.get("found") == LEFT_OUT:
+            with contextlib.suppress(ValueError, SyntaxError):  # a name that was too long to be kept whole
+                left_out += [LEFT_OUT, str(ast.literal_eval(problem.get("where", "").removeprefix("category ")))]
+        else:
+            others = True
+    return [*sized, *left_out, *(["--on-error", "skip"] if others else [])]
 
 
 def check_cache_files(uri: str, manifest: CacheManifest, views: int) -> None:

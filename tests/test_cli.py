@@ -113,6 +113,13 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_starts_nothing(shar
         (["prepare", "none.json", "images", "out"], ["none.json"]),
         (["prepare", "s3://b/a.json", "images", "out"], ["s3://b/a.json: a URI", "aws s3 sync"]),
         (["prepare", "a.json", "s3://b/i", "out", "--dry-run"], ["s3://b/i: a URI", "a path on a local disk"]),
+        (
+            ["prepare", "a.json", "i", "out", "--accept", "same-pictures"],
+            ["--accept same-pictures: has no effect without"],
+        ),
+        (["cache", "--verify", "4", "--verify-derived", "4"], ["--verify and --verify-derived: each asks"]),
+        (["cache", "--verify", "4", "--overwrite"], ["--verify and --overwrite: each asks"]),
+        (["cache", "--dry-run", "--overwrite"], ["teacher.cache.path: empty"]),
         (["predict", "nowhere/model", "image.jpg"], ["nowhere/model"]),
         (["predict", "model", "a.jpg", "--out", "s3://b/a.png"], ["s3://b/a.png: a URI", "aws s3 sync"]),
         (["export", "model", "--out", "s3://b/out"], ["s3://b/out: a URI"]),

@@ -181,3 +181,25 @@ def test_ids_know_what_is_there_whatever_the_numbers() -> None:
         assert ids.add(number) == (number not in known)
         known.add(number)
     assert len(ids._pages) * 512 < 2e6
+
+
+@pytest.mark.parametrize("style", ["written on Windows", "spaced"])
+def test_where_ends_of_entries_are_not_seen_they_are_not_looked_for_at_each(
+    style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of 128 thousand characters was looked through for every annotation: fifteen times as long."""
+    tree = document(0, 0.0)
+    text = (
+        json.dumps(tree, indent=1).replace("\n", "\r\n")
+        if style != "spaced"
+        else json.dumps(tree, separators=(" , ", ": "))
+    )
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode())
+    monkeypatch.setattr(coco_json, "_WINDOW", 2**12)
+    several, asked = coco_json._several, list[int]()
+    monkeypatch.setattr(coco_json, "_several", lambda text: asked.append(text.at) or several(text))  # type: ignore[func-returns-value]
+    file = CocoFile(path)
+    assert len(list(file.images())) == 8
+    assert list(file.annotations()) == tree["annotations"]
+    assert len(asked) <= 2 * (len(text) / 2**12 + 8)

@@ -110,6 +110,18 @@ def test_prepare_does_not_replace_another_manifest(here: Path) -> None:
             assert "--overwrite" not in error.remedy
 
 
+def test_a_dry_run_of_prepare_refuses_what_prepare_would(here: Path) -> None:
+    source, images = here / "coco/annotations.json", here / "coco/images"
+    prepare(source, images, str(here / "there"), quiet=True)
+    other = here / "coco/other.json"
+    other.write_text(source.read_text() + " ")
+    words = ["prepare", str(other), str(images), str(here / "there"), "--dry-run"]
+    found = CliRunner().invoke(app, words).exception
+    assert isinstance(found, QskdError)
+    assert "already holds shards of annotations.json" in str(found)
+    assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0
+
+
 def test_prepare_replaces_shards_and_nothing_that_lies_among_them(here: Path) -> None:
     manifest = json.loads((here / "train/manifest.json").read_text())
     own = {shard["file"] for shard in manifest["shards"]}

@@ -367,7 +367,7 @@ def test_gpus_are_named_and_an_unusable_one_is_noted(monkeypatch: pytest.MonkeyP
 
 
 def test_little_memory_space_and_few_files_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_module, "_memory_bytes", lambda: 2 * 2**30)
+    monkeypatch.setattr(doctor_module, "memory_bytes", lambda: 2 * 2**30)
     assert doctor_module._machine().status == "note"
     monkeypatch.setattr(doctor_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
     assert "--shm-size" in doctor_module._shared_memory().remedy

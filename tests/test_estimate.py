@@ -13,6 +13,7 @@ import pipelines
 from pipelines.cli import app
 from pipelines.run.resolve import resolve
 from pipelines.training import estimate as module
+from pipelines.training import plan as planning
 from pipelines.training.estimate import Estimate, estimate, foresee_time
 from pipelines.training.plan import Plan, make_plan
 from qskd.config.recipe import load
@@ -46,6 +47,16 @@ def test_steps_and_evaluations_are_added_up_and_what_was_assumed_is_said(here: P
     assert "tried here on cpu, 1 thread(s): 4 step(s) of 500 ms on 2 images" in found
     slow_readers = Estimate(0.5, 2.0, 0.25, images=2, steps=4, device="cpu", threads=1).describe(plan)
     assert "steps of 2000 ms" in slow_readers  # training waits for its batches
+
+
+def test_what_readers_may_hold_of_all_data_is_held_against_the_memory(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "too_much_for", lambda *asked: [f"asked: {asked}"])
+    monkeypatch.setattr(planning, "memory_bytes", lambda: 77)
+    plan = plan_of(here, "train")
+    stored = sum(shard.bytes for shard in plan.train.shards)
+    assert f"asked: ({stored}, 4096, 77)" in plan.data_notices
 
 
 def test_with_several_workers_it_is_said_how_their_time_was_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

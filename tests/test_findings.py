@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipelines.prepare import describe, prepare
 from pipelines.run.resolve import resolve
 from pipelines.training.plan import make_plan
 from pipelines.tuning.driver import plan_without_cache
+from qskd.checks import check_shards
 from qskd.config import ResizeConfig
 from qskd.datasets.coco import read_coco
 from qskd.datasets.findings.finding import Finding
@@ -257,6 +259,19 @@ def test_a_category_can_be_left_out_with_its_annotations(root: Path, tmp_path: P
     }
     with pytest.raises(QskdError, match="--leave-out thing: no category"):
         prepared(root, tmp_path, parent, leave_out=["thing"])
+
+
+def test_the_command_that_makes_lost_shards_again_leaves_out_what_was_left_out(root: Path, tmp_path: Path) -> None:
+    """With the category in it the shards are others, and a cache of a day's work is no longer theirs."""
+    before = prepared(root, tmp_path, parent, leave_out=["things", "pen"])
+    (tmp_path / "s" / before.shards[0].file).unlink()
+    with pytest.raises(QskdError) as caught:
+        check_shards(str(tmp_path / "s"), before)
+    _, *words = shlex.split(caught.value.remedy.split("`")[1])
+    assert "--on-error" not in words
+    names = {before.source: str(written(root, tmp_path, parent)), "IMAGES": str(root / "images")}
+    assert CliRunner().invoke(app, [names.get(word, word) for word in words]).exit_code == 0
+    assert load_manifest(str(tmp_path / "s")).fingerprint == before.fingerprint
 
 
 @dataclass

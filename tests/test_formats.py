@@ -60,6 +60,24 @@ def yolo(tmp_path: Path) -> Path:
     return write(root / "data.yaml", "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog, 'no']\n")
 
 
+def test_of_two_folders_that_a_split_may_mean_neither_is_guessed(yolo: Path) -> None:
+    """A Roboflow export in a folder of another one: its ../train/images are the other's, and its own."""
+    write(yolo, "train: ../train/images\nnames: [cat, dog, x]\n")
+    inner, outer = (folder / "train" / "images" / "p.png" for folder in (yolo.parent, yolo.parent.parent))
+    for number, place in enumerate((inner, outer)):
+        picture(place)
+        write(place.parents[1] / "labels" / "p.txt", f"{number} 0.5 0.5 0.25 0.5\n")
+    with pytest.raises(QskdError, match="there are") as caught:
+        open_dataset(yolo, None)
+    assert "qskd prepare" in caught.value.remedy
+    for number, folder in enumerate((yolo.parent, yolo.parent.parent)):
+        (sample,) = open_dataset(yolo, folder).samples()
+        assert sample.category_ids.tolist() == [number]
+    outer.unlink()
+    outer.parent.rmdir()
+    assert len(open_dataset(yolo, None)) == 1
+
+
 def test_yolos_boxes_are_those_worked_by_hand_and_pictures_without_labels_have_no_objects(yolo: Path) -> None:
     dataset = open_dataset(yolo, None, split="train")
     samples = by_name(dataset)
@@ -356,6 +374,21 @@ def test_vocs_boxes_count_from_one_and_classes_are_the_same_for_every_split(voc:
     assert len(open_dataset(voc / "Annotations", None)) == 3
 
 
+def test_a_voc_list_of_names_with_spaces_is_a_split_and_no_classes_list(voc: Path) -> None:
+    """Taken for a class's, it was passed over, and all pictures were read in its place."""
+    for number in (1, 2, 3):
+        (voc / "JPEGImages" / f"00000{number}.jpg").rename(voc / "JPEGImages" / f"IMG {number}.jpg")
+        (voc / "Annotations" / f"00000{number}.xml").rename(voc / "Annotations" / f"IMG {number}.xml")
+    lists = voc / "ImageSets" / "Main"
+    write(lists / "train.txt", "IMG 1\nIMG 2\n")
+    write(lists / "val.txt", '"IMG 3"\n')  # as CVAT writes it
+    write(lists / "dog_train.txt", "IMG 1  1\nIMG 2 -1\n")
+    assert by_name(open_dataset(voc, None, split="train")).keys() == {"IMG 1.jpg", "IMG 2.jpg"}
+    assert by_name(open_dataset(voc, None, split="val")).keys() == {"IMG 3.jpg"}
+    with pytest.raises(QskdError, match="splits train, val"):
+        open_dataset(voc, None)
+
+
 def test_a_zero_in_a_voc_folder_shows_that_its_boxes_count_from_zero(voc: Path) -> None:
     write(voc / "Annotations" / "000003.xml", voc_xml("000003.jpg", voc_object("cat", (0, 3, 10.5, 20))))
     np.testing.assert_array_equal(
@@ -505,6 +538,10 @@ def test_what_is_no_dataset_is_told_with_what_to_give(tmp_path: Path, yolo: Path
     (tmp_path / "empty").mkdir()
     assert "no dataset that is known" in said(tmp_path / "empty")
     assert "that has the annotations" in said(yolo.parent / "images" / "train")
+    write(tmp_path / "studio" / "notes.json", "{}")  # Label Studio's, beside YOLO's labels
+    assert "name the JSON" in said(tmp_path / "studio")
+    write(tmp_path / "studio" / "labels" / "a.txt", "")
+    assert "write a data.yaml" in said(tmp_path / "studio")
     write(tmp_path / "shards" / "manifest.json", "{}")
     write(tmp_path / "shards" / "shard-00000-abcd.parquet", "")
     assert "shards that are made already" in said(tmp_path / "shards")

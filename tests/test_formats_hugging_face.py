@@ -16,6 +16,7 @@ from PIL import Image
 
 from qskd.datasets.coco import CocoDataset
 from qskd.datasets.formats.opening import open_dataset
+from qskd.datasets.formats.rows import Rows
 from qskd.errors import QskdError
 
 NAMES = ["cat", "dog", "bird"]
@@ -151,6 +152,26 @@ def test_an_image_folder_has_names_from_its_words_over_all_splits_or_from_a_file
     assert next(dataset.samples()).category_ids.tolist() == [1]
 
 
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_late_row_is_read_without_the_pictures_before_it(kind: str, tmp_path: Path) -> None:
+    """A helper of `prepare` asks for 64 rows here and 64 there: an Arrow file in one piece was read from its start each time."""
+    pictures = [{"bytes": bytes([number]) * 2**18, "path": None} for number in range(40)]
+    whole, path = pa.table({"image": pictures}), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(whole, path, compression="NONE", use_dictionary=False)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as writer:
+            writer.write_table(whole, max_chunksize=10)
+
+    def read_so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    rows, before = Rows([path]), read_so_far()
+    where, row = next(rows.read(["image"], f"{path}: row 39"))
+    assert (where, row["image"]["bytes"][:1]) == (f"{path}: row 39", bytes([39]))
+    assert read_so_far() - before < 2**20
+
+
 HAND: dict[str, list[list[float]]] = {  # the same two boxes, in a picture of 40 x 20
     "xywh": OBJECTS["bbox"],
     "xyxy": CORNERS,
@@ -163,10 +184,13 @@ HAND: dict[str, list[list[float]]] = {  # the same two boxes, in a picture of 40
 
 @pytest.mark.parametrize("box_format", HAND)
 def test_boxes_in_other_formats_are_read_when_told_and_never_taken_for_cocos(tmp_path: Path, box_format: str) -> None:
-    rows = [{"image": image(), "objects": {"bbox": HAND[box_format], "category": [0, 2]}}]
+    # The second one's in pixels, whatever the boxes are in: nothing of a picture is more than 1 of it.
+    areas = [0.05 if "relative" in box_format else 40.0, 120.0]
+    rows = [{"image": image(), "objects": {"bbox": HAND[box_format], "category": [0, 2], "area": areas}}]
     source = parquet(tmp_path / "a.parquet", rows)
     (sample,) = open_dataset(source, None, box_format=box_format).samples()
     np.testing.assert_allclose(sample.boxes_xyxy, CORNERS, atol=1e-4)
+    np.testing.assert_allclose(sample.area, [40, 120], atol=1e-4)
     if box_format == "xyxy":
         assert "--box-format xyxy" in said(source)
     if "relative" in box_format:
@@ -244,3 +268,20 @@ def test_a_metadata_file_names_no_picture_outside_even_when_skipping(tmp_path: P
         line = {"file_name": name, "objects": {"bbox": [[1, 2, 10, 5]], "category": ["dog"]}}
         (folder / "metadata.jsonl").write_text(json.dumps(line))
         assert "leaves the image folder" in said(folder, on_error="skip")
+
+
+def test_the_pictures_of_several_splits_in_one_metadata_file_are_not_taken_for_one_split(tmp_path: Path) -> None:
+    line = {"objects": {"bbox": [[1, 2, 10, 5]], "category": ["dog"]}}
+    folder = image_folder(tmp_path / "set", [{"file_name": "a.png", **line}])
+    for name in ("train", "test", "left"):
+        image_folder(folder / name, [{"file_name": "a.png", **line}])
+        (folder / name / "metadata.jsonl").unlink()
+
+    def listed(*names: str) -> None:
+        (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, **line}) for name in names))
+
+    listed("train/a.png", "test/a.png")
+    assert "of the splits test, train" in said(folder, on_error="skip")
+    for names in (["train/a.png"], ["a.png", "train/a.png"], ["left/a.png", "train/a.png"]):
+        listed(*names)
+        assert len(list(open_dataset(folder, None).samples())) == len(names)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import STUDENT, silent_student
 
+from pipelines.feed.memory import memory_bytes, too_much_for
 from pipelines.training.notices import notices
 from qskd.config import StudentConfig
 from qskd.config.recipe import load
@@ -76,3 +77,14 @@ def test_of_a_student_from_a_checkpoint_its_own_family_counts_and_what_its_train
     assert one == []
     assert len(two) == 1
     assert "a d_fine has batch normalisation outside its backbone" in two[0]
+
+
+def test_a_window_of_large_photographs_is_said_to_take_more_than_half_of_the_memory() -> None:
+    """Two windows of 4,096 pictures of 4 MB are 33 GB: the training was killed for it, and nothing named the dial."""
+    (said,) = too_much_for(33 * 10**9, 4096, 32 * 10**9)
+    assert "33 GB of encoded pictures" in said
+    assert "--set data.shuffle_window_images=992" in said
+    assert too_much_for(14 * 10**8, 4096, 32 * 10**9) == []
+    assert too_much_for(33 * 10**9, 4096, 0) == []
+    assert too_much_for(2**30, 4096, 10**9) == []  # which is held whatever the window
+    assert memory_bytes() > 10**8

@@ -256,10 +256,13 @@ def test_a_prepare_that_is_stopped_leaves_no_helper_and_no_manifest_and_the_next
     assert alive == []
     if way == signal.SIGINT:
         assert os.listdir(tmp_path / "s") == []
+    else:  # shards that were not whole
+        assert list((tmp_path / "s").glob(".writing-*"))
     with pytest.raises(QskdError, match="no such file"):
         load_manifest(str(tmp_path / "s"))
     make((source, images), tmp_path / "s", 1)
     verify(str(tmp_path / "s"))
+    assert list((tmp_path / "s").glob(".writing-*")) == []
 
 
 def _runs(pid: int) -> bool:

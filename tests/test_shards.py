@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from qskd.datasets import samples
 from qskd.datasets.coco import read_coco
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.samples import SCHEMA, Category, Sample
@@ -101,6 +103,32 @@ def test_the_manifest_counts_and_survives_json(folder: str) -> None:
         content = (Path(folder) / shard.file).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (shard.bytes, shard.sha256)
     assert sorted(os.listdir(folder)) == sorted(["manifest.json", *(shard.file for shard in manifest.shards)])
+
+
+def test_a_manifest_keeps_as_many_problems_as_can_be_read_again_what_was_lost_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million boxes that were clipped made a manifest larger than any that is read."""
+    monkeypatch.setattr(samples, "MOST_PROBLEMS", 4)
+    clipped = [{"where": str(number), "found": "f", "dropped": "nothing; the box was clipped"} for number in range(5)]
+    made = source()
+    made.problems = [*clipped, {"where": "lost", "found": "f", "dropped": "the annotation"}]
+    manifest = write_shards(made, str(tmp_path / "shards"))
+    assert [each["where"] for each in manifest.problems[:-1]] == ["lost", "w", "0", "1"]
+    assert manifest.problems[-1]["found"].startswith("3 more problems")
+    assert load_manifest(str(tmp_path / "shards")) == manifest
+    made.problems = clipped[:3]
+    assert len(write_shards(made, str(tmp_path / "shards")).problems) == 4
+
+
+def test_prepare_clears_away_what_a_killed_one_left_and_nothing_of_others(tmp_path: Path) -> None:
+    folders = {}
+    for name in ("shard-3", "manifest", "draft.md"):
+        folders[name] = Path(tempfile.mkdtemp(prefix=".writing-", dir=tmp_path))
+        (folders[name] / name).write_bytes(b"half")
+    write_shards(source(), str(tmp_path))
+    assert [folder.exists() for folder in folders.values()] == [False, False, True]
+    assert (folders["draft.md"] / "draft.md").read_bytes() == b"half"
 
 
 def test_the_fingerprint_names_the_content(folder: str, tmp_path: Path) -> None:

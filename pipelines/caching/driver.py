@@ -127,8 +127,8 @@ def _run(plan: CachePlan, overwrite: bool, quiet: bool, bases: Bases = ()) -> Ca
     """Of one folder of images. bases: of another cache of the recipe's, where one is there."""
     started, config = time.perf_counter(), plan.config
     say(f"cache: {plan.describe()}", quiet)
-    if overwrite:
-        clean(plan.path, everything=True)
+    # What killed jobs left is as large as the files that they wrote, and a job that is killed again and again never ends.
+    clean(plan.path, everything=overwrite)
     sizes, spent = dict(plan.done), (0.0, 0.0)
     if plan.todo:
         with progress("cache", plan.images(plan.todo), quiet=quiet):

@@ -36,7 +36,9 @@ def verify(config: Config, count: int, seed: int = 0) -> dict[str, float]:
 def _errors(config: Config, count: int, seed: int) -> dict[str, float]:
     """Of one folder of images."""
     plan = make_cache_plan(config)
-    if plan.existing is None or not plan.existing.views:
+    # Others, of a recipe that asked for more, are no views of this one.
+    views = sorted(set(plan.existing.views if plan.existing else ()) & set(range(config.data.views.count)))
+    if plan.existing is None or not views:
         raise QskdError(plan.path, "no finished view", "a cache made with this recipe", "run `qskd cache RECIPE`")
     teacher = make_teacher(config, plan.data.labels)
     assert teacher is not None
@@ -48,12 +50,12 @@ def _errors(config: Config, count: int, seed: int) -> dict[str, float]:
     maker, resize = CacheMaker(config, teacher, device, bases), teacher_preprocessing(config).resize
     columns = columns_for(cached_needs(config))
     reader, samples = TeacherCacheReader(plan.path, columns), ShardReader(config.data.train)
-    rows_there = plan.data.num_images * len(plan.existing.views)
+    rows_there = plan.data.num_images * len(views)
     chosen = np.random.default_rng(seed).choice(rows_there, min(count, rows_there), replace=False)
     starts = np.cumsum([0, *plan.data.shard_rows])
     errors: dict[str, float] = {}
     for number in sorted(chosen.tolist()):
-        view = sorted(plan.existing.views)[number // plan.data.num_images]
+        view = views[number // plan.data.num_images]
         shard = int(np.searchsorted(starts, number % plan.data.num_images, side="right")) - 1
         row = number % plan.data.num_images - int(starts[shard])
         windows = row_batches(samples, shard, view, config.data.views, resize, plan.existing.batch_size)

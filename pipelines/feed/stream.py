@@ -15,6 +15,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.feed.memory import FEWEST_BYTES
 from pipelines.feed.packing import Arrays
 from qskd.config import ResizeConfig, ViewConfig
 from qskd.datasets.loader import BatchLoader
@@ -41,7 +42,7 @@ class StepRange(TypedDict):
 def keep_bytes_for(window_images: int, row_bytes: float) -> int:
     """Memory in which a reader can hold what it has read and not yet used of a shuffling window. The last of an epoch is up to
     twice as long. With less, rows that were read along with others are lost before their turn and read again, many times."""
-    return max(2**30, 2 * int(window_images * (row_bytes + 3000)))
+    return max(FEWEST_BYTES, 2 * int(window_images * (row_bytes + 3000)))
 
 
 @dataclass(frozen=True)

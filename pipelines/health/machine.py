@@ -19,6 +19,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 import pipelines
 from pipelines.cluster.address import check_address, cluster_address
+from pipelines.feed.memory import memory_bytes
 from pipelines.health.services import Check, check_storage, check_tracking, guarded, short
 from qskd.errors import QskdError
 from qskd.printable import escaped
@@ -79,22 +80,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory_bytes() -> int:
-    """What this process may use: the machine's memory or its container's limit; 0 where that can't be known."""
-    try:
-        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    except (AttributeError, OSError, ValueError):
-        return 0
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            sizes.append(int(Path(limit).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return min(sizes)
-
-
 def _machine() -> Check:
-    memory = _memory_bytes()
+    memory = memory_bytes()
     found = f"{platform.platform()}, {_cores()} cores, {memory / _GIB:.1f} GiB memory"
     if 0 < memory < 6 * _GIB:
         return Check(

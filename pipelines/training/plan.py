@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from pipelines.feed.memory import memory_bytes, too_much_for
 from pipelines.feed.stream import StreamConfig, keep_bytes_for
 from pipelines.run.folder import Folder
 from pipelines.run.resolve import ResolvedConfig
@@ -95,7 +96,10 @@ class Plan:
         for uri, each in zip(data.unlabeled, self.unlabeled, strict=True):
             remedy = f"Prepare it with --not-in {data.val}"
             said += shared(each, self.val, f"data.unlabeled: {uri}", "it", remedy)
-        return said
+        trained_on = (*([self.train] if data.train else []), *self.unlabeled)
+        there = sum(shard.bytes for each in trained_on for shard in each.shards)  # no more is held than there is
+        held = min(self.stream.keep_bytes, there)
+        return said + too_much_for(held, self.stream.schedule.window_images, memory_bytes())
 
     @property
     def notices(self) -> list[str]:

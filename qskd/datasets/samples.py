@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 LONGEST_CLASS_NAME = 1000  # characters; it is in every message, table and picture that speaks of the class
 Problem = dict[str, str]  # where, found, dropped: what was wrong with a source and what was left out for it
 _SHOWN_PROBLEMS = 3
+MOST_PROBLEMS = 2**16  # in a manifest, some 16 MB, which every process of a training reads
 SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -50,6 +51,15 @@ def first_problems(problems: Sequence[Problem]) -> str:
         for each in problems[:_SHOWN_PROBLEMS]
     )
     return f"; {len(problems)} problem(s), the first:{shown}" if problems else ""
+
+
+def kept_problems(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """For a manifest: all, or as many as it has room for, those that lost something first, and how many more there are."""
+    if len(problems) <= MOST_PROBLEMS:
+        return tuple(problems)
+    first = sorted(problems, key=lambda each: each.get("dropped", "").startswith("nothing"))[:MOST_PROBLEMS]
+    more = f"{len(problems) - len(first)} more problems, for which there is no room here"
+    return (*first, {"where": "the same dataset", "found": more, "dropped": "as of these"})
 
 
 @dataclass(frozen=True)

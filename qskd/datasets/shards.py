@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +36,7 @@ from qskd.datasets.samples import (
     check_lengths,
     first_problems,
     flat_column,
+    kept_problems,
     to_samples,
 )
 from qskd.errors import QskdError, writing
@@ -45,6 +45,7 @@ from qskd.storage.files import UNFINISHED, make_folder, publish, read_bytes, rem
 from qskd.storage.ownership import head_says
 from qskd.storage.parquet import ParquetFiles
 from qskd.storage.places import check_not_read, open_folder
+from qskd.storage.scratch import locked_folder, remove_orphan, scratch_folder
 from qskd.storage.spool import RowGroupSpool
 from qskd.storage.stores import is_local, join, patiently
 
@@ -97,9 +98,7 @@ def write_shards(
     """
     destination = str(destination)
     filesystem, root = open_folder(destination)
-    check_not_read(destination, getattr(dataset, "read_shards", ()))
-    with writing(destination):
-        old_files = _replaceable(filesystem, root, destination, dataset.source_sha256, overwrite)
+    old_files = replaceable(dataset, destination, overwrite)
     if strict:
         refuse(outlined(dataset), dataset.source, accept)
     with writing(destination):
@@ -116,10 +115,10 @@ def write_shards(
     # Inside the destination when that is local: a rename does not cross file systems.
     with (
         writing(destination),
-        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root if is_local(filesystem) else None) as scratch,
+        _unfinished(filesystem, root) as folder,
         start_helpers(dataset, len(dataset), processes) or contextlib.nullcontext() as helpers,
     ):
-        folder, sizes = Path(scratch), (rows_per_shard, rows_per_group)
+        sizes = rows_per_shard, rows_per_group
         if helpers is None:
             packs = pack_here(survey.counted(counter.counted(dataset.samples())), folder, *sizes, grown)
         else:
@@ -143,7 +142,7 @@ def write_shards(
                 tuple(shards),
                 dataset.source,
                 dataset.source_sha256,
-                tuple(dataset.problems),
+                kept_problems(dataset.problems),
                 survey.most_objects,
                 survey.most_objects_in,
                 findings,
@@ -159,6 +158,17 @@ def write_shards(
             raise
     remove(filesystem, root, old_files - {shard.file for shard in shards})
     return manifest
+
+
+def _unfinished(filesystem: pafs.FileSystem, root: str) -> contextlib.AbstractContextManager[Path]:
+    """A folder for what is not yet whole; what a `prepare` that was killed left of its own goes."""
+    if not is_local(filesystem):
+        return scratch_folder("shards")
+    for left in Path(root).glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # no folder, or gone meanwhile
+            names = [name for name in os.listdir(left) if re.fullmatch(r"shard(-\d+)?|manifest", name)]
+            remove_orphan(left, UNFINISHED, names)
+    return locked_folder(UNFINISHED, root)
 
 
 def is_labelled(dataset: SampleSource) -> bool:
@@ -205,23 +215,27 @@ def _absent(filesystem: pafs.FileSystem, uri: str, path: str) -> bool:
     return bool(info.type == pafs.FileType.NotFound)
 
 
-def _replaceable(filesystem: pafs.FileSystem, root: str, uri: str, source_sha256: str, overwrite: bool) -> set[str]:
-    """The shard files of the dataset already there, if any; QskdError when it must not be replaced. Whatever an edited
+def replaceable(dataset: SampleSource, destination: str, overwrite: bool) -> set[str]:
+    """The shard files of the dataset already there, if any; QskdError where `write_shards` would write nothing. Whatever an edited
     manifest names: only what is called as `write_shards` calls a shard of that checksum."""
-    if _absent(filesystem, uri, f"{root}/{MANIFEST}"):
-        return set()
-    try:
-        manifest = load_manifest(uri)
-    except QskdError:
-        where = join(uri, MANIFEST)
-        if overwrite and head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
+    filesystem, root = open_folder(destination)
+    check_not_read(destination, getattr(dataset, "read_shards", ()))
+    with writing(destination):
+        if _absent(filesystem, destination, f"{root}/{MANIFEST}"):
             return set()
-        raise
-    if manifest.source_sha256 != source_sha256 and not overwrite:
-        found = f"already holds shards of {manifest.source} (sha256 {manifest.source_sha256[:12]}...)"
-        expected = f"an empty folder, or shards of the same source (sha256 {source_sha256[:12]}...)"
+        try:
+            manifest = load_manifest(destination)
+        except QskdError:
+            where = join(destination, MANIFEST)
+            if overwrite and head_says(read_bytes(filesystem, f"{root}/{MANIFEST}", where), FORMAT):
+                return set()
+            raise
+    theirs, ours = manifest.source_sha256, dataset.source_sha256
+    if theirs != ours and not overwrite:
+        found = f"already holds shards of {manifest.source} (sha256 {theirs[:12]}...)"
+        expected = f"an empty folder, or shards of the same source (sha256 {ours[:12]}...)"
         remedy = "choose another folder, or pass `--overwrite`, which deletes those shards and their manifest.json, nothing else"
-        raise QskdError(str(uri), found, expected, remedy)
+        raise QskdError(destination, found, expected, remedy)
     named = ((shard.file, shard.sha256[:8]) for shard in manifest.shards)
     return {file for file, checksum in named if re.fullmatch(rf"shard-\d{{5,}}-{re.escape(checksum)}\.parquet", file)}
 

@@ -14,6 +14,8 @@ from qskd.printable import one_line, shown_value
 if TYPE_CHECKING:
     from qskd.datasets.shards import SampleSource
 
+LEFT_OUT = "--leave-out"  # what the manifest's problems say of a category that was
+
 
 def without(source: SampleSource, names: Sequence[str]) -> SampleSource:
     """The source, without these categories."""
@@ -60,7 +62,7 @@ class WithoutCategories:
         out = [
             {
                 "where": f"category {shown_value(name)}",
-                "found": "--leave-out",
+                "found": LEFT_OUT,
                 "dropped": f"it and its {count} annotations",
             }
             for name, count in ((name, self._dropped[number]) for number, name in self._out.items())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qskd.datasets.findings.given_boxes import Layout
+from qskd.untrusted import is_number
 
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "xywh-relative", "xyxy-relative", "cxcywh-relative")
 _READINGS = {
@@ -27,6 +29,13 @@ def in_pixels(numbers: Sequence[float], box_format: str, width: int, height: int
     """Four numbers as written, in the same order in pixels. width, height: the picture's."""
     scales = (width, height, width, height) if box_format.endswith("-relative") else (1, 1, 1, 1)
     return [value * scale for value, scale in zip(numbers, scales, strict=True)]
+
+
+def area_in_pixels(area: Any, box_format: str, width: int, height: int) -> Any:
+    """An object's area as written, in square pixels: beside relative boxes one of up to 1 is a share of the picture. What is no
+    number stays, for the reader to complain of."""
+    share = box_format.endswith("-relative") and is_number(area) and area <= 1
+    return area * width * height if share else area
 
 
 def as_xywh(numbers: Sequence[float], box_format: str) -> list[float]:

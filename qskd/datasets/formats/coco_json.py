@@ -178,7 +178,7 @@ def _elements(text: _Text) -> Iterator[list[Any]]:
         yield several or [text.value()]
         if not several:  # what was held may be less, and more, than before
             passed = text.at - before[0] if len(text.held) == before[1] else _WINDOW
-            one_by_one = (one_by_one or _WINDOW) - passed
+            one_by_one = (one_by_one if one_by_one > 0 else _WINDOW) - passed
         if text.take(",]") == "]":
             return
 
@@ -186,7 +186,7 @@ def _elements(text: _Text) -> Iterator[list[Any]]:
 def _several(text: _Text) -> list[Any]:
     """The entries from here to an end of one, within a window; none where what looks like an end lies in an entry. It can't be
     taken for one by mistake: a beginning of a list that is a whole list when it is closed holds whole entries."""
-    end = max(text.held.rfind(mark, text.at, text.at + _WINDOW) for mark in ("}, {", "},{", "},\n"))
+    end = max(text.held.rfind(mark, text.at, text.at + _WINDOW) for mark in ("}, {", "},{", "},\n", "},\r\n"))
     if end < 0:
         return []
     try:

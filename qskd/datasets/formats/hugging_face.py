@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qskd.datasets.coco import OnError
-from qskd.datasets.formats.box_formats import as_xywh, in_pixels, layout_of
+from qskd.datasets.formats.box_formats import area_in_pixels, as_xywh, in_pixels, layout_of
 from qskd.datasets.formats.columns import ListedImage
 from qskd.datasets.formats.imported import ImportedDataset
 from qskd.datasets.formats.reading import choose_split, names_of, picture_size, read_class_names, some
@@ -109,6 +109,7 @@ class HuggingFaceDataset(ImportedDataset):
         name = choose_split(splits, self._split if splits.keys() != {""} else self._split or "", str(self._path))
         self.source = self._path.resolve().name + (f" ({name})" if name else "")
         self._rows = rows = Rows(splits[name])
+        rows.check_one_split()
         self._root = rows.folder
         self._image = self._image_column(rows)
         self._embedded = _Embedded(rows, str(self._image))
@@ -175,6 +176,8 @@ class HuggingFaceDataset(ImportedDataset):
                 self._complain(place, str(error), _EXPECTED, "the object")
                 continue
             others = {key: entry[key] for key in ("area", "iscrowd") if entry.get(key) is not None}
+            if "area" in others:
+                others["area"] = area_in_pixels(others["area"], self._box_format or "xywh", *self._sizes[image_id])
             self._add_object(place, image_id, index, as_xywh(box, self._box_format or "xywh"), box, **others)
 
     # -- pictures

@@ -97,10 +97,13 @@ def _recognised(source: Path, images: Path | None) -> tuple[str, Path, Path | No
     if found:
         raise QskdError(str(source), f"several datasets: {some(found)}", "one", "give its file or folder itself")
     jsons = sorted(source.glob("*.json")) or sorted(source.glob("annotations/*.json"))
-    if jsons:
-        remedy = f"name the JSON and the images: `qskd prepare {jsons[0]} IMAGES DESTINATION`"
-    else:
-        remedy = _MAKE_YAML if any(source.glob("labels/**/*.txt")) or any(source.glob("*.txt")) else _GIVE
+    remedies = (
+        [f"of COCO's name the JSON and the images: `qskd prepare {jsons[0]} IMAGES DESTINATION`"] if jsons else []
+    )
+    # Label Studio puts a notes.json beside YOLO's labels.
+    if any(source.glob("labels/**/*.txt")) or (not jsons and any(source.glob("*.txt"))):
+        remedies.insert(0, _MAKE_YAML)
+    remedy = "; ".join(remedies) or _GIVE
     raise QskdError(str(source), "no dataset that is known", _EXPECTED, remedy)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -116,12 +116,22 @@ class Rows:
         self._files = files
         self.folder = files[0].parent
         self.features: dict[str, Any] = {}
+        self._lines: list[dict[str, Any]] = []  # of a metadata.jsonl
         if files[0].suffix.lower() == ".jsonl":
             self._lines = [*self._json_lines()]
             self.columns = list(dict.fromkeys(key for line in self._lines for key in line))
         else:
             self.columns, noted = self._schema(files[0])
             self.features = self._features(noted)
+
+    def check_one_split(self) -> None:
+        """QskdError where the pictures that a metadata.jsonl names lie in the folders of several splits."""
+        names = [line.get("file_name") for line in self._lines]
+        folders = {PurePosixPath(name).parts[:1] for name in names if isinstance(name, str)}
+        if len(folders) > 1 and all(folder and folder[0].lower() in _SPLIT_WORDS for folder in folders):
+            found = f"pictures of the splits {', '.join(sorted(folder[0] for folder in folders))} in one file"
+            remedy = "put a metadata.jsonl of its own into each of these folders, with file names relative to it"
+            raise QskdError(str(self._files[0]), found, "those of one split", remedy)
 
     def read(self, columns: Sequence[str], first: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         """(where, values of these columns) of each row, in order. where: file and row or line. first: the `where` of a row of a
@@ -153,9 +163,10 @@ class Rows:
 
     @staticmethod
     def _batches(path: Path, columns: list[str], first: int) -> Iterator[pa.RecordBatch]:
-        """A file's rows from number `first` on."""
+        """A file's rows from number `first` on. Mapped, for each helper of `prepare` begins again and again further on: what it
+        passes is not read, and what it reads of a file in one piece is the system's cache, and not each one's memory."""
         if path.suffix.lower() == ".parquet":
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, memory_map=True) as file:
                 if missing := set(columns) - set(file.schema_arrow.names):  # which Arrow would leave out without a word
                     raise ValueError(f"no column {', '.join(sorted(missing))}, which other files of the split have")
                 groups = list(range(file.num_row_groups))
@@ -167,7 +178,7 @@ class Rows:
                         yield batch.slice(first)
                     first = max(0, first - len(batch))
         else:
-            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 for batch in stream:
                     if first >= len(batch):
                         first -= len(batch)

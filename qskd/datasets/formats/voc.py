@@ -118,7 +118,9 @@ class VocDataset(ImportedDataset):
                 split = choose_split(there, self._split, str(root))
                 self.source += f" ({split})"
                 text = read_text(lists / f"{split}.txt", "a list of pictures' names, one a line", 2**28)
-                return annotations, list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+                # CVAT puts names with spaces in quotes.
+                names = (line.strip().strip('"') for line in text.splitlines())
+                return annotations, list(dict.fromkeys(filter(None, names)))
         elif self._split is not None:
             raise QskdError(
                 "--split", self._split, f"lists of splits in {lists}", "leave it away to take all XML files"
@@ -202,9 +204,11 @@ class VocDataset(ImportedDataset):
 
 
 def _is_of_a_class(path: Path) -> bool:
-    """Whether a list is one of those that say of each picture whether a class is in it (aeroplane_train.txt: name and -1, 0, 1)."""
-    with path.open(errors="replace") as lines:
-        return len(lines.readline(4096).split()) > 1
+    """Whether a list is one of those that say of each picture whether a class is in it (aeroplane_train.txt: name and -1, 0, 1).
+    Names may have spaces, and end in a 1 now and then."""
+    with path.open(errors="replace") as file:
+        lines = [line.split() for line in file.readlines(2**16) if line.strip()]
+    return bool(lines) and all(len(words) > 1 and words[-1] in ("-1", "0", "1") for words in lines)
 
 
 def _xml_below(folder: Path) -> list[Path]:

@@ -137,19 +137,20 @@ class YoloDataset(ImportedDataset):
             roots = [root for root in there if os.path.isdir(root)] or [*there, beside]
         roots = [given, *roots] if given else roots
         tried = []
-        for root in dict.fromkeys(roots):
-            for name in (entry, entry.removeprefix("../")):
-                place = Path(os.path.normpath(root / name))
-                # The given folder may itself be what the entry names, as COCO's images are.
-                if os.path.exists(place) and (not given or place.is_relative_to(given)):
-                    return Path(os.path.normpath(root)), place
-                tried.append(place)
         hint = ", or get the dataset first (nothing of `download:` is run here)" if "download" in config else ""
         remedy = (
             f"give the folder that it is relative to: `qskd prepare {self._path} FOLDER DESTINATION --split NAME`{hint}"
         )
-        places = f"one of {some(dict.fromkeys(tried))}"
-        raise QskdError(where, f"{entry}: no such folder or file", places, remedy)
+        for root in dict.fromkeys(roots):
+            places = [Path(os.path.normpath(root / name)) for name in dict.fromkeys((entry, entry.removeprefix("../")))]
+            # The given folder may itself be what the entry names, as COCO's images are.
+            there = [place for place in places if os.path.exists(place) and (not given or place.is_relative_to(given))]
+            if len(there) > 1:  # two datasets, unpacked in a folder and in one inside
+                raise QskdError(where, f"{entry}: there are {some(there)}", "one of them", remedy)
+            if there:
+                return Path(os.path.normpath(root)), there[0]
+            tried += places
+        raise QskdError(where, f"{entry}: no such folder or file", f"one of {some(dict.fromkeys(tried))}", remedy)
 
     def _listed(self, listing: Path, root: Path) -> Iterator[tuple[Path, Path]]:
         """The pictures of a .txt file, one path a line: relative to the file when they begin with ./, else to the root."""

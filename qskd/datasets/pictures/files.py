@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import errno
 import os
@@ -11,7 +12,9 @@ from pathlib import Path, PurePosixPath
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 
-_MOST_COMPARED = 5000  # names of a folder that a misspelt one is compared with
+_MOST_COMPARED = (
+    50  # names of a folder that a misspelt one is compared with: of a download broken off thousands are sought
+)
 
 
 def folded(name: str) -> str:
@@ -25,6 +28,7 @@ class PictureFolder:
     def __init__(self, root: Path) -> None:
         self._root, self.respelt = root, set[str]()
         self._indices: dict[PurePosixPath, dict[str, list[str]]] = {}  # folders looked through so far
+        self._in_order: dict[PurePosixPath, tuple[list[str], dict[str, str]]] = {}
 
     def locate(self, file_name: str, where: str) -> Path:
         """The picture's real path, or where it should be. Leaving the folder is an attack or a mix-up: QskdError."""
@@ -95,8 +99,18 @@ class PictureFolder:
                 here = self._index(PurePosixPath()).get(wanted.name, ())
                 return f"; {one_line(here[0])} is in the image folder itself" if here else ""
             place /= names[0]
-        index = self._index(place)
-        stems = [name for name in index if PurePosixPath(name).stem == wanted.stem]
-        compared = list(index)[:_MOST_COMPARED] if len(wanted.name) <= 300 else []
-        near = stems or difflib.get_close_matches(wanted.name, compared, 1, 0.8)
+        index, (ordered, stems) = self._index(place), self._ordered(place)
+        at = max(0, bisect.bisect(ordered, wanted.name) - _MOST_COMPARED // 2)
+        compared = ordered[at : at + _MOST_COMPARED] if len(wanted.name) <= 300 else []
+        same = stems.get(wanted.stem)
+        near = [same] if same else difflib.get_close_matches(wanted.name, compared, 1, 0.8)
         return f"; the nearest there is {one_line(str(place / index[near[0]][0]))}" if near else ""
+
+    def _ordered(self, folder: PurePosixPath) -> tuple[list[str], dict[str, str]]:
+        """The folded names in a folder in order, and the first of each stem."""
+        if folder not in self._in_order:
+            names, stems = sorted(self._index(folder)), dict[str, str]()
+            for name in names:
+                stems.setdefault(PurePosixPath(name).stem, name)
+            self._in_order[folder] = names, stems
+        return self._in_order[folder]
