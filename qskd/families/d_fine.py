@@ -41,9 +41,6 @@ class DFine(RTDetr):
                 "choose a checkpoint that predicts from its last layer: D-FINE's published ones do",
             )
 
-    def class_heads(self, model: Any) -> list[nn.Linear]:
-        return [*model.class_embed, *super().class_heads(model)]  # the model's and the decoder's are the same ones
-
     def placing(self, model: Any) -> list[nn.Module]:
         decoder = model.model.decoder
         return [*super().placing(model), decoder.pre_bbox_head, decoder.integral]

@@ -47,7 +47,9 @@ class RTDetr(Family):
         return list(model.model.encoder_input_proj)
 
     def class_heads(self, model: Any) -> list[nn.Linear]:
-        return [*model.model.decoder.class_embed, model.model.enc_score_head]
+        # RT-DETRv2's, D-FINE's and DEIMv2's detectors have modules of their own with the decoder's parameters.
+        tied = getattr(model, "class_embed", ())
+        return [*tied, *model.model.decoder.class_embed, model.model.enc_score_head]
 
     def memory_sources(self, model: Any) -> list[nn.Module]:
         return list(model.model.decoder_input_proj)
