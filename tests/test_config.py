@@ -193,6 +193,16 @@ def test_overrides_leave_the_tree_they_are_given_alone() -> None:
     assert tree == {"training": {"epochs": 3}}
 
 
+def test_an_override_reaches_into_a_group_that_was_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("teacher: {resize: null}\nstudent: {quantization: null}\ntraining:\n")
+    made = load(path, ["teacher.resize.size=640", "student.quantization.bits=w8a8", "training.epochs=3"])
+    assert made.teacher.resize is not None
+    assert made.teacher.resize.size == 640
+    assert made.student.quantization is not None
+    assert made.training.epochs == 3
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -127,7 +127,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         path, value = parse_override(text)
         node = result
         for part in path[:-1]:
-            child = node.setdefault(part, {})
+            child = node.get(part)
+            if child is None:  # a group that may be left out, and was
+                child = node[part] = {}
             if not isinstance(child, dict):
                 raise QskdError(
                     f"--set {one_line(text)}", f"{part} is not a group of fields", "a dotted path to a field"
