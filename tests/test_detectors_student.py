@@ -229,6 +229,8 @@ def test_sizes_that_contradict_the_detector_to_start_from_are_said(tmp_path: Pat
     save_detector(student(), tmp_path / "source", ResizeConfig())
     with pytest.warns(UserWarning, match=r"student.queries = 50 has no effect: .* has 20"):
         build_student(StudentConfig(init=str(tmp_path / "source"), queries=50), LABELS, 0)
+    with pytest.warns(UserWarning, match=r"student.dropout = 0.3 has no effect: .* has 0.1"):
+        build_student(StudentConfig(init=str(tmp_path / "source"), dropout=0.3), LABELS, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         build_student(StudentConfig(init=str(tmp_path / "source")), LABELS, 0)
