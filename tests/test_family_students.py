@@ -77,14 +77,20 @@ def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
     detector = student(name)
     assert all(parameter.requires_grad for parameter in detector.backbone.parameters())
     assert any(isinstance(module, nn.BatchNorm2d) for module in detector.modules()) == (detector.family != "rf_detr")
+    waiting, trainable = without_gradient(detector, name)
+    assert waiting == []
+    assert trainable > 0.9 * len(list(detector.parameters()))
+
+
+def without_gradient(detector: Detector, name: str) -> tuple[list[str], int]:
+    """What waits for a gradient in vain, and how many parameters learn."""
     output = detector(*images(name), with_attention=False)
     loss = output.logits.square().sum() + output.boxes_cxcywh.square().sum()
     for early in (output.early_logits, output.early_boxes_cxcywh):
         loss = loss if early is None else loss + early.square().sum()
     loss.backward()
     trainable = {key: value for key, value in detector.named_parameters() if value.requires_grad}
-    assert [key for key, value in trainable.items() if value.grad is None] == []
-    assert len(trainable) > 0.9 * len(list(detector.parameters()))
+    return [key for key, value in trainable.items() if value.grad is None], len(trainable)
 
 
 @pytest.mark.parametrize("name", ["dab", *CHOOSING])
@@ -214,6 +220,15 @@ def test_a_student_that_starts_from_a_checkpoint_with_denoising_trains_without(t
     assert not any("denoising" in name for name in made.state_dict())
     save_detector(made, tmp_path / "made", SQUARE)
     assert load_detector(tmp_path / "made").model.config.num_denoising == 0
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine", "deimv2"])
+def test_offsets_that_are_rounded_to_cells_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    source = student(name)
+    source.model.config.decoder_method = "discrete"
+    save_detector(source, tmp_path, SQUARE)
+    made = build_student(StudentConfig(init=str(tmp_path)), LABELS, 0)
+    assert without_gradient(made, name)[0] == []
 
 
 def test_proposals_of_a_two_stage_deformable_detr_stay_as_they_are(tmp_path: Path) -> None:

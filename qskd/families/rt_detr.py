@@ -163,6 +163,9 @@ class RTDetr(Family):
         if hasattr(model.model, "denoising_class_embed"):  # training has one of its own, which is not saved
             del model.model.denoising_class_embed
             model.config.num_denoising = 0
+        if getattr(model.config, "decoder_method", "") == "discrete":  # rounded to cells, offsets have no gradient
+            for attention in self.cross_attentions(model):
+                attention.get_submodule("sampling_offsets").requires_grad_(False)
 
     def sizes(self, config: Any) -> dict[str, Any]:
         return {**super().sizes(config), "feature_levels": config.num_feature_levels}
