@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
-from qskd.config import BackboneConfig, Config, StudentConfig
+from qskd.config import BackboneConfig, Config, ResizeConfig, StudentConfig
 from qskd.detectors import Detector, build_student, fitting_sizes, inherit, load_detector, save_detector
 from qskd.detectors.inherit import spread
 from qskd.errors import QskdError
@@ -72,6 +72,30 @@ def test_a_student_with_fewer_layers_takes_the_first_and_the_last(family: str) -
         if name.startswith("model.decoder.layers.1."):
             assert torch.equal(mine[name], theirs[name.replace("layers.1.", "layers.2.")]), name
     assert done.describe().count("\n") + 1 == len(done.copied) + len(done.left)
+
+
+@pytest.mark.parametrize("family", ["d_fine", "deimv2"])
+def test_points_that_lie_on_the_maps_in_other_numbers_are_the_teachers(family: str, tmp_path: Path) -> None:
+    backbone = {"embedding_size": 8, "hidden_sizes": (8, 8, 8), "depths": (1, 1, 1)}
+    sizes = {"feature_levels": 3, "backbone": backbone}
+    config = detector(family, 1, **sizes).model.config
+    config.decoder_n_points, config.reg_scale = [3, 6, 3], 8.0  # as the published D-FINE-X: 12 in all, as of 4, 4, 4
+    teacher = Detector(find_family(family, "test").model_class(config))
+    find_family(family, "test").initialise(teacher.model)
+    tiny.shake(teacher, 1)
+    save_detector(teacher.eval(), tmp_path / "teacher", ResizeConfig(size=64))
+    student = detector(family, 2, **sizes)
+    done = inherit(student, load_detector(tmp_path / "teacher"), (0, 1, 2))
+    assert not done.left
+    assert student.model.config.reg_scale == 8.0
+    save_detector(student, tmp_path / "student", ResizeConfig(size=64))
+    for one in (student, load_detector(tmp_path / "student")):
+        for said, expected in zip(outputs(one), outputs(teacher), strict=True):
+            torch.testing.assert_close(said, expected, atol=1e-5, rtol=1e-5)
+    config.decoder_n_points = [2, 4, 2]  # as many as a student's of two maps
+    teacher = Detector(find_family(family, "test").model_class(config))
+    done = inherit(detector(family, 3, feature_levels=2, backbone=backbone), teacher, (0, 1, 2))
+    assert done.left["model.decoder.layers.0"] == "its points lie on 3 maps, the student's on 2"
 
 
 def test_another_backbone_is_left_as_it_was_and_everything_else_is_copied() -> None:

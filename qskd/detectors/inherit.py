@@ -137,6 +137,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     reading = {f"{name}." for name in _named(own, family.reading(own))}
     narrow = _Narrowing.between(family.sizes(own.config), family.sizes(teacher.model.config))
     layers = _sources(_counts(mine), _counts(theirs))
+    other_maps = family.follow(own, teacher.model)
     # Rows after the classes' ("no object") are the last on both sides.
     more = range(teacher.model.config.num_labels, teacher.model.config.num_labels + family.no_object_rows)
     slots = torch.tensor([*class_slots, *more], dtype=torch.int64)
@@ -148,6 +149,9 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
         source = part
         if numbered and not part.startswith(prefix) and numbered["stem"] in layers:
             source = f"{numbered['stem']}.{layers[numbered['stem']][int(numbered['layer'])]}"
+        if other_maps and numbered and numbered["stem"].endswith("decoder.layers"):
+            left[part] = other_maps
+            continue
         values: dict[str, Tensor] = {}
         chosen = False
         for name in names:

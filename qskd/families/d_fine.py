@@ -98,6 +98,22 @@ class DFine(RTDetr):
             exchanged=before,
         )
 
+    def follow(self, model: Any, other: Any) -> str:
+        model.config.reg_scale = other.config.reg_scale  # for transformers' own loss: the decoder's is inherited
+        attentions = self.cross_attentions(model)
+        points: list[int] = list(self.cross_attentions(other)[0].num_points_list)  # type: ignore[arg-type]
+        own: list[int] = list(attentions[0].num_points_list)  # type: ignore[arg-type]
+        if sum(points) != sum(own):
+            return ""  # of other shapes
+        if len(points) != len(own):
+            return f"its points lie on {len(points)} maps, the student's on {len(own)}"
+        model.config.decoder_n_points = points
+        for attention in attentions:
+            attention.n_points = attention.num_points_list = points  # type: ignore[assignment]
+            share = [1 / count for count in points for _ in range(count)]
+            attention.get_buffer("num_points_scale").copy_(torch.tensor(share))
+        return ""
+
     def initialise(self, model: Any) -> None:
         super().initialise(model)  # its box heads' last layers at 0: even distributions, the initial box unmoved
         decoder = model.model.decoder
