@@ -221,10 +221,14 @@ def test_heads_of_more_channels_or_more_heads_are_not_made_of_the_teachers(sizes
     assert said in done.left["model.decoder.layers.0"]
 
 
-def test_of_one_width_places_of_fewer_heads_are_left() -> None:
-    """Each of the student's heads would be two of the teacher's, which look at two places."""
-    done = inherit(detector("deformable_detr", 2, heads=2), detector("deformable_detr", 1), (0, 1, 2))
-    assert "sampling_offsets" in done.left["model.encoder.layers.0"]
+@pytest.mark.parametrize("family", ["detr", "deformable_detr"])
+@pytest.mark.parametrize("heads", [2, 8])
+def test_of_one_width_layers_of_other_heads_are_left(family: str, heads: int) -> None:
+    """Their shapes are the same, and each of the student's heads would be two of the teacher's, or half of one."""
+    done = inherit(detector(family, 2, heads=heads), detector(family, 1), (0, 1, 2))
+    layers = {f"model.{side}.layers.{n}" for side, count in (("encoder", 2), ("decoder", 3)) for n in range(count)}
+    assert done.left.keys() == layers
+    assert all(f"the student's {heads} heads of {32 // heads} channels" in why for why in done.left.values())
 
 
 @pytest.mark.parametrize(
