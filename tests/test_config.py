@@ -81,6 +81,8 @@ def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
         ({"training": {"ema_decay": True}}, ["training.ema_decay = True", "not true or false"]),
         ({"training": {"epochs": True}}, ["training.epochs = True", "not true or false"]),
         ({"detection": {"denoising_queries": True}}, ["detection.denoising_queries = True", "not true or false"]),
+        ({"detection": {"fgl_weight": True}}, ["detection.fgl_weight = True", "not true or false"]),
+        ({"training": {"backbone_layer_decay": False}}, ["training.backbone_layer_decay = False", "not true or false"]),
         ({"training": {"clip_norm": float("nan")}}, ["training.clip_norm = nan"]),
         ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate = inf", "finite"]),
         ({"student": {"box_refinement": "maybe"}}, ["student.box_refinement = 'maybe'"]),
