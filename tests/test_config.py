@@ -74,6 +74,8 @@ def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
         ({"training": {"schedule": "linear"}}, ["training.schedule = 'linear'", "'cosine', 'step' or 'constant'"]),
         ({"student": {"backbone": {"depths": [2, 0]}}}, ["student.backbone.depths.1 = 0"]),
         ({"student": 5}, ["student = 5"]),
+        ({"tracking": None}, ["tracking = None", "give it a field, or leave tracking out"]),
+        ({"teacher": {"class_map": None}}, ["class_map = None", "leave teacher.class_map out"]),
         ({"student": {"dropout": 1.5}}, ["student.dropout = 1.5"]),
         ({"name": "../up"}, ["name = '../up'"]),
         ({"training": {"epochs": 0}, "compute": {"workers": 0}}, ["training.epochs = 0", "compute.workers = 0"]),

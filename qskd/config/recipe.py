@@ -72,6 +72,8 @@ def _explain(error: ValidationError, where: str, tree: Mapping[str, Any]) -> Qsk
                 "" if isinstance(problem["input"], Mapping) else f" = {shown_value(problem['input'])}"
             )  # a section: too long
             problems.append(f"{name}{said}: {problem['msg'].removeprefix('Value error, ')}")
+            if problem["input"] is None and problem["type"] in ("model_type", "dict_type"):
+                remedies.append(f"give it a field, or leave {name} out: there is nothing in it")
             if problem["type"] == "string_type" and (kind := _taken_for(problem["input"])):
                 if path[-1] == "[key]":  # of a mapping that was made in Python
                     remedies.append(f"write the key in quotes: {shown_value(str(path[-2]))}")
