@@ -74,6 +74,8 @@ def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
         ({"training": {"schedule": "linear"}}, ["training.schedule = 'linear'", "'cosine', 'step' or 'constant'"]),
         ({"student": {"backbone": {"depths": [2, 0]}}}, ["student.backbone.depths.1 = 0"]),
         ({"student": 5}, ["student = 5"]),
+        ({"tracking": None}, ["tracking = None", "give it a field, or leave tracking out"]),
+        ({"teacher": {"class_map": None}}, ["class_map = None", "leave teacher.class_map out"]),
         ({"student": {"dropout": 1.5}}, ["student.dropout = 1.5"]),
         ({"name": "../up"}, ["name = '../up'"]),
         ({"training": {"epochs": 0}, "compute": {"workers": 0}}, ["training.epochs = 0", "compute.workers = 0"]),
@@ -81,6 +83,8 @@ def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
         ({"training": {"ema_decay": True}}, ["training.ema_decay = True", "not true or false"]),
         ({"training": {"epochs": True}}, ["training.epochs = True", "not true or false"]),
         ({"detection": {"denoising_queries": True}}, ["detection.denoising_queries = True", "not true or false"]),
+        ({"detection": {"fgl_weight": True}}, ["detection.fgl_weight = True", "not true or false"]),
+        ({"training": {"backbone_layer_decay": False}}, ["training.backbone_layer_decay = False", "not true or false"]),
         ({"training": {"clip_norm": float("nan")}}, ["training.clip_norm = nan"]),
         ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate = inf", "finite"]),
         ({"student": {"box_refinement": "maybe"}}, ["student.box_refinement = 'maybe'"]),
@@ -191,6 +195,16 @@ def test_overrides_leave_the_tree_they_are_given_alone() -> None:
     tree = {"training": {"epochs": 3}}
     assert apply_overrides(tree, ["training.epochs=4"]) == {"training": {"epochs": 4}}
     assert tree == {"training": {"epochs": 3}}
+
+
+def test_an_override_reaches_into_a_group_that_was_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("teacher: {resize: null}\nstudent: {quantization: null}\ntraining:\n")
+    made = load(path, ["teacher.resize.size=640", "student.quantization.bits=w8a8", "training.epochs=3"])
+    assert made.teacher.resize is not None
+    assert made.teacher.resize.size == 640
+    assert made.student.quantization is not None
+    assert made.training.epochs == 3
 
 
 @pytest.mark.parametrize(

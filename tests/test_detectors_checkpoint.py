@@ -241,6 +241,7 @@ def write_processor(folder: Path, said: dict[str, Any]) -> None:
         ({"size": 800, "max_size": 1333}, ("shortest_edge", 800, 1333)),
         ({"size": {"shortest_edge": 600}, "max_size": 900}, ("shortest_edge", 600, 900)),
         ({"size": {"height": 640, "width": 640}, "do_normalize": False}, ("square", 640, 1333)),
+        ({"size": {"shortest_edge": 640, "longest_edge": 99999}}, ("shortest_edge", 640, 8192)),  # as good as no limit
     ],
 )
 def test_older_and_other_processors_are_understood(tmp_path: Path, said: dict[str, Any], expected: Any) -> None:
@@ -252,7 +253,14 @@ def test_older_and_other_processors_are_understood(tmp_path: Path, said: dict[st
 
 @pytest.mark.parametrize(
     "said",
-    [{"size": {"height": 640, "width": 480}}, {"rescale_factor": 1.0}, {"do_rescale": False}, {"do_resize": False}],
+    [
+        *(
+            {"size": {"height": 640, "width": 480}},
+            {"size": {"height": 9000, "width": 9000}},
+            {"size": {"longest_edge": 9000}},
+        ),
+        *({"rescale_factor": 1.0}, {"do_rescale": False}, {"do_resize": False}),
+    ],
 )
 def test_a_processor_that_asks_for_something_else_is_refused(tmp_path: Path, said: dict[str, Any]) -> None:
     write_processor(tmp_path, said)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ResNetBackbone, ResNetConfig, ResNetForImageClassification
+from transformers import HGNetV2Backbone, HGNetV2Config, ResNetBackbone, ResNetConfig, ResNetForImageClassification
 
 from qskd.config import BackboneConfig, ResizeConfig, StudentConfig
 from qskd.detectors import FAMILIES, Detector, build_student, save_detector
+from qskd.detectors.backbone import backbone_config, sized_by_init
 from qskd.errors import QskdError
 from qskd.families.initialisation import grid_points
 
@@ -171,6 +172,23 @@ def test_a_backbone_stored_as_float16_becomes_a_float32_student_s(tmp_path: Path
     assert detector(*images()).logits.isfinite().all()
 
 
+def test_an_hgnets_sizes_are_those_of_its_stages(tmp_path: Path) -> None:
+    sizes = {"hidden_sizes": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "embedding_size": 12}
+    own = BackboneConfig.model_validate({"type": "hgnet_v2", **sizes})
+    made = backbone_config(own, 1)
+    del made.hidden_sizes, made.depths, made.embedding_size  # as in the folder of a D-FINE's: of the largest HGNetV2
+    source = HGNetV2Backbone(HGNetV2Config(**made.to_dict()))
+    assert source.config.hidden_sizes == [256, 512, 1024, 2048]
+    source.save_pretrained(tmp_path)
+    for given in ({}, sizes):
+        backbone = BackboneConfig.model_validate({"type": "hgnet_v2", "init": str(tmp_path), **given})
+        assert sized_by_init(backbone).model_dump() == own.model_dump() | {"init": str(tmp_path)}
+        detector = build_student(StudentConfig.model_validate({**SMALL, "backbone": backbone}), LABELS, 0)
+        held = detector.backbone.state_dict()
+        assert all(torch.equal(value, held[f"model.{name}"]) for name, value in source.state_dict().items())
+        assert detector(*images()).features[0].shape[1] == 32
+
+
 def test_a_backbone_of_other_sizes_is_refused(tmp_path: Path) -> None:
     ResNetBackbone(resnet(hidden_sizes=[8, 16, 32])).save_pretrained(tmp_path)
     with pytest.raises(QskdError, match=r"hidden_sizes \[8, 16, 32\]\n.*student.backbone.hidden_sizes \[8, 16, 24\]"):
@@ -229,6 +247,8 @@ def test_sizes_that_contradict_the_detector_to_start_from_are_said(tmp_path: Pat
     save_detector(student(), tmp_path / "source", ResizeConfig())
     with pytest.warns(UserWarning, match=r"student.queries = 50 has no effect: .* has 20"):
         build_student(StudentConfig(init=str(tmp_path / "source"), queries=50), LABELS, 0)
+    with pytest.warns(UserWarning, match=r"student.dropout = 0.3 has no effect: .* has 0.1"):
+        build_student(StudentConfig(init=str(tmp_path / "source"), dropout=0.3), LABELS, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         build_student(StudentConfig(init=str(tmp_path / "source")), LABELS, 0)

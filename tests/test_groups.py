@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import STUDENT, batch_of, make_training, own, recipe, silent_student
+from tiny import STUDENT, arrays, batch_of, make_training, own, recipe, silent_student
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
@@ -17,7 +17,8 @@ from pipelines.run.folder import Folder
 from pipelines.run.guards import BEGUN_BEFORE, as_begun, check_same_run
 from qskd.config import FACTS, Config, StudentConfig
 from qskd.config.recipe import replace_fields, to_tree
-from qskd.detectors import inherit
+from qskd.datasets.batch import train_batch
+from qskd.detectors import inherit, load_detector, save_detector
 from qskd.errors import QskdError
 from qskd.families.table import FAMILIES
 from qskd.training.groups import parameter_groups
@@ -80,6 +81,13 @@ def test_what_was_inherited_learns_at_a_rate_of_its_own_the_backbone_at_its_own(
     assert training.learning_rate == config.training.learning_rate  # of the first group, though there is nothing in it
     _, alike = groups_of(config_of("deformable_detr", "training.inherited_learning_rate_scale=0.25"))
     assert {group["scale"] for group in alike} == {1.0, 0.1}  # without a teacher's layers it changes nothing
+
+
+@pytest.mark.parametrize("kind", ["resnet", "rt_detr_resnet"])
+def test_a_vits_decay_by_layer_leaves_a_network_of_stages_alone(kind: str) -> None:
+    tree = {**own("rt_detr"), "backbone": {**STUDENT["backbone"], "type": kind}}
+    _, groups = groups_of(recipe(tree, "training.backbone_layer_decay=0.5"))
+    assert {group["scale"] for group in groups} == {1.0, 0.1}
 
 
 @pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
@@ -152,6 +160,37 @@ def test_frozen_stages_stay_to_the_last_bit_and_the_rest_learns(resnet: Path) ->
     assert not [name for name in changed if ".model.embedder." in name or "stages.0." in name]
     assert [name for name in changed if "stages.1." in name and "running_mean" in name]
     assert [name for name in changed if "stages.2." in name and "convolution" in name]
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
+def test_norms_of_a_checkpoint_that_keeps_batch_norms_are_frozen_where_the_recipe_freezes_them(
+    family: str, tmp_path: Path
+) -> None:
+    model = silent_student(config_of(family).student, LABELS, 0).model
+    model.config.freeze_backbone_batch_norms = False
+    source = FAMILIES[family].model_class(model.config)
+    source.load_state_dict(model.state_dict())
+    for name, value in source.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+    source.save_pretrained(tmp_path / "source")
+    FAMILIES[family].processor_class(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "source")
+    for field, moves in (("frozen_stages", True), ("backbone_norm", False), ("train_backbone", False)):
+        given = {"frozen_stages": 1, "backbone_norm": "frozen", "train_backbone": False}[field]
+        training = make_training(
+            recipe({"init": str(tmp_path / "source"), field: given}, "distillation.method=none"), labels=LABELS
+        )
+        before = {name: value.clone() for name, value in training.student.backbone.state_dict().items()}
+        training.train_step(train_batch(arrays((2, 1), classes=2)))
+        after = training.student.backbone.state_dict()
+        norms = {name for name in before if "norm" in name and not before[name].equal(after[name])}
+        assert not [name for name in norms if "stages.0." in name or "embedder." in name]
+        assert bool(norms) is moves
+    save_detector(training.student.eval(), tmp_path / "made", training.config.student.resize)
+    pixels, mask = torch.rand(1, 3, 64, 64), torch.ones(1, 64, 64, dtype=torch.bool)
+    with torch.no_grad():
+        said, again = (each(pixels, mask).logits for each in (training.student, load_detector(tmp_path / "made")))
+    torch.testing.assert_close(again, said, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

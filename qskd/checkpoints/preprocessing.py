@@ -28,7 +28,7 @@ IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 _CORRECT = "correct its preprocessor_config.json: say how the model was trained"
 BILINEAR = 2  # PIL.Image.Resampling.BILINEAR, the filter of every DETR
-_MOST_PIXELS = 32768  # of a side
+_MOST_PIXELS = 8192  # of a side, as `ResizeConfig` has it
 _MOST_LONGEST = 10**6  # of one that is only a limit
 _LONGEST = ("longest_edge", "max_size")
 _SET_RESIZE = "set teacher.resize in the config"
@@ -180,8 +180,9 @@ def _resize(said: dict[str, Any], where: str) -> ResizeConfig:
     if not isinstance(size, dict):  # the form before 2022: shortest edge, with max_size beside it
         size = {"shortest_edge": size}
     size = {name: size[name] for name in _SIDES if size.get(name) is not None}
+    limits = _LONGEST if size.get("shortest_edge") else ("max_size",)
     for name, side in {**size, "max_size": said.get("max_size") or 1}.items():
-        if type(side) is not int or not 1 <= side <= (_MOST_LONGEST if name in _LONGEST else _MOST_PIXELS):
+        if type(side) is not int or not 1 <= side <= (_MOST_LONGEST if name in limits else _MOST_PIXELS):
             raise QskdError(
                 where, f"an image processor of {name} {shown(side)}", f"pixels, 1 to {_MOST_PIXELS} a side", _SET_RESIZE
             )
@@ -195,7 +196,7 @@ def _resize(said: dict[str, Any], where: str) -> ResizeConfig:
         return ResizeConfig(mode="shortest_edge", size=size["longest_edge"], longest=size["longest_edge"])
     if shortest:
         longest = size.get("longest_edge") or said.get("max_size") or 1333
-        return ResizeConfig(mode="shortest_edge", size=shortest, longest=longest)
+        return ResizeConfig(mode="shortest_edge", size=shortest, longest=min(longest, _MOST_PIXELS))
     raise QskdError(
         where,
         f"an image processor of size {size}",

@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_origin
+from typing import Any, TypeVar, cast, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from qskd.config import Config
 from qskd.config.distillation import DEFAULT, NONE, MethodSettings, settings_class
+from qskd.config.section import kinds_in
 from qskd.distillation.find import is_built_in
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
@@ -39,7 +40,7 @@ def _known_fields(path: Sequence[str | int], tree: Any) -> list[str]:
         if get_origin(field.annotation) is dict and parts:  # of sections by name, which is their method's by default
             default = parts.pop(0)
             tree = _inside(tree, default)
-        found = next(filter(_is_section, _types_in(field.annotation)), None)
+        found = next(filter(_is_section, kinds_in(field.annotation)), None)
         if found is None:
             return []
         method = str(tree.get("method", default))
@@ -50,13 +51,6 @@ def _known_fields(path: Sequence[str | int], tree: Any) -> list[str]:
 def _inside(tree: Any, name: str) -> Mapping[str, Any]:
     found = tree.get(name) if isinstance(tree, Mapping) else None
     return found if isinstance(found, Mapping) else {}
-
-
-def _types_in(annotation: Any) -> Iterator[Any]:
-    """The annotation and, however deep, what it is made of."""
-    yield annotation
-    for inner in get_args(annotation):
-        yield from _types_in(inner)
 
 
 def _is_section(kind: Any) -> bool:
@@ -78,6 +72,8 @@ def _explain(error: ValidationError, where: str, tree: Mapping[str, Any]) -> Qsk
                 "" if isinstance(problem["input"], Mapping) else f" = {shown_value(problem['input'])}"
             )  # a section: too long
             problems.append(f"{name}{said}: {problem['msg'].removeprefix('Value error, ')}")
+            if problem["input"] is None and problem["type"] in ("model_type", "dict_type"):
+                remedies.append(f"give it a field, or leave {name} out: there is nothing in it")
             if problem["type"] == "string_type" and (kind := _taken_for(problem["input"])):
                 if path[-1] == "[key]":  # of a mapping that was made in Python
                     remedies.append(f"write the key in quotes: {shown_value(str(path[-2]))}")
@@ -127,7 +123,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         path, value = parse_override(text)
         node = result
         for part in path[:-1]:
-            child = node.setdefault(part, {})
+            child = node.get(part)
+            if child is None:  # a group that may be left out, and was
+                child = node[part] = {}
             if not isinstance(child, dict):
                 raise QskdError(
                     f"--set {one_line(text)}", f"{part} is not a group of fields", "a dotted path to a field"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -39,6 +39,13 @@ def check_usable(value: Any) -> None:
             check_usable(inner)
 
 
+def kinds_in(annotation: Any) -> Iterator[Any]:
+    """The annotation and, however deep, what it is made of."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from kinds_in(inner)
+
+
 class Section(BaseModel):
     """A frozen group of fields; unknown names and wrong types are errors."""
 
@@ -53,6 +60,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _number_is_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, int | None):
-            raise ValueError("a number belongs here, not true or false")
+        if isinstance(value, bool):
+            kinds = list(kinds_in(cls.model_fields[str(info.field_name)].annotation))
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise ValueError("a number belongs here, not true or false")
         return value

@@ -114,6 +114,10 @@ def _of_checkpoint(config: BackboneConfig) -> tuple[BackboneConfig, Any]:
             f"a backbone of model type {config.type!r} (student.backbone.type)",
         )
     made = backbone_config_of(said, CONFIG_MAPPING[config.type], where)
+    if config.type == "hgnet_v2":  # it is built of its stage_... fields; many leave the others as another size has them
+        made.hidden_sizes, made.depths = list(made.stage_out_channels), list(made.stage_num_blocks)
+        made.embedding_size = made.stem_channels[-1]
+        made.stage_names = ["stem", *(f"stage{number}" for number in range(1, 1 + len(made.depths)))]
     usual = BackboneConfig.model_validate({"type": config.type, "init": config.init})
     if config != usual or config.kind.family:  # a size was given
         return config, made

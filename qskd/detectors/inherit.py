@@ -137,6 +137,7 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
     reading = {f"{name}." for name in _named(own, family.reading(own))}
     narrow = _Narrowing.between(family.sizes(own.config), family.sizes(teacher.model.config))
     layers = _sources(_counts(mine), _counts(theirs))
+    other_maps = family.follow(own, teacher.model)
     # Rows after the classes' ("no object") are the last on both sides.
     more = range(teacher.model.config.num_labels, teacher.model.config.num_labels + family.no_object_rows)
     slots = torch.tensor([*class_slots, *more], dtype=torch.int64)
@@ -148,6 +149,10 @@ def inherit(student: Detector, teacher: Detector, class_slots: Sequence[int]) ->
         source = part
         if numbered and not part.startswith(prefix) and numbered["stem"] in layers:
             source = f"{numbered['stem']}.{layers[numbered['stem']][int(numbered['layer'])]}"
+        stem = numbered["stem"] if numbered else ""
+        if (other_maps and stem.endswith("decoder.layers")) or (narrow.other_heads and stem.endswith(".layers")):
+            left[part] = narrow.other_heads or other_maps
+            continue
         values: dict[str, Tensor] = {}
         chosen = False
         for name in names:
@@ -218,10 +223,15 @@ class _Narrowing:
     def between(student: dict[str, int], teacher: dict[str, int]) -> _Narrowing:
         width, ffn_width, heads = ((teacher[name], student[name]) for name in ("width", "ffn_width", "heads"))
         a_head = width[0] // heads[0], width[1] // heads[1]
-        if width[0] == width[1] or (heads[1] <= heads[0] and a_head[1] <= a_head[0]):
+        if heads[1] <= heads[0] and a_head[1] <= a_head[0]:
             return _Narrowing(width, ffn_width, heads)
         why = f" (the student's {heads[1]} heads of {a_head[1]} channels can't be taken from its {heads[0]} of {a_head[0]})"
         return _Narrowing(width, ffn_width, heads, why)
+
+    @property
+    def other_heads(self) -> str:
+        """Why a layer of the very same shapes would compute another attention; empty where it would not."""
+        return f"its attention has other heads{self.why_not}" if self.width[0] == self.width[1] and self.why_not else ""
 
     def channels(self, value: Tensor, shape: torch.Size, name: str) -> Tensor:
         """`value`, a parameter of this name, with evenly chosen channels where it is wider than `shape` by what d_model, the FFN

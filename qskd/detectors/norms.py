@@ -14,10 +14,11 @@ class FrozenBatchNorm2d(nn.Module):
     """transformers' frozen norm, whose outputs are as wide as its inputs. transformers multiplies by float32 scales, which
     makes float32 of bfloat16, and so of every convolution's output under autocast; and it takes seven kernels to do so."""
 
-    def __init__(self, frozen: nn.Module) -> None:
+    def __init__(self, norm: nn.Module) -> None:
+        """norm: a frozen one, or a batch norm that is to be one."""
         super().__init__()
         for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, getattr(frozen, name))
+            self.register_buffer(name, getattr(norm, name).detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)  # of a norm that was not frozen, as transformers' drops it
@@ -40,10 +41,11 @@ def is_frozen_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("FrozenBatchNorm2d")
 
 
-def keep_precision(module: nn.Module) -> None:
-    """Put a `FrozenBatchNorm2d` of ours in the place of each of transformers' (in place)."""
+def keep_precision(module: nn.Module, batch_too: bool = False) -> None:
+    """Put a `FrozenBatchNorm2d` of ours in the place of each of transformers', or of each batch norm too (in place)."""
     for name, child in list(module.named_children()):
-        if is_frozen_norm(child) and not isinstance(child, FrozenBatchNorm2d):
+        frozen = is_frozen_norm(child) and not isinstance(child, FrozenBatchNorm2d)
+        if frozen or (batch_too and isinstance(child, nn.BatchNorm2d)):
             setattr(module, name, FrozenBatchNorm2d(child))
         else:
-            keep_precision(child)
+            keep_precision(child, batch_too)

@@ -187,11 +187,18 @@ def _from_checkpoint(config: StudentConfig, labels: Sequence[str]) -> Any:
             "choose a checkpoint without dilation; this one can be a teacher",
         )
     family = find_family(detector.family, config.init)
+    if not getattr(detector.model.config, "freeze_backbone_batch_norms", True):
+        # As transformers builds all others: what is to learn is thawed, and nothing else moves.
+        keep_precision(detector.backbone, batch_too=True)
+        detector.model.config.freeze_backbone_batch_norms = True
     default = StudentConfig()
     for field, found in family.sizes(detector.model.config).items():
         wanted = getattr(config, field)
         if wanted not in (found, getattr(default, field)):
             _warn(f"student.{field} = {wanted} has no effect: student.init ({config.init}) has {found}")
+    dropout = getattr(detector.model.config, "dropout", None)
+    if config.dropout not in (None, dropout):
+        _warn(f"student.dropout = {config.dropout:g} has no effect: student.init ({config.init}) has {dropout}")
     if config.backbone != default.backbone:
         _warn(f"student.backbone has no effect: the backbone is that of student.init ({config.init})")
     known = _rows_by_name(detector.labels, labels)

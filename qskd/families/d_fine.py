@@ -41,9 +41,6 @@ class DFine(RTDetr):
                 "choose a checkpoint that predicts from its last layer: D-FINE's published ones do",
             )
 
-    def class_heads(self, model: Any) -> list[nn.Linear]:
-        return [*model.class_embed, *super().class_heads(model)]  # the model's and the decoder's are the same ones
-
     def placing(self, model: Any) -> list[nn.Module]:
         decoder = model.model.decoder
         return [*super().placing(model), decoder.pre_bbox_head, decoder.integral]
@@ -100,6 +97,22 @@ class DFine(RTDetr):
             enc_topk_bboxes=none,
             exchanged=before,
         )
+
+    def follow(self, model: Any, other: Any) -> str:
+        model.config.reg_scale = other.config.reg_scale  # for transformers' own loss: the decoder's is inherited
+        attentions = self.cross_attentions(model)
+        points: list[int] = list(self.cross_attentions(other)[0].num_points_list)  # type: ignore[arg-type]
+        own: list[int] = list(attentions[0].num_points_list)  # type: ignore[arg-type]
+        if sum(points) != sum(own):
+            return ""  # of other shapes
+        if len(points) != len(own):
+            return f"its points lie on {len(points)} maps, the student's on {len(own)}"
+        model.config.decoder_n_points = points
+        for attention in attentions:
+            attention.n_points = attention.num_points_list = points  # type: ignore[assignment]
+            share = [1 / count for count in points for _ in range(count)]
+            attention.get_buffer("num_points_scale").copy_(torch.tensor(share))
+        return ""
 
     def initialise(self, model: Any) -> None:
         super().initialise(model)  # its box heads' last layers at 0: even distributions, the initial box unmoved

@@ -132,6 +132,10 @@ class DabDetr(Family):
         anchors[:, :2], anchors[:, 2:] = torch.logit(grid_points(len(anchors))), START_SIZE_LOGIT
         zero_box_head(model.bbox_predictor.layers[-1], 0.0)  # start as the anchors
 
+    def place_queries(self, model: Any, first: int) -> None:
+        added = model.model.query_refpoint_embeddings.weight.detach()[first:]
+        added[:, :2] = torch.logit(grid_points(len(added)))
+
     def prepare_student(self, model: Any) -> None:
         if len(model.model.decoder.layers) == 1:  # read from the second layer on
             model.model.decoder.query_scale.requires_grad_(False)

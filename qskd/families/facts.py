@@ -132,7 +132,14 @@ FACTS: dict[str, Facts] = {
         sampling_scale=0.1,
     ),
     "rt_detr": Facts("RT-DETR", _HYBRID, hybrid=True, undecayed="norms_and_biases"),
-    "rt_detr_v2": Facts("RT-DETRv2", _HYBRID, hybrid=True, undecayed="norms", in_float=_FUNCTION),
+    "rt_detr_v2": Facts(
+        "RT-DETRv2",
+        _HYBRID,
+        hybrid=True,
+        least_decoder_layers=2,
+        undecayed="norms",
+        in_float=_FUNCTION,
+    ),
     "d_fine": Facts(
         "D-FINE",
         _HYBRID,

@@ -252,15 +252,13 @@ class Family(ABC):
         """Start the detection parts of a random model where training gets going (in place)."""
 
     def place_queries(self, model: Any, first: int) -> None:  # noqa: B027
-        """Spread the reference points of the queries from `first` on over the image (in place): they were not there when the
-        network that reads points off them was trained, and would all lie near the middle."""
+        """Spread the reference points of the queries from `first` on, which would all lie near its middle, over the image."""
 
     def drop_unused(self, model: Any) -> None:  # noqa: B027
         """Drop (in place) what no evaluation asks: all groups of queries but the first, of a model whose own training has more."""
 
     def for_one_size(self, model: Any, height: int, width: int) -> AbstractContextManager[None]:
-        """Within it the model takes images of this size alone, and what depends on the size alone is a constant: a graph need not
-        compute it."""
+        """Within it the model takes images of this size alone: what depends on the size alone is a constant in a graph."""
         embeddings: Any = getattr(self.trunk(model), "embeddings", None)
         fits = hasattr(embeddings, "interpolate_pos_encoding")
         return fixed_places(embeddings, height, width) if fits else nullcontext()
@@ -268,6 +266,10 @@ class Family(ABC):
     def prepare_student(self, model: Any) -> None:  # noqa: B027
         """Freeze or drop (in place) what training never uses: DDP waits for the gradient of every parameter. Of random
         students and of those that start from a checkpoint alike."""
+
+    def follow(self, model: Any, other: Any) -> str:
+        """Take on (in place) what `other`'s decoder layers mean and no shape shows, before they are copied; else why it can't."""
+        return ""
 
     def sizes(self, config: Any) -> dict[str, Any]:
         """StudentConfig field -> its value in a configuration of transformers, to tell a contradiction."""

@@ -47,7 +47,9 @@ class RTDetr(Family):
         return list(model.model.encoder_input_proj)
 
     def class_heads(self, model: Any) -> list[nn.Linear]:
-        return [*model.model.decoder.class_embed, model.model.enc_score_head]
+        # RT-DETRv2's, D-FINE's and DEIMv2's detectors have modules of their own with the decoder's parameters.
+        tied = getattr(model, "class_embed", ())
+        return [*tied, *model.model.decoder.class_embed, model.model.enc_score_head]
 
     def memory_sources(self, model: Any) -> list[nn.Module]:
         return list(model.model.decoder_input_proj)
@@ -161,6 +163,9 @@ class RTDetr(Family):
         if hasattr(model.model, "denoising_class_embed"):  # training has one of its own, which is not saved
             del model.model.denoising_class_embed
             model.config.num_denoising = 0
+        if getattr(model.config, "decoder_method", "") == "discrete":  # rounded to cells, offsets have no gradient
+            for attention in self.cross_attentions(model):
+                attention.get_submodule("sampling_offsets").requires_grad_(False)
 
     def sizes(self, config: Any) -> dict[str, Any]:
         return {**super().sizes(config), "feature_levels": config.num_feature_levels}

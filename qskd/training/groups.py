@@ -15,7 +15,7 @@ from qskd.quantization.model import belongs_to_quantiser
 from qskd.training.module import StepModule
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
-_VIT_LAYER = re.compile(r"(?:^|\.)layer\.(\d+)\.")  # no network of stages has modules of this name
+_VIT_LAYER = re.compile(r"^(?!.*\bstages\.)(?:.*\.)?layer\.(\d+)\.")  # a ResNet's stages have parts of this name
 SAMPLING = ("sampling_offsets", "reference_points")  # modules' names, in Deformable DETR's own code and in transformers
 
 
