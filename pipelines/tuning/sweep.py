@@ -23,7 +23,7 @@ from qskd.evaluation.shown import score_text
 
 DONE: Literal["FINISHED"] = "FINISHED"  # Tune's word for: nothing is left to start
 REFUSALS = 200  # in a row, until the space is taken to have nothing that fits
-FAILURES = 5  # in a row, until what they have in common is taken to be the cause
+FAILURES = 5  # in a row, or as many as are at work, until what they have in common is taken to be the cause
 
 
 class Sweep:
@@ -67,7 +67,7 @@ class Sweep:
             return None
         rows = self.records.rows
         while len(rows) < self.search.trials and (self.population or not self._interrupted()):
-            row = self._propose(len(rows))
+            row = self._propose(self.records.next_number())
             self.exhausted = row is None
             if row is None:  # what those at work will have shown may bring another proposal
                 return None if self.live else DONE
@@ -92,9 +92,11 @@ class Sweep:
         while True:
             earlier = [refusal for refusal in self.records.refused if refusal.before == number]
             if len(earlier) >= REFUSALS:
-                print(
-                    f"{REFUSALS} proposals in a row were refused: {earlier[-1].reason}. The sweep ends with {number} trials."
-                )
+                if not self.live:
+                    print(
+                        f"{REFUSALS} proposals in a row were refused: {earlier[-1].reason}. "
+                        f"The sweep ends with {len(self.records.rows)} trials."
+                    )
                 return None
             found = propose(
                 self.search, self.config.seed, number, self.records.in_order(), self.records.refused, len(earlier)
@@ -102,7 +104,8 @@ class Sweep:
             if found is None:
                 if not self.live:
                     print(
-                        f"{REPEATS} proposals in a row were trials already made. The sweep ends with {number} trials."
+                        f"{REPEATS} proposals in a row were trials already made. "
+                        f"The sweep ends with {len(self.records.rows)} trials."
                     )
                 return None
             size: float | None = None
@@ -255,7 +258,8 @@ class Sweep:
         if self.population is not None:  # no others will be begun
             rows = self.records.rows.values()
             there = sum(row.state != "failed" or row.number in self.records.held for row in rows)
-        if len(self.records.held) >= min(FAILURES, there):
+        # Of a hundred that begin at once the first evaluation is far off, and a few are always too large for their device.
+        if len(self.records.held) >= min(max(FAILURES, len(self.live)), there):
             self.given_up = reason
 
     def _believe(self) -> None:
@@ -287,13 +291,13 @@ def is_done(search: Search, records: Records, seed: int) -> bool:
 
 
 def _all_ended(search: Search, records: Records, seed: int) -> bool:
-    rows = records.rows
+    rows, number = records.rows, records.next_number()
     if not all(row.state in ENDED for row in rows.values()):
         return False
-    refusals = sum(refusal.before == len(rows) for refusal in records.refused)
+    refusals = sum(refusal.before == number for refusal in records.refused)
     if len(rows) >= search.trials or refusals >= REFUSALS:
         return True
-    return propose(search, seed, len(rows), records.in_order(), records.refused, refusals) is None
+    return propose(search, seed, number, records.in_order(), records.refused, refusals) is None
 
 
 def _short(value: Any) -> str:
