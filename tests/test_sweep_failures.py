@@ -229,3 +229,27 @@ def test_a_limit_that_nothing_fits_is_told_once(
     play.evaluate(first)
     assert play.sweep.next_job() == DONE
     assert "2 M parameters, more than 1 M. The sweep ends with 1 trials" in capsys.readouterr().out
+
+
+def test_a_bad_node_among_many_good_ones_burns_no_trial(tmp_path: Path) -> None:
+    """It fails one trial after the other, and between any two of them some trial of another node is evaluated."""
+    play = Play(tmp_path, trials=30, slots=6)
+    good = [play.next() for _ in range(5)]
+    lost: list[int] = []
+    while not play.sweep.has_given_up():
+        lost.append(play.next())
+        for _ in range(4):
+            play.sweep.heard(lost[-1], {"broken": DENIED}, False)
+        play.sweep.lost(lost[-1])
+        play.evaluate(good[0], 0.1 * len(lost))
+    assert len(lost) == 5
+    assert play.states_on_disk() == ["running"] * 10
+    with pytest.raises(QskdError, match="5 trials failed, 5 by faults of their machines"):
+        play.sweep.settle()
+    few = Play(tmp_path / "few", trials=2)
+    good, bad = [few.next()], few.next()
+    few.sweep.heard(bad, {"broken": DENIED}, False)
+    few.sweep.lost(bad)
+    few.evaluate(good[0])
+    few.sweep.settle()  # of a sweep that is at its end it is one trial that failed
+    assert few.states_on_disk() == ["finished", "failed"]

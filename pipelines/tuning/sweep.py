@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -55,6 +55,7 @@ class Sweep:
         self.exhausted = False
         self.faults: dict[int, str] = {}  # by trial, what its machine said last
         self.faults_in_a_row = 0
+        self.unlucky: set[int] = set()  # trials that failed by their machines' faults
         self.given_up = ""
         self.population = Population(search, config, *steps) if search.algorithm == "pbt" else None
 
@@ -205,7 +206,7 @@ class Sweep:
             self.tracking.report(number, report)
             self.faults_in_a_row = 0
             if not self.given_up:
-                self._believe()
+                self._believe(but=self.unlucky)
             self._tell(self.records.rows[number], stop)
 
     def _tell(self, row: TrialRow, stop: bool) -> None:
@@ -238,6 +239,8 @@ class Sweep:
         times = self.config.compute.max_failures + 1
         died = f"its process died {times} times; out of memory? (QSKD_VERBOSE=1 shows what Ray says)"
         fault = self.faults.pop(number, "")
+        if fault and self.population is None:  # whose other members go on without it
+            self.unlucky.add(number)
         self._failed(number, f"{fault}\n  tried {times} times" if fault else died)
         self.ask(self.open_trials())
 
@@ -251,7 +254,8 @@ class Sweep:
 
     def _failed(self, number: int, reason: str) -> None:
         """A trial's failure is believed once some trial has been evaluated after it. Until then its cause may be one that all have
-        in common, such as a node without a way to the store, which is free again at once and draws every trial that follows."""
+        in common, such as a node without a way to the store, which is free again at once and draws every trial that follows. Where
+        the machine is to blame, trials of other machines say nothing: that failure is believed at the sweep's end."""
         self.records.hold(replace(self.records.rows[number], state="failed", reason=reason))
         tell(f"trial {number}: failed: {reason.splitlines()[0]}")
         there = self.search.trials
@@ -262,8 +266,8 @@ class Sweep:
         if len(self.records.held) >= min(max(FAILURES, len(self.live)), there):
             self.given_up = reason
 
-    def _believe(self) -> None:
-        for number in sorted(self.records.held):
+    def _believe(self, but: Collection[int] = ()) -> None:
+        for number in sorted(self.records.held.difference(but)):
             self.tracking.end(self.records.put(self.records.rows[number]))
 
     def has_given_up(self) -> bool:
@@ -273,8 +277,10 @@ class Sweep:
         """After the last trial, or a signal. QskdError where too many failed in a row: none of those has ended."""
         if self.given_up:
             failed = f"{len(self.records.held)} trials" if self.records.held else f"{self.faults_in_a_row} tries"
+            by_machines = f"failed, {len(self.unlucky)} by faults of their machines"
+            what = by_machines if self.unlucky else "in a row failed, and none was evaluated"
             raise QskdError(
-                f"{self.config.name}: {failed} in a row failed, and none was evaluated",
+                f"{self.config.name}: {failed} {what}",
                 f"the last one: {' '.join(self.given_up.split())}",
                 "trials that can be trained",
                 "mend what they have in common: a node, a disk, a store, credentials (`qskd doctor --cluster` looks at all nodes). "
