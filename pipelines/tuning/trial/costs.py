@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipelines.cluster.devices import device_here
+from pipelines.cluster.devices import check_own_gpu, device_here
 from qskd.config import Config
 from qskd.config.recipe import build
 from qskd.detectors import Detector, build_student
@@ -42,6 +42,7 @@ def recipe_latency_ms(config: Config, labels: Sequence[str], device: torch.devic
 
 def recipe_latency_there(tree: dict[str, Any], labels: Sequence[str]) -> float:
     """The same, for a task of Ray's on another node."""
+    check_own_gpu()
     config = build(tree)
     return recipe_latency_ms(config, labels, device_here(config))
 
