@@ -36,7 +36,7 @@ from pipelines.prepare import prepare
 from pipelines.run.resolve import resolve
 from pipelines.tuning import driver as tune
 from pipelines.tuning.engine import SweepScheduler, make_asha
-from pipelines.tuning.records import trial_config
+from pipelines.tuning.records import Records, trial_config
 from pipelines.tuning.search.request import SearchRequest, check_request
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.row import TrialRow
@@ -198,6 +198,8 @@ def measure_overhead(images: int, val_images: int, trials: int, rounds: int) -> 
                 Job(each, to_tree(trial_config(bare, each)), recipe=to_tree(bare), recipe_latency_ms=1.0)
                 for each in range(trials)
             ]
+            for each in range(trials):
+                Records(bare).put(TrialRow(each, "running"))
             started = time.perf_counter()
             for job in jobs:
                 run_trial(job, lambda _: None)

@@ -6,9 +6,10 @@ Recipes, MLflow, logs and messages would all keep them, and messages are pasted 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import unquote
 
-__all__ = ["STORE_REMEDY", "TRACKING_REMEDY", "redacted", "redacted_uri", "secret_in"]
+__all__ = ["STORE_REMEDY", "TRACKING_REMEDY", "redacted", "redacted_uri", "secret_in", "without_home"]
 STORE_REMEDY = (
     "take it out of the URI; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use the machine's own role "
     "(docs/cluster.md, Storage)"
@@ -56,3 +57,12 @@ def secret_in(uri: str) -> str:
     if _USER.search(uri) and not _NAME_IS_ADDRESS.search(uri):
         return "a URI with a user in it"
     return "a URI with a secret in its query" if _QUERY.search(uri) or _QUERY.search(decoded) else ""
+
+
+def without_home(text: str) -> str:
+    """Paths as seen from the working folder or the home, which a public card has no business naming. Of other paths nothing is
+    taken that reads alike: /mnt/data/x stays where the working folder is /data, and s3://x where it is /."""
+    for folder, instead in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if folder != folder.parent:
+            text = re.sub(rf"(?:(?<=://)|(?<![\w.~/-])){re.escape(str(folder))}/", instead, text)
+    return text

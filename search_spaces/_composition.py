@@ -63,6 +63,7 @@ class SearchSpace:
         self._check_fields()
         self._points: dict[str, dict[str, Any]] = {}
         self._ranges: dict[str, Range] = {}
+        self._offered: dict[str, set[tuple[Any, ...]]] = {}
         for space in self.spaces:
             self._points[space.name] = self._recipe_point(space)
         for overrides in self.samples(TRIED):
@@ -88,6 +89,15 @@ class SearchSpace:
         """What is asked at the recipe's point, by parameter. Others may be asked elsewhere: spaces are define-by-run."""
         return dict(self._ranges)
 
+    @property
+    def changing_choices(self) -> list[str]:
+        """Parameters that were asked for with other choices at one time than at another."""
+        return [name for name, offered in self._offered.items() if len(offered) > 1]
+
+    def sets(self, taken: Sequence[str]) -> list[str]:
+        """The fields that a trial may set which are among these, or parts of them, or have them as parts."""
+        return [field for field in self.fields if any(_overlap(field, each) for each in taken)]
+
     def changes_student(self, bits: bool) -> bool:
         """Whether a trial may have another student than the recipe. bits: where only its bits differ, too; those leave its
         parameters, operations and latency in float as they are."""
@@ -98,9 +108,9 @@ class SearchSpace:
         """{"overrides": {dotted field: value}}: what the trial sets."""
         return {OVERRIDES: {field: value for space in self.spaces for field, value in self._ask(space, trial).items()}}
 
-    def overrides(self, parameters: Mapping[str, Any], clip: bool = False) -> dict[str, Any]:
-        """The fields that these parameters set. clip: those out of range become the nearest in range."""
-        found: dict[str, Any] = self(PointTrial(parameters, "search space", clip))[OVERRIDES]
+    def overrides(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that these parameters set."""
+        found: dict[str, Any] = self(PointTrial(parameters))[OVERRIDES]
         return found
 
     def config(self, overrides: Mapping[str, Any]) -> Config:
@@ -116,6 +126,8 @@ class SearchSpace:
         named = Named(trial, space.name)
         with _of(space, "suggest"):
             found = dict(space.suggest(named, self.recipe))
+        for name, range_ in named.ranges.items():
+            self._offered.setdefault(f"{space.name}.{name}", set()).add((range_.kind, *range_.choices))
         unknown = [field for field in found if field not in self._fields[space.name]]
         if unknown:
             raise QskdError(

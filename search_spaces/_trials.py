@@ -48,8 +48,10 @@ class Range:
             return value
         inside = min(max(float(value), self.low), self.high)
         if self.step:
-            inside = self.low + self.step * math.floor((inside - self.low) / self.step + 0.5)
-            inside = min(inside, self.high)
+            last = math.floor(
+                (self.high - self.low) / self.step + 1e-9
+            )  # as Optuna has it: `high` may lie between two steps
+            inside = self.low + self.step * min(last, math.floor((inside - self.low) / self.step + 0.5))
         return round(inside) if self.kind == "int" else inside
 
     def holds(self, value: Any) -> bool:
@@ -83,11 +85,10 @@ class _Asked:
 
 
 class PointTrial(_Asked):
-    """A trial whose answers are given. clip: numbers out of range become the nearest in range, as population based
-    training needs, which multiplies them; otherwise they are an error, and so is an answer that is missing."""
+    """A trial whose answers are given. One that is missing or out of range is an error."""
 
-    def __init__(self, point: Mapping[str, Any], where: str = "search space", clip: bool = False) -> None:
-        self.point, self.where, self.clip = point, where, clip
+    def __init__(self, point: Mapping[str, Any], where: str = "search space") -> None:
+        self.point, self.where = point, where
 
     def answer(self, name: str, range_: Range) -> Any:
         if name not in self.point:
@@ -95,7 +96,7 @@ class PointTrial(_Asked):
             raise QskdError(
                 self.where, f"no value for the parameter {name}", f"one ({range_.describe()}); there are: {known}"
             )
-        value = range_.nearest(self.point[name]) if self.clip else self.point[name]
+        value = self.point[name]
         if not range_.holds(value):
             raise QskdError(self.where, f"parameter {name} = {value!r}", range_.describe())
         return value
@@ -132,6 +133,13 @@ class Named(_Asked):
 
     def answer(self, name: str, range_: Range) -> Any:
         full = f"{self.space}.{name}"
+        if odd := [each for each in range_.choices if not isinstance(each, (bool, int, float, str, type(None)))]:
+            raise QskdError(
+                f"search space {self.space}",
+                f"parameter {name} offers {odd[0]!r}",
+                "words, numbers, true, false or None: a sweep that goes on reads its trials from JSON, where others look alike",
+                "offer a word for each, and look up what it stands for: SIZES[trial.suggest_categorical(name, tuple(SIZES))]",
+            )
         value: Any
         if range_.kind == "categorical":
             value = self.trial.suggest_categorical(full, range_.choices)

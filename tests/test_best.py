@@ -271,8 +271,11 @@ def test_a_sweep_ranks_by_the_best_evaluation_and_its_winner_trained_again_deliv
 def test_a_finished_run_delivers_its_best_student_and_says_so_everywhere(
     tiny_folders: Path, tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "evaluate", lambda *a, **k: evaluate(*a, **{**k, "workers": 0}))  # without Ray
-    own = ["training.learning_rate=1e-3", "training.patience=1", "name=done"]
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        choice, "evaluate", lambda *a, **k: asked.append(k) or evaluate(*a, **{**k, "workers": 0})
+    )  # without Ray
+    own = ["training.learning_rate=1e-3", "training.patience=1", "name=done", "compute.evaluation_precision=bfloat16"]
     config = still(tiny_folders, tmp_path, *own, f"tracking.uri={database}")
     plan, folder = make_plan(config, "train"), Folder(config)
     claim(folder, "train", "done")
@@ -293,6 +296,8 @@ def test_a_finished_run_delivers_its_best_student_and_says_so_everywhere(
     done = finish(plan, folder, tracker, SimpleNamespace(error=None, checkpoint=stored(tmp_path / "checkpoint-2")), 1.0)
     assert (done.which, done.step, done.ap) == ("best", 1, 0.5)
     assert read_result(folder) == done
+    (how,) = asked  # the details are of an evaluation as the training's are
+    assert (how["precision"], how["batch_size"]) == ("bfloat16", config.training.batch_size)
     delivered = load_file(f"{done.student}/model.safetensors")
     expected = load_file(tmp_path / "checkpoint-1/student/model.safetensors")
     assert all(delivered[name].equal(expected[name]) for name in expected)

@@ -277,6 +277,12 @@ def test_the_quickstarts_two_students_differ_in_nothing_but_the_teacher(tmp_path
     assert untaught["distillation"]["method"] == "none"
 
 
+@pytest.mark.parametrize("name", ["a #1", "a: b", "[x] {y}", "'a'", "ünï 🙂", "a%20b"])
+def test_the_quickstart_takes_a_folder_whatever_its_name(name: str, tmp_path: Path) -> None:
+    config = recipe(tmp_path / name, "qskd")
+    assert (config.output, config.data.train) == (f"{tmp_path}/{name}", f"{tmp_path}/{name}/data/train")
+
+
 def test_the_quickstarts_recipe_names_the_fields_that_distill_needs_with_it(shards: Path, tmp_path: Path) -> None:
     head = "".join(line for line in RECIPE.read_text().splitlines() if line.startswith("#"))
     fields = dict.fromkeys(re.findall(r"--set ([\w.]+)=\.\.\.", head), str(shards))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sweeps import config, make_work, work  # noqa: F401  (fixtures)
 
 from pipelines.inspection.explain import read_source
-from pipelines.run.folder import FAILURE, SWEEP, Folder, raise_failure
+from pipelines.run.folder import FAILURE, SWEEP, TRIAL, Folder, raise_failure
 from pipelines.run.guards import DATA, check_same_data, check_same_run
 from pipelines.run.history import read_history
 from pipelines.run.ownership import claim
@@ -59,6 +59,7 @@ def train(one: Config, killed_after: int = 0) -> list[str]:
         if killed_after and len(heard) == killed_after:
             raise Killed
 
+    Folder(one).write(TRIAL, "{}")  # the driver's
     try:
         run_trial(Job(1, to_tree(one)), send)
     except Killed:

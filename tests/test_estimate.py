@@ -60,7 +60,7 @@ def test_what_readers_may_hold_of_all_data_is_held_against_the_memory(
 
 
 def test_with_several_workers_it_is_said_how_their_time_was_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("pipelines.training.estimate.cores", lambda: 1)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     plan = plan_of(here, "train", "compute.workers=2", "compute.loader_workers=2")
     measured = estimate(plan)

@@ -19,7 +19,7 @@ from pipelines.deployment.export import ExportOptions, export
 from pipelines.prepare import prepare
 from pipelines.reporting.cards import baseline_metrics, card_of_run, complete, recipe_of
 from qskd.config import Config, ResizeConfig, TrackingConfig
-from qskd.config.recipe import build, changes
+from qskd.config.recipe import build, changes, load
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import ShapesConfig, make_shapes
 from qskd.deploy.model_card import Card, Figures, OnnxFacts, front_matter, is_hub_name, read_card, render, write_card
@@ -164,6 +164,25 @@ def test_the_recipe_told_is_the_shortest_that_builds_the_same(monkeypatch: pytes
     assert again.data.train == "shards/train"
     assert again.training.epochs == 3
     assert "batch_size" not in told  # a default
+
+
+@pytest.mark.parametrize(
+    ("cwd", "home", "path", "told"),
+    [
+        ("/data", "/root", "/data/shards", "shards"),
+        ("/data", "/root", "/mnt/data/shards", "/mnt/data/shards"),
+        ("/data", "/root", "s3://bucket/data/shards", "s3://bucket/data/shards"),
+        ("/data", "/root", "file:///data/shards", "file://shards"),
+        ("/", "/", "s3://bucket/shards", "s3://bucket/shards"),
+        ("/data", "/root", "/root/shards", "~/shards"),
+    ],
+)
+def test_the_recipe_told_names_the_paths_that_there_are(
+    cwd: str, home: str, path: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "cwd", lambda: Path(cwd))
+    monkeypatch.setattr(Path, "home", lambda: Path(home))
+    assert yaml.safe_load(recipe_of(load(None, [f"data.train={path}"]))) == {"data": {"train": told}}
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,17 @@ import pytest
 import torch
 from forked import server_name
 
+from pipelines.cluster import start
 from pipelines.cluster.devices import device_here, say_if_gpus_are_idle, uses_gpu
-from pipelines.cluster.room import ask_for_nodes, check_room, forget_request, reader_cpus, worker_resources
+from pipelines.cluster.room import (
+    ask_for_nodes,
+    check_room,
+    forget_request,
+    node_resources,
+    reader_cpus,
+    worker_resources,
+)
+from pipelines.tuning.engine import trials_at_once
 from qskd.config import ComputeConfig, Config
 from qskd.errors import QskdError
 
@@ -26,6 +35,27 @@ def test_elastic_workers_leave_room_for_a_reader_on_every_node(cpus: int) -> Non
     most = int(cpus // each)  # as Ray's policy counts them
     assert most >= 1
     assert cpus - most * each >= most * reader_cpus(ELASTIC, gpu=False, workers=most)
+
+
+def test_a_machine_has_the_cores_that_a_batch_system_or_a_container_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many trials as the whole machine has cores would not fit into a job's memory."""
+    import os
+
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 64.0}}])
+    assert trials_at_once(Config(), node_resources()) == 1
+    started: list[float] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **said: started.append(said["num_cpus"]))
+    for name in ("keep_back_noise", "choose_loopback", "make_token"):
+        monkeypatch.setattr(start, name, lambda: None)
+    start.start_ray()
+    assert started == [start.LOGICAL_CPUS_MIN]
 
 
 def test_workers_with_gpus_ask_for_nothing_else() -> None:

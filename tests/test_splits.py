@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from strangers import config
+from test_loader import Pictures
 from tiny import STUDENT
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -28,7 +29,9 @@ from pipelines.run.resolve import ResolvedConfig, resolve
 from pipelines.training.plan import Plan, make_plan
 from pipelines.training.worker import Worker
 from qskd.datasets.manifest import load_manifest
+from qskd.datasets.samples import Sample
 from qskd.datasets.shapes import ShapesConfig, make_shapes
+from qskd.datasets.shards import ShardReader, write_shards
 from qskd.datasets.splits import evaluated, join_categories
 from qskd.errors import QskdError
 
@@ -247,3 +250,22 @@ def test_two_classes_that_differ_in_case_alone_are_joined_as_they_are_written(co
     one, two = (load_manifest(str(coco.root / name)) for name in ("one", "two"))
     slots = join_categories(one, two)
     assert [one.labels[slot] for slot in slots] == [category.name for category in two.categories]
+
+
+def test_the_pictures_of_a_run_are_of_the_first_images_with_objects_wherever_these_are(tmp_path: Path) -> None:
+    class Backgrounds(Pictures):
+        def samples(self) -> Iterator[Sample]:
+            for number, sample in enumerate(super().samples()):
+                none = slice(0, len(sample.category_ids) if number >= 37 else 0)
+                yield replace(
+                    sample,
+                    boxes_xyxy=sample.boxes_xyxy[none],
+                    category_ids=sample.category_ids[none],
+                    area=sample.area[none],
+                    iscrowd=sample.iscrowd[none],
+                )
+
+    write_shards(Backgrounds(48), str(tmp_path / "val"), rows_per_shard=8, rows_per_group=3)
+    found = report.first_with_objects(ShardReader(str(tmp_path / "val")))
+    assert [sample.image_id for sample in found] == [137, 138, 139, 141]  # every fourth has none
+    assert all(len(sample.encoded) for sample in found)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import recipe
 
+from pipelines.tuning import sweep
 from pipelines.tuning.records import Records
 from pipelines.tuning.search.request import SearchRequest, check_request
 from pipelines.tuning.sweep import DONE, FAILURES, Sweep, is_done
@@ -178,3 +180,76 @@ def test_tries_without_a_limit_are_counted_over_all_trials(tmp_path: Path) -> No
     with pytest.raises(QskdError, match="5 tries in a row"):
         play.sweep.settle()
     assert play.states_on_disk() == ["running", "running"]
+
+
+def test_a_few_failures_among_many_trials_that_have_not_come_to_an_evaluation_do_not_end_the_sweep(
+    tmp_path: Path,
+) -> None:
+    """A hundred begin at once, and some are too large: given up for, they would be the first to fail when it goes on."""
+    play = Play(tmp_path, trials=200, slots=100)
+    numbers = [play.next() for _ in range(100)]
+    for number in numbers[:12]:
+        play.fail(number, "OutOfMemoryError: CUDA out of memory")
+        numbers.append(play.next())
+    assert not play.sweep.has_given_up()
+    play.evaluate(numbers[50], 1.0)
+    assert play.states_on_disk()[:13] == ["failed"] * 12 + ["running"]
+    for number in numbers[12:50]:  # a node that all draw
+        play.fail(number)
+    assert not play.sweep.has_given_up()
+    for number in numbers[51:101]:
+        play.fail(number)
+    assert play.sweep.has_given_up()
+
+
+def test_a_deleted_trials_folder_costs_no_other_trial_its_record(tmp_path: Path) -> None:
+    play = Play(tmp_path, trials=8)
+    for _ in range(6):
+        play.evaluate(play.next())
+    shutil.rmtree(tmp_path / "s" / "trials" / "0003")
+    again = Play(tmp_path, trials=8)
+    left = {row.number: row for row in again.records.in_order()}
+    assert sorted(left) == [0, 1, 2, 4, 5]
+    assert [again.next() for _ in range(3)] == [6, 7, 8]
+    assert {number: again.records.rows[number] for number in left} == left
+    assert again.sweep.next_job() == DONE
+
+
+def test_a_limit_that_nothing_fits_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tune asks for another trial ten times a second while the last ones train."""
+    sizes = iter([1.0])
+    monkeypatch.setattr(sweep, "parameters_m", lambda config, labels: next(sizes, 2.0))
+    play = Play(tmp_path)
+    play.sweep.limit_m = 1.0
+    first = play.next()
+    assert [play.sweep.next_job() for _ in range(3)] == [None] * 3
+    assert "were refused" not in capsys.readouterr().out
+    play.evaluate(first)
+    assert play.sweep.next_job() == DONE
+    assert "2 M parameters, more than 1 M. The sweep ends with 1 trials" in capsys.readouterr().out
+
+
+def test_a_bad_node_among_many_good_ones_burns_no_trial(tmp_path: Path) -> None:
+    """It fails one trial after the other, and between any two of them some trial of another node is evaluated."""
+    play = Play(tmp_path, trials=30, slots=6)
+    good = [play.next() for _ in range(5)]
+    lost: list[int] = []
+    while not play.sweep.has_given_up():
+        lost.append(play.next())
+        for _ in range(4):
+            play.sweep.heard(lost[-1], {"broken": DENIED}, False)
+        play.sweep.lost(lost[-1])
+        play.evaluate(good[0], 0.1 * len(lost))
+    assert len(lost) == 5
+    assert play.states_on_disk() == ["running"] * 10
+    with pytest.raises(QskdError, match="5 trials failed, 5 by faults of their machines"):
+        play.sweep.settle()
+    few = Play(tmp_path / "few", trials=2)
+    good, bad = [few.next()], few.next()
+    few.sweep.heard(bad, {"broken": DENIED}, False)
+    few.sweep.lost(bad)
+    few.evaluate(good[0])
+    few.sweep.settle()  # of a sweep that is at its end it is one trial that failed
+    assert few.states_on_disk() == ["finished", "failed"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny import recipe
 
+from pipelines.run.history import add_trial_report
 from pipelines.tuning.records import Records
 from pipelines.tuning.report.results import best_row
 from pipelines.tuning.tracking import SweepTracking
@@ -61,3 +62,19 @@ def test_best_ap_of_a_trial_ends_as_the_ap_that_the_winner_is_chosen_by(heard: i
         assert run.kept.get("best/AP", []) == [ap for ap in so_far if ap >= 0]
     assert best_row(records.in_order()) == records.rows[0]  # though by the last value of val/AP it would be trial 1
     assert [tracking.trials[n].kept["best/AP"][-1] for n in (0, 1)] == [0.40, 0.38]  # type: ignore[attr-defined]
+
+
+def test_a_trial_of_another_batch_size_is_caught_up_with_at_its_own_steps(tmp_path: Path) -> None:
+    """The recipe's epoch has five steps, the trial's ten: MLflow lacks the second of two evaluations."""
+    records = Records(recipe(None, "name=sweep", f"output={tmp_path}"))
+    tracking = SweepTracking(Run(), 5, records)  # type: ignore[arg-type]
+    row = records.put(TrialRow(0, "running", curve=((1.0, 0.2), (2.0, 0.3))))
+    for step, ap in ((10, 0.2), (20, 0.3), (30, 0.4)):  # the last was not heard of
+        losses = [(step, {"loss/total": 1.0})]
+        add_trial_report(records.trial_folder(0), step, step // 10, {"AP": ap, "AP50": 2 * ap}, losses)
+    run = tracking.trials[0] = Run(10)  # type: ignore[assignment]
+    tracking._catch_up(row)
+    assert {name: values for name, values in run.kept.items() if name != "epoch"} == {
+        **{"val/AP": [0.3], "val/AP50": [0.6], "best/AP": [0.3], "loss/total": [1.0]}
+    }
+    assert list((tmp_path / "sweep/trials/0000/rows").iterdir()) == [tmp_path / "sweep/trials/0000/rows/000000020.json"]

@@ -15,7 +15,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 from sweeps import config, make_work, work  # noqa: F401  (fixtures)
 
-from pipelines.run.folder import Folder
+from pipelines.run.folder import TRIAL, Folder
 from pipelines.tuning.trial import run
 from pipelines.tuning.trial.job import Job
 from pipelines.tuning.trial.run import run_trial
@@ -44,6 +44,7 @@ def train(one: Config, killed_after: int = 0, **fields: Any) -> list[float]:
         if killed_after and len(heard) == killed_after:
             raise Killed
 
+    Folder(one).write(TRIAL, "{}")  # the driver's
     job = Job(int(one.name), to_tree(one), **fields)
     try:
         run_trial(Job.from_json(job.to_json()), send)
@@ -139,6 +140,17 @@ def test_a_store_that_gives_up_or_refuses_is_a_fault_of_the_machine(monkeypatch:
         load_manifest("/no/such/shards")
     assert outcome(gave_up.value, monkeypatch)[1]
     assert outcome(missing.value, monkeypatch)[1]
+
+
+def test_a_trial_on_a_node_without_the_drivers_folder_leaves_nothing_there(work: Path) -> None:
+    """What it would leave on that node's own disk is no part of the sweep. Another node may have the folder."""
+    one = config(work, "'0007'", f"output={work}/elsewhere/trials", "teacher.cache.path=")
+    said: list[dict[str, Any]] = []
+    with pytest.raises(QskdError, match="the driver's folder is not there"):
+        run_trial(Job(7, to_tree(one)), said.append)
+    assert ["broken" in each for each in said] == [True]
+    assert "a path on a disk that all nodes share" in said[0]["broken"]
+    assert not (work / "elsewhere").exists()
 
 
 def test_a_trial_whose_gpu_is_gone_does_not_begin_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from test_search_spaces import own_space
 from test_unlabeled_shards import draw, shards
 from tiny import recipe, silent_student
 
+from pipelines.tuning import driver
 from pipelines.tuning.calibration import Calibration, calibrate
-from pipelines.tuning.driver import plan_without_cache, with_effective_epochs
+from pipelines.tuning.driver import TuneRequest, plan_without_cache, with_effective_epochs
 from pipelines.tuning.plan import TunePlan, halving_epochs, make_tune_plan
 from pipelines.tuning.search.request import Search, SearchRequest, check_request
 from qskd.config import Config, StudentConfig
@@ -288,3 +290,64 @@ def test_a_calibration_without_data_or_distillation_says_what_is_missing(work: P
         calibrate(recipe())
     with pytest.raises(QskdError, match=r"distillation\.method: none"):
         calibrate(sweep_config(work, "distillation.method=none"))
+
+
+def test_choices_that_change_are_refused_before_the_search_that_cannot_bear_them(tmp_path: Path) -> None:
+    """Optuna's TPE raises an error, in the middle of the sweep, and again whenever it goes on."""
+    (tmp_path / "heads.py").write_text(
+        "FIELDS = ('student.heads', 'student.width')\n"
+        "def recipe_point(config):\n    return {'width': 32, 'heads': 4}\n"
+        "def suggest(trial, config):\n"
+        "    width = trial.suggest_categorical('width', (32, 48))\n"
+        "    heads = trial.suggest_categorical('heads', (2, 4) if width == 32 else (2, 4, 8))\n"
+        "    return {'student.width': width, 'student.heads': heads}\n"
+    )
+    config = recipe(None, "training.epochs=9")
+    with pytest.raises(QskdError, match=r"other choices at one time than at another: heads\.heads") as told:
+        check_request(request(str(tmp_path / "heads.py")), config)
+    assert "--algorithm random" in told.value.remedy
+    assert check_request(request(str(tmp_path / "heads.py"), algorithm="random"), config).algorithm == "random"
+
+
+@pytest.mark.parametrize("field", ["training.batch_size", "training.epochs"])
+def test_a_population_refuses_what_would_give_its_members_steps_of_their_own(field: str, tmp_path: Path) -> None:
+    name = field.rpartition(".")[2]
+    (tmp_path / "length.py").write_text(
+        f"FIELDS = ('{field}',)\nMAY_CHANGE_WHILE_TRAINING = True\n"
+        f"def recipe_point(config):\n    return {{'n': config.training.{name}}}\n"
+        f"def suggest(trial, config):\n    return {{'{field}': trial.suggest_int('n', 1, 64)}}\n"
+    )
+    with pytest.raises(QskdError, match=f"--algorithm pbt: {field} would give members"):
+        check_request(request(str(tmp_path / "length.py"), algorithm="pbt"), epochs(9))
+    assert check_request(request(str(tmp_path / "length.py")), epochs(9)).algorithm == "tpe"
+
+
+def test_a_wrong_limit_on_parameters_is_told_before_anything_is_made(work: Path, tmp_path: Path) -> None:
+    config = sweep_config(work, f"output={tmp_path}", "name=s", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    asked = TuneRequest(request("student_architecture"), at_most_parameters="0.1 M")
+    for run in (driver.run, driver.foresee):
+        with pytest.raises(QskdError, match=r"--at-most-parameters: 0\.1 M"):
+            run(config, asked)
+    assert not (tmp_path / "s").exists()  # the same command, corrected, is no other sweep
+
+
+def test_the_recipe_is_timed_on_what_its_trials_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials' latencies are ratios, times this. A head without one asks a node with a GPU; trials of several workers hold none."""
+    asked: list[tuple[str, Any]] = []
+
+    def remote(**options: Any) -> Any:
+        return lambda function: SimpleNamespace(remote=lambda *_: asked.append((function.__name__, options)) or 8.0)
+
+    monkeypatch.setattr("ray.remote", remote)
+    monkeypatch.setattr("ray.get", lambda found: found)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(driver, "recipe_latency_ms", lambda config, labels, device: asked.append(("here", device.type)))
+    for here, workers, expected in (
+        ("cpu", 1, ("recipe_latency_there", {"num_gpus": 1})),
+        ("cuda", 1, ("here", "cuda")),
+        ("cuda", 2, ("here", "cpu")),
+        ("cpu", 2, ("here", "cpu")),
+    ):
+        monkeypatch.setattr("pipelines.cluster.devices.device_here", lambda config, here=here: torch.device(here))
+        driver._time_recipe(load(None, [f"compute.workers={workers}"]), ("a",))
+        assert asked[-1] == expected

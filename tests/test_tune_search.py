@@ -298,6 +298,31 @@ def test_the_worst_take_over_the_best_and_move_each_parameter_within_its_range()
     assert succession(search, 0, 0, 1, rows) != succession(search, 0, 0, 2, rows)
 
 
+def test_a_member_that_takes_over_another_choice_answers_what_comes_with_it(tmp_path: Path) -> None:
+    """Choices may be numbers, and may bring questions of their own, which the donor was not asked."""
+    (tmp_path / "own.py").write_text(
+        "FIELDS = ('training.ema_decay', 'training.learning_rate')\nMAY_CHANGE_WHILE_TRAINING = True\n"
+        "def recipe_point(config):\n    return {'scale': 1, 'average': False}\n"
+        "def suggest(trial, config):\n"
+        "    rate = config.training.learning_rate * trial.suggest_categorical('scale', (1, 2, 4))\n"
+        "    found = {'training.learning_rate': rate, 'training.ema_decay': 0.0}\n"
+        "    if trial.suggest_categorical('average', (False, True)):\n"
+        "        found['training.ema_decay'] = trial.suggest_float('decay', 0.9, 0.999)\n"
+        "    return found\n"
+    )
+    search = search_of(str(tmp_path / "own.py"), trials=8, algorithm="pbt")
+    rows = population_rows(search, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 1.0)
+    averaged = set()
+    for generation in range(1, 40):
+        for number in (0, 1):
+            found = succession(search, 0, number, generation, rows)
+            assert found.parameters["own.scale"] in (1, 2, 4)
+            assert ("own.decay" in found.parameters) == found.parameters["own.average"]
+            assert found.overrides == search.space.overrides(found.parameters)
+            averaged.add(found.parameters["own.average"])
+    assert averaged == {False, True}
+
+
 def test_a_generation_begins_when_all_have_ended_the_one_before() -> None:
     search = search_of("loss_weights", trials=4, algorithm="pbt")
     population = Population(search, nine_epochs(), total_steps=90, steps_per_epoch=10)
@@ -377,6 +402,11 @@ def test_another_request_or_a_training_of_the_name_is_refused(tmp_path: Path) ->
     assert records.settle(more) == {"recipe_latency_ms": 3.0}
     with pytest.raises(QskdError, match="algorithm was 'tpe', is 'random'"):
         records.settle(TuneRequest(SearchRequest(("loss_weights",), algorithm="random")).settled(["loss_weights"]))
+    mine = Records(sweep_config(tmp_path, "name=mine"))  # each job has a copy of the working folder
+    mine.settle(TuneRequest(SearchRequest(("own.py",))).settled(["loss_weights", "/tmp/ray/_ray_pkg_1/own.py"]))
+    mine.settle(TuneRequest(SearchRequest(("own.py",))).settled(["loss_weights", "/tmp/ray/_ray_pkg_2/own.py"]))
+    with pytest.raises(QskdError, match="spaces was"):
+        mine.settle(TuneRequest(SearchRequest(("own.py",))).settled(["loss_weights", "/tmp/ray/_ray_pkg_2/other.py"]))
     population = Records(sweep_config(tmp_path, "name=population"))
     population.settle(
         TuneRequest(SearchRequest(("loss_weights",), trials=4, algorithm="pbt")).settled(["loss_weights"])

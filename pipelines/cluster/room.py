@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,12 +26,15 @@ def may_be_preempted(config: Config) -> bool:
 
 
 def node_resources() -> list[dict[str, float]]:
-    """What each living node has, by Ray's names. On a machine that `start_ray` took alone, "CPU" is its real cores."""
+    """What each living node has, by Ray's names. On a machine that `start_ray` took alone, "CPU" is its real cores, of a container
+    or of a batch system's job its share."""
     import ray
+
+    from qskd.datasets.packing import cores
 
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1 and not joined():
-        nodes[0]["CPU"] = min(nodes[0].get("CPU", 0.0), float(os.cpu_count() or 1))
+        nodes[0]["CPU"] = min(nodes[0].get("CPU", 0.0), float(cores()))
     return nodes
 
 

@@ -35,6 +35,8 @@ def start_ray(ask_of_logins: bool = True) -> None:
     ask_of_logins: warn of those that the cluster joined does not have."""
     import ray
 
+    from qskd.datasets.packing import cores
+
     give_back_memory()
     if ray.is_initialized():
         return
@@ -55,16 +57,15 @@ def start_ray(ask_of_logins: bool = True) -> None:
     choose_loopback()
     make_token()
     # No runtime_env: processes inherit this one's variables, and with one Ray would start none ahead (seconds each).
-    cores = os.cpu_count() or 1
     # "local": Ray would else look for a cluster on this machine, and take one that was ended badly for it.
     try:
         with sigterm_kept():
-            ray.init(address="local", num_cpus=max(cores, LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
+            ray.init(address="local", num_cpus=max(cores(), LOGICAL_CPUS_MIN), include_dashboard=VERBOSE, **quiet)
     except Exception as error:  # a plain Exception is among what Ray raises
         raise QskdError(
             "Ray on this machine",
             f"did not start: {one_line(str(error))[:500]}",
-            f"a local Ray with room for its processes ({cores} core(s) here, load {os.getloadavg()[0]:.1f})",
+            f"a local Ray with room for its processes ({cores()} core(s) here, load {os.getloadavg()[0]:.1f})",
             "try again when the machine is less busy; `qskd doctor` says what is missing; QSKD_VERBOSE=1 shows what Ray says",
         ) from error
 

@@ -8,6 +8,7 @@ one starts from the teacher's layers: the other stands for having no teacher at 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -79,18 +80,20 @@ def make_data(folder: Path) -> None:
 def recipe(folder: Path, name: str) -> ResolvedConfig:
     """The configuration of the student that is called `name` in VERBS."""
     verb = VERBS[name]
-    overrides = [
-        f"name={name}",
-        f"output={folder}",
-        f"data.train={folder}/data/train",
-        f"data.val={folder}/data/val",
-        f"student.backbone.init={BACKBONE}",
-        f"teacher.path={TEACHER}",
-        f"teacher.cache.path={folder}/data/train.teacher",
-        f"tracking.uri={sqlite_uri(f'{folder}/mlflow.db')}",
-        "tracking.experiment=quickstart",
-        *(["student.inherit=false"] if verb == "train" else []),
-    ]
+    where = {
+        "name": name,
+        "output": folder,
+        "data.train": f"{folder}/data/train",
+        "data.val": f"{folder}/data/val",
+        "student.backbone.init": BACKBONE,
+        "teacher.path": TEACHER,
+        "teacher.cache.path": f"{folder}/data/train.teacher",
+        "tracking.uri": sqlite_uri(f"{folder}/mlflow.db"),
+        "tracking.experiment": "quickstart",
+    }
+    # In quotation marks: an override is YAML, to which " #" in a path begins a comment.
+    overrides = [f"{field}={json.dumps(str(value), ensure_ascii=False)}" for field, value in where.items()]
+    overrides += ["student.inherit=false"] if verb == "train" else []
     return resolve(load(RECIPE, overrides), verb)
 
 

@@ -44,7 +44,7 @@ from qskd.detectors import Detector, Preprocessing
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.quantization.files import FILE
-from qskd.redaction import redacted_uri
+from qskd.redaction import redacted_uri, without_home
 from qskd.storage.places import relation_of
 from qskd.storage.scratch import scratch_folder
 
@@ -250,8 +250,7 @@ def _counted(pictures: Iterable[Pictures], at: Callable[[int], object]) -> Itera
 
 def _named(given: Sequence[str]) -> str:
     """As a public card may name places: without what comes before the working folder or the home, or a password."""
-    said = ", ".join(map(redacted_uri, given))
-    return said.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
+    return without_home(", ".join(map(redacted_uri, given)))
 
 
 def time_variants(

@@ -24,6 +24,7 @@ from qskd.detectors import Detector, load_detector
 from qskd.detectors.cost import busy_note
 from qskd.errors import QskdError
 from qskd.evaluation.forgetting import mean_of
+from qskd.redaction import without_home
 from qskd.storage.places import open_folder
 from qskd.teacher.identity import teacher_preprocessing
 from qskd.teacher.several.members import Member, members_of, paths_of, teachers_named
@@ -35,15 +36,10 @@ ROUNDS, TIMING_LIMIT_S = 10, 10.0
 PRIVATE = ("card", "output", "tracking")  # a server's address may hold a password
 
 
-def _here(text: str) -> str:
-    """Paths as seen from the working folder or the home, which a public card has no business naming."""
-    return text.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
-
-
 def recipe_of(config: Config) -> str:
     """What differs from the defaults, as YAML."""
     told = {key: value for key, value in changes(config).items() if key not in PRIVATE}
-    return _here(yaml.safe_dump(told, sort_keys=False, width=110))
+    return without_home(yaml.safe_dump(told, sort_keys=False, width=110))
 
 
 def baseline_metrics(folder: str) -> dict[str, float]:
@@ -117,13 +113,13 @@ def card_of_run(
     """student: its folder. metrics: of the last evaluation."""
     measured: dict[str, tuple[Detector, Mapping[str, float]]] = {}
     sizes: dict[str, ResizeConfig] = {}
-    teacher = _here(teachers_named(config))
+    teacher = without_home(teachers_named(config))
     if verb == "distill" and config.distillation.method != "none" and not is_results(config.teacher.path):
         members = members_of(config, train.labels)
         for each in members:
             own = len(each.classes(train.labels))
             of = "" if len(members) == 1 else f" of {own} {'class' if own == 1 else 'classes'}"
-            name = f"teacher{of}, `{_here(each.path)}`"
+            name = f"teacher{of}, `{without_home(each.path)}`"
             found = teacher_metrics(config, each if of else None)
             measured[name] = (load_detector(each.path, words=each.words), found)
             sizes[name] = teacher_preprocessing(config).resize

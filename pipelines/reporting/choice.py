@@ -77,9 +77,12 @@ def details_of(
         config.data.val,
         config.student.resize,
         class_map_for({}, train, val),
+        # As the training evaluated it: its AP is the run's, and its batches fit into the memory there.
+        batch_size=max(1, (compute.evaluation_batch_size or config.training.batch_size) // compute.workers),
         workers=compute.workers,
         threads=compute.threads_per_worker or 1,
         device=compute.device,
+        precision=compute.evaluation_precision,
     )
     folder.write(DETAILS, found.to_json())
     return found

@@ -21,6 +21,7 @@ from pipelines.tracking.model import log_student
 from pipelines.tracking.tracker import Tracker
 from qskd.config import Config
 from qskd.datasets.manifest import Manifest
+from qskd.datasets.samples import Sample
 from qskd.datasets.shards import ShardReader
 from qskd.datasets.splits import labels_of_categories
 from qskd.datasets.unlabeled.joined import training_manifest
@@ -52,8 +53,7 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
     detectors = initial_student(config, labels, device, teacher)
     detectors[AFTER] = as_dataset_detector(*student, labels, device, str(student_folder))
     reader, shown, index = ShardReader(config.data.val), dict[int, Explanation](), labels_of_categories(train, val)
-    samples = [s for s in reader.read(0, range(min(32, val.shards[0].rows))) if len(s.category_ids)][:SAMPLES]
-    for sample in samples:
+    for sample in first_with_objects(reader):
         if shown and time.perf_counter() - started > PATIENCE_S:
             log.warning(
                 "%s: pictures of %d images instead of %d: they take long here", config.name, len(shown), SAMPLES
@@ -63,6 +63,18 @@ def explanations(config: Config, val: Manifest, student_folder: Path) -> tuple[d
         subject = subject_of_sample(sample, name, index, View.IDENTITY)
         shown[sample.image_id] = explain(subject, config, labels, teacher, detectors)
     return shown, about(config, teacher)
+
+
+def first_with_objects(reader: ShardReader) -> list[Sample]:
+    """Backgrounds may come first, thousands of them: no picture is read to find that out."""
+    found: list[Sample] = []
+    for shard, stored in enumerate(reader.manifest.shards):
+        listed = reader.read(shard, range(stored.rows), ["category_ids"])
+        rows = [row for row, sample in enumerate(listed) if len(sample.category_ids)]
+        found += reader.read(shard, rows[: SAMPLES - len(found)])
+        if len(found) == SAMPLES:
+            break
+    return found
 
 
 def samples_grid(shown: list[Explanation]) -> np.ndarray:

@@ -145,9 +145,11 @@ def check_same_data(folder: Folder, data: Mapping[str, str]) -> None:
 def check_is_the_drivers(folder: Folder) -> None:
     """For a worker, which may be on another node: QskdError where its folder is not the one that the driver has marked."""
     if not (folder.exists(MARK) or folder.exists(TRIAL)):
-        raise QskdError(
+        error = QskdError(
             folder.path,
             f"on {socket.gethostname()} the driver's folder is not there",
             "a folder that all nodes see",
             "--set output=s3://BUCKET/runs, or a path on a disk that all nodes share",
         )
+        error.of_machine = True  # another node may see it
+        raise error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from qskd.checks import directions_asked
 from qskd.config import Config
 from qskd.datasets.batch import parts_of, train_batch
 from qskd.datasets.manifest import Manifest
+from qskd.datasets.packing import cores
 from qskd.detectors import Detector
 from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
@@ -134,9 +134,9 @@ class Estimate:
     def describe(self, plan: Plan) -> str:
         """Whole sentences; what was assumed is in the second line."""
         schedule, compute = plan.stream.schedule, plan.config.compute
-        workers, cores = compute.workers, os.cpu_count() or 1
-        crowd = max(1.0, workers * self.threads / cores) if self.device == "cpu" and not joined() else 1.0
-        readers = readers_each(compute, self.device == "cuda", cores)
+        workers, own = compute.workers, cores()
+        crowd = max(1.0, workers * self.threads / own) if self.device == "cpu" and not joined() else 1.0
+        readers = readers_each(compute, self.device == "cuda", own)
         step_s = max(self.step_s * crowd, self.read_s / readers)
         image_s = max(self.evaluate_image_s * crowd, self.read_s / max(1, self.images) / readers) / workers
         evaluations = sum(map(schedule.evaluates_after, range(schedule.epochs_begun)))
@@ -157,7 +157,7 @@ class Estimate:
                 "to be as fast at the same time, and what they send each other comes on top"
             )
         if crowd > 1:
-            lines.append(f"  {crowd:.3g} times as long as tried: {workers} workers share {cores} cores")
+            lines.append(f"  {crowd:.3g} times as long as tried: {workers} workers share {own} cores")
         return "\n".join(lines)
 
 

@@ -29,11 +29,11 @@ from pipelines.tuning.records import ENDED, Records, check_no_training
 from pipelines.tuning.search.request import SearchRequest, check_request
 from pipelines.tuning.sweep import Sweep, is_done
 from pipelines.tuning.tracking import SweepTracking
-from pipelines.tuning.trial.costs import parameters_m, recipe_latency_ms
+from pipelines.tuning.trial.costs import parameters_m, recipe_latency_ms, recipe_latency_there
 from pipelines.tuning.watch import SweepWatch
 from qskd.checks import check_objects
 from qskd.config import Config
-from qskd.config.recipe import replace_fields, to_yaml
+from qskd.config.recipe import replace_fields, to_tree, to_yaml
 from qskd.errors import QskdError
 from qskd.storage.scratch import scratch_folder
 from qskd.teacher.manifest import load_cache_manifest
@@ -113,6 +113,8 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
     short = trial_recipe(config, request)
     plan = plan_without_cache(short)
     search = check_request(request.search, with_effective_epochs(short, plan))
+    # Before anything is written down, or made: the cache may take hours.
+    limit = parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
     cached = bool(short.teacher.cache.path)
     folder = Folder(config)
     check_address()
@@ -139,13 +141,11 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
             tracking.settle(config.name)
             return finish(config, search.describe(), records, tracker)
         known_cache = _make_cache(short, cached)
-        limit = parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
         if "recipe_latency_ms" not in facts:
-            from pipelines.cluster.devices import device_here
             from pipelines.cluster.start import give_back_memory
 
             stage("measuring the recipe's latency")
-            facts["recipe_latency_ms"] = recipe_latency_ms(short, plan.train.labels, device_here(short))
+            facts["recipe_latency_ms"] = _time_recipe(short, plan.train.labels)
             give_back_memory()
             records.note(**facts)
         sweep = Sweep(
@@ -201,6 +201,24 @@ def _make_cache(config: ResolvedConfig, cached: bool) -> str:
     make_plan(config, "distill")  # checks that the cache is enough for the recipe
     manifest = load_cache_manifest(config.teacher.cache.path)
     return manifest.fingerprint if manifest else ""
+
+
+def _time_recipe(config: Config, labels: Sequence[str]) -> float:
+    """On what the trials' own processes have, whose latencies are ratios of this: a GPU, but where workers of theirs hold the GPUs.
+    A cluster's head may have none."""
+    import ray
+    import torch
+
+    from pipelines.cluster import devices
+    from pipelines.cluster.room import check_gpus
+
+    gpu = config.compute.workers == 1 and uses_gpu(config, ray.cluster_resources())
+    device = devices.device_here(config) if gpu else torch.device("cpu")
+    if not gpu or device.type == "cuda":
+        return recipe_latency_ms(config, labels, device)
+    check_gpus(1)
+    task: Any = ray.remote(num_gpus=1)(recipe_latency_there)
+    return float(ray.get(task.remote(to_tree(config), tuple(labels))))
 
 
 def plan_without_cache(config: ResolvedConfig) -> Plan:
@@ -272,6 +290,7 @@ def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:
     short = trial_recipe(config, request)
     plan = plan_without_cache(short)
     search = check_request(request.search, with_effective_epochs(short, plan))
+    parameters_limit(request.at_most_parameters, short, plan.train.labels, search.space)
     students = {to_yaml(short): short}
     if any(field.startswith("student") for field in search.space.fields):  # they cost more or less than the recipe's
         for overrides in search.space.samples(CALIBRATED - 1, short.seed):

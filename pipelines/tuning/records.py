@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import PurePath
 from typing import Any
 
 from pyarrow import fs
@@ -37,6 +38,13 @@ def row_from(tree: Mapping[str, Any]) -> TrialRow:
     known = {field.name for field in fields(TrialRow)}
     tree = {name: value for name, value in tree.items() if name in known}
     return TrialRow(**{**tree, "curve": tuple((float(epochs), float(ap)) for epochs, ap in tree.get("curve", ()))})
+
+
+def _same(name: str, before: Any, now: Any) -> bool:
+    """Whether a sweep was asked for the same. A space's file may have moved: each job of a cluster has a copy of its own."""
+    if name == "spaces" and isinstance(before, list):
+        return [PurePath(each).name for each in before] == [PurePath(each).name for each in now]
+    return bool(before == now)
 
 
 def trial_config(sweep: Config, number: int) -> Config:
@@ -98,6 +106,10 @@ class Records:
         self.refused.append(refusal)
         self.folder.write_record(REFUSED, json.dumps([asdict(each) for each in self.refused], indent=1))
 
+    def next_number(self) -> int:
+        """Of a new trial: after all others. That of one whose folder somebody deleted is not used again: MLflow still has it."""
+        return max(self.rows, default=-1) + 1
+
     def in_order(self) -> list[TrialRow]:
         return [self.rows[number] for number in sorted(self.rows)]
 
@@ -114,7 +126,8 @@ class Records:
         changed = [
             f"{name} was {before.get(name)!r}, is {value!r}"
             for name, value in json.loads(json.dumps(dict(asked))).items()
-            if before.get(name) != value and (name not in FREE_TO_CHANGE or asked.get("algorithm") == "pbt")
+            if not _same(name, before.get(name), value)
+            and (name not in FREE_TO_CHANGE or asked.get("algorithm") == "pbt")
         ]
         if changed:
             raise QskdError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from qskd.evaluation.shown import score_text
 
 DONE: Literal["FINISHED"] = "FINISHED"  # Tune's word for: nothing is left to start
 REFUSALS = 200  # in a row, until the space is taken to have nothing that fits
-FAILURES = 5  # in a row, until what they have in common is taken to be the cause
+FAILURES = 5  # in a row, or as many as are at work, until what they have in common is taken to be the cause
 
 
 class Sweep:
@@ -55,6 +55,7 @@ class Sweep:
         self.exhausted = False
         self.faults: dict[int, str] = {}  # by trial, what its machine said last
         self.faults_in_a_row = 0
+        self.unlucky: set[int] = set()  # trials that failed by their machines' faults
         self.given_up = ""
         self.population = Population(search, config, *steps) if search.algorithm == "pbt" else None
 
@@ -67,7 +68,7 @@ class Sweep:
             return None
         rows = self.records.rows
         while len(rows) < self.search.trials and (self.population or not self._interrupted()):
-            row = self._propose(len(rows))
+            row = self._propose(self.records.next_number())
             self.exhausted = row is None
             if row is None:  # what those at work will have shown may bring another proposal
                 return None if self.live else DONE
@@ -92,9 +93,11 @@ class Sweep:
         while True:
             earlier = [refusal for refusal in self.records.refused if refusal.before == number]
             if len(earlier) >= REFUSALS:
-                print(
-                    f"{REFUSALS} proposals in a row were refused: {earlier[-1].reason}. The sweep ends with {number} trials."
-                )
+                if not self.live:
+                    print(
+                        f"{REFUSALS} proposals in a row were refused: {earlier[-1].reason}. "
+                        f"The sweep ends with {len(self.records.rows)} trials."
+                    )
                 return None
             found = propose(
                 self.search, self.config.seed, number, self.records.in_order(), self.records.refused, len(earlier)
@@ -102,7 +105,8 @@ class Sweep:
             if found is None:
                 if not self.live:
                     print(
-                        f"{REPEATS} proposals in a row were trials already made. The sweep ends with {number} trials."
+                        f"{REPEATS} proposals in a row were trials already made. "
+                        f"The sweep ends with {len(self.records.rows)} trials."
                     )
                 return None
             size: float | None = None
@@ -202,7 +206,7 @@ class Sweep:
             self.tracking.report(number, report)
             self.faults_in_a_row = 0
             if not self.given_up:
-                self._believe()
+                self._believe(but=self.unlucky)
             self._tell(self.records.rows[number], stop)
 
     def _tell(self, row: TrialRow, stop: bool) -> None:
@@ -235,6 +239,8 @@ class Sweep:
         times = self.config.compute.max_failures + 1
         died = f"its process died {times} times; out of memory? (QSKD_VERBOSE=1 shows what Ray says)"
         fault = self.faults.pop(number, "")
+        if fault and self.population is None:  # whose other members go on without it
+            self.unlucky.add(number)
         self._failed(number, f"{fault}\n  tried {times} times" if fault else died)
         self.ask(self.open_trials())
 
@@ -248,18 +254,20 @@ class Sweep:
 
     def _failed(self, number: int, reason: str) -> None:
         """A trial's failure is believed once some trial has been evaluated after it. Until then its cause may be one that all have
-        in common, such as a node without a way to the store, which is free again at once and draws every trial that follows."""
+        in common, such as a node without a way to the store, which is free again at once and draws every trial that follows. Where
+        the machine is to blame, trials of other machines say nothing: that failure is believed at the sweep's end."""
         self.records.hold(replace(self.records.rows[number], state="failed", reason=reason))
         tell(f"trial {number}: failed: {reason.splitlines()[0]}")
         there = self.search.trials
         if self.population is not None:  # no others will be begun
             rows = self.records.rows.values()
             there = sum(row.state != "failed" or row.number in self.records.held for row in rows)
-        if len(self.records.held) >= min(FAILURES, there):
+        # Of a hundred that begin at once the first evaluation is far off, and a few are always too large for their device.
+        if len(self.records.held) >= min(max(FAILURES, len(self.live)), there):
             self.given_up = reason
 
-    def _believe(self) -> None:
-        for number in sorted(self.records.held):
+    def _believe(self, but: Collection[int] = ()) -> None:
+        for number in sorted(self.records.held.difference(but)):
             self.tracking.end(self.records.put(self.records.rows[number]))
 
     def has_given_up(self) -> bool:
@@ -269,8 +277,10 @@ class Sweep:
         """After the last trial, or a signal. QskdError where too many failed in a row: none of those has ended."""
         if self.given_up:
             failed = f"{len(self.records.held)} trials" if self.records.held else f"{self.faults_in_a_row} tries"
+            by_machines = f"failed, {len(self.unlucky)} by faults of their machines"
+            what = by_machines if self.unlucky else "in a row failed, and none was evaluated"
             raise QskdError(
-                f"{self.config.name}: {failed} in a row failed, and none was evaluated",
+                f"{self.config.name}: {failed} {what}",
                 f"the last one: {' '.join(self.given_up.split())}",
                 "trials that can be trained",
                 "mend what they have in common: a node, a disk, a store, credentials (`qskd doctor --cluster` looks at all nodes). "
@@ -287,13 +297,13 @@ def is_done(search: Search, records: Records, seed: int) -> bool:
 
 
 def _all_ended(search: Search, records: Records, seed: int) -> bool:
-    rows = records.rows
+    rows, number = records.rows, records.next_number()
     if not all(row.state in ENDED for row in rows.values()):
         return False
-    refusals = sum(refusal.before == len(rows) for refusal in records.refused)
+    refusals = sum(refusal.before == number for refusal in records.refused)
     if len(rows) >= search.trials or refusals >= REFUSALS:
         return True
-    return propose(search, seed, len(rows), records.in_order(), records.refused, refusals) is None
+    return propose(search, seed, number, records.in_order(), records.refused, refusals) is None
 
 
 def _short(value: Any) -> str:

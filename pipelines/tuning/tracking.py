@@ -61,13 +61,16 @@ class SweepTracking:
         tracker = self.trials[row.number]
         logged, lost = tracker.last_step("val/AP"), tracker.last_step("loss/total")
         history = read_history(self.records.trial_folder(row.number))
-        evaluations = {entry["step"]: entry["evaluation"] for entry in history}
+        evaluated = [entry for entry in history if entry["evaluation"]]
+        known = len(evaluated) >= len(row.curve)  # else somebody deleted a damaged history
         best = -1.0
-        for epochs, ap in row.curve:
-            step, best = round(epochs * self.steps_per_epoch), max(best, ap)
+        for number, (epochs, ap) in enumerate(row.curve):
+            # An epoch of the trial's may have other steps than the recipe's: a space may search training.batch_size.
+            step = evaluated[number]["step"] if known else round(epochs * self.steps_per_epoch)
+            best = max(best, ap)
             if step > logged:
                 rows = [(at, values) for at, values in rows_until(history, step) if at > lost]
-                found = evaluations.get(step) or {"AP": ap}
+                found = evaluated[number]["evaluation"] if known else {"AP": ap}
                 self._log(row.number, step, epochs, found, best, rows, replace=False)
 
     def report(self, number: int, report: Mapping[str, Any]) -> None:

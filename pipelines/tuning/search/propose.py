@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines.tuning.records import Refusal
 from pipelines.tuning.search.request import Search
 from pipelines.tuning.trial.row import TrialRow
-from search_spaces import OVERRIDES, RandomTrial
+from search_spaces import OVERRIDES, RandomTrial, Range
 
 REPEATS = 64  # proposals in a row of trials that there are, before the search is over
 INSISTS = 16  # of them by TPE, which may insist on what is best; the rest at random
@@ -179,15 +179,27 @@ def succession(search: Search, seed: int, number: int, generation: int, scores: 
     drawn = RandomTrial(((seed * 1_000_003 + number) * 1_009 + generation) * 31)
     donor = ranked[drawn.random.randrange(count)]
     search.space(drawn)  # what a draw anew would give
-    moved = {}
-    for name, value in scores[donor].parameters.items():
-        anew = drawn.answers.get(name, value)
-        if isinstance(value, (bool, str)):
-            moved[name] = anew if drawn.random.random() < RESAMPLE else value
-        elif drawn.random.random() < RESAMPLE:
-            moved[name] = anew
-        else:
-            moved[name] = value * drawn.random.choice(FACTORS)
-    ranges = search.space.ranges
-    parameters = {name: ranges[name].nearest(value) if name in ranges else value for name, value in moved.items()}
-    return Succession(parameters, search.space.overrides(parameters, clip=True), donor)
+    moved = _Moved(drawn, scores[donor].parameters)
+    overrides = search.space(moved)[OVERRIDES]
+    return Succession(moved.answers, overrides, donor)
+
+
+class _Moved(RandomTrial):
+    """Answers as the donor did, a little away from it. What the donor was not asked, or may not say here, is drawn anew: another
+    choice may bring other questions."""
+
+    def __init__(self, drawn: RandomTrial, donor: Mapping[str, Any]) -> None:
+        self.random, self.anew, self.donor = drawn.random, drawn.answers, donor
+        self.answers = {}
+
+    def answer(self, name: str, range_: Range) -> Any:
+        found = self.donor.get(name, self.anew.get(name))
+        if name in self.donor:
+            if self.random.random() < RESAMPLE:
+                found = self.anew.get(name, found)
+            elif range_.kind != "categorical":
+                found *= self.random.choice(FACTORS)
+        if found is not None:
+            found = range_.nearest(found)
+        self.answers[name] = found if range_.holds(found) else self._draw(range_)
+        return self.answers[name]

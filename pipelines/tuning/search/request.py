@@ -14,6 +14,14 @@ Algorithm = Literal["tpe", "random", "pbt"]
 Mode = Literal["max", "min"]
 MODES: Mapping[str, Mode] = {"AP": "max", "latency_ms": "min", "parameters_m": "min", "size_mb": "min"}
 COSTS = tuple(name for name, mode in MODES.items() if mode == "min")
+# What says how many steps an epoch has, and a training: members of a population have these in common.
+OF_THE_LENGTH = (
+    "data",
+    "training.epochs",
+    "training.max_steps",
+    "training.batch_size",
+    "training.evaluate_every_epochs",
+)
 REDUCTION = 3  # of so many trials at a rung, one goes on
 
 
@@ -68,6 +76,10 @@ def check_request(request: SearchRequest, config: Config) -> Search:
         raise QskdError("--trials", str(request.trials), f"{least} or more" + (", a population" if least > 1 else ""))
     _check_objectives(request.objectives)
     space = SearchSpace(request.spaces, config)
+    if request.algorithm == "tpe" and space.changing_choices:  # Optuna would refuse them, in the middle of the sweep
+        found = f"offers other choices at one time than at another: {', '.join(space.changing_choices)}"
+        remedy = "give the parameter another name where its choices are others, or use --algorithm random"
+        raise QskdError("--algorithm tpe", found, "the same choices whenever a parameter is asked for", remedy)
     if len(request.objectives) > 1:
         _check_cost_varies(request, space)
     if request.algorithm == "pbt":
@@ -116,6 +128,9 @@ def _check_population(request: SearchRequest, space: SearchSpace, config: Config
             "spaces that can bear it: loss_weights",
             f"leave out --space {' --space '.join(each.source for each in refused)}, or use --algorithm tpe",
         )
+    if lengths := space.sets(OF_THE_LENGTH):  # a member goes on at the step that another came to
+        found = f"{', '.join(lengths)} would give members steps and epochs of their own"
+        raise QskdError(where, found, "members that train alike long", "leave the field out, or use --algorithm tpe")
     if config.compute.workers > 1:  # a generation ends, and weights are taken over, inside a trial's own process
         found = f"compute.workers = {config.compute.workers}"
         raise QskdError(where, found, "one worker a member", "--set compute.workers=1, or --algorithm tpe")

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from pipelines.cluster.devices import check_own_gpu, device_here
 from qskd.config import Config
+from qskd.config.recipe import build
 from qskd.detectors import Detector, build_student
 from qskd.detectors.cost import gflops, latency_ms, parameters
 from qskd.quantization.size import megabytes
@@ -36,6 +38,13 @@ def recipe_latency_ms(config: Config, labels: Sequence[str], device: torch.devic
     call, _, _ = _call(config, labels, device)
     with _one_thread(device):
         return _quartile(_in_turn([call], device)[0])
+
+
+def recipe_latency_there(tree: dict[str, Any], labels: Sequence[str]) -> float:
+    """The same, for a task of Ray's on another node."""
+    check_own_gpu()
+    config = build(tree)
+    return recipe_latency_ms(config, labels, device_here(config))
 
 
 def costs(

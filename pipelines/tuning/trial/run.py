@@ -15,6 +15,7 @@ import torch
 from pipelines.cluster.devices import check_own_gpu, device_here
 from pipelines.cluster.start import give_back_memory
 from pipelines.run.folder import Folder
+from pipelines.run.guards import check_is_the_drivers
 from pipelines.run.history import read_history, rows_until
 from pipelines.run.resolve import ResolvedConfig
 from pipelines.training.plan import make_plan
@@ -53,13 +54,14 @@ def run_trial(job: Job, send: Send) -> None:
         check_own_gpu()
         config = ResolvedConfig(build(job.config))
         plan = make_plan(config, "distill", known_cache=job.known_cache)
+        folder = Folder(config)
+        check_is_the_drivers(folder)
         if config.compute.threads_per_worker:
             torch.set_num_threads(config.compute.threads_per_worker)
         if job.recipe is not None:
             recipe = build(job.recipe)
             measured = costs(config, plan.train.labels, device_here(config), recipe, job.recipe_latency_ms)
             send({"costs": measured})
-        folder = Folder(config)
         if config.compute.workers > 1:
             catch_up(folder)
         history = read_history(folder)
