@@ -40,7 +40,12 @@ LONG_BITS = (
     *(f"{short}_{name}" for short in BITS for name in ("after_none", "after_qskd", "none", "qskd")),
     "w4a4_qdetr",
 )
-NEAREST = ("tprd", "tar", "pkd_searched")  # of the other methods, after two epochs
+NEAREST = (
+    "tprd",
+    "tar",
+    "pkd_searched",
+    "whitened_pkd",
+)  # of the other methods, after two epochs, and what joins the nearest
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
@@ -65,7 +70,7 @@ STUDENTS = {
                 *FEW_BITS,
                 "qskd_flips_unlabeled6",
             ),
-            "long": (*LONG, "whitened", "whitened_pkd", *NEAREST, "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
+            "long": (*LONG, "whitened", *NEAREST, "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
             "longest": (*PAIR, *FRESH),
         },
     ),
