@@ -162,7 +162,7 @@ def test_a_sweep_whose_machines_fail_ends_as_a_failure_and_the_same_command_goes
 
     with monkeypatch.context() as patch:
         patch.setattr(Records, "put", blocked)
-        with pytest.raises(QskdError, match="2 trials in a row failed") as told:
+        with pytest.raises(QskdError, match="2 trials failed, 2 by faults of their machines") as told:
             tune.run(one, asked)
     assert str(blocks[1]) in told.value.found
     assert capsys.readouterr().out.count("a fault of its machine: ") == 4  # each trial is tried twice
@@ -209,6 +209,8 @@ def test_a_stopped_trials_process_and_cpus_go_to_the_next(work: Path, cluster: s
     # A trial holds all CPUs there are: the second can only start with those of the first.
     all_cpus = replace_fields(long, {"compute.threads_per_worker": int(ray.cluster_resources()["CPU"])}, "test")
     jobs = [Job(number, to_tree(trial_config(long, number))) for number in range(2)]
+    for number in range(2):
+        Records(long).put(TrialRow(number, "running"))
     conductor = StopAtOnce(jobs, lambda _: True, patience_s=240)
     stop_at_once(all_cpus, conductor, tmp_path)
     (one,), (other,) = conductor.stopped
