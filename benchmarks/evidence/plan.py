@@ -77,7 +77,7 @@ STUDENTS = {
     "scratch": Student(
         "The same student with random layers (its backbone pretrained)",
         ("student.inherit=false",),
-        {"short": (*MAIN, "whitened", "told_onnx", "told_json"), "long": (*MAIN, "whitened")},
+        {"short": (*MAIN, "whitened", "whitened_pkd", "told_onnx", "told_json"), "long": (*MAIN, "whitened")},
     ),
     "whole": Student("A second size: all of the teacher's layers, the small backbone", _WHOLE, {"short": PAIR}),
     "near": Student(
@@ -95,7 +95,10 @@ STUDENTS = {
     "rtdetr": Student(
         "RT-DETR, random layers",
         _RT_DETR,
-        {"short": tuple(each for each in _TRAINING if "no_sides" not in each), "long": _FLIPPED},
+        {
+            "short": (*(each for each in _TRAINING if "no_sides" not in each), "qskd_flips_whitened_pkd"),
+            "long": _FLIPPED,
+        },
     ),
     "maps": Student(
         "RT-DETR, random layers, of an RT-DETR with two maps",

@@ -165,6 +165,11 @@ SEARCHED = {
 METHODS["whitened_pkd"] = Variant(
     "QSKD, the default (whitened), and PKD with weight 30", (_WHITENED, "distillation.also.pkd.weight=30")
 )
+VARIANTS["qskd_flips_whitened_pkd"] = replace(
+    METHODS["whitened_pkd"],
+    title=f"{METHODS['whitened_pkd'].title}, fresh flips",
+    overrides=(_FLIPS, *METHODS["whitened_pkd"].overrides),
+)
 METHODS |= {
     f"{name}_searched": replace(METHODS[name], title=title, overrides=(*METHODS[name].overrides, *fields))
     for name, (title, *fields) in SEARCHED.items()
