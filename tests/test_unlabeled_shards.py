@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.inspection.evaluate import evaluate
+from pipelines.inspection.sources import files_of
 from pipelines.prepare import prepare
 from qskd.datasets.manifest import Manifest, load_manifest
 from qskd.datasets.shards import ShardReader, read_annotations, write_shards
 from qskd.datasets.unlabeled.known import pictures_in
 from qskd.errors import QskdError
+from qskd.storage.ownership import save_picture
 
 
 def draw(folder: Path, count: int, seed: int = 0) -> Path:
@@ -46,6 +48,19 @@ def test_pictures_without_labels_are_said_to_be_so_by_their_manifest_and_by_each
         (False, "below/2.png", 32, 24),
         (False, "below/0.png", 32, 24),
     ]
+
+
+def test_what_qskd_drew_beside_the_pictures_is_none_of_them(tmp_path: Path) -> None:
+    pool = draw(tmp_path / "pool", 1)
+    for name in ("0.boxes.png", "0.explained.png"):
+        save_picture(Image.new("RGB", (9, 9)), pool / name)
+    Image.new("RGB", (9, 9)).save(pool / "theirs.boxes.png")
+    assert shards(pool, tmp_path / "shards").num_images == 2
+    assert [one.file_name for one in ShardReader(str(tmp_path / "shards")).read(0, [0, 1])] == [
+        "0.png",
+        "theirs.boxes.png",
+    ]
+    assert files_of([pool]) == [pool / "0.png", pool / "theirs.boxes.png"]
 
 
 def test_what_is_in_them_is_not_taken_for_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.inspection.videos import is_own_video
 from qskd.errors import QskdError
-from qskd.storage.ownership import is_own_picture
+from qskd.storage.ownership import is_drawing
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
@@ -21,12 +21,12 @@ def is_video(path: Path) -> bool:
 
 
 def _is_own(path: Path) -> bool:
-    return is_own_video(path) if is_video(path) else is_own_picture(path)
+    return path.stem.endswith(DRAWN) and is_own_video(path) if is_video(path) else is_drawing(path)
 
 
 def files_of(given: Sequence[Path]) -> list[Path]:
     """Files as they are given; of folders (not of those inside) and patterns (`**` is any depth) the images and videos, by name.
-    What `qskd predict` drew there itself is left out. QskdError for a folder or pattern with none."""
+    What `qskd predict` and `explain` drew there themselves is left out. QskdError for a folder or pattern with none."""
     found: list[Path] = []
     for path in given:
         if path.is_dir():
@@ -40,7 +40,7 @@ def files_of(given: Sequence[Path]) -> list[Path]:
 
 def _kept(given: Path, inside: Sequence[Path]) -> list[Path]:
     kept = [path for path in inside if path.suffix.lower() in IMAGE_ENDINGS + VIDEO_ENDINGS and path.is_file()]
-    kept = [path for path in kept if not (path.stem.endswith(DRAWN) and _is_own(path))]
+    kept = [path for path in kept if not _is_own(path)]
     if not kept:
         endings = ", ".join(IMAGE_ENDINGS + VIDEO_ENDINGS)
         raise QskdError(str(given), "no images or videos", f"files that end in {endings}", "check the path")

@@ -19,13 +19,15 @@ from qskd.datasets.samples import Category
 from qskd.errors import QskdError
 from qskd.printable import one_line, shown_value
 from qskd.storage.files import sha256_of
+from qskd.storage.ownership import is_drawing
 
 _EXPECTED = "a folder of pictures, or a text file that lists some, one a line"
 _LARGEST_LIST = 2**28  # bytes: some million lines
 
 
 class UnlabeledDataset(ImportedDataset):
-    """All pictures below a folder, or those of a list, whose lines are relative to `root` (the list's own folder, unless given).
+    """All pictures below a folder, but for what qskd drew there, or those of a list, whose lines are relative to `root` (the
+    list's own folder, unless given).
 
     Each picture is read once for what it holds: one that is there twice, or that `known` has (`pictures_in`), is a problem as a
     broken one is: an error, or left out and recorded.
@@ -99,7 +101,7 @@ class UnlabeledDataset(ImportedDataset):
     def _names(self) -> Iterator[tuple[str, str]]:
         """(where it is listed, its path relative to the root) of each picture."""
         if self._path.is_dir():
-            found = pictures_below(self._path)
+            found = [path for path in pictures_below(self._path) if not is_drawing(path)]
             if not found:
                 kinds = f"files that end in {some(sorted(PICTURES), 30)}"
                 raise QskdError(str(self._path), "no picture in this folder", kinds, "check the path")
