@@ -30,7 +30,7 @@ from qskd.errors import QskdError
 from qskd.from_recipe import make_student, teacher_to_ask
 from qskd.pictures.explain import DatasetDetector, Explanation, explain
 from qskd.pictures.explained import explanation_picture, warning_of
-from qskd.storage.ownership import check_picture
+from qskd.storage.ownership import EXPLAINED, check_picture
 from qskd.storage.places import fetched, open_folder
 from qskd.storage.stores import join, patiently
 from qskd.teacher.online import OnlineTeacher
@@ -143,7 +143,7 @@ def targets(images: Sequence[str], out: Path | None, inputs: Sequence[str | Path
 
     def beside(image: str) -> Path:
         path = Path(image)
-        return (path if path.is_file() else Path(path.name)).with_name(f"{path.stem}.explained.png")
+        return (path if path.is_file() else Path(path.name)).with_name(f"{path.stem}{EXPLAINED}.png")
 
     pairs = [(image, out or beside(image)) for image in images]
     check_all_differ(pairs)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipelines.cluster.devices import device_of
 from pipelines.inspection.results import Ids, Prediction, check_results, ids_for, write_results
-from pipelines.inspection.sources import DRAWN, IMAGE_ENDINGS, files_of, is_video
+from pipelines.inspection.sources import IMAGE_ENDINGS, files_of, is_video
 from pipelines.inspection.videos import VideoWriter, check_video, check_video_target, frame_rate, frames
 from qskd.datasets.views import decoded
 from qskd.detectors import Detector, Preprocessing, check_classes, load_detector, read_preprocessing
@@ -28,7 +28,7 @@ from qskd.evaluation.inference import predict_image
 from qskd.pictures.plots import draw_boxes
 from qskd.printable import one_line
 from qskd.quantization.model import notice_of
-from qskd.storage.ownership import check_picture, listed, save_picture
+from qskd.storage.ownership import BOXES, check_picture, listed, save_picture
 from qskd.storage.places import fetched
 
 log = logging.getLogger("qskd")
@@ -71,7 +71,7 @@ def targets(images: Sequence[Path], out: Path | None) -> list[tuple[Path, Path]]
     def target(path: Path) -> Path:
         ending = ".mp4" if is_video(path) else ".png"
         alone = stems[path.parent, path.stem, is_video(path)] == 1  # a.jpg beside a.png: each keeps its whole name
-        drawn = path.with_name(f"{path.stem if alone else path.name}{DRAWN}{ending}")
+        drawn = path.with_name(f"{path.stem if alone else path.name}{BOXES}{ending}")
         if out is None:
             return drawn
         if not folder:

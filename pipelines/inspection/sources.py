@@ -9,11 +9,10 @@ from pathlib import Path
 
 from pipelines.inspection.videos import is_own_video
 from qskd.errors import QskdError
-from qskd.storage.ownership import is_drawing
+from qskd.storage.ownership import BOXES, is_drawing
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
-DRAWN = ".boxes"  # before the ending of what we draw beside an input
 
 
 def is_video(path: Path) -> bool:
@@ -21,7 +20,7 @@ def is_video(path: Path) -> bool:
 
 
 def _is_own(path: Path) -> bool:
-    return path.stem.endswith(DRAWN) and is_own_video(path) if is_video(path) else is_drawing(path)
+    return path.stem.endswith(BOXES) and is_own_video(path) if is_video(path) else is_drawing(path)
 
 
 def files_of(given: Sequence[Path]) -> list[Path]:

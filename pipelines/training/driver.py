@@ -202,7 +202,9 @@ def fit(plan: Plan, tracker: Tracker, folder: Folder) -> Any:
         try:
             return trainer.fit()
         except Exception as error:
-            raise told_by_a_worker(error) or error from None
+            if (told := told_by_a_worker(error)) is not None:
+                raise told from None
+            raise
 
 
 def told_by_a_worker(error: BaseException) -> QskdError | None:

@@ -29,7 +29,7 @@ STUDENT_FILE = re.compile(
 DETECTOR_FILE = re.compile(
     rf"{STUDENT_FILE.pattern}|model(?:\.float16|\.int8)?\.onnx|openvino_model(?:\.int8)?\.(?:xml|bin)|detect\.py"
 )
-DRAWN = (".boxes", ".explained")  # what the stems of drawings end in: of `qskd predict` and `qskd explain`
+BOXES, EXPLAINED = ".boxes", ".explained"  # what the stems of drawings end in: of `qskd predict` and `qskd explain`
 SHOWN = 5  # names that a message lists
 _SOFTWARE = 0x0131  # EXIF: the program that made a picture
 
@@ -102,7 +102,7 @@ def is_own_picture(path: Path) -> bool:
 
 def is_drawing(path: Path) -> bool:
     """Whether it is what `qskd predict` or `qskd explain` drew beside a picture: no picture of a user's."""
-    return path.stem.endswith(DRAWN) and is_own_picture(path)
+    return path.stem.endswith((BOXES, EXPLAINED)) and is_own_picture(path)
 
 
 def check_picture(target: Path, inputs: Iterable[str | Path]) -> None:
