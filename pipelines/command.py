@@ -68,7 +68,9 @@ AllFields = Annotated[
         "--all-fields", help="With --dry-run: print every field of the recipe, not only what is not the default."
     ),
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Delete what OUTPUT/NAME holds and begin afresh; without it a run goes on.")
+]
 Model = Annotated[str, typer.Argument(help="Hub name, folder or URI of a detector, or of a run.")]
 Classes = Annotated[
     str | None,

@@ -18,7 +18,8 @@ TRIED = 32  # random trials that are built as configurations before a sweep star
 OF_THE_SWEEP = ("name", "output", "tracking", "compute")
 # What a cache of teacher outputs depends on (`qskd.teacher.identity`): one cache serves all trials.
 OF_THE_CACHE = (
-    *("teacher", "data.train", "data.views.seed", "data.views.flip_probability", "data.views.crop_probability"),
+    *("teacher", "data.train", "data.unlabeled", "data.unlabeled_score", "data.completed"),
+    *("data.views.seed", "data.views.flip_probability", "data.views.crop_probability"),
     *("data.views.crop_min_scale", "data.views.min_visible"),
     *("detection.class_cost", "detection.l1_cost", "detection.giou_cost", "detection.focal_alpha"),
 )

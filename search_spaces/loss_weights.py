@@ -61,9 +61,9 @@ def _suggest(trial: Trial, prefix: str, settings: MethodSettings, choices: dict[
         found[field] = float(f"{drawn:.4g}")
     for name, choice in choices.items():
         found |= choice.options[trial.suggest_categorical(f"{prefix}{name}", tuple(choice.options))]
-    # The two together are never more than the whole training, whatever the recipe has.
+    # Warm-up and either decay together are never more than the whole training, whatever the recipe has.
     warmup, decay = settings.warmup, settings.decay
-    longest_warmup = max(warmup, min(LONGEST_WARMUP, 1 - max(LONGEST_DECAY, decay)))
+    longest_warmup = max(warmup, min(LONGEST_WARMUP, 1 - max(LONGEST_DECAY, decay, settings.decay_unlabeled)))
     longest_decay = max(decay, min(LONGEST_DECAY, 1 - longest_warmup))
     for name, longest in (("warmup", longest_warmup), ("decay", longest_decay)):
         found[name] = min(round(trial.suggest_float(f"{prefix}{name}", 0.0, longest), 3), longest)

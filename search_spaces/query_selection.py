@@ -19,6 +19,10 @@ WHY_NOT_WHILE_TRAINING = "PBT moves each number by itself, and can't move a tria
 HIGHEST = 0.95  # a band above it would hold next to nothing
 GAP = 0.05  # the narrowest band
 LEAST_WEIGHT, MOST_WEIGHT = 0.05, 5.0
+NOTHING_READS = (
+    "nothing reads the groups: distillation.features.weight is 0 or features.background 1, and distillation.predictions has "
+    "weights of 0 or pairing: global"
+)
 
 
 def FIELDS(config: Config) -> tuple[str, ...]:
@@ -81,6 +85,14 @@ def _settings(config: Config) -> Settings:
     raise QskdError("search space query_selection", found, "groups by GIoU", "change that, or leave this space out")
 
 
+def _reads_groups(settings: Settings) -> bool:
+    """Whether a loss depends on which queries are kept: else all trials would be the same training."""
+    features, predictions = settings.features, settings.predictions
+    parts = predictions.class_weight, predictions.l1_weight, predictions.giou_weight
+    pairs = predictions.weight > 0 and any(parts) and predictions.pairing != "global"
+    return pairs or (features.weight > 0 and features.background < 1)
+
+
 def _room(config: Config) -> tuple[float, int]:
     """The lowest boundary and the most bands. QskdError where bands of absolute GIoU mean nothing, or have no room."""
     distillation, floor = _settings(config), config.teacher.cache.attention_giou_floor
@@ -88,16 +100,13 @@ def _room(config: Config) -> tuple[float, int]:
     for wrong, found in (
         (selection.relative, "distillation.selection.relative = true: these boundaries are absolute"),
         (selection.shuffled, "distillation.selection.shuffled = true: what is kept is random"),
-        (
-            distillation.predictions.weight == 0 and distillation.features.weight == 0,
-            "distillation.predictions.weight and distillation.features.weight are 0: nothing reads the groups",
-        ),
+        (not _reads_groups(distillation), NOTHING_READS),
     ):
         if wrong:
             raise QskdError(
                 "search space query_selection", found, "groups by GIoU", "change that, or leave this space out"
             )
-    if floor > HIGHEST - GAP:
+    if floor > HIGHEST - GAP + 1e-9:
         raise QskdError(
             "search space query_selection",
             f"teacher.cache.attention_giou_floor = {floor:g} leaves no room for boundaries",

@@ -26,6 +26,11 @@ os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Ray starts a process for each core ahead. Those of trainings and trials have environment variables of their own: it would idle.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# Ten times a second Ray looks for new lines in its logs, which no driver of ours is sent, and now and then it asks the system about
+# each of its processes, for a dashboard. Not within an hour here.
+os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")  # from so many files on it keeps to this interval
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "3600")
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )

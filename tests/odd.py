@@ -108,8 +108,8 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = VALUES) -> Any:
-    """The tree with a few values replaced, dropped, or put under another key."""
+def mutated(draw: st.DrawFn, tree: Any) -> Any:
+    """The tree with a few values replaced, by some of VALUES, dropped, or put under another key."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         found = places(tree)
@@ -127,7 +127,7 @@ def mutated(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = VALUES)
         elif how == "repeat" and isinstance(node, list):
             node.append(copy.deepcopy(node[last]))
         else:
-            node[last] = draw(values)
+            node[last] = draw(VALUES)
     return tree
 
 

@@ -6,13 +6,17 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import detection_loss, evaluation, launches, plain_loop, prepare, timing
+from benchmarks import cache_codec, detection_loss, evaluation, launches, plain_loop, prepare, timing
 from benchmarks.timing import Difference, Pass, Ratio, Report
+from qskd.config import Config
 from qskd.datasets import packing
+from qskd.detectors import Detector
+from qskd.training.step import Training
 
 COMMANDS = {
     "detection_loss": ["--quick"],
@@ -44,6 +48,24 @@ def test_prepare_s_rates_are_of_equal_shards_and_a_large_json_is_measured(
     report = prepare.main(["--images", "40", "--rounds", "1", "--annotations", "600"])
     assert all(math.isfinite(ratio.value) for ratio in report.ratios)
     assert "JSON of 600 annotations, 40 images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_students_of_every_precision_are_taught_as_by_default_whitened_on_however_few_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What int8 costs shows along the directions of little variance, which whitening makes count as much as any."""
+    whitened = []
+
+    class Watched(Training):
+        def __init__(self, config: Config, student: Detector, teacher: Any, *rest: Any) -> None:
+            whitened.append(bool(teacher.directions))
+            super().__init__(config, student, teacher, *rest)
+
+    monkeypatch.setattr(cache_codec, "Training", Watched)
+    report = cache_codec.measure(24, 1)
+    assert whitened == [True] * 4
+    assert all(math.isfinite(ratio.value) for ratio in report.ratios)
 
 
 def test_operators_that_compute_are_counted_and_views_are_not() -> None:

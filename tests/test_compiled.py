@@ -29,7 +29,8 @@ COUNTS = ((2, 1), (5, 7), (0, 1), (3, 3))  # objects of each image, batch by bat
 def _nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(run_gc_after_compile=False):  # half a second for each graph
+        yield
     torch._dynamo.reset()
 
 
@@ -69,12 +70,13 @@ def compare_forwards(family: str, autocast: bool, backend: str) -> None:
 
 
 def test_under_autocast_a_student_is_one_graph_with_the_same_outputs_and_gradients() -> None:
-    compare_forwards("rt_detr", True, "eager")
+    compare_forwards("d_fine", True, "eager")  # which has all of an RT-DETR
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["conditional_detr", "deformable_detr", "d_fine", "rf_detr"])
+@pytest.mark.parametrize("family", ["deformable_detr", "rf_detr"])
 def test_a_student_is_one_graph_with_the_same_outputs_and_gradients(family: str) -> None:
+    """A Conditional DETR and a D-FINE are so in the trainings below, whose steps and weights are compared."""
     compare_forwards(family, False, "eager")
 
 

@@ -20,7 +20,7 @@ from pipelines.reporting.progress import TrackingCallback
 from pipelines.run.folder import Folder
 from pipelines.run.tracked import RUN, open_for
 from pipelines.tracking import curves, pause
-from pipelines.tracking.curves import ROWS, end_run, fill_in, is_complete, kept_rows
+from pipelines.tracking.curves import ROWS, end_run, fill_in, is_complete, kept_rows, tell
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import driver as distill
 from pipelines.tuning.records import Records
@@ -86,6 +86,11 @@ def status(tracker: Tracker) -> str:
     return str(mlflow.MlflowClient(tracker.uri).get_run(tracker.run_id).info.status)
 
 
+def files(tracker: Tracker, place: str | None = None) -> set[str]:
+    found = mlflow.MlflowClient(tracker.uri).list_artifacts(tracker.run_id, place)
+    return {each.path for each in found if not each.is_dir}.union(*(files(tracker, f.path) for f in found if f.is_dir))
+
+
 def told(tracker: Tracker, folder: Folder, root: Path) -> TrackingCallback:
     """Ten reports, of which five fall on a locked store."""
     callback = TrackingCallback(tracker, folder)
@@ -121,7 +126,7 @@ def test_rows_that_a_locked_store_did_not_take_are_filled_in_and_counted(
     assert fill_in(tracker, folder, "it")
     assert "it: MLflow had missed 13 of 25 rows; they are filled in" in capsys.readouterr().out
     assert_whole(tracker, folder)
-    assert end_run(tracker, folder, "it")  # the second time there is nothing to do
+    assert end_run(tracker, folder, config)  # the second time there is nothing to do
     assert not capsys.readouterr().out
     assert_whole(tracker, folder)
     assert status(tracker) == "FINISHED"
@@ -140,7 +145,7 @@ def test_rows_of_a_pause_after_a_store_that_was_waited_for_are_filled_in(
     assert not fill_in(tracker, folder, "it")  # nor is it asked on the way
     assert fill_in(tracker, folder, "it", patience=1.0)  # but at the end
     assert "it: MLflow had missed 18 of 25 rows; they are filled in" in capsys.readouterr().out
-    assert end_run(tracker, folder, "it")  # it answers again
+    assert end_run(tracker, folder, config)  # it answers again
     assert_whole(tracker, folder)
     assert status(tracker) == "FINISHED"
 
@@ -155,21 +160,45 @@ def test_a_run_that_ended_while_the_store_was_locked_says_so_and_its_command_fil
     tracker = open_for(folder, config, "train")
     told(tracker, folder, root)
     with locked(root):
-        assert not end_run(tracker, folder, "it", patience=0.3)
+        assert not end_run(tracker, folder, config, patience=0.3)
     assert "MLFLOW AT" in caplog.text
     assert "13 of 25 rows could not be logged" in caplog.text
     assert "pytest" in caplog.text  # the command that this program was started with
     assert not is_complete(folder)
     result = distill.RunResult(folder.path, "student", {"AP": 0.1}, tracker.run_id, 1.0)
     folder.write_record("result.json", json.dumps(result.__dict__))
+    for name in ("student/config.json", "evaluation/evaluation.json", "inheritance.txt"):
+        folder.write(name, "{}")
     assert status(tracker) == "RUNNING"
+    with locked(root):  # the curves arrive, and then it is gone again
+        assert not end_run(tracker, folder, config, whole=True)
+    assert "DOES NOT HAVE ALL OF THE RUN'S FILES" in caplog.text
+    assert not is_complete(folder)
     assert distill.run(config, "train") == result  # as `qskd train` again: nothing is trained
     assert "missed 13 of 25 rows" in capsys.readouterr().out
     assert_whole(tracker, folder)
+    assert {"config.yaml", "inheritance.txt", "student/config.json", "student/MLmodel"} <= (there := files(tracker))
+    assert "evaluation/evaluation.json" in there
     assert status(tracker) == "FINISHED"
     assert json.loads(folder.read(RUN))["complete"]
     with locked(root):  # a complete run's store is not asked again
         assert distill.run(config, "train") == result
+
+
+def test_a_run_whose_files_are_not_taken_is_finished_in_mlflow_and_told_again_by_its_command(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(root)
+    folder = Folder(config)
+    tracker = open_for(folder, config, "train")
+    tell(tracker, folder, "1", [(1, {"loss/total": 1.0})])
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no")))
+        assert not end_run(tracker, folder, config)
+    assert status(tracker) == "FINISHED"
+    assert not is_complete(folder)
+    assert end_run(tracker, folder, config)
+    assert is_complete(folder)
 
 
 def test_a_store_that_answers_within_the_patience_is_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_a_failing_prepare_leaves_the_shards_of_before_whatever_became_of_their_
     sorted(images.iterdir())[6].write_bytes(b"broken")  # in the second shard
     refused(
         lambda: write_shards(read_coco(annotations, images), shards, rows_per_shard=4, overwrite=overwrite),
-        "",
+        "image 7 .*not a readable image",
         tmp_path / "shards",
     )
 

@@ -259,6 +259,16 @@ def test_a_students_boxes_come_in_the_datasets_classes() -> None:
     assert [LABELS[label] for label in mapped.category_ids] == [names[label] for label in plain.category_ids]
 
 
+def test_teacher_and_student_of_the_same_weights_show_the_same_boxes_however_many_reach_the_threshold() -> None:
+    detector = silent_student(recipe(None, "student.queries=120").student, LABELS, 3).eval()
+    seen_as = Preprocessing(ResizeConfig(size=64))
+    teacher, student = OnlineTeacher(detector, (0, 1, 2), seen_as), DatasetDetector(detector, seen_as, (0, 1, 2))
+    for threshold, shown in ((0.0, 100), (1e-6, 120)):
+        said = explain(subject(), config(), LABELS, teacher, {"student": student}, threshold)
+        assert said.teacher is not None
+        assert len(said.teacher.scores) == len(said.students["student"].scores) == shown
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_cells_cover_is_what_many_points_in_it_say(seed: int) -> None:
     rng = np.random.default_rng(seed)

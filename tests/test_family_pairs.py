@@ -22,7 +22,7 @@ from qskd.detectors import FAMILIES, Preprocessing, save_detector
 from qskd.distillation.method import Lesson, Method
 from qskd.errors import QskdError
 from qskd.structures import LossTerm, TeacherNeeds, TeacherRecord
-from qskd.teacher.by_number import check_numbers
+from qskd.teacher.by_number import check_asked, check_numbers
 from qskd.teacher.online import OnlineTeacher
 from qskd.training.step import Training
 
@@ -161,6 +161,8 @@ def test_pairing_by_index_is_refused_where_the_teacher_chooses_its_queries_in_ea
     given = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": str(tmp_path)})})
     if known:
         check_numbers(given)
+        with pytest.raises(QskdError, match=r"(?s)pairing = index: 6 student queries and 10.*student.queries: 10"):
+            check_numbers(replace_fields(given, {"student.queries": 6}, "the test"))
         assert tiny.make_training(config, teacher).train_step(tiny.batch_of(2))["lapd_l1"] > 0
         return
     with pytest.raises(QskdError, match=r"(?s)pairing = index: a teacher.*another one in each image.*pairing: rank"):
@@ -168,3 +170,35 @@ def test_pairing_by_index_is_refused_where_the_teacher_chooses_its_queries_in_ea
     with pytest.raises(QskdError, match=r"(?s)pairing = index: a teacher.*another one in each image.*pairing: rank"):
         tiny.make_training(config, teacher)
     check_numbers(replace_fields(given, {"distillation.predictions.weight": 0}, "the test"))
+
+
+ASKING = {
+    "kd-detr": {},
+    "perturbed": {},
+    "detrdistill": {"prior_weight": 0},
+    "d3etr": {"fixed": False},
+}  # and how not to ask
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("conditional_detr", "d_fine"), ("rt_detr", "d_fine"), ("detr", "detr")]
+)
+def test_a_plan_refuses_the_pairs_that_can_not_be_asked_the_same_as_a_training_does(
+    student: str, teacher: str, tmp_path: Path
+) -> None:
+    taught_by = tiny.random_teacher(teacher)
+    save_detector(taught_by.detector, tmp_path, taught_by.resize)
+    for method, unasked in ASKING.items():
+        for settings in ({}, unasked) if unasked else ({},):
+            chosen = {"method": method, **settings}
+            config = tiny.recipe(tiny.own(student), teacher={"path": str(tmp_path)}, distillation=chosen)
+            said = []
+            for check in (lambda: check_asked(config), lambda: tiny.make_training(config, taught_by)):  # noqa: B023
+                try:
+                    check()
+                except QskdError as error:
+                    said.append(str(error))
+            refused = student == "conditional_detr" and not settings
+            assert len(set(said)) == refused, (method, said)
+            assert len(said) == 2 * refused
+            assert all("two networks that can be asked the same" in each for each in said)

@@ -49,6 +49,21 @@ def test_a_part_that_fails_is_told_and_the_others_run(
     assert "no memory" in json.loads((tmp_path / "gpu.json").read_text())["a"]["failed"]
 
 
+def test_a_strangers_file_or_no_folder_for_the_findings_is_told_before_the_first_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "differences", lambda *_: pytest.fail("ran"))
+    (notes := tmp_path / "notes.json").write_text('{"mine": 1}')
+    for out, said in ((notes, "is no record of this benchmark"), (tmp_path / "none/gpu.json", "its folder")):
+        with pytest.raises(SystemExit):
+            gpu.main(["--parts", "a", "--out", str(out)])
+        assert said in capsys.readouterr().err
+    assert notes.read_text() == '{"mine": 1}'
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "az"])
+    assert "no z, of abdefc" in capsys.readouterr().err
+
+
 def test_a_box_has_moved_when_none_lies_within_a_thousandth_of_it() -> None:
     boxes = torch.tensor([[[[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.7, 0.7, 0.1, 0.1], [0.3, 0.3, 0.1, 0.1]]]])
     found = boxes[:, :, [2, 0, 3, 1]].clone()

@@ -92,7 +92,7 @@ def test_a_job_that_was_killed_goes_on_and_ends_as_an_undisturbed_one(
 
 
 def test_a_class_has_the_threshold_of_its_best_f1_where_it_has_objects_enough(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = evaluate(str(TEACHER), str(root / "val"), workers=0)
     fewest = sorted(one.objects for one in said.classes)[8]
@@ -102,6 +102,9 @@ def test_a_class_has_the_threshold_of_its_best_f1_where_it_has_objects_enough(
         own = one.best is not None and one.objects >= fewest
         assert plan.thresholds[one.name] == (round(one.best.score, 4) if own and one.best else job.USUAL)
     assert len(set(plan.thresholds.values())) > 4
+    few = [one.name for one in said.classes if one.objects < fewest]
+    assert f"fewer than {fewest} objects in {root / 'val'}" in caplog.text
+    assert all(name in caplog.text for name in few)
 
 
 def test_thresholds_are_measured_once_and_kept_by_whoever_goes_on(

@@ -59,6 +59,16 @@ def test_rows_run_from_images_to_records(
     assert "| fine-tuning alone |" in (tmp_path / "docs/new_classes.md").read_text()
     assert program.main(words) == 0  # nothing is done again
     assert capsys.readouterr().out.count("seed 0") == 0
+    assert all(record["train_seconds"] > 0 for record in records.values())
+    made = (tmp_path / "work/seed0/student-joint/qskd.json").stat().st_ino
+    record = tmp_path / "records/report/joint-seed0.json"
+    record.unlink()  # as when a run is stopped between a training and its record
+    last = [*words[: -len(named)], "joint"]
+    assert program.main(last) == 0
+    assert json.loads(record.read_text())["train_seconds"] == records["joint-seed0"]["train_seconds"]
+    assert (tmp_path / "work/seed0/student-joint/qskd.json").stat().st_ino == made
+    assert program.main([*last, "--again"]) == 0  # trained again, not only measured
+    assert (tmp_path / "work/seed0/student-joint/qskd.json").stat().st_ino != made
 
     work = tmp_path / "work"
     assert load_manifest(str(work / "old-easy")).labels == EASY

@@ -55,6 +55,12 @@ def test_crowds_small_objects_empty_and_full_images_are_not_chosen(tmp_path: Pat
         choose(document, tmp_path, 2)
 
 
+def test_images_that_are_not_there_are_not_chosen(tmp_path: Path) -> None:
+    document = write_dataset(tmp_path, [{"objects": [(1, 40, 0)]}, {"objects": [(5, 40, 0)]}])
+    (tmp_path / document["images"][0]["file_name"]).unlink()
+    assert choose(document, tmp_path, 1) == [2]
+
+
 @needs_sample
 def test_the_eight_images_are_greyscale_and_colour_portrait_and_landscape_with_gapped_category_ids(
     tmp_path: Path,

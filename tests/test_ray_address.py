@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,3 +166,16 @@ def test_logins_that_do_not_travel_to_a_cluster_that_is_joined_are_named_and_the
     assert ("HF_TOKEN: set here, and not for workers on 10.0.0.2," in said) is lacking
     assert "sesame" not in said + str(given)
     assert "AWS_SECRET" not in said
+
+
+def test_a_ray_that_was_imported_before_us_asks_for_a_token_and_one_that_has_begun_keeps_its_mode() -> None:
+    code = (
+        "import ray, os; from ray._raylet import get_authentication_mode as mode\n"
+        "ray.is_initialized = lambda: {begun}\n"
+        "import pipelines; print(mode() == 1, os.environ.get('RAY_AUTH_MODE'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    for begun, expected in ((False, "True token"), (True, "False None")):
+        program = [sys.executable, "-c", code.format(begun=begun)]
+        done = subprocess.run(program, capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.strip() == expected

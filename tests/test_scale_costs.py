@@ -50,6 +50,22 @@ def test_one_image_is_measured_and_hours_follow_from_a_speed_or_from_times(
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--tflops 20 --student-ms 9", "belong together"),
+        ("--teacher-ms 6", "belong together"),
+        ("--dollars 2", "--tflops"),
+    ],
+)
+def test_a_time_or_a_price_that_would_count_for_nothing_is_refused(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        dataset_costs.main(["--quick", *words.split()])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "part",
     [
         "manifest",

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling.measure import Record, as_tree, weighted_mean
 from benchmarks.scaling.model import WORKERS, Costs, all_reduce_seconds, efficiencies, slowest_of, step, with_step
+from qskd.errors import QskdError
 
 SAMPLE = tuple(np.random.default_rng(0).gamma(20, 0.005, 300).tolist())  # mean 0.1 s
 COSTS = Costs(
@@ -103,6 +104,18 @@ def test_rows_count_by_their_steps_and_the_start_is_left_out() -> None:
     assert weighted_mean(series, 40) == pytest.approx((20 * 1.0 + 15 * 3.0) / 35)
     with pytest.raises(ValueError, match="no row"):
         weighted_mean(series, 70)
+
+
+def test_a_page_without_marks_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.scaling.measure.measure", lambda *_: pytest.fail("measured"))
+    (page := tmp_path / "page.md").write_text(f"{scaling.BEGIN}\nold\n")
+    for path in (page, tmp_path / "none.md"):
+        with pytest.raises(QskdError, match=r"no <!-- benchmarks\.scaling -->"):
+            scaling.main(["--write", str(path)])
+    with pytest.raises(QskdError, match="its folder is not there"):
+        scaling.main(["--record", str(tmp_path / "none/record.json")])
 
 
 def test_a_record_read_again_prints_and_writes_the_same_and_keeps_what_is_around(

@@ -216,6 +216,19 @@ def test_warmup_and_decay_always_fit_into_the_training(warmup: float, decay: flo
     assert space.ranges["loss_weights.decay"].high >= decay
 
 
+def test_warmup_leaves_room_for_the_decay_of_images_without_labels() -> None:
+    space = SearchSpace(["loss_weights"], build({"distillation": {"decay_unlabeled": 0.9}}))
+    assert space.ranges["loss_weights.warmup"].high == pytest.approx(0.1)
+    for overrides in space.samples(200):
+        space.config(overrides)
+
+
+def test_bands_are_searched_down_to_the_highest_floor_that_is_named_as_fitting() -> None:
+    config = build({"teacher": {"cache": {"attention_giou_floor": 0.9}}})
+    for overrides in SearchSpace(["query_selection"], config).samples(50):
+        assert min(overrides["distillation.selection.boundaries"]) >= 0.9
+
+
 def test_a_term_that_is_off_stays_off_and_layers_are_offered_that_the_cache_holds() -> None:
     space = SearchSpace(["loss_weights"], build({"distillation": {"features": {"weight": 0}}}))
     assert "loss_weights.agfd" not in space.ranges
@@ -239,6 +252,15 @@ def test_a_term_that_is_off_stays_off_and_layers_are_offered_that_the_cache_hold
         ("query_selection", {"distillation": {"selection": {"relative": True}}}, "relative = true"),
         ("query_selection", {"distillation": {"selection": {"shuffled": True}}}, "shuffled = true"),
         ("query_selection", {"teacher": {"cache": {"attention_giou_floor": 0.93}}}, "0.93 leaves no room"),
+        *(
+            ("query_selection", {"distillation": {"features": features, "predictions": predictions}}, "nothing reads")
+            for features in ({"weight": 0}, {"background": 1.0})
+            for predictions in (
+                {"weight": 0},
+                {"pairing": "global"},
+                {"class_weight": 0, "l1_weight": 0, "giou_weight": 0},
+            )
+        ),
         ("student_architecture", {"student": {"init": "some/detector"}}, "student.init = some/detector"),
     ],
 )
@@ -329,7 +351,13 @@ def test_a_space_that_cannot_work_is_told_before_anything_starts(
 
 def test_one_cache_serves_all_trials(tmp_path: Path) -> None:
     with_cache = load(None, ["teacher.cache.path=cache"])
-    for field, value in (("data.views.flip_probability", 0.5), ("detection.class_cost", 2.0), ("teacher.cache", 0.0)):
+    for field, value in (
+        ("data.views.flip_probability", 0.5),
+        ("detection.class_cost", 2.0),
+        ("teacher.cache", 0.0),
+        ("data.unlabeled_score", 0.4),  # which objects an image without labels has, and so whose attention is kept
+        ("data.completed", 1.0),
+    ):
         returned = f"{{FIELDS[0]: {value} * trial.suggest_categorical('rate', (1.0,))}}"
         path = own_space(tmp_path, field, {"rate": 1.0}, returned)
         with pytest.raises(QskdError, match="one cache for all trials"):

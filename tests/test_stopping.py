@@ -41,7 +41,22 @@ with ended_by_signals():
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["qskd", "distill", "a.yaml"], "goes on with it"), (["qskd", "predict", "m", "a.jpg"], "begins anew")],
+    [
+        (["qskd", "distill", "a.yaml"], "command goes on with it: qskd distill a.yaml\n"),
+        (["qskd", "predict", "m", "a.jpg"], "command begins anew: qskd predict m a.jpg\n"),
+        # Typed again as they were, these would delete what they have made.
+        (
+            ["qskd", "distill", "--restart", "a.yaml"],
+            "command without --restart goes on with it: qskd distill a.yaml\n",
+        ),
+        (["qskd", "tune", "a.yaml", "--restart"], "command without --restart goes on with it: qskd tune a.yaml\n"),
+        (
+            ["qskd", "cache", "a.yaml", "--overwrite"],
+            "command without --overwrite goes on with it: qskd cache a.yaml\n",
+        ),
+        (["qskd", "label", "m", "a", "b.json", "--overwrite"], "goes on with it: qskd label m a b.json --overwrite\n"),
+        (["qskd", "export", "m", "--overwrite"], "command begins anew: qskd export m --overwrite\n"),
+    ],
 )
 def test_a_stopped_program_says_whether_the_same_command_goes_on(
     words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

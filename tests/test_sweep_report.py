@@ -26,7 +26,7 @@ from pipelines.tuning.report import plots as sweep_plots
 from pipelines.tuning.report.axes import Axis, importances, make_axis
 from pipelines.tuning.report.parallel import plot_parallel
 from pipelines.tuning.report.report import GENERATOR, PICTURES, write_report
-from pipelines.tuning.report.results import SweepSummary, best_row, pareto_front, ranked, short_names
+from pipelines.tuning.report.results import SweepSummary, best_row, has_ap, pareto_front, ranked, short_names
 from pipelines.tuning.report.style import RECIPE_COLOUR
 from pipelines.tuning.report.tables import IN_FLOAT, terminal_table
 from pipelines.tuning.trial.row import TrialRow
@@ -336,6 +336,18 @@ def test_names_with_html_are_shown_as_they_are(tmp_path: Path) -> None:
     console = Console(width=150, file=io.StringIO())
     console.print(terminal_table(rows, f"qskd distill {NASTY}"))
     assert "[bold]`" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_terminal_of_any_width_shows_a_trial_in_few_lines(width: int) -> None:
+    rows = sweep_rows(6, ("loss_weights",))
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal_table(rows, "", RECIPE))
+    table = console.file.getvalue().split("6 trials")[0].splitlines()  # type: ignore[attr-defined]
+    trials = [place for place, line in enumerate(table) if re.match(r" {0,4}\d+ ", line)]
+    assert len(trials) == sum(has_ap(each) for each in rows)
+    assert max(end - begin for begin, end in itertools.pairwise([*trials, len(table)])) <= 8
+    assert ("AP50" in table[0]) == (width >= 110)
 
 
 def named(parameters: dict[str, Any], rows: Sequence[TrialRow]) -> list[TrialRow]:

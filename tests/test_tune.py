@@ -22,6 +22,7 @@ from pipelines.tuning import driver as tune
 from pipelines.tuning.search.request import SearchRequest
 from pipelines.tuning.trial.row import TrialRow
 from qskd.config.recipe import flatten, load, to_tree, to_yaml
+from qskd.errors import QskdError
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,12 @@ ASKED = tune.TuneRequest(SearchRequest(SEARCH, trials=5), at_most_parameters="0.
 
 @pytest.fixture(scope="module")
 def undisturbed(work: Path, cluster: str) -> tune.SweepResult:
-    return tune.run(config(work, "undisturbed"), ASKED)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)]
+    result = tune.run(config(work, "undisturbed"), ASKED)
+    assert [
+        signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)
+    ] == before  # Ctrl-C ends what comes after it
+    return result
 
 
 def test_every_epoch_reaches_asha_and_the_first_trial_is_the_recipe(undisturbed: tune.SweepResult) -> None:
@@ -112,6 +118,14 @@ def test_the_same_command_again_trains_nothing(work: Path, undisturbed: tune.Swe
     again = tune.run(config(work, "undisturbed"), ASKED)
     assert again.rows == undisturbed.rows
     assert again.version == undisturbed.version
+
+
+def test_an_end_of_the_search_without_a_signal_is_not_called_ctrl_c(
+    work: Path, cluster: str, undisturbed: tune.SweepResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_search", lambda *_: False)
+    with pytest.raises(QskdError, match=r"(?s)Ray Tune ended the search: 0 of 5 trials.*the same command goes on"):
+        tune.run(config(work, "unexplained"), ASKED)
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 300) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from pipelines.run.guards import alone_on, check_same_data
 from pipelines.training import driver as distill
 from pipelines.tuning import sweep
 from pipelines.tuning.driver import TuneRequest, parameters_limit
-from pipelines.tuning.engine import SweepScheduler, make_asha, trial_resources, trials_at_once
+from pipelines.tuning.engine import SweepScheduler, make_asha, trial_resources, trials_at_once, tunes_handlers
 from pipelines.tuning.finish import best_recipe, write_recipes
 from pipelines.tuning.records import Records, Refusal, check_no_training, trial_config
 from pipelines.tuning.search.population import Population
@@ -267,6 +269,26 @@ def test_asha_played_again_stops_what_comes_after_better_ones() -> None:
 
     assert played(range(9)) == [9] * 9
     assert played(range(8, -1, -1)) == [9] + [1] * 8
+
+
+def test_the_bare_loop_has_trials_do_what_tunes_do_and_counts_none_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import sweep as benchmark
+
+    jobs: list[Any] = []
+
+    def trial(job: Any, send: Any) -> None:
+        jobs.append(job)
+        send({"costs": {}} if job.number < 2 else {"failed": "no room"})
+
+    monkeypatch.setattr(benchmark, "run_trial", trial)
+    monkeypatch.setattr(benchmark, "load_cache_manifest", lambda path: SimpleNamespace(fingerprint=f"of {path}"))
+    config = load(None, ["name=bare", f"output={tmp_path}", "teacher.cache.path=cache"])
+    assert benchmark.bare_loop(config, 2) >= 0
+    assert {job.known_cache for job in jobs} == {"of cache"}
+    with pytest.raises(SystemExit, match="1 trials failed: no room"):
+        benchmark.bare_loop(config, 3)
 
 
 # ---- population
@@ -556,3 +578,21 @@ def test_the_limit_on_parameters_is_a_number_or_the_recipes_own(caplog: pytest.L
             parameters_limit(wrong, config, LABELS, space)
     assert parameters_limit("recipe", config, LABELS, search_of("loss_weights").space) is None
     assert "has no effect" in caplog.text
+
+
+def test_a_signal_that_tune_took_is_noticed_and_the_handlers_before_it_come_back() -> None:
+    from ray.tune.tune import _setup_signal_catching
+
+    numbers = (signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(each) for each in numbers]
+    with tunes_handlers() as was_signalled:
+        _setup_signal_catching()
+        assert not was_signalled()
+    assert [signal.getsignal(each) for each in numbers] == before
+    for number in numbers:
+        with tunes_handlers() as was_signalled:
+            taken = _setup_signal_catching()
+            signal.raise_signal(number)  # to this thread: another one might take it once the handlers are back
+            assert was_signalled()
+            assert taken.is_set()
+        assert [signal.getsignal(each) for each in numbers] == before

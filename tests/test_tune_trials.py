@@ -146,11 +146,12 @@ def test_trials_that_cannot_be_trained_fail_with_their_reason_and_the_sweep_goes
 def test_a_sweep_whose_machines_fail_ends_as_a_failure_and_the_same_command_goes_on(
     work: Path, cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file stands where trials would put their checkpoints, as on a node that may not write there."""
+    """A file stands where a trial would put its checkpoints, as on a node that may not write there. How many must fail so is said
+    in test_sweep_failures: here it is the only one."""
     import mlflow
 
     one = config(work, "broken", "teacher.cache.path=", "compute.max_failures=1")
-    search = SearchRequest(("loss_weights",), trials=2, algorithm="random", asha=False)
+    search = SearchRequest(("loss_weights",), trials=1, algorithm="random", asha=False)
     asked = tune.TuneRequest(search, trial_epochs=1, at_once=1)
     put, blocks = Records.put, {}
 
@@ -162,18 +163,17 @@ def test_a_sweep_whose_machines_fail_ends_as_a_failure_and_the_same_command_goes
 
     with monkeypatch.context() as patch:
         patch.setattr(Records, "put", blocked)
-        with pytest.raises(QskdError, match="2 trials failed, 2 by faults of their machines") as told:
+        with pytest.raises(QskdError, match="1 trials failed, 1 by faults of their machines") as told:
             tune.run(one, asked)
-    assert str(blocks[1]) in told.value.found
-    assert capsys.readouterr().out.count("a fault of its machine: ") == 4  # each trial is tried twice
+    assert str(blocks[0]) in told.value.found
+    assert capsys.readouterr().out.count("a fault of its machine: ") == 2  # it is tried twice
     rows = rows_of(one)
-    assert [row.state for row in rows] == ["running", "running"]
+    assert [row.state for row in rows] == ["running"]
     client = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db")
-    assert [client.get_run(row.run_id).info.status for row in rows] == ["KILLED", "KILLED"]
-    for block in blocks.values():
-        block.unlink()
+    assert [client.get_run(row.run_id).info.status for row in rows] == ["KILLED"]
+    blocks[0].unlink()
     result = tune.run(one, asked)
-    assert [row.state for row in result.rows] == ["finished", "finished"]
+    assert [row.state for row in result.rows] == ["finished"]
     assert [(row.parameters, row.run_id) for row in result.rows] == [(row.parameters, row.run_id) for row in rows]
 
 

@@ -57,8 +57,8 @@ def taught(work: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stopped(work: Path, cluster: str, taught: list[str]) -> SimpleNamespace:
-    """A run of two workers, begun by a program with a Ray of its own, which SIGTERM ended."""
+def stopped(work: Path, taught: list[str]) -> SimpleNamespace:
+    """A run of two workers, begun by a program with a Ray of its own, which SIGTERM ended. This file's Ray begins after it."""
     two = config(work, "two", *TWO_WORKERS, *taught, "compute.workers=2")
     recipe, home, folder = work / "two.yaml", work / "home", Folder(two)
     home.mkdir()
@@ -108,6 +108,7 @@ def test_a_local_training_listens_on_loopback_alone_and_sigterm_ends_it_in_order
 def test_two_workers_that_were_stopped_go_on_and_train_as_this_process_does_without_ray(
     work: Path,
     stopped: SimpleNamespace,
+    cluster: str,
     taught: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+
+
+def _ask_for_a_token() -> None:
+    """Ray's processes ask each other for a token, unless RAY_AUTH_MODE says otherwise. A Ray that the user's program imported
+    before us has read its mode already: it would send none to the processes that it starts. One that has begun keeps its mode."""
+    ray = sys.modules.get("ray")
+    if "RAY_AUTH_MODE" in os.environ or (ray is not None and ray.is_initialized()):
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if ray is not None:
+        from ray._raylet import Config  # type: ignore[attr-defined]
+
+        Config.initialize("")  # reads the variables again, as Ray does where it sets this one itself
+
 
 VERBOSE = bool(os.environ.get("QSKD_VERBOSE"))  # everything that Ray and its workers say
 # Set before Ray is imported anywhere. Reports are polled for every 2 s by default, which a small detector's epoch feels.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+_ask_for_a_token()
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a trial of a sweep finds relative paths as any worker does
 os.environ.setdefault(
     "TUNE_FORCE_TRIAL_CLEANUP_S", "1"

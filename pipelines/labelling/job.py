@@ -141,6 +141,10 @@ def make_plan(asked: Request) -> Plan:
     if asked.threshold is None and data is not None:
         measured = _measured(asked, known, [digests, looks, data.fingerprint, [[one.id, slot] for one, slot in pairs]])
         thresholds = tuple(dict(measured["thresholds"])[one.id] for one in known)
+        if few := [one.name for one in known if one.id in measured.get("few", ())]:
+            log.warning(
+                "fewer than %d objects in %s, so that %g is the threshold: %s", FEWEST, asked.like, USUAL, listing(few)
+            )
     else:
         thresholds = (USUAL if asked.threshold is None else asked.threshold,) * len(known)
     own: list[Any] = []
@@ -192,7 +196,9 @@ def _measured(asked: Request, known: Sequence[Category], decides: Sequence[Any])
         precision=asked.precision,
     )
     best = {one.id: one.best.score for one in said.classes if one.best is not None and one.objects >= FEWEST}
-    return {"of": of, "thresholds": [[one.id, round(best.get(one.id, USUAL), 4)] for one in known]}
+    thresholds = [[one.id, round(best.get(one.id, USUAL), 4)] for one in known]
+    objects = {one.id: one.objects for one in said.classes}
+    return {"of": of, "thresholds": thresholds, "few": [one.id for one in known if objects.get(one.id, 0) < FEWEST]}
 
 
 def is_finished(plan: Plan) -> bool:

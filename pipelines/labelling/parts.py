@@ -64,7 +64,8 @@ def write_measured(out: Path, measured: Mapping[str, Any]) -> None:
 
 
 def read_measured(out: Path, of: str) -> dict[str, Any] | None:
-    """Those of this key, kept beside the parts or in the finished file: {"of": key, "thresholds": [[id, score], ...]}."""
+    """Those of this key, kept beside the parts or in the finished file: {"of": key, "thresholds": [[id, score], ...], "few": [id,
+    ...]}."""
     for path, place in ((parts_folder(out) / THRESHOLDS, ()), (out, ("info",))):
         tree = own_json(path.read_text()) if path.is_file() and (_is_own(path) or _begins(path)) else None
         for name in (*place, "measured"):

@@ -79,18 +79,35 @@ def was_stopped(error: BaseException) -> bool:
 BEGIN_ANEW = ("prepare", "evaluate", "predict", "select", "explain", "export", "benchmark", "doctor", "shapes")  # verbs
 
 
-def this_command() -> str:
-    """What to type to run this program again."""
+AFRESH = {
+    "--restart": {"distill", "train", "tune", "quickstart"},
+    "--overwrite": {"cache", "cache_teacher"},
+}  # of which verbs
+
+
+def this_command(to_go_on: bool = False) -> str:
+    """What to type to run this program again; to_go_on: without what would delete what it has made."""
     spec = sys.modules["__main__"].__spec__  # of `python -m`
     program = [sys.executable, *(["-m", spec.name] if spec else sys.argv[:1])]
-    return shlex.join([*(["qskd"] if Path(sys.argv[0]).name == "qskd" else program), *sys.argv[1:]])
+    left_out = _afresh() if to_go_on else []
+    words = [word for word in sys.argv[1:] if word not in left_out]
+    return shlex.join([*(["qskd"] if Path(sys.argv[0]).name == "qskd" else program), *words])
+
+
+def _named() -> set[str]:
+    """Words of which one is this program's verb."""
+    spec = sys.modules["__main__"].__spec__
+    return {*sys.argv[1:2], (spec.name if spec else sys.argv[0]).rpartition(".")[2]}
+
+
+def _afresh() -> list[str]:
+    """The options with which this program, begun again, would delete what it has made."""
+    return [option for option, verbs in AFRESH.items() if option in sys.argv[1:] and verbs & _named()]
 
 
 def _goes_on() -> bool:
     """Whether this program, begun again, goes on where it was, as all do that keep something before their end."""
-    spec = sys.modules["__main__"].__spec__
-    named = {*sys.argv[1:2], (spec.name if spec else sys.argv[0]).rpartition(".")[2]}
-    return named.isdisjoint(BEGIN_ANEW)
+    return _named().isdisjoint(BEGIN_ANEW)
 
 
 @contextlib.contextmanager
@@ -112,9 +129,11 @@ def ended_by_signals(quiet: bool = False) -> Iterator[None]:
         if not quiet:
             from pipelines.run.logs import say
 
-            goes_on = "nothing that is finished is lost, and the same command goes on with it"
+            without = f" without {' and '.join(_afresh())}" if _afresh() else ""
+            goes_on = f"nothing that is finished is lost, and the same command{without} goes on with it"
             told = goes_on if _goes_on() else "the same command begins anew"
-            say(f"\nstopped by {'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}; {told}: {this_command()}")
+            again = this_command(to_go_on=_goes_on())
+            say(f"\nstopped by {'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}; {told}: {again}")
         raise SystemExit(128 + number) from None
     finally:
         if done:  # else the process ends, and a second signal is still a second one

@@ -19,7 +19,9 @@ from pipelines.run.history import Rows
 from pipelines.run.logs import say
 from pipelines.run.stopping import this_command
 from pipelines.run.tracked import RUN
+from pipelines.tracking.again import tell_again
 from pipelines.tracking.tracker import KeptRow, Tracker
+from qskd.config import Config
 from qskd.errors import QskdError
 from qskd.storage.stores import patience_s, patiently
 from qskd.untrusted import parse_large_json
@@ -106,10 +108,10 @@ def fill_in(tracker: Tracker, folder: Folder, name: str, patience: float = 0.0) 
                 time.sleep(WAIT_S)
                 continue
             log.warning(
-                "%s: MLFLOW AT %s DOES NOT HAVE THE WHOLE CURVES: %s rows could not be logged. They are kept in %s. The same "
-                "command again, when MLflow answers, fills them in: %s\n  it says: %s",
+                "%s: MLFLOW AT %s DOES NOT HAVE THE WHOLE CURVES: %s rows could not be logged. They are kept in %s. When "
+                "MLflow answers, this command fills them in: %s\n  it says: %s",
                 *(name, tracker.uri, f"{unsent} of {len(rows)}" if unsent else f"some of {len(rows)}"),
-                *(folder.where(ROWS), this_command(), error),
+                *(folder.where(ROWS), this_command(to_go_on=True), error),
             )
             return False
         if filled:
@@ -118,13 +120,23 @@ def fill_in(tracker: Tracker, folder: Folder, name: str, patience: float = 0.0) 
         return True
 
 
-def end_run(tracker: Tracker, folder: Folder, name: str, patience: float = PATIENCE_S, whole: bool = False) -> bool:
-    """Fill in (whole: that was done just now), and say in MLflow that the run is finished; whether both were done, which the
-    run's folder then keeps: a finished run that is complete is not asked for again."""
-    whole = (whole or fill_in(tracker, folder, name, patience)) and tracker.finish()
-    if whole:
+def end_run(
+    tracker: Tracker,
+    folder: Folder,
+    config: Config,
+    patience: float = PATIENCE_S,
+    whole: bool = False,
+    told: bool = False,
+) -> bool:
+    """Fill in the curves (whole: that was done just now), tell the rest again (told: nothing was missed of it), and say in MLflow
+    that the run is finished, also where it takes no files; whether all was done, which the run's folder then keeps: a finished
+    run that is complete is not asked for again."""
+    whole = whole or fill_in(tracker, folder, config.name, patience)
+    told = whole and (told or tell_again(tracker, folder, config))
+    done = whole and tracker.finish() and told
+    if done:
         folder.write_record(RUN, json.dumps({"uri": tracker.uri, "run_id": tracker.run_id, "complete": True}))
-    return whole
+    return done
 
 
 def is_complete(folder: Folder) -> bool:

@@ -142,6 +142,16 @@ class Tracker:
         for start in range(0, len(listed), PARAMS_PER_CALL):
             self._call("log_batch", params=listed[start : start + PARAMS_PER_CALL])
 
+    def missing_params(self, values: Mapping[str, Any]) -> None:
+        """Those that are not there: MLflow takes no other value of one, and a training that went on may have had other workers."""
+        try:
+            client = self._connected = self._connected or _client(self.uri)
+            there = client.get_run(self.run_id).data.params
+        except Exception:
+            self._complained = True
+            return
+        self.params({name: value for name, value in param_keys(values).items() if name not in there})
+
     def metrics(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> bool:
         """Rows of (step, {name: value}); whether all were taken."""
         now = int(time.time() * 1000)

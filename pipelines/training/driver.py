@@ -31,6 +31,7 @@ from pipelines.tracking.about import (
     figure_metrics,
     result_note,
 )
+from pipelines.tracking.again import INHERITANCE
 from pipelines.tracking.answers import check_answers
 from pipelines.tracking.curves import PATIENCE_S, end_run, fill_in, is_complete, tell_result
 from pipelines.tracking.store import how_to_look, tracking_uri
@@ -138,10 +139,10 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
     check_same_run(folder, config)
     check_same_data(folder, plan.fingerprints)
     if folder.exists("result.json"):
-        log.warning("%s is finished already; nothing is trained (--restart does it again)", folder.path)
+        log.warning("%s is finished already; nothing is trained (--restart deletes it and trains anew)", folder.path)
         done = read_result(folder)
         if not is_complete(folder):
-            end_run(Tracker(tracking_uri(config), done.run_id), folder, config.name)
+            end_run(Tracker(tracking_uri(config), done.run_id), folder, config)
         return done
     if verb == "distill" and not plan.stream.teacher_cache:
         log.warning("%s: teacher %s", config.name, SLOW_PATH)
@@ -161,8 +162,8 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
         tracker.inputs(dataset_inputs(plan.inputs))
         start_logs(run=config.name, run_id=tracker.run_id)
         if inherited:
-            folder.write("inheritance.txt", inherited)
-            tracker.text("inheritance.txt", inherited)
+            folder.write(INHERITANCE, inherited)
+            tracker.text(INHERITANCE, inherited)
         for notice in plan.notices:
             log.warning(notice)
         if last := last_report(folder):
@@ -184,7 +185,7 @@ def _run(plan: Plan, folder: Folder, restart: bool) -> RunResult:
             say_where_it_stopped(folder, config.name, plan.stream.schedule.total_steps)
         tracker.finish("KILLED" if was_stopped(error) else "FAILED")
         raise
-    end_run(tracker, folder, config.name, 0.0, whole and not tracker.complained)
+    end_run(tracker, folder, config, 0.0, whole, not tracker.complained)
     return done
 
 

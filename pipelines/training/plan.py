@@ -41,7 +41,7 @@ from qskd.distillation.method import teacher_needs
 from qskd.errors import QskdError
 from qskd.from_recipe import start_student
 from qskd.redaction import redacted
-from qskd.teacher.by_number import check_numbers
+from qskd.teacher.by_number import check_asked, check_numbers
 from qskd.teacher.cache import ROW_GROUP_BYTES
 from qskd.teacher.columns.table import columns_for
 from qskd.teacher.identity import cache_sources, teacher_preprocessing
@@ -233,6 +233,7 @@ def make_plan(config: ResolvedConfig, verb: str, dry: bool = False, known_cache:
         if not caches:  # a cache that is there was made of a file that was looked at
             said += fit_notices(config)
         check_decoder(config)
+        check_asked(config)
         check_numbers(config)
         said += class_notices(config, train)
     own = teacher_preprocessing(config).resize if verb == "distill" and not caches else config.student.resize

@@ -162,16 +162,24 @@ def _run(config: ResolvedConfig, request: TuneRequest, restart: bool) -> SweepRe
         )
         stage("starting the trials")
         with SweepWatch(current(), records, (schedule.total_steps, schedule.steps_per_epoch), search.trials):
-            _search(sweep, plan, request.at_once)
+            signalled = _search(sweep, plan, request.at_once)
     except KeyboardInterrupt:
-        pass
+        signalled = True
     except BaseException:
         tracking.interrupt()
         raise
     if not is_done(search, records, config.seed):
         tracking.interrupt()
         ended = sum(row.state in ENDED and number not in records.held for number, row in records.rows.items())
-        tell(f"\nstopped; {ended} of {search.trials} trials have ended, all is kept in {folder.path}")
+        so_far = f"{ended} of {search.trials} trials have ended, all is kept in {folder.path}"
+        if not signalled:
+            raise QskdError(
+                f"{config.name}: Ray Tune ended the search",
+                so_far,
+                "an end of all trials, for no signal came",
+                "the same command goes on with the others; QSKD_VERBOSE=1 shows what Ray says",
+            )
+        tell(f"\nstopped; {so_far}")
         raise KeyboardInterrupt
     stage("writing the report, telling MLflow")
     tracking.settle(config.name)
@@ -252,7 +260,8 @@ class _Slots:
         return min(self.fits, self.at_once or self.fits)
 
 
-def _search(sweep: Sweep, plan: Plan, at_once: int) -> None:
+def _search(sweep: Sweep, plan: Plan, at_once: int) -> bool:
+    """Whether a signal ended it."""
     import ray
 
     from pipelines.cluster.room import ask_for_nodes, check_gpus
@@ -269,7 +278,7 @@ def _search(sweep: Sweep, plan: Plan, at_once: int) -> None:
         ask_for_nodes(one) as request,
     ):
         sweep.ask = lambda trials: request(min(trials, at_once or trials) * compute.workers)
-        run_tuner(
+        signalled = run_tuner(
             sweep,
             sweep.config,
             sweep.search,
@@ -278,6 +287,7 @@ def _search(sweep: Sweep, plan: Plan, at_once: int) -> None:
             str(scratch),
         )
     sweep.settle()
+    return signalled
 
 
 def foresee(config: Config, request: TuneRequest, restart: bool = False) -> str:

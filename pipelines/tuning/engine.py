@@ -6,10 +6,13 @@ survive the driver. So its own saved state is left alone: a sweep that goes on m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -212,11 +215,27 @@ def trial_resources(config: Config, gpu: bool) -> dict[str, float]:
     return {"CPU": 1, "GPU": 1} if gpu else {"CPU": max(1, config.compute.threads_per_worker)}
 
 
+@contextlib.contextmanager
+def tunes_handlers() -> Iterator[Callable[[], bool]]:
+    """Around Tune's run, which takes the signals and leaves its handlers behind: the next Ctrl-C would do nothing. Gives a function
+    that says whether a signal has ended the run: Tune's handler, once called, puts the one before it back."""
+    if threading.current_thread() is not threading.main_thread():  # where Tune sets none
+        yield lambda: False
+        return
+    numbers = [signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield lambda: signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_tuner(
     conductor: Conductor, config: Config, search: Search, epochs: float, past: Sequence[TrialRow], folder: str
-) -> None:
-    """Run until the sweep has nothing left to start and all have ended, or it gives up, or until Ctrl-C. folder: for Tune's own
-    files."""
+) -> bool:
+    """Run until the sweep has nothing left to start and all have ended, or it gives up, or until Ctrl-C: whether a signal ended
+    it. folder: for Tune's own files."""
 
     def trial(config: dict[str, Any]) -> None:
         # Pickled by value, with its imports inside: the driver's own modules stay out of it.
@@ -253,4 +272,6 @@ def run_tuner(
             failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
         ),
     )
-    tuner.fit()
+    with tunes_handlers() as was_signalled:
+        tuner.fit()
+        return was_signalled()

@@ -80,13 +80,17 @@ class D3ETR(Method):
             reasons=reasons if predictions else {},
         )
 
+    @classmethod
+    def asks_both(cls, settings: Settings) -> tuple[str, str]:
+        remedy = "choose such a student, or leave the matching out: fixed: false"
+        return ("distillation.fixed", remedy) if cls.needs_of(settings).decoder else ("", "")
+
     def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
         super().__init__(settings, student, teacher)
         self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
         self.reads_attention = "d3_attention" in self.weights
         if self.needs.decoder:
-            remedy = "choose such a student, or leave the matching out: fixed: false"
-            self.asked = AsStudent("distillation.fixed", student, teacher, remedy)
+            self.asked = AsStudent(self, student, teacher)
 
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
         terms: dict[str, LossTerm] = {}

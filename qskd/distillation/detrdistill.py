@@ -91,14 +91,19 @@ class DETRDistill(Method):
             reasons=reasons,
         )
 
+    @classmethod
+    def asks_both(cls, settings: Settings) -> tuple[str, str]:
+        asked = "dd_prior" in settings.weight_fields()
+        remedy = "choose such a student, or leave the term out: prior_weight: 0"
+        return ("distillation.prior_weight", remedy) if asked else ("", "")
+
     def __init__(self, settings: Settings, student: Facts, teacher: Facts) -> None:
         super().__init__(settings, student, teacher)
         self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
         if "dd_features" in self.weights:
             self.projectors = Meeting(student, teacher)
         if "dd_prior" in self.weights:
-            remedy = "choose such a student, or leave the term out: prior_weight: 0"
-            self.asked = AsStudent("distillation.prior_weight", student, teacher, remedy)
+            self.asked = AsStudent(self, student, teacher)
             kind = FAMILIES[student.family].classification if student.family else "focal"
             self.kind: Classification = "varifocal" if kind == "varifocal" else "focal"
         if "dd_contrast" in self.weights:

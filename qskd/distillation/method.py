@@ -162,6 +162,12 @@ class Method(nn.Module, ABC):
         """Why it can learn from one teacher alone, in words; empty: several may teach (`TeacherRecord.parts`)."""
         return f"{settings.method}, which compares the student with what one teacher says"
 
+    @classmethod
+    def asks_both(cls, settings: Any) -> tuple[str, str]:
+        """Where it puts the same queries to both decoders: the field, and what to do where they can't be asked the same
+        (`qskd.distillation.shared.asked.check_pair`). Empty: it does not."""
+        return "", ""
+
     @abstractmethod
     def forward(self, lesson: Lesson) -> dict[str, LossTerm]:
         """The terms that `weights` names."""

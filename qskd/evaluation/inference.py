@@ -76,10 +76,15 @@ def predict_image(
         "original_sizes": np.array([crop_size(image.shape[0], image.shape[1], view)]),
         "image_ids": np.zeros(1, np.int64),
     }
-    most = max(100, detector.num_queries) if threshold else 100
+    most = most_pairs(detector.num_queries, threshold)
     device = next(detector.parameters()).device
     found = predict_batch(detector, arrays, preprocessing, range(len(slots)), slots, device, most)
     return best_first(found, threshold)
+
+
+def most_pairs(queries: int, threshold: float) -> int:
+    """How many of an image's pairs may reach a threshold; without one, the 100 that AP is measured on."""
+    return max(100, queries) if threshold else 100
 
 
 def best_first(found: Detections, threshold: float) -> Detections:

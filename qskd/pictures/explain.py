@@ -20,7 +20,7 @@ from qskd.detectors import Detector, Preprocessing
 from qskd.distillation.method import Seen, Sight, methods_of
 from qskd.evaluation.average_precision import detections_from
 from qskd.evaluation.detections import Detections
-from qskd.evaluation.inference import best_first, predict_image
+from qskd.evaluation.inference import best_first, most_pairs, predict_image
 from qskd.structures import Targets, TeacherNeeds, TeacherRecord
 from qskd.teacher.online import Choose, OnlineTeacher
 from qskd.teacher.pseudo import with_pseudo_objects
@@ -185,7 +185,8 @@ def explain(
         shown_by = tuple(each for each in said if each is not None)
         record = records[-1] if records else ask(TeacherNeeds())
         logits, boxes = record.logits[-1].cpu(), record.boxes_cxcywh[-1].cpu()
-        found = detections_from(logits, boxes, [0], torch.tensor([size]), range(len(labels)))
+        most = most_pairs(logits.shape[1], threshold)
+        found = detections_from(logits, boxes, [0], torch.tensor([size]), range(len(labels)), most)
         found = best_first(found, threshold)
 
     return Explanation(

@@ -7,7 +7,7 @@ import html
 import io
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tuning.report.results import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 TERMINAL_TRIALS, TERMINAL_DIFFERENCES = 8, 6
+NARROW, NEEDLESS = 110, {"AP50", "epochs", "size"}  # left out where the terminal has fewer columns than that
 COLUMNS = ("trial", "state", "AP", "AP50", "epochs", "parameters", "size", "latency")
 
 
@@ -153,16 +154,22 @@ def terminal_table(rows: Sequence[TrialRow], command: str, recipe: Config | None
     own = flatten(to_tree(recipe)) if recipe is not None else {}
     shown = [row for row in ranked(rows) if has_ap(row)]
     shown = shown[:TERMINAL_TRIALS] + [row for row in shown[TERMINAL_TRIALS:] if row.number == RECIPE]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    table.add_column("differs from the recipe", overflow="fold")
-    for row in shown:
-        words = differences_text(row, own, names)
-        more = len(words) - TERMINAL_DIFFERENCES
-        told = ", ".join(words[:TERMINAL_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
-        style = "bold" if row is best else "yellow" if row.number == RECIPE else ""
-        table.add_row(*(Text(cell) for cell in _cells(row)), Text(told), style=style)
+
+    def table(width: int) -> Table:
+        chosen = [name for name in COLUMNS if width >= NARROW or name not in NEEDLESS]
+        made = Table(box=None, pad_edge=False, header_style="bold")
+        for name in chosen:
+            made.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+        made.add_column("differs from the recipe", overflow="fold")
+        for row in shown:
+            words = differences_text(row, own, names)
+            more = len(words) - TERMINAL_DIFFERENCES
+            told = ", ".join(words[:TERMINAL_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
+            style = "bold" if row is best else "yellow" if row.number == RECIPE else ""
+            cells = dict(zip(COLUMNS, _cells(row), strict=True))
+            made.add_row(*(Text(cells[name]) for name in chosen), Text(told), style=style)
+        return made
+
     reasons = Counter(" ".join(row.reason.split()) or "no reason given" for row in rows if row.state == "failed")
     lines: list[RenderableType] = [Text(counts_text(rows))]
     lines += [Text(f"failed, {count} time{'s' if count > 1 else ''}: {why}") for why, count in reasons.most_common()]
@@ -173,7 +180,17 @@ def terminal_table(rows: Sequence[TrialRow], command: str, recipe: Config | None
         lines.append(_Command(command))
     elif best is None:
         lines.append(Text("No trial has an AP: there is no winner."))
-    return Group(table, *lines) if shown else Group(*lines)
+    return Group(_AsWide(table), *lines) if shown else Group(*lines)
+
+
+class _AsWide:
+    """What is made for the columns that the terminal has."""
+
+    def __init__(self, make: Callable[[int], RenderableType]) -> None:
+        self.make = make
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield self.make(options.max_width)
 
 
 class _Command:

@@ -143,6 +143,16 @@ def pair_over_image(student: Side, teacher: Side, num_objects: int, num_slots: i
     return torch.from_numpy(result).to(partner.device, non_blocking=True)
 
 
+def unequal(student: int, teacher: int) -> QskdError:
+    """What is said of two numbers of queries that are to be paired by index."""
+    return QskdError(
+        "distillation.predictions.pairing = index",
+        f"{student} student queries and {teacher} teacher queries",
+        "equally many",
+        f"set student.queries: {teacher}, or use pairing: rank",
+    )
+
+
 def pair_by_index(student: Side, teacher: Side) -> Tensor:
     """Query i with query i, where the teacher's is kept: [L, B, Q] int64, -1 = none. For a student that started with the
     teacher's queries (`student.inherit`), whose query i asks what the teacher's asks (KD-DETR's idea, equations.md 3).
@@ -151,12 +161,7 @@ def pair_by_index(student: Side, teacher: Side) -> Tensor:
     """
     kept = teacher.selection.weight > 0
     if kept.shape[2] != student.logits.shape[2]:
-        raise QskdError(
-            "distillation.predictions.pairing = index",
-            f"{student.logits.shape[2]} student queries and {kept.shape[2]} teacher queries",
-            "equally many",
-            f"set student.queries: {kept.shape[2]}, or use pairing: rank",
-        )
+        raise unequal(student.logits.shape[2], kept.shape[2])
     return torch.where(kept, torch.arange(kept.shape[2], device=kept.device), -1)
 
 

@@ -23,9 +23,10 @@ class AsStudent(nn.Module):
     """The teacher's queries as the student is asked them. Boxes are the same to both; what else there is to a query has each
     network's own width, and goes through a learned linear map, the identity at first where widths agree."""
 
-    def __init__(self, where: str, student: Facts, teacher: Facts, remedy: str) -> None:
-        """QskdError, of the field `where`, where the two can't be asked the same."""
+    def __init__(self, method: Method, student: Facts, teacher: Facts) -> None:
+        """method: whose field is named in the QskdError where the two can't be asked the same."""
         super().__init__()
+        where, remedy = method.asks_both(method.settings)
         check_pair(where, student, teacher, remedy)
         self.adapter: nn.Linear | None = None
         if student.query_width and teacher.query_width:
@@ -53,13 +54,17 @@ class AskingBoth(Method):
         asked = bool(settings.weight_fields())
         return TeacherNeeds(memory=asked, decoder=asked)
 
+    @classmethod
+    def asks_both(cls, settings: Any) -> tuple[str, str]:
+        field, remedy = f"distillation.method = {settings.method}", "choose such a student, or another method"
+        return (field, remedy) if settings.weight_fields() else ("", "")
+
     def __init__(self, settings: Any, student: Facts, teacher: Facts) -> None:
         super().__init__(settings, student, teacher)
         self.weights = {term: getattr(settings, field) for term, field in settings.weight_fields().items()}
         if not self.weights:
             return
-        where, remedy = f"distillation.method = {settings.method}", "choose such a student, or another method"
-        self.asked = AsStudent(where, student, teacher, remedy)
+        self.asked = AsStudent(self, student, teacher)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         # Of torch's own random state, which is the run's seed when a training builds its method: alike on every worker.
         self.register_buffer("seed", torch.randint(2**31, ()))
