@@ -38,10 +38,9 @@ from qskd.datasets.loader import BatchLoader
 from qskd.datasets.manifest import load_manifest
 from qskd.datasets.shapes import make_shapes
 from qskd.detectors import build_student
-from qskd.from_recipe import make_teacher
+from qskd.from_recipe import make_teacher, teacher_for_training
 from qskd.structures import TeacherRecord
 from qskd.teacher.cache import TeacherCacheReader, write_rows
-from qskd.teacher.cached import CachedTeacher
 from qskd.teacher.columns.table import ARRAYS, collate, decode_batch, encode, largest_errors
 from qskd.teacher.identity import cache_identity, teacher_preprocessing
 from qskd.teacher.making import CacheMaker
@@ -87,13 +86,13 @@ def column_bytes(files: Sequence[Path]) -> dict[str, float]:
     }
 
 
-def errors_of(config: Config, teacher: OnlineTeacher, manifest: CacheManifest) -> dict[str, float]:
-    """The largest errors of what a cache gives back, over 256 images."""
+def errors_of(config: Config, teacher: OnlineTeacher, manifest: CacheManifest, images: int) -> dict[str, float]:
+    """The largest errors of what a cache gives back, over so many images."""
     reader = TeacherCacheReader(config.teacher.cache.path)
     loader = BatchLoader(config.data.train, "", config.data.views, teacher_preprocessing(config).resize)
     maker, worst = CacheMaker(config, teacher, torch.device("cpu")), dict[str, float]()
-    for start in range(0, 256, 16):
-        rows = list(range(start, start + 16))
+    for start in range(0, images, 16):
+        rows = list(range(start, min(start + 16, images)))
         tensors = collate(reader.read(0, 0, rows), manifest.sizes, reader.columns)
         found = decode_batch({name: torch.from_numpy(value) for name, value in tensors.items()})
         true = maker.ask(loader.load("train", np.array([(0, row, 0) for row in rows])))
@@ -121,19 +120,19 @@ def coco_sized(attention: torch.Tensor, images: int = 32) -> TeacherRecord:
     )
 
 
-def loss_curve(config: ResolvedConfig, sizes: CachedTeacher) -> list[float]:
-    """The total loss of every step."""
-    labels = load_manifest(config.data.train).labels
-    stream = distill.make_plan(config, "distill").stream
-    training = Training(
-        config, build_student(config.student, labels, 0), sizes, stream.schedule.total_steps, torch.device("cpu")
-    )
+def loss_curve(config: ResolvedConfig) -> list[float]:
+    """The total loss of every step, from the cache and the directions beside it, as a training reads them."""
+    labels, cpu = load_manifest(config.data.train).labels, torch.device("cpu")
+    stream, teacher = distill.make_plan(config, "distill").stream, teacher_for_training(config, labels, cpu)
+    student = build_student(config.student, labels, 0)
+    training = Training(config, student, teacher, stream.schedule.total_steps, cpu)
     shares = (share for share in local_stream(stream) if share.subset == "train")
     return [training.train_step(train_batch(share.arrays))["total"].item() for share in shares]
 
 
 def apart(mine: Sequence[float], theirs: Sequence[float], window: int = 20) -> float:
     """Mean relative distance of two curves, smoothed over `window` steps."""
+    window = min(window, len(mine))
     smooth = [np.convolve(curve, np.ones(window) / window, "valid") for curve in (mine, theirs)]
     return float(np.mean(np.abs(smooth[0] - smooth[1]) / smooth[1]))
 
@@ -158,14 +157,15 @@ def measure(images: int, epochs: int) -> Report:
             resize = teacher_preprocessing(config).resize
             manifest = make_cache(config, teacher, resize, cache_identity(config, data))
             bytes_small[precision] = column_bytes(sorted(Path(config.teacher.cache.path).glob("*.parquet")))
-            errors[precision] = errors_of(config, teacher, manifest)
-            rows = TeacherCacheReader(config.teacher.cache.path).read(0, 0, range(256))
+            some = min(256, images)
+            errors[precision] = errors_of(config, teacher, manifest, some)
+            rows = TeacherCacheReader(config.teacher.cache.path).read(0, 0, range(some))
             looks = [torch.from_numpy(row.attention.astype(np.float32)).unflatten(1, (8, 8)) for row in rows]
             record = coco_sized(torch.cat(looks))
             write_rows(str(folder), f"{precision}.parquet", encode(record, range(32), precision), "")
             bytes_coco[precision] = column_bytes([folder / f"{precision}.parquet"])
-            curves[precision] = loss_curve(ResolvedConfig(config), CachedTeacher(manifest.sizes))
-        other = loss_curve(ResolvedConfig(recipe(folder, "float32", epochs, seed=1)), CachedTeacher(manifest.sizes))
+            curves[precision] = loss_curve(ResolvedConfig(config))
+        other = loss_curve(ResolvedConfig(recipe(folder, "float32", epochs, seed=1)))
     noise = apart(other, curves["float32"])
     for title, sizes in (("quickstart", bytes_small), ("COCO-sized", bytes_coco)):
         print(f"\nBytes an image, {title}")

@@ -185,6 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> PerImage:
     parser.add_argument("--from", dest="source", type=Path, help="measure nothing: take this record")
     parser.add_argument("--quick", action="store_true", help="small models and pictures: does it run?")
     given = parser.parse_args(arguments)
+    times = [given.student_ms is not None, given.teacher_ms is not None]
+    if any(times) and not all(times):
+        parser.error("--student-ms and --teacher-ms belong together: hours are of both")
+    if given.dollars and not (all(times) or given.tflops):
+        parser.error("--dollars are of hours: give --tflops, or --student-ms and --teacher-ms")
     check_record(given.record, PerImage)
     if given.source:
         one, facts = PerImage(**json.loads(given.source.read_text())), [f"from {given.source}"]

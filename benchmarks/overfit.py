@@ -58,7 +58,7 @@ class Candidate:
 
 
 def candidates(document: dict[str, Any], images: Path) -> list[Candidate]:
-    """Images of 1 to 8 objects, none of them a crowd or with a side shorter than 32 pixels, by id."""
+    """Images that are there, of 1 to 8 objects, none of them a crowd or with a side shorter than 32 pixels, by id."""
     objects: dict[int, list[dict[str, Any]]] = {}
     for annotation in document["annotations"]:
         objects.setdefault(annotation["image_id"], []).append(annotation)
@@ -66,7 +66,9 @@ def candidates(document: dict[str, Any], images: Path) -> list[Candidate]:
     for image in sorted(document["images"], key=lambda entry: entry["id"]):
         own = objects.get(image["id"], [])
         smallest = min((side for annotation in own for side in annotation["bbox"][2:]), default=0.0)
-        if len(own) > MOST_OBJECTS or smallest < SMALLEST_SIDE or any(annotation["iscrowd"] for annotation in own):
+        if len(own) > MOST_OBJECTS or smallest < SMALLEST_SIDE or any(annotation.get("iscrowd") for annotation in own):
+            continue
+        if not (images / image["file_name"]).is_file():  # a part of the dataset is enough
             continue
         with Image.open(images / image["file_name"]) as picture:
             greyscale = picture.mode == "L"

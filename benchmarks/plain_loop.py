@@ -3,8 +3,9 @@
 python -m benchmarks.plain_loop
 
 The student of the quickstart and its own pictures, JPEG. Ours: read from shards, decode, flip, resize, train a step. Theirs: decode
-the same JPEG bytes with Pillow, the family's image processor, the model with its own loss, AdamW. The same weights, batches and
-clipping, one process, one thread, taking turns at each step; CPU seconds are counted, which others on the machine disturb little.
+the same JPEG bytes with Pillow, the family's image processor, the model with its own loss, AdamW. The same weights, pictures (in
+ours shuffled and flipped) and clipping, one process, one thread, taking turns at each step; CPU seconds are counted, which others
+on the machine disturb little.
 
 Three of ours: as the recipe has it; without what the other loop lacks, the dense head and the average of the weights; and that with
 pictures that are kept decoded, as in every epoch but the first where they fit into memory.

@@ -23,10 +23,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from benchmarks.timing import Difference, Ratio, Report, load_note, machine, ratios
 from pipelines.caching import driver as cache_teacher
@@ -44,6 +45,7 @@ from pipelines.tuning.trial.run import run_trial
 from qskd.config import Config
 from qskd.config.recipe import load, to_tree
 from qskd.datasets.shapes import make_shapes
+from qskd.teacher.manifest import load_cache_manifest
 
 SPACES = ("student_architecture", "query_selection", "loss_weights")
 AP_TOLERANCE = 0.02  # the cache rounds; training magnifies it, by chance either way
@@ -178,6 +180,32 @@ def measure_asha(images: int, val_images: int, trials: int, epochs: int, orders:
     return report
 
 
+def bare_loop(config: Config, trials: int) -> float:
+    """Seconds of so many trials of the recipe, each doing what Tune has its trials do: the cache is known to be the recipe's."""
+    known = load_cache_manifest(config.teacher.cache.path)
+    assert known is not None
+    jobs = [
+        Job(
+            each,
+            to_tree(trial_config(config, each)),
+            recipe=to_tree(config),
+            recipe_latency_ms=1.0,
+            known_cache=known.fingerprint,
+        )
+        for each in range(trials)
+    ]
+    for job in jobs:
+        Records(config).put(TrialRow(job.number, "running"))
+    said: list[Mapping[str, Any]] = []
+    started = time.perf_counter()
+    for job in jobs:
+        run_trial(job, said.append)
+    taken = time.perf_counter() - started
+    if failed := [each["failed"] for each in said if "failed" in each]:  # it is sent, not raised
+        raise SystemExit(f"{len(failed)} trials failed: {failed[0]}")
+    return taken
+
+
 def measure_overhead(images: int, val_images: int, trials: int, rounds: int) -> Report:
     """One worker, one thread, one trial at a time on both sides."""
     report = Report("What Ray Tune adds to a trial")
@@ -194,16 +222,7 @@ def measure_overhead(images: int, val_images: int, trials: int, rounds: int) -> 
             per_trial["tune"].append((taken[1] - taken[0]) / trials)
             starts.append(2 * taken[0] - taken[1])
             bare = recipe(folder, f"bare-{number}", 1)
-            jobs = [
-                Job(each, to_tree(trial_config(bare, each)), recipe=to_tree(bare), recipe_latency_ms=1.0)
-                for each in range(trials)
-            ]
-            for each in range(trials):
-                Records(bare).put(TrialRow(each, "running"))
-            started = time.perf_counter()
-            for job in jobs:
-                run_trial(job, lambda _: None)
-            per_trial["bare"].append((time.perf_counter() - started) / trials)
+            per_trial["bare"].append(bare_loop(bare, trials) / trials)
     added = [one - other for one, other in zip(per_trial["tune"], per_trial["bare"], strict=True)]
     report.facts += [
         *(machine("ray", "optuna"), load_note()),

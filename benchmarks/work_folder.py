@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qskd.errors import QskdError
 from qskd.storage.ownership import listed
@@ -47,12 +47,21 @@ def discard(folder: Path, patterns: Sequence[str]) -> None:
 
 
 def check_record(path: Path | None, kind: type[DataclassInstance]) -> None:
-    """QskdError, before anything is measured, where `--record` names a file that is no earlier record of this kind."""
-    if path is None or not os.path.lexists(path):
+    """`check_out` for what `--record` names: the fields of this class."""
+    check_out(path, "--record", lambda found: set(found) == {field.name for field in fields(kind)})
+
+
+def check_out(path: Path | None, option: str, is_ours: Callable[[dict[str, Any]], bool]) -> None:
+    """QskdError, before anything is measured, where a JSON file could not be written, or is there and is none of ours."""
+    if path is None:
+        return
+    if not os.path.lexists(path):
+        if not path.parent.is_dir():
+            raise QskdError(str(path), "its folder is not there", "a file in one that is", f"mkdir -p {path.parent}")
         return
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or set(found) != {field.name for field in fields(kind)}:
-        raise QskdError(str(path), "is there, and is no record of this benchmark", "a new file", "--record ANOTHER")
+    if not isinstance(found, dict) or not is_ours(found):
+        raise QskdError(str(path), "is there, and is no record of this benchmark", "a new file", f"{option} ANOTHER")

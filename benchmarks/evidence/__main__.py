@@ -46,6 +46,14 @@ def wanted(given: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def variants_of(named: Sequence[Cell]) -> dict[str, set[str]]:
+    """By student: not every student's teacher can give what another's variants ask for."""
+    found: dict[str, set[str]] = {}
+    for cell in named:
+        found.setdefault(cell.student, set()).add(cell.variant)
+    return found
+
+
 def run_all(missing: Sequence[Cell], work: Path, processes: int) -> None:
     """Each cell in a process of its own; the first failure is told at the end, after all others had their chance."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -96,7 +104,7 @@ def teacher_ap(work: Path, student: str) -> float:
     if not place.exists():
         from pipelines.inspection.evaluate import evaluate
 
-        make_task(work, [student])
+        make_task(work, {student: ()})
         test = make_config(work, "test", STUDENTS[student]).data.val
         metrics = evaluate(str(teacher_path(work, name)), test, workers=0, threads=1).metrics
         RECORDS.mkdir(exist_ok=True)
@@ -133,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS))
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="set a field in every cell")
+    parser.add_argument(
+        "--set", metavar="A.B=C", action="append", default=[], help="set a field in every cell (--split val)"
+    )
     parser.add_argument("--again", action="store_true", help="run cells that have a record, too")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
@@ -145,32 +155,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.action == "table":
             write_table(work)
             return 0
-        named = wanted(given)
-        diagnosed = given.students or [diagnose.STUDENT]
-        needed = (
-            STUDENTS
-            if given.action == "clock"
-            else diagnosed
-            if given.action == "diagnose"
-            else {c.student for c in named}
-        )
-        make_task(
-            work, sorted(needed), sorted({cell.variant for cell in named} if given.action in ("run", "cell") else ())
-        )
+        if given.set and given.split == "test":
+            found = f"{given.set[0]}, on the images that are reported on"
+            raise QskdError("--set", found, "the recipe as it is there", "choose settings on others: --split val")
         if given.action == "clock":
+            make_task(work, dict.fromkeys(STUDENTS, ()))
             clock.measure(work)
             return 0
         if given.action == "diagnose":
-            for name in diagnosed:
+            for name in given.students or [diagnose.STUDENT]:
+                make_task(work, {name: ()})
                 diagnose.diagnose(work, name)
             return 0
+        named = wanted(given)
         if given.action == "cell":
+            make_task(work, variants_of(named))
             for cell in named:
                 cells.run(cell, work)
             return 0
         missing = [cell for cell in named if given.again or cells.finished(cell, work) is None]
         print(f"{len(named)} cells, {len(named) - len(missing)} of them have a record", flush=True)
-        run_all(missing, work, given.processes)
+        if missing:
+            make_task(work, variants_of(missing))
+            run_all(missing, work, given.processes)
         if given.split == "test":
             write_table(work)
     except QskdError as error:

@@ -52,7 +52,8 @@ def pretrain(work: Path, folder: Path, epochs: int, overrides: Iterable[str] = (
     if not (work / "backbone" / "manifest.json").exists():
         annotations, images = make_shapes(IMAGES, work / "backbone-coco")
         prepare(annotations, images, str(work / "backbone"), quiet=True)
-    given = [f"data.train={work}/backbone", f"data.val={work}/val", "student.backbone.init=", "student.inherit=false"]
+    shards = f"{work}/backbone"  # val, too: nothing is evaluated, and the task's own may not be there yet
+    given = [f"data.train={shards}", f"data.val={shards}", "student.backbone.init=", "student.inherit=false"]
     config = load(RECIPE, [*overrides, *given, f"training.epochs={epochs}", f"training.evaluate_every_epochs={epochs}"])
     plan = make_plan(resolve(config, "train"), "train")
     student = build_student(config.student, plan.train.labels, config.seed)

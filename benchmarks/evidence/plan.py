@@ -32,20 +32,17 @@ class Student:
 MAIN = ("none", "agfd", "lapd", "qskd")
 LONG = (*MAIN, "qskd_constant", "agfd_constant", "none_equal_time", "positives", "all", "mimic", "global")
 PAIR = ("none", "qskd")
-FRESH = (
-    *("none_flips", "qskd_flips", "none_flips_labelled24"),
-    *(f"qskd_flips_unlabeled{count // 1000}" for count in NEW_IMAGES),
-)
+FRESH = ("none_flips", "qskd_flips", "none_flips_labelled24", "qskd_flips_whitened", "qskd_flips_whitened_pkd")
+UNLABELED = tuple(f"qskd_flips_whitened_unlabeled{count // 1000}" for count in NEW_IMAGES[1:])
 LONG_BITS = (
     *(f"{short}_{name}" for short in BITS for name in ("after_none", "after_qskd", "none", "qskd")),
     "w4a4_qdetr",
 )
-NEAREST = (
-    "tprd",
-    "tar",
-    "pkd_searched",
-    "whitened_pkd",
-)  # of the other methods, after two epochs, and what joins the nearest
+# Other methods, each with the better of its weights after two epochs, and what joins the nearest.
+RIVALS = (
+    *("tprd", "tar", "pkd_searched", "whitened_pkd", "fitnets", "detrdistill", "d3etr_searched", "kd_detr"),
+    *("crosskd_searched", "cwd_searched", "mgd"),
+)
 QUERIES = (*MAIN, "positives", "all", "random")
 _WHOLE = ("student.encoder_layers=2", "student.decoder_layers=3")
 _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden_sizes=[48, 96]")
@@ -70,8 +67,17 @@ STUDENTS = {
                 *FEW_BITS,
                 "qskd_flips_unlabeled6",
             ),
-            "long": (*LONG, "whitened", *NEAREST, "whitened_share90", "qskd_flips_whitened", *FRESH, *LONG_BITS),
-            "longest": (*PAIR, *FRESH),
+            "long": (
+                *LONG,
+                "whitened",
+                *RIVALS,
+                "whitened_share90",
+                *FRESH,
+                "qskd_flips_unlabeled18",
+                *UNLABELED,
+                *LONG_BITS,
+            ),
+            "longest": (*PAIR, *FRESH, *UNLABELED),
         },
     ),
     "scratch": Student(
@@ -83,7 +89,10 @@ STUDENTS = {
     "near": Student(
         "A third size: all of the teacher's layers, a backbone of twice the channels",
         _NEAR,
-        {"short": (*MAIN, "whitened"), "long": (*MAIN, "whitened", *(f"{name}_gentle" for name in GENTLE))},
+        {
+            "short": (*MAIN, "whitened"),
+            "long": (*MAIN, "whitened", "pkd_searched", *(f"{name}_gentle" for name in GENTLE)),
+        },
         backbone="backbone48",
     ),
     "many": Student(
@@ -115,6 +124,8 @@ STUDENTS = {
         metrics=("AP", "AP75", "AP90"),
     ),
     "conditional": Student(
-        "A second family: Conditional DETR, random layers", _CONDITIONAL, {"short": MAIN, "long": (*MAIN, "whitened")}
+        "A second family: Conditional DETR, random layers",
+        _CONDITIONAL,
+        {"short": MAIN, "long": (*MAIN, "whitened", "pkd_searched")},
     ),
 }

@@ -5,7 +5,7 @@ What a student needs besides (its teacher, the teacher's cache, its backbone) is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -86,42 +86,46 @@ def make_config(
     return resolve(load(RECIPE, [*base_overrides(work, split, student), *student.overrides, *overrides]), kind)
 
 
-def make_task(work: Path, students: Iterable[str], variants: Iterable[str] = ()) -> None:
-    """Images, shards, and the students' teachers, caches and backbones, with the further images of some variants; what is there is
-    kept."""
-    further = [VARIANTS[name] for name in variants]
+def make_task(work: Path, wanted: Mapping[str, Iterable[str]]) -> None:
+    """Images, shards, and the students' teachers, caches and backbones, each with what its own variants need beside; what is there
+    is kept. wanted: variants by student."""
+    variants = {student: [VARIANTS[name] for name in sorted(set(names))] for student, names in sorted(wanted.items())}
     for name, shapes in SPLITS.items():
         if not (work / name / "manifest.json").exists():
             annotations, images = make_shapes(shapes, work / f"{name}-coco")
             prepare(annotations, images, str(work / name), quiet=True)
-    for count in sorted({each.train for each in further} - {0}):
+    for count in sorted({each.train for further in variants.values() for each in further} - {0}):
         shards, shapes = train_path(work, count), TRAIN.model_copy(update={"images": count})
         if not (shards / "manifest.json").exists():
             annotations, images = make_shapes(shapes, work / f"{shards.name}-coco")
             prepare(annotations, images, str(shards), quiet=True)
+    for name, further in variants.items():
+        _make_for(work, STUDENTS[name], further)
+
+
+def _make_for(work: Path, student: Student, further: Sequence[Variant]) -> None:
+    if student.backbone:
+        make_backbone(work, work / student.backbone, student.overrides)
+    if student.teacher != OWN:
+        make_teacher_folder(work, student.teacher)
     unlabeled = [_unlabeled(work, count) for count in sorted({each.unlabeled for each in further} - {0})]
-    for student in (STUDENTS[name] for name in students):
-        if student.backbone:
-            make_backbone(work, work / student.backbone, student.overrides)
-        if student.teacher != OWN:
-            make_teacher_folder(work, student.teacher)
-        unlabelled = [f"data.unlabeled=[{','.join(map(str, unlabeled))}]"]
-        asked = cache_sources(make_config(work, "val", student, unlabelled))
-        for form in sorted({each.told for each in further} - {""}):
-            _tell(work, student, form)
-        own = {tuple(cache_overrides(work, student, each)) for each in further} - {()}
-        asked = [*asked, *(make_config(work, "val", student, fields) for fields in sorted(own))]
-        for config in asked:
-            if load_cache_manifest(config.teacher.cache.path) is None:
-                torch.set_num_threads(1)
-                manifest = source_manifest(config.data)
-                teacher = make_teacher(config, manifest.labels)
-                assert teacher is not None
-                make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))
-        for each in further:
-            _add_directions(
-                make_config(work, "val", student, [*each.overrides, *cache_overrides(work, student, each)], each.kind)
-            )
+    unlabelled = [f"data.unlabeled=[{','.join(map(str, unlabeled))}]"]
+    asked = cache_sources(make_config(work, "val", student, unlabelled))
+    for form in sorted({each.told for each in further} - {""}):
+        _tell(work, student, form)
+    own = {tuple(cache_overrides(work, student, each)) for each in further} - {()}
+    asked = [*asked, *(make_config(work, "val", student, fields) for fields in sorted(own))]
+    for config in asked:
+        if load_cache_manifest(config.teacher.cache.path) is None:
+            torch.set_num_threads(1)
+            manifest = source_manifest(config.data)
+            teacher = make_teacher(config, manifest.labels)
+            assert teacher is not None
+            make_cache(config, teacher, teacher_preprocessing(config).resize, cache_identity(config, manifest))
+    for each in further:
+        _add_directions(
+            make_config(work, "val", student, [*each.overrides, *cache_overrides(work, student, each)], each.kind)
+        )
 
 
 def _add_directions(config: ResolvedConfig) -> None:

@@ -31,7 +31,11 @@ FAMILY_DEFAULTS = (
     *("student.dropout=null", "student.frozen_stages=null"),
     *("training.undecayed=null", "training.sampling_learning_rate_scale=null"),
 )
-_OF_ITS_SIZE = ("student.feature_levels=2", "student.encoder_layers=1", *FAMILY_DEFAULTS)  # of the package's teacher's
+# Of the package's teacher's size, with fresh flips, which that one and the one of 300 queries were made before.
+_OF_ITS_SIZE = (
+    *("student.feature_levels=2", "student.encoder_layers=1", "data.views.derived=flip"),
+    *FAMILY_DEFAULTS,
+)
 FIELDS = {
     MANY: ("student.queries=300", "training.learning_rate=1.0e-3"),
     MAPS: ("student.family=rt_detr", *_OF_ITS_SIZE),

@@ -114,6 +114,14 @@ VARIANTS |= {
     )
     for count in NEW_IMAGES
 }
+VARIANTS |= {
+    f"qskd_flips_whitened_unlabeled{count // 1000}": Variant(
+        f"QSKD, the default (whitened), fresh flips, and {count:,} images without labels",
+        (_FLIPS, _WHITENED),
+        unlabeled=count,
+    )
+    for count in NEW_IMAGES[1:]
+}
 VARIANTS["none_flips_labelled24"] = Variant(
     "no teacher, fresh flips, 18,000 more images with their true labels", (_FLIPS,), "train", train=24_000
 )

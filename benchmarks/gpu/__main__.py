@@ -33,6 +33,8 @@ import torch
 from benchmarks.gpu import cache, exact, steps
 from benchmarks.gpu.cases import FAMILIES
 from benchmarks.timing import load_note, machine, print_table
+from benchmarks.work_folder import check_out
+from qskd.errors import QskdError
 from qskd.precision import allow_tf32
 
 PARTS = "abdefc"  # in this order: what needs Ray comes last
@@ -160,6 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="a JSON file, written anew after each part")
     given = parser.parse_args(arguments)
+    if wrong := set(given.parts) - set(PARTS):
+        parser.error(f"--parts {given.parts}: no {', '.join(sorted(wrong))}, of {PARTS}")
+    try:
+        check_out(given.out, "--out", lambda found: "machine" in found)
+    except QskdError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)  # as a worker has
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     allow_tf32(device)  # as the programs do

@@ -22,7 +22,7 @@ def record_file(row: str, work: Work) -> Path:
     return RECORDS / ("search" if work.split == "val" else "report") / f"{row}-seed{work.seed}.json"
 
 
-def measured(row: str, work: Work, student: Path, spent: float) -> str:
+def measured(row: str, work: Work, student: Path) -> str:
     """Evaluate, write the record, and say it in a line."""
     before = work.of_seed(f"before-{work.split}.json")
     if before.exists():
@@ -40,7 +40,7 @@ def measured(row: str, work: Work, student: Path, spent: float) -> str:
         "split": work.split,
         "AP": {name: round(float(value or 0), 5) for name, value in figures.items()},
         "forgotten": round(told.forgotten, 5),
-        "train_seconds": round(spent, 1),
+        "train_seconds": round(task.seconds_of(student), 1),
         "settings": settings(),
         "code": code_version(),
     }

@@ -15,6 +15,7 @@ from benchmarks.new_classes.task import (
     STEPS,
     Work,
     second_detector,
+    seconds_of,
     train,
 )
 from pipelines.labelling.job import Request
@@ -36,10 +37,10 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class Row:
-    """make: (the work, where the student goes) -> seconds of training."""
+    """make: (the work, where the student goes)."""
 
     title: str
-    make: Callable[[Work, Path], float]
+    make: Callable[[Work, Path], None]
 
 
 def _begin(work: Work, *more: str) -> list[str]:
@@ -85,50 +86,50 @@ def _gathered(work: Work, name: str, *sources: Path) -> Path:
     return shards
 
 
-def finetuning(work: Work, to: Path) -> float:
-    return train(work, work.folder / "new", to, STEPS, _begin(work))
+def finetuning(work: Work, to: Path) -> None:
+    train(work, work.folder / "new", to, STEPS, _begin(work))
 
 
-def plain(work: Work, to: Path) -> float:
-    return train(work, work.folder / "new", to, STEPS, _taught(work, *_PLAIN), "distill")
+def plain(work: Work, to: Path) -> None:
+    train(work, work.folder / "new", to, STEPS, _taught(work, *_PLAIN), "distill")
 
 
-def plain_strong(work: Work, to: Path) -> float:
+def plain_strong(work: Work, to: Path) -> None:
     fields = (*_PLAIN, "distillation.predictions.weight=3.0")
-    return train(work, work.folder / "new", to, STEPS, _taught(work, *fields), "distill")
+    train(work, work.folder / "new", to, STEPS, _taught(work, *fields), "distill")
 
 
-def rule_and_plain(work: Work, to: Path) -> float:
-    return train(work, joined(work), to, STEPS, _taught(work, *_PLAIN), "distill")
+def rule_and_plain(work: Work, to: Path) -> None:
+    train(work, joined(work), to, STEPS, _taught(work, *_PLAIN), "distill")
 
 
-def qskd(work: Work, to: Path) -> float:
-    return train(work, work.folder / "new", to, STEPS, _taught(work), "distill")
+def qskd(work: Work, to: Path) -> None:
+    train(work, work.folder / "new", to, STEPS, _taught(work), "distill")
 
 
-def rule(work: Work, to: Path) -> float:
-    return train(work, joined(work), to, STEPS, _begin(work))
+def rule(work: Work, to: Path) -> None:
+    train(work, joined(work), to, STEPS, _begin(work))
 
 
-def rule_without_thresholds(work: Work, to: Path) -> float:
-    return train(work, _labelled(work, "ten", "new", work.old, 0.0), to, STEPS, _begin(work))
+def rule_without_thresholds(work: Work, to: Path) -> None:
+    train(work, _labelled(work, "ten", "new", work.old, 0.0), to, STEPS, _begin(work))
 
 
-def rule_and_qskd(work: Work, to: Path) -> float:
-    return train(work, joined(work), to, STEPS, _taught(work), "distill")
+def rule_and_qskd(work: Work, to: Path) -> None:
+    train(work, joined(work), to, STEPS, _taught(work), "distill")
 
 
-def completed(work: Work, to: Path) -> float:
-    return train(work, work.folder / "new", to, STEPS, _taught(work, "data.completed=true"), "distill")
+def completed(work: Work, to: Path) -> None:
+    train(work, work.folder / "new", to, STEPS, _taught(work, "data.completed=true"), "distill")
 
 
-def completed_plain(work: Work, to: Path) -> float:
-    return train(work, work.folder / "new", to, STEPS, _taught(work, "data.completed=true", *_PLAIN), "distill")
+def completed_plain(work: Work, to: Path) -> None:
+    train(work, work.folder / "new", to, STEPS, _taught(work, "data.completed=true", *_PLAIN), "distill")
 
 
-def completed_lapd(work: Work, to: Path) -> float:
+def completed_lapd(work: Work, to: Path) -> None:
     fields = ("data.completed=true", "data.unlabeled_score=0.3", "distillation.features.weight=0")
-    return train(work, work.folder / "new", to, STEPS, _taught(work, *fields), "distill")
+    train(work, work.folder / "new", to, STEPS, _taught(work, *fields), "distill")
 
 
 def _two_teachers(work: Work, *more: str) -> list[str]:
@@ -137,29 +138,30 @@ def _two_teachers(work: Work, *more: str) -> list[str]:
     return _begin(work, f"teacher.path={work.old}", second, "distillation.decay=0", *_PLAIN, *more)
 
 
-def two_teachers(work: Work, to: Path) -> float:
-    return train(work, work.folder / "new", to, STEPS, _two_teachers(work, "data.completed=true"), "distill")
+def two_teachers(work: Work, to: Path) -> None:
+    train(work, work.folder / "new", to, STEPS, _two_teachers(work, "data.completed=true"), "distill")
 
 
-def two_teachers_alone(work: Work, to: Path) -> float:
+def two_teachers_alone(work: Work, to: Path) -> None:
     """On the new images without their labels."""
     shards = work.folder / "new-unlabeled"
     if not (shards / "manifest.json").exists():
         prepare(work.folder / "new-coco/images", None, str(shards), quiet=True, unlabeled=True)
     fields = _two_teachers(work, "data.train=", f"data.unlabeled=[{shards}]")
-    return train(work, work.folder / "new", to, STEPS, fields, "distill")
+    train(work, work.folder / "new", to, STEPS, fields, "distill")
 
 
-def exemplars(work: Work, to: Path) -> float:
+def exemplars(work: Work, to: Path) -> None:
     """The new images and a tenth of the old, which have labels of the old classes alone."""
     old = _chosen(work, work.folder / "old", "old-exemplars")
-    return train(work, _gathered(work, "with-exemplars", joined(work), old), to, STEPS, _begin(work))
+    train(work, _gathered(work, "with-exemplars", joined(work), old), to, STEPS, _begin(work))
 
 
-def balanced(work: Work, to: Path) -> float:
+def balanced(work: Work, to: Path) -> None:
     """From the row before: a tenth of the old images and a tenth of the new, on which both kinds of classes are labelled."""
     before = work.of_seed("student-exemplars")
-    spent = 0.0 if before.exists() else exemplars(work, before)
+    if not before.exists():
+        exemplars(work, before)
     shards = work.of_seed("balanced")
     if not (shards / "manifest.json").exists():
         ids = {one.image_id for one in load_selection(str(work.of_seed("old-exemplars.json"))).images}
@@ -173,12 +175,12 @@ def balanced(work: Work, to: Path) -> float:
         new = _chosen(work, joined(work), "new-exemplars")
         _gathered(work, "balanced", work.of_seed("completed"), new)
     more = [f"student.init={before}", f"training.learning_rate={BALANCED_LEARNING_RATE}"]
-    return spent + train(work, shards, to, BALANCED_STEPS, more)
+    train(work, shards, to, BALANCED_STEPS, more, spent_before=seconds_of(before))
 
 
-def joint(work: Work, to: Path) -> float:
+def joint(work: Work, to: Path) -> None:
     """All labels of all images: what nobody with new labels alone can have."""
-    return train(work, work.folder / "joint", to, STEPS, _begin(work))
+    train(work, work.folder / "joint", to, STEPS, _begin(work))
 
 
 ROWS = {

@@ -27,6 +27,7 @@ from qskd.datasets.shapes import EASY, TWINS, make_shapes
 from qskd.detectors import save_detector
 from qskd.evaluation.details import Evaluation
 from qskd.from_recipe import make_student, teacher_for_training
+from qskd.storage.ownership import EXTRA_FILE
 from qskd.training.step import Training
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
@@ -109,8 +110,16 @@ def _part(annotations: Path, to: Path, classes: Sequence[str]) -> Path:
     return to
 
 
-def train(work: Work, shards: Path, to: Path, steps: int, more: Sequence[str] = (), kind: str = "train") -> float:
-    """A training in this process; its student goes into a folder. Returns the seconds of its steps."""
+def train(
+    work: Work,
+    shards: Path,
+    to: Path,
+    steps: int,
+    more: Sequence[str] = (),
+    kind: str = "train",
+    spent_before: float = 0.0,
+) -> None:
+    """A training in this process; its student goes into a folder, with the seconds of its steps and of those before it."""
     torch.set_num_threads(1)
     fields = [f"data.train={shards}", f"data.val={work.folder}/val", f"seed={work.seed}", f"training.max_steps={steps}"]
     config = resolve(load(RECIPE, [*fields, *more]), kind)
@@ -127,8 +136,12 @@ def train(work: Work, shards: Path, to: Path, steps: int, more: Sequence[str] = 
     spent = time.perf_counter() - begun
     training.check_finite()
     with training.evaluation_weights() as detector:
-        save_detector(detector, to, config.student.resize)
-    return spent
+        save_detector(detector, to, config.student.resize, {"train_seconds": spent_before + spent})
+
+
+def seconds_of(student: Path) -> float:
+    """What its training took, whenever that was."""
+    return float(json.loads((student / EXTRA_FILE).read_text())["train_seconds"])
 
 
 def measure(work: Work, model: Path, class_map: Mapping[str, str | None] | None = None) -> Evaluation:

@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmarks.scaling.model import WORKERS, Costs, all_reduce_seconds, step, with_step
 from benchmarks.timing import Ratio, Report, print_table, ratios
 from benchmarks.work_folder import check_record
+from qskd.errors import QskdError
 
 GOAL = 0.9
 BEGIN, END = "<!-- benchmarks.scaling -->", "<!-- end -->"
@@ -98,12 +99,24 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def around_marks(document: Path) -> tuple[str, str]:
+    """What stands before and after the document's two marks. QskdError where it has none."""
+    text = document.read_text() if document.is_file() else ""
+    before, found, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise QskdError(
+            str(document), f"no {BEGIN} ... {END}", "a Markdown file with these marks", "write them into it"
+        )
+    return before, after
+
+
 def write_into(document: Path, record: object) -> None:
     """Between the document's two marks: the measured ratios and figures, the model's check and its table."""
     from benchmarks.scaling.measure import Record
 
     assert isinstance(record, Record)
-    report, text = report_of(record), document.read_text()
+    report = report_of(record)
     found = [
         [r.name, r.figures, f"{r.value:.2f}", f"{min(r.rounds):.2f} to {max(r.rounds):.2f}"] for r in report.ratios
     ]
@@ -116,8 +129,7 @@ def write_into(document: Path, record: object) -> None:
         "the network between all of them:",
         markdown(HEAD, table(record.costs(), 2.0)),
     ]
-    before, rest = text.split(BEGIN)
-    after = rest.split(END, 1)[1]
+    before, after = around_marks(document)
     document.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}")
 
 
@@ -165,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> Report | None:
     from benchmarks.scaling.measure import Record, as_tree, measure
 
     check_record(given.record, Record)
+    if given.write:
+        around_marks(given.write)  # before the measuring, not after it
     if given.source:
         record = Record(**json.loads(given.source.read_text()))
     else:
