@@ -29,8 +29,9 @@ lint: style
 
 # A file stays on one worker: what it builds once (a Ray cluster, a teacher, a cache) is built once. The files that take
 # longest come first (tests/conftest.py); xdist's own order would start them last. Three workers for two cores: those with a
-# Ray cluster wait half of their time.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Ray cluster wait half of their time. A worker that dies ends the run and its test is named: xdist would start another one, and
+# then wait without end for files that were done.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # mypy takes half a minute of one core where it has no cache: it works beside the tests, and is heard after them.
 TYPES := .mypy_cache/said

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipelines.run.folder import DETAILS, Folder
 from pipelines.run.stopping import this_command
-from pipelines.tracking.model import log_student
 from pipelines.tracking.tracker import Tracker, params_of
 from qskd.config import Config
 from qskd.config.recipe import to_yaml
@@ -27,6 +26,10 @@ def tell_again(tracker: Tracker, folder: Folder, config: Config) -> bool:
     if not again.complained and folder.exists(INHERITANCE):
         again.text(INHERITANCE, folder.read(INHERITANCE))
     if not again.complained and folder.exists("student"):
+        from pipelines.tracking.model import (
+            log_student,
+        )  # it imports the detectors, which Ray Train's controller does without
+
         with fetched(folder.where("student")) as student:
             log_student(again, Path(student))
     if not again.complained and folder.exists(DETAILS):
