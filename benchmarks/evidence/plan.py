@@ -49,7 +49,8 @@ _NEAR = (*_WHOLE, "student.backbone.embedding_size=48", "student.backbone.hidden
 _CONDITIONAL = ("student.family=conditional_detr", "training.learning_rate=1.0e-3", "student.inherit=false")
 
 _FLIPPED = ("none_flips", "qskd_flips")
-_TRAINING = (*PAIR, *_FLIPPED, "qskd_flips_whitened", *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
+_BY_DEFAULT = (*_FLIPPED, "qskd_flips_whitened")
+_TRAINING = (*PAIR, *_BY_DEFAULT, *(f"{name}_flips_{what}" for what in OTHERWISE for name in PAIR))
 # The families that choose their queries among the encoder's cells, as their own defaults train them.
 _CHOOSING = (*("student.inherit=false", "student.feature_levels=2", *FAMILY_DEFAULTS),)
 _RT_DETR = ("student.family=rt_detr", *_CHOOSING)
@@ -106,7 +107,7 @@ STUDENTS = {
         _RT_DETR,
         {
             "short": (*(each for each in _TRAINING if "no_sides" not in each), "qskd_flips_whitened_pkd"),
-            "long": _FLIPPED,
+            "long": _BY_DEFAULT,
         },
     ),
     "maps": Student(
@@ -115,11 +116,11 @@ STUDENTS = {
         {"short": ("none_flips", "qskd_flips", "qskd_flips_coarse", *(f"qskd_flips_{name}" for name in SHARES))},
         MAPS,
     ),
-    "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING, "long": _FLIPPED}),
+    "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING, "long": _BY_DEFAULT}),
     "sides": Student(
         "D-FINE, random layers, of a D-FINE with two maps",
         _D_FINE,
-        {"short": (*_FLIPPED, "qskd_flips_whitened", "ld", "ld_main", "qskd_ld")},
+        {"short": (*_BY_DEFAULT, "ld", "ld_main", "qskd_ld")},
         SIDES,
         metrics=("AP", "AP75", "AP90"),
     ),
