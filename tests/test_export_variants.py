@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -282,6 +284,38 @@ def test_openvino_is_imported_without_what_posts_to_its_maker() -> None:
     need_openvino()
     assert sys.modules["openvino.tools.ovc.telemetry_utils"].tm.__name__ == "openvino.tools.ovc.telemetry_stub"
     assert not [name for name, there in sys.modules.items() if name.startswith("openvino_telemetry") and there]
+
+
+CTRL_C = """if True:
+    import faulthandler, signal, sys
+    from pathlib import Path
+    from qskd.deploy.onnx_detect import session_of
+    from qskd.deploy.runtimes import session_of_openvino
+    faulthandler.enable()  # as Ray's and pytest's processes do
+    file = Path(sys.argv[1])
+    opened = [session_of(file)] + [session_of_openvino(file, 1) for _ in range(2)] + [session_of(file)]
+    while opened:
+        opened.pop(0)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("closing")
+"""
+
+
+@needs_openvino
+def test_ctrl_c_closes_a_program_in_order_after_graphs_ran_in_openvino(tmp_path: Path) -> None:
+    """Each of OpenVINO's cores gives its thread a stack for signals; of two that overlap the first's end spoils the second's."""
+    openvino = need_openvino()
+    from openvino import opset13
+
+    pixels = opset13.parameter([1, 3, 8, 8], np.float32)
+    pixels.output(0).get_tensor().set_names({"pixel_values"})
+    openvino.save_model(openvino.Model([opset13.relu(pixels)], [pixels]), str(tmp_path / "graph.xml"))
+    command = [sys.executable, "-c", CTRL_C, str(tmp_path / "graph.xml")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    assert (done.returncode, done.stdout) == (0, "closing\n"), done.stderr
 
 
 def test_outputs_that_are_no_numbers_are_refused_by_name() -> None:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -88,13 +89,20 @@ def boxes_of(
     return found
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """One for the process, which it outlives: each gives its thread a stack for signals, and of two whose lives overlap the one
+    leaves the thread the other's stack, which is gone by then. The next signal, Ctrl-C too, would end the process as a crash."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would call out when it is imported
+    import openvino
+
+    return openvino.Core()
+
+
 def session_of(file: Path) -> tuple[Callable[[np.ndarray], Any], Any]:
     """What runs a graph on the CPU, pixel_values -> logits and pred_boxes; and its batch, a number where that is fixed."""
     if file.suffix == ".xml":
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would call out when it is imported
-        import openvino
-
-        compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         sides = compiled.input("pixel_values").partial_shape
         batch = sides[0].get_length() if sides[0].is_static else None
         return lambda pixels: [compiled({"pixel_values": pixels})[name] for name in ("logits", "pred_boxes")], batch
