@@ -26,9 +26,8 @@ def tell_again(tracker: Tracker, folder: Folder, config: Config) -> bool:
     if not again.complained and folder.exists(INHERITANCE):
         again.text(INHERITANCE, folder.read(INHERITANCE))
     if not again.complained and folder.exists("student"):
-        from pipelines.tracking.model import (
-            log_student,
-        )  # it imports the detectors, which Ray Train's controller does without
+        # It imports the detectors, which Ray Train's controller does without.
+        from pipelines.tracking.model import log_student
 
         with fetched(folder.where("student")) as student:
             log_student(again, Path(student))
