@@ -1,10 +1,16 @@
-"""Families that choose their queries among the cells of their maps: images with enough of them."""
+"""Which sizes of images a family takes: sides of whole units, and enough cells where queries are chosen among them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from qskd.errors import QskdError
+
+
+def other_size(side: int, unit: int) -> str:
+    """What to do about images of such a side, where sides are multiples of `unit`: the nearest, wherever a size can be given."""
+    nearest = max(unit, round(side / unit) * unit)
+    return f"set resize: {{mode: square, size: {nearest}}} of this model; where the verb has it, --size {nearest}"
 
 
 def check_cells(name: str, height: int, width: int, unit: int, strides: Sequence[int], queries: int) -> None:
@@ -16,7 +22,7 @@ def check_cells(name: str, height: int, width: int, unit: int, strides: Sequence
             f"{name} images",
             f"{height} x {width} pixels",
             f"height and width divisible by {unit}",
-            "set resize: {mode: square, size: ...} of this model (student.resize or teacher.resize)",
+            other_size(height, unit),
         )
     if tokens < queries:
         raise too_few_cells(name, height, width, tokens, strides, queries)

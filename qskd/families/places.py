@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qskd.config.backbone import KINDS
 from qskd.errors import QskdError
+from qskd.families.cells import other_size
 
 
 def patch_of(backbone: Any) -> int:
@@ -26,7 +27,7 @@ def check_whole_patches(name: str, unit: int, height: int, width: int) -> None:
             f"{name} images",
             f"{height} x {width} pixels",
             f"height and width divisible by {unit}, the side of its ViT's patches: it would cut off what is left over",
-            f"set resize: {{mode: square, size: {max(unit, round(height / unit) * unit)}}}",
+            other_size(height, unit),
         )
 
 

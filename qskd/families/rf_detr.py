@@ -14,7 +14,7 @@ from transformers import RfDetrConfig, RfDetrForObjectDetection
 
 from qskd.config import StudentConfig
 from qskd.errors import QskdError
-from qskd.families.cells import check_cells
+from qskd.families.cells import check_cells, other_size
 from qskd.families.lw_detr import LwDetr
 
 
@@ -51,7 +51,7 @@ class RfDetr(LwDetr):
                 f"{self.name} images",
                 f"{height} x {width} pixels",
                 "height = width: transformers mixes up the windows of others",
-                "set resize: {mode: square, size: ...} of this model (student.resize or teacher.resize)",
+                other_size(height, self.image_unit(config)),
             )
 
     def projections(self, model: Any) -> list[nn.Module]:
