@@ -211,6 +211,11 @@ def test_a_cell_runs_is_recorded_tracked_and_not_run_again(
     task.make_task(work, {"scratch": ("qskd_flips_unlabeled6",)})
     unlabelled = cells.run(Cell("scratch", "qskd_flips_unlabeled6", "short", 7), work)
     assert unlabelled["config"]["data"]["unlabeled"] == ["unlabeled16"]
+    monkeypatch.setattr(task, "SELECTED", 4)
+    chosen = cells.run(Cell("scratch", "qskd_flips_whitened_uncertainty", "short", 7), work)
+    (selection,) = chosen["config"]["data"]["selection"]
+    assert selection == "scratch-uncertainty4-seed7.json"
+    assert len(json.loads((work / "selected" / selection).read_text())["images"]) == 4
     task.make_task(work, {"scratch": ("w4a4_qdetr",)})
     for variant in ("w4a4_after_none", "w2a2_after_none", "w4a4_qdetr"):
         cell = Cell("scratch", variant, "short", 7)

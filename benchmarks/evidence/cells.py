@@ -20,9 +20,17 @@ import torch
 
 from benchmarks.evidence.plan import BUDGETS, STUDENTS
 from benchmarks.evidence.post_training import quantise_after_training
-from benchmarks.evidence.task import cache_overrides, make_config, train_path, unlabeled_path
+from benchmarks.evidence.task import (
+    SPLITS,
+    cache_overrides,
+    choose_images,
+    make_config,
+    selection_path,
+    train_path,
+    unlabeled_path,
+)
 from benchmarks.evidence.teachers import OWN
-from benchmarks.evidence.variants import VARIANTS
+from benchmarks.evidence.variants import SELECTED, VARIANTS
 from pipelines.feed.packing import Arrays
 from pipelines.feed.stream import local_stream
 from pipelines.run.guards import BEGUN_BEFORE
@@ -90,13 +98,18 @@ class Cell:
     def config(self, work: Path) -> ResolvedConfig:
         """The whole recipe of this cell."""
         variant = VARIANTS[self.variant]
+        chosen, rounds = [], max(2, self.steps // 750)
+        if variant.selected is not None:  # whose epochs are shorter
+            chosen = [f"data.selection=[{selection_path(work, self.student, variant.selected, self.seed)}]"]
+            rounds *= SPLITS["train"].images // SELECTED
         overrides = (
             *variant.overrides,
             f"name={self.name}",
             f"seed={self.seed}",
             f"training.max_steps={self.steps}",
             "training.epochs=1000000",
-            f"training.evaluate_every_epochs={max(2, self.steps // 750)}",
+            f"training.evaluate_every_epochs={rounds}",
+            *chosen,
             *([f"data.unlabeled=[{unlabeled_path(work, variant.unlabeled)}]"] if variant.unlabeled else []),
             *([f"data.train={train_path(work, variant.train)}"] if variant.train else []),
             *cache_overrides(work, STUDENTS[self.student], variant),
@@ -111,6 +124,7 @@ def meaning(config: Config) -> dict[str, Any]:
     kept = {name: tree[name] for name in _DECIDES}
     kept["data"] = {name: value for name, value in tree["data"].items() if name not in ("train", "val")}
     kept["data"]["unlabeled"] = [Path(folder).name for folder in tree["data"]["unlabeled"]]
+    kept["data"]["selection"] = [Path(file).name for file in tree["data"]["selection"]]
     if (more := Path(tree["data"]["train"]).name) not in ("", "train"):
         kept["data"]["train"] = more
     kept["student"]["backbone"]["init"] = Path(tree["student"]["backbone"]["init"]).name
@@ -214,6 +228,8 @@ def _quantised_after(cell: Cell, work: Path) -> dict[str, Any]:
 def _train(cell: Cell, work: Path, keep: Path | None = None) -> dict[str, Any]:
     """The record of a training. keep: a folder for its student, with the record."""
     config, kind = cell.config(work), VARIANTS[cell.variant].kind
+    if (by := VARIANTS[cell.variant].selected) is not None:
+        choose_images(config, by)
     plan = make_plan(config, kind)
     labels, ids = plan.train.labels, [category.id for category in plan.train.categories]
     truth = ground_truth(config.data.val)

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.evidence.teachers import FAMILY_DEFAULTS, MANY, MAPS, OWN, SIDES
-from benchmarks.evidence.variants import BITS, FEW_BITS, GENTLE, MECHANISM, METHODS, NEW_IMAGES, OTHERWISE, SHARES
+from benchmarks.evidence.variants import (
+    BITS,
+    BY_CHOICE,
+    FEW_BITS,
+    GENTLE,
+    MECHANISM,
+    METHODS,
+    NEW_IMAGES,
+    OTHERWISE,
+    SHARES,
+)
 
 # The recipe all cells share is the quickstart's own (pipelines/assets/quickstart.yaml): its defaults are judged here.
 REPORT_SEEDS = (0, 1, 2, 3, 4)  # on the test split
@@ -66,7 +76,7 @@ STUDENTS = {
                 *METHODS,
                 *(f"{of}_{name}" for of in ("qskd", "whitened") for name in SHARES),
                 *FEW_BITS,
-                "qskd_flips_unlabeled6",
+                *("qskd_flips_unlabeled6", "qskd_flips_whitened", *BY_CHOICE),
             ),
             "long": (
                 *LONG,
@@ -76,6 +86,7 @@ STUDENTS = {
                 *FRESH,
                 "qskd_flips_unlabeled18",
                 *UNLABELED,
+                *BY_CHOICE,
                 *LONG_BITS,
             ),
             "longest": (*PAIR, *FRESH, *UNLABELED),

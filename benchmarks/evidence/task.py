@@ -13,12 +13,13 @@ import torch
 from benchmarks.evidence.backbone import make_backbone
 from benchmarks.evidence.plan import STUDENTS, Student
 from benchmarks.evidence.teachers import OWN, make_teacher_folder, teacher_path
-from benchmarks.evidence.variants import CACHES, VARIANTS, Variant
+from benchmarks.evidence.variants import CACHES, SELECTED, VARIANTS, Variant
 from benchmarks.local_cache import make_cache
 from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.inspection.predict import predict_all, request
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig, resolve
+from pipelines.selecting import job
 from qskd.checks import lacks_directions
 from qskd.config.recipe import load
 from qskd.datasets.shapes import make_shapes
@@ -41,6 +42,19 @@ def unlabeled_path(work: Path, images: int) -> Path:
 def train_path(work: Path, images: int) -> Path:
     """Shards of so many labelled images, of which the task's own are the first."""
     return work / f"train{images}"
+
+
+def selection_path(work: Path, student: str, by: job.By, seed: int) -> Path:
+    """Which of the labelled images a cell is trained on."""
+    return work / "selected" / f"{student}-{by}{SELECTED}-seed{seed}.json"
+
+
+def choose_images(config: ResolvedConfig, by: job.By) -> None:
+    """Write the selection that a cell's configuration names, as `qskd select` does; kept when it is there already."""
+    out = Path(config.data.selection[0])
+    if not out.exists():
+        out.parent.mkdir(exist_ok=True)
+        job.run(job.Request(config.data.train, out, SELECTED, by, config.seed, config), quiet=True)
 
 
 def base_overrides(work: Path, split: str, student: Student) -> list[str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.selecting.job import By
 
 _NO_FEATURES = "distillation.features.weight=0"
 _NO_PREDICTIONS = "distillation.predictions.weight=0"
@@ -27,7 +31,8 @@ CACHES = {
 class Variant:
     """overrides: of the shared recipe. kind: the verb. time_of: a variant whose wall-clock time it gets, instead of its
     steps (`benchmarks.evidence.clock` measured the ratio). unlabeled: further images, without labels, half of each batch. train: as
-    many labelled images, where they are not the task's own; those are the first of them.
+    many labelled images, where they are not the task's own; those are the first of them. selected: the --by of `qskd select`, which
+    chooses the quarter of the labelled images (`SELECTED`) that are trained on, for each seed anew.
 
     cache: a name in `CACHES`, where the shared one won't do. told: the teacher as a file that says boxes and classes alone,
     "onnx" or "json", with a cache of its own.
@@ -39,6 +44,7 @@ class Variant:
     time_of: str = ""
     unlabeled: int = 0
     train: int = 0
+    selected: By | None = None
     cache: str = ""
     told: str = ""
     after: str = ""
@@ -121,6 +127,23 @@ VARIANTS |= {
         unlabeled=count,
     )
     for count in NEW_IMAGES[1:]
+}
+# A quarter of the labelled images, at as many steps as all of them get.
+SELECTED = 1_500
+_CHOSEN: dict[By, str] = {
+    "random": "at random",
+    "classes": "by classes",
+    "uncertainty": "by the teacher's uncertainty",
+    "gradients": "by matched gradients",
+}
+BY_CHOICE = tuple(f"qskd_flips_whitened_{by}" for by in _CHOSEN)
+VARIANTS |= {
+    f"qskd_flips_whitened_{by}": Variant(
+        f"QSKD, the default (whitened), fresh flips, of {SELECTED:,} images chosen {how}",
+        (_FLIPS, _WHITENED),
+        selected=by,
+    )
+    for by, how in _CHOSEN.items()
 }
 VARIANTS["none_flips_labelled24"] = Variant(
     "no teacher, fresh flips, 18,000 more images with their true labels", (_FLIPS,), "train", train=24_000
