@@ -124,7 +124,10 @@ STUDENTS = {
     "maps": Student(
         "RT-DETR, random layers, of an RT-DETR with two maps",
         (*_RT_DETR, "distillation.features.background=0"),
-        {"short": ("none_flips", "qskd_flips", "qskd_flips_coarse", *(f"qskd_flips_{name}" for name in SHARES))},
+        {
+            "short": (*_BY_DEFAULT, "qskd_flips_coarse", *(f"qskd_flips_{name}" for name in SHARES)),
+            "long": _BY_DEFAULT,
+        },
         MAPS,
     ),
     "dfine": Student("D-FINE, random layers", _D_FINE, {"short": _TRAINING, "long": _BY_DEFAULT}),
