@@ -34,6 +34,7 @@ def test_gaps_and_differences_are_paired_by_seed() -> None:
     base, mine = {0: 0.2, 1: 0.3, 2: 0.1}, {2: 0.3, 0: 0.3}
     assert interval.paired(mine, base) == pytest.approx([0.1, 0.2])
     assert report.shares(mine, base, 0.5) == pytest.approx([0.1 / 0.3, 0.2 / 0.4])
+    assert report.shares(mine, base, max(base.values())) == []  # no gap that could be closed
 
 
 def test_few_bits_are_compared_with_float_of_the_same_teaching() -> None:

@@ -39,7 +39,10 @@ def scores(
 
 
 def shares(a: Scores, base: Scores, teacher: float) -> list[float]:
-    """Share of the gap between student without teacher and teacher that is closed, seed by seed."""
+    """Share of the gap between student without teacher and teacher that is closed, seed by seed; none where one of those without a
+    teacher is as good as it."""
+    if any(teacher <= base[seed] for seed in a.keys() & base.keys()):
+        return []
     return [(a[seed] - base[seed]) / (teacher - base[seed]) for seed in sorted(a.keys() & base.keys())]
 
 
