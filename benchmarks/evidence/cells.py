@@ -124,7 +124,7 @@ def meaning(config: Config) -> dict[str, Any]:
     kept = {name: tree[name] for name in _DECIDES}
     kept["data"] = {name: value for name, value in tree["data"].items() if name not in ("train", "val")}
     kept["data"]["unlabeled"] = [Path(folder).name for folder in tree["data"]["unlabeled"]]
-    kept["data"]["selection"] = [Path(file).name for file in tree["data"]["selection"]]
+    kept["data"]["selection"] = [Path(file).name.partition("-seed")[0] for file in tree["data"]["selection"]]
     if (more := Path(tree["data"]["train"]).name) not in ("", "train"):
         kept["data"]["train"] = more
     kept["student"]["backbone"]["init"] = Path(tree["student"]["backbone"]["init"]).name
