@@ -19,7 +19,8 @@ from pipelines.demo.quickstart import BACKBONE, RECIPE, TEST, TRAIN, VAL
 from pipelines.inspection.predict import predict_all, request
 from pipelines.prepare import prepare
 from pipelines.run.resolve import ResolvedConfig, resolve
-from pipelines.selecting import job
+from pipelines.selecting.job import By, Request
+from pipelines.selecting.job import run as select
 from qskd.checks import lacks_directions
 from qskd.config.recipe import load
 from qskd.datasets.shapes import make_shapes
@@ -44,17 +45,17 @@ def train_path(work: Path, images: int) -> Path:
     return work / f"train{images}"
 
 
-def selection_path(work: Path, student: str, by: job.By, seed: int) -> Path:
+def selection_path(work: Path, student: str, by: By, seed: int) -> Path:
     """Which of the labelled images a cell is trained on."""
     return work / "selected" / f"{student}-{by}{SELECTED}-seed{seed}.json"
 
 
-def choose_images(config: ResolvedConfig, by: job.By) -> None:
+def choose_images(config: ResolvedConfig, by: By) -> None:
     """Write the selection that a cell's configuration names, as `qskd select` does; kept when it is there already."""
     out = Path(config.data.selection[0])
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
-        job.run(job.Request(config.data.train, out, SELECTED, by, config.seed, config), quiet=True)
+        select(Request(config.data.train, out, SELECTED, by, config.seed, config), quiet=True)
 
 
 def base_overrides(work: Path, split: str, student: Student) -> list[str]:

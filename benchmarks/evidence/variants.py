@@ -32,7 +32,7 @@ class Variant:
     """overrides: of the shared recipe. kind: the verb. time_of: a variant whose wall-clock time it gets, instead of its
     steps (`benchmarks.evidence.clock` measured the ratio). unlabeled: further images, without labels, half of each batch. train: as
     many labelled images, where they are not the task's own; those are the first of them. selected: the --by of `qskd select`, which
-    chooses the quarter of the labelled images (`SELECTED`) that are trained on, for each seed anew.
+    chooses the quarter of the labelled images (`SELECTED`) that are trained on, by the cell's seed where that way has chance in it.
 
     cache: a name in `CACHES`, where the shared one won't do. told: the teacher as a file that says boxes and classes alone,
     "onnx" or "json", with a cache of its own.

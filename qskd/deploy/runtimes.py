@@ -45,10 +45,15 @@ def need_openvino() -> Any:
     return importlib.import_module("openvino")
 
 
+def _core() -> Any:
+    """The process's one; QskdError when OpenVINO is not installed."""
+    need_openvino()
+    return openvino_core()
+
+
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16 itself, as OpenVINO sees it."""
-    need_openvino()
-    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def exported_variants(folder: Path) -> list[Variant]:
@@ -95,9 +100,8 @@ def _constants_of_onnx(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def _constants_of_openvino(file: Path) -> Iterator[tuple[str, int]]:
-    need_openvino()
     try:
-        operations = openvino_core().read_model(str(file)).get_ops()
+        operations = _core().read_model(str(file)).get_ops()
     except RuntimeError as error:
         raise QskdError(str(file), f"can't be read as a graph: {_reason(error)}", "what `qskd export` wrote") from None
     for each in operations:
@@ -149,10 +153,9 @@ class _Session:
 def session_of_openvino(file: Path, threads: int, precision: str = "f32") -> _Session:
     """An .onnx or .xml file on the CPU. precision: of what is float in it, f32 or bf16; left to itself OpenVINO would compute in
     bfloat16 wherever the CPU can. QskdError where it can't run it."""
-    need_openvino()
+    core = _core()
     how = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     try:
-        core = openvino_core()
         return _Session(core.compile_model(core.read_model(str(file)), "CPU", how))
     except RuntimeError as error:
         raise QskdError(
@@ -173,7 +176,7 @@ def to_openvino(file: Path, target: Path) -> None:
     storing weights in float16 takes all of them, also those that say where a box is.)"""
     openvino = need_openvino()
     try:
-        openvino.save_model(openvino_core().read_model(str(file)), str(target), compress_to_fp16=False)
+        openvino.save_model(_core().read_model(str(file)), str(target), compress_to_fp16=False)
     except RuntimeError as error:
         raise QskdError(
             f"{file.name} for OpenVINO", f"it can't be converted: {_reason(error)}", remedy="leave --openvino away"
